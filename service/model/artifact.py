@@ -1,0 +1,159 @@
+"""One model version on disk: `config.json`, `model.safetensors`, `training.json`, a model card, and their manifest.
+
+Reading trusts nothing: lengths and sums are checked against the manifest, then names, dtypes and shapes against the
+config, before a weight is copied anywhere. The formats are JSON and safetensors; nothing in them can be executed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from service.errors import InvalidArtifact
+from service.model.charset import Charset
+from service.model.config import ModelConfig
+from service.model.manifest import MANIFEST, Manifest, explain
+
+CONFIG, WEIGHTS, TRAINING, CARD = "config.json", "model.safetensors", "training.json", "README.md"
+_MAX_CONFIG_BYTES = 1024 * 1024
+_MAX_TRAINING_BYTES = 1024 * 1024
+_MAX_HEADER_BYTES = 64 * 1024
+_MAX_OTHER_BYTES = 4 * 1024 * 1024
+
+Tensors = dict[str, NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model version in memory. `tensors` are float32 by name, of the shapes in `config.tensor_shapes()`.
+
+    digest: SHA-256 over config and weights: equal digests compute the same function. `training` holds what is known of
+    its origin, losses in nats a character among it; it has no effect on the function.
+    """
+
+    config: ModelConfig
+    tensors: Tensors
+    training: dict[str, Any]
+    digest: str
+
+    @property
+    def charset(self) -> Charset:
+        """The characters that the model knows."""
+        return Charset(self.config.charset)
+
+
+def write_artifact(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, NDArray[np.float32]],
+    training: Mapping[str, Any],
+    extra_files: Mapping[str, bytes],
+) -> None:
+    """Write a model version into an empty directory, the manifest last. The card belongs to `extra_files`."""
+    (directory / CONFIG).write_text(_json(config.model_dump()), encoding="utf-8")
+    contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
+    (directory / WEIGHTS).write_bytes(save_safetensors(contiguous))
+    (directory / TRAINING).write_text(_json(dict(training)), encoding="utf-8")
+    for name, data in extra_files.items():
+        (directory / name).write_bytes(data)
+    (directory / MANIFEST).write_text(Manifest.of(directory).to_json(), encoding="utf-8")
+
+
+def read_artifact(directory: Path) -> Artifact:
+    """The model version in a directory, wholly checked. Raises InvalidArtifact, which says what is wrong and where."""
+    manifest = Manifest.read(directory)
+    config = _read_config(directory, manifest)
+    shapes = config.tensor_shapes()
+    data_bytes = 4 * config.num_parameters
+    data = manifest.read_file(directory, WEIGHTS, data_bytes + _MAX_HEADER_BYTES)
+    where = directory / WEIGHTS
+    _check_header(where, data, shapes)
+    for name in sorted(set(manifest.files) - {CONFIG, WEIGHTS, TRAINING}):
+        manifest.read_file(directory, name, _MAX_OTHER_BYTES)
+    try:
+        tensors: Tensors = load_safetensors(data)
+    except (SafetensorError, ValueError) as error:
+        raise InvalidArtifact(f"{where} is not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise InvalidArtifact(f"{where}: {name} holds a number that is not finite")
+    return Artifact(config, tensors, _read_training(directory, manifest), digest_of(manifest))
+
+
+def read_training(directory: Path) -> tuple[ModelConfig, dict[str, Any], str]:
+    """Config, training facts and digest of a version without reading its weights."""
+    manifest = Manifest.read(directory)
+    return _read_config(directory, manifest), _read_training(directory, manifest), digest_of(manifest)
+
+
+def digest_of(manifest: Manifest) -> str:
+    """SHA-256 over the sums of config and weights: what is computed, not how it is described."""
+    sums = [manifest.files[name].sha256 if name in manifest.files else "" for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def _read_config(directory: Path, manifest: Manifest) -> ModelConfig:
+    data = manifest.read_file(directory, CONFIG, _MAX_CONFIG_BYTES)
+    try:
+        return ModelConfig.model_validate_json(data)
+    except ValidationError as error:
+        raise InvalidArtifact(f"{directory / CONFIG}: {explain(error)}") from error
+
+
+def _read_training(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    data = manifest.read_file(directory, TRAINING, _MAX_TRAINING_BYTES)
+    try:
+        training = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArtifact(f"{directory / TRAINING} is not JSON: {error}") from error
+    if not isinstance(training, dict):
+        raise InvalidArtifact(f"{directory / TRAINING} holds no JSON object")
+    return training
+
+
+def _check_header(where: Path, data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a safetensors header with what the config asks for, before the library allocates what the header asks.
+
+    The format: 8 bytes little-endian length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
+        raise InvalidArtifact(f"{where} is not a safetensors file: its header would be {length} bytes long")
+    try:
+        header = json.loads(data[8 : 8 + length])
+    except (ValueError, RecursionError) as error:
+        raise InvalidArtifact(f"{where} is not a safetensors file: its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise InvalidArtifact(f"{where} is not a safetensors file: its header is no JSON object")
+    header.pop("__metadata__", None)
+    if missing := sorted(set(shapes) - set(header)):
+        raise InvalidArtifact(f"{where}: tensor {missing[0]} is missing")
+    if foreign := sorted(set(header) - set(shapes)):
+        raise InvalidArtifact(f"{where}: tensor {foreign[0][:80]} does not belong to this model")
+    for name, shape in shapes.items():
+        entry = header[name]
+        if not isinstance(entry, dict):
+            raise InvalidArtifact(f"{where}: the header's entry for {name} is not an object")
+        if entry.get("dtype") != "F32":
+            raise InvalidArtifact(f"{where}: {name} has the dtype {str(entry.get('dtype'))[:20]}, the config says F32")
+        if entry.get("shape") != list(shape):
+            found = str(entry.get("shape"))[:60]
+            raise InvalidArtifact(f"{where}: {name} has the shape {found}, the config says {list(shape)}")
+    if len(data) - 8 - length != 4 * sum(math.prod(shape) for shape in shapes.values()):
+        raise InvalidArtifact(f"{where}: {len(data) - 8 - length} bytes of weights, the config asks for another number")
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True) + "\n"

@@ -1,0 +1,67 @@
+"""The configuration of one model: everything that fixes the names, shapes and dtypes of its weights."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from service.errors import InvalidCharset
+from service.model.charset import MAX_CHARSET, Charset
+
+Shape = tuple[int, ...]
+
+
+class ModelConfig(BaseModel):
+    """A model's sizes and charset, as `config.json` holds them.
+
+    The limits bound what a hostile file can make a loader allocate: they are far above what is useful.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal[1] = 1
+    architecture: Literal["embedding-gru-dense"] = "embedding-gru-dense"
+    dtype: Literal["float32"] = "float32"
+    charset: str = Field(min_length=1, max_length=MAX_CHARSET)
+    embedding_dim: int = Field(ge=1, le=4096)
+    num_units: int = Field(ge=1, le=8192)
+    num_layers: int = Field(ge=1, le=8)
+
+    @field_validator("charset")
+    @classmethod
+    def _is_a_charset(cls, value: str) -> str:
+        try:
+            return Charset(value).characters
+        except InvalidCharset as error:
+            raise ValueError(error.message) from error
+
+    @property
+    def num_chars(self) -> int:
+        """V, the number of characters that the model knows."""
+        return len(self.charset)
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        """Name -> shape of every weight, float32, in torch's convention (gates stacked in the order r, z, n)."""
+        vocab, units = self.num_chars, self.num_units
+        shapes: dict[str, Shape] = {"embedding.weight": (vocab, self.embedding_dim)}
+        for layer in range(self.num_layers):
+            inputs = self.embedding_dim if layer == 0 else units
+            shapes[f"gru.weight_ih_l{layer}"] = (3 * units, inputs)
+            shapes[f"gru.weight_hh_l{layer}"] = (3 * units, units)
+            shapes[f"gru.bias_ih_l{layer}"] = (3 * units,)
+            shapes[f"gru.bias_hh_l{layer}"] = (3 * units,)
+        shapes["dense.weight"] = (vocab, units)
+        shapes["dense.bias"] = (vocab,)
+        return shapes
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the weights hold together."""
+        total = 0
+        for shape in self.tensor_shapes().values():
+            size = 1
+            for length in shape:
+                size *= length
+            total += size
+        return total

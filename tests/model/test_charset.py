@@ -1,0 +1,118 @@
+"""Characters <-> ids, and the three ways with characters that aren't known."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import InvalidCharset, UnknownCharacters
+from service.model.charset import Charset
+
+ASCII = Charset("".join(map(chr, range(32, 127))) + "\n")
+
+
+def test_a_corpus_gives_its_characters_in_order_of_code_points() -> None:
+    assert Charset.from_corpus("banana\n").characters == "\nabn"
+
+
+def test_composed_and_decomposed_spellings_are_one_character() -> None:
+    charset = Charset.from_corpus("cafe\u0301")
+    assert charset.characters == "acfé"
+    assert charset.encode("e\u0301").tolist() == charset.encode("é").tolist() == [3]
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_survives_encoding_with_its_own_charset(text: str) -> None:
+    charset = Charset.from_corpus(text)
+    assert charset.decode(charset.encode(text)) == unicodedata.normalize("NFC", text)
+
+
+@given(st.text(alphabet=st.characters(), max_size=50), st.sampled_from(["error", "fold", "drop"]))
+def test_no_text_breaks_an_encoder(text: str, unknown: str) -> None:
+    try:
+        ids = ASCII.encode(text, unknown)  # type: ignore[arg-type]
+    except UnknownCharacters:
+        assert unknown != "drop"
+    else:
+        assert all(0 <= index < len(ASCII) for index in ids.tolist())
+
+
+def test_error_names_each_unknown_character_with_its_position() -> None:
+    with pytest.raises(UnknownCharacters, match=r"'é' \(U\+00E9\) at 1, '→' \(U\+2192\) at 3") as caught:
+        ASCII.encode("aéb→c")
+    assert caught.value.code == "unknown_characters"
+
+
+def test_error_names_at_most_ten() -> None:
+    with pytest.raises(UnknownCharacters, match="and 990 more") as caught:
+        ASCII.encode("é" * 1000)
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "folded"),
+    [
+        ("café", "cafe"),
+        ("“Who’s there?”", '"Who\'s there?"'),
+        ("a–b—c−d‐e", "a-b-c-d-e"),
+        ("wait…", "wait..."),
+        ("ﬁne", "fine"),
+        ("Straße", "Strasse"),
+        ("Ａ１", "A1"),
+        ("x²", "x2"),
+        ("a\u00a0b\u2003c", "a b c"),
+        ("a\r\nb\rc", "a\nb\nc"),
+        ("zero\u200bwidth", "zerowidth"),
+        ("Œuvre, œuf, Ærø", "OEuvre, oeuf, AEro"),
+        ("½", "1/2"),
+        ("Łódź", "Lodz"),
+        ("tab\tbed", "tab bed"),
+    ],
+)
+def test_fold_writes_the_nearest_character_that_is_there(text: str, folded: str) -> None:
+    assert ASCII.decode(ASCII.encode(text, "fold")) == folded
+
+
+def test_fold_leaves_alone_what_is_known() -> None:
+    charset = Charset.from_corpus("é’e'")
+    assert charset.decode(charset.encode("é’", "fold")) == "é’"
+
+
+def test_fold_keeps_the_script_and_falls_back_to_the_other_case() -> None:
+    assert Charset.from_corpus("де").decode(Charset.from_corpus("де").encode("дё", "fold")) == "де"
+    upper = Charset.from_corpus("ABCE")
+    assert upper.decode(upper.encode("abcé", "fold")) == "ABCE"
+
+
+def test_fold_refuses_what_has_nothing_near_and_counts_positions_in_the_given_text() -> None:
+    with pytest.raises(UnknownCharacters, match=r"'漢' \(U\+6F22\) at 2"):
+        ASCII.encode("…é漢", "fold")
+
+
+def test_drop_leaves_unknown_characters_out() -> None:
+    assert ASCII.decode(ASCII.encode("aéb\ud800c", "drop")) == "abc"
+
+
+@pytest.mark.parametrize(
+    ("characters", "fault"),
+    [
+        ("", "at least one"),
+        ("aba", "twice"),
+        ("a\ud800", "surrogate"),
+        ("\u0340", "never occurs in NFC"),
+        ("x" * 70_000, "at most"),
+    ],
+)
+def test_what_can_not_be_a_charset_is_refused(characters: str, fault: str) -> None:
+    with pytest.raises(InvalidCharset, match=fault):
+        Charset(characters)
+
+
+def test_decode_refuses_ids_outside() -> None:
+    with pytest.raises(IndexError):
+        ASCII.decode([-1])
+    with pytest.raises(IndexError):
+        ASCII.decode([len(ASCII)])
