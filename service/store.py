@@ -1,0 +1,267 @@
+"""The model store: `<root>/<name>/<version>/`, versions numbered from 1, each whole and never changed.
+
+    model_store/shakespeare/1/...        one version: an artifact
+    model_store/shakespeare/store.json   aliases, and the highest number ever given out
+    model_store/shakespeare/.staging-*   a version being written; readers never look at it
+
+A version appears by one `rename` of a directory that is complete and on disk, so a reader or a crash sees all of it or
+nothing. Writers of one name take turns by a lock that dies with its holder.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
+from service.model.artifact import Artifact, read_artifact
+from service.model.manifest import MANIFEST
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_INDEX, _LOCK, _STAGING, _TRASH = "store.json", ".lock", ".staging-", ".trash-"
+_LATEST = "latest"
+
+
+@dataclass(frozen=True, order=True)
+class ModelVersion:
+    """One published version; `ref` is its full name, such as `shakespeare@3`."""
+
+    name: str
+    number: int
+    path: Path
+
+    @property
+    def ref(self) -> str:
+        """`name@number`, which always means this version."""
+        return f"{self.name}@{self.number}"
+
+
+class _Index(BaseModel):
+    """What the store keeps of one name beside its versions."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    aliases: dict[str, int] = Field(default_factory=dict)
+    last_number: int = 0
+
+
+class ModelStore:
+    """The models in one directory. Safe for any number of readers and writers, threads or processes."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        """Names that have at least one version."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return sorted(e.name for e in os.scandir(self.root) if _NAME.fullmatch(e.name) and self.versions(e.name))
+        return []
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """Versions of a name, oldest first; none if the name isn't there."""
+        directory = self._directory(name)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            numbers = sorted(
+                int(entry.name)
+                for entry in os.scandir(directory)
+                if _VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+            )
+            return [ModelVersion(name, number, directory / str(number)) for number in numbers]
+        return []
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version number, without `latest`, which every name has."""
+        return dict(self._read_index(name).aliases)
+
+    def resolve(self, ref: str) -> ModelVersion:
+        """The version that `name`, `name@3`, `name@latest` or `name@alias` means. Raises ModelNotFound."""
+        name, at, wanted = ref.partition("@")
+        if not _NAME.fullmatch(name) or (at and not _NAME.fullmatch(wanted)):
+            raise ModelNotFound(f"{ref[:80]!r} is not a model's name: name, name@version or name@alias", param="model")
+        versions = self.versions(name)
+        if not versions:
+            known = ", ".join(self.names()[:8]) or "none"
+            raise ModelNotFound(f"no model {name!r} is in the store; there are: {known}", param="model")
+        if not at or wanted == _LATEST:
+            return versions[-1]
+        number = int(wanted) if _VERSION.fullmatch(wanted) else self.aliases(name).get(wanted)
+        for version in versions:
+            if version.number == number:
+                return version
+        known = ", ".join(str(version.number) for version in versions[-8:])
+        raise ModelNotFound(f"model {name!r} has no version or alias {wanted!r}; its versions: {known}", param="model")
+
+    def load(self, ref: str) -> tuple[ModelVersion, Artifact]:
+        """The version that `ref` means and its checked contents. Raises ModelNotFound, InvalidArtifact."""
+        version = self.resolve(ref)
+        return version, read_artifact(version.path)
+
+    def publish(self, name: str, write: Callable[[Path], None]) -> ModelVersion:
+        """Make a new version of what `write` puts into the empty directory that it is given.
+
+        The version is read back and checked before it appears. Raises InvalidArtifact or StoreError, and then the store
+        is as it was. Concurrent publishers get different numbers; a number is never given out twice.
+        """
+        directory = self._directory(name)
+        with _reporting(f"can't publish into {directory}"):
+            directory.mkdir(parents=True, exist_ok=True)
+            with _staging(directory) as staging:
+                write(staging)
+                read_artifact(staging)
+                for path in staging.iterdir():
+                    _fsync(path)
+                _fsync(staging)
+                with _locked(directory):
+                    index = self._read_index(name)
+                    there = [version.number for version in self.versions(name)]
+                    index.last_number = max([index.last_number, *there]) + 1
+                    # The number is spent before it is used: a crash in between skips it, never repeats it.
+                    self._write_index(directory, index)
+                    final = directory / str(index.last_number)
+                    staging.rename(final)
+                    _fsync(directory)
+        return ModelVersion(name, index.last_number, final)
+
+    def verify(self, ref: str) -> ModelVersion:
+        """Check a version wholly, as loading does. Raises ModelNotFound, InvalidArtifact."""
+        return self.load(ref)[0]
+
+    def set_alias(self, name: str, alias: str, number: int) -> None:
+        """Let `name@alias` mean a version that is there."""
+        if not _NAME.fullmatch(alias) or alias.isdigit() or alias == _LATEST:
+            raise InvalidValue(f"{alias[:80]!r} can't be an alias: letters, digits, . _ -, not a number, not latest")
+        self.resolve(f"{name}@{number}")
+        directory = self._directory(name)
+        with _reporting(f"can't change aliases in {directory}"), _locked(directory):
+            index = self._read_index(name)
+            index.aliases[alias] = number
+            self._write_index(directory, index)
+
+    def remove_alias(self, name: str, alias: str) -> None:
+        """Forget an alias. Raises ModelNotFound if there is none of that name."""
+        directory = self._directory(name)
+        if alias not in self.aliases(name):
+            raise ModelNotFound(f"model {name!r} has no alias {alias!r}")
+        with _reporting(f"can't change aliases in {directory}"), _locked(directory):
+            index = self._read_index(name)
+            index.aliases.pop(alias, None)
+            self._write_index(directory, index)
+
+    def delete(self, ref: str) -> ModelVersion:
+        """Remove the version that `ref` means, which has to be a `name@number` that no alias points to."""
+        version = self.resolve(ref)
+        if ref != version.ref:
+            raise StoreError(f"say which version to delete by its number: {version.ref}")
+        directory = self._directory(version.name)
+        with _reporting(f"can't delete {version.ref}"), _locked(directory):
+            index = self._read_index(version.name)
+            pointing = sorted(alias for alias, number in index.aliases.items() if number == version.number)
+            if pointing:
+                raise StoreError(f"{version.ref} is {version.name}@{pointing[0]}: move or remove that alias first")
+            index.last_number = max(index.last_number, self.versions(version.name)[-1].number)
+            self._write_index(directory, index)
+            trash = directory / f"{_TRASH}{version.number}"
+            version.path.rename(trash)  # gone for readers in one step, then removed at leisure
+            _fsync(directory)
+            shutil.rmtree(trash)
+        return version
+
+    def _directory(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise InvalidValue(f"{name[:80]!r} can't be a model's name: up to 64 letters, digits, . _ -", param="name")
+        return self.root / name
+
+    def _read_index(self, name: str) -> _Index:
+        path = self._directory(name) / _INDEX
+        try:
+            return _Index.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return _Index()
+        except (OSError, ValidationError) as error:
+            raise StoreError(f"{path} can't be read as the store's index: repair or remove it") from error
+
+    def _write_index(self, directory: Path, index: _Index) -> None:
+        text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
+        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_STAGING, delete=False) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, directory / _INDEX)
+        _fsync(directory)
+
+
+@contextmanager
+def _reporting(what: str) -> Iterator[None]:
+    """A failing disk, full or read-only, as our error."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the only write lock of a name. It is a file lock: the system lets go of it if the holder dies."""
+    with (directory / _LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """A new directory to write a version into; removed at the end unless it was renamed away.
+
+    It is locked as long as its writer lives, by which the next writer tells abandoned ones from those in use.
+    """
+    with _locked(directory):
+        _remove_abandoned(directory)
+        path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
+        path.chmod(0o755)
+        held = os.open(path, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+    try:
+        yield path
+    finally:
+        # The lock goes last: while it is held nobody else removes the directory.
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    for entry in list(os.scandir(directory)):
+        if entry.name.startswith(_TRASH):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        elif entry.name.startswith(_STAGING) and entry.is_dir(follow_symlinks=False):
+            held = os.open(entry.path, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(entry.path, ignore_errors=True)
+            except BlockingIOError:
+                pass  # its writer is at work
+            finally:
+                os.close(held)
+        elif entry.name.startswith(_STAGING):
+            os.unlink(entry.path)  # an index that never replaced the old one; writers of it hold our lock
+
+
+def _fsync(path: Path) -> None:
+    held = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)
+
+
+__all__ = ["MANIFEST", "InvalidArtifact", "ModelStore", "ModelVersion"]

@@ -1,0 +1,35 @@
+"""Run by test_store: publish versions until killed. Forks a publisher for every line on standard input, prints its id.
+
+A fork takes a millisecond where a new interpreter takes half a second; this process has no threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from service.model.artifact import write_artifact
+from service.model.config import ModelConfig
+from service.store import ModelStore
+
+
+def main() -> None:
+    """Arguments: the store's directory and the model's config as JSON."""
+    root, config = Path(sys.argv[1]), ModelConfig.model_validate(json.loads(sys.argv[2]))
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in config.tensor_shapes().items()}
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            while True:
+                ModelStore(root).publish(
+                    "m", lambda d: write_artifact(d, config, tensors, {}, {"README.md": b"x" * 9000})
+                )
+        print(child, flush=True)
+        os.waitpid(child, 0)
+
+
+main()
