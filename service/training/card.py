@@ -1,0 +1,81 @@
+"""A model card: where a model comes from, how well it predicts, how to make it again."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from service.training.checkpoint import Evaluation
+
+CURVE = "loss.png"
+
+
+def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
+    """The card, as Markdown, from the facts that `training.json` holds."""
+    corpus, losses, settings, run = facts["corpus"], facts["losses"], facts["settings"], facts["run"]
+    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    curve = f"\n![Loss by epoch]({CURVE})\n" if has_curve else ""
+    sample = "\n".join("    " + line for line in facts["sample"]["text"].split("\n"))
+    return f"""# {name}
+
+A GRU character model: characters -> embedding ({settings["embedding_dim"]}) -> GRU ({settings["num_units"]} units x \
+{settings["num_layers"]}) -> dense over {facts["num_chars"]} characters.
+{facts["num_parameters"]:,} parameters, float32.
+
+## Training data
+
+`{corpus["name"]}`, {corpus["num_chars"]:,} characters, SHA-256 `{corpus["sha256"]}`.
+The first {corpus["num_training_chars"]:,} characters were trained on, the last {corpus["num_validation_chars"]:,} were held
+out: they chose the best update and gave the losses below.
+
+## Quality
+
+| on the held-out text, state carried through all of it | |
+|---|---|
+| nats per character | {losses["validation_nats_per_char"]:.4f} |
+| bits per character | {losses["validation_bits_per_char"]:.4f} |
+
+Training loss at that point, dropout on: {losses["training_nats_per_char"]:.4f} nats per character.
+{curve}
+## How it was made
+
+    {facts["command"]}
+
+Best of {run["num_updates"]:,} updates ({run["num_epochs"]:.1f} epochs) after {run["best_update"]:,}; {run["ended"]};
+{run["seconds"] / 60:.0f} minutes on {run["num_threads"]} threads, {run["chars_per_s"]:,.0f} characters/s with evaluations;
+gru-serve {facts["versions"]["gru-serve"]}, torch {facts["versions"]["torch"]}.
+
+| setting | value |
+|---|---|
+{rows}
+
+## Sample
+
+Prompt {facts["sample"]["prompt"]!r}, seed {facts["sample"]["seed"]}, temperature {facts["sample"]["temperature"]}:
+
+{sample}
+"""
+
+
+def loss_curve(curve: Sequence[Evaluation]) -> bytes | None:
+    """Training and validation loss by epoch as a PNG; None where matplotlib isn't installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    epochs = [point.epoch for point in curve]
+    marker = "o" if len(curve) == 1 else None
+    axes.plot(epochs, [point.training_loss for point in curve], label="training, dropout on", marker=marker)
+    axes.plot(epochs, [point.validation_loss for point in curve], label="validation, averaged weights", marker=marker)
+    best = min(curve, key=lambda point: point.validation_loss)
+    axes.plot([best.epoch], [best.validation_loss], "k.", label=f"best: {best.validation_loss:.4f}")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("nats per character")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()

@@ -1,0 +1,80 @@
+"""Reading a corpus, and cutting it into streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from service.errors import InvalidCorpus
+from service.training.corpus import Streams, read_corpus
+
+
+def test_a_corpus_is_its_text_after_nfc_with_the_sum_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffcafe\u0301\n".encode())
+    corpus = read_corpus(path)
+    assert corpus.text == "café\n"
+    assert corpus.name == "a.txt"
+    assert len(corpus.sha256) == 64
+
+
+def test_the_last_part_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("0123456789" * 10)
+    training, held_out = read_corpus(path).split(0.1)
+    assert (len(training), held_out) == (90, "0123456789")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"good\nbad\xff", r"not UTF-8: byte 0xff at offset 8"),
+        (b"\xef\xbb\xbfab\xc3", r"byte 0xc3 at offset 5"),
+        (b"\x80", r"byte 0x80 at offset 0"),
+    ],
+)
+def test_files_that_are_no_text_are_refused(tmp_path: Path, data: bytes, message: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    with pytest.raises(InvalidCorpus, match=message):
+        read_corpus(path)
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidCorpus, match="No such file"):
+        read_corpus(tmp_path / "absent")
+    with pytest.raises(InvalidCorpus, match="Is a directory"):
+        read_corpus(tmp_path)
+
+
+def test_streams_are_unbroken_and_read_in_order() -> None:
+    streams = Streams(torch.arange(1000), batch=4, steps=7, seed=3)
+    for number in range(5):
+        windows = streams.epoch(number)
+        assert windows.shape == (streams.windows_per_epoch, 8, 4)
+        for stream in range(4):
+            read = torch.cat([windows[:, :-1, stream].reshape(-1), windows[-1, -1:, stream]])
+            assert torch.equal(read, torch.arange(int(read[0]), int(read[0]) + len(read)))
+        assert torch.equal(windows[1:, 0], windows[:-1, -1])
+
+
+def test_epochs_begin_at_different_places_that_the_seed_fixes() -> None:
+    first = Streams(torch.arange(1000), batch=4, steps=50, seed=3)
+    again = Streams(torch.arange(1000), batch=4, steps=50, seed=3)
+    starts = {int(first.epoch(number)[0, 0, 0]) for number in range(20)}
+    assert len(starts) > 5
+    assert torch.equal(first.epoch(7), again.epoch(7))
+
+
+def test_almost_the_whole_text_is_read() -> None:
+    streams = Streams(torch.arange(10_000), batch=4, steps=10, seed=3)
+    assert len(torch.unique(streams.epoch(0))) > 10_000 - 4 * 10 - 20
+
+
+def test_a_text_shorter_than_its_streams_is_refused() -> None:
+    with pytest.raises(InvalidCorpus, match="at least 450 are needed"):
+        Streams(torch.arange(449), batch=8, steps=50, seed=0)
+    assert Streams(torch.arange(450), batch=8, steps=50, seed=0).epoch(0).max() <= 449
