@@ -1,0 +1,38 @@
+"""The `gru-serve` command line. No logic of its own: each command parses, calls and prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from service import __version__
+from service.commands.eval import eval_command
+from service.commands.generate import generate_command
+from service.commands.models import models_group
+from service.commands.serve import serve_command
+from service.commands.train import train_command
+from service.errors import GruServeError
+
+
+class _Group(click.Group):
+    """Turns our errors into one line on standard error and exit code 1; click itself exits with 2 for bad usage."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GruServeError as error:
+            raise click.ClickException(error.message) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="gru-serve")
+def main() -> None:
+    """Serve, train and measure GRU character models."""
+
+
+for _command in (serve_command, train_command, eval_command, generate_command, models_group):
+    main.add_command(_command)
+
+if __name__ == "__main__":
+    main(prog_name="gru-serve")

@@ -1,0 +1,152 @@
+"""`gru-serve models list|show|verify|alias|delete`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from service.commands.options import json_option, model_store_option, open_store
+from service.errors import InvalidArtifact
+
+
+@click.group("models")
+def models_group() -> None:
+    """List, inspect and manage the versions in a model store."""
+
+
+@models_group.command("list")
+@model_store_option
+@json_option
+def list_command(model_store: Path | None, as_json: bool) -> None:
+    """List every version.
+
+    Example: gru-serve models list
+    """
+    store = open_store(model_store)
+    rows = [_row(store, version) for name in store.names() for version in store.versions(name)]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    if not rows:
+        click.echo(f"no models in {store.root}", err=True)
+    for row in rows:
+        loss = f"{row['validation_nats_per_char']:.4f} nats/char" if row["validation_nats_per_char"] else ""
+        state = (
+            "damaged: see `gru-serve models verify`" if row["damaged"] else f"{row['num_parameters']:>12,} parameters"
+        )
+        click.echo(f"{row['model']:<24} {state}  {loss:<18} {', '.join(row['aliases'])}".rstrip())
+
+
+@models_group.command("show")
+@click.argument("model")
+@model_store_option
+@json_option
+def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
+    """Show one version: its sizes, charset, origin and losses.
+
+    Example: gru-serve models show shakespeare@1
+    """
+    from service.model.artifact import read_training
+
+    store = open_store(model_store)
+    version = store.resolve(model)
+    config, training, digest = read_training(version.path)
+    facts = {"model": version.ref, "path": str(version.path), "digest": digest, "aliases": _aliases(store, version)}
+    facts |= {"num_parameters": config.num_parameters, "config": config.model_dump(), "training": training}
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    click.echo(f"model       {version.ref}   {', '.join(facts['aliases'])}".rstrip())
+    click.echo(f"path        {version.path}")
+    click.echo(f"digest      {digest}")
+    click.echo(f"parameters  {config.num_parameters:,}")
+    click.echo(f"sizes       embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}")
+    click.echo(f"charset     {len(config.charset)} characters: {config.charset!r}")
+    for section in ("corpus", "losses"):
+        for name, value in (training.get(section) or {}).items():
+            click.echo(f"{section:<11} {name} = {value}")
+
+
+@models_group.command("verify")
+@click.argument("model", required=False)
+@model_store_option
+@json_option
+def verify_command(model: str | None, model_store: Path | None, as_json: bool) -> None:
+    """Check one version, or all of them: every sum, name, shape and number. Exit code 1 if one is damaged.
+
+    Example: gru-serve models verify shakespeare@1
+    """
+    store = open_store(model_store)
+    versions = [store.resolve(model)] if model else [v for name in store.names() for v in store.versions(name)]
+    found = []
+    for version in versions:
+        try:
+            store.verify(version.ref)
+            found.append({"model": version.ref, "error": None})
+        except InvalidArtifact as error:
+            found.append({"model": version.ref, "error": error.message})
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for row in found:
+            click.echo(f"{row['model']:<24} {row['error'] or 'ok'}")
+    if any(row["error"] for row in found):
+        raise click.exceptions.Exit(1)
+
+
+@models_group.command("alias")
+@click.argument("model")
+@click.argument("alias")
+@click.option("--remove", is_flag=True, help="Forget the alias; MODEL is then the bare name.")
+@model_store_option
+def alias_command(model: str, alias: str, remove: bool, model_store: Path | None) -> None:
+    """Let name@ALIAS mean a version, or forget it.
+
+    Example: gru-serve models alias shakespeare@1 stable
+    """
+    store = open_store(model_store)
+    if remove:
+        store.remove_alias(model, alias)
+        click.echo(f"{model}@{alias} is gone")
+    else:
+        version = store.resolve(model)
+        store.set_alias(version.name, alias, version.number)
+        click.echo(f"{version.name}@{alias} is {version.ref}")
+
+
+@models_group.command("delete")
+@click.argument("model")
+@click.option("--yes", is_flag=True, help="Don't ask.")
+@model_store_option
+def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
+    """Delete one version, named as name@number. Its number is not used again.
+
+    Example: gru-serve models delete shakespeare@1
+    """
+    store = open_store(model_store)
+    version = store.resolve(model)
+    if not yes:
+        click.confirm(f"Delete {version.ref} at {version.path}?", abort=True)
+    store.delete(model)
+    click.echo(f"{version.ref} is deleted")
+
+
+def _row(store: Any, version: Any) -> dict[str, Any]:
+    from service.model.artifact import read_training
+
+    row: dict[str, Any] = {"model": version.ref, "aliases": _aliases(store, version)}
+    try:
+        config, training, digest = read_training(version.path)
+    except InvalidArtifact:
+        return row | {"damaged": True, "digest": None, "num_parameters": None, "validation_nats_per_char": None}
+    loss = (training.get("losses") or {}).get("validation_nats_per_char")
+    facts = {"digest": digest, "num_parameters": config.num_parameters, "validation_nats_per_char": loss}
+    return row | {"damaged": False} | facts
+
+
+def _aliases(store: Any, version: Any) -> list[str]:
+    latest = ["latest"] if store.versions(version.name)[-1] == version else []
+    return latest + sorted(alias for alias, number in store.aliases(version.name).items() if number == version.number)

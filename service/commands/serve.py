@@ -1,0 +1,33 @@
+"""`gru-serve serve`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from service.commands.options import field_options
+from service.config import Settings, read_settings
+from service.errors import InvalidSettings
+
+
+@click.command("serve")
+@field_options(Settings)
+def serve_command(**options: Any) -> None:
+    """Serve the models of a store over HTTP.
+
+    Every option can also be set as GRU_SERVE_<OPTION>; the option wins.
+
+    Example: gru-serve serve --port 8000 --model shakespeare
+    """
+    try:
+        settings = read_settings(**options)
+    except InvalidSettings as error:
+        raise click.UsageError(error.message) from error
+
+    from service.store import ModelStore
+    from service.web.server import Server
+
+    # A model that can't be served is told here, in one line, and not by a worker that dies at its start.
+    ModelStore(settings.model_store).verify(settings.model)
+    Server(settings).run()

@@ -1,0 +1,192 @@
+"""`gru-serve train`."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from service.commands.options import field_options, model_store_option, open_store
+from service.training.settings import TrainingSettings
+
+_INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
+_SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
+
+
+@click.command("train")
+@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="UTF-8 text to train on.")
+@click.option("--name", required=True, help="Name in the model store; a new version of it is published.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="File of the run.  [checkpoints/NAME.safetensors]")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint, with its settings.")
+@click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint of an unfinished run.")
+@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Cores to use.  [all]")
+@model_store_option
+@field_options(TrainingSettings)
+def train_command(
+    corpus: Path,
+    name: str,
+    checkpoint: Path | None,
+    resume: bool,
+    overwrite: bool,
+    threads: int | None,
+    model_store: Path | None,
+    **options: Any,
+) -> None:
+    """Train a model on a text and publish it.
+
+    Every evaluation writes a checkpoint. Ctrl-C stops after the current update, writes one too and publishes the best
+    model so far; `--resume` goes on as if nothing had happened.
+
+    Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
+    """
+    import torch
+
+    from service.training.checkpoint import read_state
+    from service.training.corpus import read_corpus
+    from service.training.publishing import publish_run
+    from service.training.trainer import Trainer
+
+    store = open_store(model_store)
+    store.versions(name)  # refuses an impossible name before hours of training
+    checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
+    text = read_corpus(corpus)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    given = {key: value for key, value in options.items() if value is not None}
+    if resume:
+        state = read_state(checkpoint)
+        settings = state.settings
+        _refuse_changes(settings, given)
+        trainer = Trainer(text, settings, checkpoint)
+        trainer.restore(state)
+    else:
+        settings = _settings(given)
+        if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
+            raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
+        trainer = Trainer(text, settings, checkpoint)
+    click.echo(
+        f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters of "
+        f"{trainer.model.config.num_chars} kinds, {trainer.total_steps:,} updates on {torch.get_num_threads()} threads",
+        err=True,
+    )
+    with _StopOnInterrupt() as interrupt, _Bar(trainer) as bar:
+        finished = trainer.run(bar, interrupt.is_set)
+    if trainer.state.best_step is None:
+        click.echo(f"stopped before the first evaluation; {checkpoint} goes on with --resume", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED)
+
+    from tqdm import tqdm
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # reading one text is faster on one core than on two
+    scored = len(trainer.validation_ids) - 1
+    with tqdm(total=scored, unit="char", unit_scale=True, desc="measuring") as measuring:
+        command = _command(corpus, name, settings)
+        version = publish_run(store, name, text, trainer, command, num_threads, _write_sample, measuring.update)
+    click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
+    if not finished:
+        click.echo(f"stopped before the end: this is the best so far; {checkpoint} goes on with --resume", err=True)
+        raise click.exceptions.Exit(_INTERRUPTED)
+
+
+class _StopOnInterrupt:
+    """While entered, the first Ctrl-C asks the run to stop; a second one acts as ever."""
+
+    def __enter__(self) -> threading.Event:
+        self._event = threading.Event()
+        self._before = signal.getsignal(signal.SIGINT)
+
+        def ask(_number: int, _frame: FrameType | None) -> None:
+            click.echo("\nstopping after this update; Ctrl-C again to stop at once", err=True)
+            self._event.set()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        signal.signal(signal.SIGINT, ask)
+        return self._event
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+class _Bar:
+    """Progress on standard error: characters, characters/s, time left, losses; a line for every evaluation."""
+
+    def __init__(self, trainer: Any) -> None:
+        from tqdm import tqdm
+
+        settings = trainer.settings
+        self._chars = settings.batch_size * settings.sequence_length
+        self._bar = tqdm(
+            total=trainer.total_steps * self._chars,
+            initial=trainer.state.step * self._chars,
+            unit="char",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+        self._loss, self._validation = float("nan"), float("nan")
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def updated(self, _step: int, loss: float) -> None:
+        """Show an update; its loss smoothed over about 20 of them."""
+        self._loss = loss if self._loss != self._loss else 0.95 * self._loss + 0.05 * loss
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}, validation {self._validation:.4f}", refresh=False)
+        self._bar.update(self._chars)
+
+    def evaluated(self, point: Any, is_best: bool) -> None:
+        """Leave a line about an evaluation."""
+        self._validation = point.validation_loss
+        self._bar.write(
+            f"epoch {point.epoch:6.2f}  update {point.step:6}  training {point.training_loss:.4f}  "
+            f"validation {point.validation_loss:.4f}{'  best' if is_best else ''}",
+            file=sys.stderr,
+        )
+
+
+def _settings(given: dict[str, Any]) -> TrainingSettings:
+    from pydantic import ValidationError
+
+    try:
+        return TrainingSettings(**given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        raise click.BadParameter(f"{first.get('input')}: {first['msg']}", param_hint=option) from error
+
+
+def _refuse_changes(settings: TrainingSettings, given: dict[str, Any]) -> None:
+    for key, value in given.items():
+        if getattr(settings, key) != value:
+            option = "--" + key.replace("_", "-")
+            raise click.UsageError(f"{option} {value}: the run that is resumed has {getattr(settings, key)}")
+
+
+def _command(corpus: Path, name: str, settings: TrainingSettings) -> str:
+    """A command that repeats the run: the file's name without its folder, and every setting that isn't a default."""
+    words = ["gru-serve", "train", "--corpus", corpus.name, "--name", name]
+    for key, field in TrainingSettings.model_fields.items():
+        if getattr(settings, key) != field.default:
+            words += ["--" + key.replace("_", "-"), str(getattr(settings, key))]
+    return shlex.join(words)
+
+
+def _write_sample(network: Any, charset: Any, held_out: str) -> Any:
+    from service.engine.sampling import SamplingSettings
+    from service.generation import Generation, GenerationRequest
+    from service.training.publishing import Sample
+
+    prompt = held_out[:40]
+    request = GenerationRequest(
+        charset.encode(prompt), _SAMPLE_CHARS, SamplingSettings(_SAMPLE_TEMPERATURE), _SAMPLE_SEED
+    )
+    return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, "".join(Generation(network, charset, request)))

@@ -1,0 +1,54 @@
+"""Settings: the only reader of the environment. Read once at start; a bad or unknown variable stops the start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import InvalidSettings
+
+PREFIX = "GRU_SERVE_"
+
+
+class Settings(BaseSettings):
+    """What the service can be told, as `GRU_SERVE_<NAME>` or `gru-serve serve --<name>`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    model_store: Path = Field(Path("model_store"), description="directory of the model store")
+    model: str = Field("shakespeare", description="model that is loaded at start and used by requests that name none")
+    max_models: int = Field(4, ge=1, le=1000, description="model versions kept loaded; the least recently used goes")
+    engine_threads: int = Field(2, ge=1, le=256, description="texts that are stepped side by side, a core each")
+    http_threads: int = Field(32, ge=8, le=4096, description="requests answered side by side")
+    max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters a request may generate")
+    max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest prompt, in characters")
+    max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest request body")
+    drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """The settings of the environment, with overrides from the command line. Raises InvalidSettings."""
+    _refuse_unknown(os.environ)
+    try:
+        return Settings(**{name: value for name, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else "?"
+        value = str(first.get("input"))[:80]
+        raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {first['msg']}", param=field) from error
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    if unknown:
+        raise InvalidSettings(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")

@@ -1,0 +1,97 @@
+"""Errors at the web edge: the one table from code to HTTP status, and the one shape of an error's body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+from flask import Flask, Response, jsonify
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException
+
+from service.errors import GruServeError, Overloaded
+
+log = structlog.get_logger(__name__)
+
+STATUS = {
+    "out_of_range": 400, "unknown_characters": 400, "invalid_json": 400, "unknown_field": 400, "missing_field": 400,
+    "wrong_type": 400, "bad_request": 400,
+    "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
+    "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
+    "invalid_artifact": 503, "store_error": 503, "not_ready": 503,
+    "internal_error": 500,
+}  # fmt: skip
+_CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
+_CODE_OF_PYDANTIC = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+
+
+def error_response(message: str, code: str, param: str | None = None, status: int | None = None) -> Response:
+    """An error's answer. Without `status` the table decides."""
+    status = status if status is not None else STATUS.get(code, 500)
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    response = jsonify(error={"message": message, "type": kind, "param": param, "code": code})
+    response.status_code = status
+    if status in (429, 503):
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def validation_error_response(error: ValidationError) -> Response:
+    """The answer to a body, path or query that its schema refuses: the first fault, and how many more there are."""
+    faults = error.errors(include_url=False, include_input=False, include_context=False)
+    first = faults[0]
+    param = str(first["loc"][0])[:80] if first["loc"] else None
+    # A field of several types yields a fault for each: that of the type that was meant, or together what is allowed.
+    same = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
+    same = [fault for fault in same if not fault["type"].endswith("_type")] or same
+    first = same[0]
+    message = " or ".join(dict.fromkeys(_sentence(fault["type"], fault["msg"]) for fault in same))
+    others = len({fault["loc"][:1] for fault in faults}) - 1
+    if others:
+        message += f" (and {others} more field{'s' if others > 1 else ''} with errors)"
+    code = _CODE_OF_PYDANTIC.get(first["type"])
+    if code is None:
+        code = "wrong_type" if first["type"].endswith("_type") else "out_of_range"
+    return error_response(f"{param}: {message}" if param else message, code, param)
+
+
+def register_error_handlers(app: Flask) -> None:
+    """Turn every exception that leaves a view into an answer of our shape."""
+
+    @app.errorhandler(GruServeError)
+    def _known(error: GruServeError) -> Response:
+        status = STATUS.get(error.code, 500)
+        if status >= 500:
+            # Such messages name files of the server; the caller gets the kind, the log the place.
+            log.error("request failed", code=error.code, error=error.message)
+            public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
+            return error_response(public, error.code)
+        response = error_response(error.message, error.code, error.param)
+        if isinstance(error, Overloaded):
+            response.headers["Retry-After"] = str(error.retry_after_s)
+        return response
+
+    @app.errorhandler(HTTPException)
+    def _http(error: HTTPException) -> Any:
+        if error.response is not None or error.code is None or error.code < 400:
+            return error.get_response()
+        code = _CODE_OF_STATUS.get(error.code, "bad_request" if error.code < 500 else "internal_error")
+        response = error_response(error.description or error.name, code, status=error.code)
+        if allowed := getattr(error, "valid_methods", None):
+            response.headers["Allow"] = ", ".join(sorted(allowed))
+        return response
+
+    @app.errorhandler(Exception)
+    def _unforeseen(error: Exception) -> Response:
+        log.error("unforeseen error", exc_info=error)
+        return error_response(
+            "an error in the server; its log has the details under this request's id", "internal_error"
+        )
+
+
+def _sentence(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "this field is not known or can't be honoured"
+    if kind == "missing":
+        return "this field is required"
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,27 @@
+"""GET /healthz and /readyz."""
+
+from __future__ import annotations
+
+from flask import Response
+from flask_openapi import APIBlueprint, Tag
+
+from service.loaded import LoadedModels
+from service.web.schemas import ErrorAnswer, HealthAnswer
+
+
+def health_blueprint(models: LoadedModels, default_model: str) -> APIBlueprint:
+    """The two questions a supervisor asks: is the process alive, and may it get requests?"""
+    blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
+
+    @blueprint.get("/healthz", summary="The process answers", responses={"200": HealthAnswer})
+    def healthz() -> Response:
+        """Answer, always."""
+        return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
+
+    @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
+    def readyz() -> Response:
+        """Answer 200 if the default model is loaded and can be used, else 503."""
+        models.get(default_model)
+        return Response(HealthAnswer(status="ready").model_dump_json(), mimetype="application/json")
+
+    return blueprint

@@ -1,0 +1,65 @@
+"""The gunicorn process around the application: settings, logging and shutdown are ours."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
+
+from service.config import Settings
+from service.web.logs import configure_logs
+
+_SHM = "/dev/shm"  # noqa: S108
+_KEEPALIVE_S = 75  # above the idle time after which balancers close: they, not we, end an idle connection
+
+
+class _Logs(Logger):
+    """gunicorn's own events through our logging; requests are logged by the application, with their ids."""
+
+    def setup(self, cfg: Any) -> None:  # noqa: ARG002
+        """Leave handlers and levels to `configure_logs`."""
+        self.error_log.propagate = True
+
+    def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+        """Nothing: see above."""
+
+
+class Server(BaseApplication):
+    """gunicorn with one gthread worker; the application and its model are built in the worker, after the fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        super().__init__()
+
+    def load_config(self) -> None:
+        """Give gunicorn its configuration; it reads no file, no variable and no argument of its own."""
+        configure_logs(self.settings.log_level, self.settings.log_format)
+        for name, value in gunicorn_config(self.settings).items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Any:
+        """Build the WSGI application (gunicorn calls this in the worker)."""
+        from service.web.app import create_app
+
+        return create_app(self.settings)
+
+
+def gunicorn_config(settings: Settings) -> dict[str, Any]:
+    """Gunicorn's settings, by its own names."""
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return {
+        "bind": f"{host}:{settings.port}",
+        "workers": 1,  # batches and states live in one process; more capacity is more replicas
+        "worker_class": "gthread",
+        "threads": settings.http_threads,
+        "worker_connections": settings.http_threads + 1000,
+        "keepalive": _KEEPALIVE_S,
+        "graceful_timeout": settings.drain_s,
+        "timeout": 120,  # of the worker's main loop, not of a request; covers loading the model
+        "control_socket_disable": True,  # it would be created in a home directory that may be read-only
+        "worker_tmp_dir": _SHM if os.access(_SHM, os.W_OK) else None,  # in memory: a heartbeat a second
+        "logger_class": _Logs,
+        "proc_name": "gru-serve",
+    }
