@@ -10,7 +10,6 @@ nothing. Writers of one name take turns by a lock that dies with its holder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -23,14 +22,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
+from service.errors import InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import Artifact, read_artifact
-from service.model.manifest import MANIFEST
+from service.staging import STAGING, TRASH, fsync, locked, staging_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_INDEX, _LOCK, _STAGING, _TRASH = "store.json", ".lock", ".staging-", ".trash-"
-_LATEST = "latest"
+_INDEX, _LATEST = "store.json", "latest"
 
 
 @dataclass(frozen=True, order=True)
@@ -116,13 +114,13 @@ class ModelStore:
         directory = self._directory(name)
         with _reporting(f"can't publish into {directory}"):
             directory.mkdir(parents=True, exist_ok=True)
-            with _staging(directory) as staging:
+            with staging_directory(directory) as staging:
                 write(staging)
                 read_artifact(staging)
                 for path in staging.iterdir():
-                    _fsync(path)
-                _fsync(staging)
-                with _locked(directory):
+                    fsync(path)
+                fsync(staging)
+                with locked(directory):
                     index = self._read_index(name)
                     there = [version.number for version in self.versions(name)]
                     index.last_number = max([index.last_number, *there]) + 1
@@ -130,7 +128,7 @@ class ModelStore:
                     self._write_index(directory, index)
                     final = directory / str(index.last_number)
                     staging.rename(final)
-                    _fsync(directory)
+                    fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
     def verify(self, ref: str) -> ModelVersion:
@@ -143,7 +141,7 @@ class ModelStore:
             raise InvalidValue(f"{alias[:80]!r} can't be an alias: letters, digits, . _ -, not a number, not latest")
         self.resolve(f"{name}@{number}")
         directory = self._directory(name)
-        with _reporting(f"can't change aliases in {directory}"), _locked(directory):
+        with _reporting(f"can't change aliases in {directory}"), locked(directory):
             index = self._read_index(name)
             index.aliases[alias] = number
             self._write_index(directory, index)
@@ -153,7 +151,7 @@ class ModelStore:
         directory = self._directory(name)
         if alias not in self.aliases(name):
             raise ModelNotFound(f"model {name!r} has no alias {alias!r}")
-        with _reporting(f"can't change aliases in {directory}"), _locked(directory):
+        with _reporting(f"can't change aliases in {directory}"), locked(directory):
             index = self._read_index(name)
             index.aliases.pop(alias, None)
             self._write_index(directory, index)
@@ -164,16 +162,16 @@ class ModelStore:
         if ref != version.ref:
             raise StoreError(f"say which version to delete by its number: {version.ref}")
         directory = self._directory(version.name)
-        with _reporting(f"can't delete {version.ref}"), _locked(directory):
+        with _reporting(f"can't delete {version.ref}"), locked(directory):
             index = self._read_index(version.name)
             pointing = sorted(alias for alias, number in index.aliases.items() if number == version.number)
             if pointing:
                 raise StoreError(f"{version.ref} is {version.name}@{pointing[0]}: move or remove that alias first")
             index.last_number = max(index.last_number, self.versions(version.name)[-1].number)
             self._write_index(directory, index)
-            trash = directory / f"{_TRASH}{version.number}"
+            trash = directory / f"{TRASH}{version.number}"
             version.path.rename(trash)  # gone for readers in one step, then removed at leisure
-            _fsync(directory)
+            fsync(directory)
             shutil.rmtree(trash)
         return version
 
@@ -193,13 +191,13 @@ class ModelStore:
 
     def _write_index(self, directory: Path, index: _Index) -> None:
         text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"
-        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=_STAGING, delete=False) as file:
+        with tempfile.NamedTemporaryFile("w", dir=directory, prefix=STAGING, delete=False) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(file.name, 0o644)
         os.replace(file.name, directory / _INDEX)
-        _fsync(directory)
+        fsync(directory)
 
 
 @contextmanager
@@ -209,59 +207,3 @@ def _reporting(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{what}: {error.strerror or error}") from error
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold the only write lock of a name. It is a file lock: the system lets go of it if the holder dies."""
-    with (directory / _LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _staging(directory: Path) -> Iterator[Path]:
-    """A new directory to write a version into; removed at the end unless it was renamed away.
-
-    It is locked as long as its writer lives, by which the next writer tells abandoned ones from those in use.
-    """
-    with _locked(directory):
-        _remove_abandoned(directory)
-        path = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
-        path.chmod(0o755)
-        held = os.open(path, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
-    try:
-        yield path
-    finally:
-        # The lock goes last: while it is held nobody else removes the directory.
-        shutil.rmtree(path, ignore_errors=True)
-        os.close(held)
-
-
-def _remove_abandoned(directory: Path) -> None:
-    for entry in list(os.scandir(directory)):
-        if entry.name.startswith(_TRASH):
-            shutil.rmtree(entry.path, ignore_errors=True)
-        elif entry.name.startswith(_STAGING) and entry.is_dir(follow_symlinks=False):
-            held = os.open(entry.path, os.O_RDONLY)
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(entry.path, ignore_errors=True)
-            except BlockingIOError:
-                pass  # its writer is at work
-            finally:
-                os.close(held)
-        elif entry.name.startswith(_STAGING):
-            os.unlink(entry.path)  # an index that never replaced the old one; writers of it hold our lock
-
-
-def _fsync(path: Path) -> None:
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
-
-
-__all__ = ["MANIFEST", "InvalidArtifact", "ModelStore", "ModelVersion"]

@@ -84,4 +84,7 @@ def _open_files() -> dict[str, str]:
                 continue  # the descriptor of the listing itself
     except FileNotFoundError:
         return {}  # not Linux
-    return {fd: target for fd, target in found.items() if not target.startswith("/proc/")}
+    # matplotlib keeps the fonts that it has used open.
+    return {
+        fd: target for fd, target in found.items() if not target.startswith("/proc/") and not target.endswith(".ttf")
+    }

@@ -32,8 +32,8 @@ def eval_command(
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
     import torch
-    from tqdm import tqdm
 
+    from service.commands.progress import char_bar
     from service.model.folded import FoldedGRU
     from service.model.gru import GRUCharModel
     from service.training.corpus import read_corpus
@@ -45,7 +45,7 @@ def eval_command(
     ids = artifact.charset.encode(part, unknown_chars)
     torch.set_num_threads(1)  # one text, one step after the other: a second core only waits for the first
     network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
-    with tqdm(total=max(0, len(ids) - 1), unit="char", unit_scale=True, desc=version.ref) as bar:
+    with char_bar(max(0, len(ids) - 1), description=version.ref) as bar:
         loss = text_loss(network, ids, bar.update)
     if as_json:
         facts = {"model": version.ref, "corpus": text.name, "nats_per_char": loss.nats_per_char}

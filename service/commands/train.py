@@ -47,6 +47,7 @@ def train_command(
     """
     import torch
 
+    from service.commands.progress import char_bar
     from service.training.checkpoint import read_state
     from service.training.corpus import read_corpus
     from service.training.publishing import publish_run
@@ -81,12 +82,10 @@ def train_command(
         click.echo(f"stopped before the first evaluation; {checkpoint} goes on with --resume", err=True)
         raise click.exceptions.Exit(_INTERRUPTED)
 
-    from tqdm import tqdm
-
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # reading one text is faster on one core than on two
     scored = len(trainer.validation_ids) - 1
-    with tqdm(total=scored, unit="char", unit_scale=True, desc="measuring") as measuring:
+    with char_bar(scored, description="measuring") as measuring:
         command = _command(corpus, name, settings)
         version = publish_run(store, name, text, trainer, command, num_threads, _write_sample, measuring.update)
     click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
@@ -118,18 +117,13 @@ class _Bar:
     """Progress on standard error: characters, characters/s, time left, losses; a line for every evaluation."""
 
     def __init__(self, trainer: Any) -> None:
-        from tqdm import tqdm
+        from service.commands.progress import char_bar
 
         settings = trainer.settings
         self._chars = settings.batch_size * settings.sequence_length
-        self._bar = tqdm(
-            total=trainer.total_steps * self._chars,
-            initial=trainer.state.step * self._chars,
-            unit="char",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        )
-        self._loss, self._validation = float("nan"), float("nan")
+        self._bar = char_bar(trainer.total_steps * self._chars, trainer.state.step * self._chars)
+        self._loss: float | None = None
+        self._validation = ""
 
     def __enter__(self) -> _Bar:
         return self
@@ -139,13 +133,13 @@ class _Bar:
 
     def updated(self, _step: int, loss: float) -> None:
         """Show an update; its loss smoothed over about 20 of them."""
-        self._loss = loss if self._loss != self._loss else 0.95 * self._loss + 0.05 * loss
-        self._bar.set_postfix_str(f"loss {self._loss:.3f}, validation {self._validation:.4f}", refresh=False)
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._bar.set_postfix_str(f"loss {self._loss:.3f}{self._validation}", refresh=False)
         self._bar.update(self._chars)
 
     def evaluated(self, point: Any, is_best: bool) -> None:
         """Leave a line about an evaluation."""
-        self._validation = point.validation_loss
+        self._validation = f", validation {point.validation_loss:.4f}"
         self._bar.write(
             f"epoch {point.epoch:6.2f}  update {point.step:6}  training {point.training_loss:.4f}  "
             f"validation {point.validation_loss:.4f}{'  best' if is_best else ''}",

@@ -1,0 +1,51 @@
+"""Settings: read once, and a wrong one stops the start by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from service.config import Settings, read_settings
+from service.errors import InvalidSettings
+
+
+def test_the_defaults() -> None:
+    settings = read_settings()
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "shakespeare")
+    assert settings.model_store == Path("model_store")
+    assert settings.max_tokens == 8192
+
+
+def test_variables_set_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRU_SERVE_PORT", "9000")
+    monkeypatch.setenv("GRU_SERVE_MAX_TOKENS", "7")
+    settings = read_settings(port=9001, host=None)
+    assert (settings.port, settings.max_tokens, settings.host) == (9001, 7, "127.0.0.1")
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRU_SERVE_PORT", "")
+    assert read_settings().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("PORT", "http"), ("PORT", "70000"), ("MAX_TOKENS", "0"), ("LOG_LEVEL", "x")]
+)
+def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"GRU_SERVE_{name}", value)
+    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name}={value}"):
+        read_settings()
+
+
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRU_SERVE_MAX_TOKEN", "7")
+    with pytest.raises(InvalidSettings, match=r"GRU_SERVE_MAX_TOKEN is not a setting.*GRU_SERVE_MAX_TOKENS"):
+        read_settings()
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises((pydantic.ValidationError, dataclasses.FrozenInstanceError)):
+        Settings().port = 1  # type: ignore[misc]

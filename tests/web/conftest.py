@@ -1,0 +1,28 @@
+"""The application over a small model, in process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from flask.testing import FlaskClient
+
+from service.config import Settings
+from service.store import ModelStore
+from service.web.app import create_app
+
+
+@pytest.fixture(scope="module")
+def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
+    """A client of an application with small limits."""
+    settings = Settings(
+        model_store=tiny_store.root, model="tiny", max_tokens=500, max_prompt_chars=1000, max_body_bytes=65_536
+    )
+    handlers, level = list(logging.root.handlers), logging.root.level
+    with create_app(settings).test_client() as client:
+        yield client
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+    structlog.reset_defaults()

@@ -1,0 +1,194 @@
+"""POST /v1/completions: OpenAI's shape, and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
+
+
+def complete(client: FlaskClient, **changes: Any) -> Any:
+    response = client.post("/v1/completions", json=GOOD | changes)
+    assert response.status_code == 200, response.text
+    return response.get_json()
+
+
+def test_the_answer_has_openais_shape(client: FlaskClient) -> None:
+    answer = complete(client)
+    text = answer["choices"][0]["text"]
+    assert len(text) == 20
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > 1_700_000_000
+    assert answer.pop("system_fingerprint").startswith("fp_")
+    assert answer == {
+        "object": "text_completion",
+        "model": "tiny@1",
+        "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}],
+        "usage": {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26},
+    }
+
+
+def test_the_seed_fixes_the_text(client: FlaskClient) -> None:
+    texts = [complete(client, seed=seed)["choices"][0]["text"] for seed in (7, 7, -7, 2**63 - 1, None, None)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 5
+
+
+def test_every_name_of_a_model_answers_alike(client: FlaskClient) -> None:
+    texts = {complete(client, model=ref)["choices"][0]["text"] for ref in ("tiny", "tiny@1", "tiny@latest", None)}
+    assert len(texts) == 1
+
+
+def test_a_stop_string_ends_the_text(client: FlaskClient) -> None:
+    whole = complete(client, max_tokens=100)["choices"][0]["text"]
+    for stop in (whole[30:32], [whole[30:32]], ["§§", whole[30:32]]):
+        answer = complete(client, max_tokens=100, stop=stop)
+        choice = answer["choices"][0]
+        assert choice["text"] == whole[: whole.index(whole[30:32])]
+        assert choice["finish_reason"] == "stop"
+        assert answer["usage"]["completion_tokens"] == len(choice["text"]) + 2
+
+
+def test_settings_of_sampling_are_honoured(client: FlaskClient) -> None:
+    greedy = {complete(client, seed=seed, temperature=0)["choices"][0]["text"] for seed in range(3)}
+    also = {complete(client, seed=1, **how)["choices"][0]["text"] for how in ({"top_k": 1}, {"top_p": 1e-9})}
+    assert len(greedy) == 1
+    assert greedy == also
+
+
+def test_unknown_characters_as_asked(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", json=GOOD | {"prompt": "Romé→"})
+    error = response.get_json()["error"]
+    assert response.status_code == 400
+    assert (error["code"], error["param"]) == ("unknown_characters", "prompt")
+    assert "'é' (U+00E9) at 3" in error["message"]
+    dropped = complete(client, prompt="Romé→", unknown_chars="drop")
+    assert dropped["usage"]["prompt_tokens"] == 3
+    folded = complete(client, prompt="Romé", unknown_chars="fold")
+    assert folded["choices"] == complete(client, prompt="Rome")["choices"]
+
+
+def test_an_empty_prompt_is_continued(client: FlaskClient) -> None:
+    assert complete(client, prompt="")["usage"] == {"prompt_tokens": 0, "completion_tokens": 20, "total_tokens": 20}
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"max_tokens": 0}, "max_tokens", "out_of_range"),
+    ({"max_tokens": -1}, "max_tokens", "out_of_range"),
+    ({"max_tokens": 10**9}, "max_tokens", "out_of_range"),
+    ({"max_tokens": 501}, "max_tokens", "out_of_range"),
+    ({"max_tokens": "x"}, "max_tokens", "wrong_type"),
+    ({"max_tokens": "20"}, "max_tokens", "wrong_type"),
+    ({"max_tokens": 20.5}, "max_tokens", "wrong_type"),
+    ({"max_tokens": True}, "max_tokens", "wrong_type"),
+    ({"max_tokens": None}, "max_tokens", "wrong_type"),
+    ({"temperature": float("nan")}, "temperature", "out_of_range"),
+    ({"temperature": float("inf")}, "temperature", "out_of_range"),
+    ({"temperature": -0.1}, "temperature", "out_of_range"),
+    ({"temperature": "hot"}, "temperature", "wrong_type"),
+    ({"top_k": -1}, "top_k", "out_of_range"),
+    ({"top_p": 0}, "top_p", "out_of_range"),
+    ({"top_p": 1.1}, "top_p", "out_of_range"),
+    ({"seed": 2**63}, "seed", "out_of_range"),
+    ({"seed": 10**4000}, "seed", "out_of_range"),
+    ({"seed": 1.5}, "seed", "wrong_type"),
+    ({"stop": ""}, "stop", "out_of_range"),
+    ({"stop": [""]}, "stop", "out_of_range"),
+    ({"stop": ["a"] * 5}, "stop", "out_of_range"),
+    ({"stop": "x" * 1000}, "stop", "out_of_range"),
+    ({"stop": 5}, "stop", "wrong_type"),
+    ({"prompt": None}, "prompt", "wrong_type"),
+    ({"prompt": ["ROMEO:"]}, "prompt", "wrong_type"),
+    ({"prompt": [1, 2]}, "prompt", "wrong_type"),
+    ({"prompt": "a" * 1001}, "prompt", "out_of_range"),
+    ({"prompt": "\ud800"}, "prompt", "unknown_characters"),
+    ({"model": 3}, "model", "wrong_type"),
+    ({"unknown_chars": "guess"}, "unknown_chars", "out_of_range"),
+    ({"suffix": "end"}, "suffix", "unknown_field"),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "unknown_field"),
+    ({"prompt_": "a"}, "prompt_", "unknown_field"),
+    ({"n": 2}, "n", "out_of_range"),
+    ({"stream": True}, "stream", "out_of_range"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param", "code"), BAD, ids=lambda value: str(value)[:30])
+def test_bad_fields_are_refused_by_name(client: FlaskClient, changes: dict[str, Any], param: str, code: str) -> None:
+    response = client.post("/v1/completions", data=json.dumps(GOOD | changes), content_type="application/json")
+    error = response.get_json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, code), error
+    assert error["type"] == "invalid_request_error"
+    assert len(error["message"]) < 500
+
+
+def test_a_missing_prompt_is_named(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", json={"model": "tiny"})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["code"] == "missing_field"
+    assert response.get_json()["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("model", ["nope", "tiny@9", "tiny@stable", "../tiny", "", "@", "tiny@1@1"])
+def test_an_unknown_model_is_not_found(client: FlaskClient, model: str) -> None:
+    response = client.post("/v1/completions", json=GOOD | {"model": model})
+    error = response.get_json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (404, "model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"prompt", b"{", b'{"prompt": "a"', b"[]", b"null", b'"{}"', b"3", b"\xff\xfe\x00", b"[" * 60_000,
+     b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}", b"{'prompt': 'a'}"],
+    ids=lambda value: repr(value[:20]),
+)  # fmt: skip
+def test_a_body_that_is_no_json_object_is_refused(client: FlaskClient, body: bytes) -> None:
+    response = client.post("/v1/completions", data=body, content_type="application/json")
+    assert response.status_code == 400
+    assert response.get_json()["error"]["code"] == "invalid_json"
+
+
+def test_a_large_body_is_refused(client: FlaskClient) -> None:
+    for body in (b"x" * 10_000_000, json.dumps(GOOD | {"prompt": "a" * 65_536}).encode()):
+        response = client.post("/v1/completions", data=body, content_type="application/json")
+        assert response.status_code == 413
+        assert response.get_json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"])
+def test_other_content_types_are_refused(client: FlaskClient, kind: str) -> None:
+    response = client.post("/v1/completions", data=json.dumps(GOOD), content_type=kind)
+    assert response.status_code == 415
+    assert response.get_json()["error"]["code"] == "unsupported_media_type"
+
+
+def test_a_charset_parameter_is_no_other_content_type(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", data=json.dumps(GOOD), content_type="application/json; charset=utf-8")
+    assert response.status_code == 200
+
+
+def test_compressed_bodies_are_refused(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", json=GOOD, headers={"Content-Encoding": "gzip"})
+    assert response.status_code == 415
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(alphabet=st.characters(), max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = st.sampled_from([*GOOD, "temperature", "top_k", "top_p", "stop", "unknown_chars", "n", "stream", "user", "x"])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(FIELDS, JSON, max_size=4))
+def test_no_json_makes_the_server_fail(client: FlaskClient, changes: dict[str, Any]) -> None:
+    response = client.post("/v1/completions", data=json.dumps(GOOD | changes), content_type="application/json")
+    assert response.status_code in (200, 400, 404)
+    if response.status_code != 200:
+        assert set(response.get_json()["error"]) == {"message", "type", "param", "code"}

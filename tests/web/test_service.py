@@ -1,0 +1,179 @@
+"""The other routes, what every answer carries, and what happens when something is wrong inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+
+from service import generation
+from service.config import Settings
+from service.errors import ModelNotFound
+from service.store import ModelStore
+from service.web.app import create_app
+from service.web.errors import STATUS
+from tests.conftest import TINY_CHARSET, publish_tiny, tiny_config
+
+
+def test_models_are_listed_in_openais_shape(client: FlaskClient) -> None:
+    answer = client.get("/v1/models").get_json()
+    assert answer["object"] == "list"
+    (model,) = answer["data"]
+    assert (model["id"], model["object"], model["created"]) == ("tiny@1", "model", 1_700_000_000)
+    assert model["meta"]["charset"] == TINY_CHARSET
+    assert model["meta"]["num_units"] == 16
+    assert model["meta"]["num_layers"] == 1
+    assert model["meta"]["num_parameters"] == tiny_config().num_parameters
+    assert model["meta"]["validation_loss"] == 3.5
+    assert model["meta"]["aliases"] == ["latest"]
+    assert re.fullmatch(r"[0-9a-f]{64}", model["meta"]["digest"])
+
+
+@pytest.mark.parametrize("ref", ["tiny", "tiny@1", "tiny@latest"])
+def test_a_model_is_shown_by_any_of_its_names(client: FlaskClient, ref: str) -> None:
+    assert client.get(f"/v1/models/{ref}").get_json()["id"] == "tiny@1"
+
+
+def test_an_unknown_model_is_not_found(client: FlaskClient) -> None:
+    response = client.get("/v1/models/nope")
+    assert response.status_code == 404
+    assert response.get_json()["error"]["code"] == "model_not_found"
+
+
+def test_health(client: FlaskClient) -> None:
+    assert client.get("/healthz").get_json() == {"status": "ok"}
+    assert client.get("/readyz").get_json() == {"status": "ready"}
+
+
+def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient) -> None:
+    missing, wrong = client.get("/nope"), client.get("/v1/completions")
+    assert (missing.status_code, missing.get_json()["error"]["code"]) == (404, "not_found")
+    assert (wrong.status_code, wrong.get_json()["error"]["code"]) == (405, "method_not_allowed")
+    assert "POST" in wrong.headers["Allow"]
+
+
+def test_the_description_covers_every_route_and_the_schemas_limits(client: FlaskClient) -> None:
+    description = client.get("/openapi.json").get_json()
+    assert description["openapi"] == "3.1.1"
+    assert set(description["paths"]) == {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz"}
+    body = description["components"]["schemas"]["CompletionBody"]
+    assert body["required"] == ["prompt"]
+    assert body["properties"]["top_p"]["maximum"] == 1
+    answers = description["paths"]["/v1/completions"]["post"]["responses"]
+    assert set(answers) == {"200", "400", "404", "413", "415", "429", "503"}
+    for status in set(answers) - {"200"}:
+        assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+
+
+def test_the_docs_page_takes_nothing_from_another_host(client: FlaskClient) -> None:
+    page = client.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(sources) >= 4
+    for source in sources:
+        assert "//" not in source
+        asset = client.get(f"/{source}")
+        assert asset.status_code == 200
+        asset.close()
+    assert "<script>" not in page.text
+    assert "'unsafe-inline'" not in page.headers["Content-Security-Policy"].split("style-src")[0]
+    page.close()
+    assert client.get("/docs/../schemas.py").status_code == 404
+    assert client.get("/docs/%2e%2e/docs.py").status_code == 404
+
+
+def test_every_answer_has_a_request_id_and_safe_headers(client: FlaskClient) -> None:
+    for path in ("/healthz", "/nope"):
+        response = client.get(path)
+        assert re.fullmatch(r"[0-9a-f]{16}", response.headers["X-Request-Id"])
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert client.get("/healthz", headers={"X-Request-Id": "mine-1"}).headers["X-Request-Id"] == "mine-1"
+    for forged in ("a b", "x" * 65, "é"):
+        assert client.get("/healthz", headers={"X-Request-Id": forged}).headers["X-Request-Id"] != forged
+
+
+def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        client.post("/v1/completions", json={"prompt": "Secret love", "max_tokens": 1, "user": "Juliet"})
+    lines = [str(record.msg) for record in caplog.records if record.name == "service.web.guard"]
+    assert len(lines) == 1
+    assert "/v1/completions" in lines[0]
+    assert "request_id" in lines[0]
+    everything = " ".join(str(record.msg) + str(record.args) for record in caplog.records)
+    assert "Secret" not in everything
+    assert "Juliet" not in everything
+
+
+def test_an_unforeseen_error_shows_no_traceback(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generation, "draw", lambda *_: 1 / 0)
+    client.application.config["PROPAGATE_EXCEPTIONS"] = False
+    with caplog.at_level(logging.ERROR):
+        response = client.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 500
+    assert response.get_json()["error"]["type"] == "server_error"
+    assert "division" not in response.text
+    assert "Traceback" not in response.text
+    assert "unforeseen error" in caplog.text
+
+
+def test_a_full_server_says_when_to_come_back(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.errors import Overloaded
+    from service.generation import Generator
+
+    def refuse(*_: object) -> None:
+        raise Overloaded("busy", retry_after_s=3)
+
+    monkeypatch.setattr(Generator, "complete", refuse)
+    response = client.post("/v1/completions", json={"prompt": "a"})
+    assert response.status_code == 429
+    assert response.headers["Retry-After"] == "3"
+    assert response.get_json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    publish_tiny(store, "other")
+    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+        (tmp_path / "other" / "1" / "model.safetensors").write_bytes(b"")
+        response = client.post("/v1/completions", json={"prompt": "a", "model": "other"})
+        assert response.status_code == 503
+        assert response.get_json()["error"]["code"] == "invalid_artifact"
+        assert str(tmp_path) not in response.text
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        (tmp_path / "other" / "1" / "training.json").write_bytes(b"")
+        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
+
+
+def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+        body = {"prompt": "a", "model": "tiny", "seed": 1}
+        assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
+        publish_tiny(store, seed=1)
+        assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@2"
+
+
+def test_without_its_model_the_application_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no model 'tiny'"):
+        create_app(Settings(model_store=tmp_path, model="tiny"))
+
+
+def test_every_code_of_an_error_has_a_status() -> None:
+    from service import errors
+
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, errors.GruServeError):
+            # Errors of the command line alone never reach the web.
+            assert kind.code in STATUS or kind.code in ("invalid_corpus", "invalid_checkpoint", "invalid_settings",
+                                                        "invalid_charset")  # fmt: skip
+    assert json.dumps(STATUS)
