@@ -30,6 +30,7 @@ class Settings(BaseSettings):
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters a request may generate")
     max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest prompt, in characters")
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest request body")
+    body_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may pause while it sends its body")
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")

@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     app.openapi_version = "3.1.1"
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    register_guard(app, settings.max_body_bytes)
+    register_guard(app, settings.max_body_bytes, settings.body_timeout_s)
     register_error_handlers(app)
     limits: dict[str, Any] = {"max_tokens": settings.max_tokens, "max_prompt_chars": settings.max_prompt_chars}
     app.register_api(completions_blueprint(models, generator, settings.model, **limits))

@@ -16,6 +16,7 @@ log = structlog.get_logger(__name__)
 STATUS = {
     "out_of_range": 400, "unknown_characters": 400, "invalid_json": 400, "unknown_field": 400, "missing_field": 400,
     "wrong_type": 400, "bad_request": 400,
+    "body_timeout": 408,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
     "invalid_artifact": 503, "store_error": 503, "not_ready": 503,

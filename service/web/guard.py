@@ -8,6 +8,7 @@ import time
 
 import structlog
 from flask import Flask, Response, g, request
+from werkzeug.exceptions import ClientDisconnected
 
 from service.web.errors import error_response
 
@@ -19,7 +20,7 @@ _CSP = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';
 _CSP += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-def register_guard(app: Flask, max_body_bytes: int) -> None:
+def register_guard(app: Flask, max_body_bytes: int, body_timeout_s: int) -> None:
     """Check requests before they are validated; finish answers with headers and one log line."""
     # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
@@ -36,6 +37,9 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
     def _check_body() -> Response | None:
         if request.method not in ("POST", "PUT", "PATCH"):
             return None
+        # A client that stops in mid-body must not hold a thread for ever. gunicorn undoes this before the next request.
+        if (connection := request.environ.get("gunicorn.socket")) is not None:
+            connection.settimeout(body_timeout_s)
         too_large = f"the body is larger than {max_body_bytes} bytes"
         if (request.content_length or 0) > max_body_bytes:
             _discard_body()
@@ -44,7 +48,10 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
             return error_response("send the body uncompressed", "unsupported_media_type")
         if request.mimetype != "application/json":
             return error_response("send JSON, with Content-Type: application/json", "unsupported_media_type")
-        data = request.get_data()
+        try:
+            data = request.get_data()
+        except ClientDisconnected:
+            return error_response(f"the body did not arrive within {body_timeout_s} s", "body_timeout")
         if len(data) > max_body_bytes:
             _discard_body()
             return error_response(too_large, "body_too_large")
