@@ -173,9 +173,9 @@ def test_a_client_that_stops_in_mid_body_does_not_hold_its_thread(port: int) -> 
         connection.sendall(head)
     answers = []
     for connection in stalled:
-        answers.append(connection.recv(65_536).split(b"\r\n")[0])
+        answers.append(connection.recv(65_536)[:12])
         connection.close()
-    assert answers == [b"HTTP/1.1 408 Request Timeout"] * 8
+    assert answers == [b"HTTP/1.1 408"] * 8
     assert call(port, "GET", "/healthz")[0] == 200
 
 
