@@ -48,7 +48,7 @@ def main() -> None:
                 {"batch_size": BATCH, "sequence_length": STEPS, "precision": precision}
             )
             trainer = Trainer(corpus, settings, Path(folder) / "run")
-            window = trainer.streams.epoch(0)[0]
+            window = trainer.streams.window(0, 0)
             update = Baseline(trainer.model.config, window)
             pair = time_in_turns(update, lambda t=trainer, w=window: t._update(w), options.rounds, 1, 3)  # type: ignore[misc]
             print(

@@ -67,6 +67,12 @@ class InvalidCheckpoint(GruServeError):
     code = "invalid_checkpoint"
 
 
+class TrainingDiverged(GruServeError):
+    """A training run came to a loss that is not a finite number."""
+
+    code = "training_diverged"
+
+
 class InvalidSettings(GruServeError):
     """An environment variable or an option of the service has a value that it can't start with."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import signal
 import subprocess
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from service import __version__
 from service.__main__ import main
 from service.store import ModelStore
+from service.training.trainer import Trainer
 from tests.conftest import publish_tiny
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
@@ -111,6 +114,27 @@ def test_ctrl_c_keeps_the_best_and_resume_gives_the_same_curve(corpus: Path, pla
     assert len(curves[0]) == 8
     weights = [path.read_bytes() for path in sorted(tmp_path.glob("*/fox/[12]/model.safetensors"))]
     assert weights[1] == weights[2], "the resumed run has other weights than the uninterrupted one"
+
+
+def test_a_run_that_diverges_publishes_the_best_before_it_and_fails(
+    corpus: Path, place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, losses = Trainer._update, []
+
+    def diverging(self: Trainer, window: torch.Tensor) -> float:
+        losses.append(update(self, window))
+        return losses[-1] if len(losses) < 30 else math.nan
+
+    monkeypatch.setattr(Trainer, "_update", diverging)
+    options = ["--corpus", str(corpus), "--name", "fox", *SMALL, "--eval-interval", "20", *place]
+    result = run("train", *options)
+    assert result.exit_code == 1
+    assert "the loss is nan in update 30: lower the learning rate" in result.stderr
+    assert json.loads((tmp_path / "store" / "fox" / "1" / "training.json").read_text())["run"]["best_update"] == 20
+    losses.clear()
+    monkeypatch.setattr(Trainer, "_update", lambda *_: math.nan)
+    assert run("train", *options, "--overwrite").exit_code == 1  # before any evaluation: nothing to publish
+    assert not (tmp_path / "store" / "fox" / "2").exists()
 
 
 def test_resume_refuses_other_settings(corpus: Path, place: list[str]) -> None:

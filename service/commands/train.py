@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,9 +14,9 @@ from typing import Any
 import click
 
 from service.commands.options import field_options, model_store_option, open_store
+from service.errors import TrainingDiverged
 from service.training.settings import TrainingSettings
 
-_INTERRUPTED = 130  # what shells report for a command ended by Ctrl-C
 _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 
 
@@ -77,10 +78,9 @@ def train_command(
         err=True,
     )
     with _StopOnInterrupt() as interrupt, _Bar(trainer) as bar:
-        finished = trainer.run(bar, interrupt.is_set)
+        finished, failure = _run(trainer, bar, interrupt.is_set)
     if trainer.state.best_step is None:
-        click.echo(f"stopped before the first evaluation; {checkpoint} goes on with --resume", err=True)
-        raise click.exceptions.Exit(_INTERRUPTED)
+        raise failure or _Interrupted(f"stopped before the first evaluation; {checkpoint} goes on with --resume")
 
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # reading one text is faster on one core than on two
@@ -89,9 +89,27 @@ def train_command(
         command = _command(corpus, name, settings)
         version = publish_run(store, name, text, trainer, command, num_threads, _write_sample, measuring.update)
     click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
+    if failure:
+        raise failure
     if not finished:
-        click.echo(f"stopped before the end: this is the best so far; {checkpoint} goes on with --resume", err=True)
-        raise click.exceptions.Exit(_INTERRUPTED)
+        raise _Interrupted(f"stopped before the end: this is the best so far; {checkpoint} goes on with --resume")
+
+
+class _Interrupted(click.ClickException):
+    """The run was stopped by hand; nothing is lost."""
+
+    exit_code = 130  # what shells report for a command ended by Ctrl-C
+
+    def show(self, file: Any = None) -> None:  # noqa: ARG002
+        click.echo(self.message, err=True)
+
+
+def _run(trainer: Any, bar: Any, stopped: Callable[[], bool]) -> tuple[bool, TrainingDiverged | None]:
+    """Whether the run is finished, and why it failed if it did; its best weights are there in either case."""
+    try:
+        return trainer.run(bar, stopped), None
+    except TrainingDiverged as error:
+        return False, error
 
 
 class _StopOnInterrupt:

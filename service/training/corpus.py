@@ -66,12 +66,13 @@ class Streams:
                 param="corpus",
             )
 
-    def epoch(self, number: int) -> Tensor:
-        """(windows, T + 1, B) int64: the characters of each window and, one row down, those that follow them."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-        start = int(torch.randint(self.steps, (1,), generator=generator))
-        windows, steps, batch = self.windows_per_epoch, self.steps, self.batch
-        length = windows * steps  # characters a stream is stepped over; one more is its last target
-        begins = start + torch.arange(batch) * length  # (B,)
-        offsets = torch.arange(windows)[:, None] * steps + torch.arange(steps + 1)[None, :]  # (windows, T + 1)
-        return self.ids[offsets[:, :, None] + begins]
+    def window(self, epoch: int, place: int) -> Tensor:
+        """(T + 1, B) int64: the characters of window `place` of an epoch and, one row down, those that follow them."""
+        length = self.windows_per_epoch * self.steps  # characters that a stream is stepped over; one more is a target
+        begins = self._start(epoch) + torch.arange(self.batch) * length  # (B,)
+        offsets = place * self.steps + torch.arange(self.steps + 1)  # (T + 1,)
+        return self.ids[offsets[:, None] + begins]
+
+    def _start(self, epoch: int) -> int:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return int(torch.randint(self.steps, (1,), generator=generator))

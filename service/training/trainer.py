@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidCorpus
+from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
@@ -110,18 +110,19 @@ class Trainer:
     def run(self, progress: Progress, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, to early stopping or until `stopped()`; True if the run is finished.
 
-        Writes the checkpoint at every evaluation and when stopped.
+        Writes the checkpoint at every evaluation and when stopped. Raises TrainingDiverged.
         """
         state, per_epoch = self.state, self.streams.windows_per_epoch
-        windows: Tensor | None = None
         while not state.finished:
             began = time.perf_counter()
             epoch, place = divmod(state.step, per_epoch)
-            if windows is None or place == 0:
-                windows = self.streams.epoch(epoch)
             if place == 0:
                 self.hidden.zero_()
-            loss = self._update(windows[place])
+            loss = self._update(self.streams.window(epoch, place))
+            if not math.isfinite(loss):
+                raise TrainingDiverged(
+                    f"the loss is {loss} in update {state.step + 1}: lower the learning rate or the gradient's norm"
+                )
             state.loss_sum += loss
             state.loss_count += 1
             state.step += 1
