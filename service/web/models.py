@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
-from service.errors import InvalidArtifact
+from service.errors import InvalidArtifact, StoreError
 from service.model.artifact import read_training
 from service.store import ModelStore, ModelVersion
 from service.web.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
@@ -23,7 +23,7 @@ def models_blueprint(store: ModelStore) -> APIBlueprint:
             for version in store.versions(name):
                 try:
                     data.append(_describe(store, version))
-                except InvalidArtifact:
+                except (InvalidArtifact, StoreError):
                     continue  # `gru-serve models verify` says what is wrong with it
         return _json(ModelsAnswer(data=data))
 
@@ -40,7 +40,7 @@ def _describe(store: ModelStore, version: ModelVersion) -> ModelAnswer:
     losses = training.get("losses")
     loss = losses.get("validation_nats_per_char") if isinstance(losses, dict) else None
     aliases = sorted(alias for alias, number in store.aliases(version.name).items() if number == version.number)
-    if store.versions(version.name)[-1] == version:
+    if store.versions(version.name)[-1:] == [version]:
         aliases.insert(0, "latest")
     published = training.get("published_at")
     return ModelAnswer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
@@ -22,7 +22,19 @@ class Body(BaseModel):
 class CompletionBody(Body):
     """Body of POST /v1/completions. A token is a character."""
 
-    prompt: str = Field(description="the text to continue", examples=["ROMEO:"])
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 200, "seed": 7}}
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, body: Any) -> Any:
+        # OpenAI's clients may send null for what has a default.
+        if isinstance(body, dict):
+            return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
+        return body
+
+    prompt: str = Field(description="the text to continue")
     model: str | None = Field(
         None, max_length=200, description="name, name@version or name@alias; none: the server's default model"
     )

@@ -74,6 +74,12 @@ def test_unknown_characters_as_asked(client: FlaskClient) -> None:
     assert folded["choices"] == complete(client, prompt="Rome")["choices"]
 
 
+def test_null_is_the_same_as_not_given(client: FlaskClient) -> None:
+    nulls = dict.fromkeys(("temperature", "top_p", "top_k", "stop", "user", "n", "stream", "unknown_chars", "model"))
+    assert complete(client, **nulls)["choices"] == complete(client)["choices"]
+    assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
+
+
 def test_an_empty_prompt_is_continued(client: FlaskClient) -> None:
     assert complete(client, prompt="")["usage"] == {"prompt_tokens": 0, "completion_tokens": 20, "total_tokens": 20}
 
@@ -87,7 +93,6 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": "20"}, "max_tokens", "wrong_type"),
     ({"max_tokens": 20.5}, "max_tokens", "wrong_type"),
     ({"max_tokens": True}, "max_tokens", "wrong_type"),
-    ({"max_tokens": None}, "max_tokens", "wrong_type"),
     ({"temperature": float("nan")}, "temperature", "out_of_range"),
     ({"temperature": float("inf")}, "temperature", "out_of_range"),
     ({"temperature": -0.1}, "temperature", "out_of_range"),
@@ -103,7 +108,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["a"] * 5}, "stop", "out_of_range"),
     ({"stop": "x" * 1000}, "stop", "out_of_range"),
     ({"stop": 5}, "stop", "wrong_type"),
-    ({"prompt": None}, "prompt", "wrong_type"),
+    ({"prompt": None}, "prompt", "missing_field"),
+    ({"suffix": None}, "suffix", "unknown_field"),
     ({"prompt": ["ROMEO:"]}, "prompt", "wrong_type"),
     ({"prompt": [1, 2]}, "prompt", "wrong_type"),
     ({"prompt": "a" * 1001}, "prompt", "out_of_range"),
