@@ -82,7 +82,7 @@ def gradient_error() -> float:
     config = ModelConfig(charset=ALPHABET, embedding_dim=32, num_units=96, num_layers=2)
     model = GRUCharModel(config).double()
     initialise(model, 1)
-    window = torch.randint(0, config.num_chars, (33, 8), generator=torch.Generator().manual_seed(1))
+    window = torch.randint(0, config.vocab_size, (33, 8), generator=torch.Generator().manual_seed(1))
     losses, _ = WindowLoss(model, torch.float64)(window, model.initial_hidden(8))
     losses.mean().backward()
     mine = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]

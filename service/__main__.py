@@ -12,7 +12,7 @@ from service.commands.generate import generate_command
 from service.commands.models import models_group
 from service.commands.serve import serve_command
 from service.commands.train import train_command
-from service.errors import GruServeError
+from service.errors import GruServeError, InvalidSettings
 
 
 class _Group(click.Group):
@@ -21,6 +21,8 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except InvalidSettings as error:
+            raise click.UsageError(error.message) from error
         except GruServeError as error:
             raise click.ClickException(error.message) from error
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import InvalidSettings
 
 PREFIX = "GRU_SERVE_"
+SPARE_THREADS = 4  # HTTP threads that completions never occupy: health checks and refusals stay prompt
 
 
 class Settings(BaseSettings):
@@ -30,10 +31,16 @@ class Settings(BaseSettings):
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters a request may generate")
     max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest prompt, in characters")
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest request body")
-    body_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may pause while it sends its body")
+    request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
+
+    @model_validator(mode="after")
+    def _threads_fit(self) -> Self:
+        if self.engine_threads > self.http_threads - SPARE_THREADS:
+            raise ValueError(f"engine_threads can be {self.http_threads - SPARE_THREADS} at most: raise http_threads")
+        return self
 
 
 def read_settings(**overrides: Any) -> Settings:
@@ -43,7 +50,9 @@ def read_settings(**overrides: Any) -> Settings:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else "?"
+        if not first["loc"]:
+            raise InvalidSettings(first["msg"].removeprefix("Value error, ")) from error
+        field = str(first["loc"][0])
         value = str(first.get("input"))[:80]
         raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {first['msg']}", param=field) from error
 

@@ -11,12 +11,10 @@ class GruServeError(Exception):
 
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
-        if code is not None:
-            self.code = code
 
 
 class InvalidValue(GruServeError):
@@ -62,7 +60,7 @@ class InvalidCorpus(GruServeError):
 
 
 class InvalidCheckpoint(GruServeError):
-    """A training checkpoint can't be resumed."""
+    """A training checkpoint can't be written, or can't be resumed."""
 
     code = "invalid_checkpoint"
 
@@ -80,13 +78,9 @@ class InvalidSettings(GruServeError):
 
 
 class Overloaded(GruServeError):
-    """Every place is taken and the queue is full: try again in `retry_after_s`."""
+    """Every place is taken and the queue is full."""
 
     code = "overloaded"
-
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
 
 
 class NotReady(GruServeError):

@@ -20,8 +20,10 @@ from service.loaded import LoadedModel
 from service.model.charset import Charset, Ids
 from service.model.folded import FoldedGRU
 
+__all__ = ["Completion", "Generation", "GenerationRequest", "Generator", "SamplingSettings"]
+
 FinishReason = Literal["stop", "length"]
-_PREFILL = 512  # characters of a prompt stepped in one go: bounds the memory, changes no result
+_PREFILL = 512  # characters of a prompt stepped in one go: bounds the memory, changes no bit
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class LoadedModels:
         self.store = store
         self._max_models = max_models
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
+        self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def get(self, ref: str) -> LoadedModel:
@@ -45,12 +46,27 @@ class LoadedModels:
         A version that is loaded stays usable by whoever holds it, also after it was let go of here.
         """
         version = self.store.resolve(ref)
-        with self._lock:  # one load at a time: two requests for one version must not read it twice
-            model = self._models.get(version.ref)
+        model = self._find(version.ref)
+        if model is not None:
+            return model
+        with self._lock:
+            loading = self._loading.setdefault(version.ref, threading.Lock())
+        with loading:  # two requests for one version must not read it twice, and others must not wait for them
+            model = self._find(version.ref)
             if model is None:
                 model = LoadedModel(*self.store.load(version.ref))
-                self._models[version.ref] = model
-            self._models.move_to_end(version.ref)
+                self._keep(model)
+        return model
+
+    def _find(self, ref: str) -> LoadedModel | None:
+        with self._lock:
+            if ref in self._models:
+                self._models.move_to_end(ref)
+            return self._models.get(ref)
+
+    def _keep(self, model: LoadedModel) -> None:
+        with self._lock:
+            self._models[model.version.ref] = model
+            self._loading.pop(model.version.ref, None)
             while len(self._models) > self._max_models:
                 self._models.popitem(last=False)
-        return model

@@ -50,7 +50,10 @@ def _remove_abandoned(directory: Path) -> None:
         if entry.name.startswith(TRASH):
             shutil.rmtree(entry.path, ignore_errors=True)
         elif entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False):
-            held = os.open(entry.path, os.O_RDONLY)
+            try:
+                held = os.open(entry.path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # its writer has just removed it
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(entry.path, ignore_errors=True)

@@ -22,8 +22,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import InvalidValue, ModelNotFound, StoreError
-from service.model.artifact import Artifact, read_artifact
+from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
+from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
+from service.model.config import ModelConfig
 from service.staging import STAGING, TRASH, fsync, locked, staging_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -45,6 +46,17 @@ class ModelVersion:
         return f"{self.name}@{self.number}"
 
 
+@dataclass(frozen=True)
+class Description:
+    """What a version is, and every alias that means it."""
+
+    version: ModelVersion
+    config: ModelConfig
+    training: TrainingFacts
+    digest: str
+    aliases: list[str]
+
+
 class _Index(BaseModel):
     """What the store keeps of one name beside its versions."""
 
@@ -61,15 +73,15 @@ class ModelStore:
         self.root = root
 
     def names(self) -> list[str]:
-        """Names that have at least one version."""
-        with suppress(FileNotFoundError, NotADirectoryError):
+        """Names that have at least one version. What can't be read is no name of a model."""
+        with suppress(OSError):
             return sorted(e.name for e in os.scandir(self.root) if _NAME.fullmatch(e.name) and self.versions(e.name))
         return []
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """Versions of a name, oldest first; none if the name isn't there."""
+        """Versions of a name, oldest first; none if the name isn't there or can't be read."""
         directory = self._directory(name)
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):
             numbers = sorted(
                 int(entry.name)
                 for entry in os.scandir(directory)
@@ -113,7 +125,7 @@ class ModelStore:
         """
         directory = self._directory(name)
         with _reporting(f"can't publish into {directory}"):
-            directory.mkdir(parents=True, exist_ok=True)
+            self._make(directory)
             with staging_directory(directory) as staging:
                 write(staging)
                 read_artifact(staging)
@@ -131,6 +143,27 @@ class ModelStore:
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
+    def prepare(self, name: str) -> None:
+        """Find out whether a version of `name` could be published. Raises InvalidValue, StoreError."""
+        directory = self._directory(name)
+        with _reporting(f"can't publish into {directory}"):
+            self._make(directory)
+            with staging_directory(directory):
+                self._read_index(name)
+
+    def describe(self, version: ModelVersion) -> Description:
+        """What a version is, without reading its weights. Raises ModelNotFound if it is gone, InvalidArtifact."""
+        try:
+            config, training, digest = read_description(version.path)
+        except InvalidArtifact:
+            if not version.path.exists():
+                raise ModelNotFound(f"{version.ref} was deleted", param="model") from None
+            raise
+        aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
+        if self.versions(version.name)[-1:] == [version]:
+            aliases.insert(0, _LATEST)
+        return Description(version, config, training, digest, aliases)
+
     def verify(self, ref: str) -> ModelVersion:
         """Check a version wholly, as loading does. Raises ModelNotFound, InvalidArtifact."""
         return self.load(ref)[0]
@@ -139,9 +172,10 @@ class ModelStore:
         """Let `name@alias` mean a version that is there."""
         if not _NAME.fullmatch(alias) or alias.isdigit() or alias == _LATEST:
             raise InvalidValue(f"{alias[:80]!r} can't be an alias: letters, digits, . _ -, not a number, not latest")
-        self.resolve(f"{name}@{number}")
         directory = self._directory(name)
+        self.resolve(f"{name}@{number}")
         with _reporting(f"can't change aliases in {directory}"), locked(directory):
+            self.resolve(f"{name}@{number}")  # once more, now that nobody else can delete it
             index = self._read_index(name)
             index.aliases[alias] = number
             self._write_index(directory, index)
@@ -163,6 +197,7 @@ class ModelStore:
             raise StoreError(f"say which version to delete by its number: {version.ref}")
         directory = self._directory(version.name)
         with _reporting(f"can't delete {version.ref}"), locked(directory):
+            self.resolve(ref)  # once more, now that nobody else can delete it
             index = self._read_index(version.name)
             pointing = sorted(alias for alias, number in index.aliases.items() if number == version.number)
             if pointing:
@@ -180,6 +215,13 @@ class ModelStore:
             raise InvalidValue(f"{name[:80]!r} can't be a model's name: up to 64 letters, digits, . _ -", param="name")
         return self.root / name
 
+    def _make(self, directory: Path) -> None:
+        """Make a name's directory, on the disk before anything is in it."""
+        new = [path for path in (directory, *directory.parents) if not path.exists()]
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            fsync(path.parent)
+
     def _read_index(self, name: str) -> _Index:
         path = self._directory(name) / _INDEX
         try:
@@ -187,7 +229,9 @@ class ModelStore:
         except FileNotFoundError:
             return _Index()
         except (OSError, ValidationError) as error:
-            raise StoreError(f"{path} can't be read as the store's index: repair or remove it") from error
+            raise StoreError(
+                f"{path} is damaged: write aliases and last_number, the highest version there ever was, into it again"
+            ) from error
 
     def _write_index(self, directory: Path, index: _Index) -> None:
         text = json.dumps(index.model_dump(), indent=1, sort_keys=True) + "\n"

@@ -46,6 +46,13 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         read_settings()
 
 
+def test_completions_must_leave_threads_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "8")
+    assert read_settings(engine_threads=4).engine_threads == 4
+    with pytest.raises(InvalidSettings, match="engine_threads can be 4 at most"):
+        read_settings(engine_threads=5)
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises((pydantic.ValidationError, dataclasses.FrozenInstanceError)):
         Settings().port = 1  # type: ignore[misc]

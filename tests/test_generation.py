@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -121,8 +122,8 @@ def test_a_full_server_refuses_at_once_and_recovers(model: LoadedModel, monkeypa
     running.start()
     assert started.acquire(timeout=10)
     waiting.start()
-    while not generator._waiting:
-        pass
+    while waiting.is_alive() and not generator._waiting:
+        time.sleep(0.001)
     with pytest.raises(Overloaded):
         generator.complete(model, request(model))
     release.set()
@@ -157,6 +158,33 @@ def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: objec
     publish_tiny(store, "a", seed=1)
     assert models.get("a").version.ref == "a@2"
     assert models.get("a@1").digest == a.digest
+
+
+def test_a_slow_load_holds_up_nobody_else(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pathlib import Path
+
+    store = ModelStore(Path(str(tmp_path)))
+    for name in ("small", "big"):
+        publish_tiny(store, name)
+    models, loading, release = LoadedModels(store, max_models=2), threading.Event(), threading.Event()
+    small, load, loads = models.get("small"), store.load, []
+
+    def slow(ref: str) -> object:
+        loads.append(ref)
+        loading.set()
+        assert release.wait(10)
+        return load(ref)
+
+    monkeypatch.setattr(store, "load", slow)
+    threads = [threading.Thread(target=models.get, args=("big",)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert loading.wait(10)
+    assert models.get("small") is small
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert loads == ["big@1"]
 
 
 def test_the_fingerprint_names_the_model(tiny_store: ModelStore, tmp_path: object) -> None:

@@ -16,7 +16,7 @@ ALLOWED = {
     "web": {"engine", "generation", "loaded", "model", "store", "__init__"},
     "generation": {"engine", "loaded", "model"},
     "loaded": {"model", "store"},
-    "training": {"model", "store", "__init__"},
+    "training": {"model", "staging", "store", "__init__"},
     "store": {"model", "staging"},
     "staging": set(),
     "engine": {"model"},

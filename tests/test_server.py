@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import openai
@@ -73,7 +73,7 @@ def environment(tiny_store: ModelStore) -> dict[str, str]:
     return {
         "GRU_SERVE_MODEL_STORE": str(tiny_store.root),
         "GRU_SERVE_MODEL": "tiny",
-        "GRU_SERVE_BODY_TIMEOUT_S": "1",
+        "GRU_SERVE_REQUEST_TIMEOUT_S": "1",
         "GRU_SERVE_HTTP_THREADS": "8",
     }
 
@@ -118,7 +118,7 @@ def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="tiny", prompt="a", suffix="b")
-    assert (bad.value.code, bad.value.param) == ("unknown_field", "suffix")
+    assert (bad.value.code, bad.value.param) == ("unsupported_value", "suffix")
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="tiny", prompt="a", stream=True)
 
@@ -166,17 +166,52 @@ def test_a_body_of_unknown_length_is_read(port: int) -> None:
     connection.close()
 
 
-def test_a_client_that_stops_in_mid_body_does_not_hold_its_thread(port: int) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"Content-Length: 100\r\n\r\n{",
+        HEAD + b"Content-Length: 5000000\r\n\r\nabc",
+        HEAD + b"Content-Length: 99999999999999999999999\r\n\r\nab",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+)
+def test_bodies_that_stall_or_are_malformed_are_refused_and_hold_no_thread(port: int, data: bytes) -> None:
     stalled = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(8)]  # as many as threads
     for connection in stalled:
-        connection.sendall(head)
+        connection.sendall(data)
     answers = []
     for connection in stalled:
         answers.append(connection.recv(65_536)[:12])
         connection.close()
-    assert answers == [b"HTTP/1.1 408"] * 8
+    assert set(answers) <= {b"HTTP/1.1 408", b"HTTP/1.1 413", b"HTTP/1.1 400"}
     assert call(port, "GET", "/healthz")[0] == 200
+
+
+def test_headers_that_stall_hold_no_thread(port: int) -> None:
+    stalled = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(8)]
+    for connection in stalled:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHo")
+    assert call(port, "GET", "/healthz")[0] == 200
+    for connection in stalled:
+        assert connection.recv(100) == b""
+        connection.close()
+
+
+def test_a_body_that_drips_has_a_deadline_as_a_whole(port: int) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+        began, answer = time.monotonic(), b""
+        connection.settimeout(0.2)
+        while not answer:
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                answer = connection.recv(100)
+            assert time.monotonic() - began < 20
+        assert answer.startswith(b"HTTP/1.1 408")
 
 
 def test_malformed_http_gets_an_answer_and_the_server_lives(port: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import write_artifact
 from service.model.manifest import MANIFEST
-from service.store import ModelStore
+from service.store import ModelStore, ModelVersion
 from tests.conftest import publish_tiny, random_tensors, tiny_config
 
 
@@ -171,17 +171,14 @@ def test_concurrent_processes_get_different_numbers(store: ModelStore) -> None:
 
 
 def test_readers_see_whole_versions_while_writers_write(store: ModelStore) -> None:
-    done = threading.Event()
-
     def write() -> None:
         for _ in range(15):
             publish_tiny(store)
-        done.set()
 
     writer = threading.Thread(target=write)
     writer.start()
     seen = 0
-    while not done.is_set():
+    while writer.is_alive():
         for version in store.versions("tiny")[seen:]:
             store.verify(version.ref)
             seen = version.number
@@ -238,12 +235,88 @@ def test_other_things_in_the_store_are_ignored(store: ModelStore) -> None:
     assert [version.number for version in store.versions("tiny")] == [1]
 
 
-def test_a_read_only_store_can_be_read(store: ModelStore) -> None:
+def test_reading_writes_nothing(store: ModelStore) -> None:
     publish_tiny(store)
-    for path in (store.root / "tiny", store.root):
-        path.chmod(0o555)
-    try:
-        assert store.load("tiny")[0].ref == "tiny@1"
-    finally:
-        for path in (store.root, store.root / "tiny"):
-            path.chmod(0o755)
+    store.set_alias("tiny", "stable", 1)
+
+    def everything() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in [store.root, *store.root.rglob("*")]}
+
+    before = everything()
+    store.load("tiny@stable")
+    store.describe(store.resolve("tiny"))
+    store.verify("tiny@1")
+    assert store.names() == ["tiny"]
+    assert everything() == before
+
+
+def test_of_two_that_delete_one_version_the_second_is_told(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_tiny(store)
+    resolve, calls = store.resolve, []
+
+    def resolve_while_another_deletes(ref: str) -> ModelVersion:
+        version = resolve(ref)
+        calls.append(ref)
+        if len(calls) == 1:
+            ModelStore(store.root).delete(ref)
+        return version
+
+    monkeypatch.setattr(store, "resolve", resolve_while_another_deletes)
+    with pytest.raises(ModelNotFound):
+        store.delete("tiny@1")
+    publish_tiny(ModelStore(store.root))
+    calls.clear()
+    with pytest.raises(ModelNotFound):
+        store.set_alias("tiny", "stable", 2)
+    assert store.aliases("tiny") == {}
+
+
+def test_readers_of_versions_that_come_and_go_see_whole_ones_or_none(store: ModelStore) -> None:
+    def come_and_go() -> None:
+        for _ in range(40):
+            store.delete(publish_tiny(store))
+
+    writer = threading.Thread(target=come_and_go)
+    writer.start()
+    seen = 0
+    while writer.is_alive():
+        for version in store.versions("tiny"):
+            try:
+                seen += store.describe(version).version == version
+            except ModelNotFound:
+                continue
+    writer.join()
+    assert seen
+
+
+def test_an_abandoned_folder_that_vanishes_meanwhile_is_no_error(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_tiny(store)
+    (store.root / "tiny" / ".staging-gone").mkdir()
+    os_open = os.open
+
+    def gone(path: str, flags: int, mode: int = 0o777) -> int:
+        if str(path).endswith(".staging-gone"):
+            raise FileNotFoundError(path)
+        return os_open(path, flags, mode)
+
+    monkeypatch.setattr("service.staging.os.open", gone)
+    assert publish_tiny(store) == "tiny@2"
+
+
+def test_a_store_that_can_not_be_written_to_says_so_beforehand(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="Not a directory"):
+        ModelStore(tmp_path / "file").prepare("tiny")
+    ModelStore(tmp_path / "store").prepare("tiny")
+    assert ModelStore(tmp_path / "store").names() == []
+
+
+@pytest.mark.parametrize(
+    "facts", [{"losses": [1]}, {"losses": {"validation_nats_per_char": "x"}}, {"corpus": [1]}, {"published_at": -1}]
+)
+def test_facts_that_others_could_not_read_are_not_published(store: ModelStore, facts: dict[str, object]) -> None:
+    config = tiny_config()
+    with pytest.raises(InvalidArtifact, match=r"training\.json"):
+        store.publish("tiny", lambda d: write_artifact(d, config, random_tensors(config), facts, {}))

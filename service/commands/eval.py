@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from service.commands.options import json_option, model_store_option, open_store
+from service.commands.options import FiniteRange, json_option, model_store_option, open_store
 
 
 @click.command("eval")
 @click.argument("model")
 @click.option("--corpus", required=True, type=click.Path(path_type=Path), help="UTF-8 text to predict.")
-@click.option("--last", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Only this last part of it.  [1]")
+@click.option("--last", type=FiniteRange(0, 1, min_open=True), default=1.0, help="Only this last part of it.  [1]")
 @click.option(
     "--unknown-chars",
     type=click.Choice(["error", "fold", "drop"]),

@@ -9,16 +9,16 @@ from typing import cast
 
 import click
 
-from service.commands.options import json_option, model_store_option, open_store
+from service.commands.options import FiniteRange, json_option, model_store_option, open_store
 
 
 @click.command("generate")
 @click.option("--prompt", required=True, help="The text to continue; may be empty.")
 @click.option("--model", default=None, help="name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
 @click.option("--max-tokens", type=click.IntRange(1), default=500, help="Characters to generate at most.  [500]")
-@click.option("--temperature", type=click.FloatRange(0, 100), default=1.0, help="0 takes the likeliest.  [1.0]")
+@click.option("--temperature", type=FiniteRange(0, 100), default=1.0, help="0 takes the likeliest.  [1.0]")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest; 0: from all.  [0]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Draw from this mass.  [1.0]")
+@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, help="Draw from this mass.  [1.0]")
 @click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
 @click.option("--seed", type=int, default=None, help="Same seed, same text.  [another each time]")
 @click.option("--unknown-chars", type=click.Choice(["error", "fold", "drop"]), default="error", help="  [error]")

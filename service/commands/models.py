@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from service.commands.options import json_option, model_store_option, open_store
-from service.errors import InvalidArtifact
+from service.errors import GruServeError, InvalidArtifact
 
 
 @click.group("models")
@@ -49,24 +49,22 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
 
     Example: gru-serve models show shakespeare@1
     """
-    from service.model.artifact import read_training
-
     store = open_store(model_store)
-    version = store.resolve(model)
-    config, training, digest = read_training(version.path)
-    facts = {"model": version.ref, "path": str(version.path), "digest": digest, "aliases": _aliases(store, version)}
-    facts |= {"num_parameters": config.num_parameters, "config": config.model_dump(), "training": training}
+    described = store.describe(store.resolve(model))
+    config, training = described.config, described.training.model_dump()
+    facts: dict[str, Any] = {"model": described.version.ref, "path": str(described.version.path)}
+    facts |= {"digest": described.digest, "aliases": described.aliases, "num_parameters": config.num_parameters}
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
+        click.echo(json.dumps(facts | {"config": config.model_dump(), "training": training}, indent=1))
         return
-    click.echo(f"model       {version.ref}   {', '.join(facts['aliases'])}".rstrip())
-    click.echo(f"path        {version.path}")
-    click.echo(f"digest      {digest}")
+    click.echo(f"model       {facts['model']}   {', '.join(described.aliases)}".rstrip())
+    click.echo(f"path        {facts['path']}")
+    click.echo(f"digest      {described.digest}")
     click.echo(f"parameters  {config.num_parameters:,}")
     click.echo(f"sizes       embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}")
-    click.echo(f"charset     {len(config.charset)} characters: {config.charset!r}")
+    click.echo(f"charset     {config.vocab_size} characters: {config.charset!r}")
     for section in ("corpus", "losses"):
-        for name, value in (training.get(section) or {}).items():
+        for name, value in training[section].items():
             click.echo(f"{section:<11} {name} = {value}")
 
 
@@ -128,6 +126,8 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
     """
     store = open_store(model_store)
     version = store.resolve(model)
+    if model != version.ref:
+        raise click.UsageError(f"say which version to delete by its number: {version.ref}")
     if not yes:
         click.confirm(f"Delete {version.ref} at {version.path}?", abort=True)
     store.delete(model)
@@ -135,18 +135,12 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
 
 
 def _row(store: Any, version: Any) -> dict[str, Any]:
-    from service.model.artifact import read_training
-
-    row: dict[str, Any] = {"model": version.ref, "aliases": _aliases(store, version)}
+    row: dict[str, Any] = {"model": version.ref}
     try:
-        config, training, digest = read_training(version.path)
-    except InvalidArtifact:
-        return row | {"damaged": True, "digest": None, "num_parameters": None, "validation_nats_per_char": None}
-    loss = (training.get("losses") or {}).get("validation_nats_per_char")
-    facts = {"digest": digest, "num_parameters": config.num_parameters, "validation_nats_per_char": loss}
-    return row | {"damaged": False} | facts
-
-
-def _aliases(store: Any, version: Any) -> list[str]:
-    latest = ["latest"] if store.versions(version.name)[-1] == version else []
-    return latest + sorted(alias for alias, number in store.aliases(version.name).items() if number == version.number)
+        described = store.describe(version)
+    except GruServeError:
+        row |= {"damaged": True, "aliases": [], "digest": None, "num_parameters": None}
+        return row | {"validation_nats_per_char": None}
+    row |= {"damaged": False, "aliases": described.aliases, "digest": described.digest}
+    loss = described.training.losses.validation_nats_per_char
+    return row | {"num_parameters": described.config.num_parameters, "validation_nats_per_char": loss}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -10,6 +11,17 @@ from typing import Any, TypeVar
 
 import click
 from pydantic import BaseModel
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers; click's own also takes nan, which lies in every range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -45,12 +57,16 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     return decorate
 
 
-def open_store(model_store: Path | None) -> Any:
-    """The model store at the option's place, or at the setting's."""
+def open_store(model_store: Path | None, *, make: bool = False) -> Any:
+    """The model store at the option's place, or at the setting's. Raises StoreError if nothing is there."""
     from service.config import read_settings
+    from service.errors import StoreError
     from service.store import ModelStore
 
-    return ModelStore(model_store if model_store is not None else read_settings().model_store)
+    root = model_store if model_store is not None else read_settings().model_store
+    if not root.is_dir() and not make:
+        raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
+    return ModelStore(root)
 
 
 def _click_type(annotation: Any) -> Any:

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from service.commands.options import field_options
+from service.commands.options import field_options, open_store
 from service.config import Settings, read_settings
-from service.errors import InvalidSettings
 
 
 @click.command("serve")
@@ -20,14 +19,10 @@ def serve_command(**options: Any) -> None:
 
     Example: gru-serve serve --port 8000 --model shakespeare
     """
-    try:
-        settings = read_settings(**options)
-    except InvalidSettings as error:
-        raise click.UsageError(error.message) from error
+    settings = read_settings(**options)
 
-    from service.store import ModelStore
     from service.web.server import Server
 
     # A model that can't be served is told here, in one line, and not by a worker that dies at its start.
-    ModelStore(settings.model_store).verify(settings.model)
+    open_store(settings.model_store).verify(settings.model)
     Server(settings).run()

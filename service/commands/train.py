@@ -9,13 +9,16 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.commands.options import field_options, model_store_option, open_store
-from service.errors import TrainingDiverged
+from service.errors import GruServeError
 from service.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from service.training.trainer import Progress, Trainer
 
 _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 
@@ -26,7 +29,6 @@ _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="File of the run.  [checkpoints/NAME.safetensors]")
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint, with its settings.")
 @click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint of an unfinished run.")
-@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Cores to use.  [all]")
 @model_store_option
 @field_options(TrainingSettings)
 def train_command(
@@ -35,7 +37,6 @@ def train_command(
     checkpoint: Path | None,
     resume: bool,
     overwrite: bool,
-    threads: int | None,
     model_store: Path | None,
     **options: Any,
 ) -> None:
@@ -54,12 +55,9 @@ def train_command(
     from service.training.publishing import publish_run
     from service.training.trainer import Trainer
 
-    store = open_store(model_store)
-    store.versions(name)  # refuses an impossible name before hours of training
+    store = open_store(model_store, make=True)
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
     text = read_corpus(corpus)
-    if threads is not None:
-        torch.set_num_threads(threads)
     given = {key: value for key, value in options.items() if value is not None}
     if resume:
         state = read_state(checkpoint)
@@ -72,26 +70,29 @@ def train_command(
         if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
             raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
         trainer = Trainer(text, settings, checkpoint)
+    store.prepare(name)  # an impossible name or a full disk is found out now, and not after hours of training
     click.echo(
         f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters of "
-        f"{trainer.model.config.num_chars} kinds, {trainer.total_steps:,} updates on {torch.get_num_threads()} threads",
+        f"{trainer.model.config.vocab_size} kinds, {trainer.total_steps:,} updates, "
+        f"{trainer.settings.threads} threads",
         err=True,
     )
     with _StopOnInterrupt() as interrupt, _Bar(trainer) as bar:
-        finished, failure = _run(trainer, bar, interrupt.is_set)
+        failure = _run(trainer, bar, interrupt.is_set)
     if trainer.state.best_step is None:
         raise failure or _Interrupted(f"stopped before the first evaluation; {checkpoint} goes on with --resume")
 
-    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # reading one text is faster on one core than on two
-    scored = len(trainer.validation_ids) - 1
-    with char_bar(scored, description="measuring") as measuring:
-        command = _command(corpus, name, settings)
-        version = publish_run(store, name, text, trainer, command, num_threads, _write_sample, measuring.update)
+    command, ended = _command(corpus, name, trainer.settings), _ended(trainer, failure)
+    try:
+        with char_bar(len(trainer.validation_ids) - 1, description="measuring the best") as measuring:
+            version = publish_run(store, name, text, trainer, command, ended, _write_sample, measuring.update)
+    except KeyboardInterrupt:
+        raise _Interrupted(f"not published; {checkpoint} goes on, and publishes, with --resume") from None
     click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
     if failure:
         raise failure
-    if not finished:
+    if not trainer.state.finished:
         raise _Interrupted(f"stopped before the end: this is the best so far; {checkpoint} goes on with --resume")
 
 
@@ -104,12 +105,21 @@ class _Interrupted(click.ClickException):
         click.echo(self.message, err=True)
 
 
-def _run(trainer: Any, bar: Any, stopped: Callable[[], bool]) -> tuple[bool, TrainingDiverged | None]:
-    """Whether the run is finished, and why it failed if it did; its best weights are there in either case."""
+def _run(trainer: Trainer, bar: Progress, stopped: Callable[[], bool]) -> GruServeError | None:
+    """Train; what made it fail, if something did: then too the best weights are there to publish."""
     try:
-        return trainer.run(bar, stopped), None
-    except TrainingDiverged as error:
-        return False, error
+        trainer.run(bar, stopped)
+    except GruServeError as error:
+        return error
+    return None
+
+
+def _ended(trainer: Trainer, failure: GruServeError | None) -> str:
+    if failure:
+        return f"failed: {failure.message}"
+    if not trainer.state.finished:
+        return "stopped by hand"
+    return "finished" if trainer.state.step >= trainer.total_steps else "stopped early: no better evaluation came"
 
 
 class _StopOnInterrupt:
@@ -120,8 +130,7 @@ class _StopOnInterrupt:
         self._before = signal.getsignal(signal.SIGINT)
 
         def ask(_number: int, _frame: FrameType | None) -> None:
-            click.echo("\nstopping after this update; Ctrl-C again to stop at once", err=True)
-            self._event.set()
+            self._event.set()  # and nothing is printed: the signal may have come in the midst of printing
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         signal.signal(signal.SIGINT, ask)
@@ -134,7 +143,7 @@ class _StopOnInterrupt:
 class _Bar:
     """Progress on standard error: characters, characters/s, time left, losses; a line for every evaluation."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         from service.commands.progress import char_bar
 
         settings = trainer.settings

@@ -49,21 +49,22 @@ def draw(logits: NDArray[np.float32], settings: SamplingSettings, uniform: float
         scaled = (logits.astype(np.float64) - float(logits.max())) / settings.temperature
     weights = np.exp(scaled)  # (V,), unnormalised probabilities; the largest is 1
     if 0 < settings.top_k < len(weights) or settings.top_p < 1:
-        weights = _restrict(weights, settings.top_k, settings.top_p)
+        weights = _restrict(weights, np.argsort(-logits, kind="stable"), settings)
     cumulative = np.cumsum(weights)
     chosen = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
     # Rounding may put the product on the total itself: then the last character with any weight is meant.
     return min(chosen, int(np.flatnonzero(weights)[-1]))
 
 
-def _restrict(weights: NDArray[np.float64], top_k: int, top_p: float) -> NDArray[np.float64]:
-    """Weights with zeros for what top_k, and then top_p, leave out; the likeliest always stays."""
-    ranked = np.argsort(-weights, kind="stable")
-    if 0 < top_k < len(ranked):
-        ranked = ranked[:top_k]
-    if top_p < 1:
+def _restrict(
+    weights: NDArray[np.float64], ranked: NDArray[np.int64], settings: SamplingSettings
+) -> NDArray[np.float64]:
+    """Weights with zeros for what top_k, and then top_p, leave out. ranked: ids, the likeliest first; it stays."""
+    if settings.top_k > 0:
+        ranked = ranked[: settings.top_k]
+    if settings.top_p < 1:
         reached = np.cumsum(weights[ranked])
-        ranked = ranked[: int(np.searchsorted(reached, top_p * reached[-1], side="left")) + 1]
+        ranked = ranked[: int(np.searchsorted(reached, settings.top_p * reached[-1], side="left")) + 1]
     kept = np.zeros_like(weights)
     kept[ranked] = weights[ranked]
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -13,7 +14,8 @@ class StopFilter:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = sorted(stops, key=len, reverse=True)
+        # In NFC, as models write.
+        self._stops = sorted((unicodedata.normalize("NFC", stop) for stop in stops), key=len, reverse=True)
         self._held = ""
         self.stopped = False
 

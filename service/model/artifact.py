@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
@@ -35,17 +36,37 @@ _MAX_OTHER_BYTES = 4 * 1024 * 1024
 Tensors = dict[str, NDArray[np.float32]]
 
 
+class Losses(BaseModel):
+    """Losses of a model that its training measured; more of them may be there."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    validation_nats_per_char: float | None = None
+
+
+class TrainingFacts(BaseModel):
+    """What is known of a model's origin: `training.json`. It has no effect on what the model computes.
+
+    Only what others read is named here; trainers may add what they like.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    published_at: int | None = Field(None, ge=0, lt=2**53, description="seconds since 1970")
+    losses: Losses = Losses()
+    corpus: dict[str, str | int | float | None] = {}
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A model version in memory. `tensors` are float32 by name, of the shapes in `config.tensor_shapes()`.
 
-    digest: SHA-256 over config and weights: equal digests compute the same function. `training` holds what is known of
-    its origin, losses in nats a character among it; it has no effect on the function.
+    digest: SHA-256 over config and weights: equal digests compute the same function.
     """
 
     config: ModelConfig
     tensors: Tensors
-    training: dict[str, Any]
+    training: TrainingFacts
     digest: str
 
     @property
@@ -76,10 +97,9 @@ def read_artifact(directory: Path) -> Artifact:
     manifest = Manifest.read(directory)
     config = _read_config(directory, manifest)
     shapes = config.tensor_shapes()
-    data_bytes = 4 * config.num_parameters
-    data = manifest.read_file(directory, WEIGHTS, data_bytes + _MAX_HEADER_BYTES)
     where = directory / WEIGHTS
-    _check_header(where, data, shapes)
+    max_bytes = 4 * config.num_parameters + _MAX_HEADER_BYTES
+    data = manifest.read_file(directory, WEIGHTS, max_bytes, lambda file: _check_header(where, file, shapes))
     for name in sorted(set(manifest.files) - {CONFIG, WEIGHTS, TRAINING}):
         manifest.read_file(directory, name, _MAX_OTHER_BYTES)
     try:
@@ -89,16 +109,16 @@ def read_artifact(directory: Path) -> Artifact:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise InvalidArtifact(f"{where}: {name} holds a number that is not finite")
-    return Artifact(config, tensors, _read_training(directory, manifest), digest_of(manifest))
+    return Artifact(config, tensors, _read_training(directory, manifest), _digest(manifest))
 
 
-def read_training(directory: Path) -> tuple[ModelConfig, dict[str, Any], str]:
-    """Config, training facts and digest of a version without reading its weights."""
+def read_description(directory: Path) -> tuple[ModelConfig, TrainingFacts, str]:
+    """Config, training facts and digest of a version without reading its weights. Raises InvalidArtifact."""
     manifest = Manifest.read(directory)
-    return _read_config(directory, manifest), _read_training(directory, manifest), digest_of(manifest)
+    return _read_config(directory, manifest), _read_training(directory, manifest), _digest(manifest)
 
 
-def digest_of(manifest: Manifest) -> str:
+def _digest(manifest: Manifest) -> str:
     """SHA-256 over the sums of config and weights: what is computed, not how it is described."""
     sums = [manifest.files[name].sha256 if name in manifest.files else "" for name in (CONFIG, WEIGHTS)]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
@@ -112,27 +132,25 @@ def _read_config(directory: Path, manifest: Manifest) -> ModelConfig:
         raise InvalidArtifact(f"{directory / CONFIG}: {explain(error)}") from error
 
 
-def _read_training(directory: Path, manifest: Manifest) -> dict[str, Any]:
+def _read_training(directory: Path, manifest: Manifest) -> TrainingFacts:
     data = manifest.read_file(directory, TRAINING, _MAX_TRAINING_BYTES)
     try:
-        training = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidArtifact(f"{directory / TRAINING} is not JSON: {error}") from error
-    if not isinstance(training, dict):
-        raise InvalidArtifact(f"{directory / TRAINING} holds no JSON object")
-    return training
+        return TrainingFacts.model_validate_json(data)
+    except ValidationError as error:
+        raise InvalidArtifact(f"{directory / TRAINING}: {explain(error)}") from error
 
 
-def _check_header(where: Path, data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a safetensors header with what the config asks for, before the library allocates what the header asks.
+def _check_header(where: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a safetensors header with what the config asks for, before any weight is read.
 
     The format: 8 bytes little-endian length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
     """
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
+    num_bytes = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if num_bytes < 8 or length > min(_MAX_HEADER_BYTES, num_bytes - 8):
         raise InvalidArtifact(f"{where} is not a safetensors file: its header would be {length} bytes long")
     try:
-        header = json.loads(data[8 : 8 + length])
+        header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
         raise InvalidArtifact(f"{where} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
@@ -151,8 +169,9 @@ def _check_header(where: Path, data: bytes, shapes: Mapping[str, tuple[int, ...]
         if entry.get("shape") != list(shape):
             found = str(entry.get("shape"))[:60]
             raise InvalidArtifact(f"{where}: {name} has the shape {found}, the config says {list(shape)}")
-    if len(data) - 8 - length != 4 * sum(math.prod(shape) for shape in shapes.values()):
-        raise InvalidArtifact(f"{where}: {len(data) - 8 - length} bytes of weights, the config asks for another number")
+    expected = 4 * sum(math.prod(shape) for shape in shapes.values())
+    if num_bytes - 8 - length != expected:
+        raise InvalidArtifact(f"{where}: {num_bytes - 8 - length} bytes of weights, the config asks for {expected}")
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "ß": ("ss",), "ẞ": ("SS", "ss"), "æ": ("ae",), "Æ": ("AE", "Ae"), "œ": ("oe",), "Œ": ("OE", "Oe"),
     "ø": ("o",), "Ø": ("O",), "đ": ("d",), "Đ": ("D",), "ð": ("d",), "Ð": ("D",), "þ": ("th",), "Þ": ("TH", "Th"),
     "ł": ("l",), "Ł": ("L",), "ħ": ("h",), "Ħ": ("H",), "ı": ("i",), "ŧ": ("t",), "Ŧ": ("T",), "ŋ": ("n",),
-    "\r\n": ("\n",), "\r": ("\n",), "\u2028": ("\n",), "\u2029": ("\n",), "\v": ("\n",), "\f": ("\n",), "\x85": ("\n",),
+    **dict.fromkeys("\r\v\f\x85\u2028\u2029", ("\n", " ")),
     "\t": (" ",), "\n": (" ",),
     "\u200b": ("",), "\u200c": ("",), "\u200d": ("",), "\ufeff": ("",), "\u00ad": ("",), "\u2060": ("",),
 }  # fmt: skip
@@ -67,12 +67,6 @@ class Charset:
     def __len__(self) -> int:
         return len(self.characters)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Charset) and other.characters == self.characters
-
-    def __hash__(self) -> int:
-        return hash(self.characters)
-
     def __contains__(self, char: str) -> bool:
         return char in self._id_of
 
@@ -99,6 +93,10 @@ class Charset:
         ids = self._look_up(text)
         if not (ids < 0).any():
             return ids
+        text = self._take_apart(text)
+        ids = self._look_up(text)
+        if not (ids < 0).any():
+            return ids
         if unknown == "drop":
             return ids[ids >= 0]
         if unknown == "fold":
@@ -120,6 +118,13 @@ class Charset:
                 raise IndexError(f"no character has the id {index}")
             found.append(chars[index])
         return "".join(found)
+
+    def _take_apart(self, text: str) -> str:
+        """The text with unknown characters as letter and marks where these are known: a model whose charset has them
+        writes such sequences, and has to be able to read what it wrote.
+        """
+        apart = {char: unicodedata.normalize("NFD", char) for char in set(text) if char not in self}
+        return text.translate({ord(c): parts for c, parts in apart.items() if all(part in self for part in parts)})
 
     def _look_up(self, text: str) -> Ids:
         points = _code_points(text)

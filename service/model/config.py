@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from service.errors import InvalidCharset
 from service.model.charset import MAX_CHARSET, Charset
 
 Shape = tuple[int, ...]
+
+_MAX_PARAMETERS = 2**28  # 1 GiB of float32
 
 
 class ModelConfig(BaseModel):
@@ -36,14 +39,20 @@ class ModelConfig(BaseModel):
         except InvalidCharset as error:
             raise ValueError(error.message) from error
 
+    @model_validator(mode="after")
+    def _is_not_too_large(self) -> Self:
+        if self.num_parameters > _MAX_PARAMETERS:
+            raise ValueError(f"{self.num_parameters} parameters, at most {_MAX_PARAMETERS} are accepted")
+        return self
+
     @property
-    def num_chars(self) -> int:
+    def vocab_size(self) -> int:
         """V, the number of characters that the model knows."""
         return len(self.charset)
 
     def tensor_shapes(self) -> dict[str, Shape]:
         """Name -> shape of every weight, float32, in torch's convention (gates stacked in the order r, z, n)."""
-        vocab, units = self.num_chars, self.num_units
+        vocab, units = self.vocab_size, self.num_units
         shapes: dict[str, Shape] = {"embedding.weight": (vocab, self.embedding_dim)}
         for layer in range(self.num_layers):
             inputs = self.embedding_dim if layer == 0 else units
@@ -58,10 +67,4 @@ class ModelConfig(BaseModel):
     @property
     def num_parameters(self) -> int:
         """How many numbers the weights hold together."""
-        total = 0
-        for shape in self.tensor_shapes().values():
-            size = 1
-            for length in shape:
-                size *= length
-            total += size
-        return total
+        return sum(math.prod(shape) for shape in self.tensor_shapes().values())

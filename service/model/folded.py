@@ -7,6 +7,7 @@ few elementwise operations, and a new state. (A bias that is only ever added to 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,28 +18,41 @@ from service.model.gru import GRUCharModel
 
 @dataclass(frozen=True)
 class _Layer:
-    input_table: Tensor | None  # (V, 3H), first layer only
-    weight_ih: Tensor  # (3H, inputs)
-    bias: Tensor  # (3H,): b_ih, and b_hh of r and z
-    weight_hh: Tensor  # (3H, H)
-    bias_hn: Tensor  # (H,): inside the reset gate
+    """Weights of a layer, one of the first two set: the table of the first layer, the input weights of the others.
+
+    input_table (V, 3H), weight_ih (3H, H), bias (3H,): b_ih, and b_hh of r and z; weight_hh (3H, H); bias_hh (3H,):
+    zeros, and b_hn, which belongs inside the reset gate.
+    """
+
+    input_table: Tensor | None
+    weight_ih: Tensor | None
+    bias: Tensor
+    weight_hh: Tensor
+    bias_hh: Tensor
 
 
 class FoldedGRU:
-    """A GRUCharModel for inference on one text at a time. Its weights are copies; it has no state of its own."""
+    """A GRUCharModel for inference on one text at a time. Its weights are copies; it has no state of its own.
+
+    A step always does the same products with the same operands, so a text gives the same bits in whatever parts it is
+    scanned (on one kind of processor, with one number of threads).
+    """
 
     def __init__(self, model: GRUCharModel) -> None:
         self.config = model.config
         self.dense_weight = model.dense.weight.detach().clone()
         self.dense_bias = model.dense.bias.detach().clone()
         self._layers = []
+        units = self.config.num_units
         for index, weights in enumerate(model.gru.all_weights):
-            weight_ih, weight_hh, bias_ih, bias_hh = (weight.detach().clone() for weight in weights)
-            units = self.config.num_units
-            bias = bias_ih
+            weight_ih, weight_hh, bias, bias_hh = (weight.detach().clone() for weight in weights)
             bias[: 2 * units] += bias_hh[: 2 * units]
-            table = torch.addmm(bias, model.embedding.weight.detach(), weight_ih.t()) if index == 0 else None
-            self._layers.append(_Layer(table, weight_ih, bias, weight_hh, bias_hh[2 * units :]))
+            bias_hh[: 2 * units] = 0
+            if index == 0:
+                table = torch.addmm(bias, model.embedding.weight.detach(), weight_ih.t())
+                self._layers.append(_Layer(table, None, bias, weight_hh, bias_hh))
+            else:
+                self._layers.append(_Layer(None, weight_ih, bias, weight_hh, bias_hh))
 
     def initial_hidden(self) -> Tensor:
         """(L, H) float32 zeros: the state before the first character."""
@@ -48,16 +62,12 @@ class FoldedGRU:
     def scan(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(n,) int64 ids and (L, H) hidden -> (n, H) state of the last layer after each character, (L, H) hidden after.
 
-        Character after character; between layers the input products of all n characters are one.
+        Layer after layer, and in each of them character after character.
         """
         after = torch.empty_like(hidden)
-        states = hidden  # of no meaning before the first layer
+        states = ids  # what the next layer reads: characters, then the states of the layer below
         for index, layer in enumerate(self._layers):
-            if layer.input_table is not None:
-                gates = layer.input_table[ids]  # (n, 3H)
-            else:
-                gates = torch.addmm(layer.bias, states, layer.weight_ih.t())  # (n, 3H)
-            states = _scan_layer(gates, hidden[index], layer.weight_hh, layer.bias_hn)
+            states = _scan_layer(layer, states, hidden[index])
             after[index] = states[-1] if len(states) else hidden[index]
         return states, after
 
@@ -67,19 +77,26 @@ class FoldedGRU:
         return torch.addmm(self.dense_bias, states, self.dense_weight.t())
 
 
-def _scan_layer(gates: Tensor, hidden: Tensor, weight_hh: Tensor, bias_hn: Tensor) -> Tensor:
-    """One layer over n characters: (n, 3H) input side of the gates, (H,) hidden -> (n, H) states."""
+def _input_gates(layer: _Layer, inputs: Tensor) -> Iterator[Tensor]:
+    """What each input adds to the gates, (3H,) at a time."""
+    if layer.input_table is not None:
+        for index in inputs.tolist():
+            yield layer.input_table[index]
+    elif layer.weight_ih is not None:
+        for state in inputs:
+            yield torch.addmv(layer.bias, layer.weight_ih, state)
+
+
+def _scan_layer(layer: _Layer, inputs: Tensor, hidden: Tensor) -> Tensor:
+    """One layer over n steps: (n,) ids or (n, H) states of the layer below, (H,) hidden -> (n, H) states."""
     units = hidden.shape[0]
-    states = torch.empty(len(gates), units)
-    gates_rz, gates_n = gates[:, : 2 * units], gates[:, 2 * units :]
-    # The bias inside the reset gate joins the recurrent product.
-    bias = torch.cat((torch.zeros(2 * units), bias_hn))
+    states = torch.empty(len(inputs), units)
     product = torch.empty(3 * units)
     product_rz, product_n = product[: 2 * units], product[2 * units :]
     reset, update = product[:units], product[units : 2 * units]
-    for t in range(len(gates)):
-        torch.addmv(bias, weight_hh, hidden, out=product)  # (3H,)
-        product_rz.add_(gates_rz[t]).sigmoid_()
-        candidate = torch.addcmul(gates_n[t], reset, product_n).tanh_()
+    for t, gates in enumerate(_input_gates(layer, inputs)):
+        torch.addmv(layer.bias_hh, layer.weight_hh, hidden, out=product)  # (3H,)
+        product_rz.add_(gates[: 2 * units]).sigmoid_()
+        candidate = torch.addcmul(gates[2 * units :], reset, product_n).tanh_()
         hidden = torch.lerp(candidate, hidden, update, out=states[t])  # n + z (h - n)
     return states

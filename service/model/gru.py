@@ -28,9 +28,9 @@ class GRUCharModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.num_chars, config.embedding_dim)
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.gru = nn.GRU(config.embedding_dim, config.num_units, config.num_layers, batch_first=True)
-        self.dense = nn.Linear(config.num_units, config.num_chars)
+        self.dense = nn.Linear(config.num_units, config.vocab_size)
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, NDArray[np.float32]]) -> GRUCharModel:

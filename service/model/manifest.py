@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -63,7 +65,10 @@ class Manifest(BaseModel):
             )
         if manifest.sha256 != _sum_of_sums(manifest.files):
             raise InvalidArtifact(f"{directory / MANIFEST}: its own sum doesn't fit its entries")
-        there = {entry.name for entry in os.scandir(directory)} - {MANIFEST}
+        try:
+            there = set(os.listdir(directory)) - {MANIFEST}
+        except OSError as error:
+            raise InvalidArtifact(f"can't read {directory}: {error.strerror}") from error
         if missing := sorted(set(manifest.files) - there):
             raise InvalidArtifact(f"{directory}: {missing[0]} is missing")
         if foreign := sorted(there - set(manifest.files)):
@@ -74,14 +79,19 @@ class Manifest(BaseModel):
         """The one form in which a manifest may be stored."""
         return json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n"
 
-    def read_file(self, directory: Path, name: str, max_bytes: int) -> bytes:
-        """A file's content, after its length and sum were found to be right. Raises InvalidArtifact."""
+    def read_file(
+        self, directory: Path, name: str, max_bytes: int, check_start: Callable[[BinaryIO], object] | None = None
+    ) -> bytes:
+        """A file's content, after its length and sum were found to be right. Raises InvalidArtifact.
+
+        check_start: gets the open file before the whole of it is read, and may raise.
+        """
         if not _FILE_NAME.fullmatch(name) or name not in self.files:
             raise InvalidArtifact(f"{directory}: the manifest names no file {name!r}")
         entry = self.files[name]
         if entry.num_bytes > max_bytes:
             raise InvalidArtifact(f"{directory / name}: {entry.num_bytes} bytes, at most {max_bytes} are accepted")
-        data = read_regular_file(directory / name, entry.num_bytes)
+        data = read_regular_file(directory / name, entry.num_bytes, check_start)
         if len(data) != entry.num_bytes:
             raise InvalidArtifact(f"{directory / name}: {len(data)} bytes, the manifest says {entry.num_bytes}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -89,17 +99,23 @@ class Manifest(BaseModel):
         return data
 
 
-def read_regular_file(path: Path, max_bytes: int) -> bytes:
-    """The content of a plain file of at most `max_bytes`; links, pipes and devices are refused unopened."""
+def read_regular_file(path: Path, max_bytes: int, check_start: Callable[[BinaryIO], object] | None = None) -> bytes:
+    """The content of a plain file of at most `max_bytes`; links, pipes and devices are refused unread."""
     try:
-        status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidArtifact(f"{path} is not a plain file")
-        if status.st_size > max_bytes:
-            raise InvalidArtifact(f"{path}: {status.st_size} bytes, at most {max_bytes} are expected")
-        with path.open("rb") as file:
+        # O_NONBLOCK: a pipe that nobody writes to would be waited for.
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InvalidArtifact(f"{path} is not a plain file")
+            if status.st_size > max_bytes:
+                raise InvalidArtifact(f"{path}: {status.st_size} bytes, at most {max_bytes} are expected")
+            if check_start is not None:
+                check_start(file)
+                file.seek(0)
             return file.read(max_bytes)
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InvalidArtifact(f"{path} is not a plain file") from error
         raise InvalidArtifact(f"can't read {path}: {error.strerror}") from error
 
 

@@ -20,7 +20,7 @@ def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
     return f"""# {name}
 
 A GRU character model: characters -> embedding ({settings["embedding_dim"]}) -> GRU ({settings["num_units"]} units x \
-{settings["num_layers"]}) -> dense over {facts["num_chars"]} characters.
+{settings["num_layers"]}) -> dense over {facts["vocab_size"]} characters.
 {facts["num_parameters"]:,} parameters, float32.
 
 ## Training data
@@ -43,7 +43,7 @@ Training loss at that point, dropout on: {losses["training_nats_per_char"]:.4f} 
     {facts["command"]}
 
 Best of {run["num_updates"]:,} updates ({run["num_epochs"]:.1f} epochs) after {run["best_update"]:,}; {run["ended"]};
-{run["seconds"] / 60:.0f} minutes on {run["num_threads"]} threads, {run["chars_per_s"]:,.0f} characters/s with evaluations;
+{run["seconds"] / 60:.0f} minutes on {settings["threads"]} threads, {run["chars_per_s"]:,.0f} characters/s with evaluations;
 gru-serve {facts["versions"]["gru-serve"]}, torch {facts["versions"]["torch"]}.
 
 | setting | value |

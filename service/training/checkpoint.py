@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from service.errors import InvalidCheckpoint
+from service.staging import fsync
 from service.training.settings import TrainingSettings
 
 
@@ -52,19 +53,20 @@ class RunState(BaseModel):
 
 
 def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace the checkpoint at `path` in one step: a crash leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace the checkpoint at `path` in one step: a crash leaves the old one or the new one.
+
+    Raises InvalidCheckpoint if it can't be written.
+    """
     aside = path.with_name(path.name + ".part")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, aside, metadata={"run": state.model_dump_json()})
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(contiguous, aside, metadata={"run": state.model_dump_json()})
+        fsync(aside)
+        os.replace(aside, path)
+        fsync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise InvalidCheckpoint(f"can't write the checkpoint {path}: {_brief(error)}") from error
 
 
 def read_state(path: Path) -> RunState:

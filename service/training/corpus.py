@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidCorpus
+from service.training.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -74,5 +75,4 @@ class Streams:
         return self.ids[offsets[:, None] + begins]
 
     def _start(self, epoch: int) -> int:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return int(torch.randint(self.steps, (1,), generator=generator))
+        return int(torch.randint(self.steps, (1,), generator=generator(self.seed, "epoch", epoch)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def keep_mask(shape: tuple[int, ...], rate: float, generator: torch.Generator) -> Tensor:
+def keep_mask(shape: tuple[int, ...], rate: float, generator: torch.Generator | None) -> Tensor:
     """Boolean tensor, False with probability `rate` (to the nearest 1/65,536).
 
     Sixteen random bits an element, four elements to a 64-bit draw: `Tensor.bernoulli_` takes ten times as long on a
@@ -21,7 +21,7 @@ def keep_mask(shape: tuple[int, ...], rate: float, generator: torch.Generator) -
     return (levels >= round(rate * 65_536) - 32_768).view(shape)
 
 
-def drop(values: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+def drop(values: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
     """`values` with each element zeroed with probability `rate`, the others scaled so that the mean stays."""
     if rate == 0:
         return values

@@ -13,7 +13,7 @@ from service.errors import InvalidCorpus
 from service.model.charset import Ids
 from service.model.folded import FoldedGRU
 
-_CHUNK = 2048  # characters between two reports of progress; bounds the memory, changes no result
+_CHUNK = 2048  # characters between two reports of progress; bounds the memory
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from service.model.gru import GRUCharModel
 from service.training.dropout import drop
 from service.training.scan import ScanBuffers, gru_scan
+from service.training.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,13 @@ class WindowLoss:
         window: Tensor,
         hidden: Tensor,
         rates: DropoutRates = DropoutRates(),
-        generator: torch.Generator | None = None,
+        draws: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(T + 1, B) int64 characters and (L, B, H) hidden -> loss of each target (T * B,), nats; (L, B, H) hidden.
 
-        The generator is needed for rates above 0 and draws in a fixed order.
+        draws: makes the dropout masks, in a fixed order; needed for rates above 0.
         """
         model, gru = self.model, self.model.gru
-        generator = generator or torch.Generator()
         ids, targets = window[:-1], window[1:]
         steps, batch = ids.shape
         last: list[Tensor] = []
@@ -55,23 +55,22 @@ class WindowLoss:
             units = weight_hh.shape[1]
             # The biases of r and z go with the input; that of n belongs inside the reset gate.
             bias = bias_ih + torch.cat((bias_hh[: 2 * units], bias_hh.new_zeros(units)))
-            if layer == 0:
-                embedding = drop(model.embedding.weight, rates.input, generator)
-                gates, index = F.linear(embedding, weight_ih, bias), ids  # (V, 3H)
+            index = None
+            if layer == 0 and rates.input == 0:
+                gates, index = F.linear(model.embedding.weight, weight_ih, bias), ids  # (V, 3H), folded
             else:
-                below = drop(states, rates.output, generator)
+                below = drop(states, rates.output, draws) if layer else drop(model.embedding(ids), rates.input, draws)
                 gates = self._product(below, weight_ih).to(bias.dtype) + bias  # (T, B, 3H)
-                index = None
             states, final = gru_scan(
                 gates,
                 index,
                 hidden[layer],
-                drop(weight_hh, rates.recurrent, generator),
+                drop(weight_hh, rates.recurrent, draws),
                 bias_hh[2 * units :],
                 self._buffer(layer, steps, batch, units, weight_hh.dtype),
             )  # (T, B, H), (B, H)
             last.append(final)
-        outputs = drop(states, rates.output, generator)
+        outputs = drop(states, rates.output, draws)
         logits = self._product(outputs, model.dense.weight).to(model.dense.bias.dtype) + model.dense.bias
         loss = F.cross_entropy(logits.view(steps * batch, -1), targets.reshape(-1), reduction="none")
         return loss, torch.stack(last)
@@ -90,18 +89,18 @@ def initialise(model: GRUCharModel, seed: int) -> None:
     """Set starting weights: orthogonal recurrences keep the state's scale over many steps, and an update gate that
     begins open to the past (bias +1) lets gradients through them.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draws = generator(seed, "weights")
     with torch.no_grad():
-        nn.init.normal_(model.embedding.weight, generator=generator)
+        nn.init.normal_(model.embedding.weight, generator=draws)
         for weight_ih, weight_hh, bias_ih, bias_hh in model.gru.all_weights:
             units = weight_hh.shape[1]
-            nn.init.xavier_uniform_(weight_ih, generator=generator)
+            nn.init.xavier_uniform_(weight_ih, generator=draws)
             for gate in weight_hh.split(units):
-                nn.init.orthogonal_(gate, generator=generator)
+                nn.init.orthogonal_(gate, generator=draws)
             nn.init.zeros_(bias_ih)
             nn.init.zeros_(bias_hh)
             bias_ih[units : 2 * units] = 1.0
-        nn.init.xavier_uniform_(model.dense.weight, generator=generator)
+        nn.init.xavier_uniform_(model.dense.weight, generator=draws)
         nn.init.zeros_(model.dense.bias)
 
 

@@ -39,14 +39,14 @@ def publish_run(
     corpus: Corpus,
     trainer: Trainer,
     command: str,
-    num_threads: int,
+    ended: str,
     write_sample: Callable[[FoldedGRU, Charset, str], Sample],
     progress: Callable[[int], object] = lambda _: None,
 ) -> ModelVersion:
     """Publish the best weights of a run so far as a new version of `name`.
 
-    command, num_threads: how the run was started, for the card. write_sample: gets the network, its charset and the
-    held-out text. progress: gets numbers of characters while the held-out text is read. Raises StoreError.
+    command, ended: how the run was started and how it ended, for the card. write_sample: gets the network, its
+    charset and the held-out text. progress: gets numbers of characters while that is read. Raises StoreError.
     """
     if trainer.state.best_step is None:
         raise StoreError("there is nothing to publish: the run ended before its first evaluation")
@@ -54,10 +54,9 @@ def publish_run(
     model.load_state_dict(trainer.best_weights())
     network, charset = FoldedGRU(model), Charset(model.config.charset)
     held_out = corpus.split(trainer.settings.validation_fraction)[1]
-    loss = text_loss(network, charset.encode(held_out), progress)
+    loss = text_loss(network, trainer.validation_ids.numpy(), progress)
     sample = write_sample(network, charset, held_out)
-    facts = _facts(trainer, corpus, command, sample)
-    facts["run"]["num_threads"] = num_threads
+    facts = _facts(trainer, corpus, command, ended, sample)
     facts["losses"] |= {
         "validation_nats_per_char": loss.nats_per_char,
         "validation_bits_per_char": loss.bits_per_char,
@@ -75,14 +74,11 @@ def publish_run(
     return store.publish(name, write)
 
 
-def _facts(trainer: Trainer, corpus: Corpus, command: str, sample: Sample) -> dict[str, Any]:
+def _facts(trainer: Trainer, corpus: Corpus, command: str, ended: str, sample: Sample) -> dict[str, Any]:
     state, settings = trainer.state, trainer.settings
     training, held_out = corpus.split(settings.validation_fraction)
     best = next(point for point in state.curve if point.step == state.best_step)
     num_chars = state.step * settings.batch_size * settings.sequence_length
-    ended = "stopped by hand"
-    if state.finished:
-        ended = "finished" if state.step >= trainer.total_steps else "stopped early: no better evaluation came"
     return {
         "format": 1,
         "published_at": int(time.time()),
@@ -94,7 +90,7 @@ def _facts(trainer: Trainer, corpus: Corpus, command: str, sample: Sample) -> di
             "num_training_chars": len(training),
             "num_validation_chars": len(held_out),
         },
-        "num_chars": trainer.model.config.num_chars,
+        "vocab_size": trainer.model.config.vocab_size,
         "num_parameters": trainer.model.config.num_parameters,
         "settings": settings.model_dump(),
         "losses": {"training_nats_per_char": best.training_loss},

@@ -33,6 +33,11 @@ class TrainingSettings(BaseModel):
     eval_interval: int = Field(0, ge=0, description="updates between evaluations; 0: once an epoch")
     patience: int = Field(0, ge=0, description="stop after this many evaluations without a better one; 0: never")
     seed: int = Field(1, ge=0, lt=2**63, description="fixes initial weights, dropout and the cutting of the text")
+    threads: int = Field(0, ge=0, le=256, description="cores to use; 0: all. Another number rounds sums otherwise")
+    charset: str = Field("", description="characters that the model shall know; empty: those of the text")
+    unknown_chars: Literal["error", "fold", "drop"] = Field(
+        "error", description="what happens to characters of the text that the charset lacks"
+    )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="numbers inside large products; auto: bfloat16 where the processor has it"
     )

@@ -24,6 +24,7 @@ from service.training.checkpoint import Evaluation, RunState, read_tensors, save
 from service.training.corpus import Corpus, Streams
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
 from service.training.schedule import learning_rate
+from service.training.seeding import generator
 from service.training.settings import TrainingSettings
 
 _EVAL_STREAMS = 64
@@ -45,13 +46,14 @@ class Trainer:
     """One training run over one corpus, from the beginning or from a checkpoint."""
 
     def __init__(self, corpus: Corpus, settings: TrainingSettings, checkpoint: Path) -> None:
+        settings = _resolve(settings)
         self.settings, self.checkpoint = settings, checkpoint
-        charset = Charset.from_corpus(corpus.text)
+        charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
         training, validation = corpus.split(settings.validation_fraction)
         if len(validation) < 2:
             raise InvalidCorpus(f"{corpus.name} is too short to hold out a part for validation", param="corpus")
-        ids = torch.from_numpy(charset.encode(training))
-        self.validation_ids = torch.from_numpy(charset.encode(validation))
+        ids = torch.from_numpy(charset.encode(training, settings.unknown_chars))
+        self.validation_ids = torch.from_numpy(charset.encode(validation, settings.unknown_chars))
         self.streams = Streams(ids, settings.batch_size, settings.sequence_length, settings.seed)
         config = ModelConfig(
             charset=charset.characters,
@@ -110,9 +112,13 @@ class Trainer:
     def run(self, progress: Progress, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, to early stopping or until `stopped()`; True if the run is finished.
 
-        Writes the checkpoint at every evaluation and when stopped. Raises TrainingDiverged.
+        Writes the checkpoint at the start, at every evaluation and when stopped. Raises TrainingDiverged, and
+        InvalidCheckpoint if it can't be written; the best weights are there in either case.
         """
         state, per_epoch = self.state, self.streams.windows_per_epoch
+        torch.set_num_threads(self.settings.threads)
+        if state.step == 0:
+            self.save()  # a place that can't be written to is found out now, and not after the first epoch
         while not state.finished:
             began = time.perf_counter()
             epoch, place = divmod(state.step, per_epoch)
@@ -161,9 +167,8 @@ class Trainer:
         rate = learning_rate(settings, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         rates = DropoutRates(settings.input_dropout, settings.recurrent_dropout, settings.output_dropout)
-        losses, hidden = self._window_loss(window, self.hidden, rates, generator)
+        losses, hidden = self._window_loss(window, self.hidden, rates, generator(settings.seed, "update", step))
         loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -175,9 +180,10 @@ class Trainer:
 
     def _evaluate(self, progress: Progress, last: bool) -> None:
         state, settings = self.state, self.settings
-        is_first = not state.curve
         loss = self.validation_loss()
-        is_best = math.isfinite(loss) and (is_first or loss < state.best_loss)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"the validation loss is {loss} after update {state.step}: lower the learning rate")
+        is_best = loss < state.best_loss
         point = Evaluation(
             step=state.step,
             epoch=state.step / self.streams.windows_per_epoch,
@@ -212,6 +218,16 @@ class Trainer:
             mean, square = self.moments[name]
             step = torch.tensor(float(self.state.step))
             self.optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+
+
+def _resolve(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with what depends on the machine written out: the run can go on, or be done again, elsewhere."""
+    return settings.model_copy(
+        update={
+            "threads": settings.threads or torch.get_num_threads(),
+            "precision": "bfloat16" if product_dtype(settings.precision) == torch.bfloat16 else "float32",
+        }
+    )
 
 
 def streamed_loss(window_loss: WindowLoss, ids: Tensor) -> float:

@@ -9,7 +9,7 @@ import torch
 from flask_openapi import Info, OpenAPI
 
 from service import __version__
-from service.config import Settings, read_settings
+from service.config import SPARE_THREADS, Settings, read_settings
 from service.generation import Generator
 from service.loaded import LoadedModels
 from service.store import ModelStore
@@ -21,8 +21,6 @@ from service.web.health import health_blueprint
 from service.web.logs import configure_logs
 from service.web.models import models_blueprint
 from service.web.schemas import ErrorAnswer
-
-_SPARE_THREADS = 4  # HTTP threads that completions never occupy: health checks and refusals stay prompt
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
@@ -38,7 +36,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
 
     models = LoadedModels(ModelStore(settings.model_store), settings.max_models)
     model = models.get(settings.model)
-    max_waiting = max(0, settings.http_threads - settings.engine_threads - _SPARE_THREADS)
+    max_waiting = settings.http_threads - settings.engine_threads - SPARE_THREADS
     generator = Generator(settings.engine_threads, max_waiting)
 
     app = OpenAPI(
@@ -52,7 +50,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     app.openapi_version = "3.1.1"
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    register_guard(app, settings.max_body_bytes, settings.body_timeout_s)
+    register_guard(app, settings.max_body_bytes)
     register_error_handlers(app)
     limits: dict[str, Any] = {"max_tokens": settings.max_tokens, "max_prompt_chars": settings.max_prompt_chars}
     app.register_api(completions_blueprint(models, generator, settings.model, **limits))

@@ -8,13 +8,10 @@ import time
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
-from service.engine.sampling import SamplingSettings
 from service.errors import InvalidValue
-from service.generation import GenerationRequest, Generator
+from service.generation import GenerationRequest, Generator, SamplingSettings
 from service.loaded import LoadedModel, LoadedModels
 from service.web.schemas import ERRORS, Choice, CompletionAnswer, CompletionBody, Usage
-
-_MAX_STOPS = 4
 
 
 def completions_blueprint(
@@ -28,7 +25,10 @@ def completions_blueprint(
         """Step the network over the prompt, character by character, then draw the characters that follow."""
         _check_limits(body, max_tokens, max_prompt_chars)
         model = models.get(body.model if body.model is not None else default_model)
-        completion = generator.complete(model, _request(model, body))
+        request = _request(model, body)
+        if len(request.prompt) > max_prompt_chars:  # folding may have made it longer
+            raise InvalidValue(f"prompt: at most {max_prompt_chars} characters after folding", param="prompt")
+        completion = generator.complete(model, request)
         answer = CompletionAnswer(
             id=f"cmpl-{secrets.token_hex(12)}",
             created=int(time.time()),
@@ -51,8 +51,6 @@ def _check_limits(body: CompletionBody, max_tokens: int, max_prompt_chars: int) 
         raise InvalidValue(f"max_tokens: at most {max_tokens} characters a request", param="max_tokens")
     if len(body.prompt) > max_prompt_chars:
         raise InvalidValue(f"prompt: at most {max_prompt_chars} characters, not {len(body.prompt)}", param="prompt")
-    if isinstance(body.stop, list) and len(body.stop) > _MAX_STOPS:
-        raise InvalidValue(f"stop: at most {_MAX_STOPS} strings, not {len(body.stop)}", param="stop")
 
 
 def _request(model: LoadedModel, body: CompletionBody) -> GenerationRequest:

@@ -9,21 +9,24 @@ from flask import Flask, Response, jsonify
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
-from service.errors import GruServeError, Overloaded
+from service.errors import GruServeError
 
 log = structlog.get_logger(__name__)
 
 STATUS = {
     "out_of_range": 400, "unknown_characters": 400, "invalid_json": 400, "unknown_field": 400, "missing_field": 400,
-    "wrong_type": 400, "bad_request": 400,
-    "body_timeout": 408,
+    "wrong_type": 400, "bad_request": 400, "unsupported_value": 400,
+    "incomplete_body": 408,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
     "invalid_artifact": 503, "store_error": 503, "not_ready": 503,
     "internal_error": 500,
 }  # fmt: skip
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
-_CODE_OF_PYDANTIC = {"missing": "missing_field", "extra_forbidden": "unknown_field"}
+_RETRY_AFTER_S = "1"
+_CODE_OF_PYDANTIC = {
+    "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
+}  # fmt: skip
 
 
 def error_response(message: str, code: str, param: str | None = None, status: int | None = None) -> Response:
@@ -33,7 +36,7 @@ def error_response(message: str, code: str, param: str | None = None, status: in
     response = jsonify(error={"message": message, "type": kind, "param": param, "code": code})
     response.status_code = status
     if status in (429, 503):
-        response.headers["Retry-After"] = "1"
+        response.headers["Retry-After"] = _RETRY_AFTER_S
     return response
 
 
@@ -63,14 +66,12 @@ def register_error_handlers(app: Flask) -> None:
     def _known(error: GruServeError) -> Response:
         status = STATUS.get(error.code, 500)
         if status >= 500:
-            # Such messages name files of the server; the caller gets the kind, the log the place.
             log.error("request failed", code=error.code, error=error.message)
+        if error.code in ("invalid_artifact", "store_error"):
+            # Such messages name files of the server; the caller gets the kind, the log the place.
             public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
             return error_response(public, error.code)
-        response = error_response(error.message, error.code, error.param)
-        if isinstance(error, Overloaded):
-            response.headers["Retry-After"] = str(error.retry_after_s)
-        return response
+        return error_response(error.message, error.code, error.param)
 
     @app.errorhandler(HTTPException)
     def _http(error: HTTPException) -> Any:

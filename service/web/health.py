@@ -5,6 +5,7 @@ from __future__ import annotations
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
+from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
 from service.web.schemas import ErrorAnswer, HealthAnswer
 
@@ -20,8 +21,11 @@ def health_blueprint(models: LoadedModels, default_model: str) -> APIBlueprint:
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
     def readyz() -> Response:
-        """Answer 200 if the default model is loaded and can be used, else 503."""
-        models.get(default_model)
+        """Answer 200 if the default model is there and can be used, else 503."""
+        try:
+            models.get(default_model)
+        except GruServeError as error:
+            raise NotReady(f"the default model can't be used: {error.code}") from error
         return Response(HealthAnswer(status="ready").model_dump_json(), mimetype="application/json")
 
     return blueprint

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import structlog
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
-from service.errors import InvalidArtifact, StoreError
-from service.model.artifact import read_training
-from service.store import ModelStore, ModelVersion
+from service.errors import GruServeError, ModelNotFound
+from service.store import Description, ModelStore
 from service.web.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
+
+log = structlog.get_logger(__name__)
 
 
 def models_blueprint(store: ModelStore) -> APIBlueprint:
@@ -17,44 +19,39 @@ def models_blueprint(store: ModelStore) -> APIBlueprint:
 
     @blueprint.get("/v1/models", summary="Every model version", responses={"200": ModelsAnswer})
     def index() -> Response:
-        """List every whole version in the store; damaged ones are left out."""
+        """List every whole version in the store; damaged ones are left out, and named in the log."""
         data = []
-        for name in store.names():
-            for version in store.versions(name):
-                try:
-                    data.append(_describe(store, version))
-                except (InvalidArtifact, StoreError):
-                    continue  # `gru-serve models verify` says what is wrong with it
+        for version in [version for name in store.names() for version in store.versions(name)]:
+            try:
+                data.append(_answer(store.describe(version)))
+            except ModelNotFound:
+                continue  # deleted meanwhile
+            except GruServeError as error:
+                log.warning("model not listed", model=version.ref, error=error.message)
         return _json(ModelsAnswer(data=data))
 
     @blueprint.get("/v1/models/<id>", summary="One model version", responses={"200": ModelAnswer})
     def show(path: ModelPath) -> Response:
         """Describe the version that a name, name@version or name@alias means now."""
-        return _json(_describe(store, store.resolve(path.id)))
+        return _json(_answer(store.describe(store.resolve(path.id))))
 
     return blueprint
 
 
-def _describe(store: ModelStore, version: ModelVersion) -> ModelAnswer:
-    config, training, digest = read_training(version.path)
-    losses = training.get("losses")
-    loss = losses.get("validation_nats_per_char") if isinstance(losses, dict) else None
-    aliases = sorted(alias for alias, number in store.aliases(version.name).items() if number == version.number)
-    if store.versions(version.name)[-1:] == [version]:
-        aliases.insert(0, "latest")
-    published = training.get("published_at")
+def _answer(described: Description) -> ModelAnswer:
+    config, training = described.config, described.training
     return ModelAnswer(
-        id=version.ref,
-        created=published if isinstance(published, int) else int(version.path.stat().st_mtime),
+        id=described.version.ref,
+        created=training.published_at or 0,
         meta=ModelMeta(
             charset=config.charset,
             embedding_dim=config.embedding_dim,
             num_units=config.num_units,
             num_layers=config.num_layers,
             num_parameters=config.num_parameters,
-            digest=digest,
-            aliases=aliases,
-            validation_loss=loss if isinstance(loss, float) else None,
+            digest=described.digest,
+            aliases=described.aliases,
+            validation_loss=training.losses.validation_nats_per_char,
         ),
     )
 

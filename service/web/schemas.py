@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def only(value: object) -> WrapValidator:
+    """A validator that takes this value of a type and says of every other that it isn't supported."""
+
+    def check(given: object, parse: ValidatorFunctionWrapHandler) -> object:
+        if parse(given) != value:
+            shown = json.dumps(value)
+            raise PydanticCustomError("unsupported_value", "only {shown} is supported", {"shown": shown})
+        return value
+
+    return WrapValidator(check)
 
 
 class Body(BaseModel):
@@ -42,8 +56,8 @@ class CompletionBody(Body):
     temperature: float = Field(1.0, ge=0, le=100, description="divides the logits; 0 takes the likeliest character")
     top_k: int = Field(0, ge=0, le=65_536, description="draw from the k likeliest characters; 0: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest characters that reach this probability")
-    stop: StopString | list[StopString] | None = Field(
-        None, max_length=256, description="up to 4 strings that end the text; they are not part of the answer"
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+        None, description="a string or up to 4 that end the text; they are not part of the answer"
     )
     seed: int | None = Field(
         None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="same seed, same request, same text; none: another each time"
@@ -51,9 +65,18 @@ class CompletionBody(Body):
     unknown_chars: Literal["error", "fold", "drop"] = Field(
         "error", description="what happens to characters of the prompt that the model doesn't know"
     )
-    n: Literal[1] = Field(1, description="number of completions; only 1")
-    stream: Literal[False] = Field(False, description="only false")
     user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients; has no effect")
+    # What OpenAI's API has and this server has not yet: only the value that asks for nothing.
+    n: Annotated[int, only(1)] = 1
+    best_of: Annotated[int, only(1)] = 1
+    stream: Annotated[bool, only(False)] = False
+    stream_options: Annotated[dict[str, Any] | None, only(None)] = None
+    echo: Annotated[bool, only(False)] = False
+    logprobs: Annotated[int | None, only(None)] = None
+    suffix: Annotated[str | None, only(None)] = None
+    presence_penalty: Annotated[float, only(0)] = 0.0
+    frequency_penalty: Annotated[float, only(0)] = 0.0
+    logit_bias: Annotated[dict[str, float], only({})] = {}
 
 
 class Choice(BaseModel):
@@ -71,6 +94,13 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails = Field(default_factory=lambda: PromptTokensDetails())
+
+
+class PromptTokensDetails(BaseModel):
+    """How the prompt was read."""
+
+    cached_tokens: int = Field(0, description="characters whose state was remembered and not stepped again")
 
 
 class CompletionAnswer(BaseModel):
@@ -103,7 +133,7 @@ class ModelAnswer(BaseModel):
 
     id: str = Field(examples=["shakespeare@1"])
     object: Literal["model"] = "model"
-    created: int = Field(description="seconds since 1970")
+    created: int = Field(description="when it was published, seconds since 1970; 0: not known")
     owned_by: str = "gru-serve"
     meta: ModelMeta
 
@@ -143,6 +173,6 @@ class ErrorAnswer(BaseModel):
 
 
 ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "404": ErrorAnswer, "413": ErrorAnswer, "415": ErrorAnswer, "429": ErrorAnswer,
-    "503": ErrorAnswer,
+    "400": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer, "415": ErrorAnswer,
+    "429": ErrorAnswer, "503": ErrorAnswer,
 }  # fmt: skip

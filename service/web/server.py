@@ -10,6 +10,7 @@ from gunicorn.glogging import Logger
 
 from service.config import Settings
 from service.web.logs import configure_logs
+from service.web.worker import worker_with_deadline
 
 _SHM = "/dev/shm"  # noqa: S108
 _KEEPALIVE_S = 75  # above the idle time after which balancers close: they, not we, end an idle connection
@@ -52,7 +53,7 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
     return {
         "bind": f"{host}:{settings.port}",
         "workers": 1,  # batches and states live in one process; more capacity is more replicas
-        "worker_class": "gthread",
+        "worker_class": worker_with_deadline(settings.request_timeout_s),
         "threads": settings.http_threads,
         "worker_connections": settings.http_threads + 1000,
         "keepalive": _KEEPALIVE_S,

@@ -75,6 +75,11 @@ def test_top_k_of_equals_takes_the_first() -> None:
     assert distribution(SamplingSettings(top_k=2), np.zeros(4, np.float32)) == [0.5, 0.5, 0, 0]
 
 
+def test_ranks_are_those_of_the_logits_however_close() -> None:
+    close = np.array([0, 1.4e-45], np.float32)
+    assert draw(close, SamplingSettings(top_k=1), 0.0) == draw(close, SamplingSettings(temperature=0), 0.0) == 1
+
+
 def test_top_p_leaves_the_fewest_that_reach_it() -> None:
     assert distribution(SamplingSettings(top_p=0.5)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-3)
     assert distribution(SamplingSettings(top_p=0.3)) == [0, 1, 0, 0]

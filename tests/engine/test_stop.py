@@ -31,6 +31,12 @@ def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, sto
     assert (shown, stop_filter.stopped) == (expected, stopped)
 
 
+def test_stop_strings_are_compared_as_models_write_them() -> None:
+    stop_filter = StopFilter(["e\u0301"])
+    assert "".join(stop_filter.feed(char) for char in "caf\u00e9!") == "caf"
+    assert stop_filter.stopped
+
+
 @given(TEXTS, STOPS)
 def test_no_more_is_held_back_than_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
     stop_filter, shown = StopFilter(stops), ""

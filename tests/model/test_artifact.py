@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save
 
 from service.errors import InvalidArtifact
-from service.model.artifact import CONFIG, WEIGHTS, read_artifact, write_artifact
+from service.model.artifact import CONFIG, WEIGHTS, TrainingFacts, read_artifact, write_artifact
 from service.model.manifest import MANIFEST, Manifest
 from tests.conftest import random_tensors, tiny_config
 
@@ -39,7 +39,7 @@ def seal(directory: Path) -> None:
 def test_what_was_written_is_read_back(version: Path) -> None:
     artifact, config = read_artifact(version), tiny_config()
     assert artifact.config == config
-    assert artifact.training == {"losses": {}}
+    assert artifact.training == TrainingFacts()
     for name, tensor in random_tensors(config).items():
         assert np.array_equal(artifact.tensors[name], tensor)
         assert artifact.tensors[name].dtype == np.float32
@@ -146,7 +146,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "charset with a double": (change_config(charset="aa"), "twice"),
     "deep JSON": (lambda d: (d / CONFIG).write_text("[" * 100_000), "config.json"),
     "deep facts": (lambda d: (d / "training.json").write_text("[" * 100_000), "training.json"),
-    "facts that are a list": (lambda d: (d / "training.json").write_text("[]"), "no JSON object"),
+    "facts that are a list": (lambda d: (d / "training.json").write_text("[]"), "training.json"),
     "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "not a safetensors file"),
     "huge header": (lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 64), "header"),
     "header no JSON": (lambda d: (d / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"{]"), "not JSON"),

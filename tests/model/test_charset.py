@@ -92,6 +92,18 @@ def test_fold_refuses_what_has_nothing_near_and_counts_positions_in_the_given_te
         ASCII.encode("…é漢", "fold")
 
 
+def test_a_charset_of_letters_and_marks_reads_what_it_writes() -> None:
+    charset = Charset("ea\u0301")
+    assert charset.encode("e\u0301a").tolist() == [0, 2, 1]
+    assert charset.encode("\u00e9").tolist() == [0, 2]
+
+
+def test_line_breaks_become_spaces_where_there_are_no_lines() -> None:
+    line = Charset("ab ")
+    for text in ("a\nb", "a\rb", "a\r\nb", "a\u2028b"):
+        assert line.decode(line.encode(text, "fold")) == "a b"
+
+
 def test_drop_leaves_unknown_characters_out() -> None:
     assert ASCII.decode(ASCII.encode("aéb\ud800c", "drop")) == "abc"
 

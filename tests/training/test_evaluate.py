@@ -25,7 +25,7 @@ def model() -> GRUCharModel:
 
 
 def test_it_is_the_mean_over_all_characters_but_the_first(model: GRUCharModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = np.random.default_rng(1).integers(0, model.config.num_chars, 500)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 500)
     logits, _ = model(torch.from_numpy(ids[None, :-1]), model.initial_hidden(1))
     expected = F.cross_entropy(logits[0], torch.from_numpy(ids[1:])).item()
     for chunk in (7, 499, 500, 2048):

@@ -56,7 +56,7 @@ def test_states_and_gradients_agree_with_autograd(with_index: bool) -> None:
 def test_the_whole_gradient_agrees_with_the_reference_network(num_layers: int) -> None:
     model = GRUCharModel(tiny_config(num_layers=num_layers)).double()
     initialise(model, 1)
-    window = torch.randint(0, model.config.num_chars, (STEPS + 1, BATCH), generator=torch.Generator().manual_seed(4))
+    window = torch.randint(0, model.config.vocab_size, (STEPS + 1, BATCH), generator=torch.Generator().manual_seed(4))
     hidden = torch.rand(num_layers, BATCH, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) - 0.5
     losses, last = WindowLoss(model, torch.float64)(window, hidden)
     losses.mean().backward()
@@ -77,7 +77,7 @@ def test_the_whole_gradient_agrees_with_the_reference_network(num_layers: int) -
 def test_bfloat16_products_stay_close_to_float32() -> None:
     model = GRUCharModel(tiny_config(num_units=128))
     initialise(model, 1)
-    window = torch.randint(0, model.config.num_chars, (33, 8))
+    window = torch.randint(0, model.config.vocab_size, (33, 8))
     hidden = model.initial_hidden(8)
     exact, _ = WindowLoss(model, torch.float32)(window, hidden)
     rough, _ = WindowLoss(model, torch.bfloat16)(window, hidden)
@@ -88,7 +88,7 @@ def test_bfloat16_products_stay_close_to_float32() -> None:
 def test_dropout_is_a_function_of_the_generator() -> None:
     model = GRUCharModel(tiny_config(num_layers=2))
     initialise(model, 1)
-    window, rates = torch.randint(0, model.config.num_chars, (9, 4)), DropoutRates(0.2, 0.3, 0.4)
+    window, rates = torch.randint(0, model.config.vocab_size, (9, 4)), DropoutRates(0.2, 0.3, 0.4)
     loss = WindowLoss(model, torch.float32)
     one, other, another = (
         loss(window, model.initial_hidden(4), rates, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)

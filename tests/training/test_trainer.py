@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from service.errors import InvalidCheckpoint, InvalidCorpus
+from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged, UnknownCharacters
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, read_state
@@ -119,6 +120,54 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         Trainer(Corpus("b", TEXT, "1" * 64), SETTINGS, tmp_path / "run").restore(state)
     with pytest.raises(InvalidCheckpoint, match="other settings"):
         Trainer(CORPUS, SETTINGS.model_copy(update={"epochs": 9}), tmp_path / "run").restore(state)
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path: Path) -> None:
+    # Large enough for torch to share a product between threads, which rounds its sums otherwise.
+    settings = SETTINGS.model_copy(update={"num_units": 256, "num_layers": 1, "threads": 2})
+    torch.set_num_threads(1)
+    whole, watch = run(tmp_path / "whole", settings, stop_after=12)
+    torch.set_num_threads(1)
+    _, first = run(tmp_path / "parts", settings, stop_after=6)
+    torch.set_num_threads(1)
+    trainer = Trainer(CORPUS, read_state(tmp_path / "parts").settings, tmp_path / "parts")
+    trainer.restore(read_state(tmp_path / "parts"))
+    second = Watch(stop_after=6)
+    trainer.run(second, second.stopped)
+    assert torch.get_num_threads() == 2
+    assert first.losses + second.losses == watch.losses
+    assert whole.settings.precision in ("bfloat16", "float32")  # what auto meant where the run began
+
+
+def test_a_checkpoint_that_can_not_be_written_is_found_out_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trainer, watch = Trainer(CORPUS, SETTINGS, tmp_path / "file" / "run"), Watch()
+    with pytest.raises(InvalidCheckpoint, match="can't write"):
+        trainer.run(watch)
+    assert watch.losses == []
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "validation_loss", lambda _: math.nan)
+    with pytest.raises(TrainingDiverged, match="validation loss is nan"):
+        run(tmp_path / "run")
+    assert read_state(tmp_path / "run").curve == []
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_any_seed_trains(tmp_path: Path, seed: int) -> None:
+    _, watch = run(tmp_path / "run", SETTINGS.model_copy(update={"seed": seed}), stop_after=2)
+    assert len(watch.losses) == 2
+
+
+def test_a_given_charset_is_the_models(tmp_path: Path) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyzAB ,."
+    trainer, _ = run(tmp_path / "run", SETTINGS.model_copy(update={"charset": letters}), stop_after=1)
+    assert trainer.model.config.charset == letters
+    with pytest.raises(UnknownCharacters, match=r"' ' \(U\+0020\)"):
+        Trainer(CORPUS, SETTINGS.model_copy(update={"charset": letters.replace(" ", "")}), tmp_path / "other")
+    dropped = SETTINGS.model_copy(update={"charset": letters.replace(" ", ""), "unknown_chars": "drop"})
+    assert len(Trainer(CORPUS, dropped, tmp_path / "other").validation_ids) < len(trainer.validation_ids)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, b"\x02\0\0\0\0\0\0\0{}"])

@@ -30,7 +30,12 @@ def test_the_answer_has_openais_shape(client: FlaskClient) -> None:
         "object": "text_completion",
         "model": "tiny@1",
         "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}],
-        "usage": {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26},
+        "usage": {
+            "prompt_tokens": 6,
+            "completion_tokens": 20,
+            "total_tokens": 26,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -80,8 +85,26 @@ def test_null_is_the_same_as_not_given(client: FlaskClient) -> None:
     assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
 
 
+def test_openais_fields_that_ask_for_nothing_are_accepted(client: FlaskClient) -> None:
+    nothing: dict[str, Any] = {
+        "best_of": 1,
+        "echo": False,
+        "logprobs": None,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+    }
+    nothing |= {"logit_bias": {}, "stream_options": None, "suffix": None, "n": 1, "stream": False, "user": "me"}
+    assert complete(client, **nothing)["choices"] == complete(client)["choices"]
+
+
+def test_a_prompt_that_folding_makes_too_long_is_refused(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", json=GOOD | {"prompt": "\u2168" * 900, "unknown_chars": "fold"})
+    assert response.status_code == 400  # the Roman numeral nine becomes IX
+    assert response.get_json()["error"]["code"] in ("out_of_range", "unknown_characters")
+
+
 def test_an_empty_prompt_is_continued(client: FlaskClient) -> None:
-    assert complete(client, prompt="")["usage"] == {"prompt_tokens": 0, "completion_tokens": 20, "total_tokens": 20}
+    assert complete(client, prompt="")["usage"]["total_tokens"] == 20
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
@@ -109,18 +132,26 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": "x" * 1000}, "stop", "out_of_range"),
     ({"stop": 5}, "stop", "wrong_type"),
     ({"prompt": None}, "prompt", "missing_field"),
-    ({"suffix": None}, "suffix", "unknown_field"),
+    ({"extra": None}, "extra", "unknown_field"),
     ({"prompt": ["ROMEO:"]}, "prompt", "wrong_type"),
     ({"prompt": [1, 2]}, "prompt", "wrong_type"),
     ({"prompt": "a" * 1001}, "prompt", "out_of_range"),
     ({"prompt": "\ud800"}, "prompt", "unknown_characters"),
     ({"model": 3}, "model", "wrong_type"),
     ({"unknown_chars": "guess"}, "unknown_chars", "out_of_range"),
-    ({"suffix": "end"}, "suffix", "unknown_field"),
-    ({"logit_bias": {"a": 1}}, "logit_bias", "unknown_field"),
+    ({"suffix": "end"}, "suffix", "unsupported_value"),
+    ({"logit_bias": {"a": 1}}, "logit_bias", "unsupported_value"),
+    ({"logprobs": 0}, "logprobs", "unsupported_value"),
+    ({"echo": True}, "echo", "unsupported_value"),
+    ({"best_of": 3}, "best_of", "unsupported_value"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_value"),
+    ({"frequency_penalty": float("nan")}, "frequency_penalty", "out_of_range"),
+    ({"n": True}, "n", "wrong_type"),
+    ({"n": 1.0}, "n", "wrong_type"),
+    ({"stream": 0}, "stream", "wrong_type"),
     ({"prompt_": "a"}, "prompt_", "unknown_field"),
-    ({"n": 2}, "n", "out_of_range"),
-    ({"stream": True}, "stream", "out_of_range"),
+    ({"n": 2}, "n", "unsupported_value"),
+    ({"stream": True}, "stream", "unsupported_value"),
 ]
 
 
@@ -159,6 +190,18 @@ def test_a_body_that_is_no_json_object_is_refused(client: FlaskClient, body: byt
     assert response.get_json()["error"]["code"] == "invalid_json"
 
 
+def test_nesting_of_any_depth_is_refused_and_not_a_failure(client: FlaskClient) -> None:
+    for depth in range(900, 1010, 1):
+        body = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
+        response = client.post("/v1/completions", data=body, content_type="application/json")
+        assert response.status_code == 400, depth
+
+
+def test_the_route_is_told_before_the_body(client: FlaskClient) -> None:
+    assert client.post("/nope", data="x").status_code == 404
+    assert client.post("/healthz", data="x").status_code == 405
+
+
 def test_a_large_body_is_refused(client: FlaskClient) -> None:
     for body in (b"x" * 10_000_000, json.dumps(GOOD | {"prompt": "a" * 65_536}).encode()):
         response = client.post("/v1/completions", data=body, content_type="application/json")
@@ -181,6 +224,7 @@ def test_a_charset_parameter_is_no_other_content_type(client: FlaskClient) -> No
 def test_compressed_bodies_are_refused(client: FlaskClient) -> None:
     response = client.post("/v1/completions", json=GOOD, headers={"Content-Encoding": "gzip"})
     assert response.status_code == 415
+    assert client.post("/v1/completions", json=GOOD, headers={"Content-Encoding": "identity"}).status_code == 200
 
 
 JSON = st.recursive(

@@ -63,7 +63,7 @@ def test_the_description_covers_every_route_and_the_schemas_limits(client: Flask
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
     answers = description["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "404", "413", "415", "429", "503"}
+    assert set(answers) == {"200", "400", "404", "408", "413", "415", "429", "503"}
     for status in set(answers) - {"200"}:
         assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
@@ -128,12 +128,12 @@ def test_a_full_server_says_when_to_come_back(client: FlaskClient, monkeypatch: 
     from service.generation import Generator
 
     def refuse(*_: object) -> None:
-        raise Overloaded("busy", retry_after_s=3)
+        raise Overloaded("busy")
 
     monkeypatch.setattr(Generator, "complete", refuse)
     response = client.post("/v1/completions", json={"prompt": "a"})
     assert response.status_code == 429
-    assert response.headers["Retry-After"] == "3"
+    assert response.headers["Retry-After"] == "1"
     assert response.get_json()["error"]["type"] == "rate_limit_error"
 
 
@@ -150,6 +150,32 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
         (tmp_path / "other" / "1" / "training.json").write_bytes(b"")
         assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
+
+
+def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+        assert client.get("/readyz").status_code == 200
+        store.delete("tiny@1")
+        response = client.get("/readyz")
+        assert response.status_code == 503
+        assert response.get_json()["error"]["code"] == "not_ready"
+        assert response.headers["Retry-After"]
+        assert client.get("/healthz").status_code == 200
+
+
+def test_odd_things_in_the_store_break_nothing(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    publish_tiny(store, "other")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "other" / "store.json").write_text("{")
+    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
+        assert client.post("/v1/completions", json={"prompt": "a", "model": "loop"}).status_code == 404
+        assert client.get("/v1/models/other").status_code == 503
+        assert str(tmp_path) not in client.get("/v1/models/other").text
 
 
 def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
