@@ -14,7 +14,7 @@ CURVE = "loss.png"
 def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
     """The card, as Markdown, from the facts that `training.json` holds."""
     corpus, losses, settings, run = facts["corpus"], facts["losses"], facts["settings"], facts["run"]
-    rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
+    rows = "\n".join(f"| {key} | {value if value != '' else 'not given'} |" for key, value in settings.items())
     curve = f"\n![Loss by epoch]({CURVE})\n" if has_curve else ""
     sample = "\n".join("    " + line for line in facts["sample"]["text"].split("\n"))
     return f"""# {name}
