@@ -26,4 +26,4 @@ def drop(values: Tensor, rate: float, generator: torch.Generator | None) -> Tens
     if rate == 0:
         return values
     mask = keep_mask(tuple(values.shape), rate, generator)
-    return values * (mask.to(values.dtype) / (1 - rate))
+    return values * mask.to(values.dtype).mul_(1 / (1 - rate))

@@ -55,12 +55,13 @@ class WindowLoss:
             units = weight_hh.shape[1]
             # The biases of r and z go with the input; that of n belongs inside the reset gate.
             bias = bias_ih + torch.cat((bias_hh[: 2 * units], bias_hh.new_zeros(units)))
+            weight_in, bias = weight_ih.roll(units, 0), bias.roll(units, 0)  # r, z, n -> n, r, z
             index = None
             if layer == 0 and rates.input == 0:
-                gates, index = F.linear(model.embedding.weight, weight_ih, bias), ids  # (V, 3H), folded
+                gates, index = F.linear(model.embedding.weight, weight_in, bias), ids  # (V, 3H), folded
             else:
                 below = drop(states, rates.output, draws) if layer else drop(model.embedding(ids), rates.input, draws)
-                gates = self._product(below, weight_ih).to(bias.dtype) + bias  # (T, B, 3H)
+                gates = self._linear(below, weight_in, bias)  # (T, B, 3H)
             states, final = gru_scan(
                 gates,
                 index,
@@ -71,12 +72,13 @@ class WindowLoss:
             )  # (T, B, H), (B, H)
             last.append(final)
         outputs = drop(states, rates.output, draws)
-        logits = self._product(outputs, model.dense.weight).to(model.dense.bias.dtype) + model.dense.bias
+        logits = self._linear(outputs, model.dense.weight, model.dense.bias).to(model.dense.weight.dtype)
         loss = F.cross_entropy(logits.view(steps * batch, -1), targets.reshape(-1), reduction="none")
         return loss, torch.stack(last)
 
-    def _product(self, rows: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(rows.to(self.product_dtype), weight.to(self.product_dtype))
+    def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = self.product_dtype
+        return F.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype))
 
     def _buffer(self, layer: int, steps: int, batch: int, units: int, dtype: torch.dtype) -> ScanBuffers:
         buffer = self._buffers.get(layer)

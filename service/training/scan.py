@@ -45,9 +45,11 @@ class ScanBuffers:
         self.candidate_hidden = real(steps, batch, units)  # W_hn h + b_hn
         self.input_gates = real(batch, 3 * units)
         self.hidden_gates = product(batch, 3 * units)
-        self.gate_grads = product(steps, batch, 4 * units)  # of r, z, W_hn h + b_hn, and n before its tanh
-        self.grad_left = real(batch, 2 * units)
-        self.grad_right = real(batch, 2 * units)
+        # Of n before its tanh, of r and z before their sigmoids, and of W_hn h + b_hn: the first three are the input's,
+        # the last three the state's.
+        self.gate_grads = product(steps, batch, 4 * units)
+        self.grad_candidate = real(batch, units)
+        self.grad_reset_update = real(batch, 2 * units)
         self.grad_hidden = real(batch, units)
         self.grad_carried = real(batch, units)
         self.grad_product = product(batch, units)
@@ -58,8 +60,8 @@ def gru_scan(
 ) -> tuple[Tensor, Tensor]:
     """States (T, B, H) after every step, and the last hidden state (B, H), of one layer.
 
-    gates: what the input adds to the gates, biases of r and z included: (V, 3H) with `index` (T, B) int64 choosing the
-        row of every step, or (T, B, 3H) with `index` None.
+    gates: what the input adds to the gates in the order n, r, z, all biases but `bias_hn` included: (V, 3H) with
+        `index` (T, B) int64 choosing the row of every step, or (T, B, 3H) in the products' dtype with `index` None.
     hidden: (B, H), the state before the first step; no gradient flows into it (truncated backpropagation).
     weight_hh: (3H, H) recurrent weights; bias_hn: (H,), the bias inside the reset gate.
 
@@ -92,12 +94,16 @@ class _GRUScan(torch.autograd.Function):
         b.hidden[0] = hidden
         b.hidden_product[0] = hidden
         for t in range(steps):
-            x = gates[t] if index is None else torch.index_select(gates, 0, index[t], out=b.input_gates)  # (B, 3H)
+            x = b.input_gates  # (B, 3H)
+            if index is None:
+                x.copy_(gates[t])
+            else:
+                torch.index_select(gates, 0, index[t], out=x)
             h = torch.mm(b.hidden_product[t], weight_t, out=b.hidden_gates)  # (B, 3H)
             rz, n, hn = b.reset_update[t], b.candidate[t], b.candidate_hidden[t]
-            rz.copy_(h[:, : 2 * units]).add_(x[:, : 2 * units]).sigmoid_()
+            rz.copy_(h[:, : 2 * units]).add_(x[:, units:]).sigmoid_()
             hn.copy_(h[:, 2 * units :]).add_(bias_hn)
-            torch.addcmul(x[:, 2 * units :], rz[:, :units], hn, out=n)
+            torch.addcmul(x[:, :units], rz[:, :units], hn, out=n)
             # tanh(a) = 2 sigmoid(2a) - 1: torch's float32 sigmoid takes a sixth of the time of its tanh on x86.
             n.mul_(2).sigmoid_().mul_(2).sub_(1)
             torch.lerp(n, b.hidden[t], rz[:, units:], out=b.hidden[t + 1])  # n + z (h - n)
@@ -115,50 +121,39 @@ class _GRUScan(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         b: ScanBuffers = ctx.buffers
         steps, batch, units = b.candidate.shape
-        left, right, carried = b.grad_left, b.grad_right, b.grad_carried
+        grad_n, grad_rz, carried = b.grad_candidate, b.grad_reset_update, b.grad_carried
         grad_h = b.grad_hidden.copy_(grad_states[steps - 1])
         for t in range(steps - 1, -1, -1):
-            rz, n = b.reset_update[t], b.candidate[t]
+            rz, n, grads_t = b.reset_update[t], b.candidate[t], b.gate_grads[t]
             r, z = rz[:, :units], rz[:, units:]
             torch.mul(grad_h, z, out=carried)
-            grad_n = torch.sub(grad_h, carried, out=right[:, units:])  # (1 - z) dh
+            torch.sub(grad_h, carried, out=grad_n)  # (1 - z) dh
             _tanh_backward(grad_n, n, grad_input=grad_n)
-            torch.mul(grad_n, r, out=right[:, :units])  # of W_hn h + b_hn
-            torch.mul(grad_n, b.candidate_hidden[t], out=left[:, :units])
-            torch.sub(b.hidden[t], n, out=left[:, units:]).mul_(grad_h)
-            _sigmoid_backward(left, rz, grad_input=left)
-            out = b.gate_grads[t]  # (B, 4H)
-            out[:, : 2 * units].copy_(left)
-            out[:, 2 * units :].copy_(right)
-            if t == 0:
-                break
-            torch.mm(out[:, : 3 * units], weight, out=b.grad_product)
-            torch.add(carried, b.grad_product, out=grad_h).add_(grad_states[t - 1])
+            torch.mul(grad_n, b.candidate_hidden[t], out=grad_rz[:, :units])
+            torch.sub(b.hidden[t], n, out=grad_rz[:, units:]).mul_(grad_h)
+            _sigmoid_backward(grad_rz, rz, grad_input=grad_rz)
+            grads_t[:, :units].copy_(grad_n)
+            grads_t[:, units : 3 * units].copy_(grad_rz)
+            grads_t[:, 3 * units :].copy_(grad_n.mul_(r))
+            if t > 0:
+                torch.mm(grads_t[:, units:], weight, out=b.grad_product)
+                torch.add(carried, b.grad_product, out=grad_h).add_(grad_states[t - 1])
         gate_grads = b.gate_grads.view(steps * batch, 4 * units)
-        before = b.hidden_product[:steps].reshape(steps * batch, units)
-        grad_weight = torch.mm(gate_grads[:, : 3 * units].t(), before)  # (3H, H), one product over all steps
-        ones = gate_grads.new_ones(1, steps * batch)
-        grad_bias = torch.mm(ones, gate_grads[:, 2 * units : 3 * units])[0]
+        before = b.hidden_product[:steps].view(steps * batch, units)
+        grad_weight = torch.mm(gate_grads[:, units:].t(), before)  # (3H, H), one product over all steps
+        grad_bias = torch.mm(gate_grads.new_ones(1, steps * batch), gate_grads[:, 3 * units :])[0]
         dtype = b.hidden.dtype
-        return (
-            _input_grads(gate_grads, ctx.index, ctx.num_rows, units, (steps, batch), dtype),
-            None,
-            None,
-            grad_weight.to(dtype),
-            grad_bias.to(dtype),
-            None,
-        )
+        return _input_grads(gate_grads, ctx), None, None, grad_weight.to(dtype), grad_bias.to(dtype), None
 
 
-def _input_grads(
-    gate_grads: Tensor, index: Tensor | None, num_rows: int, units: int, window: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
+def _input_grads(gate_grads: Tensor, ctx: Any) -> Tensor:
     """Gradient of `gates`. Rows of a table gather theirs by a product with the one-hot ids: exact sums in float32
     inside the product, where index_add in bfloat16 would round after every row.
     """
-    if index is not None:
-        one_hot = torch.zeros(index.numel(), num_rows, dtype=gate_grads.dtype)
-        one_hot.scatter_(1, index.reshape(-1, 1), 1.0)
-        gate_grads = torch.mm(one_hot.t(), gate_grads)  # (V, 4H)
-    grads = torch.cat((gate_grads[:, : 2 * units], gate_grads[:, 3 * units :]), dim=1).to(dtype)
-    return grads if index is not None else grads.view(*window, 3 * units)
+    num_gates = gate_grads.shape[1] // 4 * 3
+    if ctx.index is None:
+        steps, batch = ctx.buffers.gate_grads.shape[:2]
+        return gate_grads[:, :num_gates].view(steps, batch, num_gates)
+    one_hot = gate_grads.new_zeros(ctx.index.numel(), ctx.num_rows)
+    one_hot.scatter_(1, ctx.index.reshape(-1, 1), 1.0)
+    return torch.mm(one_hot.t(), gate_grads[:, :num_gates]).to(ctx.buffers.hidden.dtype)  # (V, 3H)

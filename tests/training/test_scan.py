@@ -20,7 +20,7 @@ def reference(gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tenso
     """The same scan left to autograd, (T, B, H)."""
     states = []
     for t in range(STEPS):
-        x_r, x_z, x_n = (gates[t] if index is None else gates[index[t]]).chunk(3, dim=1)
+        x_n, x_r, x_z = (gates[t] if index is None else gates[index[t]]).chunk(3, dim=1)
         h_r, h_z, h_n = (hidden @ weight.t()).chunk(3, dim=1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * (h_n + bias_hn))
