@@ -1,10 +1,10 @@
-"""Two ways of doing the same, timed in turns, so that a machine that slows down slows both."""
+"""Ways of doing the same, timed in turns, so that a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -27,6 +27,12 @@ class Pair:
         )
 
 
+def in_turns(measures: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+    """What each measure returns in each round: one list a measure. A first round doesn't count."""
+    found = [[measure() for measure in measures] for _ in range(rounds + 1)][1:]
+    return [list(values) for values in zip(*found, strict=True)]
+
+
 def time_in_turns(
     baseline: Callable[[], object],
     candidate: Callable[[], object],
@@ -42,9 +48,8 @@ def time_in_turns(
             call()
         return (time.perf_counter() - began) / calls
 
-    times = [(seconds(baseline, baseline_calls), seconds(candidate, candidate_calls)) for _ in range(rounds + 1)][1:]
-    return Pair(
-        statistics.median(first for first, _ in times),
-        statistics.median(second for _, second in times),
-        [first / second for first, second in times],
+    first, second = in_turns(
+        [lambda: seconds(baseline, baseline_calls), lambda: seconds(candidate, candidate_calls)], rounds
     )
+    ratios = [one / other for one, other in zip(first, second, strict=True)]
+    return Pair(statistics.median(first), statistics.median(second), ratios)

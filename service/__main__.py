@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from service import __version__
+from service.commands.bench import bench_command
 from service.commands.eval import eval_command
 from service.commands.generate import generate_command
 from service.commands.models import models_group
@@ -33,7 +34,7 @@ def main() -> None:
     """Serve, train and measure GRU character models."""
 
 
-for _command in (serve_command, train_command, eval_command, generate_command, models_group):
+for _command in (serve_command, train_command, eval_command, generate_command, bench_command, models_group):
     main.add_command(_command)
 
 if __name__ == "__main__":

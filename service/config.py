@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.errors import InvalidSettings
 
 PREFIX = "GRU_SERVE_"
-SPARE_THREADS = 4  # HTTP threads that completions never occupy: health checks and refusals stay prompt
+SPARE_THREADS = 16  # HTTP threads that completions never occupy: health checks and refusals stay prompt
 
 
 class Settings(BaseSettings):
@@ -26,21 +26,51 @@ class Settings(BaseSettings):
     model_store: Path = Field(Path("model_store"), description="directory of the model store")
     model: str = Field("shakespeare", description="model that is loaded at start and used by requests that name none")
     max_models: int = Field(4, ge=1, le=1000, description="model versions kept loaded; the least recently used goes")
-    engine_threads: int = Field(2, ge=1, le=256, description="texts that are stepped side by side, a core each")
-    http_threads: int = Field(32, ge=8, le=4096, description="requests answered side by side")
+    precision: Literal["auto", "int8", "int4"] = Field(
+        "auto", description="integers of the recurrent weights; auto: the fewest bits that cost the model nothing"
+    )
+    engine_threads: int = Field(0, ge=0, le=256, description="cores that the engine computes with; 0: all but one")
+    max_batch: int = Field(256, ge=1, le=65_536, description="texts that are stepped side by side")
+    max_queue: int = Field(256, ge=0, le=65_536, description="texts that wait for a place; more are refused (429)")
+    prefix_cache_bytes: int = Field(
+        2**26, ge=0, le=2**40, description="memory for the states after prompts, of each model; 0: no cache"
+    )
+    stall_s: float = Field(30.0, gt=0, le=3600, description="seconds after which a step counts as stuck (not ready)")
+    http_threads: int = Field(
+        0, ge=0, le=131_072, description="requests answered side by side; 0: as many as fit batch and queue, and some"
+    )
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters a request may generate")
     max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest prompt, in characters")
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest request body")
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
+    send_timeout_s: int = Field(
+        20, ge=1, le=3600, description="seconds after which a client that reads nothing is dropped"
+    )
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
     @model_validator(mode="after")
     def _threads_fit(self) -> Self:
-        if self.engine_threads > self.http_threads - SPARE_THREADS:
-            raise ValueError(f"engine_threads can be {self.http_threads - SPARE_THREADS} at most: raise http_threads")
+        least = self.max_batch + self.max_queue + SPARE_THREADS
+        if 0 < self.http_threads < least:
+            raise ValueError(f"http_threads has to be {least} at least, for max_batch, max_queue and what refuses more")
         return self
+
+    @property
+    def num_http_threads(self) -> int:
+        """`http_threads`, worked out."""
+        return self.http_threads or self.max_batch + self.max_queue + SPARE_THREADS
+
+    @property
+    def integer_precision(self) -> Literal["int8", "int4"] | None:
+        """`precision`; None: the model's own."""
+        return None if self.precision == "auto" else self.precision
+
+    @property
+    def num_engine_threads(self) -> int:
+        """`engine_threads`, worked out: HTTP needs a core too."""
+        return self.engine_threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def read_settings(**overrides: Any) -> Settings:

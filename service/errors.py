@@ -83,6 +83,12 @@ class Overloaded(GruServeError):
     code = "overloaded"
 
 
+class EngineFailed(GruServeError):
+    """The engine's thread has died, is stuck in a step or is being ended: nothing will be computed by it."""
+
+    code = "engine_failed"
+
+
 class NotReady(GruServeError):
     """The service is starting, draining or lacks a part that it needs."""
 

@@ -1,41 +1,74 @@
-"""Model versions in memory, ready to generate: loaded once, shared by all requests, the least recently used let go.
+"""Model versions in memory, each with its engine: loaded once, shared by all requests, the least recently used let go.
 
 May not: know of HTTP.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 
+from service.engine.arithmetic import VERSION
+from service.engine.engine import Engine
+from service.engine.prefix_cache import PrefixCache
+from service.engine.stepper import Stepper
 from service.model.artifact import Artifact
 from service.model.charset import Charset
-from service.model.folded import FoldedGRU
-from service.model.gru import GRUCharModel
+from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from service.store import ModelStore, ModelVersion
 
 
-class LoadedModel:
-    """A model version ready to generate. Read only: any number of threads may use it."""
+@dataclass(frozen=True)
+class EngineSettings:
+    """How engines are made. Each model has one of its own.
 
-    def __init__(self, version: ModelVersion, artifact: Artifact) -> None:
+    make_stepper: the implementation. precision: None takes what the version's training found to be enough. max_running,
+    max_waiting, stall_s: see Engine. prefix_cache_bytes: for states after prompts.
+    """
+
+    make_stepper: Callable[[QuantizedGRU], Stepper]
+    precision: IntegerPrecision | None = None
+    max_running: int = 256
+    max_waiting: int = 256
+    stall_s: float = 30.0
+    prefix_cache_bytes: int = 2**26
+
+
+class LoadedModel:
+    """A model version ready to generate. Any number of threads may use it."""
+
+    def __init__(self, version: ModelVersion, artifact: Artifact, settings: EngineSettings) -> None:
         self.version = version
         self.charset: Charset = artifact.charset
         self.digest = artifact.digest
-        self.network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
+        self.precision: IntegerPrecision = settings.precision or artifact.training.serving_precision
+        quantized = quantize(artifact.config, artifact.tensors, self.precision)
+        self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
+        self.prefixes = PrefixCache(settings.prefix_cache_bytes)
+        self.engine = Engine(
+            settings.make_stepper(quantized),
+            len(self.charset),
+            settings.max_running,
+            settings.max_waiting,
+            settings.stall_s,
+        )
 
     @property
     def fingerprint(self) -> str:
-        """What has to be equal for equal seeds to give equal text: the model and the arithmetic."""
-        return f"fp_{self.digest[:16]}_float32"
+        """What has to be equal for equal seeds to give equal text: the model, and each number of the arithmetic."""
+        return f"fp_{self.digest[:12]}_{self.precision}_{self.arithmetic[:12]}"
 
 
 class LoadedModels:
     """Loads from a store on demand and keeps at most `max_models` versions. Safe for any number of threads."""
 
-    def __init__(self, store: ModelStore, max_models: int) -> None:
+    def __init__(self, store: ModelStore, max_models: int, engine_settings: EngineSettings) -> None:
         self.store = store
         self._max_models = max_models
+        self._engine_settings = engine_settings
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -54,9 +87,16 @@ class LoadedModels:
         with loading:  # two requests for one version must not read it twice, and others must not wait for them
             model = self._find(version.ref)
             if model is None:
-                model = LoadedModel(*self.store.load(version.ref))
+                model = LoadedModel(*self.store.load(version.ref), self._engine_settings)
                 self._keep(model)
         return model
+
+    def close(self) -> None:
+        """End all engines, and what they are at."""
+        with self._lock:
+            models = list(self._models.values())
+        for model in models:
+            model.engine.close()
 
     def _find(self, ref: str) -> LoadedModel | None:
         with self._lock:
@@ -69,4 +109,5 @@ class LoadedModels:
             self._models[model.version.ref] = model
             self._loading.pop(model.version.ref, None)
             while len(self._models) > self._max_models:
-                self._models.popitem(last=False)
+                _, evicted = self._models.popitem(last=False)
+                evicted.engine.retire()

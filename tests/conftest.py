@@ -7,12 +7,15 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from service.engine.torch_stepper import TorchStepper
+from service.loaded import EngineSettings, LoadedModel
 from service.model.artifact import write_artifact
 from service.model.config import ModelConfig
 from service.store import ModelStore
@@ -36,16 +39,33 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
-def publish_tiny(store: ModelStore, name: str = "tiny", seed: int = 0, **changes: object) -> str:
+def publish_tiny(
+    store: ModelStore, name: str = "tiny", seed: int = 0, facts: dict[str, object] | None = None, **changes: object
+) -> str:
     """Publish a small model with random weights; its full name."""
     config = tiny_config(**changes)
     tensors = random_tensors(config, seed)
-    facts = {"losses": {"validation_nats_per_char": 3.5}, "published_at": 1_700_000_000}
+    facts = {"losses": {"validation_nats_per_char": 3.5}, "published_at": 1_700_000_000} | (facts or {})
 
     def write(directory: Path) -> None:
         write_artifact(directory, config, tensors, facts, {"README.md": b"# tiny\n"})
 
     return store.publish(name, write).ref
+
+
+def engine_settings(**changes: object) -> EngineSettings:
+    """Engines on the torch stepper."""
+    return EngineSettings(**({"make_stepper": TorchStepper} | changes))  # type: ignore[arg-type]
+
+
+@contextmanager
+def loaded_model(store: ModelStore, ref: str = "tiny", **changes: object) -> Iterator[LoadedModel]:
+    """A model whose engine ends with the block."""
+    model = LoadedModel(*store.load(ref), engine_settings(**changes))
+    try:
+        yield model
+    finally:
+        model.engine.close()
 
 
 @pytest.fixture(scope="session")

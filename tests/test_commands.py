@@ -45,7 +45,8 @@ def place(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "train", "eval", "generate", "models", "models list", "models show", "models verify", "models alias",
+    ["", "serve", "train", "eval", "generate", "bench", "models", "models list", "models show", "models verify",
+     "models alias",
      "models delete"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
@@ -80,7 +81,7 @@ def test_train_publishes_and_eval_agrees_with_the_card(corpus: Path, place: list
     assert measured["bits_per_char"] == pytest.approx(measured["nats_per_char"] * 1.442695, abs=1e-5)
     assert measured["num_chars"] == len(TEXT) // 10
     text = run("eval", "fox", "--corpus", str(corpus), *store).stdout
-    assert re.search(r"fox@1 on fox.txt: \d\.\d{4} nats/char, \d\.\d{4} bits/char, 4,800 characters", text)
+    assert re.search(r"fox@1 on fox.txt in float32: \d\.\d{4} nats/char, \d\.\d{4} bits/char, 4,800 characters", text)
 
 
 def test_ctrl_c_keeps_the_best_and_resume_gives_the_same_curve(corpus: Path, place: list[str], tmp_path: Path) -> None:
@@ -182,13 +183,13 @@ def test_train_refuses_bad_options(corpus: Path, place: list[str], words: list[s
 
 def test_generate_prints_what_the_api_answers(tiny_store: ModelStore) -> None:
     from service.config import Settings
-    from service.web.app import create_app
+    from tests.web.conftest import client_of
 
     store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
     printed = run("generate", "--prompt", "ROMEO:", "--max-tokens", "50", "--seed", "7", *store)
     assert printed.exit_code == 0
     body = {"prompt": "ROMEO:", "max_tokens": 50, "seed": 7}
-    with create_app(Settings(model_store=tiny_store.root, model="tiny")).test_client() as client:
+    with client_of(Settings(model_store=tiny_store.root, model="tiny")) as client:
         answer = client.post("/v1/completions", json=body).get_json()
     assert printed.stdout == answer["choices"][0]["text"] + "\n"
     as_json = json.loads(
@@ -218,14 +219,14 @@ def test_numbers_that_are_none_are_refused(tiny_store: ModelStore, corpus: Path)
 def test_ctrl_c_while_measuring_points_to_resume(
     corpus: Path, place: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.training import publishing
+    from service.commands import train
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     options = ["--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL, *place]
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "text_loss", interrupt)
+        patch.setattr(train, "measure", interrupt)
         result = run("train", *options)
     assert result.exit_code == 130
     assert "--resume" in result.stderr

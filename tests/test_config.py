@@ -46,11 +46,20 @@ def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         read_settings()
 
 
-def test_completions_must_leave_threads_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "8")
-    assert read_settings(engine_threads=4).engine_threads == 4
-    with pytest.raises(InvalidSettings, match="engine_threads can be 4 at most"):
-        read_settings(engine_threads=5)
+def test_there_are_threads_for_all_texts_and_for_refusing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_settings(max_batch=10, max_queue=20).num_http_threads == 46
+    monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "45")
+    with pytest.raises(InvalidSettings, match="http_threads has to be 46 at least"):
+        read_settings(max_batch=10, max_queue=20)
+    assert read_settings(max_batch=10, max_queue=19).num_http_threads == 45
+
+
+def test_the_engine_has_a_core_and_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert read_settings().num_engine_threads == 3
+    assert read_settings(engine_threads=2).num_engine_threads == 2
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert read_settings().num_engine_threads == 1
 
 
 def test_settings_are_frozen() -> None:

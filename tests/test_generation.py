@@ -1,99 +1,196 @@
-"""Continuing a text: a function of model, text, settings, seed and position; and a bounded number at a time."""
+"""Completions: a function of model, text, settings, seed and position, however they are asked for and delivered."""
 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from service import generation
-from service.engine.sampling import SamplingSettings, draw, uniform
+from service.engine.stepper import Scores
 from service.errors import Overloaded
-from service.generation import Generation, GenerationRequest, Generator
+from service.generation import Choice, Completion, CompletionRequest, SamplingSettings
 from service.loaded import LoadedModel, LoadedModels
 from service.store import ModelStore
-from tests.conftest import publish_tiny
+from tests.conftest import engine_settings, loaded_model, publish_tiny
 
 
-@pytest.fixture(scope="module")
-def model(tiny_store: ModelStore) -> LoadedModel:
-    return LoadedModel(*tiny_store.load("tiny"))
+@pytest.fixture
+def model(tiny_store: ModelStore) -> Iterator[LoadedModel]:
+    with loaded_model(tiny_store) as model:
+        yield model
 
 
-def request(model: LoadedModel, prompt: str = "ROMEO:", **changes: object) -> GenerationRequest:
-    fields: dict[str, object] = {"max_tokens": 30, "sampling": SamplingSettings(), "seed": 7}
-    return GenerationRequest(prompt=model.charset.encode(prompt), **(fields | changes))  # type: ignore[arg-type]
+def request(model: LoadedModel, *prompts: str, **changes: Any) -> CompletionRequest:
+    fields: dict[str, Any] = {"max_chars": 30, "seed": 7}
+    return CompletionRequest(tuple(map(model.charset.encode, prompts or ("ROMEO:",))), **(fields | changes))
 
 
-def text(model: LoadedModel, request: GenerationRequest) -> str:
-    return "".join(Generation(model.network, model.charset, request))
+def finish(completion: Completion, gather_s: float | None = None) -> dict[int, tuple[str, Scores | None]]:
+    """Text and scores of every choice."""
+    texts: dict[int, str] = dict.fromkeys(range(len(completion.choices)), "")
+    scores: dict[int, list[Scores]] = {index: [] for index in texts}
+    for item in completion.pieces(gather_s, 5):
+        assert item is not None
+        choice, piece = item
+        texts[choice.index] += piece.text
+        if piece.scores is not None:
+            assert len(piece.scores.chosen) == len(piece.text)
+            scores[choice.index].append(piece.scores)
+    return {index: (texts[index], Scores.join(scores[index]) if scores[index] else None) for index in texts}
+
+
+def text(model: LoadedModel, *prompts: str, **changes: Any) -> str:
+    return finish(Completion(model, request(model, *prompts, **changes)))[0][0]
 
 
 def test_a_text_is_fixed_by_its_seed(model: LoadedModel) -> None:
-    one, same, other = (text(model, request(model, seed=seed)) for seed in (7, 7, 8))
+    one, same, other = (text(model, seed=seed) for seed in (7, 7, 8))
     assert one == same
     assert one != other
     assert len(one) == 30
 
 
 def test_a_continuation_of_the_continuation_is_the_longer_continuation(model: LoadedModel) -> None:
-    whole = text(model, request(model, max_tokens=30))
+    whole = text(model)
     for cut in (1, 11, 29):
-        rest = text(model, request(model, prompt="ROMEO:" + whole[:cut], max_tokens=30 - cut))
-        assert whole[cut:] == rest
-
-
-def test_every_character_is_drawn_from_the_state_after_all_before_it(model: LoadedModel) -> None:
-    whole = text(model, request(model))
-    ids = model.charset.encode("ROMEO:" + whole)
-    import torch
-
-    states, _ = model.network.scan(torch.from_numpy(ids), model.network.initial_hidden())
-    for position in range(6, len(ids)):
-        logits = model.network.logits(states[position - 1 : position])[0].numpy()
-        assert draw(logits, SamplingSettings(), uniform(7, position)) == ids[position]
-
-
-def test_the_size_of_the_prompts_parts_changes_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = "the lady of the house " * 5
-    expected = text(model, request(model, prompt))
-    for size in (1, 7, 109, 110, 111):
-        monkeypatch.setattr(generation, "_PREFILL", size)
-        assert text(model, request(model, prompt)) == expected
+        assert text(model, "ROMEO:" + whole[:cut], max_chars=30 - cut) == whole[cut:]
 
 
 def test_an_empty_prompt_is_continued_from_the_zero_state(model: LoadedModel) -> None:
-    assert len(text(model, request(model, ""))) == 30
+    assert len(text(model, "")) == 30
 
 
 def test_greedy_is_the_same_for_every_seed(model: LoadedModel) -> None:
-    settings = SamplingSettings(temperature=0)
-    assert len({text(model, request(model, sampling=settings, seed=seed)) for seed in range(3)}) == 1
+    assert len({text(model, sampling=SamplingSettings(temperature=0), seed=seed) for seed in range(3)}) == 1
+
+
+@pytest.mark.parametrize("gather_s", [None, 0.0, 0.002])
+def test_however_it_is_gathered_it_is_the_same_text(model: LoadedModel, gather_s: float | None) -> None:
+    whole = text(model, max_chars=500)
+    completion = Completion(model, request(model, max_chars=500))
+    assert finish(completion, gather_s)[0][0] == whole
+    assert completion.num_generated == 500
+
+
+def test_the_prefix_cache_changes_no_bit(tiny_store: ModelStore) -> None:
+    prompts = ["ROMEO:", "ROMEO: what", "ROMEO: what light", "", "R", "ROMEO: what light"]
+    how = {"num_logprobs": 3, "sampling": SamplingSettings(top_k=8, repetition_penalty=1.3)}
+    results, cached = [], []
+    for size in (0, 2**20):
+        with loaded_model(tiny_store, prefix_cache_bytes=size) as model:
+            completions = [Completion(model, request(model, prompt, **how)) for prompt in prompts for _ in range(2)]
+            results.append([finish(completion)[0] for completion in completions])
+            again = [Completion(model, request(model, prompt, **how)) for prompt in prompts]
+            results[-1] += [finish(completion)[0] for completion in again]
+            cached.append([completion.num_cached for completion in again])
+    for (one, one_scores), (other, other_scores) in zip(*results, strict=True):
+        assert one == other
+        assert one_scores is not None
+        assert other_scores is not None
+        assert one_scores.chosen.tobytes() == other_scores.chosen.tobytes()
+    assert cached == [[0] * 6, [len(prompt) for prompt in prompts]]
+
+
+def test_an_extended_prompt_steps_only_what_is_new(model: LoadedModel) -> None:
+    whole = text(model)
+    completion = Completion(model, request(model, "ROMEO:" + whole + " I"))
+    finish(completion)
+    assert completion.num_cached == 36
+    assert completion.num_prompt == 38
 
 
 def test_a_stop_string_ends_the_text_before_it(model: LoadedModel) -> None:
-    whole = text(model, request(model))
+    whole = text(model)
     stop = whole[10:13]
-    made = Generation(model.network, model.charset, request(model, stop=(stop,)))
-    assert "".join(made) == whole[: whole.index(stop)]
-    assert made.finish_reason == "stop"
-    assert made.num_generated == whole.index(stop) + len(stop)
-    unmatched = Generation(model.network, model.charset, request(model, stop=("§",)))
-    assert ("".join(unmatched), unmatched.finish_reason, unmatched.num_generated) == (whole, "length", 30)
+    for stops in ((stop,), ("§", stop), (stop[1:], stop)):
+        made = Completion(model, request(model, stop=stops))
+        assert finish(made)[0][0] == whole[: whole.index(stop)]
+        assert made.choices[0].finish_reason == "stop"
+    unmatched = Completion(model, request(model, stop=("§",)))
+    assert finish(unmatched)[0][0] == whole
+    assert unmatched.choices[0].finish_reason == "length"
 
 
-def test_pieces_come_as_soon_as_they_may_be_shown(model: LoadedModel) -> None:
-    assert [len(piece) for piece in Generation(model.network, model.charset, request(model))] == [1] * 30
+def test_characters_of_a_stop_string_are_drawn_and_never_shown_with_their_scores(model: LoadedModel) -> None:
+    whole = text(model)
+    made = Completion(model, request(model, stop=(whole[10:13],), num_logprobs=2))
+    shown, scores = finish(made, 0.0)[0]
+    assert scores is not None
+    assert len(scores.chosen) == len(shown) == whole.index(whole[10:13])
+    assert made.num_generated == len(shown) + 3
+
+
+def test_several_prompts_get_what_each_gets_alone(model: LoadedModel) -> None:
+    prompts = ["ROMEO:", "", "JULIET: O", "ROMEO:"]
+    together = finish(Completion(model, request(model, *prompts)))
+    assert [together[index][0] for index in range(4)] == [text(model, prompt) for prompt in prompts]
+
+
+def test_several_continuations_differ_and_the_first_is_the_only_one_of_a_single_request(model: LoadedModel) -> None:
+    texts = finish(Completion(model, request(model, "ROMEO:", "I", n=4, best_of=4)))
+    assert len({texts[index][0] for index in range(8)}) == 8
+    assert texts[0][0] == text(model)
+    assert texts[4][0] == text(model, "I")
+    assert finish(Completion(model, request(model, n=4, best_of=4)))[2] == texts[2]
+
+
+def test_a_prompt_for_several_continuations_is_read_once(tiny_store: ModelStore) -> None:
+    steps = 0
+    with loaded_model(tiny_store, prefix_cache_bytes=0) as model:
+        advance = model.engine._stepper.advance
+
+        def count(rows: Any, num_chars: int) -> Any:
+            nonlocal steps
+            before = sum(row.position for row in rows)
+            result = advance(rows, num_chars)
+            steps += sum(row.position for row in rows) - before
+            return result
+
+        model.engine._stepper.advance = count  # type: ignore[method-assign]
+        finish(Completion(model, request(model, "the lady " * 20, n=5, best_of=5, max_chars=2)))
+    assert steps == 180 + 5 * 2
+
+
+def test_the_best_are_those_with_the_highest_mean_logprob(model: LoadedModel) -> None:
+    every = Completion(model, request(model, n=6, best_of=6, num_logprobs=0))
+    scores = {index: float(scored.chosen.mean()) for index, (_, scored) in finish(every).items() if scored is not None}
+    ranked = sorted(scores, key=lambda index: -scores[index])
+    best = Completion(model, request(model, n=2, best_of=6))
+    shown = finish(best)
+    assert [choice.index for choice in best.chosen()[0]] == ranked[:2]
+    assert [shown[index][1] for index in shown] == [None] * 6
+    assert best.num_generated == 180
+
+
+def test_an_echo_begins_with_the_prompt_and_scores_it(model: LoadedModel) -> None:
+    plain = text(model)
+    assert text(model, echo=True) == "ROMEO:" + plain
+    shown, scores = finish(Completion(model, request(model, echo=True, num_logprobs=4)), 0.0)[0]
+    assert shown == "ROMEO:" + plain
+    assert scores is not None
+    assert np.isnan(scores.chosen).tolist() == [True] + [False] * 35
+    assert scores.top.shape == (36, 4)
+    read, read_scores = finish(Completion(model, request(model, shown, echo=True, num_logprobs=4, max_chars=0)))[0]
+    assert read == shown
+    assert read_scores is not None
+    assert read_scores.chosen[1:].tobytes() == scores.chosen[1:].tobytes()
+
+
+def test_an_empty_echo_of_nothing_is_empty(model: LoadedModel) -> None:
+    assert finish(Completion(model, request(model, "", echo=True, num_logprobs=1, max_chars=0)))[0] == ("", None)
+    assert text(model, "", echo=True, max_chars=0) == ""
 
 
 def test_threads_side_by_side_get_what_each_gets_alone(model: LoadedModel) -> None:
-    alone = {seed: text(model, request(model, seed=seed, max_tokens=100)) for seed in range(6)}
-    generator, together = Generator(max_running=3, max_waiting=10), {}
+    alone = {seed: text(model, seed=seed, max_chars=100) for seed in range(6)}
+    together: dict[int, str] = {}
 
     def complete(seed: int) -> None:
-        together[seed] = generator.complete(model, request(model, seed=seed, max_tokens=100)).text
+        together[seed] = text(model, seed=seed, max_chars=100)
 
     threads = [threading.Thread(target=complete, args=(seed,)) for seed in alone]
     for thread in threads:
@@ -103,70 +200,46 @@ def test_threads_side_by_side_get_what_each_gets_alone(model: LoadedModel) -> No
     assert together == alone
 
 
-def test_a_full_server_refuses_at_once_and_recovers(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, release = threading.Semaphore(0), threading.Event()
-
-    def slow(*_: object) -> float:
-        started.release()
-        release.wait(10)
-        return 0.5
-
-    monkeypatch.setattr(generation, "uniform", slow)
-    generator = Generator(max_running=1, max_waiting=1)
-    answers: list[str] = []
-
-    def complete() -> None:
-        answers.append(generator.complete(model, request(model, max_tokens=1)).text)
-
-    running, waiting = threading.Thread(target=complete), threading.Thread(target=complete)
-    running.start()
-    assert started.acquire(timeout=10)
-    waiting.start()
-    while waiting.is_alive() and not generator._waiting:
-        time.sleep(0.001)
-    with pytest.raises(Overloaded):
-        generator.complete(model, request(model))
-    release.set()
-    running.join()
-    waiting.join()
-    assert len(answers) == 2
-    assert generator.complete(model, request(model, max_tokens=2)).num_generated == 2
+def test_more_than_fit_are_refused_whole(tiny_store: ModelStore) -> None:
+    with loaded_model(tiny_store, max_running=2, max_waiting=1) as model:
+        with pytest.raises(Overloaded):
+            Completion(model, request(model, n=4, best_of=4))
+        assert len(finish(Completion(model, request(model, n=3, best_of=3)))) == 3
 
 
-def test_a_failing_generation_gives_its_place_back(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = Generator(max_running=1, max_waiting=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(generation, "draw", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            generator.complete(model, request(model))
-    assert generator.complete(model, request(model)).num_generated == 30
+def test_cancelling_stops_everything(model: LoadedModel) -> None:
+    completion = Completion(model, request(model, n=3, best_of=3, max_chars=10**6))
+    completion.cancel()
+    assert {choice.handle.wait().reason for choice in completion.choices} == {"cancelled"}
+    over: list[Choice] = [item[0] for item in completion.pieces(0.0, 1) if item is not None]
+    assert {choice.index for choice in over} == {0, 1, 2}
 
 
-def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: object) -> None:
-    from pathlib import Path
-
-    store = ModelStore(Path(str(tmp_path)))
+def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
     for name in ("a", "b", "c"):
         publish_tiny(store, name)
-    models = LoadedModels(store, max_models=2)
+    models = LoadedModels(store, 2, engine_settings())
     a = models.get("a")
     assert models.get("a@1") is a
-    models.get("b")
+    b = models.get("b")
     assert models.get("a@latest") is a
+    before = text(b)
     models.get("c")  # b goes
     assert models.get("a") is a
+    assert text(b) == before  # and serves whoever still holds it
+    assert models.get("b") is not b
     publish_tiny(store, "a", seed=1)
     assert models.get("a").version.ref == "a@2"
     assert models.get("a@1").digest == a.digest
+    models.close()
 
 
-def test_a_slow_load_holds_up_nobody_else(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
-    store = ModelStore(Path(str(tmp_path)))
+def test_a_slow_load_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ModelStore(tmp_path)
     for name in ("small", "big"):
         publish_tiny(store, name)
-    models, loading, release = LoadedModels(store, max_models=2), threading.Event(), threading.Event()
+    models, loading, release = LoadedModels(store, 2, engine_settings()), threading.Event(), threading.Event()
     small, load, loads = models.get("small"), store.load, []
 
     def slow(ref: str) -> object:
@@ -187,11 +260,25 @@ def test_a_slow_load_holds_up_nobody_else(tmp_path: object, monkeypatch: pytest.
     assert loads == ["big@1"]
 
 
-def test_the_fingerprint_names_the_model(tiny_store: ModelStore, tmp_path: object) -> None:
-    from pathlib import Path
-
-    store = ModelStore(Path(str(tmp_path)))
+def test_the_fingerprint_names_model_and_arithmetic(tiny_store: ModelStore, tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
     publish_tiny(store, seed=5)
-    one, other = LoadedModel(*tiny_store.load("tiny")), LoadedModel(*store.load("tiny"))
-    assert one.fingerprint != other.fingerprint
-    assert np.array_equal(one.charset.encode("a"), other.charset.encode("a"))
+    prints = set()
+    for where, precision in ((tiny_store, "int8"), (tiny_store, "int4"), (store, "int8")):
+        with loaded_model(where, precision=precision) as model:
+            prints.add(model.fingerprint)
+        with loaded_model(where, precision=precision) as again:
+            assert again.fingerprint in prints
+    assert len(prints) == 3
+
+
+def test_the_precision_is_the_versions_own_unless_another_is_set(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with loaded_model(store) as model:
+        assert model.precision == "int8"
+    publish_tiny(store, facts={"serving_precision": "int4"})
+    with loaded_model(store) as model:
+        assert model.precision == "int4"
+    with loaded_model(store, precision="int8") as model:
+        assert model.precision == "int8"

@@ -15,7 +15,7 @@ ALLOWED = {
     "commands": {"config", "engine", "generation", "loaded", "model", "store", "training", "web"},
     "web": {"engine", "generation", "loaded", "model", "store", "__init__"},
     "generation": {"engine", "loaded", "model"},
-    "loaded": {"model", "store"},
+    "loaded": {"engine", "model", "store"},
     "training": {"model", "staging", "store", "__init__"},
     "store": {"model", "staging"},
     "staging": set(),

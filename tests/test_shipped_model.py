@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from service.loaded import LoadedModel
-from service.model.artifact import read_artifact
+from service.engine.loss import stepped_loss
+from service.engine.torch_stepper import TorchStepper
+from service.model.artifact import Artifact, read_artifact
+from service.model.folded import FoldedGRU
+from service.model.gru import GRUCharModel
+from service.model.quantize import quantize
 from service.store import ModelStore
 from service.training.evaluate import text_loss
 from tests.conftest import publish_tiny
@@ -17,8 +21,14 @@ STORE = ModelStore(ROOT / "model_store")
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return LoadedModel(*STORE.load("shakespeare@1"))
+def artifact() -> Artifact:
+    return read_artifact(STORE.resolve("shakespeare@1").path)
+
+
+def loss(artifact: Artifact, text: str) -> float:
+    """Nats a character, in float32."""
+    network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
+    return text_loss(network, artifact.charset.encode(text)).nats_per_char
 
 
 def test_it_has_the_tutorials_sizes_and_fits_its_limit() -> None:
@@ -31,27 +41,33 @@ def test_it_has_the_tutorials_sizes_and_fits_its_limit() -> None:
 def test_its_card_tells_the_loss_and_how_to_make_it_again() -> None:
     version = STORE.resolve("shakespeare@1")
     facts = STORE.describe(version).training
-    loss = facts.losses.validation_nats_per_char
-    assert loss is not None
-    assert loss <= 1.455
+    validation_loss = facts.losses.validation_nats_per_char
+    assert validation_loss is not None
+    assert validation_loss <= 1.455
     card = (version.path / "README.md").read_text()
-    assert f"{loss:.4f}" in card
+    assert f"{validation_loss:.4f}" in card
     assert "gru-serve train --corpus tinyshakespeare.txt --name shakespeare" in card
 
 
-def test_it_has_learnt_and_an_untrained_model_has_not(model: LoadedModel, tmp_path: Path) -> None:
-    sample = read_artifact(model.version.path).training.model_dump()["sample"]
+def test_it_has_learnt_and_an_untrained_model_has_not(artifact: Artifact, tmp_path: Path) -> None:
+    sample = artifact.training.model_dump()["sample"]
     text = sample["prompt"] + sample["text"]
-    assert text_loss(model.network, model.charset.encode(text)).nats_per_char < 1.5
+    assert loss(artifact, text) < 1.5
     store = ModelStore(tmp_path)
-    publish_tiny(store, charset=model.charset.characters)
-    untrained = LoadedModel(*store.load("tiny"))
-    assert text_loss(untrained.network, untrained.charset.encode(text)).nats_per_char > 3.5
+    publish_tiny(store, charset=artifact.charset.characters)
+    assert loss(store.load("tiny")[1], text) > 3.5
 
 
-def test_shuffled_text_surprises_it(model: LoadedModel) -> None:
+def test_integers_predict_its_own_text_as_well_as_float32(artifact: Artifact) -> None:
+    sample = artifact.training.model_dump()["sample"]
+    text = sample["prompt"] + sample["text"]
+    for precision in ("int8", "int4"):
+        stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
+        assert abs(stepped_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
+
+
+def test_shuffled_text_surprises_it(artifact: Artifact) -> None:
     # Words and their order, not only the frequency of letters.
     text = "What say you, my good lord? I will not speak with him again to-night."
-    forwards, backwards = (text_loss(model.network, model.charset.encode(t)).nats_per_char for t in (text, text[::-1]))
-    assert forwards < 1.8
-    assert backwards > 3
+    assert loss(artifact, text) < 1.8
+    assert loss(artifact, text[::-1]) > 3

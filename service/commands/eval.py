@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import click
 
@@ -20,10 +22,22 @@ from service.commands.options import FiniteRange, json_option, model_store_optio
     default="error",
     help="What happens to characters that the model doesn't know.  [error]",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "int8", "int4"]),
+    default="float32",
+    help="float32: the reference. int8, int4: exactly what is served.  [float32]",
+)
 @model_store_option
 @json_option
 def eval_command(
-    model: str, corpus: Path, last: float, unknown_chars: str, model_store: Path | None, as_json: bool
+    model: str,
+    corpus: Path,
+    last: float,
+    unknown_chars: str,
+    precision: str,
+    model_store: Path | None,
+    as_json: bool,
 ) -> None:
     """Measure how well a model predicts a text, in nats and bits a character.
 
@@ -34,25 +48,38 @@ def eval_command(
     import torch
 
     from service.commands.progress import char_bar
-    from service.model.folded import FoldedGRU
-    from service.model.gru import GRUCharModel
     from service.training.corpus import read_corpus
-    from service.training.evaluate import text_loss
+    from service.training.evaluate import TextLoss, require_two
 
     text = read_corpus(corpus)
     version, artifact = open_store(model_store).load(model)
     part = text.text if last == 1 else text.split(last)[1]
     ids = artifact.charset.encode(part, unknown_chars)
+    require_two(ids)
     torch.set_num_threads(1)  # one text, one step after the other: a second core only waits for the first
-    network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
-    with char_bar(max(0, len(ids) - 1), description=version.ref) as bar:
-        loss = text_loss(network, ids, bar.update)
+    with char_bar(len(ids) - 1, description=f"{version.ref} in {precision}") as bar:
+        loss = TextLoss(measure(artifact.config, artifact.tensors, precision, ids, bar.update), len(ids))
     if as_json:
-        facts = {"model": version.ref, "corpus": text.name, "nats_per_char": loss.nats_per_char}
-        facts |= {"bits_per_char": loss.bits_per_char, "num_chars": loss.num_chars, "num_scored": loss.num_scored}
-        click.echo(json.dumps(facts))
+        facts = {"model": version.ref, "corpus": text.name, "precision": precision}
+        facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
+        click.echo(json.dumps(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored}))
     else:
         click.echo(
-            f"{version.ref} on {text.name}: {loss.nats_per_char:.4f} nats/char, {loss.bits_per_char:.4f} bits/char, "
-            f"{loss.num_chars:,} characters"
+            f"{version.ref} on {text.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
+            f"{loss.bits_per_char:.4f} bits/char, {loss.num_chars:,} characters"
         )
+
+
+def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
+    """Nats a character of a text (n,) int64 under these weights in one precision."""
+    from service.engine.loss import stepped_loss
+    from service.engine.torch_stepper import TorchStepper
+    from service.model.folded import FoldedGRU
+    from service.model.gru import GRUCharModel
+    from service.model.quantize import IntegerPrecision, quantize
+    from service.training.evaluate import text_loss
+
+    if precision == "float32":
+        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
+    integers = cast(IntegerPrecision, precision)
+    return stepped_loss(TorchStepper(quantize(config, tensors, integers)), ids, progress)

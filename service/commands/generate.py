@@ -19,6 +19,12 @@ from service.commands.options import FiniteRange, json_option, model_store_optio
 @click.option("--temperature", type=FiniteRange(0, 100), default=1.0, help="0 takes the likeliest.  [1.0]")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest; 0: from all.  [0]")
 @click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, help="Draw from this mass.  [1.0]")
+@click.option(
+    "--min-p", type=FiniteRange(0, 1), default=0.0, help="Leave out what is less likely than this x top.  [0]"
+)
+@click.option("--repetition-penalty", type=FiniteRange(0.01, 100), default=1.0, help="  [1.0]")
+@click.option("--presence-penalty", type=FiniteRange(-2, 2), default=0.0, help="  [0]")
+@click.option("--frequency-penalty", type=FiniteRange(-2, 2), default=0.0, help="  [0]")
 @click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
 @click.option("--seed", type=int, default=None, help="Same seed, same text.  [another each time]")
 @click.option("--unknown-chars", type=click.Choice(["error", "fold", "drop"]), default="error", help="  [error]")
@@ -31,6 +37,10 @@ def generate_command(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_p: float,
+    repetition_penalty: float,
+    presence_penalty: float,
+    frequency_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
     unknown_chars: str,
@@ -44,29 +54,38 @@ def generate_command(
     import torch
 
     from service.config import read_settings
-    from service.engine.sampling import SamplingSettings
-    from service.generation import Generation, GenerationRequest
-    from service.loaded import LoadedModel
+    from service.engine.torch_stepper import TorchStepper
+    from service.generation import Completion, CompletionRequest, SamplingSettings
+    from service.loaded import EngineSettings, LoadedModel
     from service.model.charset import UnknownChars
 
     if "" in stop:
         raise click.BadParameter("a stop string can't be empty", param_hint="--stop")
-    torch.set_num_threads(1)  # as in the server: other thread counts may round a product differently
-    loaded = LoadedModel(*open_store(model_store).load(model if model is not None else read_settings().model))
+    torch.set_num_threads(1)  # one text: a second core would only wait for the first
+    settings = read_settings()
+    version, artifact = open_store(model_store).load(model if model is not None else settings.model)
+    loaded = LoadedModel(version, artifact, EngineSettings(TorchStepper, settings.integer_precision))
     seed = secrets.randbits(63) if seed is None else seed
-    request = GenerationRequest(
-        prompt=loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars)),
-        max_tokens=max_tokens,
-        sampling=SamplingSettings(temperature, top_k, top_p),
-        seed=seed,
-        stop=stop,
+    sampling = SamplingSettings(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
     )
-    generation = Generation(loaded.network, loaded.charset, request)
-    if as_json:
-        text = "".join(generation)
-        facts = {"model": loaded.version.ref, "seed": seed, "text": text, "finish_reason": generation.finish_reason}
-        click.echo(json.dumps(facts))
-        return
-    for piece in generation:
-        click.echo(piece, nl=False)
-    click.echo()
+    ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
+    completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, sampling, stop))
+    try:
+        pieces = (item[1].text for item in completion.pieces(0.0, 1.0) if item is not None)
+        if as_json:
+            text = "".join(pieces)
+            facts = {"model": loaded.version.ref, "seed": seed, "text": text}
+            click.echo(json.dumps(facts | {"finish_reason": completion.choices[0].finish_reason}))
+            return
+        for piece in pieces:
+            click.echo(piece, nl=False)
+        click.echo()
+    finally:
+        loaded.engine.close()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.commands.eval import measure
 from service.commands.options import field_options, model_store_option, open_store
 from service.errors import GruServeError
 from service.training.settings import TrainingSettings
@@ -85,8 +86,8 @@ def train_command(
     torch.set_num_threads(1)  # reading one text is faster on one core than on two
     command, ended = _command(corpus, name, trainer.settings), _ended(trainer, failure)
     try:
-        with char_bar(len(trainer.validation_ids) - 1, description="measuring the best") as measuring:
-            version = publish_run(store, name, text, trainer, command, ended, _write_sample, measuring.update)
+        with char_bar(3 * (len(trainer.validation_ids) - 1), description="measuring the best") as measuring:
+            version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
     except KeyboardInterrupt:
         raise _Interrupted(f"not published; {checkpoint} goes on, and publishes, with --resume") from None
     click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
@@ -201,13 +202,23 @@ def _command(corpus: Path, name: str, settings: TrainingSettings) -> str:
     return shlex.join(words)
 
 
-def _write_sample(network: Any, charset: Any, held_out: str) -> Any:
-    from service.engine.sampling import SamplingSettings
-    from service.generation import Generation, GenerationRequest
-    from service.training.publishing import Sample
+class _Serving:
+    """Measures and samples as the engine would; see `publishing.Serving`."""
 
-    prompt = held_out[:40]
-    request = GenerationRequest(
-        charset.encode(prompt), _SAMPLE_CHARS, SamplingSettings(_SAMPLE_TEMPERATURE), _SAMPLE_SEED
-    )
-    return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, "".join(Generation(network, charset, request)))
+    def loss(self, config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
+        return measure(config, tensors, precision, ids, progress)
+
+    def sample(self, config: Any, tensors: Any, precision: Any, held_out: str) -> Any:
+        from service.engine.sampling import SamplingSettings
+        from service.engine.stepper import Row
+        from service.engine.torch_stepper import TorchStepper
+        from service.model.charset import Charset
+        from service.model.quantize import quantize
+        from service.training.publishing import Sample
+
+        charset, prompt = Charset(config.charset), held_out[:40]
+        stepper = TorchStepper(quantize(config, tensors, precision))
+        row = Row(stepper.initial_hidden(), 0, charset.encode(prompt), _SAMPLE_CHARS, _SAMPLE_SEED)
+        row.sampling = SamplingSettings(_SAMPLE_TEMPERATURE)
+        chars = stepper.advance([row], len(prompt) + _SAMPLE_CHARS)[0].chars
+        return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, charset.decode(chars))

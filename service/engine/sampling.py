@@ -1,31 +1,82 @@
-"""The settings that one text is sampled with, and the draw of one character.
+"""The settings that one text is sampled with, and the draw of characters for many texts at once.
 
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
 the same model, text, settings, seed and position give the same character, whatever was drawn before or elsewhere.
+
+Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, temperature, min_p,
+top_k, top_p.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from service.engine import arithmetic
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How to choose from the model's distribution.
+    """How to choose from the model's distribution. The defaults draw from it as it is.
 
     temperature: divides the logits; 0 takes the likeliest character always. top_k: only the k likeliest; 0 is all of
-    them. top_p: only the likeliest ones that together reach this probability.
+    them. top_p: only the likeliest ones that together reach this probability. min_p: only those at least this many
+    times as likely as the likeliest. logit_bias: (id, bias) pairs, added to logits.
+    repetition_penalty, 0.01 to 100: of characters in the prompt or in what was generated, positive logits are divided
+    by it and negative ones multiplied (Keskar et al. 2019). frequency_penalty, presence_penalty: subtracted from logits
+    for each time, or once, that a character was generated (OpenAI's definition).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Temperature is all that applies: such rows are drawn together."""
+        return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias)
+
+    @property
+    def restricts(self) -> bool:
+        """Some characters may be left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @cached_property
+    def penalizes(self) -> bool:
+        """What was drawn before matters: the row has to keep a History."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+PLAIN = SamplingSettings()
+
+
+class History:
+    """What penalties look back on: which characters the prompt had and how often each was generated, (V,) each."""
+
+    def __init__(self, vocab_size: int, prompt: Ids) -> None:
+        self.in_prompt = np.zeros(vocab_size, np.bool_)
+        self.in_prompt[prompt] = True
+        self.num_generated = np.zeros(vocab_size, np.float64)
+
+    def add(self, char: int) -> None:
+        """Count a generated character."""
+        self.num_generated[char] += 1
 
 
 def uniform(seed: int, position: int) -> float:
@@ -37,29 +88,75 @@ def uniform(seed: int, position: int) -> float:
     return (_mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
-def draw(logits: NDArray[np.float32], settings: SamplingSettings, uniform: float) -> int:
-    """The id that `uniform` in [0, 1) chooses from (V,) logits.
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> Float64:
+    """`uniform` of each pair; the shapes are broadcast."""
+    golden = np.uint64(_GOLDEN)
+    with np.errstate(over="ignore"):  # modulo 2**64 is what is meant
+        mixed = _mix_array(_mix_array(seeds + golden) + (positions + np.uint64(1)) * golden)
+    return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
-    Inverse of the cumulative distribution in the order of ids, float64. Equal logits rank in the order of ids.
+
+def choice_seed(seed: int, index: int) -> int:
+    """The seed of the choice with this index of a request for several: the first one has the request's own."""
+    return seed if index == 0 else _mix(_mix(seed + _GOLDEN) ^ _mix(index)) >> 1
+
+
+def draw_plain(logits: Float32, temperatures: Float64, uniforms: Float64) -> Ids:
+    """(B, V) logits, (B, 1) temperatures above 0, (B, 1) uniforms -> (B,) ids: each row by its distribution's inverse.
+
+    The cumulative sum runs in the order of ids, in float64.
     """
-    if settings.temperature == 0:
-        return int(np.argmax(logits))
-    # Subtracting before dividing: however small the temperature, the largest stays at 0 and others fall to -inf.
+    # Subtracting before dividing: however small the temperature, the largest stays at 0 and others fall towards -inf.
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
     with np.errstate(over="ignore"):
-        scaled = (logits.astype(np.float64) - float(logits.max())) / settings.temperature
-    weights = np.exp(scaled)  # (V,), unnormalised probabilities; the largest is 1
-    if 0 < settings.top_k < len(weights) or settings.top_p < 1:
-        weights = _restrict(weights, np.argsort(-logits, kind="stable"), settings)
-    cumulative = np.cumsum(weights)
-    chosen = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    # Rounding may put the product on the total itself: then the last character with any weight is meant.
-    return min(chosen, int(np.flatnonzero(weights)[-1]))
+        shifted /= temperatures
+    return invert(arithmetic.exp(shifted), uniforms)
 
 
-def _restrict(
-    weights: NDArray[np.float64], ranked: NDArray[np.int64], settings: SamplingSettings
-) -> NDArray[np.float64]:
-    """Weights with zeros for what top_k, and then top_p, leave out. ranked: ids, the likeliest first; it stays."""
+def draw_one(logits: Float32, settings: SamplingSettings, uniform: float, history: History | None = None) -> int:
+    """The id that `uniform` in [0, 1) chooses from (V,) logits under any settings.
+
+    Equal logits rank in the order of ids. history is needed by settings that penalize.
+    """
+    return int(invert(weights(logits, settings, history)[None], np.array([[uniform]]))[0])
+
+
+def weights(logits: Float32, settings: SamplingSettings, history: History | None = None) -> Float64:
+    """(V,) unnormalised probabilities that the settings make of (V,) logits."""
+    adjusted = _adjust(logits, settings, history)
+    if settings.temperature == 0:
+        greedy = np.zeros(len(adjusted))
+        greedy[np.argmax(adjusted)] = 1.0
+        return greedy
+    with np.errstate(over="ignore"):
+        scaled = (adjusted - adjusted.max()) / settings.temperature
+    drawn_from = arithmetic.exp(scaled)  # the largest is 1
+    return _restrict(drawn_from, adjusted, settings) if settings.restricts else drawn_from
+
+
+def _adjust(logits: Float32, settings: SamplingSettings, history: History | None) -> Float64:
+    """(V,) float64 logits after penalties and bias: all in float64, element by element."""
+    adjusted = logits.astype(np.float64)
+    if settings.penalizes:
+        if history is None:
+            raise ValueError("penalties need a history")
+        if settings.repetition_penalty != 1:
+            seen = history.in_prompt | (history.num_generated > 0)
+            penalty = settings.repetition_penalty
+            adjusted = np.where(seen, np.where(adjusted > 0, adjusted / penalty, adjusted * penalty), adjusted)
+        adjusted = adjusted - history.num_generated * settings.frequency_penalty
+        adjusted = adjusted - (history.num_generated > 0) * settings.presence_penalty
+    for char, bias in settings.logit_bias:
+        adjusted[char] += bias
+    return adjusted
+
+
+def _restrict(weights: Float64, logits: Float64, settings: SamplingSettings) -> Float64:
+    """Weights with zeros for what min_p, top_k, and then top_p, leave out; the likeliest always stays."""
+    ranked = np.argsort(-logits, kind="stable")  # the likeliest first
+    if settings.min_p > 0:
+        ranked = ranked[: max(1, int(np.count_nonzero(weights >= settings.min_p)))]
     if settings.top_k > 0:
         ranked = ranked[: settings.top_k]
     if settings.top_p < 1:
@@ -70,8 +167,25 @@ def _restrict(
     return kept
 
 
+def invert(weights: Float64, uniforms: Float64) -> Ids:
+    """(B, V) weights, (B, 1) uniforms -> (B,) ids by the inverse of the cumulative distribution."""
+    cumulative = np.cumsum(weights, axis=1)
+    chosen = np.count_nonzero(cumulative <= uniforms * cumulative[:, -1:], axis=1)
+    if (chosen == weights.shape[1]).any():
+        # Rounding put the product on the total itself: then the last character with any weight is meant.
+        last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
+        chosen = np.minimum(chosen, last)
+    return np.asarray(chosen)
+
+
 def _mix(value: int) -> int:
     value &= _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    value = ((value ^ (value >> 30)) * _MIX_1) & _MASK
+    value = ((value ^ (value >> 27)) * _MIX_2) & _MASK
     return value ^ (value >> 31)
+
+
+def _mix_array(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(_MIX_1)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(_MIX_2)
+    return value ^ (value >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Stop strings: where a text ends, and what has to be held back until it is certain that it doesn't end there."""
+"""Stop strings: what has to be held back until it is certain that it isn't the beginning of one."""
 
 from __future__ import annotations
 
@@ -6,43 +6,38 @@ import unicodedata
 from collections.abc import Sequence
 
 
-class StopFilter:
-    """Lets characters through one by one, but never a character of a stop string.
+class HoldBack:
+    """Lets text through piece by piece, but never a character of a stop string.
 
-    What may still become a stop string is held back, and released as soon as it can't. Of several that end at the same
-    character the longest counts.
+    What may still become a stop string is held back, and released as soon as it can't. The engine ends a text with the
+    character that completes a stop string; of several that end there the longest counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         # In NFC, as models write.
         self._stops = sorted((unicodedata.normalize("NFC", stop) for stop in stops), key=len, reverse=True)
         self._held = ""
-        self.stopped = False
 
-    def feed(self, char: str) -> str:
-        """Take in one character; what may be shown now. After a stop string: `stopped`, and nothing more is shown."""
-        if self.stopped:
-            return ""
-        self._held += char
-        for stop in self._stops:
-            if self._held.endswith(stop):
-                self.stopped = True
-                shown, self._held = self._held[: -len(stop)], ""
-                return shown
-        keep = self._longest_start()
-        shown = self._held[: len(self._held) - keep]
-        self._held = self._held[len(self._held) - keep :]
+    def feed(self, text: str) -> str:
+        """Take in more text; what may be shown now."""
+        if not self._stops:
+            return text
+        self._held += text
+        num_shown = len(self._held) - self._num_undecided()
+        shown, self._held = self._held[:num_shown], self._held[num_shown:]
         return shown
 
-    def flush(self) -> str:
-        """The text is over: what was held back, if it didn't become a stop string."""
+    def end(self, stopped: bool) -> str:
+        """The text is over: what is left to show. stopped: a stop string was completed; it is not shown."""
         shown, self._held = self._held, ""
+        if stopped:
+            shown = shown[: -next(len(stop) for stop in self._stops if shown.endswith(stop))]
         return shown
 
-    def _longest_start(self) -> int:
-        """How many of the last characters are the start of a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=0)
-        for length in range(min(longest - 1, len(self._held)), 0, -1):
+    def _num_undecided(self) -> int:
+        """How many of the last characters are a stop string or the start of one."""
+        longest = max(len(stop) for stop in self._stops)
+        for length in range(min(longest, len(self._held)), 0, -1):
             tail = self._held[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length

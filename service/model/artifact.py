@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,7 @@ class TrainingFacts(BaseModel):
 
     published_at: int | None = Field(None, ge=0, lt=2**53, description="seconds since 1970")
     losses: Losses = Losses()
+    serving_precision: Literal["int8", "int4"] = "int8"
     corpus: dict[str, str | int | float | None] = {}
 
 

@@ -16,6 +16,15 @@ def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
     corpus, losses, settings, run = facts["corpus"], facts["losses"], facts["settings"], facts["run"]
     rows = "\n".join(f"| {key} | {value if value != '' else 'not given'} |" for key, value in settings.items())
     curve = f"\n![Loss by epoch]({CURVE})\n" if has_curve else ""
+    by_precision = losses["validation_nats_per_char_by_precision"]
+    quantized = "\n".join(
+        ["Served with the integers that are marked:", "", "| recurrent weights | nats per character |", "|---|---|"]
+        + [
+            f"| {name}{' (served)' if name == facts['serving_precision'] else ''} | {loss:.4f} |"
+            for name, loss in by_precision.items()
+        ]
+    )
+    quantized += "\n"
     sample = "\n".join("    " + line for line in facts["sample"]["text"].split("\n"))
     return f"""# {name}
 
@@ -36,6 +45,7 @@ out: they chose the best update and gave the losses below.
 | nats per character | {losses["validation_nats_per_char"]:.4f} |
 | bits per character | {losses["validation_bits_per_char"]:.4f} |
 
+{quantized}
 Training loss at that point, dropout on: {losses["training_nats_per_char"]:.4f} nats per character.
 {curve}
 ## How it was made

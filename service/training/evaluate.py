@@ -22,7 +22,11 @@ class TextLoss:
 
     nats_per_char: float
     num_chars: int
-    num_scored: int
+
+    @property
+    def num_scored(self) -> int:
+        """All but the first."""
+        return self.num_chars - 1
 
     @property
     def bits_per_char(self) -> float:
@@ -33,12 +37,9 @@ class TextLoss:
 def text_loss(model: FoldedGRU, ids: Ids, progress: Callable[[int], object] = lambda _: None) -> TextLoss:
     """Loss of a text (n,) int64. `progress` gets the number of characters read since its last call.
 
-    Raises InvalidCorpus for a text of fewer than two characters: there is nothing to predict.
+    Raises InvalidCorpus for a text of fewer than two characters.
     """
-    if len(ids) < 2:
-        raise InvalidCorpus(
-            f"a text of {len(ids)} known characters has nothing to predict: two are needed", param="corpus"
-        )
+    require_two(ids)
     text = torch.from_numpy(ids)
     hidden = model.initial_hidden()
     total = 0.0
@@ -50,4 +51,12 @@ def text_loss(model: FoldedGRU, ids: Ids, progress: Callable[[int], object] = la
         losses = F.cross_entropy(model.logits(states), targets, reduction="none")
         total += float(losses.double().sum())
         progress(len(part))
-    return TextLoss(total / (len(text) - 1), len(text), len(text) - 1)
+    return TextLoss(total / (len(text) - 1), len(text))
+
+
+def require_two(ids: Ids) -> None:
+    """Raises InvalidCorpus for a text that has nothing to predict."""
+    if len(ids) < 2:
+        raise InvalidCorpus(
+            f"a text of {len(ids)} known characters has nothing to predict: two are needed", param="corpus"
+        )

@@ -1,25 +1,25 @@
-"""From a run's best weights to a published version: measured in float32, described, sampled."""
+"""From a run's best weights to a published version: measured, described, sampled."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from service import __version__
 from service.errors import StoreError
-from service.model.artifact import CARD, write_artifact
-from service.model.charset import Charset
-from service.model.folded import FoldedGRU
-from service.model.gru import GRUCharModel
+from service.model.artifact import CARD, Tensors, write_artifact
+from service.model.charset import Ids
+from service.model.config import ModelConfig
+from service.model.quantize import IntegerPrecision, Precision, enough
 from service.store import ModelStore, ModelVersion
 from service.training.card import CURVE, loss_curve, model_card
 from service.training.corpus import Corpus
-from service.training.evaluate import text_loss
 from service.training.trainer import Trainer
 
 
@@ -33,6 +33,20 @@ class Sample:
     text: str
 
 
+class Serving(Protocol):
+    """The arithmetic that the model will be served with; given from outside, because training doesn't know engines."""
+
+    def loss(
+        self, config: ModelConfig, tensors: Tensors, precision: Precision, ids: Ids, progress: Callable[[int], object]
+    ) -> float:
+        """Nats a character of a text (n,) int64."""
+        ...  # pragma: no cover
+
+    def sample(self, config: ModelConfig, tensors: Tensors, precision: IntegerPrecision, held_out: str) -> Sample:
+        """A text that begins as the held-out one does."""
+        ...  # pragma: no cover
+
+
 def publish_run(
     store: ModelStore,
     name: str,
@@ -40,36 +54,37 @@ def publish_run(
     trainer: Trainer,
     command: str,
     ended: str,
-    write_sample: Callable[[FoldedGRU, Charset, str], Sample],
+    serving: Serving,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ModelVersion:
     """Publish the best weights of a run so far as a new version of `name`.
 
-    command, ended: how the run was started and how it ended, for the card. write_sample: gets the network, its
-    charset and the held-out text. progress: gets numbers of characters while that is read. Raises StoreError.
+    command, ended: how the run was started and how it ended, for the card. The held-out text is read once in each
+    precision, and the smallest that costs next to nothing becomes the version's serving precision. progress: gets
+    numbers of characters meanwhile. Raises StoreError.
     """
     if trainer.state.best_step is None:
         raise StoreError("there is nothing to publish: the run ended before its first evaluation")
-    model = GRUCharModel(trainer.model.config)
-    model.load_state_dict(trainer.best_weights())
-    network, charset = FoldedGRU(model), Charset(model.config.charset)
-    held_out = corpus.split(trainer.settings.validation_fraction)[1]
-    loss = text_loss(network, trainer.validation_ids.numpy(), progress)
-    sample = write_sample(network, charset, held_out)
-    facts = _facts(trainer, corpus, command, ended, sample)
+    config = trainer.model.config
+    tensors = {key: tensor.detach().numpy() for key, tensor in trainer.best_weights().items()}
+    held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_ids.numpy()
+    precisions: tuple[Precision, ...] = ("float32", "int8", "int4")
+    losses = {precision: serving.loss(config, tensors, precision, ids, progress) for precision in precisions}
+    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, enough(losses), held_out))
+    facts["serving_precision"] = enough(losses)
     facts["losses"] |= {
-        "validation_nats_per_char": loss.nats_per_char,
-        "validation_bits_per_char": loss.bits_per_char,
-        "validation_num_scored": loss.num_scored,
+        "validation_nats_per_char": losses["float32"],
+        "validation_bits_per_char": losses["float32"] / math.log(2),
+        "validation_num_scored": len(ids) - 1,
+        "validation_nats_per_char_by_precision": losses,
     }
     picture = loss_curve(trainer.state.curve)
     files = {CARD: model_card(name, facts, picture is not None).encode()}
     if picture is not None:
         files[CURVE] = picture
-    tensors = {key: tensor.detach().numpy() for key, tensor in model.state_dict().items()}
 
     def write(directory: Path) -> None:
-        write_artifact(directory, model.config, tensors, facts, files)
+        write_artifact(directory, config, tensors, facts, files)
 
     return store.publish(name, write)
 

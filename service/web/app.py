@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import structlog
 import torch
 from flask_openapi import Info, OpenAPI
 
 from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
-from service.generation import Generator
-from service.loaded import LoadedModels
+from service.engine.torch_stepper import TorchStepper
+from service.loaded import EngineSettings, LoadedModels
 from service.store import ModelStore
-from service.web.completions import completions_blueprint
+from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
 from service.web.errors import register_error_handlers, validation_error_response
 from service.web.guard import register_guard
@@ -31,13 +29,17 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
     log = structlog.get_logger(__name__)
-    # A text is stepped on one core; the parallelism is in the texts side by side.
-    torch.set_num_threads(1)
-
-    models = LoadedModels(ModelStore(settings.model_store), settings.max_models)
+    torch.set_num_threads(settings.num_engine_threads)
+    engine_settings = EngineSettings(
+        make_stepper=TorchStepper,
+        precision=settings.integer_precision,
+        max_running=settings.max_batch,
+        max_waiting=settings.max_queue,
+        stall_s=settings.stall_s,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+    )
+    models = LoadedModels(ModelStore(settings.model_store), settings.max_models, engine_settings)
     model = models.get(settings.model)
-    max_waiting = settings.http_threads - settings.engine_threads - SPARE_THREADS
-    generator = Generator(settings.engine_threads, max_waiting)
 
     app = OpenAPI(
         __name__,
@@ -52,10 +54,23 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     register_guard(app, settings.max_body_bytes)
     register_error_handlers(app)
-    limits: dict[str, Any] = {"max_tokens": settings.max_tokens, "max_prompt_chars": settings.max_prompt_chars}
-    app.register_api(completions_blueprint(models, generator, settings.model, **limits))
+    limits = CompletionLimits(
+        max_tokens=settings.max_tokens,
+        max_prompt_chars=settings.max_prompt_chars,
+        max_texts=settings.max_batch + settings.max_queue,
+        max_open=settings.num_http_threads - SPARE_THREADS,
+    )
+    app.register_api(completions_blueprint(models, settings.model, limits))
     app.register_api(models_blueprint(models.store))
     app.register_api(health_blueprint(models, settings.model))
     app.register_blueprint(docs_blueprint())
-    log.info("model loaded", model=model.version.ref, digest=model.digest[:16], num_chars=len(model.charset))
+    app.extensions["gru_serve"] = models  # for those who build the application and have to end its threads
+    log.info(
+        "model loaded",
+        model=model.version.ref,
+        digest=model.digest[:16],
+        num_chars=len(model.charset),
+        precision=model.precision,
+        engine_threads=settings.num_engine_threads,
+    )
     return app

@@ -3,67 +3,150 @@
 from __future__ import annotations
 
 import secrets
-import time
+import threading
+from dataclasses import dataclass
 
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
-from service.errors import InvalidValue
-from service.generation import GenerationRequest, Generator, SamplingSettings
+from service.errors import InvalidValue, Overloaded
+from service.generation import Completion, CompletionRequest, SamplingSettings
 from service.loaded import LoadedModel, LoadedModels
-from service.web.schemas import ERRORS, Choice, CompletionAnswer, CompletionBody, Usage
+from service.model.charset import Charset
+from service.web import schemas
+from service.web.completion_answer import CompletionAnswer
+from service.web.schemas import ERRORS, MAX_CHOICES, CompletionBody
+from service.web.sse import client_watch, stream_response
+
+_MAX_SCORES = 2_000_000  # log-probabilities in one answer: they have to be held until it is complete
 
 
-def completions_blueprint(
-    models: LoadedModels, generator: Generator, default_model: str, max_tokens: int, max_prompt_chars: int
-) -> APIBlueprint:
-    """The resource, over these parts and within these limits."""
+@dataclass(frozen=True)
+class CompletionLimits:
+    """max_tokens, max_prompt_chars: of one continuation and of one prompt. max_texts: that an engine takes in.
+
+    max_open: requests answered side by side.
+    """
+
+    max_tokens: int
+    max_prompt_chars: int
+    max_texts: int
+    max_open: int
+
+
+def completions_blueprint(models: LoadedModels, default_model: str, limits: CompletionLimits) -> APIBlueprint:
+    """The resource, over these models and within these limits."""
     blueprint = APIBlueprint("completions", __name__, abp_tags=[Tag(name="completions")], abp_responses=ERRORS)
+    places = threading.BoundedSemaphore(limits.max_open)
 
-    @blueprint.post("/v1/completions", summary="Continue a text", responses={"200": CompletionAnswer})
+    @blueprint.post("/v1/completions", summary="Continue a text", responses={"200": schemas.CompletionAnswer})
     def create(body: CompletionBody) -> Response:
-        """Step the network over the prompt, character by character, then draw the characters that follow."""
-        _check_limits(body, max_tokens, max_prompt_chars)
+        """Step the network over the prompt, character by character, then draw the characters that follow.
+
+        With `stream`: server-sent events, each with what was generated since the last, and at the end `[DONE]`.
+        """
+        _check(body, limits)
         model = models.get(body.model if body.model is not None else default_model)
-        request = _request(model, body)
-        if len(request.prompt) > max_prompt_chars:  # folding may have made it longer
-            raise InvalidValue(f"prompt: at most {max_prompt_chars} characters after folding", param="prompt")
-        completion = generator.complete(model, request)
-        answer = CompletionAnswer(
-            id=f"cmpl-{secrets.token_hex(12)}",
-            created=int(time.time()),
-            model=model.version.ref,
-            system_fingerprint=model.fingerprint,
-            choices=[Choice(index=0, text=completion.text, finish_reason=completion.finish_reason)],
-            usage=Usage(
-                prompt_tokens=completion.num_prompt,
-                completion_tokens=completion.num_generated,
-                total_tokens=completion.num_prompt + completion.num_generated,
-            ),
-        )
-        return Response(answer.model_dump_json(), mimetype="application/json")
+        request = _request(model, body, limits)
+        if not places.acquire(blocking=False):
+            raise Overloaded("the server is answering as many requests as it can: try again in a second")
+        try:
+            completion = Completion(model, request)
+        except BaseException:
+            places.release()
+            raise
+
+        def close() -> None:
+            completion.cancel()
+            places.release()
+
+        answer = CompletionAnswer(model, completion)
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
+            return stream_response(answer.events(client_watch(), with_usage), close)
+        try:
+            return answer.whole(client_watch())
+        finally:
+            close()
 
     return blueprint
 
 
-def _check_limits(body: CompletionBody, max_tokens: int, max_prompt_chars: int) -> None:
-    if body.max_tokens > max_tokens:
-        raise InvalidValue(f"max_tokens: at most {max_tokens} characters a request", param="max_tokens")
-    if len(body.prompt) > max_prompt_chars:
-        raise InvalidValue(f"prompt: at most {max_prompt_chars} characters, not {len(body.prompt)}", param="prompt")
+def _check(body: CompletionBody, limits: CompletionLimits) -> None:
+    """What the schema can't say by itself."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    best_of = body.best_of if body.best_of is not None else body.n
+    longest = max(map(len, prompts))
+    if body.max_tokens > limits.max_tokens:
+        raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidValue("max_tokens: 0 asks for nothing, unless echo is on", param="max_tokens")
+    if longest > limits.max_prompt_chars:
+        raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters, not {longest}", param="prompt")
+    if best_of < body.n:
+        raise InvalidValue(f"best_of: has to be at least n, which is {body.n}", param="best_of")
+    if body.stream and best_of > body.n:
+        raise InvalidValue("best_of: which are the best is known at the end only: not with stream", param="best_of")
+    if body.stream_options is not None and not body.stream:
+        raise InvalidValue("stream_options: only with stream", param="stream_options")
+    if len(prompts) * best_of > min(MAX_CHOICES, limits.max_texts):
+        raise InvalidValue(
+            f"n: {len(prompts)} prompts x {best_of} continuations are more than {min(MAX_CHOICES, limits.max_texts)}",
+            param="n" if body.best_of is None else "best_of",
+        )
+    if body.logprobs is not None:
+        num_scored = sum(map(len, prompts)) * body.echo * best_of + body.max_tokens * len(prompts) * best_of
+        if num_scored * (1 + body.logprobs) > _MAX_SCORES:
+            raise InvalidValue(
+                f"logprobs: {num_scored} characters with {body.logprobs} alternatives are more than can be answered "
+                f"at once: at most {_MAX_SCORES // (1 + body.logprobs)} characters",
+                param="logprobs",
+            )
 
 
-def _request(model: LoadedModel, body: CompletionBody) -> GenerationRequest:
+def _request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits) -> CompletionRequest:
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     try:
-        prompt = model.charset.encode(body.prompt, body.unknown_chars)
+        encoded = tuple(model.charset.encode(prompt, body.unknown_chars) for prompt in prompts)
     except InvalidValue as error:
         error.param = "prompt"
         raise
+    if max(map(len, encoded)) > limits.max_prompt_chars:  # folding may have made one longer
+        raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters after folding", param="prompt")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return GenerationRequest(
-        prompt=prompt,
-        max_tokens=body.max_tokens,
-        sampling=SamplingSettings(body.temperature, body.top_k, body.top_p),
+    return CompletionRequest(
+        prompts=encoded,
+        max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
+        sampling=_sampling(model, body),
         stop=stop,
+        n=body.n,
+        best_of=body.best_of if body.best_of is not None else body.n,
+        num_logprobs=body.logprobs,
+        echo=body.echo,
     )
+
+
+def _sampling(model: LoadedModel, body: CompletionBody) -> SamplingSettings:
+    try:
+        biases = sorted((_one_id(model.charset, char), bias) for char, bias in body.logit_bias.items())
+    except InvalidValue as error:
+        error.param = "logit_bias"
+        raise
+    return SamplingSettings(
+        temperature=body.temperature,
+        top_k=body.top_k,
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=tuple((char, bias) for char, bias in biases if bias != 0),
+    )
+
+
+def _one_id(charset: Charset, char: str) -> int:
+    ids = charset.encode(char)
+    if len(ids) != 1:
+        raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
+    return int(ids[0])

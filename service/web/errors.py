@@ -19,7 +19,7 @@ STATUS = {
     "incomplete_body": 408,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
-    "invalid_artifact": 503, "store_error": 503, "not_ready": 503,
+    "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "engine_failed": 503, "client_gone": 499,
     "internal_error": 500,
 }  # fmt: skip
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
@@ -29,11 +29,17 @@ _CODE_OF_PYDANTIC = {
 }  # fmt: skip
 
 
+def error_body(message: str, code: str, param: str | None = None, status: int | None = None) -> dict[str, Any]:
+    """An error's one shape. Without `status` the table decides."""
+    status = status if status is not None else STATUS.get(code, 500)
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def error_response(message: str, code: str, param: str | None = None, status: int | None = None) -> Response:
     """An error's answer. Without `status` the table decides."""
     status = status if status is not None else STATUS.get(code, 500)
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    response = jsonify(error={"message": message, "type": kind, "param": param, "code": code})
+    response = jsonify(error_body(message, code, param, status))
     response.status_code = status
     if status in (429, 503):
         response.headers["Retry-After"] = _RETRY_AFTER_S

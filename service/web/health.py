@@ -21,9 +21,9 @@ def health_blueprint(models: LoadedModels, default_model: str) -> APIBlueprint:
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
     def readyz() -> Response:
-        """Answer 200 if the default model is there and can be used, else 503."""
+        """Answer 200 if the default model is there and its engine steps, else 503."""
         try:
-            models.get(default_model)
+            models.get(default_model).engine.check()
         except GruServeError as error:
             raise NotReady(f"the default model can't be used: {error.code}") from error
         return Response(HealthAnswer(status="ready").model_dump_json(), mimetype="application/json")

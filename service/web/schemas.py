@@ -9,10 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+MAX_CHOICES = 128  # prompts x continuations that one request may ask for
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
+LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def only(value: object) -> WrapValidator:
@@ -33,6 +36,13 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = Field(False, description="one more event before [DONE], with the usage and no choice")
+    include_obfuscation: Annotated[bool, only(False)] = False
+
+
 class CompletionBody(Body):
     """Body of POST /v1/completions. A token is a character."""
 
@@ -48,35 +58,61 @@ class CompletionBody(Body):
             return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
         return body
 
-    prompt: str = Field(description="the text to continue")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
+        description="the text to continue, or several"
+    )
     model: str | None = Field(
         None, max_length=200, description="name, name@version or name@alias; none: the server's default model"
     )
-    max_tokens: int = Field(16, ge=1, le=_HARD_MAX_TOKENS, description="characters to generate at most")
+    max_tokens: int = Field(
+        16, ge=0, le=_HARD_MAX_TOKENS, description="characters to generate at most; 0, with echo, reads only"
+    )
     temperature: float = Field(1.0, ge=0, le=100, description="divides the logits; 0 takes the likeliest character")
     top_k: int = Field(0, ge=0, le=65_536, description="draw from the k likeliest characters; 0: from all")
     top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest characters that reach this probability")
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="leave out what is less than this many times as likely as the top"
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=100, description="above 1: characters of prompt and answer become less likely (divides logits)"
+    )
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="taken from logits of characters already generated")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time they were generated")
+    logit_bias: Annotated[dict[SingleChar, LogitBias], Field(max_length=1024)] = Field(
+        {}, description="character -> what is added to its logit, -100 to 100"
+    )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
         None, description="a string or up to 4 that end the text; they are not part of the answer"
     )
     seed: int | None = Field(
         None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="same seed, same request, same text; none: another each time"
     )
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="continuations of each prompt")
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_CHOICES, description="make so many, answer the n likeliest a character; none: n"
+    )
+    echo: bool = Field(False, description="the answer's text begins with the prompt")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="log-probability of each character, and of so many likeliest ones"
+    )
+    stream: bool = Field(False, description="answer with server-sent events, as characters are generated")
+    stream_options: StreamOptions | None = Field(None, description="only with stream")
     unknown_chars: Literal["error", "fold", "drop"] = Field(
         "error", description="what happens to characters of the prompt that the model doesn't know"
     )
     user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients; has no effect")
-    # What OpenAI's API has and this server has not yet: only the value that asks for nothing.
-    n: Annotated[int, only(1)] = 1
-    best_of: Annotated[int, only(1)] = 1
-    stream: Annotated[bool, only(False)] = False
-    stream_options: Annotated[dict[str, Any] | None, only(None)] = None
-    echo: Annotated[bool, only(False)] = False
-    logprobs: Annotated[int | None, only(None)] = None
-    suffix: Annotated[str | None, only(None)] = None
-    presence_penalty: Annotated[float, only(0)] = 0.0
-    frequency_penalty: Annotated[float, only(0)] = 0.0
-    logit_bias: Annotated[dict[str, float], only({})] = {}
+    suffix: Annotated[str | None, only(None)] = None  # of OpenAI's API; this model only writes onwards
+
+
+class Logprobs(BaseModel):
+    """Log-probabilities of a choice's characters: nats, under the model's own distribution, before any setting."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="null: nothing predicts the first character of a text")
+    top_logprobs: list[dict[str, float] | None] | None = Field(
+        description="the likeliest characters, and the chosen one"
+    )
+    text_offset: list[int]
 
 
 class Choice(BaseModel):
@@ -84,8 +120,8 @@ class Choice(BaseModel):
 
     index: int
     text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    logprobs: Logprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = Field(description="null: more is to come, in a stream")
 
 
 class Usage(BaseModel):
@@ -112,7 +148,7 @@ class CompletionAnswer(BaseModel):
     model: str = Field(description="name@version that answered")
     system_fingerprint: str = Field(description="equal fingerprints and equal seeds give equal texts")
     choices: list[Choice]
-    usage: Usage
+    usage: Usage | None = Field(description="null: in a stream, before its last event")
 
 
 class ModelMeta(BaseModel):

@@ -10,7 +10,7 @@ from gunicorn.glogging import Logger
 
 from service.config import Settings
 from service.web.logs import configure_logs
-from service.web.worker import worker_with_deadline
+from service.web.worker import worker_with_deadlines
 
 _SHM = "/dev/shm"  # noqa: S108
 _KEEPALIVE_S = 75  # above the idle time after which balancers close: they, not we, end an idle connection
@@ -53,9 +53,9 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
     return {
         "bind": f"{host}:{settings.port}",
         "workers": 1,  # batches and states live in one process; more capacity is more replicas
-        "worker_class": worker_with_deadline(settings.request_timeout_s),
-        "threads": settings.http_threads,
-        "worker_connections": settings.http_threads + 1000,
+        "worker_class": worker_with_deadlines(settings.request_timeout_s, settings.send_timeout_s),
+        "threads": settings.num_http_threads,
+        "worker_connections": settings.num_http_threads + 1000,
         "keepalive": _KEEPALIVE_S,
         "graceful_timeout": settings.drain_s,
         "timeout": 120,  # of the worker's main loop, not of a request; covers loading the model

@@ -1,4 +1,4 @@
-"""Drawing a character: the uniform is a hash, the draw is the inverse of the restricted distribution."""
+"""Drawing characters: the uniform is a hash, a draw inverts the distribution that the settings leave."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import sampling
-from service.engine.sampling import SamplingSettings, draw, uniform
+from service.engine.sampling import (
+    History,
+    SamplingSettings,
+    choice_seed,
+    draw_one,
+    draw_plain,
+    invert,
+    uniform,
+    uniforms,
+    weights,
+)
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 SEEDS = st.integers(-(2**63), 2**63 - 1)
@@ -16,8 +26,10 @@ SEEDS = st.integers(-(2**63), 2**63 - 1)
 
 def distribution(settings: SamplingSettings, logits: np.ndarray = LOGITS, count: int = 20_000) -> list[float]:
     """Relative frequencies over evenly spread uniforms."""
-    drawn = [draw(logits, settings, (index + 0.5) / count) for index in range(count)]
-    return [drawn.count(index) / count for index in range(len(logits))]
+    spread = (np.arange(count)[:, None] + 0.5) / count
+    left = weights(logits, settings)
+    drawn = invert(np.broadcast_to(left, (count, len(left))), spread)
+    return (np.bincount(drawn, minlength=len(logits)) / count).tolist()  # type: ignore[no-any-return]
 
 
 def test_the_uniform_is_a_fixed_function() -> None:
@@ -28,6 +40,13 @@ def test_the_uniform_is_a_fixed_function() -> None:
         0.9156775095739224,
         0.4611314684076886,
     ]
+
+
+@given(st.lists(st.tuples(SEEDS, st.integers(0, 2**62)), min_size=1, max_size=5))
+def test_many_uniforms_at_once_are_the_same_numbers(pairs: list[tuple[int, int]]) -> None:
+    seeds = np.array([seed & (2**64 - 1) for seed, _ in pairs], np.uint64)
+    positions = np.array([position for _, position in pairs], np.uint64)
+    assert uniforms(seeds, positions).tolist() == [uniform(seed, position) for seed, position in pairs]
 
 
 @given(SEEDS, st.integers(0, 2**64 - 1))
@@ -46,6 +65,13 @@ def test_uniforms_of_positions_and_of_seeds_are_spread_evenly_and_unrelated() ->
     assert abs(np.corrcoef(by_position, by_seed)[0, 1]) < 0.03
 
 
+def test_the_first_choice_has_the_requests_seed_and_the_others_have_their_own() -> None:
+    assert choice_seed(-5, 0) == -5
+    seeds = {choice_seed(seed, index) for seed in range(50) for index in range(50)}
+    assert len(seeds) == 2500
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
 def test_temperature_one_draws_from_the_models_own_distribution() -> None:
     assert distribution(SamplingSettings()) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-3)
 
@@ -57,12 +83,14 @@ def test_temperature_sharpens_and_flattens() -> None:
 
 def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
     assert distribution(SamplingSettings(temperature=0)) == [0, 1, 0, 0]
-    assert draw(np.zeros(4, np.float32), SamplingSettings(temperature=0), 0.99) == 0
+    assert draw_one(np.zeros(4, np.float32), SamplingSettings(temperature=0), 0.99) == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-10])
 def test_the_smallest_temperatures_are_greedy_and_not_an_error(temperature: float) -> None:
     assert distribution(SamplingSettings(temperature=temperature), count=10) == [0, 1, 0, 0]
+    column = np.array([[temperature]])
+    assert draw_plain(LOGITS[None], column, np.array([[0.999]])) == [1]
 
 
 def test_top_k_leaves_the_k_likeliest() -> None:
@@ -77,7 +105,7 @@ def test_top_k_of_equals_takes_the_first() -> None:
 
 def test_ranks_are_those_of_the_logits_however_close() -> None:
     close = np.array([0, 1.4e-45], np.float32)
-    assert draw(close, SamplingSettings(top_k=1), 0.0) == draw(close, SamplingSettings(temperature=0), 0.0) == 1
+    assert draw_one(close, SamplingSettings(top_k=1), 0.0) == draw_one(close, SamplingSettings(temperature=0), 0.0) == 1
 
 
 def test_top_p_leaves_the_fewest_that_reach_it() -> None:
@@ -91,25 +119,146 @@ def test_top_p_applies_to_what_top_k_left() -> None:
     assert distribution(SamplingSettings(top_k=2, top_p=0.5)) == [0, 1, 0, 0]
 
 
+def test_min_p_leaves_what_is_likely_beside_the_likeliest() -> None:
+    assert distribution(SamplingSettings(min_p=0.6)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-3)
+    assert distribution(SamplingSettings(min_p=1)) == [0, 1, 0, 0]
+
+
+def test_a_bias_adds_to_a_logit_and_so_can_force_and_forbid() -> None:
+    doubled = distribution(SamplingSettings(logit_bias=((0, float(np.log(2))),)))
+    assert doubled == pytest.approx([0.2 / 1.1, 0.4 / 1.1, 0.2 / 1.1, 0.3 / 1.1], abs=1e-3)
+    assert distribution(SamplingSettings(logit_bias=((2, 100.0),))) == [0, 0, 1, 0]
+    assert distribution(SamplingSettings(logit_bias=((1, -100.0),), temperature=0)) == [0, 0, 0, 1]
+
+
+def test_penalties_are_openais_and_ctrls() -> None:
+    history = History(4, np.array([3]))
+    for char in (1, 1, 2):
+        history.add(char)
+    logits = np.array([1, 2, -3, 4], np.float32)
+
+    def shifted(**penalties: float) -> list[float]:
+        """What became of the logits, up to a constant."""
+        return (np.log(weights(logits, SamplingSettings(**penalties), history))).tolist()  # type: ignore[no-any-return,arg-type]
+
+    def differences(values: list[float]) -> list[float]:
+        return [value - values[0] for value in values]
+
+    assert differences(shifted(frequency_penalty=0.5)) == pytest.approx(differences([1, 2 - 1, -3 - 0.5, 4]))
+    assert differences(shifted(presence_penalty=0.5)) == pytest.approx(differences([1, 2 - 0.5, -3 - 0.5, 4]))
+    assert differences(shifted(repetition_penalty=2)) == pytest.approx(differences([1, 1, -6, 2]))
+
+
+SETTINGS = {
+    "none": SamplingSettings(),
+    "temperature": SamplingSettings(temperature=0.7),
+    "hot": SamplingSettings(temperature=3.0),
+    "top_k": SamplingSettings(top_k=5),
+    "top_p": SamplingSettings(top_p=0.8),
+    "min_p": SamplingSettings(min_p=0.05),
+    "repetition_penalty": SamplingSettings(repetition_penalty=1.3),
+    "presence_penalty": SamplingSettings(presence_penalty=0.8),
+    "frequency_penalty": SamplingSettings(frequency_penalty=0.4),
+    "logit_bias": SamplingSettings(logit_bias=((3, 2.0), (10, -1.5))),
+    "all": SamplingSettings(0.9, 12, 0.95, 0.01, 1.1, 0.2, 0.1, ((4, 1.0),)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_200_000_draws_have_the_distribution_that_the_settings_ask_for(name: str) -> None:
+    """Chi-square against probabilities that are worked out here in another way."""
+    settings, rng = SETTINGS[name], np.random.default_rng(3)
+    logits = rng.normal(0, 2, 30).astype(np.float32)
+    history = History(30, np.array([1, 2, 3]))
+    for char in (3, 5, 5, 7):
+        history.add(char)
+    expected = _expected(logits, settings, [1, 2, 3], [3, 5, 5, 7])
+    counts, size, left = np.zeros(30), 20_000, weights(logits, settings, history)
+    for start in range(0, 200_000, size):
+        positions = np.arange(start, start + size, dtype=np.uint64)
+        counts += np.bincount(
+            invert(np.broadcast_to(left, (size, 30)), uniforms(np.array([11], np.uint64), positions)[:, None]),
+            minlength=30,
+        )
+    assert (counts[expected == 0] == 0).all()
+    there = expected * 200_000 >= 5
+    chi_square = ((counts - expected * 200_000)[there] ** 2 / (expected * 200_000)[there]).sum()
+    degrees = max(1, int(there.sum()) - 1)
+    assert chi_square < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations above the mean
+
+
+def _expected(logits: np.ndarray, settings: SamplingSettings, prompt: list[int], generated: list[int]) -> np.ndarray:
+    values = {char: float(logit) for char, logit in enumerate(logits)}
+    for char in set(prompt) | set(generated):
+        penalty = settings.repetition_penalty
+        values[char] = values[char] / penalty if values[char] > 0 else values[char] * penalty
+    for char in generated:
+        values[char] -= settings.frequency_penalty
+    for char in set(generated):
+        values[char] -= settings.presence_penalty
+    for char, bias in settings.logit_bias:
+        values[char] += bias
+    total = sum(np.exp(value / settings.temperature) for value in values.values())
+    shares = {char: np.exp(value / settings.temperature) / total for char, value in values.items()}
+    ranked = sorted(shares, key=lambda char: (-shares[char], char))
+    ranked = [char for char in ranked if shares[char] >= settings.min_p * shares[ranked[0]]]
+    ranked = ranked[: settings.top_k] if settings.top_k else ranked
+    kept, mass, of = [], 0.0, sum(shares[char] for char in ranked)
+    for char in ranked:
+        kept.append(char)
+        mass += shares[char] / of
+        if mass >= settings.top_p:
+            break
+    result = np.zeros(len(logits))
+    for char in kept:
+        result[char] = shares[char] / sum(shares[other] for other in kept)
+    return result
+
+
+FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
 @given(
-    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=40),
-    st.floats(0, 100),
-    st.integers(0, 50),
-    st.floats(0, 1, exclude_min=True),
-    st.floats(0, 1, exclude_max=True),
+    logits=st.lists(FLOATS, min_size=1, max_size=40),
+    temperature=st.floats(0, 100),
+    top_k=st.integers(0, 50),
+    top_p=st.floats(0, 1, exclude_min=True),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 100),
+    presence_penalty=st.floats(-2, 2),
+    frequency_penalty=st.floats(-2, 2),
+    bias=st.floats(-100, 100),
+    chance=st.floats(0, 1, exclude_max=True),
 )
-def test_every_draw_is_an_id_that_the_settings_allow(
-    logits: list[float], temperature: float, top_k: int, top_p: float, chance: float
+def test_any_mix_of_settings_draws_an_id(
+    logits: list[float], bias: float, chance: float, temperature: float, top_k: int, **others: float
 ) -> None:
     values = np.array(logits, np.float32)
-    chosen = draw(values, SamplingSettings(temperature, top_k, top_p), chance)
-    assert 0 <= chosen < len(values)
+    history = History(len(values), np.array([0]))
+    history.add(len(values) - 1)
+    settings = SamplingSettings(temperature, top_k, logit_bias=((0, bias),), **others)
+    assert 0 <= draw_one(values, settings, chance, history) < len(values)
+    restricted = SamplingSettings(temperature, top_k)
+    chosen = draw_one(values, restricted, chance)
     if top_k:
         assert (values > values[chosen]).sum() < top_k
     if temperature == 0:
         assert values[chosen] == values.max()
 
 
+@given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5), min_size=1, max_size=6), st.data())
+def test_rows_drawn_together_get_what_each_gets_alone(rows: list[list[float]], data: st.DataObject) -> None:
+    logits = np.array(rows, np.float32)
+    one = st.lists(st.floats(0, 1, exclude_max=True), min_size=len(rows), max_size=len(rows))
+    chances = np.array(data.draw(one))[:, None]
+    temperatures = np.array(data.draw(one))[:, None] + 0.01
+    together = draw_plain(logits, temperatures, chances)
+    alone = [
+        draw_one(logits[i], SamplingSettings(float(temperatures[i, 0])), float(chances[i, 0])) for i in range(len(rows))
+    ]
+    assert together.tolist() == alone
+
+
 def test_the_largest_uniform_takes_the_last_character_with_any_weight() -> None:
-    logits = np.array([0, 0, -np.inf], np.float32)
-    assert draw(logits, SamplingSettings(), np.nextafter(1, 0)) == 1
+    assert invert(np.array([[1.0, 1.0, 0.0]]), np.array([[1.0]])) == [1]
+    assert draw_one(np.array([0, 0, -2000], np.float32), SamplingSettings(), np.nextafter(1, 0)) == 1

@@ -5,44 +5,44 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.stop import StopFilter
+from service.engine.stop import HoldBack
 
 TEXTS = st.text(alphabet="abc", max_size=40)
 STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
+CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=10)
 
 
-def obvious(text: str, stops: list[str]) -> tuple[str, bool]:
-    """What may be seen of a text, by looking at all of it."""
+def obvious(text: str, stops: list[str]) -> tuple[str, str, bool]:
+    """What is generated up to the first stop string, what may be seen of it, and whether there is one."""
     for end in range(1, len(text) + 1):
         matching = [stop for stop in stops if text[:end].endswith(stop)]
         if matching:
-            return text[: end - max(map(len, matching))], True
-    return text, False
+            return text[:end], text[: end - max(map(len, matching))], True
+    return text, text, False
 
 
-@given(TEXTS, STOPS)
-def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, stops: list[str]) -> None:
-    expected, stopped = obvious(text, stops)
-    stop_filter, shown = StopFilter(stops), ""
-    for char in text:
-        shown += stop_filter.feed(char)
+@given(TEXTS, STOPS, CUTS)
+def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
+    generated, expected, stopped = obvious(text, stops)
+    hold_back, shown, start = HoldBack(stops), "", 0
+    while start < len(generated):
+        size = cuts[start % len(cuts)]
+        shown += hold_back.feed(generated[start : start + size])
+        start += size
         assert expected.startswith(shown)
-    shown += stop_filter.flush()
-    assert (shown, stop_filter.stopped) == (expected, stopped)
-
-
-def test_stop_strings_are_compared_as_models_write_them() -> None:
-    stop_filter = StopFilter(["e\u0301"])
-    assert "".join(stop_filter.feed(char) for char in "caf\u00e9!") == "caf"
-    assert stop_filter.stopped
+    assert shown + hold_back.end(stopped) == expected
 
 
 @given(TEXTS, STOPS)
 def test_no_more_is_held_back_than_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
-    stop_filter, shown = StopFilter(stops), ""
-    for read, char in enumerate(text, start=1):
-        shown += stop_filter.feed(char)
-        if stop_filter.stopped:
-            return
-        held = text[len(shown) : read]
-        assert not held or any(stop.startswith(held) for stop in stops)
+    generated, _, stopped = obvious(text, stops)
+    hold_back, shown = HoldBack(stops), ""
+    for read, char in enumerate(generated, start=1):
+        shown += hold_back.feed(char)
+        held = generated[len(shown) : read]
+        assert not held or any(stop.startswith(held) for stop in stops) or (stopped and read == len(generated))
+
+
+def test_stop_strings_are_compared_as_models_write_them() -> None:
+    hold_back = HoldBack(["e\u0301"])
+    assert hold_back.feed("caf\u00e9") + hold_back.end(stopped=True) == "caf"

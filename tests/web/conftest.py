@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import structlog
@@ -14,6 +15,17 @@ from service.store import ModelStore
 from service.web.app import create_app
 
 
+@contextmanager
+def client_of(settings: Settings) -> Iterator[FlaskClient]:
+    """A client of an application whose engines end with the block."""
+    app = create_app(settings)
+    try:
+        with app.test_client() as client:
+            yield client
+    finally:
+        app.extensions["gru_serve"].close()
+
+
 @pytest.fixture(scope="module")
 def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
     """A client of an application with small limits."""
@@ -21,7 +33,8 @@ def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
         model_store=tiny_store.root, model="tiny", max_tokens=500, max_prompt_chars=1000, max_body_bytes=65_536
     )
     handlers, level = list(logging.root.handlers), logging.root.level
-    with create_app(settings).test_client() as client:
+    with client_of(settings) as client:
+        client.post("/v1/completions", json={"prompt": "", "max_tokens": 1})  # the engine's thread starts with its work
         yield client
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
+from flask_openapi import OpenAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from service.engine.request import Handle
+from service.errors import EngineFailed
+from service.loaded import LoadedModels
+from service.store import ModelStore
+from service.web import completions
+from service.web.completions import CompletionLimits, completions_blueprint
+from service.web.errors import register_error_handlers
+from service.web.schemas import CompletionAnswer, CompletionBody
+from tests.conftest import engine_settings
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
 
@@ -86,13 +97,7 @@ def test_null_is_the_same_as_not_given(client: FlaskClient) -> None:
 
 
 def test_openais_fields_that_ask_for_nothing_are_accepted(client: FlaskClient) -> None:
-    nothing: dict[str, Any] = {
-        "best_of": 1,
-        "echo": False,
-        "logprobs": None,
-        "presence_penalty": 0,
-        "frequency_penalty": 0.0,
-    }
+    nothing: dict[str, Any] = {"best_of": 1, "echo": False, "logprobs": None, "presence_penalty": 0}
     nothing |= {"logit_bias": {}, "stream_options": None, "suffix": None, "n": 1, "stream": False, "user": "me"}
     assert complete(client, **nothing)["choices"] == complete(client)["choices"]
 
@@ -103,12 +108,148 @@ def test_a_prompt_that_folding_makes_too_long_is_refused(client: FlaskClient) ->
     assert response.get_json()["error"]["code"] in ("out_of_range", "unknown_characters")
 
 
+def events(client: FlaskClient, **changes: Any) -> list[dict[str, Any]]:
+    """The events of a stream, each in the shape of an answer; the last one has been seen to be [DONE]."""
+    response = client.post("/v1/completions", json=GOOD | {"stream": True} | changes)
+    assert response.status_code == 200, response.text
+    assert response.content_type == "text/event-stream; charset=utf-8"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    *parts, end = response.text.split("\n\n")
+    assert end == ""
+    assert all(part.startswith("data: ") for part in parts)
+    assert parts.pop() == "data: [DONE]"
+    found = [json.loads(part.removeprefix("data: ")) for part in parts]
+    for event in found:
+        CompletionAnswer.model_validate({"usage": None} | event)
+    return found
+
+
+def test_a_stream_is_the_answer_in_parts(client: FlaskClient) -> None:
+    whole = complete(client, max_tokens=300)
+    parts = events(client, max_tokens=300)
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole["choices"][0]["text"]
+    assert [part["choices"][0]["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert len({part["id"] for part in parts}) == 1
+    assert all("usage" not in part for part in parts)
+    assert len(parts) > 1
+
+
+def test_a_stream_tells_its_usage_if_asked(client: FlaskClient) -> None:
+    parts = events(client, stream_options={"include_usage": True})
+    assert [part["usage"] for part in parts[:-1]] == [None] * (len(parts) - 1)
+    assert parts[-1]["choices"] == []
+    assert parts[-1]["usage"]["completion_tokens"] == 20
+    assert events(client, stream_options={"include_usage": False})[-1]["choices"] != []
+
+
+def test_a_stream_has_the_scores_of_the_whole(client: FlaskClient) -> None:
+    how = {"echo": True, "logprobs": 2, "n": 2, "max_tokens": 60, "stop": ["e", "the"]}
+    whole = complete(client, **how)
+    for index, choice in enumerate(whole["choices"]):
+        parts = [part["choices"][0] for part in events(client, **how) if part["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        scored = [part["logprobs"] for part in parts if part["logprobs"]]
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            assert [value for part in scored for value in part[name] or []] == choice["logprobs"][name]
+
+
+def test_a_failure_in_a_stream_is_its_last_event(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise EngineFailed("the engine has failed")
+
+    monkeypatch.setattr(Handle, "take", fail)
+    text = client.post("/v1/completions", json=GOOD | {"stream": True}).text
+    assert text.startswith("event: error\ndata: {")
+    assert json.loads(text.split("data: ")[1])["error"]["code"] == "engine_failed"
+    assert "[DONE]" not in text
+    response = client.post("/v1/completions", json=GOOD)
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+
+
+def test_log_probabilities_have_openais_shape(client: FlaskClient) -> None:
+    choice = complete(client, echo=True, logprobs=2)["choices"][0]
+    scores = choice["logprobs"]
+    assert "".join(scores["tokens"]) == choice["text"]
+    assert scores["text_offset"] == list(range(26))
+    assert scores["token_logprobs"][0] is scores["top_logprobs"][0] is None
+    assert all(value < 0 for value in scores["token_logprobs"][1:])
+    for char, value, top in zip(
+        *(scores[name][1:] for name in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert top[char] == value
+        assert 2 <= len(top) <= 3
+    assert complete(client, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"] is None
+    own = complete(client, logprobs=2)["choices"][0]["logprobs"]
+    assert own["token_logprobs"] == scores["token_logprobs"][6:]
+    assert own["text_offset"] == list(range(20))
+
+
+def test_log_probabilities_are_the_models_whatever_the_settings(client: FlaskClient) -> None:
+    greedy = complete(client, temperature=0, logprobs=1, logit_bias={"e": -3.0})["choices"][0]
+    scored = complete(client, prompt="ROMEO:" + greedy["text"], echo=True, logprobs=1, max_tokens=0)["choices"][0]
+    assert scored["text"] == "ROMEO:" + greedy["text"]
+    assert scored["logprobs"]["token_logprobs"][6:] == greedy["logprobs"]["token_logprobs"]
+
+
+def test_prompts_and_choices_are_numbered_prompt_by_prompt(client: FlaskClient) -> None:
+    answer = complete(client, prompt=["ROMEO:", "I"], n=2, best_of=3, echo=True)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [choice["text"][0] for choice in answer["choices"]] == ["R", "R", "I", "I"]
+    assert answer["usage"]["prompt_tokens"] == 7
+    assert answer["usage"]["completion_tokens"] == 6 * 20
+    two = complete(client, prompt=["ROMEO:", "I"])["choices"]
+    assert [choice["text"] for choice in two] == [
+        complete(client, prompt=p)["choices"][0]["text"] for p in ("ROMEO:", "I")
+    ]
+
+
+def test_a_known_prompt_is_not_stepped_again(client: FlaskClient) -> None:
+    answers = [complete(client, prompt="CAFTIERL") for _ in range(2)]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [0, 8]
+    assert answers[0]["choices"] == answers[1]["choices"]
+
+
+def test_a_bias_can_be_given_in_any_form_of_a_character(client: FlaskClient) -> None:
+    forced = complete(client, logit_bias={"e": 100.0, "I": -100.0})["choices"][0]["text"]
+    assert forced == "e" * 20
+
+
+def test_too_many_scores_for_one_answer_are_refused(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(completions, "_MAX_SCORES", 100)
+    response = client.post("/v1/completions", json=GOOD | {"logprobs": 5, "max_tokens": 17})
+    assert response.status_code == 400
+    assert response.get_json()["error"]["param"] == "logprobs"
+    assert complete(client, logprobs=5, max_tokens=16)
+
+
+def test_no_more_requests_are_answered_than_there_are_places(tiny_store: ModelStore) -> None:
+    models = LoadedModels(tiny_store, 1, engine_settings())
+    app = OpenAPI(__name__)
+    register_error_handlers(app)
+    limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100, max_open=1)
+    app.register_api(completions_blueprint(models, "tiny", limits))
+    client = app.test_client()
+    stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
+    assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429
+    stream.close()  # before a single event was read
+    for _ in range(3):
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        whole = client.post("/v1/completions", json={"prompt": "a", "stream": True})
+        assert whole.text.endswith("[DONE]\n\n")
+        whole.close()
+        assert client.post("/v1/completions", json={"prompt": "a", "n": 128, "best_of": 1}).status_code == 400
+    models.close()
+
+
 def test_an_empty_prompt_is_continued(client: FlaskClient) -> None:
     assert complete(client, prompt="")["usage"]["total_tokens"] == 20
 
 
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", "out_of_range"),
+    ({"max_tokens": 0, "logprobs": 1}, "max_tokens", "out_of_range"),
     ({"max_tokens": -1}, "max_tokens", "out_of_range"),
     ({"max_tokens": 10**9}, "max_tokens", "out_of_range"),
     ({"max_tokens": 501}, "max_tokens", "out_of_range"),
@@ -133,25 +274,44 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": 5}, "stop", "wrong_type"),
     ({"prompt": None}, "prompt", "missing_field"),
     ({"extra": None}, "extra", "unknown_field"),
-    ({"prompt": ["ROMEO:"]}, "prompt", "wrong_type"),
+    ({"prompt": []}, "prompt", "out_of_range"),
+    ({"prompt": ["a"] * 129}, "prompt", "out_of_range"),
+    ({"prompt": ["a", "a" * 1001]}, "prompt", "out_of_range"),
+    ({"prompt": ["a", "é"]}, "prompt", "unknown_characters"),
     ({"prompt": [1, 2]}, "prompt", "wrong_type"),
+    ({"prompt": [[1, 2]]}, "prompt", "wrong_type"),
     ({"prompt": "a" * 1001}, "prompt", "out_of_range"),
     ({"prompt": "\ud800"}, "prompt", "unknown_characters"),
     ({"model": 3}, "model", "wrong_type"),
     ({"unknown_chars": "guess"}, "unknown_chars", "out_of_range"),
     ({"suffix": "end"}, "suffix", "unsupported_value"),
-    ({"logit_bias": {"a": 1}}, "logit_bias", "unsupported_value"),
-    ({"logprobs": 0}, "logprobs", "unsupported_value"),
-    ({"echo": True}, "echo", "unsupported_value"),
-    ({"best_of": 3}, "best_of", "unsupported_value"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "unsupported_value"),
+    ({"logit_bias": {"ab": 1}}, "logit_bias", "out_of_range"),
+    ({"logit_bias": {"§": 1}}, "logit_bias", "unknown_characters"),
+    ({"logit_bias": {"": 1}}, "logit_bias", "out_of_range"),
+    ({"logit_bias": {"a": 101}}, "logit_bias", "out_of_range"),
+    ({"logit_bias": {"a": "1"}}, "logit_bias", "wrong_type"),
+    ({"logit_bias": [1]}, "logit_bias", "wrong_type"),
+    ({"logprobs": -1}, "logprobs", "out_of_range"),
+    ({"logprobs": 21}, "logprobs", "out_of_range"),
+    ({"logprobs": True}, "logprobs", "wrong_type"),
+    ({"echo": 1}, "echo", "wrong_type"),
+    ({"n": 0}, "n", "out_of_range"),
+    ({"n": 129}, "n", "out_of_range"),
+    ({"n": 65, "prompt": ["a", "b"]}, "n", "out_of_range"),
+    ({"best_of": 65, "prompt": ["a", "b"]}, "best_of", "out_of_range"),
+    ({"n": 3, "best_of": 2}, "best_of", "out_of_range"),
+    ({"best_of": 2, "stream": True}, "best_of", "out_of_range"),
+    ({"stream_options": {"include_usage": True}}, "stream_options", "out_of_range"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown_field"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "unsupported_value"),
+    ({"presence_penalty": 2.1}, "presence_penalty", "out_of_range"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "out_of_range"),
+    ({"min_p": -0.1}, "min_p", "out_of_range"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty", "out_of_range"),
     ({"n": True}, "n", "wrong_type"),
     ({"n": 1.0}, "n", "wrong_type"),
     ({"stream": 0}, "stream", "wrong_type"),
     ({"prompt_": "a"}, "prompt_", "unknown_field"),
-    ({"n": 2}, "n", "unsupported_value"),
-    ({"stream": True}, "stream", "unsupported_value"),
 ]
 
 
@@ -232,7 +392,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = st.sampled_from([*GOOD, "temperature", "top_k", "top_p", "stop", "unknown_chars", "n", "stream", "user", "x"])
+FIELDS = st.sampled_from([*CompletionBody.model_fields, "x"])
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,6 +16,7 @@ from service.store import ModelStore
 from service.web.app import create_app
 from service.web.errors import STATUS
 from tests.conftest import TINY_CHARSET, publish_tiny, tiny_config
+from tests.web.conftest import client_of
 
 
 def test_models_are_listed_in_openais_shape(client: FlaskClient) -> None:
@@ -112,7 +113,7 @@ def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
 def test_an_unforeseen_error_shows_no_traceback(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(generation, "draw", lambda *_: 1 / 0)
+    monkeypatch.setattr(generation.Completion, "pieces", lambda *_: 1 / 0)
     client.application.config["PROPAGATE_EXCEPTIONS"] = False
     with caplog.at_level(logging.ERROR):
         response = client.post("/v1/completions", json={"prompt": "a"})
@@ -124,13 +125,13 @@ def test_an_unforeseen_error_shows_no_traceback(
 
 
 def test_a_full_server_says_when_to_come_back(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.engine.engine import Engine
     from service.errors import Overloaded
-    from service.generation import Generator
 
     def refuse(*_: object) -> None:
         raise Overloaded("busy")
 
-    monkeypatch.setattr(Generator, "complete", refuse)
+    monkeypatch.setattr(Engine, "submit", refuse)
     response = client.post("/v1/completions", json={"prompt": "a"})
     assert response.status_code == 429
     assert response.headers["Retry-After"] == "1"
@@ -141,7 +142,7 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
     store = ModelStore(tmp_path)
     publish_tiny(store)
     publish_tiny(store, "other")
-    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         (tmp_path / "other" / "1" / "model.safetensors").write_bytes(b"")
         response = client.post("/v1/completions", json={"prompt": "a", "model": "other"})
         assert response.status_code == 503
@@ -155,7 +156,7 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
 def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
-    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         assert client.get("/readyz").status_code == 200
         store.delete("tiny@1")
         response = client.get("/readyz")
@@ -171,7 +172,7 @@ def test_odd_things_in_the_store_break_nothing(tmp_path: Path) -> None:
     publish_tiny(store, "other")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "other" / "store.json").write_text("{")
-    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
         assert client.post("/v1/completions", json={"prompt": "a", "model": "loop"}).status_code == 404
         assert client.get("/v1/models/other").status_code == 503
@@ -181,7 +182,7 @@ def test_odd_things_in_the_store_break_nothing(tmp_path: Path) -> None:
 def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
-    with create_app(Settings(model_store=tmp_path, model="tiny")).test_client() as client:
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         body = {"prompt": "a", "model": "tiny", "seed": 1}
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
         publish_tiny(store, seed=1)

@@ -1,0 +1,85 @@
+"""The near side of a comparison: another library in a process of its own, idle but for its turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.peers.environment import Skipped, environment, reason
+
+_ROOT = Path(__file__).parent.parent.parent
+_SHORT_S = 0.01
+_NEAR = 1e-3  # of logits: float32, summed in other orders
+
+
+class Peer:
+    """A library, by the name of its requirements and worker; its process ends with the block.
+
+    Raises Skipped if it can't be installed, and by any method if the process has ended.
+    """
+
+    def __init__(self, name: str, directory: Path, threads: int) -> None:
+        self.name, self.threads = name, threads
+        command = [
+            str(environment(name)),
+            "-m",
+            f"benchmarks.peers.{name}_worker",
+            str(directory.resolve()),
+            str(threads),
+        ]
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": str(threads)}
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 it is closed when the process has ended
+        self._process = subprocess.Popen(
+            command,
+            cwd=_ROOT,
+            env=os.environ | quiet,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+        )
+
+    def check(self, text: str, expected: NDArray[np.float32], rows: Sequence[int]) -> None:
+        """Read a text and take a short turn with each number of rows.
+
+        Raises Skipped if the logits after the text are not (V,) `expected`: then it steps another model.
+        """
+        logits = np.array(self._ask({"text": text})["logits"])
+        if logits.shape != expected.shape or not np.allclose(logits, expected, atol=_NEAR):
+            raise Skipped("its logits are not the model's")
+        for num_rows in rows:
+            self.chars_per_s(num_rows, _SHORT_S)
+
+    def chars_per_s(self, num_rows: int, seconds: float) -> float:
+        """Take a turn."""
+        return float(self._ask({"rows": num_rows, "seconds": seconds})["chars_per_s"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+            answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError) as error:
+            self._said.seek(0)
+            raise Skipped(reason(self._said.read())) from error
+        return answer

@@ -1,0 +1,110 @@
+"""`gru-serve bench`."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.commands.options import FiniteRange, json_option, model_store_option, open_store
+
+if TYPE_CHECKING:
+    from service.engine.stepper import Stepper
+
+_ROUNDS = 10  # of each measurement
+_MAX_ROWS = 65_536
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    number = click.IntRange(1, _MAX_ROWS)
+    return [number(part, param, ctx) for part in value.split(",")]
+
+
+@click.command("bench")
+@click.option("--model", default=None, help="name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
+@click.option(
+    "--rows", "numbers_of_rows", callback=_numbers, default="1,8,64,256", help="Texts side by side.  [1,8,64,256]"
+)
+@click.option("--seconds", type=FiniteRange(0, 3600, min_open=True), default=2.0, help="For each number of rows.  [2]")
+@click.option("--threads", type=click.IntRange(1, 256), default=None, help="[the setting GRU_SERVE_ENGINE_THREADS]")
+@model_store_option
+@json_option
+def bench_command(
+    model: str | None,
+    numbers_of_rows: list[int],
+    seconds: float,
+    threads: int | None,
+    model_store: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure how many characters a second this machine generates, without HTTP, and what a text takes in memory.
+
+    Example: gru-serve bench --rows 1,64 --seconds 1
+    """
+    import torch
+
+    from service.config import read_settings
+    from service.engine.torch_stepper import TorchStepper
+    from service.model.quantize import quantize
+
+    settings = read_settings()
+    threads = threads or settings.num_engine_threads
+    torch.set_num_threads(threads)
+    began = time.perf_counter()
+    version, artifact = open_store(model_store).load(model if model is not None else settings.model)
+    precision = settings.integer_precision or artifact.training.serving_precision
+    stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
+    facts: dict[str, Any] = {"model": version.ref, "precision": precision, "threads": threads}
+    facts |= {"cores": len(os.sched_getaffinity(0)), "load_s": time.perf_counter() - began}
+    facts |= {"state_bytes": stepper.initial_hidden().nbytes}
+    if not as_json:
+        click.echo(f"{version.ref} in {precision}, {threads} of {facts['cores']} cores")
+        click.echo(f"loaded in {facts['load_s']:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
+        click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'of each text':>15}")
+    facts["rates"] = []
+    for num_rows in numbers_of_rows:
+        click.echo(f"measuring {num_rows} row{'s' * (num_rows > 1)} for {seconds:g} s", err=True)
+        rates = measure(stepper, num_rows, seconds)
+        rate, least, most = statistics.median(rates), min(rates), max(rates)
+        facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": least, "max": most})
+        if not as_json:
+            between = f"{least:,.0f}..{most:,.0f}"
+            click.echo(f"{num_rows:>6}{rate:>15,.0f}{between:>22}{rate / num_rows:>15,.0f}")
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+
+
+def measure(stepper: Stepper, num_rows: int, seconds: float) -> list[float]:
+    """Characters/s of all rows together, in rounds that take `seconds` together after one that doesn't count."""
+    texts = Texts(stepper, num_rows)
+    return [texts.chars_per_s(seconds / _ROUNDS) for _ in range(_ROUNDS + 1)][1:]
+
+
+class Texts:
+    """Texts without an end that are advanced side by side, at the engine's pace."""
+
+    def __init__(self, stepper: Stepper, num_rows: int) -> None:
+        import numpy as np
+
+        from service.engine.engine import Pace
+        from service.engine.stepper import Row
+
+        self._stepper, self._pace = stepper, Pace()
+        nothing = np.empty(0, np.int64)
+        self._rows = [Row(stepper.initial_hidden(), 0, nothing, 2**62, seed) for seed in range(num_rows)]
+
+    def chars_per_s(self, seconds: float) -> float:
+        """Generate for so long, one call at least."""
+        began, total, elapsed = time.perf_counter(), 0, 0.0
+        while elapsed < seconds:
+            num_chars = self._pace.num_chars(len(self._rows))
+            self._stepper.advance(self._rows, num_chars)
+            total += num_chars * len(self._rows)
+            before, elapsed = elapsed, time.perf_counter() - began
+            self._pace.measured(len(self._rows), num_chars, elapsed - before)
+        return total / elapsed

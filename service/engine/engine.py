@@ -1,0 +1,206 @@
+"""The engine: one thread that advances every open text of one model together, a few characters at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from service.engine.request import End, EndReason, Handle, Request
+from service.engine.scheduler import Scheduler
+from service.engine.stepper import Row, Stepper
+from service.errors import EngineFailed, Overloaded
+
+log = structlog.get_logger(__name__)
+
+_TICK_S = 0.004  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
+_MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
+_MAX_TICK_CHARS = 256
+
+
+@dataclass(eq=False)
+class _Text:
+    """A request in the scheduler. row: from the moment it runs."""
+
+    handle: Handle
+    row: Row | None = None
+
+
+class Pace:
+    """How many characters a tick should have to last about `tick_s` seconds, from what the last one took."""
+
+    def __init__(self, tick_s: float = _TICK_S) -> None:
+        self._tick_s = tick_s
+        self._row_s = 1e-3  # seconds for one character of one row, in a batch like the last one
+        self._num_rows = 1
+
+    def num_chars(self, num_rows: int) -> int:
+        """For a batch of this size. A larger batch than the last counts as if rows shared nothing, a smaller one as if
+        they shared everything: both err towards a short tick.
+        """
+        step_s = self._row_s * max(num_rows, self._num_rows)
+        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, int(self._tick_s / step_s)))
+
+    def measured(self, num_rows: int, num_chars: int, duration_s: float) -> None:
+        """A tick of this many characters a row has taken so long."""
+        row_s = duration_s / (num_rows * num_chars)
+        self._row_s = row_s if num_rows != self._num_rows else 0.7 * self._row_s + 0.3 * row_s
+        self._num_rows = num_rows
+
+
+class Engine:
+    """Steps texts on a thread of its own, which computes and does nothing else.
+
+    max_running: texts in the batch. max_waiting: texts that wait for a place; more are refused. stall_s: a tick that
+    lasts longer counts as wedged. Every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        vocab_size: int,
+        max_running: int,
+        max_waiting: int,
+        stall_s: float = 30.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._stepper, self._vocab_size = stepper, vocab_size
+        self._max_open = max_running + max_waiting
+        self._stall_s, self._clock = stall_s, clock
+        self._scheduler: Scheduler[_Text] = Scheduler(max_running)
+        self._pace = Pace()
+        self._changed = threading.Condition(threading.Lock())  # guards what follows
+        self._inbox: list[_Text] = []
+        self._num_open = 0
+        self._closing = False
+        self._retired = False
+        self._thread: threading.Thread | None = None
+        self._failure: EngineFailed | None = None
+        self._tick_started: float | None = None  # None: no tick is under way
+
+    def submit(self, requests: Sequence[Request]) -> list[Handle]:
+        """Take in all of these texts, or none. Raises Overloaded, EngineFailed."""
+        handles = [Handle(request, self.check) for request in requests]
+        with self._changed:
+            self.check()
+            if self._closing:
+                raise EngineFailed("the engine is shutting down: try again elsewhere or later")
+            if self._num_open + len(handles) > self._max_open:
+                raise Overloaded("the server is busy and its queue is full: try again in a second")
+            self._num_open += len(handles)
+            self._inbox.extend(_Text(handle) for handle in handles)
+            self._start()
+            self._changed.notify_all()
+        return handles
+
+    def check(self) -> None:
+        """Raises EngineFailed if the engine has died, or is stuck in a step."""
+        if self._failure is not None:
+            raise self._failure
+        started = self._tick_started
+        if started is not None and self._clock() - started > self._stall_s:
+            raise EngineFailed(f"the engine has been in one step for over {self._stall_s:.0f} seconds")
+
+    @property
+    def num_open(self) -> int:
+        """Texts that run or wait."""
+        return self._num_open
+
+    def retire(self) -> None:
+        """Let its thread end whenever nothing is open. Who still holds the engine may go on using it."""
+        with self._changed:
+            self._retired = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """End its thread. Texts that are still open end as cancelled; no new ones are taken."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(self._stall_s)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while self._take_in():
+                self._tick()
+            self._end(self._open_texts(), "cancelled")
+        except BaseException as error:
+            # Whatever it was, nobody may wait for a thread that is gone.
+            log.exception("the engine failed", error=type(error).__name__)
+            self._fail(EngineFailed("the engine has failed: the server has to be restarted"))
+
+    def _take_in(self) -> bool:
+        """Wait for work, and let it in; False: the engine is to end."""
+        scheduler = self._scheduler
+        with self._changed:
+            while not (self._inbox or scheduler.has_work or self._closing or self._retired):
+                self._changed.wait()
+            if self._closing or not (self._inbox or scheduler.has_work):
+                self._thread = None
+                return False
+            scheduler.add(self._inbox)
+            self._inbox = []
+        return True
+
+    def _tick(self) -> None:
+        """Schedule, advance, publish."""
+        scheduler = self._scheduler
+        self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
+        for text in scheduler.admit():
+            text.row = self._row(text)
+        texts = scheduler.running
+        rows = [text.row for text in texts if text.row is not None]
+        if not rows:
+            return
+        num_chars = self._pace.num_chars(len(rows))
+        started = self._tick_started = self._clock()
+        advances = self._stepper.advance(rows, num_chars)
+        self._pace.measured(len(rows), num_chars, self._clock() - started)
+        self._tick_started = None
+        finished = []
+        for text, row, advance in zip(texts, rows, advances, strict=True):
+            if row.finished is not None:
+                finished.append(text)
+            text.handle.publish(advance, _end(row, row.finished) if row.finished is not None else None)
+        self._forget(finished)
+
+    def _row(self, text: _Text) -> Row:
+        return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
+
+    def _end(self, texts: Sequence[_Text], reason: EndReason) -> None:
+        for text in texts:
+            row = text.row if text.row is not None else self._row(text)
+            text.handle.publish(None, _end(row, reason))
+        self._forget(texts)
+
+    def _forget(self, texts: Sequence[_Text]) -> None:
+        if texts:
+            self._scheduler.remove(texts)
+            with self._changed:
+                self._num_open -= len(texts)
+
+    def _open_texts(self) -> list[_Text]:
+        with self._changed:
+            inbox, self._inbox = self._inbox, []
+        return [*self._scheduler.running, *self._scheduler.waiting, *inbox]
+
+    def _fail(self, failure: EngineFailed) -> None:
+        with self._changed:
+            self._failure = failure
+        for text in self._open_texts():
+            text.handle.fail(failure)
+
+
+def _end(row: Row, reason: EndReason) -> End:
+    was_read = row.prompt_hidden is not None and not row.is_reading
+    return End(reason, row.hidden, row.position, row.prompt_hidden if was_read else None)

@@ -1,0 +1,162 @@
+"""What is asked of the engine, and the handle by which the asker gets it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.stepper import Advance, Float32, Ids, Row, Scores
+from service.errors import EngineFailed
+
+EndReason = Literal["stop", "length", "cancelled"]
+_CHECK_S = 0.5  # how often a waiting caller looks whether the engine still steps
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to advance: read a prompt, then generate. The fields mean what they mean in `Row`.
+
+    hidden: (L, H) float32, the state to begin with, after `position` characters; None: the zero state. It is copied.
+    history_prompt: what penalties take for the prompt, if that is more than is to be read.
+    keep_prompt_hidden: the state after the prompt is wanted too.
+    """
+
+    prompt: Ids
+    max_chars: int
+    seed: int
+    sampling: SamplingSettings = PLAIN
+    stops: tuple[Ids, ...] = ()
+    num_logprobs: int | None = None
+    score_prompt: bool = False
+    hidden: Float32 | None = None
+    position: int = 0
+    history_prompt: Ids | None = None
+    keep_prompt_hidden: bool = False
+
+    def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
+        """A row at the beginning of the request. initial_hidden: (L, H), the row's own from now on."""
+        if self.hidden is not None:
+            initial_hidden[:] = self.hidden
+        history = None
+        if self.sampling.penalizes:
+            history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
+        return Row(
+            hidden=initial_hidden,
+            position=self.position,
+            prompt=self.prompt,
+            max_chars=self.max_chars,
+            seed=self.seed,
+            sampling=self.sampling,
+            stops=self.stops,
+            history=history,
+            num_logprobs=self.num_logprobs,
+            score_prompt=self.score_prompt,
+            prompt_hidden=np.empty_like(initial_hidden) if self.keep_prompt_hidden else None,
+        )
+
+
+@dataclass(frozen=True)
+class End:
+    """How a text stands when nothing more is done to it.
+
+    hidden: (L, H) float32 after `position` characters, all that were read and generated. prompt_hidden: (L, H) after
+    the prompt, if it was wanted and the prompt was read.
+    """
+
+    reason: EndReason
+    hidden: Float32
+    position: int
+    prompt_hidden: Float32 | None
+
+
+class Handle:
+    """The asker's end of a request: characters come out, a cancellation goes in.
+
+    The engine's thread publishes, one other thread takes. A taker is woken only for what it waits for.
+    """
+
+    def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
+        self.request = request
+        self.is_cancelled = False
+        self.end: End | None = None
+        self._check_engine = check_engine
+        self._failure: EngineFailed | None = None
+        self._parts: list[Advance] = []
+        self._ready = threading.Condition(threading.Lock())
+        self._wants_parts = False
+
+    def cancel(self) -> None:
+        """Stop at the next tick. Harmless at any time, from any thread."""
+        self.is_cancelled = True
+
+    def take(self, gather_s: float | None, timeout_s: float | None = None) -> Advance | None:
+        """What has come in since the last call, in one piece; None if there is nothing.
+
+        Waits for something and then gather_s longer, for more to come; gather_s None: waits for the end instead. At
+        the end it returns at once, and so it does when timeout_s have passed with nothing. Raises EngineFailed.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._ready:
+            self._wait(deadline, lambda: gather_s is not None and bool(self._parts))
+            if gather_s and self._parts:
+                self._wait(time.monotonic() + gather_s, lambda: False)
+            if gather_s is None and self.end is None:
+                return None
+            parts, self._parts = self._parts, []
+        return join(parts) if parts else None
+
+    def wait(self) -> End:
+        """The end. Raises EngineFailed."""
+        with self._ready:
+            self._wait(None, lambda: False)
+            if self.end is None:
+                raise EngineFailed("the engine ended without a word")
+            return self.end
+
+    def publish(self, part: Advance | None, end: End | None) -> None:
+        """The engine's side: hand over what a tick brought."""
+        with self._ready:
+            if part is not None and (len(part.chars) or part.prompt_scores is not None):
+                self._parts.append(part)
+            if end is not None:
+                self.end = end
+            if end is not None or (self._wants_parts and self._parts):
+                self._ready.notify_all()
+
+    def fail(self, failure: EngineFailed) -> None:
+        """The engine's side: nothing more will come."""
+        with self._ready:
+            self._failure = failure
+            self._ready.notify_all()
+
+    def _wait(self, deadline: float | None, is_there: Callable[[], bool]) -> None:
+        """With the lock held: wait for the end, the deadline, or what `is_there` is true of after a part came in."""
+        while self.end is None and not is_there():
+            if self._failure is not None:
+                raise self._failure
+            self._check_engine()
+            left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
+            if left <= 0:
+                return
+            # Waiters for the end, or for a time to pass, are not to be woken by every tick.
+            self._wants_parts = not self._parts
+            self._ready.wait(left)
+
+
+def join(parts: list[Advance]) -> Advance:
+    """Several parts of one text, in their order, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    scores = [part.scores for part in parts if part.scores is not None]
+    prompt_scores = [part.prompt_scores for part in parts if part.prompt_scores is not None]
+    return Advance(
+        np.concatenate([part.chars for part in parts]),
+        Scores.join(scores) if scores else None,
+        Scores.join(prompt_scores) if prompt_scores else None,
+    )

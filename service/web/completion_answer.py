@@ -1,0 +1,134 @@
+"""A completion in OpenAI's shape: whole, or as a stream of events."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+import structlog
+from flask import Response
+
+from service.engine.stepper import Scores
+from service.errors import GruServeError
+from service.generation import Completion, Piece
+from service.loaded import LoadedModel
+from service.model.charset import Charset
+from service.web import schemas
+from service.web.errors import error_body, error_response
+from service.web.sse import event
+
+log = structlog.get_logger(__name__)
+
+_GATHER_S = 0.025  # characters of a stream that come within it travel together
+_IDLE_S = 0.5  # how often a silent client is looked after
+
+
+class CompletionAnswer:
+    """A completion in OpenAI's shape, whole or as events."""
+
+    def __init__(self, model: LoadedModel, completion: Completion) -> None:
+        self._charset, self._completion = model.charset, completion
+        self._facts = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model.version.ref,
+            "system_fingerprint": model.fingerprint,
+        }
+
+    def whole(self, client_has_gone: Callable[[], bool]) -> Response:
+        """The answer when everything is generated. Raises EngineFailed."""
+        completion = self._completion
+        pieces: list[list[Piece]] = [[] for _ in completion.choices]
+        for item in completion.pieces(None, _IDLE_S):
+            if item is not None:
+                pieces[item[0].index].append(item[1])
+            elif client_has_gone():
+                return error_response("the client has closed the connection", "client_gone")
+        chosen = [choice for group in completion.chosen() for choice in group]
+        choices = []
+        for index, choice in enumerate(chosen):
+            parts = pieces[choice.index]
+            scores = [part.scores for part in parts if part.scores is not None]
+            text = "".join(part.text for part in parts)
+            logprobs = logprobs_of(text, Scores.join(scores), self._charset, 0) if scores else self._no_scores()
+            choices.append(
+                schemas.Choice(index=index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
+            )
+        answer = schemas.CompletionAnswer(**self._facts, choices=choices, usage=self._usage())
+        return Response(answer.model_dump_json(), mimetype="application/json")
+
+    def events(self, client_has_gone: Callable[[], bool], with_usage: bool) -> Iterator[bytes | None]:
+        """Server-sent events; None is a moment of silence."""
+        # Put together by hand: of a busy stream's time, a fifth would go into dumping what is the same in every event.
+        head = json.dumps(self._facts)[:-1]
+        tail = ', "usage": null}' if with_usage else "}"
+        completion, started = self._completion, time.perf_counter()
+        num_shown = [0] * len(completion.choices)
+        ending = "left"
+        try:
+            for item in completion.pieces(_GATHER_S, _IDLE_S):
+                if item is None:
+                    if client_has_gone():
+                        return
+                    yield None
+                    continue
+                choice, piece = item
+                index, text = choice.index, json.dumps(piece.text)
+                logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_shown[index])
+                num_shown[index] += len(piece.text)
+                reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
+                scores = logprobs.model_dump_json() if logprobs is not None else "null"
+                yield event(
+                    f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
+                    f'"finish_reason": {reason}}}]{tail}'
+                )
+            if with_usage:
+                yield event(f'{head}, "choices": [], "usage": {self._usage().model_dump_json()}}}')
+            yield event("[DONE]")
+            ending = "done"
+        except GruServeError as error:
+            ending = error.code
+            yield event(json.dumps(error_body(error.message, error.code, error.param)), "error")
+        finally:
+            completion.cancel()
+            log.info(
+                "stream ended",
+                ending=ending,
+                num_generated=completion.num_generated,
+                duration_ms=round((time.perf_counter() - started) * 1000, 2),
+            )
+
+    def _usage(self) -> schemas.Usage:
+        completion = self._completion
+        return schemas.Usage(
+            prompt_tokens=completion.num_prompt,
+            completion_tokens=completion.num_generated,
+            total_tokens=completion.num_prompt + completion.num_generated,
+            prompt_tokens_details=schemas.PromptTokensDetails(cached_tokens=completion.num_cached),
+        )
+
+    def _no_scores(self) -> schemas.Logprobs | None:
+        asked = self._completion.request.num_logprobs is not None
+        return schemas.Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]) if asked else None
+
+
+def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int) -> schemas.Logprobs | None:
+    """Scores of a text's characters. offset: the place of its first one in the choice's text."""
+    if scores is None:
+        return None
+    chosen = [None if math.isnan(value) else value for value in scores.chosen.tolist()]
+    tops: list[dict[str, float] | None] = []
+    if scores.top_ids.shape[1]:
+        for char, value, ids, values in zip(text, chosen, scores.top_ids.tolist(), scores.top.tolist(), strict=True):
+            top = {charset.characters[at]: logprob for at, logprob in zip(ids, values, strict=True)}
+            tops.append(None if value is None else top | {char: value})
+    return schemas.Logprobs(
+        tokens=list(text),
+        token_logprobs=chosen,
+        top_logprobs=tops or None,
+        text_offset=list(range(offset, offset + len(text))),
+    )

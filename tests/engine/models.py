@@ -1,0 +1,55 @@
+"""Small quantised models and rows for the engine's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.stepper import Row, Stepper
+from service.model.charset import Charset
+from service.model.config import ModelConfig
+from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from tests.conftest import random_tensors, tiny_config
+
+CONFIG = tiny_config(num_units=64)
+DEEP = tiny_config(num_units=48, num_layers=3)
+CHARSET = Charset(CONFIG.charset)
+
+
+def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
+    """Random weights, larger than training begins with: the state moves, and texts are not all alike."""
+    tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
+    return quantize(config, tensors, precision)
+
+
+def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
+    """A row as the engine would make it."""
+    ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
+    stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
+    history = History(len(CHARSET), ids) if sampling.penalizes else None
+    fields: dict[str, Any] = {"hidden": stepper.initial_hidden(), "position": 0, "prompt": ids, "max_chars": max_chars}
+    fields |= {"seed": seed, "sampling": sampling, "stops": stops, "history": history}
+    return Row(**(fields | changes))
+
+
+# Every kind of row that there is: the contract holds for each of them and any mix.
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"prompt": "", "max_chars": 11},
+    {"prompt": "the lady of the house is not at home", "max_chars": 5},
+    {"max_chars": 0},
+    {"prompt": "", "max_chars": 0},
+    {"sampling": SamplingSettings(temperature=0)},
+    {"sampling": SamplingSettings(temperature=0.5)},
+    {"sampling": SamplingSettings(top_k=3, top_p=0.9)},
+    {"sampling": SamplingSettings(min_p=0.1, logit_bias=((4, 2.0),))},
+    {"sampling": SamplingSettings(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2)},
+    {"num_logprobs": 0},
+    {"num_logprobs": 3, "score_prompt": True},
+    {"num_logprobs": 20, "score_prompt": True, "max_chars": 0},
+    {"stops": ("ab", "e")},
+    {"stops": ("I",), "sampling": SamplingSettings(temperature=2.0), "num_logprobs": 1},
+    {"seed": -1, "position": 10**12},
+]

@@ -1,0 +1,305 @@
+"""The engine: everybody gets what they would get alone; overload, cancellation, failure and stalls reach everybody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.engine.engine import Engine, Pace
+from service.engine.request import Handle, Request
+from service.engine.sampling import SamplingSettings
+from service.engine.stepper import Advance, Row, Stepper
+from service.engine.torch_stepper import TorchStepper
+from service.errors import EngineFailed, Overloaded
+from tests.engine.models import CHARSET, quantized
+
+STEPPER = TorchStepper(quantized())
+
+
+@contextmanager
+def running(
+    stepper: Stepper = STEPPER, max_running: int = 8, max_waiting: int = 1000, **changes: Any
+) -> Iterator[Engine]:
+    engine = Engine(stepper, len(CHARSET), max_running, max_waiting, **changes)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def request(prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Request:
+    return Request(CHARSET.encode(prompt), max_chars, seed, **changes)
+
+
+def result(handle: Handle) -> list[Any]:
+    """All that a request brings, comparable to the bit. Waits for its end."""
+    chars, scores = [], []
+    while True:
+        end = handle.end
+        part = handle.take(0.0, 10)
+        if part is not None:
+            chars += part.chars.tolist()
+            for some in (part.prompt_scores, part.scores):
+                if some is not None:
+                    scores.append(some.chosen.tobytes())
+        elif end is not None:
+            hidden = None if end.prompt_hidden is None else end.prompt_hidden.tobytes()
+            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), hidden]
+
+
+KINDS: list[tuple[str, int, dict[str, Any]]] = [
+    ("ROMEO:", 40, {"keep_prompt_hidden": True}),
+    ("", 25, {"sampling": SamplingSettings(temperature=0.6)}),
+    ("the lady of the house " * 6, 3, {"num_logprobs": 2, "score_prompt": True}),
+    ("I", 60, {"sampling": SamplingSettings(top_k=4, repetition_penalty=1.2), "num_logprobs": 0}),
+    ("a", 50, {"stops": (CHARSET.encode("e"),)}),
+    ("b", 0, {}),
+]
+REQUESTS = [request(prompt, max_chars, seed, **changes) for seed, (prompt, max_chars, changes) in enumerate(KINDS)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[list[Any]]:
+    with running(max_running=1) as engine:
+        return [result(engine.submit([request])[0]) for request in REQUESTS]
+
+
+def test_everybody_gets_what_they_get_alone_however_they_come_and_go(alone: list[list[Any]]) -> None:
+    """Needles in a crowd: hundreds of texts join and leave at random moments, submitted by many threads."""
+    wrong: list[int] = []
+
+    def submit_some(seed: int, engine: Engine) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(25):
+            which = rng.integers(len(REQUESTS), size=rng.integers(1, 4)).tolist()
+            handles = engine.submit([REQUESTS[i] for i in which])
+            if rng.random() < 0.3:
+                handles.pop().cancel()
+            wrong.extend(i for i, handle in zip(which, handles, strict=False) if result(handle) != alone[i])
+
+    for max_running in (2, 7, 64):
+        with running(max_running=max_running) as engine:
+            threads = [threading.Thread(target=submit_some, args=(seed, engine)) for seed in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            deadline = time.monotonic() + 10  # cancelled ones leave at the next tick
+            while engine.num_open and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert engine.num_open == 0
+    assert wrong == []
+
+
+def test_a_request_goes_on_from_a_state(alone: list[list[Any]]) -> None:
+    with running() as engine:
+        prompt = engine.submit([request(max_chars=0)])[0].wait()
+        assert alone[0][5] == prompt.hidden.tobytes()
+        rest = request("", 40, seed=0, hidden=prompt.hidden, position=prompt.position)
+        assert result(engine.submit([rest])[0])[:5] == alone[0][:5]
+        assert alone[0][5] == prompt.hidden.tobytes()  # which was copied, not used up
+
+
+class _Gate:
+    """A stepper that waits for leave before every tick."""
+
+    def __init__(self) -> None:
+        self.entered, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+        self.entered.release()
+        assert self.leave.acquire(timeout=20)
+        return STEPPER.advance(rows, num_chars)
+
+    def initial_hidden(self) -> Any:
+        return STEPPER.initial_hidden()
+
+    def open(self) -> None:
+        self.leave.release(10_000)
+
+
+def test_overload_is_refused_at_once_and_whole() -> None:
+    gate = _Gate()
+    with running(gate, max_running=2, max_waiting=3) as engine:
+        handles = engine.submit([request()])
+        assert gate.entered.acquire(timeout=10)
+        handles += engine.submit([request()] * 3)
+        with pytest.raises(Overloaded):
+            engine.submit([request()] * 2)
+        handles += engine.submit([request()])
+        with pytest.raises(Overloaded):
+            engine.submit([request()])
+        gate.open()
+        assert len({tuple(result(handle)[0]) for handle in handles}) == 1
+        assert len(result(engine.submit([request()])[0])[0]) == 30
+
+
+def test_first_come_first_served() -> None:
+    order: list[int] = []
+
+    class Noting(_Gate):
+        def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+            order.extend(row.seed for row in rows if row.seed not in order)
+            return super().advance(rows, num_chars)
+
+    gate = Noting()
+    with running(gate, max_running=1) as engine:
+        handles = [engine.submit([request(seed=seed, max_chars=2)])[0] for seed in range(5)]
+        gate.open()
+        for handle in handles:
+            handle.wait()
+    assert order == list(range(5))
+
+
+@pytest.mark.parametrize("moment", ["waiting", "running"])
+def test_a_cancelled_text_leaves_at_the_next_tick_and_says_where_it_stands(moment: str) -> None:
+    gate = _Gate()
+    with running(gate, max_running=1) as engine:
+        first, second = engine.submit([request(max_chars=100_000), request()])
+        assert gate.entered.acquire(timeout=10)
+        (first if moment == "running" else second).cancel()
+        if moment == "waiting":
+            gate.leave.release()
+            assert gate.entered.acquire(timeout=10)
+            gate.leave.release()
+            end = second.wait()
+            assert (end.reason, end.position) == ("cancelled", 0)
+            first.cancel()
+        gate.open()
+        end = first.wait()
+        chars = result(first)[0]
+        assert (end.reason, end.position) == ("cancelled", len(chars) + 6 if chars else end.position)
+        again = engine.submit([request("ROMEO:" + CHARSET.decode(chars), 0)])[0].wait()
+        if chars:
+            assert again.hidden.tobytes() == end.hidden.tobytes()
+
+
+class _Failing(_Gate):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+        self.entered.release()
+        assert self.leave.acquire(timeout=20)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of luck"), MemoryError(), SystemExit()], ids=repr)
+def test_when_the_stepper_fails_nobody_waits_for_ever(error: BaseException) -> None:
+    failing = _Failing(error)
+    with running(failing, max_running=2) as engine:
+        handles = engine.submit([request()] * 5)
+        caught: list[Exception] = []
+
+        def wait(handle: Handle, how: Callable[[Handle], object]) -> None:
+            try:
+                how(handle)
+            except EngineFailed as failed:
+                caught.append(failed)
+
+        ways: list[Callable[[Handle], object]] = [Handle.wait, lambda handle: handle.take(0.0)]
+        ways += [lambda handle: handle.take(None), Handle.wait, Handle.wait]
+        threads = [threading.Thread(target=wait, args=pair) for pair in zip(handles, ways, strict=True)]
+        for thread in threads:
+            thread.start()
+        failing.open()
+        for thread in threads:
+            thread.join(10)
+        assert len(caught) == 5
+        assert "out of luck" not in str(caught[0])
+        with pytest.raises(EngineFailed):
+            engine.check()
+        with pytest.raises(EngineFailed):
+            engine.submit([request()])
+
+
+def test_a_wedged_step_is_noticed_by_those_who_wait_and_by_the_readiness_check() -> None:
+    gate, now = _Gate(), [0.0]
+    with running(gate, stall_s=5, clock=lambda: now[0]) as engine:
+        handle = engine.submit([request()])[0]
+        assert gate.entered.acquire(timeout=10)
+        engine.check()
+        now[0] = 6.0
+        with pytest.raises(EngineFailed):
+            engine.check()
+        with pytest.raises(EngineFailed):
+            handle.wait()
+        with pytest.raises(EngineFailed):
+            engine.submit([request()])
+        gate.open()
+        deadline = time.monotonic() + 10
+        while handle.end is None and time.monotonic() < deadline:  # it comes round: so does everybody else
+            time.sleep(0.001)
+        engine.check()
+        assert len(result(handle)[0]) == 30
+
+
+def test_closing_ends_what_is_open() -> None:
+    gate = _Gate()
+    with running(gate) as engine:
+        handles = engine.submit([request(max_chars=100_000)] * 10)
+        assert gate.entered.acquire(timeout=10)
+        gate.open()
+        engine.close()
+        assert {handle.wait().reason for handle in handles} == {"cancelled"}
+        with pytest.raises(EngineFailed):
+            engine.submit([request()])
+
+
+def test_a_retired_engine_ends_its_thread_when_idle_and_still_serves_who_holds_it() -> None:
+    with running() as engine:
+        handle = engine.submit([request()])[0]
+        engine.retire()
+        first = result(handle)
+        for _ in range(3):
+            deadline = time.monotonic() + 10
+            while engine._thread is not None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert engine._thread is None
+            assert result(engine.submit([request()])[0]) == first
+
+
+def test_a_taker_is_given_everything_once_in_order() -> None:
+    with running() as engine:
+        whole = result(engine.submit([request(max_chars=3000)])[0])[0]
+        handle = engine.submit([request(max_chars=3000)])[0]
+        parts: list[int] = []
+        while handle.end is None:
+            part = handle.take(0.001, 1)
+            parts += [] if part is None else part.chars.tolist()
+        rest = handle.take(0.0)
+        assert parts + ([] if rest is None else rest.chars.tolist()) == whole
+        assert handle.take(0.0) is None
+        assert handle.take(None) is None
+
+
+def test_nothing_comes_of_an_impatient_taker() -> None:
+    gate = _Gate()
+    with running(gate) as engine:
+        handle = engine.submit([request()])[0]
+        assert handle.take(0.0, 0.01) is None
+        assert handle.take(None, 0.01) is None
+        gate.open()
+        assert handle.take(None) is not None
+
+
+def test_ticks_are_kept_to_their_length() -> None:
+    pace = Pace(tick_s=0.004)
+    for _ in range(50):
+        pace.measured(1, pace.num_chars(1), pace.num_chars(1) * 100e-6)
+    assert 35 <= pace.num_chars(1) <= 40
+    assert pace.num_chars(64) == 2  # the least; a batch that has grown is not trusted to share anything
+    for _ in range(50):
+        pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 1e-3)
+    assert 3 <= pace.num_chars(64) <= 4
+    pace.measured(256, 1, 1.0)
+    assert pace.num_chars(256) == 2
+    pace.measured(1, 1, 1e-9)
+    assert pace.num_chars(1) == 256

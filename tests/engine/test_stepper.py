@@ -1,0 +1,242 @@
+"""The stepper's contract: what happens to a row is a function of this row alone, to the bit.
+
+One suite for every implementation: add it to STEPPERS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from service.engine.integer_product import IntegerProduct
+from service.engine.sampling import History, SamplingSettings, draw_one, uniform
+from service.engine.stepper import Advance, Row, Scores, Stepper
+from service.engine.torch_stepper import TorchStepper
+from service.model.folded import FoldedGRU
+from service.model.gru import GRUCharModel
+from service.model.quantize import QuantizedGRU, quantize
+from tests.conftest import random_tensors
+from tests.engine.models import CHARSET, DEEP, KINDS, quantized, row
+
+STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
+
+
+@pytest.fixture(params=[f"{name}-{model}" for name in STEPPERS for model in ("int8", "int4", "deep")])
+def stepper(request: pytest.FixtureRequest) -> Stepper:
+    name, model = request.param.split("-")
+    return STEPPERS[name](quantized(DEEP) if model == "deep" else quantized(precision=model))
+
+
+def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Advance]:
+    """Advance rows to their ends; what each got in all."""
+    parts: list[list[Advance]] = [[] for _ in rows]
+    while any(row.finished is None for row in rows):
+        for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
+            part.append(advance)
+    return [joined(part) for part in parts]
+
+
+def joined(parts: list[Advance]) -> Advance:
+    scores = [part.scores for part in parts if part.scores is not None]
+    prompt_scores = [part.prompt_scores for part in parts if part.prompt_scores is not None]
+    chars = np.concatenate([np.empty(0, np.int64), *(part.chars for part in parts)])
+    return Advance(
+        chars, Scores.join(scores) if scores else None, Scores.join(prompt_scores) if prompt_scores else None
+    )
+
+
+def everything(row: Row, advance: Advance) -> list[Any]:
+    """All that can be seen of a row at its end, comparable to the bit."""
+    seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
+    seen.append(None if row.prompt_hidden is None else row.prompt_hidden.tobytes())
+    for scores in (advance.scores, advance.prompt_scores):
+        seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
+    return [*seen, advance.chars.tolist()]
+
+
+@pytest.fixture
+def alone(stepper: Stepper) -> list[list[Any]]:
+    """What each kind of row gets by itself, a character at a time."""
+    results = []
+    for kind in KINDS:
+        one = row(stepper, prompt_hidden=stepper.initial_hidden(), **kind)
+        results.append(everything(one, run(stepper, [one], 1)[0]))
+    return results
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_neighbours_and_tick_lengths_change_nothing(
+    stepper: Stepper, alone: list[list[Any]], data: st.DataObject
+) -> None:
+    """Rows join and leave at random characters, in random order, in ticks of random length."""
+    waiting = data.draw(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=40))
+    there: list[tuple[int, Row, list[Advance]]] = []
+    while waiting or there:
+        for _ in range(data.draw(st.integers(0 if there else 1, 8))):
+            if waiting:
+                kind = waiting.pop()
+                there.append((kind, row(stepper, prompt_hidden=stepper.initial_hidden(), **KINDS[kind]), []))
+        there = data.draw(st.permutations(there))
+        advances = stepper.advance([one for _, one, _ in there], data.draw(st.integers(1, 9)))
+        for (_, _, parts), advance in zip(there, advances, strict=True):
+            parts.append(advance)
+        for kind, one, parts in [entry for entry in there if entry[1].finished]:
+            assert everything(one, joined(parts)) == alone[kind], kind
+        there = [entry for entry in there if not entry[1].finished]
+
+
+def test_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rows = [row(stepper, prompt_hidden=stepper.initial_hidden(), **kind) for kind in KINDS]
+            assert [everything(*pair) for pair in zip(rows, run(stepper, rows), strict=True)] == alone
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_text_is_its_prompt_and_what_was_drawn_from_each_state(stepper: Stepper) -> None:
+    """Generation against reading: the state after a text is the same whether it was drawn or read."""
+    drawn = row(stepper, max_chars=25, num_logprobs=5)
+    got = run(stepper, [drawn])[0]
+    text = "ROMEO:" + CHARSET.decode(got.chars)
+    read = row(stepper, prompt=text, max_chars=0, num_logprobs=5, score_prompt=True)
+    scores = run(stepper, [read])[0].prompt_scores
+    assert scores is not None
+    assert got.scores is not None
+    assert read.hidden.tobytes() == drawn.hidden.tobytes()
+    assert read.position == drawn.position == 31
+    assert scores.slice(6, None).chosen.tobytes() == got.scores.chosen.tobytes()
+    assert scores.slice(6, None).top_ids.tobytes() == got.scores.top_ids.tobytes()
+
+
+def test_characters_are_drawn_with_the_hash_of_seed_and_position(stepper: Stepper) -> None:
+    got = run(stepper, [row(stepper, max_chars=20, num_logprobs=len(CHARSET))])[0]
+    assert got.scores is not None
+    for index, char in enumerate(got.chars):
+        logprobs = np.empty(len(CHARSET))
+        logprobs[got.scores.top_ids[index]] = got.scores.top[index]
+        assert np.exp(logprobs).sum() == pytest.approx(1, abs=1e-9)
+        cumulative = np.cumsum(np.exp(logprobs))
+        chance = uniform(7, 6 + index)
+        assert (cumulative[char - 1] if char else 0) <= chance + 1e-9
+        assert chance <= cumulative[char] + 1e-9
+        assert got.scores.chosen[index] == logprobs[char]
+
+
+def test_another_seed_gives_another_text(stepper: Stepper) -> None:
+    one, other = run(stepper, [row(stepper), row(stepper, seed=8)])
+    assert one.chars.tolist() != other.chars.tolist()
+
+
+def test_a_row_goes_on_from_where_another_stopped(stepper: Stepper) -> None:
+    whole = run(stepper, [row(stepper, max_chars=30)])[0]
+    first = row(stepper, max_chars=13)
+    start = run(stepper, [first])[0]
+    second = row(stepper, prompt="", max_chars=17, hidden=first.hidden.copy(), position=first.position)
+    rest = run(stepper, [second])[0]
+    assert [*start.chars, *rest.chars] == whole.chars.tolist()
+
+
+def test_the_state_after_the_prompt_is_handed_out(stepper: Stepper) -> None:
+    whole = row(stepper, prompt_hidden=stepper.initial_hidden())
+    run(stepper, [whole])
+    read = row(stepper, max_chars=0)
+    run(stepper, [read])
+    assert whole.prompt_hidden is not None
+    assert whole.prompt_hidden.tobytes() == read.hidden.tobytes()
+
+
+def test_a_stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> None:
+    text = CHARSET.decode(run(stepper, [row(stepper)])[0].chars)
+    stop = text[10:12]
+    stopped = row(stepper, stops=("..!", stop))
+    assert CHARSET.decode(run(stepper, [stopped])[0].chars) == text[: text.index(stop) + 2]
+    assert stopped.finished == "stop"
+    read = row(stepper, prompt="ROMEO:" + text[: text.index(stop) + 2], max_chars=0)
+    run(stepper, [read])
+    assert stopped.hidden.tobytes() == read.hidden.tobytes()
+
+
+def test_a_stop_string_in_the_prompt_or_across_its_end_does_not_count(stepper: Stepper) -> None:
+    text = CHARSET.decode(run(stepper, [row(stepper)])[0].chars)
+    crossing = row(stepper, stops=("O:", ":" + text[0]), max_chars=3)
+    assert CHARSET.decode(run(stepper, [crossing])[0].chars) == text[:3]
+
+
+def test_finished_rows_are_left_alone(stepper: Stepper) -> None:
+    done = row(stepper, max_chars=3)
+    run(stepper, [done])
+    before = (done.hidden.tobytes(), done.position)
+    assert len(stepper.advance([done], 5)[0].chars) == 0
+    assert (done.hidden.tobytes(), done.position) == before
+    assert stepper.advance([], 5) == []
+
+
+def test_the_state_stays_within_its_bounds(stepper: Stepper) -> None:
+    one = row(stepper, prompt="AEI " * 100, max_chars=100, sampling=SamplingSettings(temperature=5))
+    run(stepper, [one])
+    assert np.abs(one.hidden).max() <= 1
+
+
+def test_it_computes_what_the_reference_computes(stepper: Stepper) -> None:
+    """Against the float32 network: as close as eight or four bits allow, over a whole text."""
+    model = quantized(stepper.config, gain=1.0)  # type: ignore[attr-defined]
+    tensors = random_tensors(model.config)
+    text = CHARSET.encode("ROMEO: what light is it that breaks?")
+    reference = FoldedGRU(GRUCharModel.from_tensors(model.config, tensors))
+    states, _ = reference.scan(torch.from_numpy(text), reference.initial_hidden())
+    expected = torch.log_softmax(reference.logits(states), -1)[torch.arange(len(text) - 1), text[1:]].double().numpy()
+    for precision, tolerance in (("int8", 0.02), ("int4", 0.2)):
+        one = TorchStepper(quantize(model.config, tensors, precision))  # type: ignore[arg-type]
+        scored = row(one, prompt=CHARSET.decode(text), max_chars=0, num_logprobs=0, score_prompt=True)
+        scores = run(one, [scored])[0].prompt_scores
+        assert scores is not None
+        assert np.abs(scores.chosen[1:] - expected).max() < tolerance
+        assert np.abs(scored.hidden[-1] - states[-1].numpy()).max() < tolerance
+
+
+def test_penalties_look_back_on_what_was_generated(stepper: Stepper) -> None:
+    """Drawn again by hand: log-probabilities are logits but for a constant, and that changes no draw."""
+    how = SamplingSettings(frequency_penalty=0.7, presence_penalty=0.4)
+    got = run(stepper, [row(stepper, sampling=how, num_logprobs=len(CHARSET))])[0]
+    history = History(len(CHARSET), CHARSET.encode("ROMEO:"))
+    assert got.scores is not None
+    for index, char in enumerate(got.chars):
+        logits = np.empty(len(CHARSET))
+        logits[got.scores.top_ids[index]] = got.scores.top[index]
+        assert draw_one(logits, how, uniform(7, 6 + index), history) == char  # type: ignore[arg-type]
+        history.add(int(char))
+    assert run(stepper, [row(stepper)])[0].chars.tolist() != got.chars.tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 70), st.integers(1, 5))
+@settings(deadline=None)
+def test_products_of_integers_are_exact(seed: int, columns: int, rows: int, batch: int) -> None:
+    rng = np.random.default_rng(seed)
+    weight, left = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, batch))
+    product = IntegerProduct(weight)
+    expected = left.astype(np.int64) @ weight.astype(np.int64).T
+    assert np.array_equal(product(torch.from_numpy(left)).numpy(), expected)
+
+
+def test_products_are_exact_where_the_fast_one_is_not_to_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left.to(torch.int32) @ right.to(torch.int32)).clamp(-(2**15), 2**15 - 1)
+
+    weight = np.full((3, 1100), 127, np.int8)
+    left = np.full((2, 1100), -127, np.int8)
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert (IntegerProduct(weight)(torch.from_numpy(left)).numpy() == -127 * 127 * 1100).all()  # past 2**24: float64
+    small = IntegerProduct(weight[:, :64])
+    assert (small(torch.from_numpy(left[:, :64])).numpy() == -127 * 127 * 64).all()
+    monkeypatch.delattr(torch, "_int_mm")
+    assert (IntegerProduct(weight)(torch.from_numpy(left)).numpy() == -127 * 127 * 1100).all()
