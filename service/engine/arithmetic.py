@@ -7,6 +7,8 @@ to do them in one order and without fused multiply-adds. Who writes these functi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,70 +17,91 @@ Float64 = NDArray[np.float64]
 
 VERSION = 1  # of everything that the bits of a text depend on beside the quantised weights; part of the fingerprint
 
-# tanh(x) ~ x P(x^2) / Q(x^2) on +-7.2: a minimax fit, then lowered by 3e-7 so that rounding never gets past 1.
-TANH_LIMIT = 7.2
-TANH_P = (0.9999943971633911, 0.12275957316160202, 0.0022537289187312126, 3.821386144409189e-06)
-TANH_Q = (1.0, 0.4560750126838684, 0.02096332237124443, 0.00013983642566017807)
-TANH_ERROR = 2e-6  # at most
 
-# Multiples of ln 2 in two parts: k * LN2_HIGH is exact for the k that occur.
+@dataclass(frozen=True)
+class Activation:
+    """An activation as a rational function of y = scale * x, cut to +-limit:
+
+        offset + y (y^4 + p1 y^2 + p0) / (y^6 + q2 y^4 + q1 y^2 + q0)
+
+    A minimax fit, in a unit of y that makes both leading coefficients 1, which saves two of eleven operations. The
+    scale goes into weights that are multiplied anyway. error: the largest, absolute, half of it from cutting.
+    """
+
+    scale: float
+    limit: float
+    p: tuple[float, float]
+    q: tuple[float, float, float]
+    offset: float
+    error: float
+
+
+TANH = Activation(
+    scale=0.03646614323446821,
+    limit=0.22609008848667145,
+    p=(0.0012025685282424092, 0.10315920412540436),
+    q=(4.385459396871738e-05, 0.014751113951206207, 0.42995548248291016),
+    offset=0.0,
+    error=1.7e-5,
+)
+SIGMOID = Activation(
+    scale=0.07293228646893642 / 2,
+    limit=0.4521801769733429,
+    p=(0.019241096451878548, 0.41263681650161743),
+    q=(0.0028066940139979124, 0.23601782321929932, 1.7198219299316406),
+    offset=0.5,
+    error=8.5e-6,
+)
+
 LOG2_E = 1.4426950408889634
-LN2_HIGH = 0.6931471803691238
-LN2_LOW = 1.9082149292705877e-10
-EXP_LOWEST = -700.0  # exp of anything below is 0: far below what a float64 sum of probabilities can notice
-EXP_ERROR = 1e-11  # relative, at most
+LN2 = 0.6931471805599453
+EXP_LOWEST = -700.0  # what is below counts as this: a float64 sum of probabilities notices neither
+EXP_ERROR = 1e-8  # relative, at most
 LOG_ERROR = 1e-11  # absolute, at most
 
 # 0-d arrays: an operation with one takes numpy half as long as with a Python number.
-_P0, _P1, _P2, _P3 = (np.array(value, np.float32) for value in TANH_P)
-_Q0, _Q1, _Q2, _Q3 = (np.array(value, np.float32) for value in TANH_Q)
-_HALF = np.array(0.5, np.float32)
+_CONSTANTS = {
+    activation: tuple(np.array(value, np.float32) for value in (*activation.p, *activation.q, activation.offset))
+    for activation in (TANH, SIGMOID)
+}
 
 
-def tanh(x: Float32, square: Float32, top: Float32) -> None:
-    """Replace x, which was cut to +-TANH_LIMIT, by its tanh, within 2e-6 and never outside [-1, 1].
-
-    square, top: scratch of the same shape.
-    """
-    np.multiply(x, x, square)
-    np.multiply(square, _P3, top)
-    np.add(top, _P2, top)
+def activate(activation: Activation, y: Float32, square: Float32, top: Float32) -> None:
+    """Replace y = scale * x, which was cut to +-limit, by the activation of x. square, top: scratch of its shape."""
+    p0, p1, q0, q1, q2, offset = _CONSTANTS[activation]
+    np.multiply(y, y, square)
+    np.add(square, p1, top)
     np.multiply(top, square, top)
-    np.add(top, _P1, top)
-    np.multiply(top, square, top)
-    np.add(top, _P0, top)
-    np.multiply(top, x, top)
-    np.multiply(square, _Q3, x)
-    np.add(x, _Q2, x)
-    np.multiply(x, square, x)
-    np.add(x, _Q1, x)
-    np.multiply(x, square, x)
-    np.add(x, _Q0, x)
-    np.divide(top, x, x)
-
-
-def sigmoid_of_double(x: Float32, square: Float32, top: Float32) -> None:
-    """Replace x, which was cut to +-TANH_LIMIT, by the sigmoid of 2 x, (1 + tanh(x)) / 2, within 1e-6."""
-    tanh(x, square, top)
-    np.multiply(x, _HALF, x)
-    np.add(x, _HALF, x)
+    np.add(top, p0, top)
+    np.multiply(top, y, top)
+    np.add(square, q2, y)
+    np.multiply(y, square, y)
+    np.add(y, q1, y)
+    np.multiply(y, square, y)
+    np.add(y, q0, y)
+    np.divide(top, y, y)
+    if activation.offset:
+        np.add(y, offset, y)
 
 
 def exp(x: Float64) -> Float64:
-    """Exponential of x <= 0, within 1e-11 of it; 0 below -700.
+    """Exponential of x <= 0, within 1e-8 of it; of everything below -700, that of -700. x is used up.
 
-    x = k ln 2 + r with |r| <= ln 2 / 2, and exp(r) by the Pade approximant of order (4, 4), whose numerator is A + B
-    and denominator A - B with A = 1680 + 180 r^2 + r^4 and B = r (840 + 20 r^2).
+    x = k ln 2 + r with |r| <= ln 2 / 2, and exp(r) by the Pade approximant of order (3, 3), whose numerator is A + B
+    and denominator A - B with A = 120 + 12 r^2 and B = r (60 + r^2).
     """
-    kept = x >= EXP_LOWEST
-    x = np.maximum(x, EXP_LOWEST)
+    np.maximum(x, EXP_LOWEST, out=x)
     k = np.rint(x * LOG2_E)
-    r = x - k * LN2_HIGH - k * LN2_LOW
-    square = r * r
-    even = (square + 180.0) * square + 1680.0
-    odd = (square * 20.0 + 840.0) * r
-    power = ((k.astype(np.int64) + 1023) << 52).view(np.float64)  # 2**k
-    return np.asarray((even + odd) / (even - odd) * power * kept)
+    x -= k * LN2
+    square = x * x
+    even = square * 12.0
+    even += 120.0
+    square += 60.0
+    square *= x  # the odd part
+    top = even + square
+    even -= square
+    top /= even
+    return np.asarray(np.ldexp(top, k.astype(np.int32)))
 
 
 def log(x: Float64) -> Float64:
@@ -95,4 +118,4 @@ def log(x: Float64) -> Float64:
     series = np.full_like(square, 2.0 / 13.0)
     for power in (11.0, 9.0, 7.0, 5.0, 3.0):
         series = series * square + 2.0 / power
-    return np.asarray(k * LN2_HIGH + (k * LN2_LOW + (series * square + 2.0) * s))
+    return np.asarray(k * LN2 + (series * square + 2.0) * s)

@@ -16,7 +16,7 @@ from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
 
-_TICK_S = 0.004  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
+_TICK_S = 0.005  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
 _MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
 _MAX_TICK_CHARS = 256
 
@@ -42,7 +42,7 @@ class Pace:
         they shared everything: both err towards a short tick.
         """
         step_s = self._row_s * max(num_rows, self._num_rows)
-        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, int(self._tick_s / step_s)))
+        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, round(self._tick_s / step_s)))
 
     def measured(self, num_rows: int, num_chars: int, duration_s: float) -> None:
         """A tick of this many characters a row has taken so long."""

@@ -1,4 +1,4 @@
-"""One step of a GRU layer after its integer product, on numpy and torch."""
+"""One step of a GRU layer after its integer products, on numpy and torch."""
 
 from __future__ import annotations
 
@@ -6,61 +6,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.engine.arithmetic import TANH_LIMIT, sigmoid_of_double, tanh
-from service.engine.integer_product import IntegerProduct
+from service.engine.arithmetic import SIGMOID, TANH, activate
 from service.engine.stepper import Float32
 from service.model.quantize import QuantizedLinear
 
 MAX_ROWS = 16  # rows whose gates are computed together: their scratch stays in the cache of a core
 
 
-class Linear:
-    """A quantised layer: (B, K) int8 -> (B, N), as integers or as float32 with scale and bias."""
-
-    def __init__(self, linear: QuantizedLinear) -> None:
-        self.product = IntegerProduct(linear.weight)
-        self.scale, self.bias = linear.scale, linear.bias
-
-    def __call__(self, left: Tensor) -> Float32:
-        product: Float32 = self.product(left).to(torch.float32).numpy()
-        np.multiply(product, self.scale, product)
-        np.add(product, self.bias, product)
-        return product
+def gate_scales(units: int) -> Float32:
+    """(3H,) float32: what the inputs of r, z and n are multiplied by, to be in the units of their activations."""
+    return np.repeat([SIGMOID.scale, SIGMOID.scale, TANH.scale], units).astype(np.float32)
 
 
 class Gates:
-    """What a step does after its product, in scratch memory: contiguous, because strided operands cost numpy double."""
+    """Turns states into new ones.
 
-    def __init__(self, units: int) -> None:
-        self._units = units
+    Works in scratch memory, a few rows at a time: strided operands cost numpy double, and what leaves the cache more.
+    Products are converted by torch, which does that without a detour; everything else is numpy's, at half the cost.
+    """
+
+    def __init__(self, recurrent: QuantizedLinear) -> None:
+        units = self._units = recurrent.weight.shape[1]
+        scales = gate_scales(units)
+        scale = recurrent.scale * scales
+        self._scale, self._scale_n = scale[: 2 * units], scale[2 * units :]
+        self._bias_n = recurrent.bias[2 * units :] * scales[2 * units :]
         self._gates, self._square, self._top = (np.empty((MAX_ROWS, 2 * units), np.float32) for _ in range(3))
         self._candidate, self._square_n, self._top_n = (np.empty((MAX_ROWS, units), np.float32) for _ in range(3))
         self._gates_tensor, self._candidate_tensor = torch.from_numpy(self._gates), torch.from_numpy(self._candidate)
 
-    def advance(self, products: Tensor, added: Float32, recurrent: Linear, hidden: Float32) -> None:
-        """Turn hidden (b, H) into the new state, from (b, 3H) integer products and what the input adds to the gates.
+    def advance(self, products: Tensor, added: Float32, hidden: Float32) -> None:
+        """Turn hidden (B, H) into the new state.
 
-        r, z = sigmoid(added + scale * product)
-        n = tanh(added + r * (scale * product + b_hn))
-        h = n + z * (h - n)
+        products: (B, >= 3H) int32, of rounded states and recurrent weights. added: (B, 3H), what the input adds to the
+        gates, times `gate_scales`. With s for `gate_scales`:
+
+            r, z = sigmoid(added + s scale * product)
+            n = tanh(added + r * (s scale * product + s b_hn))
+            h = n + z * (h - n)
         """
-        units, b = self._units, len(hidden)
-        gates, candidate = self._gates[:b], self._candidate[:b]
-        self._gates_tensor[:b].copy_(products[:, : 2 * units])
-        np.multiply(gates, recurrent.scale[: 2 * units], gates)
-        np.add(gates, added[:, : 2 * units], gates)
-        torch.clamp(self._gates_tensor[:b], -TANH_LIMIT, TANH_LIMIT, out=self._gates_tensor[:b])
-        sigmoid_of_double(gates, self._square[:b], self._top[:b])
-        reset, update = gates[:, :units], gates[:, units:]
+        for start in range(0, len(hidden), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            self._advance(products[rows], added[rows], hidden[rows])
 
-        self._candidate_tensor[:b].copy_(products[:, 2 * units :])
-        np.multiply(candidate, recurrent.scale[2 * units :], candidate)
-        np.add(candidate, recurrent.bias[2 * units :], candidate)
-        np.multiply(candidate, reset, candidate)
+    def _advance(self, products: Tensor, added: Float32, hidden: Float32) -> None:
+        units, b = self._units, len(hidden)
+        gates, gates_tensor = self._gates[:b], self._gates_tensor[:b]
+        gates_tensor.copy_(products[:, : 2 * units])
+        np.multiply(gates, self._scale, gates)
+        np.add(gates, added[:, : 2 * units], gates)
+        torch.clamp(gates_tensor, -SIGMOID.limit, SIGMOID.limit, out=gates_tensor)
+        activate(SIGMOID, gates, self._square[:b], self._top[:b])
+
+        candidate, candidate_tensor = self._candidate[:b], self._candidate_tensor[:b]
+        candidate_tensor.copy_(products[:, 2 * units : 3 * units])
+        np.multiply(candidate, self._scale_n, candidate)
+        np.add(candidate, self._bias_n, candidate)
+        np.multiply(candidate, gates[:, :units], candidate)
         np.add(candidate, added[:, 2 * units :], candidate)
-        torch.clamp(self._candidate_tensor[:b], -TANH_LIMIT, TANH_LIMIT, out=self._candidate_tensor[:b])
-        tanh(candidate, self._square_n[:b], self._top_n[:b])
+        torch.clamp(candidate_tensor, -TANH.limit, TANH.limit, out=candidate_tensor)
+        activate(TANH, candidate, self._square_n[:b], self._top_n[:b])
 
         np.subtract(hidden, candidate, hidden)
-        np.multiply(hidden, update, hidden)
+        np.multiply(hidden, gates[:, units:], hidden)
         np.add(hidden, candidate, hidden)

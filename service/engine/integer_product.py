@@ -26,11 +26,13 @@ class IntegerProduct:
         if not self._is_exact():
             self._floats = self._columns.to(torch.float32 if largest < _EXACT_FLOAT32 else torch.float64)
 
-    def __call__(self, left: Tensor) -> Tensor:
-        """(B, K) int8 within +-127 -> (B, N) int32."""
+    def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
+        """(B, K) int8 within +-127 -> (B, N) int32, in `out` if it is given."""
+        if out is None:
+            out = torch.empty((len(left), self._columns.shape[1]), dtype=torch.int32)
         if self._floats is not None:
-            return (left.to(self._floats.dtype) @ self._floats).to(torch.int32)
-        return torch._int_mm(left, self._rows.t() if len(left) == 1 else self._columns)
+            return out.copy_(left.to(self._floats.dtype) @ self._floats)
+        return torch._int_mm(left, self._rows.t() if len(left) == 1 else self._columns, out=out)
 
     def _is_exact(self) -> bool:
         """Try it on what saturates most easily: states at their limits, of equal and of opposite signs."""

@@ -101,16 +101,19 @@ def choice_seed(seed: int, index: int) -> int:
     return seed if index == 0 else _mix(_mix(seed + _GOLDEN) ^ _mix(index)) >> 1
 
 
-def draw_plain(logits: Float32, temperatures: Float64, uniforms: Float64) -> Ids:
+def draw_plain(logits: Float32, temperatures: Float64 | None, uniforms: Float64) -> Ids:
     """(B, V) logits, (B, 1) temperatures above 0, (B, 1) uniforms -> (B,) ids: each row by its distribution's inverse.
+
+    temperatures: None where all are 1, which would change no bit.
 
     The cumulative sum runs in the order of ids, in float64.
     """
     # Subtracting before dividing: however small the temperature, the largest stays at 0 and others fall towards -inf.
     shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):
-        shifted /= temperatures
+    shifted -= np.maximum.reduce(shifted, axis=1, keepdims=True)
+    if temperatures is not None:
+        with np.errstate(over="ignore"):
+            shifted /= temperatures
     return invert(arithmetic.exp(shifted), uniforms)
 
 
@@ -119,7 +122,10 @@ def draw_one(logits: Float32, settings: SamplingSettings, uniform: float, histor
 
     Equal logits rank in the order of ids. history is needed by settings that penalize.
     """
-    return int(invert(weights(logits, settings, history)[None], np.array([[uniform]]))[0])
+    shares = weights(logits, settings, history)
+    chosen = int(invert(shares[None], np.array([[uniform]]))[0])
+    # Rounding may put the product on the total itself: then the last character with any weight is meant.
+    return min(chosen, int(np.flatnonzero(shares)[-1]))
 
 
 def weights(logits: Float32, settings: SamplingSettings, history: History | None = None) -> Float64:
@@ -131,8 +137,8 @@ def weights(logits: Float32, settings: SamplingSettings, history: History | None
         return greedy
     with np.errstate(over="ignore"):
         scaled = (adjusted - adjusted.max()) / settings.temperature
-    drawn_from = arithmetic.exp(scaled)  # the largest is 1
-    return _restrict(drawn_from, adjusted, settings) if settings.restricts else drawn_from
+    shares = arithmetic.exp(scaled)  # the largest is 1
+    return _restrict(shares, adjusted, settings) if settings.restricts else shares
 
 
 def _adjust(logits: Float32, settings: SamplingSettings, history: History | None) -> Float64:
@@ -169,13 +175,9 @@ def _restrict(weights: Float64, logits: Float64, settings: SamplingSettings) -> 
 
 def invert(weights: Float64, uniforms: Float64) -> Ids:
     """(B, V) weights, (B, 1) uniforms -> (B,) ids by the inverse of the cumulative distribution."""
-    cumulative = np.cumsum(weights, axis=1)
-    chosen = np.count_nonzero(cumulative <= uniforms * cumulative[:, -1:], axis=1)
-    if (chosen == weights.shape[1]).any():
-        # Rounding put the product on the total itself: then the last character with any weight is meant.
-        last = weights.shape[1] - 1 - np.argmax(weights[:, ::-1] > 0, axis=1)
-        chosen = np.minimum(chosen, last)
-    return np.asarray(chosen)
+    cumulative = np.add.accumulate(weights, axis=1)
+    chosen = np.add.reduce(cumulative <= uniforms * cumulative[:, -1:], axis=1, dtype=np.int64)
+    return np.asarray(np.minimum(chosen, weights.shape[1] - 1))
 
 
 def _mix(value: int) -> int:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from service.engine.arithmetic import exp, log
-from service.engine.gates import MAX_ROWS, Gates, Linear
+from service.engine.gates import Gates, gate_scales
+from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
 from service.engine.stepper import Advance, Float32, Float64, Ids, Row, Scores
-from service.model.quantize import STATE_SCALE, QuantizedGRU
+from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
 
@@ -26,12 +28,17 @@ class TorchStepper:
 
     def __init__(self, model: QuantizedGRU) -> None:
         self.config = model.config
-        self._table = model.table
-        self._layers = [
-            (Linear(layer.recurrent), None if layer.inputs is None else Linear(layer.inputs)) for layer in model.layers
-        ]
-        self._dense = Linear(model.dense)
-        self._gates = Gates(self.config.num_units)
+        units = self.config.num_units
+        self._table = model.table * gate_scales(units)
+        self._gates = [Gates(layer.recurrent) for layer in model.layers]
+        self._inputs = [None if layer.inputs is None else _Inputs(layer.inputs) for layer in model.layers]
+        # The state that the last layer's recurrent weights are multiplied with is the one that the dense ones are
+        # multiplied with to draw the character between the two: one product gives both.
+        weights = [layer.recurrent.weight for layer in model.layers]
+        weights[-1] = np.concatenate([weights[-1], model.dense.weight])
+        self._products = [IntegerProduct(weight) for weight in weights]
+        self._dense = model.dense
+        self._scratch = _Scratch(1, units, [len(weight) for weight in weights])
 
     def initial_hidden(self) -> Float32:
         """See Stepper."""
@@ -63,44 +70,69 @@ class TorchStepper:
             num_drawing, num_logits = len(drawing), len(drawing) + len(scored)
         else:
             num_drawing = num_logits = len(rows)
-        batch = _Batch(rows, num_steps, num_drawing)
+        scratch = self._scratch_for(len(rows))
+        outs = [products[: len(rows)] for products in scratch.products]
+        batch = _Batch(rows, num_steps, num_drawing, scratch)
         scoring = np.array([i for i, row in enumerate(rows[:num_logits]) if row.num_logprobs is not None], np.int64)
         logits_seen = np.empty((num_steps, len(scoring), self.config.vocab_size), np.float32)
         watched = [(i, row) for i, row in enumerate(rows[:num_drawing]) if row.stops or row.history is not None]
 
         done = num_steps
         for t in range(num_steps):
-            chars = batch.chars[t]  # (B,)
+            products = [
+                product(rounded, out) for product, rounded, out in zip(self._products, batch.rounded, outs, strict=True)
+            ]
             if num_logits:
-                logits = self._dense(batch.rounded[-1][:num_logits])  # (K, V)
+                logits = self._logits(products[-1][:num_logits])  # (K, V)
                 if num_drawing:
                     batch.draw(logits, t)
                 if len(scoring):
                     logits_seen[t] = logits[scoring]
-            self._step(batch, chars)
-            stopped = [_notice(row, int(chars[i])) for i, row in watched]
-            if any(stopped):
+            chars = batch.chars[t]  # (B,)
+            self._step(batch, products, chars)
+            if sum([_notice(row, int(chars[i])) for i, row in watched]):  # every row is to notice
                 done = t + 1
                 break
         batch.store(done, got)
-        if len(scoring):
-            for k, i in enumerate(scoring):
-                got[rows[i]].score(rows[i], i >= num_drawing, logits_seen[:done, k], batch.chars[:done, i])
+        for k, i in enumerate(scoring):
+            got[rows[i]].score(rows[i], i >= num_drawing, logits_seen[:done, k], batch.chars[:done, i])
         return done
 
-    def _step(self, batch: _Batch, chars: Ids) -> None:
+    def _scratch_for(self, num_rows: int) -> _Scratch:
+        if num_rows > self._scratch.num_rows:
+            widths = [products.shape[1] for products in self._scratch.products]
+            self._scratch = _Scratch(2 ** (num_rows - 1).bit_length(), self.config.num_units, widths)
+        return self._scratch
+
+    def _logits(self, products: Tensor) -> Float32:
+        """(K, 3H + V) products of the last layer -> (K, V) logits of the character after its state."""
+        logits: Float32 = products[:, 3 * self.config.num_units :].to(torch.float32).numpy()
+        np.multiply(logits, self._dense.scale, logits)
+        np.add(logits, self._dense.bias, logits)
+        return logits
+
+    def _step(self, batch: _Batch, products: list[Tensor], chars: Ids) -> None:
         """One character for every row: each layer's (B, H) state becomes the state after it."""
-        for index, (recurrent, inputs) in enumerate(self._layers):
-            products = recurrent.product(batch.rounded[index])  # (B, 3H) int32
-            if inputs is None:
-                np.take(self._table, chars, axis=0, out=batch.inputs, mode="clip")  # (B, 3H)
-                added = batch.inputs
-            else:
-                added = inputs(batch.rounded[index - 1])
-            for start in range(0, len(chars), MAX_ROWS):
-                rows = slice(start, start + MAX_ROWS)
-                self._gates.advance(products[rows], added[rows], recurrent, batch.hidden[index][rows])
+        np.take(self._table, chars, axis=0, out=batch.inputs, mode="clip")  # (B, 3H)
+        for index, (gates, inputs) in enumerate(zip(self._gates, self._inputs, strict=True)):
+            added = batch.inputs if inputs is None else inputs(batch.rounded[index - 1])
+            gates.advance(products[index], added, batch.hidden[index])
             batch.round(index)
+
+
+class _Inputs:
+    """What the state of the layer below adds to the gates of a layer, times their scales: (B, H) int8 -> (B, 3H)."""
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        scales = gate_scales(linear.weight.shape[1])
+        self._product = IntegerProduct(linear.weight)
+        self._scale, self._bias = linear.scale * scales, linear.bias * scales
+
+    def __call__(self, below: Tensor) -> Float32:
+        added: Float32 = self._product(below).to(torch.float32).numpy()
+        np.multiply(added, self._scale, added)
+        np.add(added, self._bias, added)
+        return added
 
 
 class _Batch:
@@ -109,16 +141,16 @@ class _Batch:
     hidden: per layer (B, H) float32. rounded: per layer (B, H) int8, round(127 h). chars: (T, B) int64.
     """
 
-    def __init__(self, rows: list[Row], num_steps: int, num_drawing: int) -> None:
+    def __init__(self, rows: list[Row], num_steps: int, num_drawing: int, scratch: _Scratch) -> None:
         self.rows, self.num_drawing = rows, num_drawing
-        num_layers, units = rows[0].hidden.shape
-        self.hidden = [np.stack([row.hidden[layer] for row in rows]) for layer in range(num_layers)]
-        self.rounded = [torch.empty((len(rows), units), dtype=torch.int8) for _ in self.hidden]
-        self._rounding = np.empty((len(rows), units), np.float32)
-        self._rounding_tensor = torch.from_numpy(self._rounding)
-        for layer in range(num_layers):
+        b = len(rows)
+        states = np.concatenate([row.hidden for row in rows]).reshape(b, *rows[0].hidden.shape)  # (B, L, H)
+        self.hidden = [np.ascontiguousarray(states[:, layer]) for layer in range(states.shape[1])]
+        self.rounded = [rounded[:b] for rounded in scratch.rounded]
+        self._rounding, self._rounding_tensor = scratch.rounding[:b], scratch.rounding_tensor[:b]
+        for layer in range(len(self.hidden)):
             self.round(layer)
-        self.inputs = np.empty((len(rows), 3 * units), np.float32)
+        self.inputs = scratch.inputs[:b]
         self.chars = np.empty((num_steps, len(rows)), np.int64)
         for i, row in enumerate(rows[num_drawing:], num_drawing):
             self.chars[:, i] = row.prompt[row.num_read : row.num_read + num_steps]
@@ -131,7 +163,8 @@ class _Batch:
         self._special = [i for i, row in enumerate(drawing) if not row.sampling.is_plain]
         self._plain: slice | NDArray[np.int64] = np.array(plain, np.int64) if self._special else slice(0, num_drawing)
         self._num_plain = len(plain)
-        self._temperatures = np.array([[drawing[i].sampling.temperature] for i in plain], np.float64)
+        temperatures = np.array([[drawing[i].sampling.temperature] for i in plain], np.float64)
+        self._temperatures = temperatures if (temperatures != 1).any() else None
 
     def round(self, layer: int) -> None:
         """Bring `rounded` up to date. Ties go to even numbers."""
@@ -151,19 +184,33 @@ class _Batch:
 
     def store(self, num_steps: int, got: dict[Row, _Collected]) -> None:
         """Write states and counts back to the rows after that many steps."""
-        chars = self.chars[:num_steps].T.copy()  # (B, T)
-        for i, row in enumerate(self.rows):
-            for layer, hidden in enumerate(self.hidden):
-                row.hidden[layer] = hidden[i]
+        for row, state in zip(self.rows, np.stack(self.hidden, axis=1), strict=True):  # (L, H) each
+            row.hidden[...] = state
             row.position += num_steps
-            if i < self.num_drawing:
-                row.num_generated += num_steps
-                got[row].chars.append(chars[i])
-            else:
-                row.num_read += num_steps
-                if not row.is_reading and row.prompt_hidden is not None:
-                    row.prompt_hidden[:] = row.hidden
+        for row, chars in zip(self.rows, self.chars[:num_steps, : self.num_drawing].T.copy(), strict=False):
+            row.num_generated += num_steps
+            got[row].chars.append(chars)
             _finish_if_done(row)
+        for row in self.rows[self.num_drawing :]:
+            row.num_read += num_steps
+            if not row.is_reading and row.prompt_hidden is not None:
+                row.prompt_hidden[:] = row.hidden
+            _finish_if_done(row)
+
+
+class _Scratch:
+    """Memory that every run needs, kept: the system takes as long to hand out fresh memory as a step takes to use it.
+
+    inputs (N, 3H) float32, rounding (N, H) float32; per layer: products (N, 3H or 3H + V) int32, rounded (N, H) int8.
+    """
+
+    def __init__(self, num_rows: int, units: int, product_widths: Sequence[int]) -> None:
+        self.num_rows = num_rows
+        self.inputs = np.empty((num_rows, 3 * units), np.float32)
+        self.rounding = np.empty((num_rows, units), np.float32)
+        self.rounding_tensor = torch.from_numpy(self.rounding)
+        self.products = [torch.empty((num_rows, width), dtype=torch.int32) for width in product_widths]
+        self.rounded = [torch.empty((num_rows, units), dtype=torch.int8) for _ in product_widths]
 
 
 class _Collected:
@@ -193,7 +240,7 @@ def score(logits: Float32, chars: Ids, num_top: int) -> Scores:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     # Summed in the order of ids: numpy's sum would choose an order of its own.
-    total = np.cumsum(exp(shifted), axis=1)[:, -1:]
+    total = np.cumsum(exp(shifted.copy()), axis=1)[:, -1:]
     logprobs = shifted - log(total)
     top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :num_top]
     chosen = np.take_along_axis(logprobs, chars[:, None], axis=1)[:, 0]

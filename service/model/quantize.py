@@ -46,7 +46,7 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One GRU layer. Gates are stacked r, z, n, and those of r and z are halved: sigmoid(x) = (1 + tanh(x / 2)) / 2.
+    """One GRU layer. Gates are stacked r, z, n.
 
     recurrent: (3H, H); its bias is zero but for b_hn, which belongs inside the reset gate.
     inputs: (3H, H), of layers above the first, with all other biases; the first one has the table.
@@ -93,7 +93,6 @@ def enough(losses: Mapping[Precision, float]) -> IntegerPrecision:
 def quantize(config: ModelConfig, tensors: Mapping[str, Float32], precision: IntegerPrecision) -> QuantizedGRU:
     """A model of these weights (names and shapes as in `config.tensor_shapes()`) in integers."""
     units = config.num_units
-    halved = np.repeat([0.5, 0.5, 1.0], units)  # (3H,)
     layers = []
     table = np.empty((0, 3 * units), np.float32)
     for index in range(config.num_layers):
@@ -103,25 +102,20 @@ def quantize(config: ModelConfig, tensors: Mapping[str, Float32], precision: Int
         bias, recurrent_bias = bias_ih.astype(np.float64), bias_hh.astype(np.float64)
         bias[: 2 * units] += recurrent_bias[: 2 * units]
         recurrent_bias[: 2 * units] = 0
-        recurrent = _linear(weight_hh, recurrent_bias, precision, halved)
+        recurrent = _linear(weight_hh, recurrent_bias, precision)
         if index == 0:
             product = _exact_product(tensors["embedding.weight"], weight_ih)
-            table = ((product + bias) * halved).astype(np.float32)
+            table = (product + bias).astype(np.float32)
             layers.append(QuantizedLayer(recurrent, None))
         else:
-            layers.append(QuantizedLayer(recurrent, _linear(weight_ih, bias, precision, halved)))
+            layers.append(QuantizedLayer(recurrent, _linear(weight_ih, bias, precision)))
     dense = _linear(tensors["dense.weight"], tensors["dense.bias"].astype(np.float64), "int8")
     return QuantizedGRU(config, precision, table, tuple(layers), dense)
 
 
-def _linear(
-    weight: Float32, bias: Float64, precision: IntegerPrecision, factor: Float64 | float = 1.0
-) -> QuantizedLinear:
-    """A layer times `factor`, which goes into scale and bias: a power of two, so it changes no integer."""
+def _linear(weight: Float32, bias: Float64, precision: IntegerPrecision) -> QuantizedLinear:
     integers, scale = quantize_rows(weight, _LARGEST[precision])
-    return QuantizedLinear(
-        integers, (scale / STATE_SCALE * factor).astype(np.float32), (bias * factor).astype(np.float32)
-    )
+    return QuantizedLinear(integers, (scale / STATE_SCALE).astype(np.float32), bias.astype(np.float32))
 
 
 def quantize_rows(weight: Float32, largest: int) -> tuple[Int8, Float64]:

@@ -260,5 +260,4 @@ def test_rows_drawn_together_get_what_each_gets_alone(rows: list[list[float]], d
 
 
 def test_the_largest_uniform_takes_the_last_character_with_any_weight() -> None:
-    assert invert(np.array([[1.0, 1.0, 0.0]]), np.array([[1.0]])) == [1]
     assert draw_one(np.array([0, 0, -2000], np.float32), SamplingSettings(), np.nextafter(1, 0)) == 1

@@ -229,7 +229,7 @@ def test_products_of_integers_are_exact(seed: int, columns: int, rows: int, batc
 
 
 def test_products_are_exact_where_the_fast_one_is_not_to_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    def saturating(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def saturating(left: torch.Tensor, right: torch.Tensor, **_: object) -> torch.Tensor:
         return (left.to(torch.int32) @ right.to(torch.int32)).clamp(-(2**15), 2**15 - 1)
 
     weight = np.full((3, 1100), 127, np.int8)
