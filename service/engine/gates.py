@@ -1,16 +1,16 @@
-"""One step of a GRU layer after its integer products, on numpy and torch."""
+"""One step of a GRU layer after its integer products."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from service.engine.arithmetic import SIGMOID, TANH, activate
 from service.engine.stepper import Float32
 from service.model.quantize import QuantizedLinear
 
 MAX_ROWS = 16  # rows whose gates are computed together: their scratch stays in the cache of a core
+_LIMITS = {one: (np.array(-one.limit, np.float32), np.array(one.limit, np.float32)) for one in (SIGMOID, TANH)}
 
 
 def gate_scales(units: int) -> Float32:
@@ -22,7 +22,6 @@ class Gates:
     """Turns states into new ones.
 
     Works in scratch memory, a few rows at a time: strided operands cost numpy double, and what leaves the cache more.
-    Products are converted by torch, which does that without a detour; everything else is numpy's, at half the cost.
     """
 
     def __init__(self, recurrent: QuantizedLinear) -> None:
@@ -33,9 +32,8 @@ class Gates:
         self._bias_n = recurrent.bias[2 * units :] * scales[2 * units :]
         self._gates, self._square, self._top = (np.empty((MAX_ROWS, 2 * units), np.float32) for _ in range(3))
         self._candidate, self._square_n, self._top_n = (np.empty((MAX_ROWS, units), np.float32) for _ in range(3))
-        self._gates_tensor, self._candidate_tensor = torch.from_numpy(self._gates), torch.from_numpy(self._candidate)
 
-    def advance(self, products: Tensor, added: Float32, hidden: Float32) -> None:
+    def advance(self, products: NDArray[np.int32], added: Float32, hidden: Float32) -> None:
         """Turn hidden (B, H) into the new state.
 
         products: (B, >= 3H) int32, of rounded states and recurrent weights. added: (B, 3H), what the input adds to the
@@ -49,22 +47,22 @@ class Gates:
             rows = slice(start, start + MAX_ROWS)
             self._advance(products[rows], added[rows], hidden[rows])
 
-    def _advance(self, products: Tensor, added: Float32, hidden: Float32) -> None:
+    def _advance(self, products: NDArray[np.int32], added: Float32, hidden: Float32) -> None:
         units, b = self._units, len(hidden)
-        gates, gates_tensor = self._gates[:b], self._gates_tensor[:b]
-        gates_tensor.copy_(products[:, : 2 * units])
+        gates = self._gates[:b]
+        np.copyto(gates, products[:, : 2 * units])
         np.multiply(gates, self._scale, gates)
         np.add(gates, added[:, : 2 * units], gates)
-        torch.clamp(gates_tensor, -SIGMOID.limit, SIGMOID.limit, out=gates_tensor)
+        np.clip(gates, *_LIMITS[SIGMOID], out=gates)
         activate(SIGMOID, gates, self._square[:b], self._top[:b])
 
-        candidate, candidate_tensor = self._candidate[:b], self._candidate_tensor[:b]
-        candidate_tensor.copy_(products[:, 2 * units : 3 * units])
+        candidate = self._candidate[:b]
+        np.copyto(candidate, products[:, 2 * units : 3 * units])
         np.multiply(candidate, self._scale_n, candidate)
         np.add(candidate, self._bias_n, candidate)
         np.multiply(candidate, gates[:, :units], candidate)
         np.add(candidate, added[:, 2 * units :], candidate)
-        torch.clamp(candidate_tensor, -TANH.limit, TANH.limit, out=candidate_tensor)
+        np.clip(candidate, *_LIMITS[TANH], out=candidate)
         activate(TANH, candidate, self._square_n[:b], self._top_n[:b])
 
         np.subtract(hidden, candidate, hidden)

@@ -1,4 +1,4 @@
-"""The stepper on torch and numpy: torch multiplies integers, numpy does the rest element by element.
+"""The stepper on torch and numpy: torch multiplies integers, numpy does the rest, element by element.
 
 numpy rather than torch, because an operation on 1,024 numbers costs it half as much, and because both give the same
 bits for +, -, * and /.
@@ -71,7 +71,8 @@ class TorchStepper:
         else:
             num_drawing = num_logits = len(rows)
         scratch = self._scratch_for(len(rows))
-        outs = [products[: len(rows)] for products in scratch.products]
+        outs = [tensor[: len(rows)] for tensor in scratch.product_tensors]
+        products = [array[: len(rows)] for array in scratch.products]  # the same memory
         batch = _Batch(rows, num_steps, num_drawing, scratch)
         scoring = np.array([i for i, row in enumerate(rows[:num_logits]) if row.num_logprobs is not None], np.int64)
         logits_seen = np.empty((num_steps, len(scoring), self.config.vocab_size), np.float32)
@@ -79,9 +80,8 @@ class TorchStepper:
 
         done = num_steps
         for t in range(num_steps):
-            products = [
-                product(rounded, out) for product, rounded, out in zip(self._products, batch.rounded, outs, strict=True)
-            ]
+            for product, rounded, out in zip(self._products, batch.rounded_tensors, outs, strict=True):
+                product(rounded, out)
             if num_logits:
                 logits = self._logits(products[-1][:num_logits])  # (K, V)
                 if num_drawing:
@@ -104,18 +104,18 @@ class TorchStepper:
             self._scratch = _Scratch(2 ** (num_rows - 1).bit_length(), self.config.num_units, widths)
         return self._scratch
 
-    def _logits(self, products: Tensor) -> Float32:
+    def _logits(self, products: NDArray[np.int32]) -> Float32:
         """(K, 3H + V) products of the last layer -> (K, V) logits of the character after its state."""
-        logits: Float32 = products[:, 3 * self.config.num_units :].to(torch.float32).numpy()
+        logits = products[:, 3 * self.config.num_units :].astype(np.float32)
         np.multiply(logits, self._dense.scale, logits)
         np.add(logits, self._dense.bias, logits)
         return logits
 
-    def _step(self, batch: _Batch, products: list[Tensor], chars: Ids) -> None:
+    def _step(self, batch: _Batch, products: list[NDArray[np.int32]], chars: Ids) -> None:
         """One character for every row: each layer's (B, H) state becomes the state after it."""
         np.take(self._table, chars, axis=0, out=batch.inputs, mode="clip")  # (B, 3H)
         for index, (gates, inputs) in enumerate(zip(self._gates, self._inputs, strict=True)):
-            added = batch.inputs if inputs is None else inputs(batch.rounded[index - 1])
+            added = batch.inputs if inputs is None else inputs(batch.rounded_tensors[index - 1])
             gates.advance(products[index], added, batch.hidden[index])
             batch.round(index)
 
@@ -138,7 +138,7 @@ class _Inputs:
 class _Batch:
     """The rows of one run side by side: states, and the characters that go in.
 
-    hidden: per layer (B, H) float32. rounded: per layer (B, H) int8, round(127 h). chars: (T, B) int64.
+    hidden: per layer (B, H) float32. rounded_tensors: per layer (B, H) int8, round(127 h). chars: (T, B) int64.
     """
 
     def __init__(self, rows: list[Row], num_steps: int, num_drawing: int, scratch: _Scratch) -> None:
@@ -146,8 +146,9 @@ class _Batch:
         b = len(rows)
         states = np.concatenate([row.hidden for row in rows]).reshape(b, *rows[0].hidden.shape)  # (B, L, H)
         self.hidden = [np.ascontiguousarray(states[:, layer]) for layer in range(states.shape[1])]
-        self.rounded = [rounded[:b] for rounded in scratch.rounded]
-        self._rounding, self._rounding_tensor = scratch.rounding[:b], scratch.rounding_tensor[:b]
+        self.rounded_tensors = [tensor[:b] for tensor in scratch.rounded_tensors]
+        self._rounded = [array[:b] for array in scratch.rounded]  # the same memory
+        self._rounding = scratch.rounding[:b]
         for layer in range(len(self.hidden)):
             self.round(layer)
         self.inputs = scratch.inputs[:b]
@@ -167,10 +168,10 @@ class _Batch:
         self._temperatures = temperatures if (temperatures != 1).any() else None
 
     def round(self, layer: int) -> None:
-        """Bring `rounded` up to date. Ties go to even numbers."""
+        """Bring `rounded_tensors` up to date. Ties go to even numbers."""
         np.multiply(self.hidden[layer], _SCALE, self._rounding)
         np.rint(self._rounding, self._rounding)
-        self.rounded[layer].copy_(self._rounding_tensor)
+        np.copyto(self._rounded[layer], self._rounding, casting="unsafe")
 
     def draw(self, logits: Float32, step: int) -> None:
         """Choose the characters of this step for the rows that generate, from (>= G, V) logits."""
@@ -201,16 +202,18 @@ class _Batch:
 class _Scratch:
     """Memory that every run needs, kept: the system takes as long to hand out fresh memory as a step takes to use it.
 
-    inputs (N, 3H) float32, rounding (N, H) float32; per layer: products (N, 3H or 3H + V) int32, rounded (N, H) int8.
+    inputs (N, 3H) float32, rounding (N, H) float32; per layer: products (N, 3H or 3H + V) int32, rounded (N, H) int8,
+    both also as tensors over the same memory.
     """
 
     def __init__(self, num_rows: int, units: int, product_widths: Sequence[int]) -> None:
         self.num_rows = num_rows
         self.inputs = np.empty((num_rows, 3 * units), np.float32)
         self.rounding = np.empty((num_rows, units), np.float32)
-        self.rounding_tensor = torch.from_numpy(self.rounding)
-        self.products = [torch.empty((num_rows, width), dtype=torch.int32) for width in product_widths]
-        self.rounded = [torch.empty((num_rows, units), dtype=torch.int8) for _ in product_widths]
+        self.products = [np.empty((num_rows, width), np.int32) for width in product_widths]
+        self.product_tensors = [torch.from_numpy(array) for array in self.products]
+        self.rounded = [np.empty((num_rows, units), np.int8) for _ in product_widths]
+        self.rounded_tensors = [torch.from_numpy(array) for array in self.rounded]
 
 
 class _Collected:
