@@ -9,7 +9,7 @@ from service.engine.arithmetic import SIGMOID, TANH, activate
 from service.engine.stepper import Float32
 from service.model.quantize import QuantizedLinear
 
-MAX_ROWS = 16  # rows whose gates are computed together: their scratch stays in the cache of a core
+MAX_ROWS = 32  # rows whose gates are computed together: their scratch stays in the cache of a core
 _LIMITS = {one: (np.array(-one.limit, np.float32), np.array(one.limit, np.float32)) for one in (SIGMOID, TANH)}
 
 
