@@ -21,6 +21,10 @@ from service.model.charset import Ids
 __all__ = ["Choice", "Completion", "CompletionRequest", "Piece", "SamplingSettings"]
 
 
+# Every piece wakes a thread, for which the engine's stops: above this many in all, pieces become longer instead.
+_MAX_PIECES_PER_S = 800
+
+
 @dataclass(frozen=True)
 class CompletionRequest:
     """What to continue, how far, how often and how.
@@ -136,6 +140,7 @@ class Completion:
     def __init__(self, model: LoadedModel, request: CompletionRequest) -> None:
         """Raises Overloaded, EngineFailed."""
         self.request = request
+        self._engine = model.engine
         self.num_prompt = sum(len(prompt) for prompt in request.prompts)
         self.num_cached = 0
         texts = [text for prompt in request.prompts for text in self._texts(model, prompt)]
@@ -153,20 +158,20 @@ class Completion:
     def pieces(self, gather_s: float | None, idle_s: float) -> Iterator[tuple[Choice, Piece] | None]:
         """Pieces of all continuations as they come: the first of each at once, later ones gathered for gather_s.
 
-        gather_s None: each in one piece, when it is over. None comes out when there was nothing for idle_s: a chance
-        to look whether anybody still listens. Not to be used with best_of > n. Raises EngineFailed.
+        A busy engine's texts are gathered for longer. gather_s None: each in one piece, when it is over. None comes out
+        when there was nothing for idle_s: a chance to look whether anybody still listens. Not to be used with best_of >
+        n. Raises EngineFailed.
         """
         begun: set[int] = set()
         while open_choices := [choice for choice in self.choices if not choice.is_over]:
             # The engine admits texts in their order and advances all alike: to wait for the first is to wait for all.
             quiet = True
             for place, choice in enumerate(open_choices):
-                gather = gather_s if gather_s is None or choice.index in begun else 0.0
-                piece = (
-                    choice.take(gather, idle_s)
-                    if place == 0
-                    else choice.take(0.0 if gather_s is not None else None, 0.0)
-                )
+                gather = gather_s
+                if gather is not None:
+                    busy_s = self._engine.num_open / _MAX_PIECES_PER_S
+                    gather = max(gather, busy_s) if gather and place == 0 and choice.index in begun else 0.0
+                piece = choice.take(gather, idle_s if place == 0 else 0.0)
                 if piece is not None:
                     begun.add(choice.index)
                     yield choice, piece

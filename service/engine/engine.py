@@ -116,7 +116,7 @@ class Engine:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End its thread. Texts that are still open end as cancelled; no new ones are taken."""
+        """End its thread. Texts that are still open fail, so that none looks complete; no new ones are taken."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -133,7 +133,7 @@ class Engine:
         try:
             while self._take_in():
                 self._tick()
-            self._end(self._open_texts(), "cancelled")
+            self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
         except BaseException as error:
             # Whatever it was, nobody may wait for a thread that is gone.
             log.exception("the engine failed", error=type(error).__name__)
@@ -197,8 +197,13 @@ class Engine:
     def _fail(self, failure: EngineFailed) -> None:
         with self._changed:
             self._failure = failure
-        for text in self._open_texts():
+        self._fail_open_texts(failure)
+
+    def _fail_open_texts(self, failure: EngineFailed) -> None:
+        texts = self._open_texts()
+        for text in texts:
             text.handle.fail(failure)
+        self._forget(texts)
 
 
 def _end(row: Row, reason: EndReason) -> End:

@@ -98,14 +98,14 @@ class Handle:
     def take(self, gather_s: float | None, timeout_s: float | None = None) -> Advance | None:
         """What has come in since the last call, in one piece; None if there is nothing.
 
-        Waits for something and then gather_s longer, for more to come; gather_s None: waits for the end instead. At
+        Lets gather_s pass, for things to come in, and then waits for the first; gather_s None: waits for the end. At
         the end it returns at once, and so it does when timeout_s have passed with nothing. Raises EngineFailed.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        started = time.monotonic()
         with self._ready:
-            self._wait(deadline, lambda: gather_s is not None and bool(self._parts))
-            if gather_s and self._parts:
-                self._wait(time.monotonic() + gather_s, lambda: False)
+            if gather_s:
+                self._wait(started + gather_s, for_parts=False)
+            self._wait(None if timeout_s is None else started + timeout_s, for_parts=gather_s is not None)
             if gather_s is None and self.end is None:
                 return None
             parts, self._parts = self._parts, []
@@ -114,7 +114,7 @@ class Handle:
     def wait(self) -> End:
         """The end. Raises EngineFailed."""
         with self._ready:
-            self._wait(None, lambda: False)
+            self._wait(None, for_parts=False)
             if self.end is None:
                 raise EngineFailed("the engine ended without a word")
             return self.end
@@ -135,17 +135,17 @@ class Handle:
             self._failure = failure
             self._ready.notify_all()
 
-    def _wait(self, deadline: float | None, is_there: Callable[[], bool]) -> None:
-        """With the lock held: wait for the end, the deadline, or what `is_there` is true of after a part came in."""
-        while self.end is None and not is_there():
+    def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
+        """With the lock held: wait for the end, the deadline or, if that is wanted, for something to have come in."""
+        while self.end is None and not (for_parts and self._parts):
             if self._failure is not None:
                 raise self._failure
             self._check_engine()
             left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
             if left <= 0:
                 return
-            # Waiters for the end, or for a time to pass, are not to be woken by every tick.
-            self._wants_parts = not self._parts
+            # Who waits for the end, or for a time to pass, is not to be woken by every tick.
+            self._wants_parts = for_parts
             self._ready.wait(left)
 
 

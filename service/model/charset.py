@@ -111,13 +111,10 @@ class Charset:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text whose ids these are. Raises IndexError for an id outside 0..V-1."""
-        chars = self.characters
-        found = []
-        for index in ids:
-            if index < 0:
-                raise IndexError(f"no character has the id {index}")
-            found.append(chars[index])
-        return "".join(found)
+        indices = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        if indices and min(indices) < 0:
+            raise IndexError(f"no character has the id {min(indices)}")
+        return "".join(map(self.characters.__getitem__, indices))
 
     def _take_apart(self, text: str) -> str:
         """The text with unknown characters as letter and marks where these are known: a model whose charset has them

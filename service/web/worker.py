@@ -103,11 +103,10 @@ class Worker(gthread.ThreadWorker):
     def run(self) -> None:
         """Accept connections until told to stop, and then answer who is there."""
         super().run()
-        if self.nr_conns == 0:
-            # An engine that is still in a step for a client that has left would abort the process as it ends. With
-            # connections left the time to drain is up, and the process is killed.
-            app: Any = self.wsgi
-            app.extensions["gru_serve"].close()
+        # An engine that is still in a step would abort the process as it ends. Who is still connected has used up the
+        # time to drain, and gets an error.
+        app: Any = self.wsgi
+        app.extensions["gru_serve"].close()
 
     def handle(self, conn: Any) -> Any:
         """Answer a request, in a thread of the pool; true: the connection is to be kept."""

@@ -241,14 +241,19 @@ def test_a_wedged_step_is_noticed_by_those_who_wait_and_by_the_readiness_check()
         assert len(result(handle)[0]) == 30
 
 
-def test_closing_ends_what_is_open() -> None:
+def test_closing_fails_what_is_open_so_that_nothing_looks_complete() -> None:
     gate = _Gate()
     with running(gate) as engine:
         handles = engine.submit([request(max_chars=100_000)] * 10)
         assert gate.entered.acquire(timeout=10)
         gate.open()
         engine.close()
-        assert {handle.wait().reason for handle in handles} == {"cancelled"}
+        for handle in handles:
+            with pytest.raises(EngineFailed):
+                handle.wait()
+            with pytest.raises(EngineFailed):
+                handle.take(None)
+        assert engine.num_open == 0
         with pytest.raises(EngineFailed):
             engine.submit([request()])
 
