@@ -167,21 +167,19 @@ class Engine:
         advances = self._stepper.advance(rows, num_chars)
         self._pace.measured(len(rows), num_chars, self._clock() - started)
         self._tick_started = None
-        finished = []
+        # Places are free before anybody hears of an end: who then comes back at once is not to be refused.
+        self._forget([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
         for text, row, advance in zip(texts, rows, advances, strict=True):
-            if row.finished is not None:
-                finished.append(text)
             text.handle.publish(advance, _end(row, row.finished) if row.finished is not None else None)
-        self._forget(finished)
 
     def _row(self, text: _Text) -> Row:
         return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
 
     def _end(self, texts: Sequence[_Text], reason: EndReason) -> None:
+        self._forget(texts)
         for text in texts:
             row = text.row if text.row is not None else self._row(text)
             text.handle.publish(None, _end(row, reason))
-        self._forget(texts)
 
     def _forget(self, texts: Sequence[_Text]) -> None:
         if texts:

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engine.arithmetic import exp, log
+from service.engine.collected import Collected
 from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
-from service.engine.stepper import Advance, Float32, Float64, Ids, Row, Scores
+from service.engine.stepper import Advance, Float32, Float64, Ids, Row
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
@@ -46,7 +46,7 @@ class TorchStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
         """See Stepper."""
-        got: dict[Row, _Collected] = {row: _Collected() for row in rows}
+        got: dict[Row, Collected] = {row: Collected() for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:
             _finish_if_done(row)
@@ -57,7 +57,7 @@ class TorchStepper:
                 left[row] -= num_steps
         return [got[row].advance() for row in rows]
 
-    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, _Collected]) -> int:
+    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, Collected]) -> int:
         """Advance rows, none of which changes between reading and generating on the way. How many steps were done:
         fewer if a stop string was completed.
         """
@@ -183,7 +183,7 @@ class _Batch:
             row = self.rows[i]
             chars[i] = draw_one(logits[i], row.sampling, float(self._uniforms[i, step]), row.history)
 
-    def store(self, num_steps: int, got: dict[Row, _Collected]) -> None:
+    def store(self, num_steps: int, got: dict[Row, Collected]) -> None:
         """Write states and counts back to the rows after that many steps."""
         for row, state in zip(self.rows, np.stack(self.hidden, axis=1), strict=True):  # (L, H) each
             row.hidden[...] = state
@@ -214,40 +214,6 @@ class _Scratch:
         self.product_tensors = [torch.from_numpy(array) for array in self.products]
         self.rounded = [np.empty((num_rows, units), np.int8) for _ in product_widths]
         self.rounded_tensors = [torch.from_numpy(array) for array in self.rounded]
-
-
-class _Collected:
-    """What a row got in one call, run after run."""
-
-    def __init__(self) -> None:
-        self.chars: list[Ids] = []
-        self.scores: list[Scores] = []
-        self.prompt_scores: list[Scores] = []
-
-    def score(self, row: Row, is_prompt: bool, logits: Float32, chars: Ids) -> None:
-        scores = score(logits, chars, row.num_logprobs or 0)
-        (self.prompt_scores if is_prompt else self.scores).append(scores)
-
-    def advance(self) -> Advance:
-        if len(self.chars) == 1 and not self.scores and not self.prompt_scores:
-            return Advance(self.chars[0])
-        return Advance(
-            np.concatenate(self.chars) if self.chars else np.empty(0, np.int64),
-            Scores.join(self.scores) if self.scores else None,
-            Scores.join(self.prompt_scores) if self.prompt_scores else None,
-        )
-
-
-def score(logits: Float32, chars: Ids, num_top: int) -> Scores:
-    """(m, V) logits before each of (m,) characters -> their log-probabilities, and those of the likeliest."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(axis=1, keepdims=True)
-    # Summed in the order of ids: numpy's sum would choose an order of its own.
-    total = np.cumsum(exp(shifted.copy()), axis=1)[:, -1:]
-    logprobs = shifted - log(total)
-    top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :num_top]
-    chosen = np.take_along_axis(logprobs, chars[:, None], axis=1)[:, 0]
-    return Scores(chosen, top_ids, np.take_along_axis(logprobs, top_ids, axis=1))
 
 
 def _until_change(row: Row) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine, Pace
-from service.engine.request import Handle, Request
+from service.engine.request import End, Handle, Request
 from service.engine.sampling import SamplingSettings
 from service.engine.stepper import Advance, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
@@ -138,6 +138,25 @@ def test_overload_is_refused_at_once_and_whole() -> None:
         gate.open()
         assert len({tuple(result(handle)[0]) for handle in handles}) == 1
         assert len(result(engine.submit([request()])[0])[0]) == 30
+
+
+def test_a_place_is_free_before_anybody_hears_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes back as soon as a text is over is not to be refused."""
+    open_at_end: list[int] = []
+    publish = Handle.publish
+
+    def note(handle: Handle, part: Advance | None, end: End | None) -> None:
+        if end is not None:
+            open_at_end.append(engine.num_open)
+        publish(handle, part, end)
+
+    monkeypatch.setattr(Handle, "publish", note)
+    with running(max_running=1, max_waiting=0) as engine:
+        engine.submit([request()])[0].wait()
+        handle = engine.submit([request(max_chars=100_000)])[0]
+        handle.cancel()
+        handle.wait()
+    assert open_at_end == [0, 0]
 
 
 def test_first_come_first_served() -> None:

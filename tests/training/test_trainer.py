@@ -22,7 +22,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 
 CORPUS = Corpus("fox.txt", TEXT, "0" * 64)
 SETTINGS = TrainingSettings(
     embedding_dim=8, num_units=24, num_layers=2, batch_size=4, sequence_length=16, epochs=3, learning_rate=0.01,
-    warmup_steps=5, eval_interval=20, average_decay=0.9,
+    warmup_steps=5, eval_interval=20, average_decay=0.9, weight_decay=0.01,
 )  # fmt: skip
 
 
