@@ -1,6 +1,7 @@
 """lm-evaluation-harness, unchanged, against the real server: its `local-completions` model scores a task of our own.
 
-It comes with many packages and so gets a virtual environment of its own, in pytest's cache; without it, a skip.
+It comes with 900 MB of packages and so gets a virtual environment of its own, in pytest's cache, and runs only where
+TEST_LM_EVAL is set; where it can't be installed it is skipped.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
     """The interpreter of an environment that has the harness."""
+    if not os.environ.get("TEST_LM_EVAL"):
+        pytest.skip("set TEST_LM_EVAL=1: it installs 900 MB of packages in an environment of their own")
     assert request.config.cache
     folder = request.config.cache.mkdir("lm-eval-" + "-".join(package.split("==")[1] for package in PACKAGES))
     python, finished = folder / "bin" / "python", folder / "finished"
