@@ -11,6 +11,7 @@ from flask.testing import FlaskClient
 
 from service import generation
 from service.config import Settings
+from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
 from service.store import ModelStore
 from service.web.app import create_app
@@ -202,3 +203,21 @@ def test_every_code_of_an_error_that_can_reach_the_web_has_a_status() -> None:
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GruServeError)
     ]
     assert {kind.code for kind in kinds} - set(STATUS) == elsewhere
+
+
+def test_when_the_engine_has_failed_requests_and_readiness_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    monkeypatch.setattr(TorchStepper, "advance", lambda *_: 1 / 0)
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+        assert client.get("/readyz").status_code == 200
+        for _ in range(2):
+            response = client.post("/v1/completions", json={"prompt": "a"})
+            assert response.status_code == 503
+            assert response.get_json()["error"]["code"] == "engine_failed"
+            assert response.headers["Retry-After"]
+        assert "ZeroDivisionError" in capsys.readouterr().err
+        assert client.get("/readyz").status_code == 503
+        assert client.get("/healthz").status_code == 200
