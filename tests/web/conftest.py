@@ -34,7 +34,9 @@ def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
     )
     handlers, level = list(logging.root.handlers), logging.root.level
     with client_of(settings) as client:
-        client.post("/v1/completions", json={"prompt": "", "max_tokens": 1})  # the engine's thread starts with its work
+        client.post(
+            "/v1/completions", json={"prompt": "z", "max_tokens": 1}
+        )  # the engine's thread starts with its work
         yield client
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

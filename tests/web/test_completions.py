@@ -206,7 +206,7 @@ def test_prompts_and_choices_are_numbered_prompt_by_prompt(client: FlaskClient) 
 def test_a_known_prompt_is_not_stepped_again(client: FlaskClient) -> None:
     answers = [complete(client, prompt="CAFTIERL") for _ in range(2)]
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert cached == [0, 8]
+    assert cached[0] < cached[1] == 8
     assert answers[0]["choices"] == answers[1]["choices"]
 
 
