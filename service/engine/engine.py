@@ -133,7 +133,9 @@ class Engine:
         try:
             while self._take_in():
                 self._tick()
-            self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
+            # Only when closing: a retired engine may have a new thread by now, and new texts with it.
+            if self._closing:
+                self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
         except BaseException as error:
             # Whatever it was, nobody may wait for a thread that is gone.
             log.exception("the engine failed", error=type(error).__name__)

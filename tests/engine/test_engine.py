@@ -290,6 +290,27 @@ def test_a_retired_engine_ends_its_thread_when_idle_and_still_serves_who_holds_i
             assert result(engine.submit([request()])[0]) == first
 
 
+def test_a_text_that_comes_as_a_retired_engines_thread_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the thread's last look and its end there is room for a new text, with a thread of its own."""
+    late: list[Handle] = []
+    with running() as engine:
+        take_in = engine._take_in
+
+        def submit_as_it_ends() -> bool:
+            goes_on = take_in()
+            if not goes_on and not late:
+                late.extend(engine.submit([request(max_chars=5000)]))
+            return goes_on
+
+        monkeypatch.setattr(engine, "_take_in", submit_as_it_ends)
+        engine.retire()
+        engine.submit([request()])[0].wait()
+        deadline = time.monotonic() + 10
+        while not late and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert late[0].wait().reason == "length"
+
+
 def test_a_taker_is_given_everything_once_in_order() -> None:
     with running() as engine:
         whole = result(engine.submit([request(max_chars=3000)])[0])[0]
