@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -114,7 +115,7 @@ def baseline_turn(model: FortyLines, num_rows: int, threads: int) -> Callable[[f
 
 def compete(contestants: Sequence[Contestant], rounds: int, seconds: float) -> list[Measured]:
     """Let all of them generate in turns, `seconds` each, after a round that doesn't count."""
-    rates = in_turns([lambda c=c: c.turn(seconds) for c in contestants], rounds)  # type: ignore[misc]
+    rates = in_turns([partial(c.turn, seconds) for c in contestants], rounds)
     return [Measured(c.what, c.rows, c.threads, rate) for c, rate in zip(contestants, rates, strict=True)]
 
 

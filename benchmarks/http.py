@@ -149,9 +149,9 @@ def refused(port: int, num_clients: int, seconds: float, spread_s: float) -> lis
                 connection = socket.create_connection(("127.0.0.1", port))
                 sent[connection] = time.perf_counter()
                 connection.sendall(data)
-                selector.register(connection, selectors.EVENT_READ)
+                selector.register(connection, selectors.EVENT_READ, connection)
             for key, _ in selector.select(max(0.0, due[0] - now) if due else 1):
-                connection = key.fileobj  # type: ignore[assignment]
+                connection = key.data
                 is_refused = connection.recv(65_536).startswith(b"HTTP/1.1 429")
                 latency = time.perf_counter() - sent.pop(connection)
                 if is_refused:
@@ -205,7 +205,7 @@ class Streams:
             connection = self._stack.enter_context(socket.create_connection(("127.0.0.1", self.port)))
             connection.sendall(request(one))
             connection.setblocking(False)
-            self._selector.register(connection, selectors.EVENT_READ, index)
+            self._selector.register(connection, selectors.EVENT_READ, (connection, index))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -216,7 +216,7 @@ class Streams:
         deadline = time.perf_counter() + seconds
         while self.num_done < len(self.bodies) and (now := time.perf_counter()) < deadline and not until():
             for key, _ in self._selector.select(deadline - now):
-                self._read(key.fileobj, key.data)  # type: ignore[arg-type]
+                self._read(*key.data)
 
     def _read(self, connection: socket.socket, index: int) -> None:
         data, now = connection.recv(262_144), time.perf_counter()

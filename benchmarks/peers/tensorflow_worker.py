@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Not in our environment, so without types.
 import tensorflow as tf  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from benchmarks.peers.weights import Float32, Weights

@@ -45,5 +45,5 @@ class IntegerProduct:
             return torch.equal(torch._int_mm(trial, self._columns), expected) and all(
                 torch.equal(torch._int_mm(trial[i : i + 1], self._rows.t()), expected[i : i + 1]) for i in range(3)
             )
-        except (RuntimeError, AttributeError, NotImplementedError):
+        except (RuntimeError, AttributeError):  # not for this processor, not in this build of torch
             return False

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from service.engine.sampling import PLAIN, History, SamplingSettings
-from service.engine.stepper import Advance, Float32, Ids, Row, Scores
+from service.engine.stepper import Advance, Float32, Ids, Row
 from service.errors import EngineFailed
 
 EndReason = Literal["stop", "length", "cancelled"]
@@ -109,7 +109,7 @@ class Handle:
             if gather_s is None and self.end is None:
                 return None
             parts, self._parts = self._parts, []
-        return join(parts) if parts else None
+        return Advance.join(parts) if parts else None
 
     def wait(self) -> End:
         """The end. Raises EngineFailed."""
@@ -147,16 +147,3 @@ class Handle:
             # Who waits for the end, or for a time to pass, is not to be woken by every tick.
             self._wants_parts = for_parts
             self._ready.wait(left)
-
-
-def join(parts: list[Advance]) -> Advance:
-    """Several parts of one text, in their order, as one."""
-    if len(parts) == 1:
-        return parts[0]
-    scores = [part.scores for part in parts if part.scores is not None]
-    prompt_scores = [part.prompt_scores for part in parts if part.prompt_scores is not None]
-    return Advance(
-        np.concatenate([part.chars for part in parts]),
-        Scores.join(scores) if scores else None,
-        Scores.join(prompt_scores) if prompt_scores else None,
-    )

@@ -95,6 +95,19 @@ class Advance:
     scores: Scores | None = None
     prompt_scores: Scores | None = None
 
+    @classmethod
+    def join(cls, parts: Sequence[Advance]) -> Advance:
+        """Several parts of one text, in their order, as one; of none: nothing generated."""
+        if len(parts) == 1:
+            return parts[0]
+        scores = [part.scores for part in parts if part.scores is not None]
+        prompt_scores = [part.prompt_scores for part in parts if part.prompt_scores is not None]
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(part.chars for part in parts)]),
+            Scores.join(scores) if scores else None,
+            Scores.join(prompt_scores) if prompt_scores else None,
+        )
+
 
 class Stepper(Protocol):
     """Steps one model. Each character of a row is read from its prompt or, when that is used up, drawn; then the
@@ -104,7 +117,8 @@ class Stepper(Protocol):
     Exact: what happens to a row is a function of this row alone. Not of the rows beside it, their order or number, of
     num_chars, of how often `advance` was called, of threads or of the processor. Implementations agree to the bit:
     products of integers in int32; everything else element by element, float32 in the step and float64 in sampling,
-    in the order written down in `arithmetic.py`, `sampling.py` and `torch_stepper.py`, without fused multiply-adds.
+    in the order written down in `arithmetic.py`, `sampling.py`, `scores.py`, `gates.py` and `torch_stepper.py`, without
+    fused multiply-adds.
 
     Called from one thread at a time. It may never wait for anything, do I/O, log, keep a reference to a row or its
     arrays after it returns, or release less than it took when it raises. Without Python in the loop it should run

@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from service.engine.collected import Collected
 from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
+from service.engine.scores import score
 from service.engine.stepper import Advance, Float32, Float64, Ids, Row
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
+_NOTHING = np.empty(0, np.int64)
 
 
 class TorchStepper:
@@ -46,7 +47,7 @@ class TorchStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
         """See Stepper."""
-        got: dict[Row, Collected] = {row: Collected() for row in rows}
+        got: dict[Row, list[Advance]] = {row: [] for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:
             _finish_if_done(row)
@@ -55,9 +56,9 @@ class TorchStepper:
             num_steps = self._run(active, num_steps, got)
             for row in active:
                 left[row] -= num_steps
-        return [got[row].advance() for row in rows]
+        return [Advance.join(got[row]) for row in rows]
 
-    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, Collected]) -> int:
+    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, list[Advance]]) -> int:
         """Advance rows, none of which changes between reading and generating on the way. How many steps were done:
         fewer if a stop string was completed.
         """
@@ -90,12 +91,19 @@ class TorchStepper:
                     logits_seen[t] = logits[scoring]
             chars = batch.chars[t]  # (B,)
             self._step(batch, products, chars)
-            if sum([_notice(row, int(chars[i])) for i, row in watched]):  # every row is to notice
+            stopped = [_notice(row, int(chars[i])) for i, row in watched]
+            if any(stopped):
                 done = t + 1
                 break
-        batch.store(done, got)
-        for k, i in enumerate(scoring):
-            got[rows[i]].score(rows[i], i >= num_drawing, logits_seen[:done, k], batch.chars[:done, i])
+        batch.store(done)
+        chars_of = batch.chars[:done].T.copy()  # (B, T)
+        scores = {int(i): score(logits_seen[:done, k], chars_of[i], rows[i].num_logprobs or 0)
+                  for k, i in enumerate(scoring)}  # fmt: skip
+        for i, row in enumerate(rows):
+            if i < num_drawing:
+                got[row].append(Advance(chars_of[i], scores=scores.get(i)))
+            elif i in scores:
+                got[row].append(Advance(_NOTHING, prompt_scores=scores[i]))
         return done
 
     def _scratch_for(self, num_rows: int) -> _Scratch:
@@ -183,14 +191,13 @@ class _Batch:
             row = self.rows[i]
             chars[i] = draw_one(logits[i], row.sampling, float(self._uniforms[i, step]), row.history)
 
-    def store(self, num_steps: int, got: dict[Row, Collected]) -> None:
+    def store(self, num_steps: int) -> None:
         """Write states and counts back to the rows after that many steps."""
         for row, state in zip(self.rows, np.stack(self.hidden, axis=1), strict=True):  # (L, H) each
             row.hidden[...] = state
             row.position += num_steps
-        for row, chars in zip(self.rows, self.chars[:num_steps, : self.num_drawing].T.copy(), strict=False):
+        for row in self.rows[: self.num_drawing]:
             row.num_generated += num_steps
-            got[row].chars.append(chars)
             _finish_if_done(row)
         for row in self.rows[self.num_drawing :]:
             row.num_read += num_steps

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import History, SamplingSettings, draw_one, uniform
-from service.engine.stepper import Advance, Row, Scores, Stepper
+from service.engine.stepper import Advance, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
@@ -39,16 +39,7 @@ def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Advanc
     while any(row.finished is None for row in rows):
         for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
             part.append(advance)
-    return [joined(part) for part in parts]
-
-
-def joined(parts: list[Advance]) -> Advance:
-    scores = [part.scores for part in parts if part.scores is not None]
-    prompt_scores = [part.prompt_scores for part in parts if part.prompt_scores is not None]
-    chars = np.concatenate([np.empty(0, np.int64), *(part.chars for part in parts)])
-    return Advance(
-        chars, Scores.join(scores) if scores else None, Scores.join(prompt_scores) if prompt_scores else None
-    )
+    return [Advance.join(part) for part in parts]
 
 
 def everything(row: Row, advance: Advance) -> list[Any]:
@@ -88,7 +79,7 @@ def test_neighbours_and_tick_lengths_change_nothing(
         for (_, _, parts), advance in zip(there, advances, strict=True):
             parts.append(advance)
         for kind, one, parts in [entry for entry in there if entry[1].finished]:
-            assert everything(one, joined(parts)) == alone[kind], kind
+            assert everything(one, Advance.join(parts)) == alone[kind], kind
         there = [entry for entry in there if not entry[1].finished]
 
 
