@@ -77,6 +77,88 @@ class InvalidSettings(GruServeError):
     code = "invalid_settings"
 
 
+class SessionNotFound(GruServeError):
+    """There is no session of that id, or it is another owner's."""
+
+    code = "session_not_found"
+
+
+class SessionGone(GruServeError):
+    """The session was there, and expired or was evicted."""
+
+    code = "session_gone"
+
+
+class SessionExists(GruServeError):
+    """There is a session of that id, and it was created otherwise."""
+
+    code = "session_exists"
+
+
+class SessionBusy(GruServeError):
+    """Another operation on the session is under way."""
+
+    code = "session_busy"
+
+
+class RevisionConflict(GruServeError):
+    """The session was changed by somebody else meanwhile."""
+
+    code = "revision_conflict"
+
+
+class PositionConflict(GruServeError):
+    """The text is not as long as the caller thinks; `position` is how long it is."""
+
+    code = "position_conflict"
+
+    def __init__(self, message: str, position: int, *, param: str | None = "position") -> None:
+        super().__init__(message, param=param)
+        self.position = position
+
+
+class PositionGone(GruServeError):
+    """The session once held the text there, and no longer does."""
+
+    code = "position_gone"
+
+
+class NoRun(GruServeError):
+    """The session has no continuation that could be taken up again."""
+
+    code = "no_run"
+
+
+class RunTakenOver(GruServeError):
+    """Another connection has taken up the continuation; this one gets no more of it."""
+
+    code = "run_taken_over"
+
+
+class ModelChanged(GruServeError):
+    """The model version of a session is no longer there, or no longer the same."""
+
+    code = "model_changed"
+
+
+class InvalidState(GruServeError):
+    """A portable state is damaged, forged, or signed with a key that is not known here."""
+
+    code = "invalid_state"
+
+
+class StateExpired(InvalidState):
+    """A portable state was good until a moment that has passed."""
+
+    code = "state_expired"
+
+
+class StateModelMismatch(InvalidState):
+    """A portable state belongs to another model, or to another arithmetic."""
+
+    code = "state_model_mismatch"
+
+
 class Overloaded(GruServeError):
     """Every place is taken and the queue is full."""
 

@@ -13,12 +13,16 @@ from dataclasses import dataclass
 
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
+from service.engine.next_character import NextCharacter
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
+from service.errors import ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from service.store import ModelStore, ModelVersion
+
+_REBASE = "feed it with rebase, which names another version, to read its text into that"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class LoadedModel:
         self.precision: IntegerPrecision = settings.precision or artifact.training.serving_precision
         quantized = quantize(artifact.config, artifact.tensors, self.precision)
         self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
+        # What has to be equal for a state of one to be a state of the other.
+        self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
+        self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
+        self.next_character = NextCharacter(quantized.dense)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
             settings.make_stepper(quantized),
@@ -89,6 +97,18 @@ class LoadedModels:
             if model is None:
                 model = LoadedModel(*self.store.load(version.ref), self._engine_settings)
                 self._keep(model)
+        return model
+
+    def of_state(self, ref: str, identity: str) -> LoadedModel:
+        """The version that a state belongs to: as it is loaded, or as it is in the store. Raises ModelChanged."""
+        model = self._find(ref)
+        if model is None or model.identity != identity:
+            try:
+                model = self.get(ref)
+            except ModelNotFound as error:
+                raise ModelChanged(f"{ref}, which this session began with, is no longer there; {_REBASE}") from error
+        if model.identity != identity:
+            raise ModelChanged(f"{ref} is no longer what this session began with; {_REBASE}")
         return model
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from service.generation import Completion, CompletionRequest, SamplingSettings
+from service.generation.completion import Completion, CompletionRequest, SamplingSettings
 from service.loaded import LoadedModel
 from service.store import ModelStore
 from tests.conftest import loaded_model

@@ -55,7 +55,7 @@ def generate_command(
 
     from service.config import read_settings
     from service.engine.torch_stepper import TorchStepper
-    from service.generation import Completion, CompletionRequest, SamplingSettings
+    from service.generation.completion import Completion, CompletionRequest, SamplingSettings
     from service.loaded import EngineSettings, LoadedModel
     from service.model.charset import UnknownChars
 

@@ -11,7 +11,7 @@ import structlog
 
 from service.engine.request import End, EndReason, Handle, Request
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import Row, Stepper
+from service.engine.stepper import Float32, Row, Stepper
 from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
@@ -81,14 +81,17 @@ class Engine:
         self._failure: EngineFailed | None = None
         self._tick_started: float | None = None  # None: no tick is under way
 
-    def submit(self, requests: Sequence[Request]) -> list[Handle]:
-        """Take in all of these texts, or none. Raises Overloaded, EngineFailed."""
+    def submit(self, requests: Sequence[Request], *, after_another: bool = False) -> list[Handle]:
+        """Take in all of these texts, or none. Raises Overloaded, EngineFailed.
+
+        after_another: they belong to a text that has just ended, and take its place even if others are refused.
+        """
         handles = [Handle(request, self.check) for request in requests]
         with self._changed:
             self.check()
             if self._closing:
                 raise EngineFailed("the engine is shutting down: try again elsewhere or later")
-            if self._num_open + len(handles) > self._max_open:
+            if self._num_open + len(handles) > self._max_open and not after_another:
                 raise Overloaded("the server is busy and its queue is full: try again in a second")
             self._num_open += len(handles)
             self._inbox.extend(_Text(handle) for handle in handles)
@@ -103,6 +106,10 @@ class Engine:
         started = self._tick_started
         if started is not None and self._clock() - started > self._stall_s:
             raise EngineFailed(f"the engine has been in one step for over {self._stall_s:.0f} seconds")
+
+    def initial_hidden(self) -> Float32:
+        """(L, H) float32 zeros: the state before the first character."""
+        return self._stepper.initial_hidden()
 
     @property
     def num_open(self) -> int:
@@ -207,5 +214,4 @@ class Engine:
 
 
 def _end(row: Row, reason: EndReason) -> End:
-    was_read = row.prompt_hidden is not None and not row.is_reading
-    return End(reason, row.hidden, row.position, row.prompt_hidden if was_read else None)
+    return End(reason, row.hidden, row.position, dict(zip(row.keep_at, row.kept, strict=False)))

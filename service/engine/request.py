@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from service.engine.sampling import PLAIN, History, SamplingSettings
 from service.engine.stepper import Advance, Float32, Ids, Row
 from service.errors import EngineFailed
@@ -23,8 +21,9 @@ class Request:
     """One text to advance: read a prompt, then generate. The fields mean what they mean in `Row`.
 
     hidden: (L, H) float32, the state to begin with, after `position` characters; None: the zero state. It is copied.
-    history_prompt: what penalties take for the prompt, if that is more than is to be read.
-    keep_prompt_hidden: the state after the prompt is wanted too.
+    history_prompt: what penalties take for the prompt, if that is more than is to be read. generated: (n,) int64 ids
+    that were generated before `position` by a run that this one goes on with: penalties and stop strings count them.
+    keep_at: the states after these positions, in rising order, are wanted too.
     """
 
     prompt: Ids
@@ -37,7 +36,8 @@ class Request:
     hidden: Float32 | None = None
     position: int = 0
     history_prompt: Ids | None = None
-    keep_prompt_hidden: bool = False
+    generated: Ids | None = None
+    keep_at: tuple[int, ...] = ()
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
         """A row at the beginning of the request. initial_hidden: (L, H), the row's own from now on."""
@@ -46,6 +46,10 @@ class Request:
         history = None
         if self.sampling.penalizes:
             history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
+        before: list[int] = [] if self.generated is None else self.generated.tolist()
+        if history is not None:
+            for char in before:
+                history.add(char)
         return Row(
             hidden=initial_hidden,
             position=self.position,
@@ -57,7 +61,8 @@ class Request:
             history=history,
             num_logprobs=self.num_logprobs,
             score_prompt=self.score_prompt,
-            prompt_hidden=np.empty_like(initial_hidden) if self.keep_prompt_hidden else None,
+            keep_at=self.keep_at,
+            tail=before[-max(map(len, self.stops)) :] if self.stops else [],
         )
 
 
@@ -65,14 +70,14 @@ class Request:
 class End:
     """How a text stands when nothing more is done to it.
 
-    hidden: (L, H) float32 after `position` characters, all that were read and generated. prompt_hidden: (L, H) after
-    the prompt, if it was wanted and the prompt was read.
+    hidden: (L, H) float32 after `position` characters, all that were read and generated. kept: of the positions whose
+    states were wanted, those that were reached -> (L, H) float32.
     """
 
     reason: EndReason
     hidden: Float32
     position: int
-    prompt_hidden: Float32 | None
+    kept: dict[int, Float32]
 
 
 class Handle:

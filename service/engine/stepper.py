@@ -30,7 +30,8 @@ class Row:
     history*: there if `sampling.penalizes`; it knows the prompt and what was generated before.
     num_logprobs: report the log-probability of each generated character and of that many likeliest ones; None: nothing.
     score_prompt: report them for the prompt's characters too.
-    prompt_hidden*: None, or (L, H) float32 to be filled with the state after the whole prompt.
+    keep_at: positions in rising order, all above the first one. kept*: a copy of the state, (L, H) float32, after each
+    of them that was reached.
     tail*: the last generated characters, as many as the longest stop string has.
     finished*: why nothing is left to do; None until then.
     """
@@ -45,7 +46,8 @@ class Row:
     history: History | None = None
     num_logprobs: int | None = None
     score_prompt: bool = False
-    prompt_hidden: Float32 | None = None
+    keep_at: tuple[int, ...] = ()
+    kept: list[Float32] = field(default_factory=list)
     num_read: int = 0
     num_generated: int = 0
     tail: list[int] = field(default_factory=list)

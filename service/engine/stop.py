@@ -6,6 +6,11 @@ import unicodedata
 from collections.abc import Sequence
 
 
+def completed(text: str, stops: Sequence[str]) -> str:
+    """The longest of the stop strings that the text ends with; empty if there is none."""
+    return max((stop for stop in _normalised(stops) if text.endswith(stop)), key=len, default="")
+
+
 class HoldBack:
     """Lets text through piece by piece, but never a character of a stop string.
 
@@ -14,8 +19,7 @@ class HoldBack:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        # In NFC, as models write.
-        self._stops = sorted((unicodedata.normalize("NFC", stop) for stop in stops), key=len, reverse=True)
+        self._stops = _normalised(stops)
         self._held = ""
 
     def feed(self, text: str) -> str:
@@ -31,7 +35,7 @@ class HoldBack:
         """The text is over: what is left to show. stopped: a stop string was completed; it is not shown."""
         shown, self._held = self._held, ""
         if stopped:
-            shown = shown[: -next(len(stop) for stop in self._stops if shown.endswith(stop))]
+            shown = shown.removesuffix(completed(shown, self._stops))
         return shown
 
     def _num_undecided(self) -> int:
@@ -42,3 +46,8 @@ class HoldBack:
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
+
+
+def _normalised(stops: Sequence[str]) -> list[str]:
+    """In NFC, as models write."""
+    return [unicodedata.normalize("NFC", stop) for stop in stops]

@@ -91,6 +91,7 @@ class TorchStepper:
                     logits_seen[t] = logits[scoring]
             chars = batch.chars[t]  # (B,)
             self._step(batch, products, chars)
+            batch.keep(t)
             stopped = [_notice(row, int(chars[i])) for i, row in watched]
             if any(stopped):
                 done = t + 1
@@ -174,6 +175,12 @@ class _Batch:
         self._num_plain = len(plain)
         temperatures = np.array([[drawing[i].sampling.temperature] for i in plain], np.float64)
         self._temperatures = temperatures if (temperatures != 1).any() else None
+        self._keep: dict[int, list[int]] = {}  # step -> rows whose state after it is wanted
+        for i, row in enumerate(rows):
+            for position in row.keep_at[len(row.kept) :]:
+                if position > row.position + num_steps:
+                    break
+                self._keep.setdefault(position - row.position - 1, []).append(i)
 
     def round(self, layer: int) -> None:
         """Bring `rounded_tensors` up to date. Ties go to even numbers."""
@@ -191,6 +198,11 @@ class _Batch:
             row = self.rows[i]
             chars[i] = draw_one(logits[i], row.sampling, float(self._uniforms[i, step]), row.history)
 
+    def keep(self, step: int) -> None:
+        """Keep copies of the states that are wanted after this step."""
+        for i in self._keep.get(step, ()):
+            self.rows[i].kept.append(np.stack([hidden[i] for hidden in self.hidden]))
+
     def store(self, num_steps: int) -> None:
         """Write states and counts back to the rows after that many steps."""
         for row, state in zip(self.rows, np.stack(self.hidden, axis=1), strict=True):  # (L, H) each
@@ -201,8 +213,6 @@ class _Batch:
             _finish_if_done(row)
         for row in self.rows[self.num_drawing :]:
             row.num_read += num_steps
-            if not row.is_reading and row.prompt_hidden is not None:
-                row.prompt_hidden[:] = row.hidden
             _finish_if_done(row)
 
 

@@ -109,6 +109,15 @@ class Charset:
             raise self._unknown(text, (place for place, ok in enumerate(known) if not ok), folded=True)
         raise self._unknown(text, np.flatnonzero(ids < 0).tolist(), folded=False)
 
+    def exact(self, text: str) -> Ids:
+        """(n,) int64 ids of just these n characters, without normalisation: of what `decode` gave. Raises
+        UnknownCharacters.
+        """
+        ids = self._look_up(text)
+        if (ids < 0).any():
+            raise self._unknown(text, np.flatnonzero(ids < 0).tolist(), folded=False)
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text whose ids these are. Raises IndexError for an id outside 0..V-1."""
         indices = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)

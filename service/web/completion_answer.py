@@ -13,7 +13,7 @@ from flask import Response
 
 from service.engine.stepper import Scores
 from service.errors import GruServeError
-from service.generation import Completion, Piece
+from service.generation.completion import Completion, Piece
 from service.loaded import LoadedModel
 from service.model.charset import Charset
 from service.web import schemas

@@ -10,7 +10,7 @@ from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
 from service.errors import InvalidValue, Overloaded
-from service.generation import Completion, CompletionRequest, SamplingSettings
+from service.generation.completion import Completion, CompletionRequest, SamplingSettings
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import Charset
 from service.web import schemas

@@ -49,12 +49,12 @@ def result(handle: Handle) -> list[Any]:
                 if some is not None:
                     scores.append(some.chosen.tobytes())
         elif end is not None:
-            hidden = None if end.prompt_hidden is None else end.prompt_hidden.tobytes()
-            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), hidden]
+            kept = [(position, hidden.tobytes()) for position, hidden in end.kept.items()]
+            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), kept]
 
 
 KINDS: list[tuple[str, int, dict[str, Any]]] = [
-    ("ROMEO:", 40, {"keep_prompt_hidden": True}),
+    ("ROMEO:", 40, {"keep_at": (6, 30, 60)}),
     ("", 25, {"sampling": SamplingSettings(temperature=0.6)}),
     ("the lady of the house " * 6, 3, {"num_logprobs": 2, "score_prompt": True}),
     ("I", 60, {"sampling": SamplingSettings(top_k=4, repetition_penalty=1.2), "num_logprobs": 0}),
@@ -100,10 +100,25 @@ def test_everybody_gets_what_they_get_alone_however_they_come_and_go(alone: list
 def test_a_request_goes_on_from_a_state(alone: list[list[Any]]) -> None:
     with running() as engine:
         prompt = engine.submit([request(max_chars=0)])[0].wait()
-        assert alone[0][5] == prompt.hidden.tobytes()
+        assert alone[0][5][0] == (6, prompt.hidden.tobytes())
         rest = request("", 40, seed=0, hidden=prompt.hidden, position=prompt.position)
         assert result(engine.submit([rest])[0])[:5] == alone[0][:5]
-        assert alone[0][5] == prompt.hidden.tobytes()  # which was copied, not used up
+        assert alone[0][5][0] == (6, prompt.hidden.tobytes())  # which was copied, not used up
+
+
+@pytest.mark.parametrize("cut", [1, 17, 29])
+def test_a_run_that_is_cut_goes_on_with_what_it_generated(cut: int) -> None:
+    """Penalties count it, and a stop string may lie on both sides of the cut."""
+    sampling = SamplingSettings(repetition_penalty=1.3, frequency_penalty=0.4)
+    how: dict[str, Any] = {"sampling": sampling, "history_prompt": CHARSET.encode("ROMEO:")}
+    with running() as engine:
+        whole = result(engine.submit([request("ROMEO:", 40, **how)])[0])
+        chars = np.array(whole[0], np.int64)
+        stop = chars[cut - 1 : cut + 1]
+        first = engine.submit([request("ROMEO:", cut, **how)])[0].wait()
+        rest: dict[str, Any] = {"hidden": first.hidden, "position": first.position, "generated": chars[:cut]} | how
+        assert result(engine.submit([request("", 40 - cut, **rest)])[0])[0] == whole[0][cut:]
+        assert result(engine.submit([request("", 40 - cut, stops=(stop,), **rest)])[0])[0] == whole[0][cut : cut + 1]
 
 
 class _Gate:
@@ -157,6 +172,17 @@ def test_a_place_is_free_before_anybody_hears_of_the_end(monkeypatch: pytest.Mon
         handle.cancel()
         handle.wait()
     assert open_at_end == [0, 0]
+
+
+def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None:
+    gate = _Gate()
+    with running(gate, max_running=1, max_waiting=0) as engine:
+        running_text = engine.submit([request()])[0]
+        with pytest.raises(Overloaded):
+            engine.submit([request()])
+        following = engine.submit([request(max_chars=0)], after_another=True)[0]
+        gate.open()
+        assert running_text.wait().position == following.wait().position + 30
 
 
 def test_first_come_first_served() -> None:

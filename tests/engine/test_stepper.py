@@ -33,6 +33,12 @@ def stepper(request: pytest.FixtureRequest) -> Stepper:
     return STEPPERS[name](quantized(DEEP) if model == "deep" else quantized(precision=model))
 
 
+def keeping(stepper: Stepper, **kind: Any) -> Row:
+    """A row of this kind of which some states on the way are wanted."""
+    start = kind.get("position", 0)
+    return row(stepper, keep_at=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
+
+
 def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Advance]:
     """Advance rows to their ends; what each got in all."""
     parts: list[list[Advance]] = [[] for _ in rows]
@@ -45,7 +51,7 @@ def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Advanc
 def everything(row: Row, advance: Advance) -> list[Any]:
     """All that can be seen of a row at its end, comparable to the bit."""
     seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
-    seen.append(None if row.prompt_hidden is None else row.prompt_hidden.tobytes())
+    seen += [hidden.tobytes() for hidden in row.kept]
     for scores in (advance.scores, advance.prompt_scores):
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
     return [*seen, advance.chars.tolist()]
@@ -56,7 +62,7 @@ def alone(stepper: Stepper) -> list[list[Any]]:
     """What each kind of row gets by itself, a character at a time."""
     results = []
     for kind in KINDS:
-        one = row(stepper, prompt_hidden=stepper.initial_hidden(), **kind)
+        one = keeping(stepper, **kind)
         results.append(everything(one, run(stepper, [one], 1)[0]))
     return results
 
@@ -73,7 +79,7 @@ def test_neighbours_and_tick_lengths_change_nothing(
         for _ in range(data.draw(st.integers(0 if there else 1, 8))):
             if waiting:
                 kind = waiting.pop()
-                there.append((kind, row(stepper, prompt_hidden=stepper.initial_hidden(), **KINDS[kind]), []))
+                there.append((kind, keeping(stepper, **KINDS[kind]), []))
         there = data.draw(st.permutations(there))
         advances = stepper.advance([one for _, one, _ in there], data.draw(st.integers(1, 9)))
         for (_, _, parts), advance in zip(there, advances, strict=True):
@@ -88,7 +94,7 @@ def test_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> Non
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows = [row(stepper, prompt_hidden=stepper.initial_hidden(), **kind) for kind in KINDS]
+            rows = [keeping(stepper, **kind) for kind in KINDS]
             assert [everything(*pair) for pair in zip(rows, run(stepper, rows), strict=True)] == alone
     finally:
         torch.set_num_threads(before)
@@ -137,13 +143,15 @@ def test_a_row_goes_on_from_where_another_stopped(stepper: Stepper) -> None:
     assert [*start.chars, *rest.chars] == whole.chars.tolist()
 
 
-def test_the_state_after_the_prompt_is_handed_out(stepper: Stepper) -> None:
-    whole = row(stepper, prompt_hidden=stepper.initial_hidden())
-    run(stepper, [whole])
-    read = row(stepper, max_chars=0)
-    run(stepper, [read])
-    assert whole.prompt_hidden is not None
-    assert whole.prompt_hidden.tobytes() == read.hidden.tobytes()
+def test_states_on_the_way_are_those_after_so_many_characters(stepper: Stepper) -> None:
+    whole = row(stepper, keep_at=(3, 6, 7, 36, 37))
+    text = CHARSET.decode(run(stepper, [whole])[0].chars)
+    expected = []
+    for end in (3, 6, 7, 36):
+        read = row(stepper, prompt=("ROMEO:" + text)[:end], max_chars=0)
+        run(stepper, [read])
+        expected.append(read.hidden.tobytes())
+    assert [hidden.tobytes() for hidden in whole.kept] == expected
 
 
 def test_a_stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from service import generation
 from service.config import Settings
 from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
+from service.generation import completion
 from service.store import ModelStore
 from service.web.app import create_app
 from service.web.errors import STATUS
@@ -114,7 +114,7 @@ def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
 def test_an_unforeseen_error_shows_no_traceback(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(generation.Completion, "pieces", lambda *_: 1 / 0)
+    monkeypatch.setattr(completion.Completion, "pieces", lambda *_: 1 / 0)
     client.application.config["PROPAGATE_EXCEPTIONS"] = False
     with caplog.at_level(logging.ERROR):
         response = client.post("/v1/completions", json={"prompt": "a"})

@@ -1,11 +1,7 @@
-"""From prompts to their continuations: encode, submit to the engine, yield text as it comes.
-
-May not: know of HTTP.
-"""
+"""From prompts to their continuations: encode, submit to the engine, yield text as it comes."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,14 +11,12 @@ from service.engine.request import End, Handle, Request
 from service.engine.sampling import PLAIN, SamplingSettings, choice_seed
 from service.engine.stepper import Advance, FinishReason, Scores
 from service.engine.stop import HoldBack
+from service.generation.gathering import gathering_s
+from service.generation.reading import stop_ids
 from service.loaded import LoadedModel
 from service.model.charset import Ids
 
 __all__ = ["Choice", "Completion", "CompletionRequest", "Piece", "SamplingSettings"]
-
-
-# Every piece wakes a thread, for which the engine's stops: above this many in all, pieces become longer instead.
-_MAX_PIECES_PER_S = 800
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,8 @@ class Choice:
 
     def _remember(self, end: End) -> None:
         prompt = self._model.charset.decode(self.prompt)
-        if end.prompt_hidden is not None:
-            self._model.prefixes.put(prompt, end.prompt_hidden)
+        for position, hidden in end.kept.items():
+            self._model.prefixes.put(prompt[:position], hidden)
         if end.reason != "cancelled":
             self._model.prefixes.put(prompt + self.generated, end.hidden)
 
@@ -169,8 +163,8 @@ class Completion:
             for place, choice in enumerate(open_choices):
                 gather = gather_s
                 if gather is not None:
-                    busy_s = self._engine.num_open / _MAX_PIECES_PER_S
-                    gather = max(gather, busy_s) if gather and place == 0 and choice.index in begun else 0.0
+                    later = gather and place == 0 and choice.index in begun
+                    gather = gathering_s(self._engine, gather) if later else 0.0
                 piece = choice.take(gather, idle_s if place == 0 else 0.0)
                 if piece is not None:
                     begun.add(choice.index)
@@ -202,7 +196,6 @@ class Completion:
             handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=start)])[0]
             hidden, start = handle.wait().hidden, len(prompt)
             model.prefixes.put(text, hidden)
-        stops = [unicodedata.normalize("NFC", stop) for stop in request.stop]
         scored = request.num_logprobs is not None or request.best_of > request.n
         return [
             Request(
@@ -210,16 +203,13 @@ class Completion:
                 max_chars=request.max_chars,
                 seed=choice_seed(request.seed, index),
                 sampling=request.sampling,
-                # One with a character that the model doesn't know can never be completed.
-                stops=tuple(
-                    model.charset.encode(stop) for stop in stops if all(char in model.charset for char in stop)
-                ),
+                stops=stop_ids(model.charset, request.stop),
                 num_logprobs=(request.num_logprobs or 0) if scored else None,
                 score_prompt=request.scores_prompt,
                 hidden=hidden,
                 position=start,
                 history_prompt=prompt,
-                keep_prompt_hidden=start < len(prompt),
+                keep_at=(len(prompt),) if start < len(prompt) else (),
             )
             for index in range(request.best_of)
         ]

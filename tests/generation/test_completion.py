@@ -12,7 +12,7 @@ import pytest
 
 from service.engine.stepper import Scores
 from service.errors import Overloaded
-from service.generation import Choice, Completion, CompletionRequest, SamplingSettings
+from service.generation.completion import Choice, Completion, CompletionRequest, SamplingSettings
 from service.loaded import LoadedModel, LoadedModels
 from service.store import ModelStore
 from tests.conftest import engine_settings, loaded_model, publish_tiny

@@ -1,0 +1,4 @@
+"""Between HTTP and the engine: from prompts to their continuations, and from sessions to theirs.
+
+May not: know of HTTP.
+"""

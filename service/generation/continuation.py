@@ -1,0 +1,96 @@
+"""A run of a session as one connection gets it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from service.engine.stop import HoldBack
+from service.errors import RunTakenOver
+from service.generation.gathering import gathering_s
+from service.generation.live_run import LiveRun
+from service.sessions.session import FinishReason, Run, Session
+
+
+@dataclass(frozen=True)
+class Written:
+    """More of a text. position: after it."""
+
+    text: str
+    position: int
+
+
+class Continuation:
+    """Every character of a run after a position, once, in order: those that are known, then the rest as it comes."""
+
+    def __init__(self, session: Session, run: Run, after: int, live: LiveRun | None) -> None:
+        """session: as it stands now. live: None if the run is over. Nothing is left to refuse."""
+        self._session, self._run, self._after, self._live = session, run, after, live
+        self._position = run.start  # up to which characters were let through
+
+    def pieces(self, gather_s: float | None, idle_s: float) -> Iterator[Written | None]:
+        """Parts of the text, the first at once, later ones gathered for gather_s, or longer if the engine is busy.
+
+        gather_s None: what comes live is one part, at the end. None comes out when there was nothing for idle_s: a
+        chance to look whether anybody still listens. Raises RunTakenOver, EngineFailed.
+        """
+        hold_back = HoldBack(self._run.stops if self._live is not None else ())
+        yield from self._known(hold_back)
+        live, first = self._live, True
+        while live is not None and not live.is_over:
+            gather = gather_s if gather_s is None else 0.0 if first else gathering_s(live.engine, gather_s)
+            text = live.take(gather, idle_s)
+            shown = hold_back.feed(text)
+            if live.is_over:
+                if live.was_taken_over:
+                    raise RunTakenOver("another connection has taken up this text")
+                self._session = live.session
+                shown += hold_back.end(stopped=self.finish_reason == "stop")
+            if text:
+                first = False
+            elif not live.is_over:
+                yield None
+            yield from self._shown(shown)
+
+    def close(self) -> None:
+        """Stop the run, if it is still under way: nobody listens any more. Harmless at any time."""
+        if self._live is not None:
+            self._live.stop()
+
+    # When all pieces are out:
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; None: it was stopped."""
+        return self._session.run.finish_reason if self._session.run is not None else None
+
+    @property
+    def position(self) -> int:
+        """Where it ended."""
+        run = self._session.run
+        return run.end if run is not None and run.end is not None else self._session.position
+
+    @property
+    def text(self) -> str:
+        """All that the run generated."""
+        return self._session.transcript.text(self._run.start, self.position)
+
+    @property
+    def sha256(self) -> str:
+        """Of that, in UTF-8."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def _known(self, hold_back: HoldBack) -> Iterator[Written]:
+        transcript, run = self._session.transcript, self._run
+        if self._after < run.start:
+            yield Written(transcript.text(self._after, run.start), run.start)
+        end = run.end if run.end is not None else self._session.position
+        yield from self._shown(hold_back.feed(transcript.text(run.start, end)))
+
+    def _shown(self, text: str) -> Iterator[Written]:
+        """What of it the connection doesn't have yet."""
+        self._position += len(text)
+        num_new = min(len(text), self._position - self._after)
+        if num_new > 0:
+            yield Written(text[-num_new:], self._position)

@@ -1,0 +1,109 @@
+"""Text that is fed to a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from service.engine.stepper import Scores
+from service.errors import PositionConflict
+from service.generation.reading import read, state_at
+from service.generation.runs import Runs, check_position, finished
+from service.loaded import LoadedModel, LoadedModels
+from service.model.charset import UnknownChars
+from service.sessions.session import Session
+from service.sessions.store import SessionStore
+from service.sessions.transcript import Retention, Transcript
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Text for a session. position: where it belongs; None is the end. num_logprobs: report log-probabilities of its
+    characters, and of so many likeliest ones; None: not. rebase: a model that the session goes over to first.
+    """
+
+    text: str
+    position: int | None = None
+    num_logprobs: int | None = None
+    num_next: int = 0
+    unknown_chars: UnknownChars = "error"
+    rebase: str | None = None
+
+
+@dataclass(frozen=True)
+class Fed:
+    """text: as the session has it now. position: after it. next: the num_next likeliest characters that may follow, as
+    one row. scores: of the text's characters, if they were asked for.
+    """
+
+    model: LoadedModel
+    text: str
+    position: int
+    next: Scores
+    scores: Scores | None
+
+
+class Feeding:
+    """Feeds sessions. Safe for any number of threads."""
+
+    def __init__(self, models: LoadedModels, store: SessionStore, runs: Runs, retention: Retention) -> None:
+        self._models, self._store, self._runs, self._retention = models, store, runs, retention
+
+    def feed(self, owner: str, session_id: str, feed: Feed) -> Fed:
+        """Step the network over more text. Text that is there already, at its position, is not stepped again.
+
+        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
+        """
+        with self._runs.leased(owner, session_id) as (lease, session):
+            if feed.rebase is not None:
+                session = self._rebased(session, feed)
+            model = self._models.of_state(session.model, session.identity)
+            ids = model.charset.encode(feed.text, feed.unknown_chars)
+            text = model.charset.decode(ids)
+            if feed.position is not None and feed.position != session.position:
+                return self._fed_before(model, session, text, feed)
+            hidden, scores = session.hidden, None
+            if len(ids):
+                keep_at = self._retention.checkpoints(session.position, session.position + len(ids))
+                end, scores = read(model, ids, hidden, session.position, keep_at, feed.num_logprobs)
+                transcript = session.transcript.extended(text, end.kept, self._retention)
+                session, hidden = replace(session, transcript=transcript, run=finished(session)), end.hidden
+            if len(ids) or feed.rebase is not None:
+                self._store.save(lease, replace(session, hidden=hidden))
+        return Fed(model, text, session.position, model.next_character.scores(hidden, feed.num_next), scores)
+
+    def _rebased(self, session: Session, feed: Feed) -> Session:
+        """The session with its retained text read into another model; its positions stay what they are."""
+        model = self._models.get(feed.rebase or "")
+        if model.identity == session.identity:
+            return session  # it went over already
+        check_position(session, feed.position)
+        start = session.transcript.start
+        text = session.transcript.text(start, session.position)
+        keep_at = self._retention.checkpoints(start, session.position)
+        end, _ = read(model, model.charset.exact(text), None, start, keep_at)
+        transcript = Transcript(start).extended(text, end.kept, self._retention)
+        return replace(
+            session,
+            model=model.version.ref,
+            identity=model.identity,
+            hidden=end.hidden,
+            transcript=transcript,
+            run=finished(session),
+        )
+
+    def _fed_before(self, model: LoadedModel, session: Session, text: str, feed: Feed) -> Fed:
+        """The answer to a feed that the session has in its text already."""
+        start = feed.position or 0
+        end = start + len(text)
+        if end > session.position or session.transcript.text(start, end) != text:
+            raise PositionConflict(
+                f"the text is {session.position} characters long, not {start}, and goes on otherwise", session.position
+            )
+        scores = None
+        if feed.num_logprobs is not None and text:
+            begin, hidden = session.transcript.nearest_state(start)
+            ids = model.charset.exact(session.transcript.text(begin, end))
+            _, scores = read(model, ids, hidden, begin, num_logprobs=feed.num_logprobs)
+            scores = scores.slice(start - begin, None) if scores is not None else None
+        hidden = state_at(model, session, end)
+        return Fed(model, text, end, model.next_character.scores(hidden, feed.num_next), scores)

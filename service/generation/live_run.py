@@ -1,0 +1,103 @@
+"""A run of a session while the engine is at it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from service.engine.request import Handle
+from service.engine.stepper import Advance
+from service.engine.stop import completed
+from service.errors import EngineFailed, RunTakenOver
+from service.generation.reading import state_in
+from service.loaded import LoadedModel
+from service.sessions.session import Run, Session
+from service.sessions.store import Lease, SessionStore
+from service.sessions.transcript import Retention
+
+
+class LiveRun:
+    """Gives out characters as they come; saves the session and gives its lease back when it ends, however it ends.
+
+    One thread takes characters. Any other may stop it, also while the first one is stuck in sending to a client that no
+    longer reads: whoever sees the end first does what is to be done then.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        store: SessionStore,
+        retention: Retention,
+        lease: Lease,
+        session: Session,
+        run: Run,
+        handle: Handle,
+        client_has_gone: Callable[[], bool],
+        forget: Callable[[LiveRun], None],
+    ) -> None:
+        self.session = session  # as it was at the beginning; after the end, as it is saved
+        self.is_over = False
+        self.was_taken_over = False
+        self.client_has_gone = client_has_gone
+        self.engine = model.engine
+        self._model, self._store, self._retention = model, store, retention
+        self._lease, self._run, self._handle, self._forget = lease, run, handle, forget
+        self._generated = ""
+        self._lock = threading.Lock()  # of who takes from the handle, and of the end
+
+    def take(self, gather_s: float | None, timeout_s: float | None) -> str:
+        """The characters since the last call, waited for as by `Handle.take`. With the last ones, it `is_over`.
+
+        Raises RunTakenOver, EngineFailed.
+        """
+        with self._lock:
+            if self.is_over:
+                raise RunTakenOver("another connection has taken up this text")
+            return self._take(gather_s, timeout_s)
+
+    def stop(self, *, taken_over: bool = False) -> None:
+        """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time."""
+        self.was_taken_over |= taken_over and not self.is_over
+        self._handle.cancel()
+        with self._lock:
+            if not self.is_over:
+                self._take(None, None)
+
+    def _take(self, gather_s: float | None, timeout_s: float | None) -> str:
+        try:
+            text = self._decoded(self._handle.take(gather_s, timeout_s))
+            if self._handle.end is not None:
+                text += self._decoded(self._handle.take(0.0))  # what came in between these two lines
+        except EngineFailed:
+            self._end()  # the session stands as it did before the run, which can be taken up elsewhere
+            raise
+        self._generated += text
+        if self._handle.end is not None:
+            try:
+                self.session = self._store.save(self._lease, self._saved())
+            finally:
+                self._end()
+        return text
+
+    def _decoded(self, part: Advance | None) -> str:
+        return self._model.charset.decode(part.chars) if part is not None else ""
+
+    def _saved(self) -> Session:
+        """The session after the run."""
+        end, run = self._handle.wait(), self._run
+        transcript = self.session.transcript.extended(self._generated, end.kept, self._retention)
+        hidden = end.hidden
+        if end.reason == "stop":
+            # The text ends before the stop string, which may have begun before this part of the run.
+            stop = completed(transcript.text(run.start, transcript.position), run.stops)
+            transcript = transcript.cut(transcript.position - len(stop))
+            hidden = state_in(self._model, transcript, transcript.position, after_another=True)
+        if end.reason != "cancelled":
+            run = replace(run, finish_reason=end.reason, end=transcript.position)
+        return replace(self.session, hidden=hidden, transcript=transcript, run=run)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._store.release(self._lease)
+        self._forget(self)

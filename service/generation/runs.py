@@ -1,0 +1,197 @@
+"""Continuations of sessions: begun, taken up again, and taken over from connections that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from service.engine.request import Request
+from service.engine.sampling import SamplingSettings
+from service.errors import NoRun, PositionConflict, SessionBusy
+from service.generation.continuation import Continuation
+from service.generation.live_run import LiveRun
+from service.generation.reading import stop_ids
+from service.loaded import LoadedModel, LoadedModels
+from service.sessions.session import Run, Session
+from service.sessions.store import Lease, SessionStore
+from service.sessions.transcript import Retention
+
+_NOTHING = np.empty(0, np.int64)
+_ATTEMPTS = 3  # to take a run over, when others try the same
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """How to continue a session. seed: None is the session's own."""
+
+    max_chars: int
+    sampling: SamplingSettings
+    stops: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def asked_for(self, run: Run, session: Session) -> bool:
+        """Whether a run is one that was begun with this request."""
+        seed = self.seed if self.seed is not None else session.seed
+        return (self.max_chars, self.sampling, self.stops, seed) == (run.max_chars, run.sampling, run.stops, run.seed)
+
+
+class Runs:
+    """The runs under way in this process, and how they begin and end. Safe for any number of threads."""
+
+    def __init__(self, models: LoadedModels, store: SessionStore, retention: Retention) -> None:
+        self._models, self._store, self._retention = models, store, retention
+        self._live: dict[tuple[str, str], LiveRun] = {}
+
+    @contextmanager
+    def leased(self, owner: str, session_id: str) -> Iterator[tuple[Lease, Session]]:
+        """A session for one operation. Raises SessionBusy, SessionNotFound, SessionGone."""
+        lease = self._lease(owner, session_id)
+        try:
+            yield lease, self._store.load(owner, session_id)
+        finally:
+            self._store.release(lease)
+
+    def generate(
+        self,
+        owner: str,
+        session_id: str,
+        request: RunRequest,
+        position: int | None,
+        client_has_gone: Callable[[], bool] = lambda: False,
+    ) -> Continuation:
+        """Continue a session, or, if position says that this was asked for before, take that up again.
+
+        Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
+        """
+        if position is not None:
+            session = self._store.load(owner, session_id)
+            if (run := session.run) is not None and run.start == position and request.asked_for(run, session):
+                return self.resume(owner, session_id, position, client_has_gone)
+        lease = self._lease(owner, session_id)
+        try:
+            session = self._store.load(owner, session_id)
+            check_position(session, position)
+            context = ""
+            if request.sampling.repetition_penalty != 1:
+                text = session.transcript.text(session.transcript.start, session.position)
+                context = "".join(sorted(set(text)))
+            seed = request.seed if request.seed is not None else session.seed
+            run = Run(session.position, request.max_chars, seed, request.sampling, request.stops, context)
+            return self._begin(lease, session, run, session.position, client_has_gone)
+        except BaseException:
+            self._store.release(lease)
+            raise
+
+    def resume(
+        self,
+        owner: str,
+        session_id: str,
+        after: int | None,
+        client_has_gone: Callable[[], bool] = lambda: False,
+    ) -> Continuation:
+        """The last run after a position, None: all of it; one that was cut goes on. Whoever has it now loses it.
+
+        Raises NoRun, PositionGone and what `generate` raises.
+        """
+        lease = self._take_over(owner, session_id)
+        try:
+            session = self._store.load(owner, session_id)
+            run, start = _resumable(session, after)
+            if run.finish_reason is None:
+                return self._begin(lease, session, run, start, client_has_gone)
+        except BaseException:
+            self._store.release(lease)
+            raise
+        self._store.release(lease)
+        return Continuation(session, run, start, None)
+
+    def _take_over(self, owner: str, session_id: str) -> Lease:
+        """The lease of a session whose run, if it has one, is stopped."""
+        for _ in range(_ATTEMPTS):
+            live = self._live.get((owner, session_id))
+            if live is not None:
+                live.stop(taken_over=True)
+            with suppress(SessionBusy):
+                return self._store.lease(owner, session_id)
+        return self._store.lease(owner, session_id)
+
+    def _lease(self, owner: str, session_id: str) -> Lease:
+        try:
+            return self._store.lease(owner, session_id)
+        except SessionBusy:
+            live = self._live.get((owner, session_id))
+            if live is None or not live.client_has_gone():
+                raise
+            live.stop()  # its thread has not noticed yet
+            return self._store.lease(owner, session_id)
+
+    def _begin(
+        self, lease: Lease, session: Session, run: Run, after: int, client_has_gone: Callable[[], bool]
+    ) -> Continuation:
+        """Let the engine generate what is left of a run. On failure the lease is the caller's to release."""
+        model = self._models.of_state(session.model, session.identity)
+        handle = model.engine.submit([self._request(model, session, run)])[0]
+        try:
+            session = self._store.save(lease, replace(session, run=run))
+        except BaseException:
+            handle.cancel()
+            raise
+        live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
+        self._live[session.owner, session.id] = live
+        return Continuation(session, run, after, live)
+
+    def _request(self, model: LoadedModel, session: Session, run: Run) -> Request:
+        generated = session.transcript.text(run.start, session.position)
+        left = run.max_chars - len(generated)
+        return Request(
+            prompt=_NOTHING,
+            max_chars=left,
+            seed=run.seed,
+            sampling=run.sampling,
+            stops=stop_ids(model.charset, run.stops),
+            hidden=session.hidden,
+            position=session.position,
+            history_prompt=model.charset.exact(run.context),
+            generated=model.charset.exact(generated),
+            keep_at=self._retention.checkpoints(session.position, session.position + left),
+        )
+
+    def _forget(self, live: LiveRun) -> None:
+        key = (live.session.owner, live.session.id)
+        if self._live.get(key) is live:
+            del self._live[key]
+
+
+def check_position(session: Session, position: int | None) -> None:
+    """Raises PositionConflict unless the session is as long as the caller thinks."""
+    if position is not None and position != session.position:
+        raise PositionConflict(f"the text is {session.position} characters long, not {position}", session.position)
+
+
+def check_within(session: Session, position: int, param: str = "position") -> None:
+    """Raises PositionConflict if a place lies behind the end."""
+    if position > session.position:
+        raise PositionConflict(
+            f"the text is {session.position} characters long, not {position}", session.position, param=param
+        )
+
+
+def finished(session: Session) -> Run | None:
+    """Its last run, if it is over: one that was cut can't go on in a text that has changed."""
+    return session.run if session.run is not None and session.run.finish_reason is not None else None
+
+
+def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
+    """The last run, and after which position to tell it. Raises NoRun, PositionConflict, PositionGone."""
+    run = session.run
+    if run is None:
+        raise NoRun("the session has no continuation to take up, or its text has been changed since")
+    after = run.start if after is None else after
+    end = run.end if run.end is not None else session.position
+    if after > end:
+        raise PositionConflict(f"the continuation has come to position {end}, not {after}", end, param="after")
+    session.transcript.nearest_state(min(after, run.start))
+    return run, after

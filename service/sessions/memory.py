@@ -1,0 +1,260 @@
+"""The session store in the process's own memory."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from sortedcontainers import SortedList
+
+from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
+from service.sessions.due import DueTimes
+from service.sessions.session import Session
+from service.sessions.slab import Slab
+from service.sessions.store import Lease
+from service.sessions.transcript import Block, Float32, Transcript
+
+_SESSION_BYTES = 1024  # what a session takes beside its state and its text
+_BLOCK_BYTES = 256  # the same of a block
+_MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """session: its hidden is a view of the slab's slot. lease: None while it is idle."""
+
+    session: Session
+    slot: int
+    lease: Lease | None = None
+
+
+class MemoryStore:
+    """Implements `SessionStore`; what it keeps lives as long as the process.
+
+    max_sessions, max_bytes: where the least recently used idle ones are evicted. A session that grows while it is
+    leased may exceed max_bytes until there are idle ones again. clock: seconds since 1970.
+    """
+
+    def __init__(self, max_sessions: int, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
+        self._max_sessions, self._max_bytes, self._clock = max_sessions, max_bytes, clock
+        self._lock = threading.Lock()  # guards all that follows; held for microseconds
+        self._entries: dict[str, _Entry] = {}
+        self._ids: dict[str, SortedList] = {}  # by owner
+        self._idle: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self._due = DueTimes(clock())  # of idle ones
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._slabs: dict[tuple[int, ...], Slab] = {}
+        self._num_holders: dict[Block, int] = {}
+        self._num_bytes = 0
+
+    def create(self, session: Session) -> Session:
+        """See SessionStore."""
+        key, now = _key(session.owner, session.id), self._clock()
+        session = replace(session, revision=1, created_at=now, expires_at=now + session.ttl_s)
+        with self._lock:
+            if self._find(key) is not None:
+                raise SessionExists(f"there is a session {session.id} already")
+            self._make_room_for(session)
+            slab = self._slab(session)
+            slot = slab.put(session.hidden)
+            entry = self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot)
+            self._ids.setdefault(session.owner, SortedList()).add(session.id)
+            self._gone.pop(key, None)
+            self._num_bytes += _own_bytes(session)
+            self._hold(session.transcript)
+            self._park(key, entry)
+        return session
+
+    def load(self, owner: str, session_id: str) -> Session:
+        """See SessionStore."""
+        with self._lock:
+            return _copy(self._get(owner, session_id).session)
+
+    def lease(self, owner: str, session_id: str) -> Lease:
+        """See SessionStore."""
+        with self._lock:
+            entry = self._get(owner, session_id)
+            if entry.lease is not None:
+                raise SessionBusy("another operation on this session is under way: try again when it is over")
+            self._unpark(_key(owner, session_id), entry)
+            entry.lease = Lease(owner, session_id)
+            return entry.lease
+
+    def save(self, lease: Lease, session: Session) -> Session:
+        """See SessionStore."""
+        with self._lock:
+            entry = self._leased(lease)
+            old = entry.session
+            if session.revision != old.revision or (session.owner, session.id) != (old.owner, old.id):
+                raise RevisionConflict("the session was changed meanwhile")
+            saved = replace(session, revision=old.revision + 1)
+            if session.transcript.blocks is not old.transcript.blocks:
+                self._hold(session.transcript)
+                self._let_go(old.transcript)
+            self._num_bytes += _own_bytes(session) - _own_bytes(old)
+            entry.slot, view = self._put(entry, session)
+            entry.session = replace(saved, hidden=view)
+            self._make_room()
+        return saved
+
+    def release(self, lease: Lease) -> None:
+        """See SessionStore."""
+        with self._lock:
+            key = _key(lease.owner, lease.session_id)
+            entry = self._entries.get(key)
+            if entry is None or entry.lease is not lease:
+                return
+            entry.lease = None
+            entry.session = replace(entry.session, expires_at=self._clock() + entry.session.ttl_s)
+            self._park(key, entry)
+            self._make_room()
+
+    def delete(self, lease: Lease) -> None:
+        """See SessionStore."""
+        with self._lock:
+            self._drop(_key(lease.owner, lease.session_id), self._leased(lease))
+
+    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+        """See SessionStore."""
+        with self._lock:
+            ids = self._ids.get(owner, SortedList())
+            found: list[Session] = []
+            for session_id in ids.irange(minimum=after, inclusive=(False, True)):
+                session = self._entries[_key(owner, session_id)].session
+                if session.expires_at > self._clock():
+                    found.append(_copy(session))
+                if len(found) == limit:
+                    break
+            return found
+
+    def sweep(self, limit: int) -> int:
+        """Forget idle sessions whose time is over, up to `limit`; how many."""
+        with self._lock:
+            keys = self._due.due(self._clock(), limit)
+            for key in keys:
+                self._expire(key, self._entries[key])
+            return len(keys)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory all sessions take. What forks share counts once."""
+        return self._num_bytes
+
+    # What follows needs the lock.
+
+    def _find(self, key: str) -> _Entry | None:
+        """None: not there, or no longer."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.lease is None and entry.session.expires_at <= self._clock():
+            self._expire(key, entry)
+            return None
+        return entry
+
+    def _get(self, owner: str, session_id: str) -> _Entry:
+        key = _key(owner, session_id)
+        entry = self._find(key)
+        if entry is None and key in self._gone:
+            raise SessionGone("this session has expired, or was evicted to make room: create it again")
+        if entry is None:
+            raise SessionNotFound("there is no such session")
+        return entry
+
+    def _leased(self, lease: Lease) -> _Entry:
+        entry = self._entries.get(_key(lease.owner, lease.session_id))
+        if entry is None or entry.lease is not lease:
+            raise RevisionConflict("the session is no longer reserved for this operation")
+        return entry
+
+    def _park(self, key: str, entry: _Entry) -> None:
+        self._idle[key] = None
+        self._due.add(key, entry.session.expires_at)
+
+    def _unpark(self, key: str, entry: _Entry) -> None:
+        del self._idle[key]
+        self._due.remove(key, entry.session.expires_at)
+
+    def _make_room_for(self, session: Session) -> None:
+        size = _own_bytes(session) + sum(map(_block_bytes, session.transcript.blocks))
+        if size > self._max_bytes:
+            raise Overloaded("the session is larger than all sessions together may be")
+        self._make_room(num_sessions=1, num_bytes=size)
+        if len(self._entries) >= self._max_sessions or self._num_bytes + size > self._max_bytes:
+            raise Overloaded("there is no room for another session, because all are in use: try again in a second")
+
+    def _make_room(self, num_sessions: int = 0, num_bytes: int = 0) -> None:
+        """Evict idle ones until so much fits beside the rest."""
+        while self._idle and (
+            len(self._entries) + num_sessions > self._max_sessions or self._num_bytes + num_bytes > self._max_bytes
+        ):
+            key = next(iter(self._idle))
+            self._expire(key, self._entries[key])
+
+    def _expire(self, key: str, entry: _Entry) -> None:
+        """Forget an idle session, but not that it was there."""
+        self._unpark(key, entry)
+        self._drop(key, entry)
+        self._gone[key] = None
+        if len(self._gone) > _MAX_GONE:
+            self._gone.popitem(last=False)
+
+    def _drop(self, key: str, entry: _Entry) -> None:
+        session = entry.session
+        del self._entries[key]
+        self._ids[session.owner].remove(session.id)
+        if not self._ids[session.owner]:
+            del self._ids[session.owner]
+        self._let_go(session.transcript)
+        self._num_bytes -= _own_bytes(session)
+        self._slab(session).free(entry.slot)
+
+    def _slab(self, session: Session) -> Slab:
+        shape = session.hidden.shape
+        if shape not in self._slabs:
+            self._slabs[shape] = Slab(shape)
+        return self._slabs[shape]
+
+    def _put(self, entry: _Entry, session: Session) -> tuple[int, Float32]:
+        """Where the entry's state is from now on. A session that changes its model may need another slab."""
+        if session.hidden.shape == entry.session.hidden.shape:
+            entry.session.hidden[...] = session.hidden
+            return entry.slot, entry.session.hidden
+        self._slab(entry.session).free(entry.slot)
+        slot = self._slab(session).put(session.hidden)
+        return slot, self._slab(session).view(slot)
+
+    def _hold(self, transcript: Transcript) -> None:
+        for block in transcript.blocks:
+            num_holders = self._num_holders.get(block, 0)
+            self._num_holders[block] = num_holders + 1
+            self._num_bytes += 0 if num_holders else _block_bytes(block)
+
+    def _let_go(self, transcript: Transcript) -> None:
+        for block in transcript.blocks:
+            self._num_holders[block] -= 1
+            if not self._num_holders[block]:
+                del self._num_holders[block]
+                self._num_bytes -= _block_bytes(block)
+
+
+def _key(owner: str, session_id: str) -> str:
+    return f"{owner}/{session_id}" if owner else session_id
+
+
+def _copy(session: Session) -> Session:
+    """A session whose state nobody writes to."""
+    return replace(session, hidden=session.hidden.copy())
+
+
+def _own_bytes(session: Session) -> int:
+    return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.transcript.tail)
+
+
+def _block_bytes(block: Block) -> int:
+    return _BLOCK_BYTES + block.hidden.nbytes + sys.getsizeof(block.text)

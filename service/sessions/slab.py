@@ -1,0 +1,40 @@
+"""Memory for a great many arrays of one shape, without an allocation for each."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.sessions.transcript import Float32
+
+_BLOCK_BYTES = 2**24
+
+
+class Slab:
+    """Slots for (L, H) float32 states, in blocks that are never moved. Not safe for several threads."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._block_slots = max(1, _BLOCK_BYTES // (4 * int(np.prod(shape))))
+        self._blocks: list[Float32] = []
+        self._free: list[int] = []
+
+    def put(self, hidden: Float32) -> int:
+        """Copy a state into a free slot; its number."""
+        if not self._free:
+            first = len(self._blocks) * self._block_slots
+            # The system hands out the memory only as it is written to.
+            self._blocks.append(np.empty((self._block_slots, *self._shape), np.float32))
+            self._free = list(range(first + self._block_slots - 1, first - 1, -1))
+        slot = self._free.pop()
+        self.view(slot)[...] = hidden
+        return slot
+
+    def view(self, slot: int) -> Float32:
+        """The state in a slot, as it is and will be."""
+        block, place = divmod(slot, self._block_slots)
+        view: Float32 = self._blocks[block][place]
+        return view
+
+    def free(self, slot: int) -> None:
+        """Give a slot back."""
+        self._free.append(slot)

@@ -1,0 +1,59 @@
+"""Where sessions are kept: the contract between what works on them and what stores them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from service.sessions.session import Session
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """The right to change a session, until it is released."""
+
+    owner: str
+    session_id: str
+
+
+class SessionStore(Protocol):
+    """Sessions by owner and id. Values go in and come out: nobody sees a change before it is saved.
+
+    A session lives `ttl_s` seconds after its last lease was released, or after its creation. One that is leased neither
+    expires nor is evicted. Of one that expired or was evicted the store remembers for a while that it was there. The
+    session of one owner doesn't exist for another. Any number of threads may call; none waits for long.
+    """
+
+    def create(self, session: Session) -> Session:
+        """Keep a new one, as revision 1, with `created_at` and `expires_at` set.
+
+        Raises SessionExists, and Overloaded if there is no room that idle sessions could make.
+        """
+        ...  # pragma: no cover
+
+    def load(self, owner: str, session_id: str) -> Session:
+        """As it was saved last. It may be leased to somebody. Raises SessionNotFound, SessionGone."""
+        ...  # pragma: no cover
+
+    def lease(self, owner: str, session_id: str) -> Lease:
+        """Reserve it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
+        ...  # pragma: no cover
+
+    def save(self, lease: Lease, session: Session) -> Session:
+        """Keep its new state, if `session.revision` is the one that is kept; as it is kept, one revision higher.
+
+        Raises RevisionConflict, also if the lease is not, or no longer, valid; then nothing has changed.
+        """
+        ...  # pragma: no cover
+
+    def release(self, lease: Lease) -> None:
+        """Give it back, which counts as use. Harmless if that was done."""
+        ...  # pragma: no cover
+
+    def delete(self, lease: Lease) -> None:
+        """Forget it, as if it had never been. Raises RevisionConflict if the lease is not valid."""
+        ...  # pragma: no cover
+
+    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+        """The owner's, in the order of ids, those above `after`: `limit` at most."""
+        ...  # pragma: no cover
