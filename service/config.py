@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import InvalidSettings
 
 PREFIX = "GRU_SERVE_"
+_MIN_KEY_CHARS = 16
 SPARE_THREADS = 16  # HTTP threads that completions never occupy: health checks and refusals stay prompt
 
 
@@ -47,6 +48,26 @@ class Settings(BaseSettings):
         20, ge=1, le=3600, description="seconds after which a client that reads nothing is dropped"
     )
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
+    session_ttl_s: float = Field(
+        3600.0, ge=1, le=2_592_000, description="seconds a session lives after its last use, if it says nothing else"
+    )
+    max_sessions: int = Field(
+        1_000_000, ge=1, le=100_000_000, description="sessions kept; more push out the least recently used idle one"
+    )
+    max_session_bytes: int = Field(
+        2**30, ge=2**24, le=2**44, description="memory for all sessions; more pushes out the least recently used"
+    )
+    session_text_chars: int = Field(
+        65_536, ge=1024, le=10_000_000, description="characters of its text that a session retains, at least"
+    )
+    session_checkpoint_chars: int = Field(
+        256, ge=16, le=65_536, description="characters between states kept on the way, for going back"
+    )
+    state_keys: SecretStr = Field(
+        SecretStr(""),
+        description="secrets that sign portable states, separated by commas: the first signs, all are accepted; "
+        "none: a random one, and states end with the process",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
@@ -56,6 +77,18 @@ class Settings(BaseSettings):
         if 0 < self.http_threads < least:
             raise ValueError(f"http_threads has to be {least} at least, for max_batch, max_queue and what refuses more")
         return self
+
+    @field_validator("state_keys")
+    @classmethod
+    def _keys_are_long(cls, keys: SecretStr) -> SecretStr:
+        if any(len(key) < _MIN_KEY_CHARS for key in _split(keys)):
+            raise ValueError(f"each key has to have {_MIN_KEY_CHARS} characters at least")
+        return keys
+
+    @property
+    def state_key_list(self) -> list[str]:
+        """`state_keys`, one by one."""
+        return _split(self.state_keys)
 
     @property
     def num_http_threads(self) -> int:
@@ -73,6 +106,10 @@ class Settings(BaseSettings):
         return self.engine_threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
+def _split(keys: SecretStr) -> list[str]:
+    return [key for part in keys.get_secret_value().split(",") if (key := part.strip())]
+
+
 def read_settings(**overrides: Any) -> Settings:
     """The settings of the environment, with overrides from the command line. Raises InvalidSettings."""
     _refuse_unknown(os.environ)
@@ -83,7 +120,8 @@ def read_settings(**overrides: Any) -> Settings:
         if not first["loc"]:
             raise InvalidSettings(first["msg"].removeprefix("Value error, ")) from error
         field = str(first["loc"][0])
-        value = str(first.get("input"))[:80]
+        is_secret = Settings.model_fields[field].annotation is SecretStr
+        value = "..." if is_secret else str(first.get("input"))[:80]
         raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {first['msg']}", param=field) from error
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SERVE = [sys.executable, "-m", "service", "serve", "--port", "PORT"]
+KEYS = {"GRU_SERVE_STATE_KEYS": "a key for tests alone"}
 BODY = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 50, "seed": 7}
 ENDLESS = BODY | {"max_tokens": 10_000_000, "stream": True}
 
@@ -80,7 +81,7 @@ def serving(command: list[str], environment: dict[str, str]) -> Iterator[Server]
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [word.replace("PORT", str(port)) for word in command]
-    process = subprocess.Popen(words, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(words, env=os.environ | KEYS | environment, stderr=subprocess.PIPE, text=True)
     log: list[str] = []
     reader = threading.Thread(target=lambda: log.extend(process.stderr or []))
     reader.start()

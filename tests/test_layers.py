@@ -29,6 +29,7 @@ ALLOWED = {
 # The places that build the parts may know the settings too.
 EXTRA = {
     "web/app.py": {"config", "sessions"},
+    "web/session_answer.py": {"sessions"},  # the record it shows
     "web/server.py": {"config"},
     "sessions/session.py": {"engine"},  # the settings of a run
 }

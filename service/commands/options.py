@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 
 class FiniteRange(click.FloatRange):
@@ -39,10 +39,15 @@ def json_option(command: Command) -> Command:
 
 
 def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
-    """An option for every field of a model, with the field's description and default. Not given: None."""
+    """An option for every field of a model, with the field's description and default. Not given: None.
+
+    Secrets have none: everybody on a machine sees the command lines of everybody's processes.
+    """
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(model.model_fields.items()):
+            if field.annotation is SecretStr:
+                continue
             default = f"  [{field.default}]"
             option = click.option(
                 f"--{name.replace('_', '-')}",

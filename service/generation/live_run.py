@@ -85,13 +85,17 @@ class LiveRun:
 
     def _saved(self) -> Session:
         """The session after the run."""
-        end, run = self._handle.wait(), self._run
-        transcript = self.session.transcript.extended(self._generated, end.kept, self._retention)
-        hidden = end.hidden
+        end, run, before = self._handle.wait(), self._run, self.session.transcript
+        text, hidden, stop = self._generated, end.hidden, ""
         if end.reason == "stop":
-            # The text ends before the stop string, which may have begun before this part of the run.
-            stop = completed(transcript.text(run.start, transcript.position), run.stops)
-            transcript = transcript.cut(transcript.position - len(stop))
+            stop = completed(before.text(run.start, before.position) + text, run.stops)
+        # The text ends before the stop string, which may have begun before this part of the run.
+        num_left = len(text) - len(stop)
+        if num_left >= 0:
+            transcript = before.extended(text[:num_left], end.kept, self._retention)
+        else:
+            transcript = before.cut(before.position + num_left)
+        if stop:
             hidden = state_in(self._model, transcript, transcript.position, after_another=True)
         if end.reason != "cancelled":
             run = replace(run, finish_reason=end.reason, end=transcript.position)

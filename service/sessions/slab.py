@@ -16,16 +16,18 @@ class Slab:
         self._shape = shape
         self._block_slots = max(1, _BLOCK_BYTES // (4 * int(np.prod(shape))))
         self._blocks: list[Float32] = []
-        self._free: list[int] = []
+        self._num_used = 0  # slots that were ever in use: the first ones
+        self._free: list[int] = []  # of these
 
     def put(self, hidden: Float32) -> int:
         """Copy a state into a free slot; its number."""
-        if not self._free:
-            first = len(self._blocks) * self._block_slots
-            # The system hands out the memory only as it is written to.
-            self._blocks.append(np.empty((self._block_slots, *self._shape), np.float32))
-            self._free = list(range(first + self._block_slots - 1, first - 1, -1))
-        slot = self._free.pop()
+        if self._free:
+            slot = self._free.pop()
+        else:
+            slot, self._num_used = self._num_used, self._num_used + 1
+            if slot == len(self._blocks) * self._block_slots:
+                # The system hands out the memory only as it is written to.
+                self._blocks.append(np.empty((self._block_slots, *self._shape), np.float32))
         self.view(slot)[...] = hidden
         return slot
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
+from contextlib import ExitStack
+
 import structlog
 import torch
 from flask_openapi import Info, OpenAPI
@@ -9,7 +12,12 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
 from service.engine.torch_stepper import TorchStepper
+from service.generation.sessions import Sessions
 from service.loaded import EngineSettings, LoadedModels
+from service.sessions.memory import MemoryStore
+from service.sessions.portable import StateSealer
+from service.sessions.sweeper import Sweeper
+from service.sessions.transcript import Retention
 from service.store import ModelStore
 from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
@@ -18,7 +26,9 @@ from service.web.guard import register_guard
 from service.web.health import health_blueprint
 from service.web.logs import configure_logs
 from service.web.models import models_blueprint
-from service.web.schemas import ErrorAnswer
+from service.web.places import Places
+from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
+from service.web.sessions import SessionLimits, sessions_blueprint
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
@@ -58,13 +68,23 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_tokens=settings.max_tokens,
         max_prompt_chars=settings.max_prompt_chars,
         max_texts=settings.max_batch + settings.max_queue,
-        max_open=settings.num_http_threads - SPARE_THREADS,
     )
-    app.register_api(completions_blueprint(models, settings.model, limits))
+    places = Places(settings.num_http_threads - SPARE_THREADS)
+    app.register_api(completions_blueprint(models, settings.model, limits, places))
+    store = MemoryStore(settings.max_sessions, settings.max_session_bytes)
+    retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
+    sessions = Sessions(models, store, StateSealer(_state_keys(settings)), settings.session_ttl_s, retention)
+    # All that a run generates has to be retained until it is over, and the stop string that ends it.
+    max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
+    session_limits = SessionLimits(max_run, settings.max_prompt_chars)
+    app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
     app.register_api(models_blueprint(models.store))
     app.register_api(health_blueprint(models, settings.model))
     app.register_blueprint(docs_blueprint())
-    app.extensions["gru_serve"] = models  # for those who build the application and have to end its threads
+    ending = ExitStack()  # for those who build the application and have to end its threads
+    ending.callback(models.close)
+    ending.callback(Sweeper(store).close)
+    app.extensions["gru_serve"] = ending
     log.info(
         "model loaded",
         model=model.version.ref,
@@ -74,3 +94,13 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         engine_threads=settings.num_engine_threads,
     )
     return app
+
+
+def _state_keys(settings: Settings) -> list[str]:
+    keys = settings.state_key_list
+    if not keys:
+        structlog.get_logger(__name__).warning(
+            "no GRU_SERVE_STATE_KEYS: portable states are signed with a key that ends with this process"
+        )
+        keys = [secrets.token_hex(32)]
+    return keys

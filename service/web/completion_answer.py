@@ -17,13 +17,10 @@ from service.generation.completion import Completion, Piece
 from service.loaded import LoadedModel
 from service.model.charset import Charset
 from service.web import schemas
-from service.web.errors import error_body, error_response
-from service.web.sse import event
+from service.web.errors import body_of, error_response
+from service.web.sse import GATHER_S, IDLE_S, event
 
 log = structlog.get_logger(__name__)
-
-_GATHER_S = 0.025  # characters of a stream that come within it travel together
-_IDLE_S = 0.5  # how often a silent client is looked after
 
 
 class CompletionAnswer:
@@ -43,7 +40,7 @@ class CompletionAnswer:
         """The answer when everything is generated. Raises EngineFailed."""
         completion = self._completion
         pieces: list[list[Piece]] = [[] for _ in completion.choices]
-        for item in completion.pieces(None, _IDLE_S):
+        for item in completion.pieces(None, IDLE_S):
             if item is not None:
                 pieces[item[0].index].append(item[1])
             elif client_has_gone():
@@ -70,7 +67,7 @@ class CompletionAnswer:
         num_shown = [0] * len(completion.choices)
         ending = "left"
         try:
-            for item in completion.pieces(_GATHER_S, _IDLE_S):
+            for item in completion.pieces(GATHER_S, IDLE_S):
                 if item is None:
                     if client_has_gone():
                         return
@@ -92,7 +89,7 @@ class CompletionAnswer:
             ending = "done"
         except GruServeError as error:
             ending = error.code
-            yield event(json.dumps(error_body(error.message, error.code, error.param)), "error")
+            yield event(json.dumps(body_of(error)), "error")
         finally:
             completion.cancel()
             log.info(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import secrets
-import threading
 from dataclasses import dataclass
 
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
-from service.errors import InvalidValue, Overloaded
-from service.generation.completion import Completion, CompletionRequest, SamplingSettings
+from service.errors import InvalidValue
+from service.generation.completion import Completion, CompletionRequest
 from service.loaded import LoadedModel, LoadedModels
-from service.model.charset import Charset
 from service.web import schemas
 from service.web.completion_answer import CompletionAnswer
+from service.web.places import Places
+from service.web.sampling import sampling_of, stops_of
 from service.web.schemas import ERRORS, MAX_CHOICES, CompletionBody
 from service.web.sse import client_watch, stream_response
 
@@ -23,21 +23,18 @@ _MAX_SCORES = 2_000_000  # log-probabilities in one answer: they have to be held
 
 @dataclass(frozen=True)
 class CompletionLimits:
-    """max_tokens, max_prompt_chars: of one continuation and of one prompt. max_texts: that an engine takes in.
-
-    max_open: requests answered side by side.
-    """
+    """max_tokens, max_prompt_chars: of one continuation and of one prompt. max_texts: that an engine takes in."""
 
     max_tokens: int
     max_prompt_chars: int
     max_texts: int
-    max_open: int
 
 
-def completions_blueprint(models: LoadedModels, default_model: str, limits: CompletionLimits) -> APIBlueprint:
+def completions_blueprint(
+    models: LoadedModels, default_model: str, limits: CompletionLimits, places: Places
+) -> APIBlueprint:
     """The resource, over these models and within these limits."""
     blueprint = APIBlueprint("completions", __name__, abp_tags=[Tag(name="completions")], abp_responses=ERRORS)
-    places = threading.BoundedSemaphore(limits.max_open)
 
     @blueprint.post("/v1/completions", summary="Continue a text", responses={"200": schemas.CompletionAnswer})
     def create(body: CompletionBody) -> Response:
@@ -48,17 +45,16 @@ def completions_blueprint(models: LoadedModels, default_model: str, limits: Comp
         _check(body, limits)
         model = models.get(body.model if body.model is not None else default_model)
         request = _request(model, body, limits)
-        if not places.acquire(blocking=False):
-            raise Overloaded("the server is answering as many requests as it can: try again in a second")
+        places.take()
         try:
             completion = Completion(model, request)
         except BaseException:
-            places.release()
+            places.give_back()
             raise
 
         def close() -> None:
             completion.cancel()
-            places.release()
+            places.give_back()
 
         answer = CompletionAnswer(model, completion)
         if body.stream:
@@ -113,40 +109,14 @@ def _request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits)
         raise
     if max(map(len, encoded)) > limits.max_prompt_chars:  # folding may have made one longer
         raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters after folding", param="prompt")
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     return CompletionRequest(
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=_sampling(model, body),
-        stop=stop,
+        sampling=sampling_of(model.charset, body),
+        stop=stops_of(body),
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,
         echo=body.echo,
     )
-
-
-def _sampling(model: LoadedModel, body: CompletionBody) -> SamplingSettings:
-    try:
-        biases = sorted((_one_id(model.charset, char), bias) for char, bias in body.logit_bias.items())
-    except InvalidValue as error:
-        error.param = "logit_bias"
-        raise
-    return SamplingSettings(
-        temperature=body.temperature,
-        top_k=body.top_k,
-        top_p=body.top_p,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=tuple((char, bias) for char, bias in biases if bias != 0),
-    )
-
-
-def _one_id(charset: Charset, char: str) -> int:
-    ids = charset.encode(char)
-    if len(ids) != 1:
-        raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
-    return int(ids[0])

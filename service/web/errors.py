@@ -9,7 +9,7 @@ from flask import Flask, Response, jsonify
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
-from service.errors import GruServeError
+from service.errors import GruServeError, PositionConflict
 
 log = structlog.get_logger(__name__)
 
@@ -19,6 +19,10 @@ STATUS = {
     "incomplete_body": 408,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
+    "session_not_found": 404, "session_gone": 410, "position_gone": 410,
+    "session_exists": 409, "session_busy": 409, "revision_conflict": 409, "position_conflict": 409, "no_run": 409,
+    "run_taken_over": 409, "model_changed": 409,
+    "invalid_state": 400, "state_expired": 400, "state_model_mismatch": 400,
     "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "engine_failed": 503, "client_gone": 499,
     "internal_error": 500,
 }  # fmt: skip
@@ -36,10 +40,26 @@ def error_body(message: str, code: str, param: str | None = None, status: int | 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def body_of(error: GruServeError) -> dict[str, Any]:
+    """What the caller is told of one of ours."""
+    if error.code in ("invalid_artifact", "store_error"):
+        # Such messages name files of the server; the caller gets the kind, the log the place.
+        public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
+        return error_body(public, error.code)
+    body = error_body(error.message, error.code, error.param)
+    if isinstance(error, PositionConflict):
+        body["error"]["position"] = error.position
+    return body
+
+
 def error_response(message: str, code: str, param: str | None = None, status: int | None = None) -> Response:
     """An error's answer. Without `status` the table decides."""
     status = status if status is not None else STATUS.get(code, 500)
-    response = jsonify(error_body(message, code, param, status))
+    return _response(error_body(message, code, param, status), status)
+
+
+def _response(body: dict[str, Any], status: int) -> Response:
+    response = jsonify(body)
     response.status_code = status
     if status in (429, 503):
         response.headers["Retry-After"] = _RETRY_AFTER_S
@@ -73,11 +93,7 @@ def register_error_handlers(app: Flask) -> None:
         status = STATUS.get(error.code, 500)
         if status >= 500:
             log.error("request failed", code=error.code, error=error.message)
-        if error.code in ("invalid_artifact", "store_error"):
-            # Such messages name files of the server; the caller gets the kind, the log the place.
-            public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
-            return error_response(public, error.code)
-        return error_response(error.message, error.code, error.param)
+        return _response(body_of(error), status)
 
     @app.errorhandler(HTTPException)
     def _http(error: HTTPException) -> Any:

@@ -12,8 +12,9 @@ from pydantic_core import PydanticCustomError
 MAX_CHOICES = 128  # prompts x continuations that one request may ask for
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
+MAX_STOP_CHARS = 256
 
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
 LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -35,21 +36,6 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-
-class StreamOptions(Body):
-    """Options of a stream."""
-
-    include_usage: bool = Field(False, description="one more event before [DONE], with the usage and no choice")
-    include_obfuscation: Annotated[bool, only(False)] = False
-
-
-class CompletionBody(Body):
-    """Body of POST /v1/completions. A token is a character."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 200, "seed": 7}}
-    )
-
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, body: Any) -> Any:
@@ -58,12 +44,17 @@ class CompletionBody(Body):
             return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
         return body
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
-        description="the text to continue, or several"
-    )
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; none: the server's default model"
-    )
+
+class StreamOptions(Body):
+    """Options of a stream."""
+
+    include_usage: bool = Field(False, description="one more event before [DONE], with the usage and no choice")
+    include_obfuscation: Annotated[bool, only(False)] = False
+
+
+class SamplingBody(Body):
+    """How far to continue a text, and how. A token is a character."""
+
     max_tokens: int = Field(
         16, ge=0, le=_HARD_MAX_TOKENS, description="characters to generate at most; 0, with echo, reads only"
     )
@@ -86,6 +77,21 @@ class CompletionBody(Body):
     )
     seed: int | None = Field(
         None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="same seed, same request, same text; none: another each time"
+    )
+
+
+class CompletionBody(SamplingBody):
+    """Body of POST /v1/completions. A token is a character."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 200, "seed": 7}}
+    )
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
+        description="the text to continue, or several"
+    )
+    model: str | None = Field(
+        None, max_length=200, description="name, name@version or name@alias; none: the server's default model"
     )
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="continuations of each prompt")
     best_of: int | None = Field(
@@ -200,6 +206,7 @@ class ErrorObject(BaseModel):
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None = Field(description="the field that caused it")
     code: str = Field(description="stable name of the error")
+    position: int | None = Field(None, description="of a position_conflict: how long the text is; else not there")
 
 
 class ErrorAnswer(BaseModel):

@@ -10,14 +10,17 @@ from contextlib import suppress
 
 from flask import Response, request
 
+GATHER_S = 0.025  # characters of a stream that come within it travel together
+IDLE_S = 0.5  # how often a silent client is looked after
 PING_S = 10.0  # a comment after so much silence keeps balancers from closing the connection
 _PING = b": ping\n\n"
 
 
-def event(data: str, kind: str | None = None) -> bytes:
-    """One event. data: a line, as JSON is."""
+def event(data: str, kind: str | None = None, position: int | None = None) -> bytes:
+    """One event. data: a line, as JSON is. position: its id."""
     name = f"event: {kind}\n" if kind is not None else ""
-    return f"{name}data: {data}\n\n".encode()
+    number = f"id: {position}\n" if position is not None else ""
+    return f"{number}{name}data: {data}\n\n".encode()
 
 
 def stream_response(events: Iterator[bytes | None], on_close: Callable[[], None]) -> Response:

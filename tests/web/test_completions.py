@@ -18,6 +18,7 @@ from service.store import ModelStore
 from service.web import completions
 from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.errors import register_error_handlers
+from service.web.places import Places
 from service.web.schemas import CompletionAnswer, CompletionBody
 from tests.conftest import engine_settings
 
@@ -227,8 +228,8 @@ def test_no_more_requests_are_answered_than_there_are_places(tiny_store: ModelSt
     models = LoadedModels(tiny_store, 1, engine_settings())
     app = OpenAPI(__name__)
     register_error_handlers(app)
-    limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100, max_open=1)
-    app.register_api(completions_blueprint(models, "tiny", limits))
+    limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
+    app.register_api(completions_blueprint(models, "tiny", limits, Places(1)))
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

@@ -1,0 +1,95 @@
+"""Answers about sessions: JSON, and the events of a stream."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+
+import structlog
+from flask import Response
+
+from service.errors import GruServeError
+from service.generation.continuation import Continuation
+from service.generation.feeding import Fed
+from service.sessions.session import Session
+from service.web import session_schemas as schemas
+from service.web.completion_answer import logprobs_of
+from service.web.errors import body_of, error_response
+from service.web.schemas import Usage
+from service.web.sse import GATHER_S, IDLE_S, event
+
+log = structlog.get_logger(__name__)
+
+
+def session_answer(session: Session) -> schemas.SessionAnswer:
+    """How a session stands."""
+    return schemas.SessionAnswer(
+        id=session.id,
+        model=session.model,
+        position=session.position,
+        seed=session.seed,
+        ttl_s=session.ttl_s,
+        created_at=round(session.created_at, 3),
+        expires_at=round(session.expires_at, 3),
+        text_from=session.transcript.start,
+    )
+
+
+def feed_answer(fed: Fed) -> Response:
+    """Position and distribution after a feed; with log-probabilities if they were asked for."""
+    characters = fed.model.charset.characters
+    ids, logprobs = fed.next.top_ids[0].tolist(), fed.next.top[0].tolist()
+    # By hand: this is asked for at every keystroke, and the schema would take as long as the network.
+    after = [{"char": characters[at], "logprob": logprob} for at, logprob in zip(ids, logprobs, strict=True)]
+    scores = logprobs_of(fed.text, fed.scores, fed.model.charset, fed.position - len(fed.text))
+    answer = {"position": fed.position, "next": after, "logprobs": scores.model_dump() if scores is not None else None}
+    return Response(json.dumps(answer), mimetype="application/json")
+
+
+def whole_continuation(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Response:
+    """The answer when everything is generated. Raises RunTakenOver, EngineFailed."""
+    for piece in continuation.pieces(None, IDLE_S):
+        if piece is None and client_has_gone():
+            return error_response("the client has closed the connection", "client_gone")
+    answer = {"text": continuation.text} | _facts(continuation)
+    return Response(json.dumps(answer), mimetype="application/json")
+
+
+def continuation_events(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Iterator[bytes | None]:
+    """Server-sent events, each with the position after it as its id; None is a moment of silence."""
+    started, ending, num_chars = time.perf_counter(), "left", 0
+    try:
+        for piece in continuation.pieces(GATHER_S, IDLE_S):
+            if piece is None:
+                if client_has_gone():
+                    return
+                yield None
+                continue
+            num_chars += len(piece.text)
+            yield event(json.dumps({"text": piece.text}), "text", piece.position)
+        yield event(json.dumps(_facts(continuation)), "done", continuation.position)
+        ending = "done"
+    except GruServeError as error:
+        ending = error.code
+        yield event(json.dumps(body_of(error)), "error")
+    finally:
+        continuation.close()
+        log.info(
+            "session stream ended",
+            ending=ending,
+            num_chars=num_chars,
+            duration_ms=round((time.perf_counter() - started) * 1000, 2),
+        )
+
+
+def _facts(continuation: Continuation) -> dict[str, object]:
+    """What is known of a continuation when it is over."""
+    num_chars = len(continuation.text)
+    usage = Usage(prompt_tokens=0, completion_tokens=num_chars, total_tokens=num_chars)
+    return {
+        "finish_reason": continuation.finish_reason,
+        "position": continuation.position,
+        "usage": usage.model_dump(),
+        "sha256": continuation.sha256,
+    }

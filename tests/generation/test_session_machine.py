@@ -1,0 +1,529 @@
+"""Any operations on sessions against the obvious model: a dict of texts, replayed from zero in one batch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from service.engine.request import Request
+from service.engine.sampling import PLAIN, SamplingSettings
+from service.errors import GruServeError
+from service.generation.continuation import Continuation
+from service.generation.creation import NewSession
+from service.generation.feeding import Feed
+from service.generation.reading import stop_ids
+from service.generation.runs import RunRequest
+from service.generation.sessions import Sessions
+from service.loaded import LoadedModels
+from service.sessions.memory import MemoryStore
+from service.sessions.portable import StateSealer
+from service.sessions.transcript import Retention
+from service.store import ModelStore
+from tests.conftest import TINY_CHARSET, engine_settings, publish_tiny
+from tests.sessions.conftest import Clock
+
+NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500"))
+EVERY, RETAINED, TTL_S, MAX_SESSIONS = 8, 40, 100.0, 5
+TEXTS = st.text(TINY_CHARSET, max_size=30)
+SEEDS = st.integers(-3, 3)
+SAMPLING = st.sampled_from(
+    [
+        PLAIN,
+        SamplingSettings(temperature=0),
+        SamplingSettings(temperature=0.7, top_k=5),
+        SamplingSettings(repetition_penalty=1.5, frequency_penalty=0.3),
+    ]
+)
+RUNS = st.builds(
+    RunRequest,
+    max_chars=st.integers(1, 32),
+    sampling=SAMPLING,
+    stops=st.sampled_from([(), ("e",), ("ab", "I", "tt")]),
+    seed=st.none() | SEEDS,
+)
+
+
+@dataclass
+class Ran:
+    """A run. before: the text it began after; context: what was retained of that. end, reason: None unless over."""
+
+    before: str
+    context: str
+    request: RunRequest
+    seed: int
+    text: str = ""
+    reason: str | None = None
+
+    @property
+    def start(self) -> int:
+        return len(self.before)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
+
+
+@dataclass
+class Text:
+    """What the obvious model knows of a session. whole: its text from zero."""
+
+    whole: str
+    start: int
+    seed: int
+    expires_at: float
+    origin: object = None
+    run: Ran | None = None
+
+    @property
+    def position(self) -> int:
+        return len(self.whole)
+
+    def grow(self, text: str) -> None:
+        self.whole += text
+        self.start = max(self.start, (self.position - RETAINED) // EVERY * EVERY)
+
+    def feed(self, text: str) -> None:
+        self.grow(text)
+        if text and self.run is not None and self.run.reason is None:
+            self.run = None
+
+    def begin(self, request: RunRequest) -> Ran:
+        seed = request.seed if request.seed is not None else self.seed
+        return Ran(self.whole, self.whole[self.start :], request, seed)
+
+    def cut(self, position: int) -> None:
+        if position < self.position:
+            self.whole = self.whole[:position]
+            if self.run is not None and (self.run.reason is None or self.run.end > position):
+                self.run = None
+
+
+@dataclass
+class World:
+    """What all machines share: loading a model for each would take longer than what they test."""
+
+    models: LoadedModels
+    clock: Clock = field(default_factory=Clock)
+
+
+WORLD: list[World] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as root:
+        store = ModelStore(Path(root))
+        publish_tiny(store)
+        models = LoadedModels(store, 1, engine_settings())
+        models.get("tiny").engine.submit([Request(models.get("tiny").charset.encode("a"), 0, 0)])[0].wait()
+        WORLD.append(World(models))
+        yield
+        WORLD.clear()
+        models.close()
+
+
+class SessionMachine(RuleBasedStateMachine):
+    ids = Bundle("ids")
+    states = Bundle("states")
+
+    @initialize()
+    def begin(self) -> None:
+        self.models, self.clock = WORLD[0].models, WORLD[0].clock
+        self.model = self.models.get("tiny")
+        self.store = MemoryStore(MAX_SESSIONS, 10**7, self.clock)
+        sealer, retention = StateSealer(["0123456789abcdef"], self.clock), Retention(EVERY, RETAINED)
+        self.sessions = Sessions(self.models, self.store, sealer, TTL_S, retention, self.clock)
+        self.texts: dict[str, Text] = {}  # the least recently used first, but for open ones
+        self.open: dict[str, tuple[Continuation, Ran]] = {}
+        self.gone: set[str] = set()
+        self.ran: list[Ran] = []
+        self.num_created = 0
+
+    # The model
+
+    def use(self, session_id: str) -> None:
+        text = self.texts.pop(session_id)
+        self.texts[session_id] = text
+        text.expires_at = self.clock.now + TTL_S
+
+    def fate(self, session_id: str, *, needs_lease: bool = True) -> str | None:
+        """The code of the error that the session's absence or use makes."""
+        if session_id not in self.texts:
+            return "session_gone" if session_id in self.gone else "session_not_found"
+        return "session_busy" if needs_lease and session_id in self.open else None
+
+    def admit(self, session_id: str, text: Text) -> str | None:
+        """A new session; what happens to others."""
+        if len(self.texts) == MAX_SESSIONS:
+            idle = [other for other in self.texts if other not in self.open]
+            if not idle:
+                return "overloaded"
+            del self.texts[idle[0]]
+            self.gone.add(idle[0])
+        text.start = max(text.start, (text.position - RETAINED) // EVERY * EVERY)
+        self.texts[session_id] = text
+        self.gone.discard(session_id)
+        return None
+
+    @contextmanager
+    def fails(self, code: str | None) -> Iterator[None]:
+        """The block raises the error of this code; None: nothing."""
+        found = None
+        try:
+            yield
+        except GruServeError as error:
+            found = error.code
+        assert found == code
+
+    # Sessions come and go
+
+    @rule(target=ids, text=TEXTS, seed=SEEDS, name=st.none() | st.sampled_from("abcd"))
+    def create(self, text: str, seed: int, name: str | None) -> Any:
+        new = NewSession(name, "tiny", text, seed=seed)
+        there = self.texts.get(name or "")
+        code, is_new = None, there is None
+        if there is not None:
+            code = None if there.origin == new.origin else "session_exists"
+            if code is None and name in self.open:
+                is_new = False
+        made = Text(text, 0, seed, self.clock.now + TTL_S, new.origin)
+        session_id = name
+        if there is None and len(self.texts) == MAX_SESSIONS and len(self.open) == MAX_SESSIONS:
+            code = "overloaded"
+        with self.fails(code):
+            session, created = self.sessions.creation.create("", new)
+            session_id = session.id
+            assert created == is_new
+            if created:
+                assert session.position == len(text)
+                self.admit(session.id, made)
+        return multiple() if session_id is None else session_id
+
+    @rule(session_id=ids)
+    def delete(self, session_id: str) -> None:
+        with self.fails(self.fate(session_id)):
+            self.sessions.delete("", session_id)
+            del self.texts[session_id]
+
+    @rule(seconds=st.sampled_from([1.0, 49.5, 100.0]), sweep=st.booleans())
+    def time_passes(self, seconds: float, sweep: bool) -> None:
+        self.clock.now += seconds
+        for session_id, text in list(self.texts.items()):
+            if session_id not in self.open and text.expires_at <= self.clock.now:
+                del self.texts[session_id]
+                self.gone.add(session_id)
+        while sweep and self.store.sweep(2):
+            pass
+        if not sweep:  # what nobody has swept is found out by who asks for it; eviction must not see it before that
+            for session_id in self.gone:
+                with self.fails(self.fate(session_id, needs_lease=False)):
+                    self.sessions.get("", session_id)
+
+    @rule(session_id=ids)
+    def others_see_nothing(self, session_id: str) -> None:
+        with self.fails("session_not_found"):
+            self.sessions.get("another", session_id)
+        with self.fails("session_not_found"):
+            self.sessions.runs.resume("another", session_id, None)
+
+    # Feeding
+
+    @rule(session_id=ids, text=TEXTS, says=st.booleans())
+    def feed(self, session_id: str, text: str, says: bool) -> None:
+        with self.fails(self.fate(session_id)):
+            position = self.sessions.get("", session_id).position if says else None
+            fed = self.sessions.feeding.feed("", session_id, Feed(text, position, num_next=3, num_logprobs=1))
+            there = self.texts[session_id]
+            there.feed(text)
+            assert fed.position == there.position
+            assert (fed.scores is not None and len(fed.scores.chosen) == len(text)) or not text
+            self.use(session_id)
+
+    @rule(session_id=ids, back=st.integers(0, 60), num_chars=st.integers(0, 60), wrong=st.booleans())
+    def feed_again(self, session_id: str, back: int, num_chars: int, wrong: bool) -> None:
+        code = self.fate(session_id)
+        text = position = None
+        if code is None:
+            there = self.texts[session_id]
+            position = max(0, there.position - back)
+            text = there.whole[position : position + num_chars]
+            if wrong:
+                text += "z" if there.whole[position + len(text) :][:1] != "z" else "a"
+            if position != there.position:
+                if position + len(text) > there.position or wrong:
+                    code = "position_conflict"
+                if position < there.start and position + len(text) <= there.position:
+                    code = "position_gone"
+        with self.fails(code):
+            fed = self.sessions.feeding.feed("", session_id, Feed(text or "", position, num_logprobs=0))
+            assert position is not None
+            assert fed.position == position + len(text or "")
+            if position == self.texts[session_id].position and text:
+                self.texts[session_id].feed(text)
+        if session_id in self.texts and session_id not in self.open:
+            self.use(session_id)
+
+    @rule(session_id=ids, ahead=st.integers(1, 3))
+    def feed_too_far(self, session_id: str, ahead: int) -> None:
+        code = self.fate(session_id) or "position_conflict"
+        position = self.texts[session_id].position + ahead if session_id in self.texts else ahead
+        with self.fails(code):
+            self.sessions.feeding.feed("", session_id, Feed("a", position))
+        if code == "position_conflict":
+            self.use(session_id)
+
+    # Generating
+
+    @rule(session_id=ids, request=RUNS, says=st.booleans())
+    def generate(self, session_id: str, request: RunRequest, says: bool) -> None:
+        code = self.fate(session_id)
+        position = self.texts[session_id].position if says and session_id in self.texts else None
+        if code == "session_busy" and says:
+            return  # it may be taken over: see resume
+        with self.fails(code):
+            continuation = self.sessions.runs.generate("", session_id, request, position)
+            there = self.texts[session_id]
+            again = there.run is not None and says and there.run.start == position and there.run.request == request
+            run = there.run if again and there.run is not None else there.begin(request)
+            self.finish(session_id, continuation, run, run.start)
+            self.use(session_id)
+
+    @rule(session_id=ids)
+    def generate_again(self, session_id: str) -> None:
+        """With the position where the last run began, and what it was asked for: nothing is generated twice."""
+        there = self.texts.get(session_id)
+        if there is None or there.run is None or session_id in self.open or there.run.start < there.start:
+            return
+        run = there.run
+        again = replace(run.request, seed=run.seed)
+        self.finish(session_id, self.sessions.runs.generate("", session_id, again, run.start), run, run.start)
+        self.use(session_id)
+
+    @rule(session_id=ids, request=RUNS, num_pieces=st.integers(0, 3))
+    def generate_and_leave(self, session_id: str, request: RunRequest, num_pieces: int) -> None:
+        if self.fate(session_id) is not None:
+            return
+        there = self.texts[session_id]
+        run = there.begin(replace(request, max_chars=30))
+        continuation = self.sessions.runs.generate("", session_id, run.request, None)
+        pieces = continuation.pieces(0.0, 20)
+        got = "".join(piece.text for piece, _ in zip(pieces, range(num_pieces), strict=False) if piece is not None)
+        continuation.close()
+        self.stopped(session_id, run)
+        assert run.text.startswith(got)
+        self.use(session_id)
+
+    @rule(session_id=ids, back=st.integers(-3, 40))
+    def resume(self, session_id: str, back: int) -> None:
+        code = self.fate(session_id, needs_lease=False)
+        if session_id in self.open:  # it is taken over
+            self.settle(session_id)
+        there = self.texts.get(session_id)
+        after: int | None = None
+        if there is not None and there.run is not None:
+            end = there.run.end if there.run.reason is not None else there.position
+            after = max(0, end - back)
+            if after > end:
+                code = "position_conflict"
+            elif min(after, there.run.start) < there.start:
+                code = "position_gone"
+        elif there is not None:
+            code = "no_run"
+        with self.fails(code):
+            continuation = self.sessions.runs.resume("", session_id, after)
+            assert there is not None
+            assert there.run is not None
+            assert after is not None
+            self.finish(session_id, continuation, there.run, after)
+        if there is not None:
+            self.use(session_id)
+
+    def finish(self, session_id: str, continuation: Continuation, run: Ran, after: int) -> None:
+        """Take everything after a position, and note what the run has to have been."""
+        there = self.texts[session_id]
+        pieces = [piece for piece in continuation.pieces(0.0, 20) if piece is not None]
+        got, position = "", after
+        for piece in pieces:
+            got, position = got + piece.text, position + len(piece.text)
+            assert piece.position == position
+        assert got == (run.before + continuation.text)[after:]
+        assert position == continuation.position == run.start + len(continuation.text)
+        assert continuation.finish_reason is not None
+        if run.reason is None:
+            there.whole = run.before
+            there.grow(continuation.text)
+            run.text, run.reason, there.run = continuation.text, continuation.finish_reason, run
+            self.ran.append(run)
+        else:
+            assert (continuation.text, continuation.finish_reason) == (run.text, run.reason)
+
+    def stopped(self, session_id: str, run: Ran) -> None:
+        """The run was cut, or had just ended: the session tells where."""
+        there, session = self.texts[session_id], self.sessions.get("", session_id)
+        assert session.run is not None
+        text = session.transcript.text(run.start, session.position)
+        there.whole = run.before
+        there.grow(text)
+        run.text, run.reason, there.run = text, session.run.finish_reason, run
+        self.ran.append(run)
+
+    # An open run: the session is in use
+
+    @rule(session_id=ids, request=RUNS)
+    def open_run(self, session_id: str, request: RunRequest) -> None:
+        if self.fate(session_id) is None:
+            run = self.texts[session_id].begin(replace(request, max_chars=24))
+            self.open[session_id] = self.sessions.runs.generate("", session_id, run.request, None), run
+
+    @rule(session_id=ids)
+    def close_run(self, session_id: str) -> None:
+        if session_id in self.open:
+            self.settle(session_id)
+            self.use(session_id)
+
+    def settle(self, session_id: str) -> None:
+        continuation, run = self.open.pop(session_id)
+        continuation.close()
+        self.stopped(session_id, run)
+
+    # Going elsewhere
+
+    @rule(session_id=ids, back=st.integers(-2, 60))
+    def rewind(self, session_id: str, back: int) -> None:
+        code = self.fate(session_id)
+        position = 5
+        if code is None:
+            there = self.texts[session_id]
+            position = max(0, there.position - back)
+            code = "position_conflict" if back < 0 else "position_gone" if position < there.start else None
+            self.use(session_id)
+        with self.fails(code):
+            assert self.sessions.rewind("", session_id, position).position == position
+            self.texts[session_id].cut(position)
+
+    @rule(target=ids, session_id=ids, back=st.none() | st.integers(-2, 60), seed=st.none() | SEEDS)
+    def fork(self, session_id: str, back: int | None, seed: int | None) -> Any:
+        code = self.fate(session_id)
+        position = None
+        if code is None:
+            there = self.texts[session_id]
+            if back is not None:
+                position = max(0, there.position - back)
+                code = "position_conflict" if back < 0 else "position_gone" if position < there.start else None
+            self.use(session_id)
+            if code is None and len(self.texts) == MAX_SESSIONS and len(self.open) == MAX_SESSIONS:
+                code = "overloaded"
+        made = None
+        with self.fails(code):
+            session, is_new = self.sessions.creation.fork("", session_id, None, position, seed)
+            assert is_new
+            made = session.id
+            there = self.texts[session_id]
+            self.admit(
+                session.id,
+                Text(
+                    there.whole[:position],
+                    there.start,
+                    seed if seed is not None else there.seed,
+                    self.clock.now + TTL_S,
+                ),
+            )
+        return multiple() if made is None else made
+
+    @rule(target=states, session_id=ids, ttl_s=st.none() | st.just(60.0))
+    def export(self, session_id: str, ttl_s: float | None) -> Any:
+        with self.fails(self.fate(session_id)):
+            state, header = self.sessions.export("", session_id, ttl_s)
+            there = self.texts[session_id]
+            assert header.position == there.position
+            self.use(session_id)
+            return state, there.whole, there.seed, None if ttl_s is None else self.clock.now + ttl_s
+        return multiple()
+
+    @rule(target=ids, exported=states, text=TEXTS, damage=st.booleans())
+    def carry(self, exported: tuple[str, str, int, float | None], text: str, damage: bool) -> Any:
+        state, whole, seed, expires_at = exported
+        code = "state_expired" if expires_at is not None and expires_at <= self.clock.now else None
+        if damage:
+            code, state = "invalid_state", state[:-7] + state[-6:]
+        if code is None and len(self.open) == MAX_SESSIONS == len(self.texts):
+            code = "overloaded"
+        made = None
+        with self.fails(code):
+            session, _ = self.sessions.creation.create("", NewSession(None, None, text, state=state))
+            made = session.id
+            self.admit(made, Text(whole + text, len(whole), seed, self.clock.now + TTL_S))
+        return multiple() if made is None else made
+
+    @rule(exported=consumes(states))
+    def lose(self, exported: object) -> None:
+        """A state that nobody needs any more."""
+
+    # What holds at any time
+
+    @invariant()
+    def everything_is_as_long_as_it_should_be(self) -> None:
+        for session_id, text in getattr(self, "texts", {}).items():
+            session = self.sessions.get("", session_id)
+            if session_id in self.open:
+                continue
+            assert (session.position, session.transcript.start, session.seed) == (
+                text.position,
+                text.start,
+                text.seed,
+            )
+            assert session.transcript.text(text.start, text.position) == text.whole[text.start :]
+            assert session.expires_at == text.expires_at
+        if hasattr(self, "store"):
+            assert len(self.store) >= len(self.texts)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "texts"):
+            return
+        for session_id in list(self.open):
+            self.settle(session_id)
+        encode = self.model.charset.exact
+        sessions = [(self.sessions.get("", session_id), text) for session_id, text in self.texts.items()]
+        replays = [Request(encode(text.whole), 0, 0) for _, text in sessions]
+        replays += [
+            Request(
+                encode(ran.before),
+                ran.request.max_chars,
+                ran.seed,
+                ran.request.sampling,
+                stop_ids(self.model.charset, ran.request.stops),
+                history_prompt=encode(ran.context),
+            )
+            for ran in self.ran
+        ]
+        handles = self.model.engine.submit(replays)
+        for (session, _), handle in zip(sessions, handles, strict=False):
+            assert handle.wait().hidden.tobytes() == session.hidden.tobytes()
+        for ran, handle in zip(self.ran, handles[len(sessions) :], strict=True):
+            part, end = handle.take(None), handle.wait()
+            text = self.model.charset.decode(part.chars) if part is not None else ""
+            if ran.reason is None:
+                assert text.startswith(ran.text)
+                continue
+            if end.reason == "stop":
+                text = text[: -max(len(stop) for stop in ran.request.stops if text.endswith(stop))]
+            assert (ran.text, ran.reason) == (text, end.reason)
+
+
+TestSessionMachine = SessionMachine.TestCase
+TestSessionMachine.settings = settings(
+    max_examples=NUM_RUNS,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)

@@ -1,0 +1,114 @@
+"""Portable states: what was sealed opens, to the bit; nothing else does."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from service.errors import InvalidState, StateExpired, StateModelMismatch
+from service.sessions.portable import StateHeader, StateSealer
+from tests.sessions.conftest import Clock
+
+OLD, NEW, FOREIGN = "the key of last year", "the key of this year", "the key of somebody else"
+HEADER = StateHeader(model="tiny@1", identity="ab" * 32, position=12, seed=-7, expires_at=None)
+HIDDEN = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.=+/ \n\0é"
+
+
+@given(
+    hidden=arrays.arrays(np.float32, (2, 8), elements=st.floats(-1, 1, width=32)),
+    position=st.integers(0, 2**53),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+def test_what_was_sealed_opens_to_the_bit(hidden: np.ndarray, position: int, seed: int) -> None:
+    header = HEADER.model_copy(update={"position": position, "seed": seed})
+    opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(header, hidden))
+    assert opened.header == header
+    assert opened.hidden(header.identity, (2, 8)).tobytes() == hidden.tobytes()
+
+
+def test_the_first_key_signs_and_all_are_accepted() -> None:
+    rotated = StateSealer([NEW, OLD])
+    for sealer in (StateSealer([OLD]), rotated):
+        rotated.open(sealer.seal(HEADER, HIDDEN))
+    StateSealer([NEW]).open(rotated.seal(HEADER, HIDDEN))
+    with pytest.raises(InvalidState):
+        StateSealer([OLD]).open(rotated.seal(HEADER, HIDDEN))
+
+
+def test_it_is_good_until_the_moment_that_was_asked_for(clock: Clock) -> None:
+    sealer = StateSealer([NEW], clock)
+    sealed = sealer.seal(HEADER.model_copy(update={"expires_at": clock.now + 60}), HIDDEN)
+    clock.now += 59.999
+    sealer.open(sealed)
+    clock.now += 0.001
+    with pytest.raises(StateExpired):
+        sealer.open(sealed)
+
+
+def test_its_size_is_what_it_should_be() -> None:
+    sealed = StateSealer([NEW]).seal(HEADER, np.zeros((1, 1024), np.float32))
+    assert 5_500 < len(sealed) < 6_000
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1.0000001, -2.0])
+def test_numbers_that_no_state_has_are_refused(number: float) -> None:
+    hidden = HIDDEN.copy()
+    hidden[0, 3] = number
+    opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, hidden))
+    with pytest.raises(InvalidState):
+        opened.hidden(HEADER.identity, (1, 16))
+
+
+def test_another_model_or_size_is_refused() -> None:
+    opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, HIDDEN))
+    with pytest.raises(StateModelMismatch):
+        opened.hidden("cd" * 32, (1, 16))
+    for shape in ((1, 15), (2, 16), (1, 1024)):
+        with pytest.raises(InvalidState):
+            opened.hidden(HEADER.identity, shape)
+
+
+def test_nothing_that_was_changed_opens() -> None:
+    """20,000 changes of every kind, all refused: also the spare bits of base64, which change no byte of it."""
+    chance = random.Random(1)
+    sealer = StateSealer([NEW])
+    good = sealer.seal(HEADER, HIDDEN)
+    for _ in range(20_000):
+        bad = changed(good, chance)
+        if bad == good:
+            continue
+        with pytest.raises(InvalidState):
+            sealer.open(bad)
+    for place in range(len(good)):
+        with pytest.raises(InvalidState):
+            sealer.open(good[:place])
+    for last in ALPHABET:
+        if last != good[-1]:
+            with pytest.raises(InvalidState):
+                sealer.open(good[:-1] + last)
+    with pytest.raises(InvalidState):
+        sealer.open(StateSealer([FOREIGN]).seal(HEADER, HIDDEN))
+
+
+def changed(good: str, chance: random.Random) -> str:
+    """A state with a character changed, dropped, added or swapped, or pieces of it in another order."""
+    place, other = chance.randrange(len(good)), chance.randrange(len(good))
+    new = chance.choice(ALPHABET)
+    return chance.choice(
+        [
+            good[:place] + new + good[place + 1 :],
+            good[:place] + good[place + 1 :],
+            good[:place] + new + good[place:],
+            good[:place],
+            good[min(place, other) : max(place, other)],
+            good[place:] + good[:place],
+            good + good[place:],
+            good[: min(place, other)] + good[max(place, other) :],
+        ]
+    )

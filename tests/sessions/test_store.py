@@ -1,0 +1,338 @@
+"""The session store's contract: one suite for every implementation. Add it to STORES."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.engine.sampling import PLAIN
+from service.errors import (
+    GruServeError,
+    Overloaded,
+    RevisionConflict,
+    SessionBusy,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+)
+from service.sessions.memory import MemoryStore
+from service.sessions.session import Run, Session
+from service.sessions.store import Lease, SessionStore
+from service.sessions.transcript import Block, Retention, Transcript
+from tests.sessions.conftest import Clock
+
+STORES: dict[str, Callable[[Clock], SessionStore]] = {"memory": lambda clock: MemoryStore(100, 2**30, clock)}
+SHAPE = (1, 16)
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, clock: Clock) -> SessionStore:
+    return STORES[request.param](clock)
+
+
+def state(value: float) -> Any:
+    return np.full(SHAPE, value, np.float32)
+
+
+def session(session_id: str = "a", **changes: Any) -> Session:
+    fields: dict[str, Any] = {
+        "owner": "", "model": "tiny@1", "identity": "ab", "seed": 7, "ttl_s": 60, "created_at": 0, "expires_at": 0,
+        "hidden": state(0.5), "transcript": Transcript(0, (), "ROMEO:"),
+    }  # fmt: skip
+    return Session(session_id, **(fields | changes))
+
+
+def facts(one: Session) -> list[Any]:
+    """Everything of a session, comparable."""
+    transcript = [one.transcript.start, one.transcript.text(one.transcript.start, one.position)]
+    transcript += [(block.end, block.hidden.tobytes()) for block in one.transcript.blocks]
+    names = ("id", "owner", "model", "identity", "seed", "ttl_s", "created_at", "expires_at", "run", "origin")
+    return [*(getattr(one, name) for name in names), one.revision, one.hidden.tobytes(), *transcript]
+
+
+def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Session:
+    lease = store.lease("", session_id)
+    saved = store.save(lease, replace(store.load("", session_id), **changes))
+    store.release(lease)
+    return saved
+
+
+def test_what_was_created_is_loaded(store: SessionStore, clock: Clock) -> None:
+    run = Run(3, 10, -5, replace(PLAIN, temperature=0.5), ("ab",), "xyz", "stop", 6)
+    transcript = Transcript(2, (Block("ab", 4, state(0.1)),), "cd")
+    created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", transcript=transcript))
+    assert (created.created_at, created.expires_at, created.revision) == (clock.now, clock.now + 90.5, 1)
+    assert facts(store.load("", "a")) == facts(created)
+
+
+def test_an_id_is_taken_once(store: SessionStore) -> None:
+    store.create(session())
+    with pytest.raises(SessionExists):
+        store.create(session(seed=8))
+    assert store.load("", "a").seed == 7
+
+
+def test_owners_dont_see_one_another(store: SessionStore) -> None:
+    store.create(session(owner="one", seed=1))
+    store.create(session(owner="two", seed=2))
+    store.create(session(owner="", seed=3))
+    assert [store.load(owner, "a").seed for owner in ("one", "two", "")] == [1, 2, 3]
+    for call in (store.load, store.lease):
+        with pytest.raises(SessionNotFound):
+            call("three", "a")
+    store.delete(store.lease("one", "a"))
+    assert store.load("two", "a").seed == 2
+    assert [len(store.page(owner, "", 9)) for owner in ("one", "two", "", "three")] == [0, 1, 1, 0]
+
+
+def test_values_go_in_and_come_out(store: SessionStore) -> None:
+    """Nobody who holds a session sees what others do to it, and what they do to its array changes nothing."""
+    hidden = state(0.25)
+    created = store.create(session(hidden=hidden))
+    loaded = store.load("", "a")
+    hidden[:] = 9
+    assert store.load("", "a").hidden.tobytes() == state(0.25).tobytes()
+    change(store, hidden=state(0.75), transcript=Transcript(0, (), "ROMEO:x"))
+    assert loaded.hidden.tobytes() == state(0.25).tobytes()
+    assert created.position == loaded.position == 6
+    assert store.load("", "a").position == 7
+
+
+def test_saving_needs_the_lease_and_the_revision(store: SessionStore) -> None:
+    first = store.create(session())
+    lease = store.lease("", "a")
+    second = store.save(lease, replace(first, seed=8))
+    assert second.revision == first.revision + 1
+    with pytest.raises(RevisionConflict):
+        store.save(lease, replace(first, seed=9))
+    store.release(lease)
+    for use in (lambda: store.save(lease, replace(second, seed=9)), lambda: store.delete(lease)):
+        with pytest.raises(RevisionConflict):
+            use()
+    other = store.lease("", "a")
+    with pytest.raises(RevisionConflict):
+        store.save(lease, replace(second, seed=9))
+    store.release(lease)  # it was given back: harmless, and not the other one's
+    with pytest.raises(SessionBusy):
+        store.lease("", "a")
+    store.release(other)
+    assert facts(store.load("", "a"))[:-3] == facts(second)[:-3]
+
+
+def test_one_lease_at_a_time(store: SessionStore) -> None:
+    store.create(session())
+    lease = store.lease("", "a")
+    with pytest.raises(SessionBusy):
+        store.lease("", "a")
+    assert store.load("", "a").seed == 7  # reading needs none
+    store.release(lease)
+    store.release(store.lease("", "a"))
+
+
+def test_of_many_who_reach_for_it_one_gets_it(store: SessionStore) -> None:
+    store.create(session())
+    got: list[Lease] = []
+    barrier = threading.Barrier(8)
+
+    def reach() -> None:
+        for _ in range(50):
+            barrier.wait(10)
+            try:
+                lease = store.lease("", "a")
+            except SessionBusy:
+                continue
+            finally:
+                barrier.wait(10)
+            got.append(lease)
+            store.release(lease)
+
+    threads = [threading.Thread(target=reach) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 50
+
+
+def test_it_lives_to_the_second(store: SessionStore, clock: Clock) -> None:
+    store.create(session(ttl_s=60))
+    clock.now += 59.9
+    store.load("", "a")
+    clock.now += 0.1
+    for call in (store.load, store.lease):
+        with pytest.raises(SessionGone):
+            call("", "a")
+    with pytest.raises(SessionNotFound):
+        store.load("somebody", "a")
+    assert store.page("", "", 9) == []
+    store.create(session(seed=9))  # the id is free again
+    assert store.load("", "a").seed == 9
+
+
+def test_use_lets_it_live_on_and_reading_does_not(store: SessionStore, clock: Clock) -> None:
+    store.create(session(ttl_s=60))
+    clock.now += 59
+    store.release(store.lease("", "a"))
+    assert store.load("", "a").expires_at == clock.now + 60
+    clock.now += 59
+    store.load("", "a")
+    store.page("", "", 9)
+    clock.now += 1
+    with pytest.raises(SessionGone):
+        store.load("", "a")
+
+
+def test_what_is_leased_never_expires(store: SessionStore, clock: Clock) -> None:
+    store.create(session(ttl_s=60))
+    lease = store.lease("", "a")
+    for _ in range(100):
+        clock.now += 1000
+        store.load("", "a")
+    saved = store.save(lease, replace(store.load("", "a"), seed=8))
+    assert saved.seed == 8
+    store.release(lease)
+    clock.now += 59.9
+    assert store.load("", "a").seed == 8
+    clock.now += 0.1
+    with pytest.raises(SessionGone):
+        store.load("", "a")
+
+
+def test_what_is_deleted_has_never_been(store: SessionStore) -> None:
+    store.create(session())
+    lease = store.lease("", "a")
+    store.delete(lease)
+    store.release(lease)
+    for call in (store.load, store.lease):
+        with pytest.raises(SessionNotFound):
+            call("", "a")
+
+
+def test_pages_are_in_the_order_of_ids(store: SessionStore) -> None:
+    for session_id in ("b", "B", "a", "ab", "z", "-"):
+        store.create(session(session_id))
+    ids = [one.id for one in store.page("", "", 99)]
+    assert ids == sorted(ids)
+    assert [one.id for one in store.page("", "B", 2)] == ["a", "ab"]
+    assert [one.id for one in store.page("", "aa", 9)] == ["ab", "b", "z"]
+    assert store.page("", "z", 9) == []
+
+
+# Only of the store in memory
+
+
+def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> MemoryStore:
+    return MemoryStore(max_sessions, max_bytes, clock)
+
+
+def outcome(call: Callable[[], object]) -> str | None:
+    """The code of its error."""
+    try:
+        call()
+    except GruServeError as error:
+        return error.code
+    return None
+
+
+def test_the_least_recently_used_idle_one_makes_room(clock: Clock) -> None:
+    store = memory(clock)
+    for session_id in "abc":
+        store.create(session(session_id))
+    store.release(store.lease("", "a"))
+    held = store.lease("", "b")
+    store.create(session("d"))  # c is the one: a was used since, b is in use
+    assert [outcome(lambda one=one: store.load("", one)) for one in "abcd"] == [None, None, "session_gone", None]
+    store.create(session("e"))
+    assert outcome(lambda: store.load("", "a")) == "session_gone"
+    held = [held, store.lease("", "d"), store.lease("", "e")]
+    with pytest.raises(Overloaded):
+        store.create(session("f"))
+    assert len(store) == 3
+    for lease in held:
+        store.release(lease)
+    store.create(session("f"))
+    assert outcome(lambda: store.load("", "b")) == "session_gone"
+
+
+def test_bytes_are_bounded_too(clock: Clock) -> None:
+    store = memory(clock, max_sessions=10**6, max_bytes=10**6)
+    for number in range(3000):
+        store.create(session(f"s{number}"))
+        assert store.num_bytes <= 10**6
+    assert 100 < len(store) < 3000
+    store.load("", "s2999")
+    with pytest.raises(Overloaded):
+        store.create(session("large", hidden=np.zeros((1, 300_000), np.float32)))
+    store.load("", "s2999")  # which cost nobody anything
+
+
+def test_one_that_grows_pushes_idle_ones_out_and_not_itself(clock: Clock) -> None:
+    store = memory(clock, max_bytes=50_000)
+    for session_id in "ab":
+        store.create(session(session_id))
+    change(store, "b", transcript=Transcript(0, (), "x" * 48_000))
+    assert outcome(lambda: store.load("", "a")) == "session_gone"
+    assert store.load("", "b").position == 48_000
+
+
+def test_forks_share_what_they_have_in_common(clock: Clock) -> None:
+    """A thousand forks of a long draft cost a state each, and give back all of it."""
+    store = memory(clock, max_sessions=2000)
+    retention, text, hidden = Retention(), "x" * 60_000, np.zeros((1, 1024), np.float32)
+    kept = {position: hidden.copy() for position in retention.checkpoints(0, 60_000)}
+    draft = store.create(session("draft", transcript=Transcript().extended(text, kept, retention), hidden=hidden))
+    one = store.num_bytes
+    assert one > 60_000 / 256 * 4096
+    for number in range(1000):
+        store.create(replace(draft, id=f"fork{number}"))
+    assert store.num_bytes - one < 1000 * 5400
+    clock.now += 60
+    while store.sweep(100):
+        pass
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
+def test_a_sweep_takes_what_is_due_a_slice_at_a_time(clock: Clock) -> None:
+    store = memory(clock, max_sessions=1000)
+    for number in range(300):
+        store.create(session(f"s{number}", ttl_s=10 + number % 3))
+    held = store.lease("", "s0")
+    assert store.sweep(1000) == 0
+    clock.now += 10
+    assert [store.sweep(60), store.sweep(60), store.sweep(60)] == [60, 39, 0]
+    clock.now += 2.5
+    assert store.sweep(1000) + store.sweep(1000) == 200
+    assert len(store) == 1
+    store.release(held)
+    clock.now += 11  # whole seconds are swept
+    assert store.sweep(10) == 1
+    assert store.num_bytes == 0
+
+
+def test_a_clock_that_jumps_forgets_nobody(clock: Clock) -> None:
+    """Neither does one that is set back."""
+    store = memory(clock)
+    store.create(session("a", ttl_s=100))
+    clock.now += 50
+    store.sweep(10)
+    clock.now -= 1000
+    store.create(session("b", ttl_s=100))
+    store.release(store.lease("", "a"))
+    clock.now += 10**6
+    assert store.sweep(10) + store.sweep(10) == 2
+    assert store.num_bytes == 0
+
+
+def test_states_of_different_shapes_live_side_by_side(clock: Clock) -> None:
+    store = memory(clock)
+    store.create(session("a"))
+    store.create(session("b", hidden=np.full((2, 8), 0.1, np.float32)))
+    change(store, "a", hidden=np.full((3, 4), 0.2, np.float32))
+    store.create(session("c", hidden=state(0.9)))
+    assert [store.load("", one).hidden.shape for one in "abc"] == [(3, 4), (2, 8), SHAPE]
+    assert store.load("", "c").hidden.tobytes() == state(0.9).tobytes()

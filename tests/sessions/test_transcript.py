@@ -1,0 +1,80 @@
+"""Transcripts: whatever is appended and cut, text and states are those of the positions they are asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.errors import PositionGone
+from service.sessions.transcript import Float32, Retention, Transcript
+
+RETENTION = Retention(checkpoint_chars=4, max_chars=12)
+
+
+def state(position: int) -> Float32:
+    """A state that tells its position."""
+    return np.full((1, 2), position, np.float32)
+
+
+def grow(transcript: Transcript, text: str) -> Transcript:
+    start = transcript.position
+    kept = RETENTION.checkpoints(start, start + len(text))
+    return transcript.extended(text, {position: state(position) for position in kept}, RETENTION)
+
+
+@given(
+    begin=st.none() | st.integers(0, 30),
+    steps=st.lists(st.text("abcdefgh", max_size=30) | st.integers(0, 20), max_size=12),
+)
+def test_text_and_states_are_found_at_their_positions(begin: int | None, steps: list[str | int]) -> None:
+    whole = "x" * (begin or 0)
+    transcript = Transcript() if begin is None else Transcript.from_state(begin, state(begin))
+    for step in steps:
+        if isinstance(step, str):
+            whole, transcript = whole + step, grow(transcript, step)
+        else:
+            position = max(transcript.start, len(whole) - step)
+            whole, transcript = whole[:position], transcript.cut(position)
+        assert transcript.position == len(whole)
+        for start in range(transcript.start, len(whole) + 1):
+            for end in range(start, len(whole) + 1):
+                assert transcript.text(start, end) == whole[start:end]
+            near, hidden = transcript.nearest_state(start)
+            assert start - RETENTION.checkpoint_chars < near <= start
+            if near or begin is not None:
+                assert hidden is not None
+                assert hidden[0, 0] == near
+            else:
+                assert hidden is None
+        if transcript.start:
+            with pytest.raises(PositionGone):
+                transcript.text(transcript.start - 1, transcript.position)
+            with pytest.raises(PositionGone):
+                transcript.nearest_state(transcript.start - 1)
+
+
+def test_a_text_retains_what_it_should_and_little_more() -> None:
+    transcript = Transcript()
+    for _ in range(1000):
+        transcript = grow(transcript, "abc")
+        num_retained = transcript.position - transcript.start
+        assert num_retained >= min(transcript.position, RETENTION.max_chars)
+        assert num_retained < RETENTION.max_chars + RETENTION.checkpoint_chars
+        assert len(transcript.blocks) <= 1 + RETENTION.max_chars // RETENTION.checkpoint_chars + 1
+
+
+def test_a_long_text_asks_only_for_states_that_are_retained() -> None:
+    kept = Retention(256, 65_536).checkpoints(10, 1_000_000)
+    assert len(kept) <= 258
+    assert kept[0] > 1_000_000 - 65_536 - 256
+    assert not Retention(256, 1000).checkpoints(256, 511)
+    assert Retention(256, 1000).checkpoints(255, 512) == (256, 512)
+
+
+def test_one_character_more_shares_everything_before_it() -> None:
+    one = grow(Transcript(), "abcdefghij")
+    two = grow(one, "k")
+    assert two.blocks is one.blocks
+    assert two.cut(9).blocks[0] is one.blocks[0]
