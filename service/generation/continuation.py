@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from service.engine.stop import HoldBack
-from service.errors import RunTakenOver
 from service.generation.gathering import gathering_s
 from service.generation.live_run import LiveRun
 from service.sessions.session import FinishReason, Run, Session
@@ -37,19 +36,17 @@ class Continuation:
         """
         hold_back = HoldBack(self._run.stops if self._live is not None else ())
         yield from self._known(hold_back)
-        live, first = self._live, True
-        while live is not None and not live.is_over:
+        live, first, is_over = self._live, True, self._live is None
+        while live is not None and not is_over:
             gather = gather_s if gather_s is None else 0.0 if first else gathering_s(live.engine, gather_s)
             text = live.take(gather, idle_s)
-            shown = hold_back.feed(text)
-            if live.is_over:
-                if live.was_taken_over:
-                    raise RunTakenOver("another connection has taken up this text")
+            shown, is_over = hold_back.feed(text), live.is_over
+            if is_over:
                 self._session = live.session
                 shown += hold_back.end(stopped=self.finish_reason == "stop")
             if text:
                 first = False
-            elif not live.is_over:
+            elif not is_over:
                 yield None
             yield from self._shown(shown)
 

@@ -18,7 +18,8 @@ from service.sessions.session import Session
 from service.sessions.store import SessionStore
 from service.sessions.transcript import Retention, Transcript
 
-_ID_BYTES = 18  # random ones: 144 bits, 24 characters
+_ID_BYTES = 16  # random ones: 128 bits, 32 hexadecimal digits
+_SEED_BITS = 53  # of random ones: what a browser holds as a number
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Creation:
             hidden, transcript = end.hidden, transcript.extended(model.charset.decode(ids), end.kept, self._retention)
         return self._keep(
             Session(
-                id=new.id if new.id is not None else secrets.token_urlsafe(_ID_BYTES),
+                id=new.id if new.id is not None else secrets.token_hex(_ID_BYTES),
                 owner=owner,
                 model=model.version.ref,
                 identity=model.identity,
@@ -111,7 +112,7 @@ class Creation:
         return self._keep(
             replace(
                 session,
-                id=new_id if new_id is not None else secrets.token_urlsafe(_ID_BYTES),
+                id=new_id if new_id is not None else secrets.token_hex(_ID_BYTES),
                 seed=seed if seed is not None else session.seed,
                 hidden=hidden,
                 transcript=session.transcript.cut(position),
@@ -126,7 +127,7 @@ class Creation:
             if new.model is None:
                 raise InvalidValue("model: needed without a state", param="model")
             model = self._models.get(new.model)
-            seed = new.seed if new.seed is not None else secrets.randbits(63)
+            seed = new.seed if new.seed is not None else secrets.randbits(_SEED_BITS)
             return model, seed, Transcript(), model.engine.initial_hidden()
         opened = self._sealer.open(new.state)
         header = opened.header

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from service.engine.stepper import Scores
-from service.errors import PositionConflict
+from service.errors import ModelNotFound, PositionConflict
 from service.generation.reading import read, state_at
 from service.generation.runs import Runs, check_position, finished
 from service.loaded import LoadedModel, LoadedModels
@@ -73,7 +73,11 @@ class Feeding:
 
     def _rebased(self, session: Session, feed: Feed) -> Session:
         """The session with its retained text read into another model; its positions stay what they are."""
-        model = self._models.get(feed.rebase or "")
+        try:
+            model = self._models.get(feed.rebase or "")
+        except ModelNotFound as error:
+            error.param = "rebase"
+            raise
         if model.identity == session.identity:
             return session  # it went over already
         check_position(session, feed.position)

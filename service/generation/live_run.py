@@ -38,7 +38,7 @@ class LiveRun:
     ) -> None:
         self.session = session  # as it was at the beginning; after the end, as it is saved
         self.is_over = False
-        self.was_taken_over = False
+        self._was_stopped = False
         self.client_has_gone = client_has_gone
         self.engine = model.engine
         self._model, self._store, self._retention = model, store, retention
@@ -52,13 +52,14 @@ class LiveRun:
         Raises RunTakenOver, EngineFailed.
         """
         with self._lock:
-            if self.is_over:
-                raise RunTakenOver("another connection has taken up this text")
-            return self._take(gather_s, timeout_s)
+            text = "" if self.is_over else self._take(gather_s, timeout_s)
+            if self._was_stopped:
+                raise RunTakenOver("another connection has taken up this text, or it was stopped")
+            return text
 
-    def stop(self, *, taken_over: bool = False) -> None:
+    def stop(self) -> None:
         """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time."""
-        self.was_taken_over |= taken_over and not self.is_over
+        self._was_stopped |= not self.is_over
         self._handle.cancel()
         with self._lock:
             if not self.is_over:

@@ -113,7 +113,7 @@ class Runs:
         for _ in range(_ATTEMPTS):
             live = self._live.get((owner, session_id))
             if live is not None:
-                live.stop(taken_over=True)
+                live.stop()
             with suppress(SessionBusy):
                 return self._store.lease(owner, session_id)
         return self._store.lease(owner, session_id)

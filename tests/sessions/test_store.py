@@ -230,10 +230,10 @@ def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> Memor
     return MemoryStore(max_sessions, max_bytes, clock)
 
 
-def outcome(call: Callable[[], object]) -> str | None:
-    """The code of its error."""
+def outcome(store: MemoryStore, session_id: str) -> str | None:
+    """The code of the error of loading it."""
     try:
-        call()
+        store.load("", session_id)
     except GruServeError as error:
         return error.code
     return None
@@ -246,17 +246,17 @@ def test_the_least_recently_used_idle_one_makes_room(clock: Clock) -> None:
     store.release(store.lease("", "a"))
     held = store.lease("", "b")
     store.create(session("d"))  # c is the one: a was used since, b is in use
-    assert [outcome(lambda one=one: store.load("", one)) for one in "abcd"] == [None, None, "session_gone", None]
+    assert [outcome(store, one) for one in "abcd"] == [None, None, "session_gone", None]
     store.create(session("e"))
-    assert outcome(lambda: store.load("", "a")) == "session_gone"
-    held = [held, store.lease("", "d"), store.lease("", "e")]
+    assert outcome(store, "a") == "session_gone"
+    all_held = [held, store.lease("", "d"), store.lease("", "e")]
     with pytest.raises(Overloaded):
         store.create(session("f"))
     assert len(store) == 3
-    for lease in held:
+    for lease in all_held:
         store.release(lease)
     store.create(session("f"))
-    assert outcome(lambda: store.load("", "b")) == "session_gone"
+    assert outcome(store, "b") == "session_gone"
 
 
 def test_bytes_are_bounded_too(clock: Clock) -> None:
@@ -276,7 +276,7 @@ def test_one_that_grows_pushes_idle_ones_out_and_not_itself(clock: Clock) -> Non
     for session_id in "ab":
         store.create(session(session_id))
     change(store, "b", transcript=Transcript(0, (), "x" * 48_000))
-    assert outcome(lambda: store.load("", "a")) == "session_gone"
+    assert outcome(store, "a") == "session_gone"
     assert store.load("", "b").position == 48_000
 
 

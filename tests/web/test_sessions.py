@@ -1,0 +1,362 @@
+"""/v1/sessions over HTTP: the shapes of answers, and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from flask.testing import FlaskClient
+
+from service.config import Settings
+from service.store import ModelStore
+from service.web.app import create_app
+from tests.sessions.test_portable import changed
+from tests.web.conftest import client_of
+
+KEYS = "the first of the keys, the key of last year"
+NUM_STATES = int(os.environ.get("BAD_STATES", "3000"))
+
+
+@pytest.fixture
+def session(client: FlaskClient) -> str:
+    """A new session with a text; its path."""
+    response = client.post("/v1/sessions", json={"text": "ROMEO:", "seed": 7})
+    assert response.status_code == 201, response.text
+    return f"/v1/sessions/{response.get_json()['id']}"
+
+
+def ok(response: Any, status: int = 200) -> Any:
+    assert response.status_code == status, response.text
+    return response.get_json()
+
+
+def refused(response: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    error: dict[str, Any] = response.get_json()["error"]
+    assert (error["code"], error["param"]) == (code, param), error
+    assert error["message"]
+    return error
+
+
+def events(response: Any) -> list[tuple[int | None, str, dict[str, Any]]]:
+    """(id, kind, data) of each event of a stream."""
+    assert response.status_code == 200, response.text
+    assert response.mimetype == "text/event-stream"
+    assert response.headers["X-Accel-Buffering"] == "no"
+    found = []
+    for block in response.text.split("\n\n")[:-1]:
+        if block.startswith(":"):
+            continue
+        fields = dict(line.split(": ", 1) for line in block.split("\n"))
+        number = int(fields["id"]) if "id" in fields else None
+        found.append((number, fields["event"], json.loads(fields["data"])))
+    return found
+
+
+def test_a_session_tells_how_it_stands(client: FlaskClient) -> None:
+    answer = ok(client.put("/v1/sessions/mine", json={"text": "ROMEO:", "seed": 7, "ttl_s": 90}), 201)
+    created = answer.pop("created_at")
+    assert answer.pop("expires_at") == pytest.approx(created + 90)
+    assert answer == {
+        "id": "mine",
+        "object": "session",
+        "model": "tiny@1",
+        "position": 6,
+        "seed": 7,
+        "ttl_s": 90,
+        "text_from": 0,
+    }
+    assert ok(client.get("/v1/sessions/mine"))["position"] == 6
+    assert ok(client.put("/v1/sessions/mine", json={"text": "ROMEO:", "seed": 7, "ttl_s": 90}))["created_at"] == created
+    refused(client.put("/v1/sessions/mine", json={"text": "ROMEO:", "seed": 8}), 409, "session_exists", "id")
+    assert client.delete("/v1/sessions/mine").status_code == 204
+    refused(client.get("/v1/sessions/mine"), 404, "session_not_found")
+    refused(client.delete("/v1/sessions/mine"), 404, "session_not_found")
+
+
+def test_ids_and_seeds_are_made_where_none_is_given(client: FlaskClient) -> None:
+    answers = [ok(client.post("/v1/sessions", json={}), 201) for _ in range(5)]
+    assert len({answer["id"] for answer in answers}) == len({answer["seed"] for answer in answers}) == 5
+    assert all(len(answer["id"]) == 32 for answer in answers)  # 128 bits
+    assert all(0 <= answer["seed"] < 2**53 for answer in answers)  # a browser's numbers hold it
+
+
+def test_sessions_are_listed_in_pages(client: FlaskClient) -> None:
+    for number in range(5):
+        ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
+    first = ok(client.get("/v1/sessions?after=page&limit=2"))
+    assert [one["id"] for one in first["data"]] == ["page0", "page1"]
+    assert first["has_more"] is True
+    rest = ok(client.get("/v1/sessions?after=page1&limit=3"))
+    assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
+
+
+def test_feeding_answers_what_may_come_next(client: FlaskClient, session: str) -> None:
+    answer = ok(client.post(f"{session}/feed", json={"text": " what", "position": 6}))
+    assert answer["position"] == 11
+    assert answer["logprobs"] is None
+    likelihoods = [entry["logprob"] for entry in answer["next"]]
+    assert likelihoods == sorted(likelihoods, reverse=True)
+    assert sum(math.exp(value) for value in likelihoods) == pytest.approx(1)  # every character of this model
+    scored = ok(client.post(f"{session}/feed", json={"text": "a", "logprobs": 2, "num_next": 3}))
+    assert len(scored["next"]) == 3
+    assert scored["logprobs"]["tokens"] == ["a"]
+    assert scored["logprobs"]["text_offset"] == [11]
+    expected = next(entry["logprob"] for entry in answer["next"] if entry["char"] == "a")
+    assert scored["logprobs"]["token_logprobs"] == [expected]
+    asked = ok(client.post(f"{session}/feed", json={"text": "", "num_next": 3}))
+    assert asked == {"position": 12, "next": scored["next"], "logprobs": None}
+
+
+def test_a_feed_may_be_repeated_and_a_stale_one_is_told_the_position(client: FlaskClient, session: str) -> None:
+    body = {"text": " what", "position": 6, "logprobs": 1}
+    first = ok(client.post(f"{session}/feed", json=body))
+    assert ok(client.post(f"{session}/feed", json=body)) == first
+    ok(client.post(f"{session}/feed", json={"text": " light"}))
+    assert ok(client.post(f"{session}/feed", json=body)) == first
+    for wrong in (
+        {"text": " that", "position": 6},
+        {"text": "a", "position": 18},
+        {"text": "t light x", "position": 10},
+    ):
+        error = refused(client.post(f"{session}/feed", json=wrong), 409, "position_conflict", "position")
+        assert error["position"] == 17
+    assert ok(client.get(f"{session}/text")) == {"text": "ROMEO: what light", "from": 0, "to": 17}
+
+
+def test_text_is_read_in_part(client: FlaskClient, session: str) -> None:
+    assert ok(client.get(f"{session}/text?from=1&to=4")) == {"text": "OME", "from": 1, "to": 4}
+    assert ok(client.get(f"{session}/text?from=6"))["text"] == ""
+    refused(client.get(f"{session}/text?from=5&to=2"), 400, "out_of_range", "from")
+    refused(client.get(f"{session}/text?to=7"), 409, "position_conflict", "to")
+    refused(client.get(f"{session}/text?from=-1"), 400, "out_of_range", "from")
+    refused(client.get(f"{session}/text?start=1"), 400, "unknown_field", "start")
+
+
+def test_what_is_generated_becomes_part_of_the_text(client: FlaskClient, session: str) -> None:
+    asked = {"max_tokens": 50, "temperature": 0.8}
+    answer = ok(client.post(f"{session}/generate", json=asked))
+    completion = ok(client.post("/v1/completions", json={"prompt": "ROMEO:", "seed": 7} | asked))
+    assert answer["text"] == completion["choices"][0]["text"]
+    assert answer["sha256"] == hashlib.sha256(answer["text"].encode()).hexdigest()
+    assert (answer["position"], answer["finish_reason"]) == (56, "length")
+    assert answer["usage"]["completion_tokens"] == 50
+    assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:" + answer["text"]
+
+
+def test_a_stream_counts_its_characters(client: FlaskClient, session: str) -> None:
+    found = events(client.post(f"{session}/generate", json={"max_tokens": 300, "stream": True}))
+    position = 6
+    for number, kind, data in found[:-1]:
+        assert kind == "text"
+        position += len(data["text"])
+        assert number == position
+    text = "".join(data["text"] for _, _, data in found[:-1])
+    number, kind, done = found[-1]
+    assert (number, kind) == (306, "done")
+    assert done == {
+        "finish_reason": "length",
+        "position": 306,
+        "usage": done["usage"],
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+    # Taken up again, at any place, by query or by the header that browsers send.
+    for after in (6, 7, 100, 305, 306):
+        for how in ({"query_string": {"after": after}}, {"headers": {"Last-Event-ID": str(after)}}):
+            again = events(client.get(f"{session}/generate", **how))
+            assert "".join(data["text"] for _, _, data in again[:-1]) == text[after - 6 :]
+            assert again[-1] == found[-1]
+    both = {"query_string": {"after": 6}, "headers": {"Last-Event-ID": "300"}}
+    assert events(client.get(f"{session}/generate", **both))[0][2]["text"] == text[294:]
+    assert events(client.get(f"{session}/generate"))[0][2]["text"] == text
+
+
+def test_what_can_not_be_taken_up(client: FlaskClient, session: str) -> None:
+    refused(client.get(f"{session}/generate?after=6"), 409, "no_run")
+    ok(client.post(f"{session}/generate", json={"max_tokens": 10}))
+    assert refused(client.get(f"{session}/generate?after=17"), 409, "position_conflict", "after")["position"] == 16
+    for bad in ("x", "-1", "1.5", "", "1" * 17, "²"):
+        headers = {"Last-Event-ID": bad.encode().decode("latin-1")}
+        refused(client.get(f"{session}/generate", headers=headers), 400, "out_of_range", "Last-Event-ID")
+    refused(client.get("/v1/sessions/nobody/generate?after=6"), 404, "session_not_found")
+
+
+def test_a_stop_string_is_not_sent_and_not_part_of_the_text(client: FlaskClient, session: str) -> None:
+    whole = ok(client.post(f"{session}/generate", json={"max_tokens": 80}))["text"]
+    ok(client.post(f"{session}/rewind", json={"position": 6}))
+    stop = whole[40:43]
+    found = events(client.post(f"{session}/generate", json={"max_tokens": 80, "stop": stop, "stream": True}))
+    before = whole[: whole.index(stop)]
+    assert "".join(data["text"] for _, _, data in found[:-1]) == before
+    assert found[-1][0] == found[-1][2]["position"] == 6 + len(before)
+    assert found[-1][2]["finish_reason"] == "stop"
+    assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:" + before
+
+
+def test_going_back_and_branching_off(client: FlaskClient, session: str) -> None:
+    whole = ok(client.post(f"{session}/generate", json={"max_tokens": 60}))["text"]
+    fork = ok(client.post(f"{session}/fork", json={"id": "branch", "position": 20, "seed": 9}), 201)
+    assert (fork["id"], fork["position"], fork["seed"]) == ("branch", 20, 9)
+    assert ok(client.post(f"{session}/fork", json={"id": "branch", "position": 20, "seed": 9}))["id"] == "branch"
+    other = ok(client.post("/v1/sessions/branch/generate", json={"max_tokens": 46}))["text"]
+    same = ok(client.post(f"{session}/fork", json={"position": 20}), 201)["id"]
+    assert ok(client.post(f"/v1/sessions/{same}/generate", json={"max_tokens": 46}))["text"] == whole[14:]
+    assert other != whole[14:]
+    assert ok(client.post(f"{session}/rewind", json={"position": 20}))["position"] == 20
+    assert ok(client.post(f"{session}/generate", json={"max_tokens": 46}))["text"] == whole[14:]
+    assert refused(client.post(f"{session}/rewind", json={"position": 99}), 409, "position_conflict", "position")
+    assert refused(client.post(f"{session}/fork", json={"position": 99}), 409, "position_conflict", "position")
+
+
+def test_a_state_is_carried_away(client: FlaskClient, session: str) -> None:
+    answer = ok(client.get(f"{session}/state"))
+    assert (answer["model"], answer["position"], answer["seed"], answer["expires_at"]) == ("tiny@1", 6, 7, None)
+    there = ok(client.post("/v1/sessions", json={"state": answer["state"]}), 201)
+    assert (there["position"], there["text_from"], there["seed"]) == (6, 6, 7)
+    path = f"/v1/sessions/{there['id']}"
+    asked = {"max_tokens": 40}
+    assert ok(client.post(f"{path}/generate", json=asked)) == ok(client.post(f"{session}/generate", json=asked))
+    refused(client.post(f"{path}/rewind", json={"position": 5}), 410, "position_gone")
+    refused(client.get(f"{path}/text?from=5"), 410, "position_gone")
+    ok(client.post("/v1/sessions", json={"state": answer["state"], "model": "tiny", "text": "abc", "seed": 1}), 201)
+    limited = ok(client.get(f"{session}/state?ttl_s=0.0001"))
+    refused(client.post("/v1/sessions", json={"state": limited["state"]}), 400, "state_expired", "state")
+
+
+def test_no_state_that_was_tampered_with_is_taken(client: FlaskClient, session: str) -> None:
+    """BAD_STATES=100000 for a long run."""
+    good = ok(client.get(f"{session}/state"))["state"]
+    chance = random.Random(1)
+    for _ in range(NUM_STATES):
+        bad = changed(good, chance)
+        if bad != good:
+            response = client.post("/v1/sessions", json={"state": bad})
+            assert response.status_code == 400
+            assert response.get_json()["error"]["code"] == "invalid_state"
+
+
+@pytest.fixture
+def replicas(tiny_store: ModelStore) -> Iterator[list[FlaskClient]]:
+    """Servers with keys: two that share one, one that doesn't."""
+    with ExitStack() as stack:
+        clients = []
+        for keys in (KEYS, KEYS.split(",")[1], ""):
+            app = create_app(Settings(model_store=tiny_store.root, model="tiny", state_keys=keys))
+            stack.callback(app.extensions["gru_serve"].close)
+            clients.append(app.test_client())
+        yield clients
+
+
+def test_keys_are_shared_and_rotated(replicas: list[FlaskClient]) -> None:
+    one, two, three = replicas
+    created = ok(two.post("/v1/sessions", json={"text": "ROMEO:"}), 201)
+    old = ok(two.get(f"/v1/sessions/{created['id']}/state"))["state"]
+    there = ok(one.post("/v1/sessions", json={"state": old}), 201)
+    new = ok(one.get(f"/v1/sessions/{there['id']}/state"))["state"]
+    refused(two.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
+    refused(three.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
+
+
+BAD = [
+    ("post", "", {"model": "nobody"}, 404, "model_not_found", "model"),
+    ("post", "", {"text": "é"}, 400, "unknown_characters", "text"),
+    ("post", "", {"text": 5}, 400, "wrong_type", "text"),
+    ("post", "", {"text": "a" * 1001}, 400, "out_of_range", "text"),
+    ("post", "", {"seed": 2**63}, 400, "out_of_range", "seed"),
+    ("post", "", {"ttl_s": 0.5}, 400, "out_of_range", "ttl_s"),
+    ("post", "", {"ttl_s": 10**9}, 400, "out_of_range", "ttl_s"),
+    ("post", "", {"id": "x"}, 400, "unknown_field", "id"),
+    ("post", "", {"state": "x"}, 400, "invalid_state", "state"),
+    ("post", "", {"state": ""}, 400, "invalid_state", "state"),
+    ("post", "", {"unknown_chars": "guess"}, 400, "out_of_range", "unknown_chars"),
+    ("put", "/.hidden", {}, 400, "out_of_range", "id"),
+    ("put", "/" + "x" * 129, {}, 400, "out_of_range", "id"),
+    ("put", "/a%20b", {}, 400, "out_of_range", "id"),
+    ("get", "?limit=0", None, 400, "out_of_range", "limit"),
+    ("get", "?limit=1001", None, 400, "out_of_range", "limit"),
+    ("post", "/S/feed", {}, 400, "missing_field", "text"),
+    ("post", "/S/feed", {"text": "é"}, 400, "unknown_characters", "text"),
+    ("post", "/S/feed", {"text": "a", "position": -1}, 400, "out_of_range", "position"),
+    ("post", "/S/feed", {"text": "a", "position": 1.5}, 400, "wrong_type", "position"),
+    ("post", "/S/feed", {"text": "a", "logprobs": 21}, 400, "out_of_range", "logprobs"),
+    ("post", "/S/feed", {"text": "a", "num_next": 1001}, 400, "out_of_range", "num_next"),
+    ("post", "/S/feed", {"text": "a", "rebase": "nobody"}, 404, "model_not_found", "rebase"),
+    ("post", "/S/generate", {"max_tokens": 0}, 400, "out_of_range", "max_tokens"),
+    ("post", "/S/generate", {"max_tokens": 501}, 400, "out_of_range", "max_tokens"),
+    ("post", "/S/generate", {"prompt": "a"}, 400, "unknown_field", "prompt"),
+    ("post", "/S/generate", {"temperature": -1}, 400, "out_of_range", "temperature"),
+    ("post", "/S/generate", {"logit_bias": {"é": 1}}, 400, "unknown_characters", "logit_bias"),
+    ("post", "/S/generate", {"n": 2}, 400, "unknown_field", "n"),
+    ("post", "/S/rewind", {}, 400, "missing_field", "position"),
+    ("post", "/S/rewind", {"position": "3"}, 400, "wrong_type", "position"),
+    ("post", "/S/fork", {"id": "a/b"}, 400, "out_of_range", "id"),
+    ("get", "/S/state?ttl_s=0", None, 400, "out_of_range", "ttl_s"),
+    ("get", "/S/state?ttl_s=nan", None, 400, "out_of_range", "ttl_s"),
+    ("post", "/nobody/feed", {"text": "a"}, 404, "session_not_found", None),
+    ("post", "/nobody/generate", {}, 404, "session_not_found", None),
+    ("post", "/nobody/rewind", {"position": 1}, 404, "session_not_found", None),
+    ("post", "/nobody/fork", {}, 404, "session_not_found", None),
+    ("get", "/nobody/state", None, 404, "session_not_found", None),
+    ("get", "/nobody/text", None, 404, "session_not_found", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body", "status", "code", "param"), BAD)
+def test_bad_input_is_named_and_changes_nothing(
+    client: FlaskClient, session: str, method: str, path: str, body: Any, status: int, code: str, param: str | None
+) -> None:
+    path = "/v1/sessions" + path.replace("/S", "/" + session.rsplit("/", 1)[1])
+    refused(client.open(path, method=method.upper(), json=body), status, code, param)
+    assert ok(client.get(session))["position"] == 6
+
+
+def test_characters_are_folded_or_dropped_on_request(client: FlaskClient, session: str) -> None:
+    assert ok(client.post(f"{session}/feed", json={"text": "é—", "unknown_chars": "fold"}))["position"] == 8
+    assert ok(client.post(f"{session}/feed", json={"text": "é—a", "unknown_chars": "drop"}))["position"] == 9
+    assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:e-a"
+
+
+def test_ids_stay_out_of_the_log(client: FlaskClient, session: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        ok(client.get(session))
+    assert session.rsplit("/", 1)[1] not in caplog.text
+    assert "/v1/sessions/<id>" in caplog.text
+
+
+def test_a_full_house_refuses_new_ones_only_if_all_are_in_use(tiny_store: ModelStore) -> None:
+    with client_of(Settings(model_store=tiny_store.root, model="tiny", max_sessions=2)) as client:
+        for name in ("a", "b", "c"):
+            ok(client.put(f"/v1/sessions/{name}", json={}), 201)
+        error = refused(client.get("/v1/sessions/a"), 410, "session_gone")
+        assert "evicted" in error["message"]
+        asked = {"max_tokens": 8000, "stream": True}
+        streams = [client.post(f"/v1/sessions/{name}/generate", json=asked) for name in ("b", "c")]
+        refused(client.put("/v1/sessions/d", json={}), 429, "overloaded")
+        refused(client.post("/v1/sessions/b/feed", json={"text": "a"}), 409, "session_busy")
+        for stream in streams:
+            stream.close()
+        ok(client.put("/v1/sessions/d", json={}), 201)
+
+
+def test_text_that_is_no_longer_retained(tiny_store: ModelStore) -> None:
+    settings = Settings(model_store=tiny_store.root, model="tiny", session_text_chars=1024, session_checkpoint_chars=64)
+    with client_of(settings) as client:
+        ok(client.put("/v1/sessions/a", json={"text": "abc" * 500}), 201)
+        start = ok(client.get("/v1/sessions/a"))["text_from"]
+        assert 1500 - 1024 - 64 < start <= 1500 - 1024
+        for path, body in (("rewind", {"position": start - 1}), ("fork", {"position": 0})):
+            refused(client.post(f"/v1/sessions/a/{path}", json=body), 410, "position_gone")
+        refused(client.post("/v1/sessions/a/feed", json={"text": "abc", "position": 0}), 410, "position_gone")
+        assert ok(client.post("/v1/sessions/a/rewind", json={"position": start}))["position"] == start
+        error = refused(
+            client.post("/v1/sessions/a/generate", json={"max_tokens": 769}), 400, "out_of_range", "max_tokens"
+        )
+        assert "768" in error["message"]
