@@ -23,6 +23,7 @@ ALLOWED = {
     "engine": {"model"},
     "model": set(),
     "config": set(),
+    "client": set(),
     "errors": set(),
     "__init__": set(),
 }
