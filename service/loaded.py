@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
-from service.engine.next_character import NextCharacter
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
 from service.errors import ModelChanged, ModelNotFound
@@ -54,7 +53,6 @@ class LoadedModel:
         # What has to be equal for a state of one to be a state of the other.
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
         self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
-        self.next_character = NextCharacter(quantized.dense)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
             settings.make_stepper(quantized),

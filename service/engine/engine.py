@@ -214,4 +214,4 @@ class Engine:
 
 
 def _end(row: Row, reason: EndReason) -> End:
-    return End(reason, row.hidden, row.position, dict(zip(row.keep_at, row.kept, strict=False)))
+    return End(reason, row.hidden, row.position, dict(zip(row.keep_at, row.kept, strict=False)), row.next)

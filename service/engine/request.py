@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.engine.sampling import PLAIN, History, SamplingSettings
-from service.engine.stepper import Advance, Float32, Ids, Row
+from service.engine.stepper import Advance, Distribution, Float32, Ids, Row
 from service.errors import EngineFailed
+from service.states import write_state
 
 EndReason = Literal["stop", "length", "cancelled"]
 _CHECK_S = 0.5  # how often a waiting caller looks whether the engine still steps
@@ -24,6 +25,7 @@ class Request:
     history_prompt: what penalties take for the prompt, if that is more than is to be read. generated: (n,) int64 ids
     that were generated before `position` by a run that this one goes on with: penalties and stop strings count them.
     keep_at: the states after these positions, in rising order, are wanted too.
+    num_next: as in `Row`.
     """
 
     prompt: Ids
@@ -38,11 +40,12 @@ class Request:
     history_prompt: Ids | None = None
     generated: Ids | None = None
     keep_at: tuple[int, ...] = ()
+    num_next: int | None = None
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
         """A row at the beginning of the request. initial_hidden: (L, H), the row's own from now on."""
         if self.hidden is not None:
-            initial_hidden[:] = self.hidden
+            write_state(initial_hidden, self.hidden)
         history = None
         if self.sampling.penalizes:
             history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
@@ -62,6 +65,7 @@ class Request:
             num_logprobs=self.num_logprobs,
             score_prompt=self.score_prompt,
             keep_at=self.keep_at,
+            num_next=self.num_next,
             tail=before[-max(map(len, self.stops)) :] if self.stops else [],
         )
 
@@ -71,13 +75,14 @@ class End:
     """How a text stands when nothing more is done to it.
 
     hidden: (L, H) float32 after `position` characters, all that were read and generated. kept: of the positions whose
-    states were wanted, those that were reached -> (L, H) float32.
+    states were wanted, those that were reached -> (L, H) float32. next: what may follow, if that was wanted.
     """
 
     reason: EndReason
     hidden: Float32
     position: int
     kept: dict[int, Float32]
+    next: Distribution | None = None
 
 
 class Handle:

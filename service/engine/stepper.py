@@ -32,6 +32,7 @@ class Row:
     score_prompt: report them for the prompt's characters too.
     keep_at: positions in rising order, all above the first one. kept*: a copy of the state, (L, H) float32, after each
     of them that was reached.
+    num_next: when it is finished, report so many of the characters likeliest to follow; None: don't. next*: these.
     tail*: the last generated characters, as many as the longest stop string has.
     finished*: why nothing is left to do; None until then.
     """
@@ -48,6 +49,8 @@ class Row:
     score_prompt: bool = False
     keep_at: tuple[int, ...] = ()
     kept: list[Float32] = field(default_factory=list)
+    num_next: int | None = None
+    next: Distribution | None = None
     num_read: int = 0
     num_generated: int = 0
     tail: list[int] = field(default_factory=list)
@@ -84,6 +87,14 @@ class Scores:
     def slice(self, start: int, end: int | None) -> Scores:
         """Those of some of the characters."""
         return Scores(self.chosen[start:end], self.top_ids[start:end], self.top[start:end])
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Of the next character: (k,) int64 ids of the likeliest, in falling order, and (k,) float64 log-probabilities."""
+
+    ids: Ids
+    logprobs: Float64
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
+from service.engine.next_character import NextCharacter
 from service.engine.sampling import draw_one, draw_plain, uniforms
 from service.engine.scores import score
 from service.engine.stepper import Advance, Float32, Float64, Ids, Row
@@ -39,6 +40,7 @@ class TorchStepper:
         weights[-1] = np.concatenate([weights[-1], model.dense.weight])
         self._products = [IntegerProduct(weight) for weight in weights]
         self._dense = model.dense
+        self._next = NextCharacter(model.dense)
         self._scratch = _Scratch(1, units, [len(weight) for weight in weights])
 
     def initial_hidden(self) -> Float32:
@@ -56,6 +58,7 @@ class TorchStepper:
             num_steps = self._run(active, num_steps, got)
             for row in active:
                 left[row] -= num_steps
+        self._next.fill(rows)
         return [Advance.join(got[row]) for row in rows]
 
     def _run(self, rows: list[Row], num_steps: int, got: dict[Row, list[Advance]]) -> int:

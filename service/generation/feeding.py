@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from service.engine.stepper import Scores
+from service.engine.stepper import Distribution, Scores
 from service.errors import ModelNotFound, PositionConflict
-from service.generation.reading import read, state_at
+from service.generation.reading import read
 from service.generation.runs import Runs, check_position, finished
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import UnknownChars
@@ -31,14 +31,14 @@ class Feed:
 
 @dataclass(frozen=True)
 class Fed:
-    """text: as the session has it now. position: after it. next: the num_next likeliest characters that may follow, as
-    one row. scores: of the text's characters, if they were asked for.
+    """text: as the session has it now. position: after it. next: the num_next likeliest characters that may follow.
+    scores: of the text's characters, if they were asked for.
     """
 
     model: LoadedModel
     text: str
     position: int
-    next: Scores
+    next: Distribution | None
     scores: Scores | None
 
 
@@ -61,15 +61,14 @@ class Feeding:
             text = model.charset.decode(ids)
             if feed.position is not None and feed.position != session.position:
                 return self._fed_before(model, session, text, feed)
-            hidden, scores = session.hidden, None
-            if len(ids):
-                keep_at = self._retention.checkpoints(session.position, session.position + len(ids))
-                end, scores = read(model, ids, hidden, session.position, keep_at, feed.num_logprobs)
+            start = session.position
+            keep_at = self._retention.checkpoints(start, start + len(ids))
+            end, scores = read(model, ids, session.hidden, start, keep_at, feed.num_logprobs, feed.num_next)
+            if text or feed.rebase is not None:
                 transcript = session.transcript.extended(text, end.kept, self._retention)
-                session, hidden = replace(session, transcript=transcript, run=finished(session)), end.hidden
-            if len(ids) or feed.rebase is not None:
-                self._store.save(lease, replace(session, hidden=hidden))
-        return Fed(model, text, session.position, model.next_character.scores(hidden, feed.num_next), scores)
+                run = finished(session) if text else session.run
+                self._store.save(lease, replace(session, hidden=end.hidden, transcript=transcript, run=run))
+        return Fed(model, text, end.position, end.next, scores)
 
     def _rebased(self, session: Session, feed: Feed) -> Session:
         """The session with its retained text read into another model; its positions stay what they are."""
@@ -103,11 +102,8 @@ class Feeding:
             raise PositionConflict(
                 f"the text is {session.position} characters long, not {start}, and goes on otherwise", session.position
             )
-        scores = None
-        if feed.num_logprobs is not None and text:
-            begin, hidden = session.transcript.nearest_state(start)
-            ids = model.charset.exact(session.transcript.text(begin, end))
-            _, scores = read(model, ids, hidden, begin, num_logprobs=feed.num_logprobs)
-            scores = scores.slice(start - begin, None) if scores is not None else None
-        hidden = state_at(model, session, end)
-        return Fed(model, text, end, model.next_character.scores(hidden, feed.num_next), scores)
+        num_logprobs = feed.num_logprobs if text else None
+        begin, hidden = session.transcript.nearest_state(start if num_logprobs is not None else end)
+        ids = model.charset.exact(session.transcript.text(begin, end))
+        there, scores = read(model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=feed.num_next)
+        return Fed(model, text, end, there.next, scores.slice(start - begin, None) if scores is not None else None)

@@ -26,6 +26,7 @@ def read(
     position: int = 0,
     keep_at: tuple[int, ...] = (),
     num_logprobs: int | None = None,
+    num_next: int | None = None,
     *,
     after_another: bool = False,
 ) -> tuple[End, Scores | None]:
@@ -42,6 +43,7 @@ def read(
         keep_at=keep_at,
         num_logprobs=num_logprobs,
         score_prompt=num_logprobs is not None,
+        num_next=num_next,
     )
     handle = model.engine.submit([request], after_another=after_another)[0]
     part = handle.take(None)

@@ -14,12 +14,12 @@ from sortedcontainers import SortedList
 from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
 from service.sessions.due import DueTimes
 from service.sessions.session import Session
+from service.sessions.shared_blocks import SharedBlocks
 from service.sessions.slab import Slab
 from service.sessions.store import Lease
-from service.sessions.transcript import Block, Float32, Transcript
+from service.states import Float32, read_state, write_state
 
 _SESSION_BYTES = 1024  # what a session takes beside its state and its text
-_BLOCK_BYTES = 256  # the same of a block
 _MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
 
 
@@ -48,8 +48,8 @@ class MemoryStore:
         self._due = DueTimes(clock())  # of idle ones
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._slabs: dict[tuple[int, ...], Slab] = {}
-        self._num_holders: dict[Block, int] = {}
-        self._num_bytes = 0
+        self._blocks = SharedBlocks()
+        self._own_bytes = 0  # without blocks
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
@@ -64,8 +64,8 @@ class MemoryStore:
             entry = self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot)
             self._ids.setdefault(session.owner, SortedList()).add(session.id)
             self._gone.pop(key, None)
-            self._num_bytes += _own_bytes(session)
-            self._hold(session.transcript)
+            self._own_bytes += _own_bytes(session)
+            self._blocks.hold(session.transcript)
             self._park(key, entry)
         return session
 
@@ -93,9 +93,9 @@ class MemoryStore:
                 raise RevisionConflict("the session was changed meanwhile")
             saved = replace(session, revision=old.revision + 1)
             if session.transcript.blocks is not old.transcript.blocks:
-                self._hold(session.transcript)
-                self._let_go(old.transcript)
-            self._num_bytes += _own_bytes(session) - _own_bytes(old)
+                self._blocks.hold(session.transcript)
+                self._blocks.let_go(old.transcript)
+            self._own_bytes += _own_bytes(session) - _own_bytes(old)
             entry.slot, view = self._put(entry, session)
             entry.session = replace(saved, hidden=view)
             self._make_room()
@@ -145,7 +145,7 @@ class MemoryStore:
     @property
     def num_bytes(self) -> int:
         """About how much memory all sessions take. What forks share counts once."""
-        return self._num_bytes
+        return self._own_bytes + self._blocks.num_bytes
 
     # What follows needs the lock.
 
@@ -181,17 +181,17 @@ class MemoryStore:
         self._due.remove(key, entry.session.expires_at)
 
     def _make_room_for(self, session: Session) -> None:
-        size = _own_bytes(session) + sum(map(_block_bytes, session.transcript.blocks))
+        size = _own_bytes(session) + self._blocks.would_add(session.transcript)
         if size > self._max_bytes:
             raise Overloaded("the session is larger than all sessions together may be")
         self._make_room(num_sessions=1, num_bytes=size)
-        if len(self._entries) >= self._max_sessions or self._num_bytes + size > self._max_bytes:
+        if len(self._entries) >= self._max_sessions or self.num_bytes + size > self._max_bytes:
             raise Overloaded("there is no room for another session, because all are in use: try again in a second")
 
     def _make_room(self, num_sessions: int = 0, num_bytes: int = 0) -> None:
         """Evict idle ones until so much fits beside the rest."""
         while self._idle and (
-            len(self._entries) + num_sessions > self._max_sessions or self._num_bytes + num_bytes > self._max_bytes
+            len(self._entries) + num_sessions > self._max_sessions or self.num_bytes + num_bytes > self._max_bytes
         ):
             key = next(iter(self._idle))
             self._expire(key, self._entries[key])
@@ -210,8 +210,8 @@ class MemoryStore:
         self._ids[session.owner].remove(session.id)
         if not self._ids[session.owner]:
             del self._ids[session.owner]
-        self._let_go(session.transcript)
-        self._num_bytes -= _own_bytes(session)
+        self._blocks.let_go(session.transcript)
+        self._own_bytes -= _own_bytes(session)
         self._slab(session).free(entry.slot)
 
     def _slab(self, session: Session) -> Slab:
@@ -223,24 +223,11 @@ class MemoryStore:
     def _put(self, entry: _Entry, session: Session) -> tuple[int, Float32]:
         """Where the entry's state is from now on. A session that changes its model may need another slab."""
         if session.hidden.shape == entry.session.hidden.shape:
-            entry.session.hidden[...] = session.hidden
+            write_state(entry.session.hidden, session.hidden)
             return entry.slot, entry.session.hidden
         self._slab(entry.session).free(entry.slot)
         slot = self._slab(session).put(session.hidden)
         return slot, self._slab(session).view(slot)
-
-    def _hold(self, transcript: Transcript) -> None:
-        for block in transcript.blocks:
-            num_holders = self._num_holders.get(block, 0)
-            self._num_holders[block] = num_holders + 1
-            self._num_bytes += 0 if num_holders else _block_bytes(block)
-
-    def _let_go(self, transcript: Transcript) -> None:
-        for block in transcript.blocks:
-            self._num_holders[block] -= 1
-            if not self._num_holders[block]:
-                del self._num_holders[block]
-                self._num_bytes -= _block_bytes(block)
 
 
 def _key(owner: str, session_id: str) -> str:
@@ -249,12 +236,8 @@ def _key(owner: str, session_id: str) -> str:
 
 def _copy(session: Session) -> Session:
     """A session whose state nobody writes to."""
-    return replace(session, hidden=session.hidden.copy())
+    return replace(session, hidden=read_state(session.hidden))
 
 
 def _own_bytes(session: Session) -> int:
     return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.transcript.tail)
-
-
-def _block_bytes(block: Block) -> int:
-    return _BLOCK_BYTES + block.hidden.nbytes + sys.getsizeof(block.text)

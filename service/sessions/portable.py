@@ -20,7 +20,7 @@ from itsdangerous.encoding import base64_decode, base64_encode
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.errors import InvalidState, StateExpired, StateModelMismatch
-from service.sessions.transcript import Float32
+from service.states import Float32
 
 _SALT = b"gru-serve portable state 1"
 _LENGTH = struct.Struct("<I")

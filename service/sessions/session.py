@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.engine.sampling import SamplingSettings
-from service.sessions.transcript import Float32, Transcript
+from service.sessions.transcript import Transcript
+from service.states import Float32
 
 FinishReason = Literal["stop", "length"]
 

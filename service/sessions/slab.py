@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.sessions.transcript import Float32
+from service.states import Float32, write_state
 
 _BLOCK_BYTES = 2**24
 
@@ -28,7 +28,7 @@ class Slab:
             if slot == len(self._blocks) * self._block_slots:
                 # The system hands out the memory only as it is written to.
                 self._blocks.append(np.empty((self._block_slots, *self._shape), np.float32))
-        self.view(slot)[...] = hidden
+        write_state(self.view(slot), hidden)
         return slot
 
     def view(self, slot: int) -> Float32:

@@ -6,12 +6,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from service.errors import PositionGone
-
-Float32 = NDArray[np.float32]
+from service.states import Float32
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,7 +39,7 @@ def session_answer(session: Session) -> schemas.SessionAnswer:
 def feed_answer(fed: Fed) -> Response:
     """Position and distribution after a feed; with log-probabilities if they were asked for."""
     characters = fed.model.charset.characters
-    ids, logprobs = fed.next.top_ids[0].tolist(), fed.next.top[0].tolist()
+    ids, logprobs = (fed.next.ids.tolist(), fed.next.logprobs.tolist()) if fed.next is not None else ([], [])
     # By hand: this is asked for at every keystroke, and the schema would take as long as the network.
     after = [{"char": characters[at], "logprob": logprob} for at, logprob in zip(ids, logprobs, strict=True)]
     scores = logprobs_of(fed.text, fed.scores, fed.model.charset, fed.position - len(fed.text))

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import PositionGone
-from service.sessions.transcript import Float32, Retention, Transcript
+from service.sessions.transcript import Retention, Transcript
+from service.states import Float32
 
 RETENTION = Retention(checkpoint_chars=4, max_chars=12)
 

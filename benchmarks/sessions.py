@@ -1,0 +1,256 @@
+"""Sessions: a million of them in memory, and feeds over HTTP.
+
+- memory: what a million open sessions take, and how fast they are put into the store. Their states are given, nothing
+  is stepped for them.
+- constant time: loading, feeding a character and expiry in a store of 10,000 and in one of a million, in turns.
+- feeds: characters fed by clients side by side, each to its own session, against an empty route of the same server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import selectors
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.http import report, serving
+from benchmarks.pairs import in_turns
+from benchmarks.table import machine, summary
+from service.config import Settings
+from service.engine.torch_stepper import TorchStepper
+from service.generation.feeding import Feed
+from service.generation.sessions import Sessions
+from service.loaded import EngineSettings, LoadedModel, LoadedModels
+from service.sessions.memory import MemoryStore
+from service.sessions.portable import StateSealer
+from service.sessions.session import Session
+from service.sessions.transcript import Retention, Transcript
+from service.store import ModelStore
+
+GIB = 2**30
+NUM_CHARS = 64
+FEW = 10_000
+Figures = dict[str, object]
+
+
+def main() -> None:
+    """Print each figure with its target."""
+    parser = argparse.ArgumentParser(description="many sessions, and many feeds")
+    parser.add_argument("--sessions", type=int, default=1_000_000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=2, help="of a round of feeds")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=["store", "feeds"])
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    options = parser.parse_args()
+    figures: Figures = {"machine": machine()}
+    if options.only != "feeds":
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=store_main, args=(options.sessions, options.rounds, there)
+        )
+        process.start()  # of its own, so that nothing else is in its memory
+        figures["store"] = here.recv()
+        process.join()
+    if options.only != "store":
+        with serving() as port:
+            figures["feeds"] = feeds(port, options.clients, options.seconds, options.rounds)
+    if options.json is not None:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+class Clock:
+    """Seconds since 1970 that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    """A store with sessions of the shipped model, whose clock is set by hand."""
+
+    def __init__(self, models: LoadedModels, model: LoadedModel) -> None:
+        self.clock = Clock()
+        self.store = MemoryStore(10**8, 2**44, self.clock)
+        self.sessions = Sessions(models, self.store, StateSealer(["k" * 16]), 3600, Retention(), self.clock)
+        self.model, self.chance = model, random.Random(1)
+        self.ids: list[str] = []
+        self._letters = "".join(self.chance.choices(model.charset.characters, k=100_000))
+        generator = np.random.default_rng(1)
+        self.states = generator.uniform(-1, 1, (64, *model.state_shape)).astype(np.float32)
+
+    def put(self, ttl_s: float = 10**7) -> str:
+        """One more session with a text of 64 characters."""
+        session_id = f"{self.chance.getrandbits(128):032x}"
+        start = self.chance.randrange(len(self._letters) - NUM_CHARS)
+        self.store.create(
+            Session(
+                id=session_id,
+                owner="",
+                model=self.model.version.ref,
+                identity=self.model.identity,
+                seed=self.chance.getrandbits(53),
+                ttl_s=ttl_s,
+                created_at=0,
+                expires_at=0,
+                hidden=self.states[len(self.ids) % 64],
+                transcript=Transcript(0, (), self._letters[start : start + NUM_CHARS]),
+            )
+        )
+        return session_id
+
+    def fill(self, num_sessions: int) -> float:
+        """Sessions put into the store a second."""
+        began, before = time.perf_counter(), len(self.ids)
+        while len(self.ids) < num_sessions:
+            self.ids.append(self.put())
+        return (num_sessions - before) / (time.perf_counter() - began)
+
+    def get_us(self, num_calls: int = 3000) -> float:
+        """Microseconds to load one of them."""
+        ids = self.chance.choices(self.ids, k=num_calls)
+        began = time.perf_counter()
+        for session_id in ids:
+            self.sessions.get("", session_id)
+        return (time.perf_counter() - began) / num_calls * 1e6
+
+    def feed_us(self, num_calls: int = 300) -> float:
+        """Microseconds to feed one of them a character."""
+        ids = self.chance.choices(self.ids, k=num_calls)
+        began = time.perf_counter()
+        for session_id in ids:
+            self.sessions.feeding.feed("", session_id, Feed("e", num_next=20))
+        return (time.perf_counter() - began) / num_calls * 1e6
+
+    def expire_us(self, num_sessions: int = 1000) -> float:
+        """Microseconds to forget a session whose time is over."""
+        for _ in range(num_sessions):
+            self.put(ttl_s=1)
+        self.clock.now += 3
+        num_gone, began = 0, time.perf_counter()
+        while gone := self.store.sweep(256):
+            num_gone += gone
+        assert num_gone == num_sessions
+        return (time.perf_counter() - began) / num_sessions * 1e6
+
+
+def store_main(num_sessions: int, rounds: int, answers: Connection) -> None:
+    """What is measured in a process of its own."""
+    settings = Settings()
+    torch.set_num_threads(settings.num_engine_threads)
+    models = LoadedModels(ModelStore(settings.model_store), 1, EngineSettings(TorchStepper))
+    model = models.get(settings.model)
+    few, many = Bench(models, model), Bench(models, model)
+    few.fill(FEW)
+    before = resident_bytes()
+    rate = many.fill(num_sessions)
+    resident = resident_bytes()
+    print(f"{num_sessions:,} open sessions, {NUM_CHARS} characters of text each:")
+    report("  resident memory of the process", resident / GIB, "GiB", "at most 5.5 for a million")
+    counted = many.store.num_bytes / num_sessions
+    print(f"    {(resident - before) / num_sessions:,.0f} bytes a session; counted {counted:,.0f}")
+    report("  put into the store", rate, "a second", "at least 20,000")
+    figures: Figures = {"resident_bytes": resident, "put_per_s": rate}
+    for what, unit in (("get", "load"), ("feed", "feed a character"), ("expire", "expiry")):
+        measures: list[Callable[[], float]] = [getattr(bench, f"{what}_us") for bench in (few, many)]
+        small, large = in_turns(measures, rounds)
+        ratios = [one / other for one, other in zip(large, small, strict=True)]
+        times = f"{statistics.median(small):.1f} us with {FEW:,}, {statistics.median(large):.1f} with {num_sessions:,}"
+        print(f"{unit}: {times}")
+        report("  ratio", statistics.median(ratios), f"times ({min(ratios):.2f} to {max(ratios):.2f})", "at most 1.5")
+        figures[what] = {"few_us": summary(small), "many_us": summary(large), "ratio": summary(ratios)}
+    models.close()
+    answers.send(figures)
+
+
+def resident_bytes() -> int:
+    """Of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def feeds(port: int, num_clients: int, seconds: float, rounds: int) -> Figures:
+    """Requests a second of feeds and of an empty route, in turns."""
+    empty = [request("GET", "/healthz")] * num_clients
+    names = [f"/v1/sessions/bench{number}" for number in range(num_clients)]
+    fed = [request("POST", f"{name}/feed", {"text": "e"}) for name in names]
+    with Clients(port, num_clients) as clients:
+        clients.repeat([request("PUT", name, {"text": "ROMEO:"}) for name in names], 0)
+        routes, steps = in_turns([lambda: clients.repeat(empty, seconds), lambda: clients.repeat(fed, seconds)], rounds)
+    ratios = [one / other for one, other in zip(steps, routes, strict=True)]
+    print(f"requests/s of {num_clients} clients, {rounds} rounds:")
+    print(f"  empty route {statistics.median(routes):,.0f}, feeds of a character {statistics.median(steps):,.0f}")
+    spread = f"% ({100 * min(ratios):.0f} to {100 * max(ratios):.0f})"
+    report("  feeds / empty route", 100 * statistics.median(ratios), spread, "at least 60")
+    return {"empty": summary(routes), "feeds": summary(steps), "ratio": summary(ratios)}
+
+
+def request(method: str, path: str, body: object = None) -> bytes:
+    """All bytes of one."""
+    data = json.dumps(body) if body is not None else ""
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode()
+
+
+class Clients:
+    """Connections that are kept open, each with one request at a time under way; all on this thread."""
+
+    def __init__(self, port: int, number: int) -> None:
+        self._stack = ExitStack()
+        connect = socket.create_connection
+        self._sockets = [self._stack.enter_context(connect(("127.0.0.1", port))) for _ in range(number)]
+
+    def __enter__(self) -> Clients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def repeat(self, requests: list[bytes], seconds: float) -> float:
+        """Each client sends its request again and again, for so long, once at least; answers a second."""
+        num_answers, num_open, began = 0, len(requests), time.perf_counter()
+        parts = dict.fromkeys(self._sockets, b"")
+        with selectors.DefaultSelector() as selector:
+            for connection, data in zip(self._sockets, requests, strict=True):
+                selector.register(connection, selectors.EVENT_READ, (connection, data))
+                connection.sendall(data)
+            while num_open:
+                for key, _ in selector.select():
+                    connection, data = key.data
+                    parts[connection] += connection.recv(65_536)
+                    if not is_whole(parts[connection]):
+                        continue
+                    assert parts[connection].startswith(b"HTTP/1.1 20"), parts[connection]
+                    parts[connection] = b""
+                    num_answers += 1
+                    if time.perf_counter() - began < seconds:
+                        connection.sendall(data)
+                    else:
+                        num_open -= 1
+        return num_answers / (time.perf_counter() - began)
+
+
+def is_whole(answer: bytes) -> bool:
+    """Whether head and body of an answer are there."""
+    head, found, body = answer.partition(b"\r\n\r\n")
+    if not found:
+        return False
+    length = head.lower().index(b"content-length:") + len(b"content-length:")
+    return len(body) >= int(head[length:].split(b"\r\n", 1)[0])
+
+
+if __name__ == "__main__":
+    main()
