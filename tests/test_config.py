@@ -62,6 +62,17 @@ def test_the_engine_has_a_core_and_leaves_one(monkeypatch: pytest.MonkeyPatch) -
     assert read_settings().num_engine_threads == 1
 
 
+def test_a_secret_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRU_SERVE_STATE_KEYS", "a long enough key, tooshort")
+    with pytest.raises(InvalidSettings, match="GRU_SERVE_STATE_KEYS") as error:
+        read_settings()
+    assert "tooshort" not in str(error.value)
+    monkeypatch.setenv("GRU_SERVE_STATE_KEYS", "a long enough key, another long key,")
+    settings = read_settings()
+    assert settings.state_key_list == ["a long enough key", "another long key"]
+    assert "long" not in repr(settings)
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises((pydantic.ValidationError, dataclasses.FrozenInstanceError)):
         Settings().port = 1  # type: ignore[misc]

@@ -60,7 +60,14 @@ def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient
 def test_the_description_covers_every_route_and_the_schemas_limits(client: FlaskClient) -> None:
     description = client.get("/openapi.json").get_json()
     assert description["openapi"] == "3.1.1"
-    assert set(description["paths"]) == {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz"}
+    one = "/v1/sessions/{id}"
+    sessions = {
+        "/v1/sessions",
+        one,
+        *(f"{one}/{what}" for what in ("text", "feed", "generate", "rewind", "fork", "state")),
+    }
+    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz"}
+    assert set(description["paths"]) == sessions | others
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
