@@ -230,4 +230,5 @@ def _copy(session: Session) -> Session:
 
 
 def _own_bytes(session: Session) -> int:
-    return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.transcript.tail)
+    run_bytes = session.run.num_bytes if session.run is not None else 0
+    return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.transcript.tail) + run_bytes

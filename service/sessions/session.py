@@ -30,6 +30,11 @@ class Run:
     finish_reason: FinishReason | None = None
     end: int | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory it takes."""
+        return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Session:
@@ -39,7 +44,8 @@ class Session:
     its numbers have to be for the state to mean anything (`LoadedModel.identity`). seed: draws its characters, unless a
     run brings its own. ttl_s: seconds it lives after its last use. created_at, expires_at: seconds since 1970.
     run: the last one, as long as the text it made is there. origin: hash of what it was created from, by which a
-    repeated creation is known; None: it can't be repeated. revision: how often it was saved.
+    repeated creation is known; None: it can't be repeated. revision: how often it was saved. Neither id nor owner may
+    have a slash in it.
     """
 
     id: str

@@ -271,6 +271,18 @@ def test_bytes_are_bounded_too(clock: Clock) -> None:
     store.load("", "s2999")  # which cost nobody anything
 
 
+def test_what_a_run_was_asked_for_counts(clock: Clock) -> None:
+    """A thousand biases and four long stop strings are more than the state."""
+    store = memory(clock)
+    store.create(session("a"))
+    before = store.num_bytes
+    sampling = replace(PLAIN, logit_bias=tuple((number, 0.5) for number in range(1000)))
+    change(store, "a", run=Run(6, 10, 7, sampling, ("x" * 256,) * 4))
+    assert store.num_bytes - before > 120_000
+    change(store, "a", run=None)
+    assert store.num_bytes == before
+
+
 def test_one_that_grows_pushes_idle_ones_out_and_not_itself(clock: Clock) -> None:
     store = memory(clock, max_bytes=50_000)
     for session_id in "ab":

@@ -7,14 +7,16 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
 from service.config import Settings
+from service.sessions.portable import StateSealer
 from service.store import ModelStore
 from service.web.app import create_app
 from tests.sessions.test_portable import changed
@@ -231,16 +233,36 @@ def test_a_state_is_carried_away(client: FlaskClient, session: str) -> None:
     refused(client.post("/v1/sessions", json={"state": limited["state"]}), 400, "state_expired", "state")
 
 
-def test_no_state_that_was_tampered_with_is_taken(client: FlaskClient, session: str) -> None:
-    """BAD_STATES=100000 for a long run."""
-    good = ok(client.get(f"{session}/state"))["state"]
-    chance = random.Random(1)
-    for _ in range(NUM_STATES):
-        bad = changed(good, chance)
-        if bad != good:
-            response = client.post("/v1/sessions", json={"state": bad})
-            assert response.status_code == 400
-            assert response.get_json()["error"]["code"] == "invalid_state"
+def test_no_bad_state_is_taken(tiny_store: ModelStore) -> None:
+    """Changed ones, those of another key, model, size or time, impossible ones. BAD_STATES=100000 for a long run."""
+    chance, keys = random.Random(1), [key.strip() for key in KEYS.split(",")]
+    ours, foreign = StateSealer(keys), StateSealer(["the key of somebody else"])
+    settings = Settings(model_store=tiny_store.root, model="tiny", state_keys=KEYS, log_level="error")
+    with client_of(settings) as client:
+        ok(client.put("/v1/sessions/a", json={"text": "ROMEO:"}), 201)
+        good = ok(client.get("/v1/sessions/a/state"))["state"]
+        opened = ours.open(good)
+        header, hidden = opened.header, opened.hidden(opened.header.identity, (1, 16))
+        makers: list[Callable[[], str]] = [
+            *[lambda: changed(good, chance)] * 6,
+            lambda: foreign.seal(header, hidden),
+            lambda: ours.seal(header.model_copy(update={"identity": f"{chance.getrandbits(256):064x}"}), hidden),
+            lambda: ours.seal(header.model_copy(update={"model": f"m{chance.getrandbits(32)}@1"}), hidden),
+            lambda: ours.seal(header.model_copy(update={"expires_at": chance.random() * 1.7e9}), hidden),
+            lambda: ours.seal(header, np.resize(hidden, (1, chance.choice([0, 1, 15, 17, 32, 4096])))),
+            lambda: ours.seal(header, hidden * np.float32(chance.choice([np.nan, np.inf, 1e30, -50]))),
+        ]
+        expected = {
+            (400, "invalid_state"), (400, "state_model_mismatch"), (400, "state_expired"), (404, "model_not_found")
+        }  # fmt: skip
+        found = set()
+        for _ in range(NUM_STATES):
+            bad = chance.choice(makers)()
+            if bad != good:
+                response = client.post("/v1/sessions", json={"state": bad})
+                found.add((response.status_code, response.get_json()["error"]["code"]))
+        assert found == expected
+        assert len(ok(client.get("/v1/sessions"))["data"]) == 1
 
 
 @pytest.fixture
