@@ -11,7 +11,7 @@ import structlog
 
 from service.engine.request import End, EndReason, Handle, Request
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import Float32, Row, Stepper
+from service.engine.stepper import Advance, Float32, Row, Stepper
 from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 _TICK_S = 0.005  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
 _MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
 _MAX_TICK_CHARS = 256
+_SHORT_CHARS = 32  # to be read at once by whoever asks, if nothing else is going on
 
 
 @dataclass(eq=False)
@@ -52,7 +53,8 @@ class Pace:
 
 
 class Engine:
-    """Steps texts on a thread of its own, which computes and does nothing else.
+    """Steps texts on a thread of its own, which computes and does nothing else. A few characters to be read while it is
+    idle are stepped by the thread that asks: to wake another one, and to be woken by it, takes longer.
 
     max_running: texts in the batch. max_waiting: texts that wait for a place; more are refused. stall_s: a tick that
     lasts longer counts as wedged. Every method may be called from any thread.
@@ -72,6 +74,7 @@ class Engine:
         self._stall_s, self._clock = stall_s, clock
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
+        self._stepping = threading.Lock()  # held by whoever uses the stepper
         self._changed = threading.Condition(threading.Lock())  # guards what follows
         self._inbox: list[_Text] = []
         self._num_open = 0
@@ -93,10 +96,15 @@ class Engine:
                 raise EngineFailed("the engine is shutting down: try again elsewhere or later")
             if self._num_open + len(handles) > self._max_open and not after_another:
                 raise Overloaded("the server is busy and its queue is full: try again in a second")
-            self._num_open += len(handles)
-            self._inbox.extend(_Text(handle) for handle in handles)
-            self._start()
-            self._changed.notify_all()
+            is_idle = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
+            at_once = is_idle and self._stepping.acquire(blocking=False)
+            if not at_once:
+                self._num_open += len(handles)
+                self._inbox.extend(_Text(handle) for handle in handles)
+                self._start()
+                self._changed.notify_all()
+        if at_once:
+            self._do_at_once(handles[0])
         return handles
 
     def check(self) -> None:
@@ -130,11 +138,33 @@ class Engine:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(self._stall_s)
+        if self._stepping.acquire(timeout=self._stall_s):  # nobody is in a step any more
+            self._stepping.release()
 
     def _start(self) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
+
+    def _do_at_once(self, handle: Handle) -> None:
+        """Step a short text on the caller's thread, which has taken the stepper."""
+        try:
+            row = handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
+            advance = self._advance([row], _SHORT_CHARS)[0]
+        except BaseException as error:
+            with self._changed:
+                self._failure = _failed(error)
+                self._changed.notify_all()  # the engine's thread is to end, and to fail what it has
+            raise self._failure from error
+        finally:
+            self._stepping.release()
+        handle.publish(advance, _end(row, row.finished or "length"))
+
+    def _advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+        self._tick_started = self._clock()
+        advances = self._stepper.advance(rows, num_chars)
+        self._tick_started = None
+        return advances
 
     def _run(self) -> None:
         try:
@@ -143,17 +173,18 @@ class Engine:
             # Only when closing: a retired engine may have a new thread by now, and new texts with it.
             if self._closing:
                 self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             # Whatever it was, nobody may wait for a thread that is gone.
-            log.exception("the engine failed", error=type(error).__name__)
-            self._fail(EngineFailed("the engine has failed: the server has to be restarted"))
+            self._fail(self._failure or _failed(error))
 
     def _take_in(self) -> bool:
         """Wait for work, and let it in; False: the engine is to end."""
         scheduler = self._scheduler
         with self._changed:
-            while not (self._inbox or scheduler.has_work or self._closing or self._retired):
+            while not (self._inbox or scheduler.has_work or self._closing or self._retired or self._failure):
                 self._changed.wait()
+            if self._failure is not None:
+                raise self._failure
             if self._closing or not (self._inbox or scheduler.has_work):
                 self._thread = None
                 return False
@@ -172,10 +203,12 @@ class Engine:
         if not rows:
             return
         num_chars = self._pace.num_chars(len(rows))
-        started = self._tick_started = self._clock()
-        advances = self._stepper.advance(rows, num_chars)
-        self._pace.measured(len(rows), num_chars, self._clock() - started)
-        self._tick_started = None
+        with self._stepping:
+            if self._failure is not None:
+                raise self._failure
+            started = self._clock()
+            advances = self._advance(rows, num_chars)
+            self._pace.measured(len(rows), num_chars, self._clock() - started)
         # Places are free before anybody hears of an end: who then comes back at once is not to be refused.
         self._forget([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
         for text, row, advance in zip(texts, rows, advances, strict=True):
@@ -211,6 +244,15 @@ class Engine:
         for text in texts:
             text.handle.fail(failure)
         self._forget(texts)
+
+
+def _failed(error: BaseException) -> EngineFailed:
+    log.error("the engine failed", error=type(error).__name__, exc_info=error)
+    return EngineFailed("the engine has failed: the server has to be restarted")
+
+
+def _is_short(request: Request) -> bool:
+    return request.max_chars == 0 and len(request.prompt) <= _SHORT_CHARS
 
 
 def _end(row: Row, reason: EndReason) -> End:

@@ -185,6 +185,56 @@ def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None
         assert running_text.wait().position == following.wait().position + 30
 
 
+def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_on() -> None:
+    """And beside others, and in any number of threads: it makes no difference but in time."""
+    short, long = request("ROMEO", 0, keep_at=(2, 5), num_next=3), request("ROMEO" * 7, 0)
+    with running() as engine:
+        before = threading.active_count()
+        alone = engine.submit([short])[0]
+        assert alone.end is not None
+        assert threading.active_count() == before  # the engine's thread has not even begun
+        assert alone.end.next is not None
+        assert len(alone.end.next.ids) == 3
+        expected = result(alone)
+        engine.submit([long])[0].wait()
+        running_text = engine.submit([request(max_chars=3000)])[0]
+        beside = engine.submit([short])[0]
+        assert result(beside) == expected
+        running_text.cancel()
+        found: list[list[Any]] = []
+
+        def ask() -> None:
+            found.extend(result(engine.submit([short])[0]) for _ in range(50))
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [expected] * 300
+
+
+def test_what_fails_at_once_fails_for_everybody() -> None:
+    class Failing(_Gate):
+        def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+            if len(rows[0].prompt) == 1:
+                raise MemoryError
+            return STEPPER.advance(rows, num_chars)
+
+    with running(Failing()) as engine:
+        engine.submit([request(max_chars=5)])[0].wait()  # its thread is there
+        with pytest.raises(EngineFailed):
+            engine.submit([request("a", 0)])
+        for _ in range(2):
+            with pytest.raises(EngineFailed):
+                engine.submit([request()])[0].wait()
+    with running(Failing()) as engine:
+        with pytest.raises(EngineFailed):
+            engine.submit([request("a", 0)])
+        with pytest.raises(EngineFailed):
+            engine.check()
+
+
 def test_first_come_first_served() -> None:
     order: list[int] = []
 

@@ -125,7 +125,7 @@ def world() -> Iterator[None]:
         store = ModelStore(Path(root))
         publish_tiny(store)
         models = LoadedModels(store, 1, engine_settings())
-        models.get("tiny").engine.submit([Request(models.get("tiny").charset.encode("a"), 0, 0)])[0].wait()
+        models.get("tiny").engine.submit([Request(models.get("tiny").charset.encode("a"), 1, 0)])[0].wait()
         WORLD.append(World(models))
         yield
         WORLD.clear()
