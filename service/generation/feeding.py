@@ -53,7 +53,8 @@ class Feeding:
 
         Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
         """
-        with self._runs.leased(owner, session_id) as (lease, session):
+        with self._runs.leased(owner, session_id) as lease:
+            session = lease.session
             if feed.rebase is not None:
                 session = self._rebased(session, feed)
             model = self._models.of_state(session.model, session.identity)

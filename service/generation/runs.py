@@ -46,11 +46,11 @@ class Runs:
         self._live: dict[tuple[str, str], LiveRun] = {}
 
     @contextmanager
-    def leased(self, owner: str, session_id: str) -> Iterator[tuple[Lease, Session]]:
+    def leased(self, owner: str, session_id: str) -> Iterator[Lease]:
         """A session for one operation. Raises SessionBusy, SessionNotFound, SessionGone."""
         lease = self._lease(owner, session_id)
         try:
-            yield lease, self._store.load(owner, session_id)
+            yield lease
         finally:
             self._store.release(lease)
 
@@ -72,7 +72,7 @@ class Runs:
                 return self.resume(owner, session_id, position, client_has_gone)
         lease = self._lease(owner, session_id)
         try:
-            session = self._store.load(owner, session_id)
+            session = lease.session
             check_position(session, position)
             context = ""
             if request.sampling.repetition_penalty != 1:
@@ -98,7 +98,7 @@ class Runs:
         """
         lease = self._take_over(owner, session_id)
         try:
-            session = self._store.load(owner, session_id)
+            session = lease.session
             run, start = _resumable(session, after)
             if run.finish_reason is None:
                 return self._begin(lease, session, run, start, client_has_gone)

@@ -62,12 +62,13 @@ class Sessions:
 
     def delete(self, owner: str, session_id: str) -> None:
         """Forget it."""
-        with self.runs.leased(owner, session_id) as (lease, _):
+        with self.runs.leased(owner, session_id) as lease:
             self._store.delete(lease)
 
     def rewind(self, owner: str, session_id: str, position: int) -> Session:
         """Back to a retained position. Raises PositionConflict, PositionGone."""
-        with self.runs.leased(owner, session_id) as (lease, session):
+        with self.runs.leased(owner, session_id) as lease:
+            session = lease.session
             check_within(session, position)
             if position == session.position:
                 return session
@@ -79,7 +80,8 @@ class Sessions:
 
     def export(self, owner: str, session_id: str, ttl_s: float | None) -> tuple[str, StateHeader]:
         """A portable state, good for ttl_s seconds, None: without end; and what it says about itself."""
-        with self.runs.leased(owner, session_id) as (_, session):
+        with self.runs.leased(owner, session_id) as lease:
+            session = lease.session
             header = StateHeader(
                 model=session.model,
                 identity=session.identity,

@@ -78,7 +78,7 @@ class MemoryStore:
             if entry.lease is not None:
                 raise SessionBusy("another operation on this session is under way: try again when it is over")
             self._due.remove(_key(owner, session_id), entry.session.expires_at)
-            entry.lease = Lease(owner, session_id)
+            entry.lease = Lease(_copy(entry.session))
             return entry.lease
 
     def save(self, lease: Lease, session: Session) -> Session:
@@ -101,7 +101,7 @@ class MemoryStore:
     def release(self, lease: Lease) -> None:
         """See SessionStore."""
         with self._lock:
-            key = _key(lease.owner, lease.session_id)
+            key = _key(lease.session.owner, lease.session.id)
             entry = self._entries.get(key)
             if entry is None or entry.lease is not lease:
                 return
@@ -114,7 +114,7 @@ class MemoryStore:
     def delete(self, lease: Lease) -> None:
         """See SessionStore."""
         with self._lock:
-            self._drop(_key(lease.owner, lease.session_id), self._leased(lease))
+            self._drop(_key(lease.session.owner, lease.session.id), self._leased(lease))
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
         """See SessionStore. Takes 0.2 s beside a million sessions, so that nothing else takes longer for it."""
@@ -166,7 +166,7 @@ class MemoryStore:
         return entry
 
     def _leased(self, lease: Lease) -> _Entry:
-        entry = self._entries.get(_key(lease.owner, lease.session_id))
+        entry = self._entries.get(_key(lease.session.owner, lease.session.id))
         if entry is None or entry.lease is not lease:
             raise RevisionConflict("the session is no longer reserved for this operation")
         return entry

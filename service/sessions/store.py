@@ -10,10 +10,9 @@ from service.sessions.session import Session
 
 @dataclass(frozen=True, eq=False)
 class Lease:
-    """The right to change a session, until it is released."""
+    """The right to change a session, until it is released. session: as it was when the lease was taken."""
 
-    owner: str
-    session_id: str
+    session: Session
 
 
 class SessionStore(Protocol):
@@ -36,7 +35,7 @@ class SessionStore(Protocol):
         ...  # pragma: no cover
 
     def lease(self, owner: str, session_id: str) -> Lease:
-        """Reserve it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
+        """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
         ...  # pragma: no cover
 
     def save(self, lease: Lease, session: Session) -> Session:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import structlog
 from flask import Response
+from pydantic_core import to_json
 
 from service.errors import GruServeError
 from service.generation.continuation import Continuation
@@ -40,11 +41,11 @@ def feed_answer(fed: Fed) -> Response:
     """Position and distribution after a feed; with log-probabilities if they were asked for."""
     characters = fed.model.charset.characters
     ids, logprobs = (fed.next.ids.tolist(), fed.next.logprobs.tolist()) if fed.next is not None else ([], [])
-    # By hand: this is asked for at every keystroke, and the schema would take as long as the network.
+    # Without the schema's objects: this is asked for at every keystroke, and they would take as long as the network.
     after = [{"char": characters[at], "logprob": logprob} for at, logprob in zip(ids, logprobs, strict=True)]
     scores = logprobs_of(fed.text, fed.scores, fed.model.charset, fed.position - len(fed.text))
     answer = {"position": fed.position, "next": after, "logprobs": scores.model_dump() if scores is not None else None}
-    return Response(json.dumps(answer), mimetype="application/json")
+    return Response(to_json(answer), mimetype="application/json")
 
 
 def whole_continuation(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Response:

@@ -85,6 +85,9 @@ class ForkBody(Body):
 class SessionPath(BaseModel):
     """Path of everything about one session."""
 
+    # pydantic's own engine keeps memory for each thread that comes by, and takes 50 us to find it again.
+    model_config = ConfigDict(regex_engine="python-re")
+
     id: SessionId
 
 
