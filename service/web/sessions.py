@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from flask import Response, request
 from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel
+from werkzeug.exceptions import MethodNotAllowed
 
 from service.errors import InvalidValue
 from service.generation.continuation import Continuation
@@ -129,6 +130,8 @@ def sessions_blueprint(
         """Stream every character of the last continuation after a position, once and in order: those that are there,
         then live. It goes on with the settings it was begun with; a connection that still has it loses it.
         """
+        if request.method == "HEAD":  # Flask takes it for a GET, and it would take the stream from who has it
+            raise MethodNotAllowed(valid_methods=["GET", "POST"])
         places.take()
         try:
             continuation = sessions.runs.resume(_OWNER, path.id, _last_event_id(query.after), client_watch())

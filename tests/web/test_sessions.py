@@ -191,6 +191,12 @@ def test_what_can_not_be_taken_up(client: FlaskClient, session: str) -> None:
     refused(client.get("/v1/sessions/nobody/generate?after=6"), 404, "session_not_found")
 
 
+def test_to_ask_for_the_head_takes_no_stream_from_anybody(client: FlaskClient, session: str) -> None:
+    stream = client.post(f"{session}/generate", json={"max_tokens": 500, "stream": True})
+    assert client.head(f"{session}/generate").status_code == 405
+    assert b"event: done" in stream.data
+
+
 def test_a_stop_string_is_not_sent_and_not_part_of_the_text(client: FlaskClient, session: str) -> None:
     whole = ok(client.post(f"{session}/generate", json={"max_tokens": 80}))["text"]
     ok(client.post(f"{session}/rewind", json={"position": 6}))
