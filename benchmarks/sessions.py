@@ -3,7 +3,8 @@
 - memory: what a million open sessions take, and how fast they are put into the store. Their states are given, nothing
   is stepped for them.
 - constant time: loading, feeding a character and expiry in a store of 10,000 and in one of a million, in turns.
-- feeds: characters fed by clients side by side, each to its own session, against an empty route of the same server.
+- feeds: characters fed by clients side by side, each to its own session, against an empty Flask route of the same
+  server that gets the same requests, and against GETs of it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import selectors
 import socket
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.http import report, serving
+from benchmarks.http import is_ready, report
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
 from service.config import Settings
@@ -37,6 +39,7 @@ from service.sessions.portable import StateSealer
 from service.sessions.session import Session
 from service.sessions.transcript import Retention, Transcript
 from service.store import ModelStore
+from service.web.server import Server
 
 GIB = 2**30
 NUM_CHARS = 64
@@ -64,7 +67,7 @@ def main() -> None:
         figures["store"] = here.recv()
         process.join()
     if options.only != "store":
-        with serving() as port:
+        with serving_with_empty_route() as port:
             figures["feeds"] = feeds(port, options.clients, options.seconds, options.rounds)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -184,18 +187,58 @@ def resident_bytes() -> int:
 
 def feeds(port: int, num_clients: int, seconds: float, rounds: int) -> Figures:
     """Requests a second of feeds and of an empty route, in turns."""
-    empty = [request("GET", "/healthz")] * num_clients
     names = [f"/v1/sessions/bench{number}" for number in range(num_clients)]
-    fed = [request("POST", f"{name}/feed", {"text": "e"}) for name in names]
+    body = {"text": "e"}
+    kinds = {
+        "feed": [request("POST", f"{name}/feed", body) for name in names],
+        "same": [request("POST", "/empty", body)] * num_clients,
+        "get": [request("GET", "/empty")] * num_clients,
+    }
     with Clients(port, num_clients) as clients:
         clients.repeat([request("PUT", name, {"text": "ROMEO:"}) for name in names], 0)
-        routes, steps = in_turns([lambda: clients.repeat(empty, seconds), lambda: clients.repeat(fed, seconds)], rounds)
-    ratios = [one / other for one, other in zip(steps, routes, strict=True)]
-    print(f"requests/s of {num_clients} clients, {rounds} rounds:")
-    print(f"  empty route {statistics.median(routes):,.0f}, feeds of a character {statistics.median(steps):,.0f}")
-    spread = f"% ({100 * min(ratios):.0f} to {100 * max(ratios):.0f})"
-    report("  feeds / empty route", 100 * statistics.median(ratios), spread, "at least 60")
-    return {"empty": summary(routes), "feeds": summary(steps), "ratio": summary(ratios)}
+        measures = [lambda requests=requests: clients.repeat(requests, seconds) for requests in kinds.values()]
+        rates = dict(zip(kinds, in_turns(measures, rounds), strict=True))
+    fed = rates["feed"]
+    print(f"requests/s of {num_clients} clients, {rounds} rounds: feeds of a character {statistics.median(fed):,.0f}")
+    figures: Figures = {"feeds": summary(fed)}
+    for kind, what in (("same", "an empty route that gets the same requests"), ("get", "GETs of an empty route")):
+        ratios = [one / other for one, other in zip(fed, rates[kind], strict=True)]
+        print(f"  {what}: {statistics.median(rates[kind]):,.0f}")
+        spread = f"% ({100 * min(ratios):.0f} to {100 * max(ratios):.0f})"
+        report("    feeds / these", 100 * statistics.median(ratios), spread, "at least 60")
+        figures[kind] = {"rate": summary(rates[kind]), "ratio": summary(ratios)}
+    return figures
+
+
+@contextmanager
+def serving_with_empty_route() -> Iterator[int]:
+    """The real server with the shipped model and one route more, which does nothing, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    process = multiprocessing.get_context("spawn").Process(target=serve_main, args=(port,))
+    process.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not is_ready(port):
+            assert process.is_alive(), "the server has ended"
+            assert time.monotonic() < deadline, "the server doesn't become ready"
+            time.sleep(0.1)
+        yield port
+    finally:
+        process.terminate()
+        process.join(60)
+
+
+def serve_main(port: int) -> None:
+    """What runs in its process."""
+
+    class WithEmptyRoute(Server):
+        def load(self) -> Any:
+            app = super().load()
+            app.add_url_rule("/empty", view_func=lambda: "", methods=["GET", "POST"])
+            return app
+
+    WithEmptyRoute(Settings(port=port, log_level="warning")).run()
 
 
 def request(method: str, path: str, body: object = None) -> bytes:

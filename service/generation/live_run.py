@@ -76,7 +76,8 @@ class LiveRun:
         self._generated += text
         if self._handle.end is not None:
             try:
-                self.session = self._store.save(self._lease, self._saved())
+                self.session = self._ended()
+                self._store.save(self._lease, self.session)
             finally:
                 self._end()
         return text
@@ -84,7 +85,7 @@ class LiveRun:
     def _decoded(self, part: Advance | None) -> str:
         return self._model.charset.decode(part.chars) if part is not None else ""
 
-    def _saved(self) -> Session:
+    def _ended(self) -> Session:
         """The session after the run."""
         end, run, before = self._handle.wait(), self._run, self.session.transcript
         text, hidden, stop = self._generated, end.hidden, ""

@@ -135,7 +135,8 @@ class Runs:
         model = self._models.of_state(session.model, session.identity)
         handle = model.engine.submit([self._request(model, session, run)])[0]
         try:
-            session = self._store.save(lease, replace(session, run=run))
+            session = replace(session, run=run)
+            session = replace(session, revision=self._store.save(lease, session))
         except BaseException:
             handle.cancel()
             raise

@@ -76,7 +76,9 @@ class Sessions:
             hidden, transcript = state_at(model, session, position), session.transcript.cut(position)
             run = finished(session)
             run = run if run is not None and run.end is not None and run.end <= position else None
-            return self._store.save(lease, replace(session, hidden=hidden, transcript=transcript, run=run))
+            session = replace(session, hidden=hidden, transcript=transcript, run=run)
+            self._store.save(lease, session)
+            return session
 
     def export(self, owner: str, session_id: str, ttl_s: float | None) -> tuple[str, StateHeader]:
         """A portable state, good for ttl_s seconds, None: without end; and what it says about itself."""

@@ -20,6 +20,7 @@ UnknownChars = Literal["error", "fold", "drop"]
 Ids = NDArray[np.int64]
 
 MAX_CHARSET = 65_536
+_FEW = 8
 _MAX_NAMED = 10  # unknown characters named in one error: enough to act on, whatever the text's length
 
 # Nearest plain spelling of characters that Unicode's compatibility decomposition leaves alone. Several spellings: the
@@ -89,6 +90,10 @@ class Charset:
         text; `fold` writes the nearest characters that are there (é as e, curly quotes straight, any dash as a hyphen)
         and raises for what has none; `drop` leaves unknown characters out.
         """
+        if len(text) <= _FEW and text.isascii() and all(char in self._id_of for char in text):
+            return np.array(
+                [self._id_of[char] for char in text], np.int64
+            )  # a keystroke: the rest takes ten times as long
         text = unicodedata.normalize("NFC", text)
         ids = self._look_up(text)
         if not (ids < 0).any():

@@ -25,10 +25,11 @@ _MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """session: its hidden is a view of the slab's slot. lease: None while it is idle."""
+    """session: its hidden is a view of the slab's slot, its expires_at not kept up. lease: None while it is idle."""
 
     session: Session
     slot: int
+    expires_at: float
     lease: Lease | None = None
 
 
@@ -59,7 +60,7 @@ class MemoryStore:
             self._make_room_for(session)
             slab = self._slab(session)
             slot = slab.put(session.hidden)
-            self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot)
+            self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot, session.expires_at)
             self._gone.pop(key, None)
             self._own_bytes += _own_bytes(session)
             self._blocks.hold(session.transcript)
@@ -69,7 +70,7 @@ class MemoryStore:
     def load(self, owner: str, session_id: str) -> Session:
         """See SessionStore."""
         with self._lock:
-            return _copy(self._get(owner, session_id).session)
+            return _copy(self._get(owner, session_id))
 
     def lease(self, owner: str, session_id: str) -> Lease:
         """See SessionStore."""
@@ -77,26 +78,25 @@ class MemoryStore:
             entry = self._get(owner, session_id)
             if entry.lease is not None:
                 raise SessionBusy("another operation on this session is under way: try again when it is over")
-            self._due.remove(_key(owner, session_id), entry.session.expires_at)
-            entry.lease = Lease(_copy(entry.session))
+            self._due.remove(_key(owner, session_id), entry.expires_at)
+            entry.lease = Lease(_copy(entry))
             return entry.lease
 
-    def save(self, lease: Lease, session: Session) -> Session:
+    def save(self, lease: Lease, session: Session) -> int:
         """See SessionStore."""
         with self._lock:
             entry = self._leased(lease)
             old = entry.session
             if session.revision != old.revision or (session.owner, session.id) != (old.owner, old.id):
                 raise RevisionConflict("the session was changed meanwhile")
-            saved = replace(session, revision=old.revision + 1)
             if session.transcript.blocks is not old.transcript.blocks:
                 self._blocks.hold(session.transcript)
                 self._blocks.let_go(old.transcript)
             self._own_bytes += _own_bytes(session) - _own_bytes(old)
             entry.slot, view = self._put(entry, session)
-            entry.session = replace(saved, hidden=view)
+            entry.session = replace(session, hidden=view, revision=old.revision + 1)
             self._make_room()
-        return saved
+            return entry.session.revision
 
     def release(self, lease: Lease) -> None:
         """See SessionStore."""
@@ -106,9 +106,9 @@ class MemoryStore:
             if entry is None or entry.lease is not lease:
                 return
             entry.lease = None
-            entry.session = replace(entry.session, expires_at=self._clock() + entry.session.ttl_s)
+            entry.expires_at = self._clock() + entry.session.ttl_s
             self._entries.move_to_end(key)
-            self._due.add(key, entry.session.expires_at)
+            self._due.add(key, entry.expires_at)
             self._make_room()
 
     def delete(self, lease: Lease) -> None:
@@ -151,7 +151,7 @@ class MemoryStore:
     def _find(self, key: str) -> _Entry | None:
         """None: not there, or no longer."""
         entry = self._entries.get(key)
-        if entry is not None and entry.lease is None and entry.session.expires_at <= self._clock():
+        if entry is not None and entry.lease is None and entry.expires_at <= self._clock():
             self._expire(key, entry)
             return None
         return entry
@@ -191,7 +191,7 @@ class MemoryStore:
 
     def _expire(self, key: str, entry: _Entry) -> None:
         """Forget an idle session, but not that it was there."""
-        self._due.remove(key, entry.session.expires_at)
+        self._due.remove(key, entry.expires_at)
         self._drop(key, entry)
         self._gone[key] = None
         if len(self._gone) > _MAX_GONE:
@@ -224,9 +224,9 @@ def _key(owner: str, session_id: str) -> str:
     return f"{owner}/{session_id}" if owner else session_id
 
 
-def _copy(session: Session) -> Session:
+def _copy(entry: _Entry) -> Session:
     """A session whose state nobody writes to."""
-    return replace(session, hidden=read_state(session.hidden))
+    return replace(entry.session, hidden=read_state(entry.session.hidden), expires_at=entry.expires_at)
 
 
 def _own_bytes(session: Session) -> int:

@@ -38,8 +38,8 @@ class SessionStore(Protocol):
         """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
         ...  # pragma: no cover
 
-    def save(self, lease: Lease, session: Session) -> Session:
-        """Keep its new state, if `session.revision` is the one that is kept; as it is kept, one revision higher.
+    def save(self, lease: Lease, session: Session) -> int:
+        """Keep its new state, if `session.revision` is the one that is kept; the new revision, one higher.
 
         Raises RevisionConflict, also if the lease is not, or no longer, valid; then nothing has changed.
         """
