@@ -1,0 +1,177 @@
+"""Rows as the kernel takes them, and what it did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.engine.native.library import ROW
+from service.engine.sampling import History, SamplingSettings
+from service.engine.stepper import Advance, Float32, Float64, Ids, Row, Scores
+
+_MASK = 2**64 - 1
+_NOTHING = np.empty(0, np.int64)
+
+
+class Rows:
+    """The rows that have something to do, for one call of the kernel.
+
+    active: these rows. states: (B * L, H) float32, copies of theirs. records: (B,) ROW. What records point to lives as
+    long as this object. shape: (L, H).
+    """
+
+    def __init__(self, rows: Sequence[Row], num_chars: int, shape: tuple[int, int], vocab_size: int) -> None:
+        self._rows, self._shape, self._vocab_size = rows, shape, vocab_size
+        self.active: list[Row] = []
+        self._num_steps: list[int] = []
+        for row in rows:
+            if row.finished is None:
+                left = len(row.prompt) - row.num_read + max(0, row.max_chars - row.num_generated)
+                if left == 0:
+                    row.finished = "length"
+                elif num_chars > 0:
+                    self.active.append(row)
+                    self._num_steps.append(min(num_chars, left))
+        if self.active:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        active, size, longest = self.active, len(self.active), max(self._num_steps)
+        if any(row.hidden.shape != self._shape for row in active):
+            raise ValueError(f"states have to be {self._shape} float32")
+        self.states: Float32 = np.empty((size * self._shape[0], self._shape[1]), np.float32)
+        np.concatenate([row.hidden for row in active], out=self.states, casting="no")
+        self._chars: Ids = np.empty((size, longest), np.int64)
+        records = self.records = np.zeros(size, ROW)
+        records["seed"] = [row.seed & _MASK for row in active]
+        records["position"] = [row.position for row in active]
+        records["num_steps"] = self._num_steps
+        records["chars"] = self._chars.ctypes.data + 8 * longest * np.arange(size)
+        records["temperature"] = [row.sampling.temperature for row in active]
+        records["is_plain"] = plain = [row.sampling.is_plain for row in active]
+        records["num_top"] = -1
+        self._pointed_to: list[NDArray[Any]] = []
+        self._texts: dict[int, Ids] = {}  # by index in `active`: what was generated, with room for more
+        self._scores: dict[int, Scores] = {}  # room for them
+        self._kept: dict[int, Float32] = {}
+        for i, row in enumerate(active):
+            if row.num_read < len(row.prompt):
+                ids = row.prompt[row.num_read : row.num_read + self._num_steps[i]]
+                records["num_prompt"][i], records["prompt"][i] = len(ids), self._address(ids, np.int64)
+            if not plain[i]:
+                self._add_sampling(records[i], row.sampling, row.history)
+            elif row.history is not None:
+                self._add_history(records[i], row.history)
+            if row.stops:
+                self._add_stops(i, row)
+            if row.num_logprobs is not None:
+                self._add_scores(i, row, row.num_logprobs)
+            if len(row.keep_at) > len(row.kept):
+                self._add_keep(i, row)
+
+    def hand_back(self) -> list[Advance]:
+        """Write to the rows what was done to them; what each of all rows got."""
+        got: dict[Row, Advance] = {}
+        if self.active:
+            records = self.records
+            states = self.states.reshape(-1, *self._shape)
+            done = zip(*(records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
+            for i, (row, state, (num_read, num_steps, stopped)) in enumerate(
+                zip(self.active, states, done, strict=True)
+            ):
+                row.hidden[...] = state
+                row.position += num_steps
+                row.num_read += num_read
+                row.num_generated += num_steps - num_read
+                if i in self._kept:
+                    self._take_kept(i, row)
+                if i in self._texts:
+                    longest = max(len(stop) for stop in row.stops)
+                    row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
+                if stopped:
+                    row.finished = "stop"
+                elif not row.is_reading and row.num_generated >= row.max_chars:
+                    row.finished = "length"
+                scores, prompt_scores = self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None,) * 2
+                got[row] = Advance(self._chars[i, num_read:num_steps], scores, prompt_scores)
+        return [got[row] if row in got else Advance(_NOTHING) for row in self._rows]
+
+    def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
+        """Of the array, which is kept until the call is over, or of a copy that has this dtype and is contiguous."""
+        array = np.ascontiguousarray(array, dtype)
+        self._pointed_to.append(array)
+        return array.ctypes.data
+
+    def _add_sampling(self, record: np.void, sampling: SamplingSettings, history: History | None) -> None:
+        record["top_k"], record["top_p"], record["min_p"] = sampling.top_k, sampling.top_p, sampling.min_p
+        record["repetition"] = sampling.repetition_penalty
+        record["presence"], record["frequency"] = sampling.presence_penalty, sampling.frequency_penalty
+        if sampling.logit_bias:
+            ids, biases = zip(*sampling.logit_bias, strict=True)
+            if not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise ValueError("logit_bias names a character that the model doesn't have")
+            record["num_biases"] = len(ids)
+            record["bias_ids"] = self._address(np.array(ids), np.int64)
+            record["biases"] = self._address(np.array(biases), np.float64)
+        if sampling.penalizes:
+            if history is None:
+                raise ValueError("penalties need a history")
+            self._add_history(record, history)
+
+    def _add_history(self, record: np.void, history: History) -> None:
+        """The kernel counts in the history's own memory."""
+        for name, array, dtype in (
+            ("in_prompt", history.in_prompt, np.bool_),
+            ("num_generated", history.num_generated, np.float64),
+        ):
+            if array.shape != (self._vocab_size,) or array.dtype != dtype or not array.flags.c_contiguous:
+                raise ValueError("a history has to be of the model's characters")
+            record[name] = array.ctypes.data
+
+    def _add_stops(self, i: int, row: Row) -> None:
+        record, num_before = self.records[i], len(row.tail)
+        text = self._texts[i] = np.empty(num_before + self._num_steps[i], np.int64)
+        text[:num_before] = row.tail
+        record["num_stops"] = len(row.stops)
+        record["stop_lengths"] = self._address(np.array([len(stop) for stop in row.stops]), np.int64)
+        record["stop_ids"] = self._address(np.concatenate(row.stops), np.int64)
+        record["text"], record["text_length"] = text.ctypes.data, num_before
+
+    def _add_scores(self, i: int, row: Row, num_logprobs: int) -> None:
+        record, num_steps = self.records[i], self._num_steps[i]
+        num_read = 0 if row.score_prompt else int(record["num_prompt"])
+        num_top, num_scores = min(num_logprobs, self._vocab_size), num_steps - num_read
+        room: tuple[Float64, Ids, Float64] = (
+            np.empty(num_scores),
+            np.empty((num_scores, num_top), np.int64),
+            np.empty((num_scores, num_top)),
+        )
+        self._scores[i] = Scores(*room)
+        record["num_top"], record["scores_start"] = num_top, num_read
+        record["chosen"], record["top_ids"], record["top"] = (array.ctypes.data for array in room)
+
+    def _split_scores(self, i: int, row: Row, num_read: int, num_steps: int) -> tuple[Scores | None, Scores | None]:
+        """Of characters that were generated, and of the prompt's; None where there are none."""
+        scores = self._scores[i]
+        num_prompt = num_read if row.score_prompt else 0
+        num_generated = num_steps - num_read
+        return (
+            scores.slice(num_prompt, num_prompt + num_generated) if num_generated else None,
+            scores.slice(0, num_prompt) if num_prompt else None,
+        )
+
+    def _add_keep(self, i: int, row: Row) -> None:
+        end = row.position + self._num_steps[i]
+        wanted = [position for position in row.keep_at[len(row.kept) :] if position <= end]
+        if wanted:
+            record, room = self.records[i], np.empty((len(wanted), *self._shape), np.float32)
+            self._kept[i] = room
+            record["num_keep"], record["kept"] = len(wanted), room.ctypes.data
+            record["keep_at"] = self._address(np.array(wanted), np.int64)
+
+    def _take_kept(self, i: int, row: Row) -> None:
+        num_kept = sum(position <= row.position for position in row.keep_at) - len(row.kept)
+        row.kept.extend(state.copy() for state in self._kept[i][:num_kept])

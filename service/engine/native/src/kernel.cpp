@@ -1,0 +1,212 @@
+// The stepper in C++: everything of `Stepper.advance` between taking rows in and handing them back.
+//
+// The same files are compiled once for each set of instructions, in a namespace of its own, and the best that the
+// processor has is chosen at run time. All give the same bits: sums of integers are exact in any order, and the rest is
+// +, -, *, / and rounding in one order (no -ffast-math, and -ffp-contract=off).
+
+#include <cfloat>
+#include <cmath>
+#include <memory>
+
+#include "abi.h"
+#include "model.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static_assert(FLT_EVAL_METHOD == 0, "float has to be computed as float, double as double");
+
+#if defined(__clang__)
+#define GRU_PRAGMA(text) _Pragma(#text)
+#define GRU_BEGIN(name, isa) \
+    GRU_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function)) namespace gru::name {
+#define GRU_END } _Pragma("clang attribute pop")
+#else
+#define GRU_PRAGMA(text) _Pragma(#text)
+#define GRU_BEGIN(name, isa) _Pragma("GCC push_options") GRU_PRAGMA(GCC target(isa)) namespace gru::name {
+#define GRU_END } _Pragma("GCC pop_options")
+#endif
+
+#if defined(__x86_64__)
+GRU_BEGIN(avx512vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#include "operations_avx512vnni.inc"
+#include "arithmetic.inc"
+#include "product_vectors.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+
+#if !defined(__clang__) && __GNUC__ < 11
+#define GRU_NO_AVXVNNI 1
+#else
+GRU_BEGIN(avxvnni, "avx2,avxvnni")
+#define GRU_DPBUSD_256 _mm256_dpbusd_avx_epi32
+#include "operations_avxvnni.inc"
+#undef GRU_DPBUSD_256
+#include "arithmetic.inc"
+#include "product_vectors.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
+GRU_BEGIN(avx2, "avx2")
+#include "operations_avx2.inc"
+#include "arithmetic.inc"
+#include "product_vectors.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
+namespace gru::portable {
+#include "product_portable.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+}  // namespace gru::portable
+
+namespace gru {
+
+struct Named {
+    const char* name;
+    const Variant* variant;
+    bool (*is_supported)();
+};
+
+// The best first.
+const Named kVariants[] = {
+#if defined(__x86_64__)
+    {"avx512vnni", &avx512vnni::kVariant,
+     [] {
+         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                __builtin_cpu_supports("avx512vnni");
+     }},
+#if !defined(GRU_NO_AVXVNNI)
+    {"avxvnni", &avxvnni::kVariant,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); }},
+#endif
+    {"avx2", &avx2::kVariant, [] { return bool(__builtin_cpu_supports("avx2")); }},
+#endif
+    {"portable", &portable::kVariant, [] { return true; }},
+};
+
+const Variant* find(const char* name) {
+    for (const Named& one : kVariants)
+        if (std::strcmp(one.name, name) == 0 && one.is_supported()) return one.variant;
+    return nullptr;
+}
+
+// With fewer rows a thread, all of them share the rows and split the weights: the time to read those is what counts.
+constexpr int64_t kOwnRows = 8;
+
+class Kernel {
+   public:
+    Kernel(const GruModel& model, const Variant& variant, int num_threads)
+        : variant_(variant), model_(model, variant.layout), num_threads_(num_threads), barriers_(num_threads) {
+        workers_.reserve(num_threads);
+        for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant.max_rows);
+    }
+
+    void advance(GruRow* rows, int64_t num_rows, float* states) {
+        batch_.reserve(model_, num_rows);
+        batch_.rows = rows;
+        batch_.states = states;
+        for (int64_t i = 0; i < num_rows; ++i) {
+            batch_.ends[i].store(rows[i].num_steps, std::memory_order_relaxed);
+            batch_.num_kept[i] = 0;
+            rows[i].stopped = 0;
+        }
+        for (Worker& worker : workers_) worker.reserve(num_rows);
+        const int num_threads = num_threads_ == 1 ? 1 : pool_.prepare(num_threads_);
+        if (num_rows >= kOwnRows * num_threads)
+            pool_.run(num_threads, [&](int rank) {
+                const int64_t begin = num_rows * rank / num_threads, end = num_rows * (rank + 1) / num_threads;
+                variant_.advance(model_, batch_, begin, end, workers_[rank], barriers_[rank], 0);
+            });
+        else {
+            barriers_[0].reset(num_threads);
+            pool_.run(num_threads, [&](int rank) {
+                variant_.advance(model_, batch_, 0, num_rows, workers_[rank], barriers_[0], rank);
+            });
+            barriers_[0].reset(1);
+        }
+        for (int64_t i = 0; i < num_rows; ++i) rows[i].num_steps = batch_.ends[i].load(std::memory_order_relaxed);
+    }
+
+    void recurrent_products(int64_t layer, const int8_t* states, int64_t num_rows, int64_t repeats, int32_t* out) {
+        if (layer < 0 || layer >= model_.num_layers) throw std::out_of_range("layer");
+        Buffer<int8_t> padded(num_rows * model_.stride);
+        for (int64_t row = 0; row < num_rows; ++row)
+            std::copy(states + row * model_.units, states + (row + 1) * model_.units, padded.get() + row * model_.stride);
+        for (int64_t i = 0; i < repeats; ++i) variant_.recurrent_products(model_, layer, padded.get(), num_rows, out);
+    }
+
+   private:
+    const Variant& variant_;
+    const Model model_;
+    const int num_threads_;
+    Batch batch_;
+    std::vector<Worker> workers_;
+    std::vector<Barrier> barriers_;
+    Pool pool_;
+};
+
+// Nothing may be thrown into Python. 0: done; 1: no memory; 2: what was asked for makes no sense.
+template <typename Work>
+int32_t guarded(const Work& work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    } catch (...) {
+        return 2;
+    }
+}
+
+}  // namespace gru
+
+extern "C" {
+
+#if defined(_WIN32)
+#define GRU_EXPORT __declspec(dllexport)
+#else
+#define GRU_EXPORT __attribute__((visibility("default")))
+#endif
+
+// Sizes of the structures, so that Python notices a library of another version.
+GRU_EXPORT int64_t gru_layout() { return int64_t(sizeof(GruRow)) * 1000 + int64_t(sizeof(GruModel)); }
+
+// The index-th variant that this processor can run, the best first; null: there are no more.
+GRU_EXPORT const char* gru_variant(int32_t index) {
+    for (const gru::Named& one : gru::kVariants)
+        if (one.is_supported() && index-- == 0) return one.name;
+    return nullptr;
+}
+
+// Packs a model; its arrays are not needed any more afterwards.
+GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_t num_threads, gru::Kernel** kernel) {
+    return gru::guarded([&] {
+        const gru::Variant* chosen = gru::find(variant);
+        if (chosen == nullptr || num_threads < 1 || num_threads > 1024) throw std::invalid_argument("variant or threads");
+        *kernel = new gru::Kernel(*model, *chosen, num_threads);
+    });
+}
+
+GRU_EXPORT void gru_destroy(gru::Kernel* kernel) { delete kernel; }
+
+// states: (B, L, H), read and written.
+GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* rows, int64_t num_rows, float* states) {
+    return gru::guarded([&] { kernel->advance(rows, num_rows, states); });
+}
+
+// The bare recurrent product, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.
+GRU_EXPORT int32_t gru_recurrent_products(gru::Kernel* kernel, int64_t layer, const int8_t* states, int64_t num_rows,
+                                          int64_t repeats, int32_t* out) {
+    return gru::guarded([&] { kernel->recurrent_products(layer, states, num_rows, repeats, out); });
+}
+
+}  // extern "C"

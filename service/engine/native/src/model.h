@@ -1,0 +1,123 @@
+// A model packed for one variant of the kernel, and what a call of it works on.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "abi.h"
+#include "memory.h"
+#include "packing.h"
+#include "ranking.h"
+#include "team.h"
+
+namespace gru {
+
+struct Layer {
+    Matrix recurrent, inputs;              // inputs: of layers above the first
+    Buffer<float> scale, bias_n;           // [group][3][lanes], [group][lanes]
+    Buffer<float> inputs_scale, inputs_bias;  // [group][3][lanes]
+};
+
+struct Model {
+    int64_t vocab, units, num_layers, num_groups;
+    int64_t stride;       // of rounded states: padded, and never a power of two, which would crowd a few sets of the cache
+    Buffer<float> table;  // [group][V][3][lanes]
+    std::vector<Layer> layers;
+    Matrix dense;
+    Buffer<float> dense_scale, dense_bias;  // (logits,)
+    int64_t num_logits;                     // V, padded
+
+    Model(const GruModel& from, const Layout& layout) : vocab(from.vocab), units(from.units), num_layers(from.num_layers) {
+        const int lanes = layout.lanes, bits = int(from.bits);
+        // 255 * 127 * units has to fit 31 bits.
+        if (vocab < 1 || vocab > 1 << 24 || units < 1 || units > 1 << 16 || num_layers < 1 || num_layers > 64 ||
+            (bits != 8 && bits != 4))
+            throw std::invalid_argument("sizes out of range");
+        num_groups = (units + lanes - 1) / lanes;
+        stride = round_up(padded_columns(units), 64) + 64;
+        table = pack_gates(from.table, vocab, units, lanes);
+        const auto unit_row = [&](int64_t group, int64_t gate, int64_t lane) {
+            const int64_t unit = group * lanes + lane;
+            return unit < units ? gate * units + unit : -1;
+        };
+        for (int64_t l = 0; l < num_layers; ++l) {
+            const GruLinear &recurrent = from.layers[l].recurrent, &inputs = from.layers[l].inputs;
+            if ((l == 0) != (inputs.weight == nullptr)) throw std::invalid_argument("inputs of layers are mixed up");
+            Layer layer;
+            layer.recurrent = pack(recurrent.weight, units, num_groups, kGates, bits, layout, unit_row);
+            layer.scale = pack_gates(recurrent.scale, 1, units, lanes);
+            layer.bias_n = padded(recurrent.bias, units, lanes);
+            if (inputs.weight != nullptr) {
+                layer.inputs = pack(inputs.weight, units, num_groups, kGates, bits, layout, unit_row);
+                layer.inputs_scale = pack_gates(inputs.scale, 1, units, lanes);
+                layer.inputs_bias = pack_gates(inputs.bias, 1, units, lanes);
+            }
+            layers.push_back(std::move(layer));
+        }
+        const int64_t width = kGates * lanes, dense_groups = (vocab + width - 1) / width;
+        const int64_t last_vectors = (vocab - (dense_groups - 1) * width + lanes - 1) / lanes;
+        num_logits = dense_groups * width;
+        dense = pack(from.dense.weight, units, dense_groups, last_vectors, 8, layout,
+                     [&](int64_t group, int64_t vector, int64_t lane) {
+                         const int64_t row = group * width + vector * lanes + lane;
+                         return row < vocab ? row : -1;
+                     });
+        dense_scale = padded(from.dense.scale, vocab, width);
+        dense_bias = padded(from.dense.bias, vocab, width);
+    }
+};
+
+// What one thread needs to itself.
+struct Worker {
+    Buffer<float> logits;   // (max_rows, num_logits)
+    Buffer<double> shares;  // (V,)
+    Buffer<double> adjusted;
+    Buffer<Ranked> ranked;                // (V,)
+    std::vector<int32_t> active, drawing;  // rows
+    std::vector<int32_t> sums;
+    std::vector<const int8_t*> left;
+
+    Worker(const Model& model, int max_rows)
+        : logits(max_rows * model.num_logits), shares(model.vocab), adjusted(model.vocab), ranked(model.vocab) {}
+
+    // Makes room, so that nothing is allocated on the way.
+    void reserve(int64_t num_rows) {
+        active.reserve(num_rows);
+        drawing.reserve(num_rows);
+        sums.reserve(2 * num_rows);
+        left.reserve(2 * num_rows);
+    }
+};
+
+// The rows of a call, in memory that is kept for the next one.
+struct Batch {
+    GruRow* rows = nullptr;
+    float* states = nullptr;  // (B, L, H), the caller's
+    std::vector<int64_t> chars, num_kept;       // (B,): of the step under way; states kept so far
+    std::vector<std::atomic<int64_t>> ends;     // (B,): the step before which a row ends; lowered by a stop string
+    Buffer<int8_t> rounded;                     // (2, L, B, stride): before and after a step, in turns
+
+    void reserve(const Model& model, int64_t num_rows) {
+        if (num_rows <= int64_t(chars.size())) return;
+        rounded = Buffer<int8_t>(2 * model.num_layers * num_rows * model.stride);
+        chars.resize(num_rows);
+        num_kept.resize(num_rows);
+        std::vector<std::atomic<int64_t>>(num_rows).swap(ends);
+    }
+
+    int8_t* rounded_row(const Model& model, int64_t parity, int64_t layer, int64_t row) {
+        return rounded.get() + ((parity * model.num_layers + layer) * int64_t(chars.size()) + row) * model.stride;
+    }
+};
+
+// The kernel compiled for one set of instructions; see step.inc.
+struct Variant {
+    Layout layout;
+    int max_rows;
+    void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
+    void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, int32_t* out);
+};
+
+}  // namespace gru

@@ -1,0 +1,99 @@
+// Weights in the order in which a variant of the kernel reads them.
+//
+// A group is three vectors of `lanes` outputs each: those of gates r, z and n for as many units, so that whoever has the
+// products of a group can do these units' gates. Within a group, in the order of memory:
+//
+//     8 bits: [columns / depth][3][lanes][depth] bytes, each an integer + offset
+//     4 bits: [columns / depth / 2][3][lanes][depth] bytes: in the low half those of an even block of columns, in the
+//             high half those of the odd block after it; each an integer + 8
+//
+// Padding holds zeros (that is, offsets), so that it may be multiplied with anything.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "abi.h"
+#include "memory.h"
+
+namespace gru {
+
+constexpr int kGates = 3;
+constexpr int kOffset4 = 8;  // 4-bit integers are stored without a sign
+
+// How a variant wants its weights. depth: columns that one of its instructions multiplies and adds.
+struct Layout {
+    int lanes, depth, offset8;
+};
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Matrix {
+    int bits = 8;
+    int offset = 0;        // of the stored integers
+    int64_t columns = 0;   // padded
+    int64_t num_groups = 0;
+    int64_t last_vectors = kGates;  // vectors of the last group: less than three where no more are needed
+    int64_t group_bytes = 0;
+    Buffer<uint8_t> data;
+
+    const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
+};
+
+// Columns are padded to two blocks of the deepest instruction.
+inline int64_t padded_columns(int64_t columns) { return round_up(columns, 8); }
+
+// row_of(group, vector, lane): the row of `weight` (rows, columns) that goes there; -1: none.
+template <typename RowOf>
+Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t last_vectors, int bits,
+            const Layout& layout, const RowOf& row_of) {
+    const int lanes = layout.lanes, depth = layout.depth, limit = bits == 8 ? 127 : 7;
+    Matrix matrix;
+    matrix.bits = bits;
+    matrix.offset = bits == 8 ? layout.offset8 : kOffset4;
+    matrix.columns = padded_columns(columns);
+    matrix.num_groups = num_groups;
+    matrix.last_vectors = last_vectors;
+    matrix.group_bytes = kGates * lanes * matrix.columns * bits / 8;
+    matrix.data = Buffer<uint8_t>(num_groups * matrix.group_bytes);
+    for (int64_t g = 0; g < num_groups; ++g) {
+        const int64_t vectors = g + 1 == num_groups ? last_vectors : kGates;
+        uint8_t* group = matrix.data.get() + g * matrix.group_bytes;
+        for (int64_t v = 0; v < vectors; ++v)
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                const int64_t row = row_of(g, v, lane);
+                for (int64_t k = 0; k < matrix.columns; ++k) {
+                    const int value = row < 0 || k >= columns ? 0 : weight[row * columns + k];
+                    if (value < -limit || value > limit) throw std::invalid_argument("a weight is out of range");
+                    const uint8_t stored = uint8_t(value + matrix.offset);
+                    const int64_t block = k / depth, byte = k % depth;
+                    if (bits == 8)
+                        group[((block * vectors + v) * lanes + lane) * depth + byte] = stored;
+                    else
+                        group[((block / 2 * vectors + v) * lanes + lane) * depth + byte] |=
+                            uint8_t(stored << (block % 2 * 4));
+                }
+            }
+    }
+    return matrix;
+}
+
+// (3H,) or (rows, 3H) floats by unit group: [group][row][3][lanes]; what is not there: zeros.
+inline Buffer<float> pack_gates(const float* values, int64_t rows, int64_t units, int lanes) {
+    const int64_t num_groups = (units + lanes - 1) / lanes;
+    Buffer<float> packed(num_groups * rows * kGates * lanes);
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t gate = 0; gate < kGates; ++gate)
+            for (int64_t unit = 0; unit < units; ++unit)
+                packed[((unit / lanes * rows + row) * kGates + gate) * lanes + unit % lanes] =
+                    values[(row * kGates + gate) * units + unit];
+    return packed;
+}
+
+inline Buffer<float> padded(const float* values, int64_t size, int64_t to) {
+    Buffer<float> copy(round_up(size, to));
+    std::memcpy(copy.get(), values, std::size_t(size) * sizeof(float));
+    return copy;
+}
+
+}  // namespace gru
