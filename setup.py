@@ -16,7 +16,7 @@ setup(
             # options change no result: nobody looks at errno or at floating-point exceptions.
             extra_compile_args=[
                 "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-                "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra",
+                "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized",
             ],
             extra_link_args=["-pthread"],
             optional=True,  # without it the torch stepper serves

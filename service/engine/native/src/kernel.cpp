@@ -4,7 +4,9 @@
 // processor has is chosen at run time. All give the same bits: sums of integers are exact in any order, and the rest is
 // +, -, *, / and rounding in one order (no -ffast-math, and -ffp-contract=off).
 
+#include <algorithm>
 #include <cfloat>
+#include <chrono>
 #include <cmath>
 #include <memory>
 
@@ -101,11 +103,12 @@ const Variant* find(const char* name) {
 
 // With fewer rows a thread, all of them share the rows and split the weights: the time to read those is what counts.
 constexpr int64_t kOwnRows = 8;
+constexpr int64_t kBlocks = 4;  // for each thread: one that has to share its core leaves some to others
 
 class Kernel {
    public:
     Kernel(const GruModel& model, const Variant& variant, int num_threads)
-        : variant_(variant), model_(model, variant.layout), num_threads_(num_threads), barriers_(num_threads) {
+        : variant_(variant), model_(model, variant.layout), num_threads_(num_threads) {
         workers_.reserve(num_threads);
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant.max_rows);
     }
@@ -120,19 +123,12 @@ class Kernel {
             rows[i].stopped = 0;
         }
         for (Worker& worker : workers_) worker.reserve(num_rows);
-        const int num_threads = num_threads_ == 1 ? 1 : pool_.prepare(num_threads_);
-        if (num_rows >= kOwnRows * num_threads)
-            pool_.run(num_threads, [&](int rank) {
-                const int64_t begin = num_rows * rank / num_threads, end = num_rows * (rank + 1) / num_threads;
-                variant_.advance(model_, batch_, begin, end, workers_[rank], barriers_[rank], 0);
-            });
-        else {
-            barriers_[0].reset(num_threads);
-            pool_.run(num_threads, [&](int rank) {
-                variant_.advance(model_, batch_, 0, num_rows, workers_[rank], barriers_[0], rank);
-            });
-            barriers_[0].reset(1);
-        }
+        if (num_threads_ == 1)
+            advance_block(0, num_rows, 0);
+        else if (num_rows >= kOwnRows * num_threads_)
+            advance_blocks(num_rows);
+        else
+            advance_few(num_rows);
         for (int64_t i = 0; i < num_rows; ++i) rows[i].num_steps = batch_.ends[i].load(std::memory_order_relaxed);
     }
 
@@ -145,12 +141,48 @@ class Kernel {
     }
 
    private:
+    void advance_block(int64_t begin, int64_t end, int rank) {
+        variant_.advance(model_, batch_, begin, end, workers_[rank], nobody_, 0);
+    }
+
+    // Each thread takes blocks of rows and advances them by itself.
+    void advance_blocks(int64_t num_rows) {
+        const int num_threads = pool_.prepare(num_threads_);
+        const int64_t even = (num_rows + kBlocks * num_threads - 1) / (kBlocks * num_threads);
+        const int64_t size = round_up(even > kOwnRows ? even : kOwnRows, variant_.max_rows);
+        std::atomic<int64_t> next{0};
+        pool_.run(num_threads, [&](int rank) {
+            for (int64_t begin; (begin = next.fetch_add(size)) < num_rows;)
+                advance_block(begin, std::min(begin + size, num_rows), rank);
+        });
+    }
+
+    // All threads take all rows, and a share of the weights, in every step; or one does it alone.
+    void advance_few(int64_t num_rows) {
+        const auto began = std::chrono::steady_clock::now();
+        const bool together = cooperation_.pays(num_rows);
+        if (together) {
+            const int num_threads = pool_.prepare(num_threads_);
+            together_.reset(num_threads);
+            pool_.run(num_threads, [&](int rank) {
+                variant_.advance(model_, batch_, 0, num_rows, workers_[rank], together_, rank);
+            });
+        } else {
+            advance_block(0, num_rows, 0);
+        }
+        int64_t num_steps = 1;
+        for (int64_t i = 0; i < num_rows; ++i) num_steps = std::max(num_steps, batch_.ends[i].load());
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
+        cooperation_.measured(num_rows, together, taken.count() / double(num_steps));
+    }
+
     const Variant& variant_;
     const Model model_;
     const int num_threads_;
     Batch batch_;
     std::vector<Worker> workers_;
-    std::vector<Barrier> barriers_;
+    Barrier together_, nobody_;
+    Cooperation cooperation_;
     Pool pool_;
 };
 

@@ -179,4 +179,31 @@ class Pool {
     Crew* crew_ = nullptr;
 };
 
+// Whether threads should share each step of a few rows: they have to meet twice a step, which pays only while each has
+// a core to itself. Judged by the time that it took, against that of one thread alone.
+class Cooperation {
+   public:
+    bool pays(int64_t num_rows) {
+        if (num_rows >= int64_t(alone_.size())) alone_.resize(num_rows + 1);
+        if (alone_[num_rows] == 0) return false;  // not known yet
+        return num_refusals_ == 0 || --num_refusals_ == 0;
+    }
+
+    void measured(int64_t num_rows, bool together, double step_s) {
+        double& alone = alone_[num_rows];
+        if (!together) {
+            alone = alone == 0 ? step_s : 0.75 * alone + 0.25 * step_s;
+        } else if (step_s > alone) {
+            num_refusals_ = patience_ = patience_ < kMostRefusals ? 2 * patience_ : kMostRefusals;
+        } else if (patience_ > 1) {
+            patience_ /= 2;
+        }
+    }
+
+   private:
+    static constexpr int kMostRefusals = 256;  // calls; of some 5 ms each
+    std::vector<double> alone_;                // by number of rows: seconds a step
+    int num_refusals_ = 0, patience_ = 1;
+};
+
 }  // namespace gru
