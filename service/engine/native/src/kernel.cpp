@@ -60,6 +60,14 @@ GRU_BEGIN(avx2, "avx2")
 #include "sampling.inc"
 #include "step.inc"
 GRU_END
+
+GRU_BEGIN(sse4, "ssse3,sse4.1")
+#include "operations_sse4.inc"
+#include "arithmetic.inc"
+#include "product_vectors.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
 #endif
 
 namespace gru::portable {
@@ -91,6 +99,7 @@ const Named kVariants[] = {
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); }},
 #endif
     {"avx2", &avx2::kVariant, [] { return bool(__builtin_cpu_supports("avx2")); }},
+    {"sse4", &sse4::kVariant, [] { return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1"); }},
 #endif
     {"portable", &portable::kVariant, [] { return true; }},
 };
