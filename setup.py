@@ -15,8 +15,17 @@ setup(
             # -ffp-contract=off: fused multiply-adds would give other bits than other processors do. The other two
             # options change no result: nobody looks at errno or at floating-point exceptions.
             extra_compile_args=[
-                "-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-                "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized",
+                "-std=c++17",
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+                "-fvisibility=hidden",
+                "-pthread",
+                "-Wall",
+                "-Wextra",
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
             ],
             extra_link_args=["-pthread"],
             optional=True,  # without it the torch stepper serves

@@ -6,6 +6,7 @@ One suite for every implementation: add it to STEPPERS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine.integer_product import IntegerProduct
+from service.engine.native.library import variants
+from service.engine.native.stepper import NativeStepper
 from service.engine.sampling import History, SamplingSettings, draw_one, uniform
 from service.engine.stepper import Advance, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
@@ -25,6 +28,7 @@ from tests.conftest import random_tensors
 from tests.engine.models import CHARSET, DEEP, KINDS, quantized, row
 
 STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
+STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
 
 
 @pytest.fixture(params=[f"{name}-{model}" for name in STEPPERS for model in ("int8", "int4", "deep")])

@@ -66,7 +66,7 @@ def load() -> ctypes.CDLL | None:
     if library.gru_layout() != 1000 * ROW.itemsize + ctypes.sizeof(Model):
         return None  # left over from another version
     library.gru_variant.argtypes, library.gru_variant.restype = [c_int32], c_char_p
-    library.gru_create.argtypes = [POINTER(Model), c_char_p, c_int32, POINTER(c_void_p)]
+    library.gru_create.argtypes = [POINTER(Model), c_char_p, c_int32, c_int32, POINTER(c_void_p)]
     library.gru_destroy.argtypes, library.gru_destroy.restype = [c_void_p], None
     library.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
     library.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]

@@ -95,7 +95,9 @@ class Rows:
                     row.finished = "stop"
                 elif not row.is_reading and row.num_generated >= row.max_chars:
                     row.finished = "length"
-                scores, prompt_scores = self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None,) * 2
+                scores, prompt_scores = (
+                    self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None,) * 2
+                )
                 got[row] = Advance(self._chars[i, num_read:num_steps], scores, prompt_scores)
         return [got[row] if row in got else Advance(_NOTHING) for row in self._rows]
 

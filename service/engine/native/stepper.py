@@ -23,17 +23,24 @@ class NativeStepper:
     """Implements `Stepper` for a quantised model.
 
     num_threads: threads that compute together, the caller's among them; the others are started at the first call and
-    end with the stepper. variant: one of `variants()`; None: the best.
+    end with the stepper. variant: one of `variants()`; None: the best. always_together: threads share every step of a
+    few rows, even while one of them would be faster alone; for tests and measurements.
     """
 
-    def __init__(self, model: QuantizedGRU, num_threads: int = 1, variant: str | None = None) -> None:
+    def __init__(
+        self,
+        model: QuantizedGRU,
+        num_threads: int = 1,
+        variant: str | None = None,
+        always_together: bool = False,
+    ) -> None:
         self.config = model.config
         library, there = load(), variants()
         if library is None or not there:
             raise RuntimeError("the kernel was not compiled when this package was installed")
         self.variant = variant or there[0]
         self._library = library
-        self._kernel = _create(library, model, self.variant, num_threads)
+        self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.gru_destroy, self._kernel)
 
     def initial_hidden(self) -> Float32:
@@ -59,7 +66,9 @@ class NativeStepper:
         return out
 
 
-def _create(library: ctypes.CDLL, model: QuantizedGRU, variant: str, num_threads: int) -> c_void_p:
+def _create(
+    library: ctypes.CDLL, model: QuantizedGRU, variant: str, num_threads: int, always_together: bool
+) -> c_void_p:
     """A kernel that holds a packed copy of the model."""
     units = model.config.num_units
     scales = gate_scales(units)
@@ -96,5 +105,6 @@ def _create(library: ctypes.CDLL, model: QuantizedGRU, variant: str, num_threads
     dense_linear = Linear(weight(dense.weight, vocab), floats(dense.scale, vocab), floats(dense.bias, vocab))
     description = Model(vocab, units, len(model.layers), _BITS[model.precision], table, layers, dense_linear)
     kernel = c_void_p()
-    check(library.gru_create(ctypes.byref(description), variant.encode(), num_threads, ctypes.byref(kernel)))
+    about = ctypes.byref(description)
+    check(library.gru_create(about, variant.encode(), num_threads, always_together, ctypes.byref(kernel)))
     return kernel

@@ -116,8 +116,11 @@ constexpr int64_t kBlocks = 4;  // for each thread: one that has to share its co
 
 class Kernel {
    public:
-    Kernel(const GruModel& model, const Variant& variant, int num_threads)
-        : variant_(variant), model_(model, variant.layout), num_threads_(num_threads) {
+    Kernel(const GruModel& model, const Variant& variant, int num_threads, bool always_together)
+        : variant_(variant),
+          model_(model, variant.layout),
+          num_threads_(num_threads),
+          cooperation_(always_together) {
         workers_.reserve(num_threads);
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant.max_rows);
     }
@@ -229,11 +232,12 @@ GRU_EXPORT const char* gru_variant(int32_t index) {
 }
 
 // Packs a model; its arrays are not needed any more afterwards.
-GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_t num_threads, gru::Kernel** kernel) {
+GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_t num_threads, int32_t always_together,
+                              gru::Kernel** kernel) {
     return gru::guarded([&] {
         const gru::Variant* chosen = gru::find(variant);
         if (chosen == nullptr || num_threads < 1 || num_threads > 1024) throw std::invalid_argument("variant or threads");
-        *kernel = new gru::Kernel(*model, *chosen, num_threads);
+        *kernel = new gru::Kernel(*model, *chosen, num_threads, always_together != 0);
     });
 }
 

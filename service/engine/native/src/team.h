@@ -183,8 +183,11 @@ class Pool {
 // a core to itself. Judged by the time that it took, against that of one thread alone.
 class Cooperation {
    public:
+    explicit Cooperation(bool always) : always_(always) {}
+
     bool pays(int64_t num_rows) {
         if (num_rows >= int64_t(alone_.size())) alone_.resize(num_rows + 1);
+        if (always_) return true;
         if (alone_[num_rows] == 0) return false;  // not known yet
         return num_refusals_ == 0 || --num_refusals_ == 0;
     }
@@ -201,6 +204,7 @@ class Cooperation {
     }
 
    private:
+    const bool always_;
     static constexpr int kMostRefusals = 256;  // calls; of some 5 ms each
     std::vector<double> alone_;                // by number of rows: seconds a step
     int num_refusals_ = 0, patience_ = 1;
