@@ -52,4 +52,7 @@ KINDS: list[dict[str, Any]] = [
     {"stops": ("ab", "e")},
     {"stops": ("I",), "sampling": SamplingSettings(temperature=2.0), "num_logprobs": 1},
     {"seed": -1, "position": 10**12},
+    {"num_next": 5},
+    {"prompt": "", "max_chars": 0, "num_next": 0},
+    {"stops": ("e", "o"), "num_next": 100, "max_chars": 40},
 ]

@@ -227,11 +227,9 @@ def test_ids_beyond_the_charset_are_read_as_its_ends() -> None:
 
 def test_hostile_shapes_are_refused() -> None:
     stepper = NativeStepper(quantized())
-    for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32), np.zeros(64, np.float32)):
+    for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32), np.zeros((1, 64))):
         with pytest.raises(ValueError, match="states"):
             stepper.advance([row(stepper, hidden=hidden)], 1)
-    with pytest.raises(TypeError):
-        stepper.advance([row(stepper, hidden=np.zeros((1, 64)))], 1)
     for bias in ((-1, 1.0), (10**6, 1.0)):
         with pytest.raises(ValueError, match="logit_bias"):
             stepper.advance([row(stepper, sampling=SamplingSettings(logit_bias=(bias,)))], 1)

@@ -58,6 +58,7 @@ def everything(row: Row, advance: Advance) -> list[Any]:
     seen += [hidden.tobytes() for hidden in row.kept]
     for scores in (advance.scores, advance.prompt_scores):
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
+    seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
     return [*seen, advance.chars.tolist()]
 
 

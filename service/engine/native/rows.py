@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from service.engine.native.library import ROW
 from service.engine.sampling import History, SamplingSettings
-from service.engine.stepper import Advance, Float32, Float64, Ids, Row, Scores
+from service.engine.stepper import Advance, Distribution, Float32, Float64, Ids, Row, Scores
+from service.states import write_state
 
 _MASK = 2**64 - 1
 _NOTHING = np.empty(0, np.int64)
@@ -19,7 +20,7 @@ _NOTHING = np.empty(0, np.int64)
 class Rows:
     """The rows that have something to do, for one call of the kernel.
 
-    active: these rows. states: (B * L, H) float32, copies of theirs. records: (B,) ROW. What records point to lives as
+    active: these rows. states: (B, L, H) float32, copies of theirs. records: (B,) ROW. What records point to lives as
     long as this object. shape: (L, H).
     """
 
@@ -28,22 +29,22 @@ class Rows:
         self.active: list[Row] = []
         self._num_steps: list[int] = []
         for row in rows:
-            if row.finished is None:
-                left = len(row.prompt) - row.num_read + max(0, row.max_chars - row.num_generated)
-                if left == 0:
-                    row.finished = "length"
-                elif num_chars > 0:
-                    self.active.append(row)
-                    self._num_steps.append(min(num_chars, left))
+            num_steps = min(num_chars, _num_left(row)) if row.finished is None else 0
+            if row.finished is None and _num_left(row) == 0:
+                row.finished = "length"
+            if num_steps > 0 or (row.finished is not None and row.num_next is not None and row.next is None):
+                self.active.append(row)
+                self._num_steps.append(num_steps)
         if self.active:
             self._take_in()
 
     def _take_in(self) -> None:
         active, size, longest = self.active, len(self.active), max(self._num_steps)
-        if any(row.hidden.shape != self._shape for row in active):
-            raise ValueError(f"states have to be {self._shape} float32")
-        self.states: Float32 = np.empty((size * self._shape[0], self._shape[1]), np.float32)
-        np.concatenate([row.hidden for row in active], out=self.states, casting="no")
+        self.states: Float32 = np.empty((size, *self._shape), np.float32)
+        for state, row in zip(self.states, active, strict=True):
+            if row.hidden.shape != self._shape or row.hidden.dtype != np.float32:
+                raise ValueError(f"states have to be {self._shape} float32")
+            write_state(state, row.hidden)
         self._chars: Ids = np.empty((size, longest), np.int64)
         records = self.records = np.zeros(size, ROW)
         records["seed"] = [row.seed & _MASK for row in active]
@@ -52,12 +53,17 @@ class Rows:
         records["chars"] = self._chars.ctypes.data + 8 * longest * np.arange(size)
         records["temperature"] = [row.sampling.temperature for row in active]
         records["is_plain"] = plain = [row.sampling.is_plain for row in active]
-        records["num_top"] = -1
+        records["num_top"] = records["num_next"] = -1
         self._pointed_to: list[NDArray[Any]] = []
         self._texts: dict[int, Ids] = {}  # by index in `active`: what was generated, with room for more
         self._scores: dict[int, Scores] = {}  # room for them
         self._kept: dict[int, Float32] = {}
+        self._next: dict[int, Distribution] = {}
         for i, row in enumerate(active):
+            if row.num_next is not None:
+                self._add_next(i, row, row.num_next)
+            if self._num_steps[i] == 0:
+                continue
             if row.num_read < len(row.prompt):
                 ids = row.prompt[row.num_read : row.num_read + self._num_steps[i]]
                 records["num_prompt"][i], records["prompt"][i] = len(ids), self._address(ids, np.int64)
@@ -77,12 +83,11 @@ class Rows:
         got: dict[Row, Advance] = {}
         if self.active:
             records = self.records
-            states = self.states.reshape(-1, *self._shape)
             done = zip(*(records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
             for i, (row, state, (num_read, num_steps, stopped)) in enumerate(
-                zip(self.active, states, done, strict=True)
+                zip(self.active, self.states, done, strict=True)
             ):
-                row.hidden[...] = state
+                write_state(row.hidden, state)
                 row.position += num_steps
                 row.num_read += num_read
                 row.num_generated += num_steps - num_read
@@ -93,12 +98,12 @@ class Rows:
                     row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
                 if stopped:
                     row.finished = "stop"
-                elif not row.is_reading and row.num_generated >= row.max_chars:
+                elif row.finished is None and _num_left(row) == 0:
                     row.finished = "length"
-                scores, prompt_scores = (
-                    self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None,) * 2
-                )
-                got[row] = Advance(self._chars[i, num_read:num_steps], scores, prompt_scores)
+                if row.finished is not None and i in self._next:
+                    row.next = self._next[i]
+                both = self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None, None)
+                got[row] = Advance(self._chars[i, num_read:num_steps], *both)
         return [got[row] if row in got else Advance(_NOTHING) for row in self._rows]
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
@@ -174,6 +179,18 @@ class Rows:
             record["num_keep"], record["kept"] = len(wanted), room.ctypes.data
             record["keep_at"] = self._address(np.array(wanted), np.int64)
 
+    def _add_next(self, i: int, row: Row, num_next: int) -> None:
+        record, size = self.records[i], min(num_next, self._vocab_size)
+        room = self._next[i] = Distribution(np.empty(size, np.int64), np.empty(size))
+        record["reaches_length"] = self._num_steps[i] == 0 or self._num_steps[i] == _num_left(row)
+        record["num_next"] = size
+        record["next_ids"], record["next"] = room.ids.ctypes.data, room.logprobs.ctypes.data
+
     def _take_kept(self, i: int, row: Row) -> None:
         num_kept = sum(position <= row.position for position in row.keep_at) - len(row.kept)
         row.kept.extend(state.copy() for state in self._kept[i][:num_kept])
+
+
+def _num_left(row: Row) -> int:
+    """Characters to be read and generated until the row is at its length."""
+    return len(row.prompt) - row.num_read + max(0, row.max_chars - row.num_generated)

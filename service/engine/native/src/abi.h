@@ -62,6 +62,11 @@ struct GruRow {
     int64_t num_keep;
     const int64_t* keep_at;  // (num_keep,) positions in rising order
     float* kept;             // (num_keep, L, H)
+
+    int64_t reaches_length;  // the text ends with these steps, if not before
+    int64_t num_next;        // when it has ended, characters likeliest to follow that are to be reported; -1: none
+    int64_t* next_ids;       // (num_next,)
+    double* next;            // (num_next,) log-probabilities
 };
 
 }  // extern "C"
