@@ -30,6 +30,10 @@ class Settings(BaseSettings):
     precision: Literal["auto", "int8", "int4"] = Field(
         "auto", description="integers of the recurrent weights; auto: the fewest bits that cost the model nothing"
     )
+    kernel: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="what computes: the kernel in C++, or torch, with the same results; auto: C++ if it is there",
+    )
     engine_threads: int = Field(0, ge=0, le=256, description="cores that the engine computes with; 0: all but one")
     max_batch: int = Field(256, ge=1, le=65_536, description="texts that are stepped side by side")
     max_queue: int = Field(256, ge=0, le=65_536, description="texts that wait for a place; more are refused (429)")

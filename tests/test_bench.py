@@ -32,7 +32,7 @@ def test_bench_prints_one_json_document(tiny_store: ModelStore) -> None:
     result = bench(tiny_store, "--rows", "3,1", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert set(facts) == {"model", "precision", "threads", "cores", "load_s", "state_bytes", "rates"}
+    assert set(facts) == {"model", "precision", "kernel", "threads", "cores", "load_s", "state_bytes", "rates"}
     assert (facts["model"], facts["precision"], facts["threads"]) == ("tiny@1", "int8", 1)
     assert facts["state_bytes"] == 4 * 16
     assert [rate["rows"] for rate in facts["rates"]] == [3, 1]
@@ -45,7 +45,7 @@ def test_bench_prints_a_line_for_each_number_of_rows_and_progress_beside_it(tiny
     result = bench(tiny_store, "--rows", "1,2")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("tiny@1 in int8, 1 of ")
+    assert lines[0].startswith("tiny@1 in int8 on ")
     assert "the state of a text takes 64 bytes" in lines[1]
     assert [line.split()[0] for line in lines[2:]] == ["rows", "1", "2"]
     assert "measuring 2 rows" in result.stderr

@@ -46,24 +46,22 @@ def bench_command(
 
     Example: gru-serve bench --rows 1,64 --seconds 1
     """
-    import torch
-
     from service.config import read_settings
-    from service.engine.torch_stepper import TorchStepper
+    from service.engine.kernels import choose_kernel
     from service.model.quantize import quantize
 
     settings = read_settings()
     threads = threads or settings.num_engine_threads
-    torch.set_num_threads(threads)
+    kernel = choose_kernel(settings.kernel, threads)
     began = time.perf_counter()
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)
     precision = settings.integer_precision or artifact.training.serving_precision
-    stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
-    facts: dict[str, Any] = {"model": version.ref, "precision": precision, "threads": threads}
+    stepper = kernel.make_stepper(quantize(artifact.config, artifact.tensors, precision))
+    facts: dict[str, Any] = {"model": version.ref, "precision": precision, "kernel": kernel.name, "threads": threads}
     facts |= {"cores": len(os.sched_getaffinity(0)), "load_s": time.perf_counter() - began}
     facts |= {"state_bytes": stepper.initial_hidden().nbytes}
     if not as_json:
-        click.echo(f"{version.ref} in {precision}, {threads} of {facts['cores']} cores")
+        click.echo(f"{version.ref} in {precision} on {kernel.name}, {threads} of {facts['cores']} cores")
         click.echo(f"loaded in {facts['load_s']:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
         click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'of each text':>15}")
     facts["rates"] = []

@@ -72,8 +72,9 @@ def eval_command(
 
 def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
     """Nats a character of a text (n,) int64 under these weights in one precision."""
+    from service.config import read_settings
+    from service.engine.kernels import choose_kernel
     from service.engine.loss import stepped_loss
-    from service.engine.torch_stepper import TorchStepper
     from service.model.folded import FoldedGRU
     from service.model.gru import GRUCharModel
     from service.model.quantize import IntegerPrecision, quantize
@@ -82,4 +83,5 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
     if precision == "float32":
         return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
     integers = cast(IntegerPrecision, precision)
-    return stepped_loss(TorchStepper(quantize(config, tensors, integers)), ids, progress)
+    kernel = choose_kernel(read_settings().kernel, num_threads=1)
+    return stepped_loss(kernel.make_stepper(quantize(config, tensors, integers)), ids, progress)

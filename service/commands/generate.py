@@ -51,20 +51,18 @@ def generate_command(
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
-    import torch
-
     from service.config import read_settings
-    from service.engine.torch_stepper import TorchStepper
+    from service.engine.kernels import choose_kernel
     from service.generation.completion import Completion, CompletionRequest, SamplingSettings
     from service.loaded import EngineSettings, LoadedModel
     from service.model.charset import UnknownChars
 
     if "" in stop:
         raise click.BadParameter("a stop string can't be empty", param_hint="--stop")
-    torch.set_num_threads(1)  # one text: a second core would only wait for the first
     settings = read_settings()
+    kernel = choose_kernel(settings.kernel, num_threads=1)  # one text: a second core would mostly wait for the first
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)
-    loaded = LoadedModel(version, artifact, EngineSettings(TorchStepper, settings.integer_precision))
+    loaded = LoadedModel(version, artifact, EngineSettings(kernel.make_stepper, settings.integer_precision))
     seed = secrets.randbits(63) if seed is None else seed
     sampling = SamplingSettings(
         temperature=temperature,

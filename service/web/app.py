@@ -6,12 +6,11 @@ import secrets
 from contextlib import ExitStack
 
 import structlog
-import torch
 from flask_openapi import Info, OpenAPI
 
 from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
-from service.engine.torch_stepper import TorchStepper
+from service.engine.kernels import choose_kernel
 from service.generation.sessions import Sessions
 from service.loaded import EngineSettings, LoadedModels
 from service.sessions.memory import MemoryStore
@@ -39,9 +38,9 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
     log = structlog.get_logger(__name__)
-    torch.set_num_threads(settings.num_engine_threads)
+    kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
     engine_settings = EngineSettings(
-        make_stepper=TorchStepper,
+        make_stepper=kernel.make_stepper,
         precision=settings.integer_precision,
         max_running=settings.max_batch,
         max_waiting=settings.max_queue,
@@ -91,6 +90,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         digest=model.digest[:16],
         num_chars=len(model.charset),
         precision=model.precision,
+        kernel=kernel.name,
         engine_threads=settings.num_engine_threads,
     )
     return app
