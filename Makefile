@@ -4,8 +4,10 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 CORPUS ?= corpus.txt
 NAME ?= my-model
 BIN := $(VENV)/bin
+KERNEL := setup.py $(wildcard service/engine/native/src/*)
+ASAN := build/asan
 
-.PHONY: setup serve test lint check train bench lock clean
+.PHONY: setup serve test lint check kernel-asan train bench lock clean
 setup: $(VENV)/.installed
 serve: setup ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
@@ -16,12 +18,21 @@ bench: setup ; for it in train decode http; do $(BIN)/python -m benchmarks.$$it 
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
 clean: ; rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
+# The kernel's tests on a build that stops at the first access outside its memory and at undefined behaviour.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
+PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
+kernel-asan: setup
+	rm -rf $(ASAN) && mkdir -p $(ASAN) && cp -r service tests model_store setup.py pyproject.toml README.md LICENSE $(ASAN)
+	cd $(ASAN) && find . -name '*.so' -delete && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py
+
 # torch comes first and alone: only it is looked up on the CPU index, once, so an index that can't be reached costs a
 # moment, and the wheel may then come from wherever pip is configured to look.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(shell uname -s),Linux)
 	$(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)"
 endif
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'from service.engine.native.library import variants; print("kernel:", ", ".join(variants()) or "torch. The faster one in C++ was not compiled: it takes a C++17 compiler")'
 	touch $@

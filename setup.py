@@ -26,6 +26,7 @@ setup(
                 "-Wextra",
                 "-Wno-psabi",
                 "-Wno-maybe-uninitialized",
+                "-g0",
             ],
             extra_link_args=["-pthread"],
             optional=True,  # without it the torch stepper serves
