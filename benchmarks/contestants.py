@@ -71,12 +71,16 @@ class Shipped:
     def contestants(self, rows: Sequence[int], threads: Sequence[int]) -> list[Contestant]:
         """The torch stepper and the baseline, for each number of rows and threads."""
         stepper = TorchStepper(quantize(self.artifact.config, self.artifact.tensors, self.precision))
-        forty_lines = FortyLines(self.artifact.config, self.artifact.tensors)
+        forty_lines = self.forty_lines()
         found = []
         for number in rows:
             found += [Contestant(self.stepper_name, number, t, stepper_turn(stepper, number, t)) for t in threads]
             found += [Contestant(BASELINE, number, t, baseline_turn(forty_lines, number, t)) for t in threads]
         return found
+
+    def forty_lines(self) -> FortyLines:
+        """The baseline with this model's weights."""
+        return FortyLines(self.artifact.config, self.artifact.tensors)
 
     @property
     def stepper_name(self) -> str:
