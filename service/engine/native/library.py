@@ -39,7 +39,7 @@ class Model(Structure):
 
 
 _ROW_FIELDS: dict[str, type[np.generic]] = {
-    "seed": np.uint64, "position": np.int64, "num_steps": np.int64, "stopped": np.int64,
+    "seed": np.uint64, "position": np.int64, "hidden": np.uintp, "num_steps": np.int64, "stopped": np.int64,
     "num_prompt": np.int64, "prompt": np.uintp, "chars": np.uintp,
     "temperature": np.float64, "is_plain": np.int64, "top_k": np.int64, "top_p": np.float64, "min_p": np.float64,
     "repetition": np.float64, "presence": np.float64, "frequency": np.float64,
@@ -69,7 +69,7 @@ def load() -> ctypes.CDLL | None:
     library.gru_variant.argtypes, library.gru_variant.restype = [c_int32], c_char_p
     library.gru_create.argtypes = [POINTER(Model), c_char_p, c_int32, c_int32, POINTER(c_void_p)]
     library.gru_destroy.argtypes, library.gru_destroy.restype = [c_void_p], None
-    library.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_void_p]
+    library.gru_advance.argtypes = [c_void_p, c_void_p, c_int64]
     library.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
     return library
 

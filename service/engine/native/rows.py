@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 from typing import Any
 
 import numpy as np
@@ -11,44 +12,56 @@ from numpy.typing import NDArray
 from service.engine.native.library import ROW
 from service.engine.sampling import History, SamplingSettings
 from service.engine.stepper import Advance, Distribution, Float32, Float64, Ids, Row, Scores
-from service.states import write_state
 
 _MASK = 2**64 - 1
-_NOTHING = np.empty(0, np.int64)
+_FLOAT32 = np.dtype(np.float32)
+_NOTHING = Advance(np.empty(0, np.int64))
 
 
 class Rows:
     """The rows that have something to do, for one call of the kernel.
 
-    active: these rows. states: (B, L, H) float32, copies of theirs. records: (B,) ROW. What records point to lives as
-    long as this object. shape: (L, H).
+    active: these rows. records: (B,) ROW. What they point to lives as long as this object; rows' states and histories
+    are worked on where they are. shape: (L, H).
+
+    With hundreds of rows this is what a call costs beside its steps, so a row that wants nothing special is dealt with
+    in a few operations.
     """
 
     def __init__(self, rows: Sequence[Row], num_chars: int, shape: tuple[int, int], vocab_size: int) -> None:
-        self._rows, self._shape, self._vocab_size = rows, shape, vocab_size
+        self._shape, self._vocab_size = shape, vocab_size
         self.active: list[Row] = []
+        self._got = [_NOTHING] * len(rows)
+        self._places: list[int] = []  # of active rows among all
         self._num_steps: list[int] = []
-        for row in rows:
-            num_steps = min(num_chars, _num_left(row)) if row.finished is None else 0
-            if row.finished is None and _num_left(row) == 0:
-                row.finished = "length"
-            if num_steps > 0 or (row.finished is not None and row.num_next is not None and row.next is None):
+        self._num_left: list[int] = []  # characters to be read and generated until the row is at its length
+        for place, row in enumerate(rows):
+            left = 0
+            if row.finished is None:
+                left = len(row.prompt) - row.num_read
+                if row.max_chars > row.num_generated:
+                    left += row.max_chars - row.num_generated
+                if left == 0:
+                    row.finished = "length"
+            if (left > 0 and num_chars > 0) or (left == 0 and row.num_next is not None and row.next is None):
                 self.active.append(row)
-                self._num_steps.append(num_steps)
+                self._places.append(place)
+                self._num_left.append(left)
+                self._num_steps.append(num_chars if num_chars < left else left)
         if self.active:
             self._take_in()
 
     def _take_in(self) -> None:
         active, size, longest = self.active, len(self.active), max(self._num_steps)
-        self.states: Float32 = np.empty((size, *self._shape), np.float32)
-        for state, row in zip(self.states, active, strict=True):
-            if row.hidden.shape != self._shape or row.hidden.dtype != np.float32:
+        for row in active:
+            if row.hidden.shape != self._shape or row.hidden.dtype != _FLOAT32:
                 raise ValueError(f"states have to be {self._shape} float32")
-            write_state(state, row.hidden)
+        self._states = [c_char.from_buffer(row.hidden.data) for row in active]  # refuses what is not contiguous
         self._chars: Ids = np.empty((size, longest), np.int64)
         records = self.records = np.zeros(size, ROW)
         records["seed"] = [row.seed & _MASK for row in active]
         records["position"] = [row.position for row in active]
+        records["hidden"] = [addressof(state) for state in self._states]
         records["num_steps"] = self._num_steps
         records["chars"] = self._chars.ctypes.data + 8 * longest * np.arange(size)
         records["temperature"] = [row.sampling.temperature for row in active]
@@ -60,10 +73,6 @@ class Rows:
         self._kept: dict[int, Float32] = {}
         self._next: dict[int, Distribution] = {}
         for i, row in enumerate(active):
-            if row.num_next is not None:
-                self._add_next(i, row, row.num_next)
-            if self._num_steps[i] == 0:
-                continue
             if row.num_read < len(row.prompt):
                 ids = row.prompt[row.num_read : row.num_read + self._num_steps[i]]
                 records["num_prompt"][i], records["prompt"][i] = len(ids), self._address(ids, np.int64)
@@ -75,36 +84,39 @@ class Rows:
                 self._add_stops(i, row)
             if row.num_logprobs is not None:
                 self._add_scores(i, row, row.num_logprobs)
-            if len(row.keep_at) > len(row.kept):
+            if row.keep_at:
                 self._add_keep(i, row)
+            if row.num_next is not None:
+                self._add_next(i, row.num_next)
 
     def hand_back(self) -> list[Advance]:
         """Write to the rows what was done to them; what each of all rows got."""
-        got: dict[Row, Advance] = {}
-        if self.active:
-            records = self.records
-            done = zip(*(records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
-            for i, (row, state, (num_read, num_steps, stopped)) in enumerate(
-                zip(self.active, self.states, done, strict=True)
-            ):
-                write_state(row.hidden, state)
-                row.position += num_steps
-                row.num_read += num_read
-                row.num_generated += num_steps - num_read
-                if i in self._kept:
-                    self._take_kept(i, row)
-                if i in self._texts:
-                    longest = max(len(stop) for stop in row.stops)
-                    row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
-                if stopped:
-                    row.finished = "stop"
-                elif row.finished is None and _num_left(row) == 0:
-                    row.finished = "length"
-                if row.finished is not None and i in self._next:
-                    row.next = self._next[i]
-                both = self._split_scores(i, row, num_read, num_steps) if i in self._scores else (None, None)
-                got[row] = Advance(self._chars[i, num_read:num_steps], *both)
-        return [got[row] if row in got else Advance(_NOTHING) for row in self._rows]
+        if not self.active:
+            return self._got
+        done = zip(*(self.records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
+        for i, (row, place, (num_read, num_steps, stopped)) in enumerate(
+            zip(self.active, self._places, done, strict=True)
+        ):
+            row.position += num_steps
+            row.num_read += num_read
+            row.num_generated += num_steps - num_read
+            if stopped:
+                row.finished = "stop"
+            elif row.finished is None and num_steps == self._num_left[i]:
+                row.finished = "length"
+            if i in self._kept:
+                self._take_kept(i, row)
+            if i in self._texts:
+                longest = max(len(stop) for stop in row.stops)
+                row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
+            if i in self._next and row.finished is not None:
+                row.next = self._next[i]
+            chars = self._chars[i, num_read:num_steps]
+            if i in self._scores:
+                self._got[place] = Advance(chars, *self._split_scores(i, row, num_read, num_steps))
+            elif num_steps > 0:
+                self._got[place] = Advance(chars)
+        return self._got
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
         """Of the array, which is kept until the call is over, or of a copy that has this dtype and is contiguous."""
@@ -179,18 +191,13 @@ class Rows:
             record["num_keep"], record["kept"] = len(wanted), room.ctypes.data
             record["keep_at"] = self._address(np.array(wanted), np.int64)
 
-    def _add_next(self, i: int, row: Row, num_next: int) -> None:
+    def _add_next(self, i: int, num_next: int) -> None:
         record, size = self.records[i], min(num_next, self._vocab_size)
         room = self._next[i] = Distribution(np.empty(size, np.int64), np.empty(size))
-        record["reaches_length"] = self._num_steps[i] == 0 or self._num_steps[i] == _num_left(row)
+        record["reaches_length"] = self._num_steps[i] == self._num_left[i]
         record["num_next"] = size
         record["next_ids"], record["next"] = room.ids.ctypes.data, room.logprobs.ctypes.data
 
     def _take_kept(self, i: int, row: Row) -> None:
         num_kept = sum(position <= row.position for position in row.keep_at) - len(row.kept)
         row.kept.extend(state.copy() for state in self._kept[i][:num_kept])
-
-
-def _num_left(row: Row) -> int:
-    """Characters to be read and generated until the row is at its length."""
-    return len(row.prompt) - row.num_read + max(0, row.max_chars - row.num_generated)

@@ -51,8 +51,7 @@ class NativeStepper:
         """See Stepper."""
         taken = Rows(rows, num_chars, (self.config.num_layers, self.config.num_units), self.config.vocab_size)
         if taken.active:
-            rows_address, states_address = taken.records.ctypes.data, taken.states.ctypes.data
-            check(self._library.gru_advance(self._kernel, rows_address, len(taken.active), states_address))
+            check(self._library.gru_advance(self._kernel, taken.records.ctypes.data, len(taken.active)))
         return taken.hand_back()
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:

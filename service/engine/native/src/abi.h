@@ -31,6 +31,7 @@ struct GruModel {
 struct GruRow {
     uint64_t seed;
     int64_t position;
+    float* hidden;      // (L, H), read and written
     int64_t num_steps;  // to be done; on return: done
     int64_t stopped;    // on return: a stop string was completed
     int64_t num_prompt;

@@ -113,6 +113,7 @@ const Variant* find(const char* name) {
 // With fewer rows a thread, all of them share the rows and split the weights: the time to read those is what counts.
 constexpr int64_t kOwnRows = 8;
 constexpr int64_t kBlocks = 4;  // for each thread: one that has to share its core leaves some to others
+constexpr int64_t kBlockRows = 48;  // at most: the states of a block stay in the cache of a core
 
 class Kernel {
    public:
@@ -125,19 +126,16 @@ class Kernel {
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant.max_rows);
     }
 
-    void advance(GruRow* rows, int64_t num_rows, float* states) {
+    void advance(GruRow* rows, int64_t num_rows) {
         batch_.reserve(model_, num_rows);
         batch_.rows = rows;
-        batch_.states = states;
         for (int64_t i = 0; i < num_rows; ++i) {
             batch_.ends[i].store(rows[i].num_steps, std::memory_order_relaxed);
             batch_.num_kept[i] = 0;
             rows[i].stopped = 0;
         }
         for (Worker& worker : workers_) worker.reserve(num_rows);
-        if (num_threads_ == 1)
-            advance_block(0, num_rows, 0);
-        else if (num_rows >= kOwnRows * num_threads_)
+        if (num_rows >= kOwnRows * num_threads_)
             advance_blocks(num_rows);
         else
             advance_few(num_rows);
@@ -160,8 +158,9 @@ class Kernel {
     // Each thread takes blocks of rows and advances them by itself.
     void advance_blocks(int64_t num_rows) {
         const int num_threads = pool_.prepare(num_threads_);
-        const int64_t even = (num_rows + kBlocks * num_threads - 1) / (kBlocks * num_threads);
-        const int64_t size = round_up(even > kOwnRows ? even : kOwnRows, variant_.max_rows);
+        const int64_t num_blocks = num_threads == 1 ? 1 : kBlocks * num_threads;
+        const int64_t even = std::clamp((num_rows + num_blocks - 1) / num_blocks, kOwnRows, kBlockRows);
+        const int64_t size = round_up(even, variant_.max_rows);
         std::atomic<int64_t> next{0};
         pool_.run(num_threads, [&](int rank) {
             for (int64_t begin; (begin = next.fetch_add(size)) < num_rows;)
@@ -243,9 +242,8 @@ GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_
 
 GRU_EXPORT void gru_destroy(gru::Kernel* kernel) { delete kernel; }
 
-// states: (B, L, H), read and written.
-GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* rows, int64_t num_rows, float* states) {
-    return gru::guarded([&] { kernel->advance(rows, num_rows, states); });
+GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* rows, int64_t num_rows) {
+    return gru::guarded([&] { kernel->advance(rows, num_rows); });
 }
 
 // The bare recurrent product, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.

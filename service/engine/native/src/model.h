@@ -94,7 +94,6 @@ struct Worker {
 // The rows of a call, in memory that is kept for the next one.
 struct Batch {
     GruRow* rows = nullptr;
-    float* states = nullptr;  // (B, L, H), the caller's
     std::vector<int64_t> chars, num_kept;       // (B,): of the step under way; states kept so far
     std::vector<std::atomic<int64_t>> ends;     // (B,): the step before which a row ends; lowered by a stop string
     Buffer<int8_t> rounded;                     // (2, L, B, stride): before and after a step, in turns

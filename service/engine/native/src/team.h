@@ -98,6 +98,7 @@ class Pool {
     // Call work(rank) for ranks 0 .. n - 1 side by side, 0 in this thread, n <= num_threads; n is what work is told.
     // Fewer than asked for if the system has no more threads.
     int prepare(int num_threads) {
+        if (num_threads == 1) return 1;
 #if GRU_POSIX
         if (crew_ != nullptr && crew_->process != getpid()) crew_ = nullptr;  // its threads exist in the parent only
 #endif
