@@ -14,7 +14,7 @@ test: setup ; $(BIN)/pytest
 lint: setup ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
-bench: setup ; for it in train decode http; do $(BIN)/python -m benchmarks.$$it || exit 1; done
+bench: setup ; for it in train decode roofline http; do $(BIN)/python -m benchmarks.$$it || exit 1; done
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
 clean: ; rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
