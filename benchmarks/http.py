@@ -33,13 +33,11 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
 from service.config import Settings
+from service.engine.kernels import choose_kernel
 from service.engine.request import Request
-from service.engine.torch_stepper import TorchStepper
 from service.loaded import EngineSettings, LoadedModel
 from service.store import ModelStore
 
@@ -288,8 +286,10 @@ def engine_process() -> Iterator[Callable[[int, int], float]]:
 def engine_main(orders: Connection) -> None:
     """Generate as the server does, without HTTP."""
     settings = Settings()
-    torch.set_num_threads(settings.num_engine_threads)
-    engine_settings = EngineSettings(TorchStepper, settings.integer_precision, settings.max_batch, settings.max_queue)
+    kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
+    engine_settings = EngineSettings(
+        kernel.make_stepper, settings.integer_precision, settings.max_batch, settings.max_queue
+    )
     model = LoadedModel(*ModelStore(settings.model_store).load(settings.model), engine_settings)
     prompt = model.charset.encode(PROMPT)
     while (order := orders.recv()) is not None:

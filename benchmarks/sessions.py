@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.http import is_ready, report
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
 from service.config import Settings
-from service.engine.torch_stepper import TorchStepper
+from service.engine.kernels import choose_kernel
 from service.generation.feeding import Feed
 from service.generation.sessions import Sessions
 from service.loaded import EngineSettings, LoadedModel, LoadedModels
@@ -154,8 +153,8 @@ class Bench:
 def store_main(num_sessions: int, rounds: int, answers: Connection) -> None:
     """What is measured in a process of its own."""
     settings = Settings()
-    torch.set_num_threads(settings.num_engine_threads)
-    models = LoadedModels(ModelStore(settings.model_store), 1, EngineSettings(TorchStepper))
+    kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
+    models = LoadedModels(ModelStore(settings.model_store), 1, EngineSettings(kernel.make_stepper))
     model = models.get(settings.model)
     few, many = Bench(models, model), Bench(models, model)
     few.fill(FEW)

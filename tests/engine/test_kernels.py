@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,11 @@ answer = app.test_client().post("/v1/completions", json={"prompt": "ROMEO:", "ma
 app.extensions["gru_serve"].close()
 print(json.dumps([answer.status_code, answer.json["choices"][0]["text"], "torch" in sys.modules]))
 """
+
+
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="only CI has to have a compiler")
+def test_in_ci_it_was_compiled() -> None:
+    assert variants()
 
 
 @needs_native
