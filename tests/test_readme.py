@@ -31,5 +31,5 @@ def test_every_command_and_file_that_is_named_exists() -> None:
     for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (ROOT / target).exists(), target
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"^ {4}make ([a-z]+)", README, re.MULTILINE)):
+    for target in set(re.findall(r"^ {4}make ([a-z-]+)", README, re.MULTILINE)):
         assert f"\n{target}:" in makefile, target

@@ -27,7 +27,7 @@ NUM_CHARS = 300
 @pytest.fixture(scope="module")
 def server(tiny_store: ModelStore) -> Iterator[Server]:
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_LOG_LEVEL": "warning"}
+    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_LOG_LEVEL": "warning", "GRU_SERVE_MAX_TOKENS": "60000"}
     with serving(SERVE, environment) as server:
         yield server
 
@@ -129,7 +129,7 @@ def test_no_character_is_lost_doubled_or_changed_by_cuts(server: Server) -> None
 
 def test_a_client_that_leaves_stops_the_run(server: Server, client: Client) -> None:
     session = client.create("ROMEO:", seed=7)
-    pieces = session.generate(8000)
+    pieces = session.generate(60_000)
     got = next(pieces) + next(pieces)
     pieces.close()
     assert session.position == 6 + len(got)

@@ -218,7 +218,7 @@ def test_when_the_engine_has_failed_requests_and_readiness_say_so(
     store = ModelStore(tmp_path)
     publish_tiny(store)
     monkeypatch.setattr(TorchStepper, "advance", lambda *_: 1 / 0)
-    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+    with client_of(Settings(model_store=tmp_path, model="tiny", kernel="torch")) as client:
         assert client.get("/readyz").status_code == 200
         for _ in range(2):
             response = client.post("/v1/completions", json={"prompt": "a"})
