@@ -34,5 +34,5 @@ ifeq ($(shell uname -s),Linux)
 	$(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)"
 endif
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from service.engine.native.library import variants; print("kernel:", ", ".join(variants()) or "torch. The faster one in C++ was not compiled: it takes a C++17 compiler")'
+	@$(BIN)/python -c 'from service.engine.native.binding import variants; print("kernel:", ", ".join(variants()) or "torch. The faster one in C++ was not compiled: it takes a C++17 compiler")'
 	touch $@

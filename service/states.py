@@ -1,7 +1,7 @@
 """Copies of states, made without giving the interpreter's lock away.
 
-numpy would release it to copy 1,024 numbers, and whenever other threads want it, getting it back takes a hundred times
-as long as the copy: a server of many small requests gained a third by these few lines (docs/LOG.md).
+numpy would release it to copy 1,024 numbers, and where other threads want it, getting it back takes far longer than the
+copy: small requests to a busy server gained a third by these few lines (docs/LOG.md).
 """
 
 from __future__ import annotations

@@ -219,6 +219,12 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client: Client) -> No
     with pytest.raises(ServerError) as error:
         session.feed("xyz")
     assert (error.value.status, error.value.code, error.value.position) == (409, "position_conflict", 9)
+    with pytest.raises(ServerError) as error:
+        next(session.generate(10))
+    assert error.value.code == "position_conflict"
+    with pytest.raises(ServerError):
+        session.feed("xyz")
+    assert other.text() == "ROMEO:abc"  # what another wrote was not taken back to make room
     with pytest.raises(ServerError):
         client.open("nobody")
     with pytest.raises(ServerError):

@@ -18,7 +18,7 @@ class Client(Calls):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def create(self, text: str = "", *, id: str | None = None, **fields: Any) -> Session:  # noqa: A002
+    def create(self, text: str = "", *, id: str | None = None, **fields: Any) -> Session:  # noqa: A002 - the API's word
         """A new session. fields: model, seed, ttl_s, state, unknown_chars, as in the API. Raises ServerError."""
         session_id = id if id is not None else secrets.token_hex(16)  # ours, so that it can be repeated
         return Session(self, self.call("PUT", f"/v1/sessions/{session_id}", {"text": text} | fields))
@@ -27,6 +27,6 @@ class Client(Calls):
         """A new session from what `Session.save` gave, here or on another server. Raises ServerError."""
         return self.create(state=state, **fields)
 
-    def open(self, id: str) -> Session:  # noqa: A002
+    def open(self, id: str) -> Session:  # noqa: A002 - the API's word
         """A session that is there. Raises ServerError."""
         return Session(self, self.call("GET", f"/v1/sessions/{id}"))

@@ -60,8 +60,17 @@ class Session:
         """
         start = self._settled()
         body = {"max_tokens": max_tokens, "position": start, "stream": True} | fields
-        whole, patience = hashlib.sha256(), time.monotonic() + self._client.retry_s
         self._is_ahead = True
+        try:
+            yield from self._pieces(start, body)
+        except ServerError:
+            # It was refused, or somebody else has the text now: what they write is not ours to take back.
+            self._is_ahead = False
+            raise
+
+    def _pieces(self, start: int, body: object) -> Generator[str]:
+        """The text of a stream, taken up again wherever it breaks."""
+        whole, patience = hashlib.sha256(), time.monotonic() + self._client.retry_s
         events = self._client.retrying(lambda: self._stream(start, body))
         while True:
             try:
@@ -86,7 +95,7 @@ class Session:
         self.position = self._client.call("POST", f"{self._path}/rewind", {"position": position})["position"]
         self._is_ahead = False
 
-    def fork(self, position: int | None = None, *, id: str | None = None, seed: int | None = None) -> Session:  # noqa: A002
+    def fork(self, position: int | None = None, *, id: str | None = None, seed: int | None = None) -> Session:  # noqa: A002 - the API's word
         """A new session with the same past and, unless another seed is given, the same future."""
         end = self._settled()
         body = {"id": id if id is not None else secrets.token_hex(16), "seed": seed}

@@ -173,8 +173,7 @@ class Engine:
             # Only when closing: a retired engine may have a new thread by now, and new texts with it.
             if self._closing:
                 self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
-        except BaseException as error:  # noqa: BLE001
-            # Whatever it was, nobody may wait for a thread that is gone.
+        except BaseException as error:  # noqa: BLE001 - whatever it was, nobody may wait for a thread that is gone
             self._fail(self._failure or _failed(error))
 
     def _take_in(self) -> bool:

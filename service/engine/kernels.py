@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from service.engine.native.library import variants
+from service.engine.native.binding import variants
 from service.engine.stepper import Stepper
 from service.errors import InvalidSettings
 from service.model.quantize import QuantizedGRU

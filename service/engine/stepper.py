@@ -144,8 +144,8 @@ class Stepper(Protocol):
         rows: any number, each once; finished ones are left alone. A row with an empty prompt and max_chars = 0 is
         finished without a step. Raises nothing that the caller could mend: after an exception the rows are void.
         """
-        ...  # pragma: no cover
+        ...
 
     def initial_hidden(self) -> Float32:
         """(L, H) float32 zeros: the state before the first character."""
-        ...  # pragma: no cover
+        ...

@@ -28,7 +28,7 @@ _DAMAGED = "the state is damaged, or was signed with a key that this server does
 
 
 class StateHeader(BaseModel):
-    """What a portable state says about itself. The names are short because they travel."""
+    """What a portable state says about itself."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -28,31 +28,31 @@ class SessionStore(Protocol):
 
         Raises SessionExists, and Overloaded if there is no room that idle sessions could make.
         """
-        ...  # pragma: no cover
+        ...
 
     def load(self, owner: str, session_id: str) -> Session:
         """As it was saved last. It may be leased to somebody. Raises SessionNotFound, SessionGone."""
-        ...  # pragma: no cover
+        ...
 
     def lease(self, owner: str, session_id: str) -> Lease:
         """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
-        ...  # pragma: no cover
+        ...
 
     def save(self, lease: Lease, session: Session) -> int:
         """Keep its new state, if `session.revision` is the one that is kept; the new revision, one higher.
 
         Raises RevisionConflict, also if the lease is not, or no longer, valid; then nothing has changed.
         """
-        ...  # pragma: no cover
+        ...
 
     def release(self, lease: Lease) -> None:
         """Give it back, which counts as use. Harmless if that was done."""
-        ...  # pragma: no cover
+        ...
 
     def delete(self, lease: Lease) -> None:
         """Forget it, as if it had never been. Raises RevisionConflict if the lease is not valid."""
-        ...  # pragma: no cover
+        ...
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
         """The owner's, in the order of ids, those above `after`: `limit` at most."""
-        ...  # pragma: no cover
+        ...

@@ -85,7 +85,7 @@ class ForkBody(Body):
 class SessionPath(BaseModel):
     """Path of everything about one session."""
 
-    # pydantic's own engine keeps memory for each thread that comes by, and takes 50 us to find it again.
+    # With pydantic's own engine, and 32 threads, this took 7 % of a feed's time.
     model_config = ConfigDict(regex_engine="python-re")
 
     id: SessionId

@@ -12,7 +12,7 @@ import pytest
 
 from service.engine import kernels
 from service.engine.kernels import choose_kernel
-from service.engine.native.library import variants
+from service.engine.native.binding import variants
 from service.engine.native.stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidSettings

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.native import library
+from service.engine.native import binding
 from service.engine.native.stepper import NativeStepper
 from service.engine.sampling import PLAIN, History, SamplingSettings
 from service.engine.stepper import Row, Stepper
@@ -28,7 +28,7 @@ from tests.conftest import tiny_config
 from tests.engine.models import KINDS, quantized, row
 from tests.engine.test_stepper import everything, keeping, run
 
-VARIANTS = library.variants()
+VARIANTS = binding.variants()
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
 SETTINGS = [
     PLAIN,
@@ -267,20 +267,20 @@ def test_hostile_models_are_refused() -> None:
 
 @given(sizes=st.lists(st.sampled_from([-(2**62), -1, 0, 1, 2**40, 2**62]), min_size=4, max_size=4))
 def test_sizes_that_make_no_sense_are_refused_before_memory_is_touched(sizes: list[int]) -> None:
-    loaded = library.load()
+    loaded = binding.load()
     assert loaded is not None
-    about, kernel = library.Model(*sizes), ctypes.c_void_p()
+    about, kernel = binding.Model(*sizes), ctypes.c_void_p()
     with pytest.raises((ValueError, MemoryError)):
-        library.check(loaded.gru_create(ctypes.byref(about), b"portable", 1, 0, ctypes.byref(kernel)))
+        binding.check(loaded.gru_create(ctypes.byref(about), b"portable", 1, 0, ctypes.byref(kernel)))
     assert not kernel
 
 
 def test_without_the_library_there_are_no_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    library.load.cache_clear()
+    binding.load.cache_clear()
     try:
-        monkeypatch.setattr(library, "find_spec", lambda _: None)
-        assert library.variants() == []
+        monkeypatch.setattr(binding, "find_spec", lambda _: None)
+        assert binding.variants() == []
         with pytest.raises(RuntimeError, match="not compiled"):
             NativeStepper(quantized())
     finally:
-        library.load.cache_clear()
+        binding.load.cache_clear()

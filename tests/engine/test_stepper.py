@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine.integer_product import IntegerProduct
-from service.engine.native.library import variants
+from service.engine.native.binding import variants
 from service.engine.native.stepper import NativeStepper
 from service.engine.sampling import History, SamplingSettings, draw_one, uniform
 from service.engine.stepper import Advance, Row, Stepper

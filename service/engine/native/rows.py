@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.native.library import ROW
+from service.engine.native.binding import ROW
 from service.engine.sampling import History, SamplingSettings
 from service.engine.stepper import Advance, Distribution, Float32, Float64, Ids, Row, Scores
 

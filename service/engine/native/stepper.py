@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.engine.gates import gate_scales
-from service.engine.native.library import Layer, Linear, Model, check, load, variants
+from service.engine.native.binding import Layer, Linear, Model, check, load, variants
 from service.engine.native.rows import Rows
 from service.engine.stepper import Advance, Float32, Row
 from service.model.quantize import QuantizedGRU

@@ -1,4 +1,4 @@
-// What passes between Python and the kernel. `library.py` mirrors these structures; every field takes 8 bytes.
+// What passes between Python and the kernel. `binding.py` mirrors these structures; every field takes 8 bytes.
 #pragma once
 
 #include <cstdint>
