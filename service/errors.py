@@ -175,3 +175,9 @@ class NotReady(GruServeError):
     """The service is starting, draining or lacks a part that it needs."""
 
     code = "not_ready"
+
+
+class Draining(GruServeError):
+    """The process is going away and does this no more, or not to its end; another one can."""
+
+    code = "draining"

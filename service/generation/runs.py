@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import numpy as np
 
 from service.engine.request import Request
 from service.engine.sampling import SamplingSettings
-from service.errors import NoRun, PositionConflict, SessionBusy
+from service.errors import GruServeError, NoRun, PositionConflict, SessionBusy
 from service.generation.continuation import Continuation
 from service.generation.live_run import LiveRun
 from service.generation.reading import stop_ids
@@ -20,6 +21,7 @@ from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
 
 _NOTHING = np.empty(0, np.int64)
+_POLL_S = 0.01  # how often is looked whether runs are over
 _ATTEMPTS = 3  # to take a run over, when others try the same
 
 
@@ -44,6 +46,7 @@ class Runs:
     def __init__(self, models: LoadedModels, store: SessionStore, retention: Retention) -> None:
         self._models, self._store, self._retention = models, store, retention
         self._live: dict[tuple[str, str], LiveRun] = {}
+        self.are_ending = False
 
     @contextmanager
     def leased(self, owner: str, session_id: str) -> Iterator[Lease]:
@@ -108,6 +111,22 @@ class Runs:
         self._store.release(lease)
         return Continuation(session, run, start, None)
 
+    def end_all(self, timeout_s: float) -> None:
+        """Interrupt all runs, also those that begin from now on; they can be taken up in another process.
+
+        Who takes from them saves them. Those of whom nobody has done so in time, because he waits for a client that
+        reads nothing, are saved here.
+        """
+        self.are_ending = True
+        for live in list(self._live.values()):
+            live.interrupt()
+        deadline = time.monotonic() + timeout_s
+        while self._live and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        for live in list(self._live.values()):
+            with suppress(GruServeError):  # one that can't be saved is not to keep the others from it
+                live.stop()
+
     def _take_over(self, owner: str, session_id: str) -> Lease:
         """The lease of a session whose run, if it has one, is stopped."""
         for _ in range(_ATTEMPTS):
@@ -142,6 +161,8 @@ class Runs:
             raise
         live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
         self._live[session.owner, session.id] = live
+        if self.are_ending:
+            live.interrupt()
         return Continuation(session, run, after, live)
 
     def _request(self, model: LoadedModel, session: Session, run: Run) -> Request:

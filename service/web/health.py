@@ -7,10 +7,11 @@ from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
+from service.web.drain import Drain
 from service.web.schemas import ErrorAnswer, HealthAnswer
 
 
-def health_blueprint(models: LoadedModels, default_model: str) -> APIBlueprint:
+def health_blueprint(models: LoadedModels, default_model: str, drain: Drain) -> APIBlueprint:
     """The two questions a supervisor asks: is the process alive, and may it get requests?"""
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
@@ -21,7 +22,9 @@ def health_blueprint(models: LoadedModels, default_model: str) -> APIBlueprint:
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
     def readyz() -> Response:
-        """Answer 200 if the default model is there and its engine steps, else 503."""
+        """Answer 200 if the default model is there, its engine steps and the process is to stay, else 503."""
+        if drain.has_begun:
+            raise NotReady("the server is draining: it finishes what it has and ends")
         try:
             models.get(default_model).engine.check()
         except GruServeError as error:
