@@ -77,6 +77,12 @@ class InvalidSettings(GruServeError):
     code = "invalid_settings"
 
 
+class MissingLibrary(GruServeError):
+    """Something was asked for that takes a library which is not installed."""
+
+    code = "missing_library"
+
+
 class SessionNotFound(GruServeError):
     """There is no session of that id, or it is another owner's."""
 
