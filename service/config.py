@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -52,14 +53,26 @@ class Settings(BaseSettings):
         20, ge=1, le=3600, description="seconds after which a client that reads nothing is dropped"
     )
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
+    session_store: SecretStr = Field(
+        SecretStr("memory://"),
+        description="where sessions are kept: memory://, or redis://[user:password@]host:port/db, which several "
+        "replicas share and which outlives them",
+    )
     session_ttl_s: float = Field(
         3600.0, ge=1, le=2_592_000, description="seconds a session lives after its last use, if it says nothing else"
     )
     max_sessions: int = Field(
-        1_000_000, ge=1, le=100_000_000, description="sessions kept; more push out the least recently used idle one"
+        1_000_000,
+        ge=1,
+        le=100_000_000,
+        description="sessions kept in memory; more push out the least recently used idle one",
     )
     max_session_bytes: int = Field(
-        2**30, ge=2**24, le=2**44, description="memory for all sessions; more pushes out the least recently used"
+        2**30,
+        ge=2**24,
+        le=2**44,
+        description="memory for all sessions, or with Redis for those in use lately; more pushes out the least "
+        "recently used",
     )
     session_text_chars: int = Field(
         65_536, ge=1024, le=10_000_000, description="characters of its text that a session retains, at least"
@@ -81,6 +94,13 @@ class Settings(BaseSettings):
         if 0 < self.http_threads < least:
             raise ValueError(f"http_threads has to be {least} at least, for max_batch, max_queue and what refuses more")
         return self
+
+    @field_validator("session_store")
+    @classmethod
+    def _store_is_known(cls, store: SecretStr) -> SecretStr:
+        if urlsplit(store.get_secret_value()).scheme not in ("memory", "redis", "rediss", "unix"):
+            raise ValueError("has to begin with memory://, redis://, rediss:// or unix://")
+        return store
 
     @field_validator("state_keys")
     @classmethod

@@ -6,15 +6,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import structlog
+
 from service.engine.request import Handle
 from service.engine.stepper import Advance
 from service.engine.stop import completed
-from service.errors import EngineFailed, RunTakenOver
+from service.errors import EngineFailed, GruServeError, RunTakenOver
 from service.generation.reading import state_in
 from service.loaded import LoadedModel
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
+
+log = structlog.get_logger(__name__)
 
 
 class LiveRun:
@@ -49,7 +53,7 @@ class LiveRun:
     def take(self, gather_s: float | None, timeout_s: float | None) -> str:
         """The characters since the last call, waited for as by `Handle.take`. With the last ones, it `is_over`.
 
-        Raises RunTakenOver, EngineFailed.
+        Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         with self._lock:
             text = "" if self.is_over else self._take(gather_s, timeout_s)
@@ -58,12 +62,18 @@ class LiveRun:
             return text
 
     def stop(self) -> None:
-        """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time."""
+        """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time.
+
+        If it can't be saved, it stands where it was saved last, and the run can be taken up from there.
+        """
         self._was_stopped |= not self.is_over
         self._handle.cancel()
         with self._lock:
-            if not self.is_over:
-                self._take(None, None)
+            try:
+                if not self.is_over:
+                    self._take(None, None)
+            except GruServeError as error:
+                log.warning("a stopped continuation was not saved", error=error.code)
 
     def _take(self, gather_s: float | None, timeout_s: float | None) -> str:
         try:
@@ -77,7 +87,7 @@ class LiveRun:
         if self._handle.end is not None:
             try:
                 self.session = self._ended()
-                self._store.save(self._lease, self.session)
+                self._store.save(self._lease, self.session, release=True)
             finally:
                 self._end()
         return text
