@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -55,14 +56,26 @@ class Settings(BaseSettings):
     drain_notice_s: float = Field(
         0.0, ge=0, le=3600, description="of these, seconds that a balancer gets to notice, also when nothing is running"
     )
+    session_store: SecretStr = Field(
+        SecretStr("memory://"),
+        description="where sessions are kept: memory://, or redis://[user:password@]host:port/db, which several "
+        "replicas share and which outlives them",
+    )
     session_ttl_s: float = Field(
         3600.0, ge=1, le=2_592_000, description="seconds a session lives after its last use, if it says nothing else"
     )
     max_sessions: int = Field(
-        1_000_000, ge=1, le=100_000_000, description="sessions kept; more push out the least recently used idle one"
+        1_000_000,
+        ge=1,
+        le=100_000_000,
+        description="sessions kept in memory; more push out the least recently used idle one",
     )
     max_session_bytes: int = Field(
-        2**30, ge=2**24, le=2**44, description="memory for all sessions; more pushes out the least recently used"
+        2**30,
+        ge=2**24,
+        le=2**44,
+        description="memory for all sessions, or with Redis for those in use lately; more pushes out the least "
+        "recently used",
     )
     session_text_chars: int = Field(
         65_536, ge=1024, le=10_000_000, description="characters of its text that a session retains, at least"
@@ -90,6 +103,13 @@ class Settings(BaseSettings):
         if self.drain_notice_s > self.drain_s:
             raise ValueError(f"drain_notice_s is part of drain_s, which is {self.drain_s}, and can't be longer")
         return self
+
+    @field_validator("session_store")
+    @classmethod
+    def _store_is_known(cls, store: SecretStr) -> SecretStr:
+        if urlsplit(store.get_secret_value()).scheme not in ("memory", "redis", "rediss", "unix"):
+            raise ValueError("has to begin with memory://, redis://, rediss:// or unix://")
+        return store
 
     @field_validator("state_keys")
     @classmethod

@@ -113,6 +113,24 @@ class RevisionConflict(GruServeError):
     code = "revision_conflict"
 
 
+class SessionLost(GruServeError):
+    """The store has lost what was saved of the session last; what it has left is older than what was acknowledged."""
+
+    code = "session_lost"
+
+
+class StoreUnavailable(GruServeError):
+    """The session store can't be reached; nothing was done."""
+
+    code = "session_store_unavailable"
+
+
+class OutcomeUnknown(GruServeError):
+    """The session store didn't answer: what was asked for may have been done."""
+
+    code = "outcome_unknown"
+
+
 class PositionConflict(GruServeError):
     """The text is not as long as the caller thinks; `position` is how long it is."""
 

@@ -20,6 +20,7 @@ from service.model.artifact import write_artifact
 from service.model.config import ModelConfig
 from service.store import ModelStore
 from service.training.network import initialise
+from tests.parts import redis_process
 
 TINY_CHARSET = "\n !'-,.:?ABCEFIJLMORTUabcdefghijklmnopqrstuvwxyz"
 
@@ -74,6 +75,13 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     store = ModelStore(tmp_path_factory.mktemp("store"))
     publish_tiny(store)
     return store
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Redis server for those who keep to a prefix of their own."""
+    with redis_process(tmp_path_factory.mktemp("redis")) as process:
+        yield process.url
 
 
 @pytest.fixture(autouse=True)

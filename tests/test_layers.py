@@ -33,11 +33,13 @@ EXTRA = {
     "web/app.py": {"config", "sessions"},
     "web/session_answer.py": {"sessions"},  # the record it shows
     "web/server.py": {"config"},
+    "web/health.py": {"sessions"},  # whose store has to be there
     "sessions/session.py": {"engine"},  # the settings of a run
 }
 FORBIDDEN_LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
-    "pydantic_settings": {"config"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "pickle": set[str](),
+    "pydantic_settings": {"config"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions"},
+    "pickle": set[str](),
 }  # fmt: skip
 
 

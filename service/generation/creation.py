@@ -103,7 +103,7 @@ class Creation:
         origin = _hash("fork", session_id, position, seed)
         if new_id is not None and (there := self._created_before(owner, new_id, origin)):
             return there, False
-        with self._runs.leased(owner, session_id) as lease:
+        with self._runs.leased(owner, session_id, position) as lease:
             session = lease.session
             position = session.position if position is None else position
             check_within(session, position)

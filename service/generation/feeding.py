@@ -53,7 +53,7 @@ class Feeding:
 
         Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
         """
-        with self._runs.leased(owner, session_id) as lease:
+        with self._runs.leased(owner, session_id, feed.position) as lease:
             session = lease.session
             if feed.rebase is not None:
                 session = self._rebased(session, feed)
@@ -68,7 +68,8 @@ class Feeding:
             if text or feed.rebase is not None:
                 transcript = session.transcript.extended(text, end.kept, self._retention)
                 run = finished(session) if text else session.run
-                self._store.save(lease, replace(session, hidden=end.hidden, transcript=transcript, run=run))
+                session = replace(session, hidden=end.hidden, transcript=transcript, run=run)
+                self._store.save(lease, session, release=True)
         return Fed(model, text, end.position, end.next, scores)
 
     def _rebased(self, session: Session, feed: Feed) -> Session:

@@ -6,15 +6,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
+import structlog
+
 from service.engine.request import Handle
 from service.engine.stepper import Advance
 from service.engine.stop import completed
-from service.errors import EngineFailed, RunTakenOver
+from service.errors import EngineFailed, GruServeError, RunTakenOver
 from service.generation.reading import state_in
 from service.loaded import LoadedModel
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
+
+log = structlog.get_logger(__name__)
 
 
 class LiveRun:
@@ -51,7 +55,7 @@ class LiveRun:
     def take(self, gather_s: float | None, timeout_s: float | None) -> str:
         """The characters since the last call, waited for as by `Handle.take`. With the last ones, it `is_over`.
 
-        Raises RunTakenOver, EngineFailed.
+        Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         with self._lock:
             self._is_whole = gather_s is None
@@ -66,12 +70,18 @@ class LiveRun:
         self._handle.cancel()
 
     def stop(self) -> None:
-        """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time."""
+        """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time.
+
+        If it can't be saved, it stands where it was saved last, and the run can be taken up from there.
+        """
         self._was_stopped |= not self.is_over
         self._handle.cancel()
         with self._lock:
-            if not self.is_over:
-                self._take(None, None)
+            try:
+                if not self.is_over:
+                    self._take(None, None)
+            except GruServeError as error:
+                log.warning("a stopped continuation was not saved", error=error.code)
 
     def _take(self, gather_s: float | None, timeout_s: float | None) -> str:
         try:
@@ -86,7 +96,7 @@ class LiveRun:
             try:
                 if not self._is_given_up():
                     self.session = self._ended()
-                    self._store.save(self._lease, self.session)
+                    self._store.save(self._lease, self.session, release=True)
             finally:
                 self._end()
         return text

@@ -7,20 +7,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from service.engine.request import Request
 from service.engine.sampling import SamplingSettings
-from service.errors import GruServeError, NoRun, PositionConflict, SessionBusy
+from service.errors import GruServeError, ModelChanged, NoRun, PositionConflict, SessionBusy
 from service.generation.continuation import Continuation
+from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
-from service.generation.reading import stop_ids
-from service.loaded import LoadedModel, LoadedModels
+from service.loaded import LoadedModels
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
 
-_NOTHING = np.empty(0, np.int64)
 _POLL_S = 0.01  # how often is looked whether runs are over
 _ATTEMPTS = 3  # to take a run over, when others try the same
 
@@ -49,10 +45,14 @@ class Runs:
         self.are_ending = False
 
     @contextmanager
-    def leased(self, owner: str, session_id: str) -> Iterator[Lease]:
-        """A session for one operation. Raises SessionBusy, SessionNotFound, SessionGone."""
+    def leased(self, owner: str, session_id: str, position: int | None = None) -> Iterator[Lease]:
+        """A session for one operation. Raises SessionBusy, SessionNotFound, SessionGone.
+
+        position: how far the caller has seen the text. A run that was cut before is drawn again up to there.
+        """
         lease = self._lease(owner, session_id)
         try:
+            lease.session = self._derived(lease.session, position)
             yield lease
         finally:
             self._store.release(lease)
@@ -75,7 +75,7 @@ class Runs:
                 return self.resume(owner, session_id, position, client_has_gone)
         lease = self._lease(owner, session_id)
         try:
-            session = lease.session
+            session = self._derived(lease.session, position)
             check_position(session, position)
             context = ""
             if request.sampling.repetition_penalty != 1:
@@ -134,8 +134,17 @@ class Runs:
             if live is not None:
                 live.stop()
             with suppress(SessionBusy):
-                return self._store.lease(owner, session_id)
-        return self._store.lease(owner, session_id)
+                return self._store.lease(owner, session_id, take_over=True)
+        return self._store.lease(owner, session_id, take_over=True)
+
+    def _derived(self, session: Session, position: int | None) -> Session:
+        if position is None or position <= session.position or finished(session) is session.run:
+            return session
+        try:
+            model = self._models.of_state(session.model, session.identity)
+        except ModelChanged:
+            return session  # whoever needs the model meets this again
+        return derived(model, session, position, self._retention)
 
     def _lease(self, owner: str, session_id: str) -> Lease:
         try:
@@ -152,7 +161,8 @@ class Runs:
     ) -> Continuation:
         """Let the engine generate what is left of a run. On failure the lease is the caller's to release."""
         model = self._models.of_state(session.model, session.identity)
-        handle = model.engine.submit([self._request(model, session, run)])[0]
+        request = rest_of_run(model, session, run, self._retention, run.start + run.max_chars)
+        handle = model.engine.submit([request])[0]
         try:
             session = replace(session, run=run)
             session = replace(session, revision=self._store.save(lease, session))
@@ -160,26 +170,11 @@ class Runs:
             handle.cancel()
             raise
         live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
+        lease.on_wanted = live.stop
         self._live[session.owner, session.id] = live
         if self.are_ending:
             live.interrupt()
         return Continuation(session, run, after, live)
-
-    def _request(self, model: LoadedModel, session: Session, run: Run) -> Request:
-        generated = session.transcript.text(run.start, session.position)
-        left = run.max_chars - len(generated)
-        return Request(
-            prompt=_NOTHING,
-            max_chars=left,
-            seed=run.seed,
-            sampling=run.sampling,
-            stops=stop_ids(model.charset, run.stops),
-            hidden=session.hidden,
-            position=session.position,
-            history_prompt=model.charset.exact(run.context),
-            generated=model.charset.exact(generated),
-            keep_at=self._retention.checkpoints(session.position, session.position + left),
-        )
 
     def _forget(self, live: LiveRun) -> None:
         key = (live.session.owner, live.session.id)
@@ -212,8 +207,9 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     if run is None:
         raise NoRun("the session has no continuation to take up, or its text has been changed since")
     after = run.start if after is None else after
-    end = run.end if run.end is not None else session.position
+    # One that was cut goes on, also from what was sent and not saved any more.
+    end = run.end if run.end is not None else run.start + run.max_chars
     if after > end:
-        raise PositionConflict(f"the continuation has come to position {end}, not {after}", end, param="after")
+        raise PositionConflict(f"the continuation ends at position {end}, not {after}", end, param="after")
     session.transcript.nearest_state(min(after, run.start))
     return run, after

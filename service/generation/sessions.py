@@ -67,17 +67,16 @@ class Sessions:
 
     def rewind(self, owner: str, session_id: str, position: int) -> Session:
         """Back to a retained position. Raises PositionConflict, PositionGone."""
-        with self.runs.leased(owner, session_id) as lease:
+        with self.runs.leased(owner, session_id, position) as lease:
             session = lease.session
             check_within(session, position)
-            if position == session.position:
-                return session
-            model = self._models.of_state(session.model, session.identity)
-            hidden, transcript = state_at(model, session, position), session.transcript.cut(position)
-            run = finished(session)
-            run = run if run is not None and run.end is not None and run.end <= position else None
-            session = replace(session, hidden=hidden, transcript=transcript, run=run)
-            self._store.save(lease, session)
+            if position < session.position:
+                model = self._models.of_state(session.model, session.identity)
+                hidden, transcript = state_at(model, session, position), session.transcript.cut(position)
+                run = finished(session)
+                run = run if run is not None and run.end is not None and run.end <= position else None
+                session = replace(session, hidden=hidden, transcript=transcript, run=run)
+            self._store.save(lease, session, release=True)
             return session
 
     def export(self, owner: str, session_id: str, ttl_s: float | None) -> tuple[str, StateHeader]:

@@ -72,7 +72,7 @@ class MemoryStore:
         with self._lock:
             return _copy(self._get(owner, session_id))
 
-    def lease(self, owner: str, session_id: str) -> Lease:
+    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:  # noqa: ARG002 - no other process has it
         """See SessionStore."""
         with self._lock:
             entry = self._get(owner, session_id)
@@ -82,7 +82,7 @@ class MemoryStore:
             entry.lease = Lease(_copy(entry))
             return entry.lease
 
-    def save(self, lease: Lease, session: Session) -> int:
+    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
         """See SessionStore."""
         with self._lock:
             entry = self._leased(lease)
@@ -95,21 +95,18 @@ class MemoryStore:
             self._own_bytes += _own_bytes(session) - _own_bytes(old)
             entry.slot, view = self._put(entry, session)
             entry.session = replace(session, hidden=view, revision=old.revision + 1)
+            if release:
+                self._free(entry)
             self._make_room()
             return entry.session.revision
 
     def release(self, lease: Lease) -> None:
         """See SessionStore."""
         with self._lock:
-            key = _key(lease.session.owner, lease.session.id)
-            entry = self._entries.get(key)
-            if entry is None or entry.lease is not lease:
-                return
-            entry.lease = None
-            entry.expires_at = self._clock() + entry.session.ttl_s
-            self._entries.move_to_end(key)
-            self._due.add(key, entry.expires_at)
-            self._make_room()
+            entry = self._entries.get(_key(lease.session.owner, lease.session.id))
+            if entry is not None and entry.lease is lease:
+                self._free(entry)
+                self._make_room()
 
     def delete(self, lease: Lease) -> None:
         """See SessionStore."""
@@ -129,6 +126,12 @@ class MemoryStore:
                     sessions.append(self.load(owner, session_id))
             after = found[-1]
         return sessions
+
+    def check(self) -> None:
+        """See SessionStore: they can always be had."""
+
+    def close(self) -> None:
+        """See SessionStore: there is nothing to end."""
 
     def sweep(self, limit: int) -> int:
         """Forget idle sessions whose time is over, up to `limit`; how many."""
@@ -170,6 +173,13 @@ class MemoryStore:
         if entry is None or entry.lease is not lease:
             raise RevisionConflict("the session is no longer reserved for this operation")
         return entry
+
+    def _free(self, entry: _Entry) -> None:
+        key = _key(entry.session.owner, entry.session.id)
+        entry.lease = None
+        entry.expires_at = self._clock() + entry.session.ttl_s
+        self._entries.move_to_end(key)
+        self._due.add(key, entry.expires_at)
 
     def _make_room_for(self, session: Session) -> None:
         size = _own_bytes(session) + self._blocks.would_add(session.transcript)

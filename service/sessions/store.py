@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from service.sessions.session import Session
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Lease:
-    """The right to change a session, until it is released. session: as it was when the lease was taken."""
+    """The right to change a session, until it is released. session: as it was when the lease was taken. on_wanted: to
+    be called, on a thread of its own, when another process wants the session, or has it already.
+    """
 
     session: Session
+    on_wanted: Callable[[], None] | None = None
 
 
 class SessionStore(Protocol):
@@ -20,7 +24,9 @@ class SessionStore(Protocol):
 
     A session lives `ttl_s` seconds after its last lease was released, or after its creation. One that is leased neither
     expires nor is evicted. Of one that expired or was evicted the store remembers for a while that it was there. The
-    session of one owner doesn't exist for another. Any number of threads may call; none waits for long.
+    session of one owner doesn't exist for another. Any number of threads may call; none waits for long. One that keeps
+    sessions elsewhere may raise StoreUnavailable in every method but `release`, and SessionLost wherever a session is
+    loaded whose last save it has lost.
     """
 
     def create(self, session: Session) -> Session:
@@ -34,14 +40,18 @@ class SessionStore(Protocol):
         """As it was saved last. It may be leased to somebody. Raises SessionNotFound, SessionGone."""
         ...
 
-    def lease(self, owner: str, session_id: str) -> Lease:
-        """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone."""
+    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:
+        """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone.
+
+        take_over: another process that has it is asked to give it up, and waited for.
+        """
         ...
 
-    def save(self, lease: Lease, session: Session) -> int:
+    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
         """Keep its new state, if `session.revision` is the one that is kept; the new revision, one higher.
 
-        Raises RevisionConflict, also if the lease is not, or no longer, valid; then nothing has changed.
+        release: and give the lease back. Raises RevisionConflict, also if the lease is not, or no longer, valid; then
+        nothing has changed.
         """
         ...
 
@@ -55,4 +65,12 @@ class SessionStore(Protocol):
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
         """The owner's, in the order of ids, those above `after`: `limit` at most."""
+        ...
+
+    def check(self) -> None:
+        """Raises StoreUnavailable while sessions can't be had."""
+        ...
+
+    def close(self) -> None:
+        """End its threads, and close its connections."""
         ...

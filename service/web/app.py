@@ -11,10 +11,12 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
 from service.engine.kernels import choose_kernel
+from service.errors import InvalidSettings
 from service.generation.sessions import Sessions
 from service.loaded import EngineSettings, LoadedModels
 from service.sessions.memory import MemoryStore
 from service.sessions.portable import StateSealer
+from service.sessions.store import SessionStore
 from service.sessions.sweeper import Sweeper
 from service.sessions.transcript import Retention
 from service.store import ModelStore
@@ -72,7 +74,11 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     places = Places(settings.num_http_threads - SPARE_THREADS)
     app.register_api(completions_blueprint(models, settings.model, limits, places))
-    store = MemoryStore(settings.max_sessions, settings.max_session_bytes)
+    ending = (
+        ExitStack()
+    )  # for those who build the application and have to end its threads: engines first, then the store
+    store = _session_store(settings, ending)
+    ending.callback(models.close)
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     sessions = Sessions(models, store, StateSealer(_state_keys(settings)), settings.session_ttl_s, retention)
     # All that a run generates has to be retained until it is over, and the stop string that ends it.
@@ -80,11 +86,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
     app.register_api(models_blueprint(models.store))
-    app.register_api(health_blueprint(models, settings.model, drain))
+    app.register_api(health_blueprint(models, settings.model, store, drain))
     app.register_blueprint(docs_blueprint())
-    ending = ExitStack()  # for those who build the application and have to end its threads
-    ending.callback(models.close)
-    ending.callback(Sweeper(store).close)
     app.extensions["gru_serve"] = ending
     drain.at_cut(lambda: sessions.runs.end_all(CUT_S / 2))
     drain.at_cut(models.close)  # after the runs: those of sessions are saved, and completions get an error
@@ -99,6 +102,26 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         engine_threads=settings.num_engine_threads,
     )
     return app
+
+
+def _session_store(settings: Settings, ending: ExitStack) -> SessionStore:
+    url = settings.session_store.get_secret_value()
+    if url.startswith("memory:"):
+        memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
+        ending.callback(Sweeper(memory).close)
+        return memory
+    # Imported here: who keeps sessions in memory starts without it.
+    from service.sessions.redis import RedisStore
+    from service.sessions.redis_server import RedisServer
+
+    try:
+        store = RedisStore(RedisServer(url), settings.max_session_bytes)
+    except ValueError as error:
+        raise InvalidSettings(
+            "GRU_SERVE_SESSION_STORE: not an address of a Redis server", param="session_store"
+        ) from error
+    ending.callback(store.close)
+    return store
 
 
 def _state_keys(settings: Settings) -> list[str]:

@@ -21,10 +21,10 @@ STATUS = {
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
     "session_not_found": 404, "session_gone": 410, "position_gone": 410,
     "session_exists": 409, "session_busy": 409, "revision_conflict": 409, "position_conflict": 409, "no_run": 409,
-    "run_taken_over": 409, "model_changed": 409,
+    "run_taken_over": 409, "model_changed": 409, "session_lost": 409,
     "invalid_state": 400, "state_expired": 400, "state_model_mismatch": 400,
     "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "draining": 503, "engine_failed": 503,
-    "client_gone": 499,
+    "client_gone": 499, "session_store_unavailable": 503, "outcome_unknown": 504,
     "internal_error": 500,
 }  # fmt: skip
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}

@@ -7,11 +7,12 @@ from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
+from service.sessions.store import SessionStore
 from service.web.drain import Drain
-from service.web.schemas import ErrorAnswer, HealthAnswer
+from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyQuery
 
 
-def health_blueprint(models: LoadedModels, default_model: str, drain: Drain) -> APIBlueprint:
+def health_blueprint(models: LoadedModels, default_model: str, store: SessionStore, drain: Drain) -> APIBlueprint:
     """The two questions a supervisor asks: is the process alive, and may it get requests?"""
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
@@ -21,14 +22,19 @@ def health_blueprint(models: LoadedModels, default_model: str, drain: Drain) -> 
         return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
-    def readyz() -> Response:
-        """Answer 200 if the default model is there, its engine steps and the process is to stay, else 503."""
+    def readyz(query: ReadyQuery) -> Response:
+        """Answer 200 if the default model is there, its engine steps, sessions can be had and it stays; or 503.
+
+        With `part=completions` sessions don't count: completions go on without their store.
+        """
         if drain.has_begun:
             raise NotReady("the server is draining: it finishes what it has and ends")
         try:
             models.get(default_model).engine.check()
         except GruServeError as error:
             raise NotReady(f"the default model can't be used: {error.code}") from error
+        if query.part == "all":
+            store.check()
         return Response(HealthAnswer(status="ready").model_dump_json(), mimetype="application/json")
 
     return blueprint

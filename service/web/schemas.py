@@ -193,6 +193,14 @@ class ModelPath(BaseModel):
     id: str = Field(max_length=200, description="name, name@version or name@alias")
 
 
+class ReadyQuery(BaseModel):
+    """Of /readyz."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    part: Literal["all", "completions"] = Field("all", description="what has to be ready")
+
+
 class HealthAnswer(BaseModel):
     """State of the process."""
 

@@ -175,6 +175,30 @@ class SessionMachine(RuleBasedStateMachine):
         self.gone.discard(session_id)
         return None
 
+    def further(self, session_id: str, num_chars: int) -> str | None:
+        """What a run that was cut goes on with, from the beginning of its text; None: not so far, or there is none."""
+        run = self.texts[session_id].run
+        if run is None or run.reason is not None or len(run.text) + num_chars > run.request.max_chars:
+            return None
+        handle = self.model.engine.submit([self.replayed(run)])[0]
+        part, end = handle.take(None), handle.wait()
+        text = self.model.charset.decode(part.chars) if part is not None else ""
+        num_whole = len(text) - (end.reason == "stop")
+        more = text[len(run.text) : len(run.text) + num_chars]
+        return more if len(run.text) + num_chars <= num_whole else None
+
+    def replayed(self, ran: Ran) -> Request:
+        """A run from the first character of its text on."""
+        encode = self.model.charset.exact
+        return Request(
+            encode(ran.before),
+            ran.request.max_chars,
+            ran.seed,
+            ran.request.sampling,
+            stop_ids(self.model.charset, ran.request.stops),
+            history_prompt=encode(ran.context),
+        )
+
     @contextmanager
     def fails(self, code: str | None) -> Iterator[None]:
         """The block raises the error of this code; None: nothing."""
@@ -275,12 +299,17 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids, ahead=st.integers(1, 3))
     def feed_too_far(self, session_id: str, ahead: int) -> None:
-        code = self.fate(session_id) or "position_conflict"
+        code, more = self.fate(session_id), None
+        if code is None:
+            more = self.further(session_id, ahead)
+            code = "position_conflict" if more is None else None
+            self.use(session_id)
         position = self.texts[session_id].position + ahead if session_id in self.texts else ahead
         with self.fails(code):
             self.sessions.feeding.feed("", session_id, Feed("a", position))
-        if code == "position_conflict":
-            self.use(session_id)
+            assert more is not None
+            self.texts[session_id].grow(more)
+            self.texts[session_id].feed("a")
 
     # Generating
 
@@ -333,7 +362,7 @@ class SessionMachine(RuleBasedStateMachine):
         if there is not None and there.run is not None:
             end = there.run.end if there.run.reason is not None else there.position
             after = max(0, end - back)
-            if after > end:
+            if after > (end if there.run.reason is not None else there.run.start + there.run.request.max_chars):
                 code = "position_conflict"
             elif min(after, there.run.start) < there.start:
                 code = "position_gone"
@@ -357,7 +386,8 @@ class SessionMachine(RuleBasedStateMachine):
             got, position = got + piece.text, position + len(piece.text)
             assert piece.position == position
         assert got == (run.before + continuation.text)[after:]
-        assert position == continuation.position == run.start + len(continuation.text)
+        assert continuation.position == run.start + len(continuation.text)
+        assert position == max(after, continuation.position)
         assert continuation.finish_reason is not None
         if run.reason is None:
             there.whole = run.before
@@ -400,26 +430,35 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids, back=st.integers(-2, 60))
     def rewind(self, session_id: str, back: int) -> None:
-        code = self.fate(session_id)
-        position = 5
+        code, position, more = self.fate(session_id), 5, None
         if code is None:
             there = self.texts[session_id]
             position = max(0, there.position - back)
-            code = "position_conflict" if back < 0 else "position_gone" if position < there.start else None
+            code = "position_gone" if position < there.start else None
+            if back < 0:
+                more = self.further(session_id, -back)
+                code = "position_conflict" if more is None else None
             self.use(session_id)
         with self.fails(code):
             assert self.sessions.rewind("", session_id, position).position == position
-            self.texts[session_id].cut(position)
+            there = self.texts[session_id]
+            if more is not None and there.run is not None:
+                there.grow(more)
+                there.run.text += more
+            there.cut(position)
 
     @rule(target=ids, session_id=ids, back=st.none() | st.integers(-2, 60), seed=st.none() | SEEDS)
     def fork(self, session_id: str, back: int | None, seed: int | None) -> Any:
         code = self.fate(session_id)
-        position = None
+        position, more = None, ""
         if code is None:
             there = self.texts[session_id]
             if back is not None:
                 position = max(0, there.position - back)
-                code = "position_conflict" if back < 0 else "position_gone" if position < there.start else None
+                code = "position_gone" if position < there.start else None
+            if back is not None and back < 0:
+                found = self.further(session_id, -back)
+                more, code = found or "", "position_conflict" if found is None else None
             self.use(session_id)
             if code is None and len(self.texts) == MAX_SESSIONS and len(self.open) == MAX_SESSIONS:
                 code = "overloaded"
@@ -432,7 +471,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.admit(
                 session.id,
                 Text(
-                    there.whole[:position],
+                    (there.whole + more)[:position],
                     there.start,
                     seed if seed is not None else there.seed,
                     self.clock.now + TTL_S,
@@ -495,17 +534,7 @@ class SessionMachine(RuleBasedStateMachine):
         encode = self.model.charset.exact
         sessions = [(self.sessions.get("", session_id), text) for session_id, text in self.texts.items()]
         replays = [Request(encode(text.whole), 0, 0) for _, text in sessions]
-        replays += [
-            Request(
-                encode(ran.before),
-                ran.request.max_chars,
-                ran.seed,
-                ran.request.sampling,
-                stop_ids(self.model.charset, ran.request.stops),
-                history_prompt=encode(ran.context),
-            )
-            for ran in self.ran
-        ]
+        replays += [self.replayed(ran) for ran in self.ran]
         handles = self.model.engine.submit(replays)
         for (session, _), handle in zip(sessions, handles, strict=False):
             assert handle.wait().hidden.tobytes() == session.hidden.tobytes()

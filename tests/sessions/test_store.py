@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,18 +22,34 @@ from service.errors import (
     SessionNotFound,
 )
 from service.sessions.memory import MemoryStore
+from service.sessions.redis import RedisStore
+from service.sessions.redis_server import RedisServer
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Block, Retention, Transcript
 from tests.sessions.conftest import Clock
 
-STORES: dict[str, Callable[[Clock], SessionStore]] = {"memory": lambda clock: MemoryStore(100, 2**30, clock)}
 SHAPE = (1, 16)
 
 
+def redis_store(request: pytest.FixtureRequest, clock: Clock, cache_bytes: int = 2**20) -> SessionStore:
+    """One with sessions of its own. Its leases outlast any clock, because nobody renews them in a test's time."""
+    server = RedisServer(request.getfixturevalue("redis_url"), settle_s=0)
+    return RedisStore(server, cache_bytes, prefix=f"{secrets.token_hex(8)}*[", lease_s=10**7, clock=clock)
+
+
+STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
+    "memory": lambda _, clock: MemoryStore(100, 2**30, clock),
+    "redis": redis_store,
+    "redis without its cache": lambda request, clock: redis_store(request, clock, cache_bytes=0),
+}
+
+
 @pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, clock: Clock) -> SessionStore:
-    return STORES[request.param](clock)
+def store(request: pytest.FixtureRequest, clock: Clock) -> Iterator[SessionStore]:
+    store = STORES[request.param](request, clock)
+    yield store
+    store.close()
 
 
 def state(value: float) -> Any:
@@ -48,11 +65,15 @@ def session(session_id: str = "a", **changes: Any) -> Session:
 
 
 def facts(one: Session) -> list[Any]:
-    """Everything of a session, comparable."""
+    """Everything of a session but its states on the way, comparable."""
     transcript = [one.transcript.start, one.transcript.text(one.transcript.start, one.position)]
-    transcript += [(block.end, block.hidden.tobytes()) for block in one.transcript.blocks]
     names = ("id", "owner", "model", "identity", "seed", "ttl_s", "created_at", "expires_at", "run", "origin")
     return [*(getattr(one, name) for name in names), one.revision, one.hidden.tobytes(), *transcript]
+
+
+def on_the_way(one: Session) -> set[tuple[int, bytes]]:
+    """The states that a session has for going back."""
+    return {(block.end, block.hidden.tobytes()) for block in one.transcript.blocks}
 
 
 def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Session:
@@ -67,7 +88,24 @@ def test_what_was_created_is_loaded(store: SessionStore, clock: Clock) -> None:
     transcript = Transcript(2, (Block("ab", 4, state(0.1)),), "cd")
     created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", transcript=transcript))
     assert (created.created_at, created.expires_at, created.revision) == (clock.now, clock.now + 90.5, 1)
-    assert facts(store.load("", "a")) == facts(created)
+    loaded = store.load("", "a")
+    assert facts(loaded) == facts(created)
+    assert on_the_way(loaded) <= on_the_way(created)
+
+
+@pytest.mark.parametrize("begin", [0, 500, 70_000])
+def test_a_long_text_can_be_gone_back_in_from_its_first_character(store: SessionStore, begin: int) -> None:
+    """A store may keep fewer states on the way than a session had. Those that it keeps belong where they are."""
+    retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
+    transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
+    kept = {position: state(position) for position in retention.checkpoints(begin, begin + len(text))}
+    created = store.create(session(transcript=transcript.extended(text, kept, retention)))
+    loaded = store.load("", "a")
+    assert facts(loaded) == facts(created)
+    for position in range(begin, begin + len(text) + 1, 77):
+        start, hidden = loaded.transcript.nearest_state(position)
+        assert begin <= start <= position <= start + 4096 + 256
+        assert hidden is None if start == 0 else hidden is not None and hidden.tobytes() == state(start).tobytes()
 
 
 def test_an_id_is_taken_once(store: SessionStore) -> None:

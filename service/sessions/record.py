@@ -1,0 +1,116 @@
+"""A session as bytes, for stores outside the process.
+
+version (1 byte) | header's length (4 bytes) | header (JSON) | state | states on the way | text (UTF-8)
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import SessionLost
+from service.sessions.session import Run, Session
+from service.sessions.transcript import Block, Transcript
+from service.states import Float32
+
+_VERSION = 1
+_HEAD = struct.Struct("<BI")
+_STATE_CHARS = 4096  # from one state on the way to the next: a byte of the record for each character
+
+
+class _Header(BaseModel):
+    """What a record says about what follows it. ends: the positions of the states on the way."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    model: str
+    identity: str
+    seed: int
+    ttl_s: float
+    created_at: float
+    shape: tuple[int, int] = Field(description="of each state: (L, H)")
+    start: int = Field(ge=0)
+    ends: list[int]
+    run: Run | None
+    origin: str | None
+
+
+def encode(session: Session) -> bytes:
+    """All of a session but its owner, its id, its revision and its time of expiry.
+
+    Of the states on the way it has fewer: what goes back far is stepped for longer after a session was read from here.
+    """
+    transcript, blocks = session.transcript, [*_kept(session.transcript)]
+    header = _Header.model_construct(
+        model=session.model,
+        identity=session.identity,
+        seed=session.seed,
+        ttl_s=session.ttl_s,
+        created_at=session.created_at,
+        shape=session.hidden.shape,
+        start=transcript.start,
+        ends=[block.end for block in blocks],
+        run=session.run,
+        origin=session.origin.hex() if session.origin is not None else None,
+    )
+    head = header.model_dump_json().encode()
+    states = [
+        np.ascontiguousarray(state, "<f4").tobytes() for state in (session.hidden, *(one.hidden for one in blocks))
+    ]
+    text = transcript.text(transcript.start, transcript.position).encode()
+    return b"".join([_HEAD.pack(_VERSION, len(head)), head, *states, text])
+
+
+def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: float) -> Session:
+    """The session that was encoded. Raises SessionLost if it was written by another version, or is damaged."""
+    try:
+        version, length = _HEAD.unpack_from(data)
+        if version != _VERSION:
+            raise ValueError(f"version {version}")
+        begin = _HEAD.size + length
+        header = _Header.model_validate_json(data[_HEAD.size : begin])
+        num_bytes = 4 * int(np.prod(header.shape))
+        num_states = 1 + len(header.ends)
+        states = np.frombuffer(data, "<f4", num_states * num_bytes // 4, begin).astype(np.float32)
+        states = states.reshape(num_states, *header.shape)
+        text = data[begin + num_states * num_bytes :].decode()
+        transcript = _transcript(header, states[1:], text)
+    except (struct.error, ValueError, ValidationError) as error:
+        raise SessionLost("the session's record can't be read: it is damaged, or of another version") from error
+    return Session(
+        id=session_id,
+        owner=owner,
+        model=header.model,
+        identity=header.identity,
+        seed=header.seed,
+        ttl_s=header.ttl_s,
+        created_at=header.created_at,
+        expires_at=expires_at,
+        hidden=states[0],
+        transcript=transcript,
+        run=header.run,
+        origin=bytes.fromhex(header.origin) if header.origin is not None else None,
+        revision=revision,
+    )
+
+
+def _kept(transcript: Transcript) -> Iterator[Block]:
+    """The state at the start, where it isn't zero, and the first one in each stretch of `_STATE_CHARS`."""
+    stretch = transcript.start // _STATE_CHARS
+    for block in transcript.blocks:
+        if block.end <= transcript.start or block.end // _STATE_CHARS > stretch:
+            stretch = block.end // _STATE_CHARS
+            yield block
+
+
+def _transcript(header: _Header, states: Float32, text: str) -> Transcript:
+    begin, blocks = header.start, []
+    for end, state in zip(header.ends, states, strict=True):
+        if end < begin or end > header.start + len(text):
+            raise ValueError("a state that lies outside its text")
+        blocks.append(Block(text[begin - header.start : end - header.start], end, state))
+        begin = end
+    return Transcript(header.start, tuple(blocks), text[begin - header.start :])

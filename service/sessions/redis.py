@@ -1,0 +1,209 @@
+"""The session store in Redis: sessions outlive the process, and any of several replicas may go on with them."""
+
+from __future__ import annotations
+
+import heapq
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from service.errors import (
+    GruServeError,
+    OutcomeUnknown,
+    RevisionConflict,
+    SessionBusy,
+    SessionExists,
+    SessionGone,
+    SessionLost,
+    SessionNotFound,
+)
+from service.sessions.cache import Seen, SessionCache
+from service.sessions.record import decode, encode
+from service.sessions.redis_keeper import RedisKeeper
+from service.sessions.redis_server import RedisServer
+from service.sessions.session import Session
+from service.sessions.store import Lease
+from service.states import read_state
+
+_POLL_S = 0.03  # of one who waits for a lease that another process has
+_GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
+
+
+class RedisStore:
+    """Implements `SessionStore`. A cache in front saves reading what this process wrote last, and no question whether
+    that is still the last word.
+
+    A lease is good for `lease_s`, and a thread renews it: that of a process which dies is soon free. It is fenced: who
+    lost it can't save. server: is closed with the store. cache_bytes: for sessions that were in use lately.
+    clock: seconds since 1970; None: the server's.
+    """
+
+    def __init__(
+        self,
+        server: RedisServer,
+        cache_bytes: int = 2**26,
+        prefix: str = "gru-serve:",
+        lease_s: float = 1.0,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._server, self._prefix, self._clock = server, prefix, clock
+        self._cache = SessionCache(cache_bytes)
+        self._keeper = RedisKeeper(server, self._cache, lease_s, self._now_ms)
+
+    def create(self, session: Session) -> Session:
+        """See SessionStore."""
+        session = replace(session, revision=1, created_at=self._now(), hidden=read_state(session.hidden))
+        key, nonce = self._key(session.owner, session.id), _nonce()
+        answer = self._ask("create", key, nonce, encode(session), _ms(session.ttl_s))
+        if answer[0] == b"exists":
+            raise SessionExists(f"there is a session {session.id} already")
+        return self._saved(key, session, nonce, answer[1])
+
+    def load(self, owner: str, session_id: str) -> Session:
+        """See SessionStore."""
+        key = self._key(owner, session_id)
+        seen = self._cache.get(key)
+        return self._session(owner, session_id, seen, self._ask("load", key, *_known(seen)))
+
+    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:
+        """See SessionStore."""
+        key, token = self._key(owner, session_id), _nonce()
+        deadline = time.monotonic() + 2 * self._keeper.lease_ms / 1000
+        while True:
+            seen = self._cache.get(key)
+            answer = self._ask("lease", key, *_known(seen), token, self._keeper.lease_ms, int(take_over))
+            if answer[0] != b"busy":
+                break
+            if not take_over or self._keeper.holds(key) or time.monotonic() > deadline:
+                raise SessionBusy("another operation on this session is under way: try again when it is over")
+            time.sleep(_POLL_S)
+        try:
+            lease = Lease(self._session(owner, session_id, seen, answer))
+        except SessionLost:
+            self._free(key, token)
+            raise
+        self._keeper.hold(lease, key, token)
+        return lease
+
+    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
+        """See SessionStore. Raises OutcomeUnknown if the server didn't answer."""
+        old, held = lease.session, self._keeper.holding(lease)
+        if session.revision != held.revision or (session.owner, session.id) != (old.owner, old.id):
+            raise RevisionConflict("the session was changed meanwhile")
+        key, nonce = self._key(session.owner, session.id), _nonce()
+        session = replace(session, hidden=read_state(session.hidden))
+        lease_ms = "" if release else self._keeper.lease_ms
+        held.is_ending = release
+        try:
+            answer = self._ask(
+                "save", key, held.token, held.revision, nonce, encode(session), _ms(session.ttl_s), lease_ms
+            )
+        except OutcomeUnknown:
+            self._keeper.let_go(lease)  # it runs out by itself
+            raise
+        if answer[0] == b"conflict":
+            self._keeper.let_go(lease)
+            raise RevisionConflict("another server has gone on with this session meanwhile")
+        saved = self._saved(key, replace(session, revision=int(answer[1])), nonce, answer[2])
+        held.revision, held.due = saved.revision, self._keeper.next_due()
+        if release:
+            self._keeper.let_go(lease)
+        return saved.revision
+
+    def release(self, lease: Lease) -> None:
+        """See SessionStore. If the server can't be reached, it runs out by itself."""
+        held = self._keeper.let_go(lease)
+        if held is not None:
+            self._free(self._key(lease.session.owner, lease.session.id), held.token)
+
+    def delete(self, lease: Lease) -> None:
+        """See SessionStore."""
+        held, key = self._keeper.holding(lease), self._key(lease.session.owner, lease.session.id)
+        answer = self._ask("delete", key, held.token)
+        self._keeper.let_go(lease)
+        if answer[0] == b"conflict":
+            raise RevisionConflict("another server has gone on with this session meanwhile")
+        self._cache.forget(key)
+        self._keeper.wrote(key, held.revision, None)
+
+    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+        """See SessionStore. Looks at every key that the server has."""
+        own = self._key(owner, "")
+        keys = self._server.keys(own.translate(_GLOB) + "*")
+        ids = {key[len(own) :] for key in keys if "/" not in key[len(own) :]}
+        sessions: list[Session] = []
+        while found := heapq.nsmallest(limit - len(sessions), (one for one in ids if one > after)):
+            for session_id in found:
+                with suppress(SessionNotFound, SessionGone, SessionLost):
+                    sessions.append(self.load(owner, session_id))
+            after = found[-1]
+        return sessions
+
+    def check(self) -> None:
+        """See SessionStore."""
+        self._server.check()
+
+    def close(self) -> None:
+        """See SessionStore."""
+        self._keeper.close()
+        self._server.close()
+
+    def _ask(self, operation: str, key: str, *arguments: Any) -> list[Any]:
+        return self._server.call(operation, key, self._now_ms(), *arguments)
+
+    def _now(self) -> float:
+        """For what only this process sees; seconds since 1970."""
+        return self._clock() if self._clock is not None else time.time()
+
+    def _now_ms(self) -> int | str:
+        """For the script, which looks at the server's clock if there is none: it is the same for all replicas."""
+        return round(self._clock() * 1000) if self._clock is not None else ""
+
+    def _session(self, owner: str, session_id: str, seen: Seen | None, answer: list[Any]) -> Session:
+        """What an answer to `load` or `lease` says. seen: what was known when it was asked."""
+        key, word = self._key(owner, session_id), answer[0]
+        if word == b"lost":
+            raise SessionLost("the session store has lost what was last saved of this session: go on under another id")
+        if word in (b"none", b"gone"):
+            self._cache.forget(key)
+            # What was there a moment ago has run out, or was pushed out.
+            if word == b"gone" or (seen is not None and seen.session.expires_at > self._now()):
+                raise SessionGone("this session has expired, or was evicted to make room: create it again")
+            raise SessionNotFound("there is no such session")
+        revision, nonce, expires_at = int(answer[1]), answer[2], int(answer[3]) / 1000
+        if len(answer) > 4:
+            session = decode(answer[4], owner, session_id, revision, expires_at)
+            self._cache.put(key, Seen(session, nonce))
+            return session
+        if seen is None:  # only to those who have it the script leaves the record out
+            raise SessionLost("the session's record is incomplete")
+        return replace(seen.session, expires_at=expires_at)
+
+    def _saved(self, key: str, session: Session, nonce: bytes, expires_ms: bytes) -> Session:
+        session = replace(session, expires_at=int(expires_ms) / 1000)
+        self._cache.put(key, Seen(session, nonce))
+        self._keeper.wrote(key, session.revision, nonce)
+        return session
+
+    def _free(self, key: str, token: bytes) -> None:
+        with suppress(GruServeError):
+            self._ask("release", key, token)
+
+    def _key(self, owner: str, session_id: str) -> str:
+        return f"{self._prefix}{owner}/{session_id}"
+
+
+def _known(seen: Seen | None) -> tuple[object, bytes]:
+    """What the script is told of what we have: it leaves out a record that is the same."""
+    return (seen.session.revision, seen.nonce) if seen is not None else ("", b"")
+
+
+def _nonce() -> bytes:
+    return secrets.token_bytes(12)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

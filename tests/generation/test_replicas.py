@@ -1,0 +1,331 @@
+"""Replicas that share a Redis server: sessions go from one to another, and nothing is lost, doubled or changed."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from service.engine.sampling import PLAIN
+from service.errors import (
+    GruServeError,
+    OutcomeUnknown,
+    PositionConflict,
+    RevisionConflict,
+    RunTakenOver,
+    SessionBusy,
+    SessionGone,
+    SessionLost,
+    SessionNotFound,
+    StoreUnavailable,
+)
+from service.generation.continuation import Continuation
+from service.generation.creation import NewSession
+from service.generation.feeding import Feed
+from service.generation.runs import RunRequest
+from service.generation.sessions import Sessions
+from service.loaded import LoadedModels
+from service.sessions.portable import StateSealer
+from service.sessions.redis import RedisStore
+from service.sessions.redis_server import RedisServer
+from service.sessions.store import Lease
+from service.sessions.transcript import Retention
+from service.store import ModelStore
+from tests.conftest import engine_settings
+from tests.parts import RedisProcess, redis_process
+
+Replica = tuple[Sessions, RedisStore]
+LEASE_S = 0.3
+LONG = RunRequest(5000, replace(PLAIN, temperature=0.9))
+
+
+@pytest.fixture(scope="module")
+def url(redis_url: str) -> str:
+    return redis_url
+
+
+@pytest.fixture
+def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]]:
+    """Makes replicas of one deployment."""
+    prefix = secrets.token_hex(8)
+    with ExitStack() as ending:
+
+        def make(at: str = url) -> Replica:
+            store = RedisStore(RedisServer(at, settle_s=0.3), prefix=prefix, lease_s=LEASE_S)
+            ending.callback(store.close)
+            models = LoadedModels(tiny_store, 1, engine_settings())
+            ending.callback(models.close)
+            until_it_works(lambda: store.page("", "", 1))
+            sealer = StateSealer(["0123456789abcdef"])
+            return Sessions(models, store, sealer, 60, Retention(16, 10_000)), store
+
+        yield make
+
+
+def until_it_works(call: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            call()
+            return
+        except StoreUnavailable:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> None:
+    replica[0].creation.create("", NewSession(session_id, "tiny", text, seed=7))
+
+
+def take(continuation: Continuation, num_chars: int = 10**9) -> str:
+    """Its text, or the beginning of it, of at least so many characters."""
+    text = ""
+    for piece in continuation.pieces(0.0, 20):
+        text += piece.text if piece is not None else ""
+        if len(text) >= num_chars:
+            break
+    return text
+
+
+def uninterrupted(replica: Replica, request: RunRequest = LONG) -> str:
+    create(replica, "other")
+    return take(replica[0].runs.generate("", "other", request, None))
+
+
+def text_of(replica: Replica, session_id: str = "a") -> str:
+    return replica[0].text("", session_id, None, None)[0]
+
+
+def dies(replica: Replica) -> None:
+    """What its process would no longer do: renew leases, save, release."""
+    store = replica[1]
+    store._keeper.close()
+    store._server.call = lambda *_: (_ for _ in ()).throw(StoreUnavailable("dead"))  # type: ignore[method-assign]
+
+
+def test_each_sees_what_the_others_did(replicas: Callable[[], Replica]) -> None:
+    one, two = replicas(), replicas()
+    create(one)
+    for number in range(20):
+        replica = (one, two)[number % 2]
+        replica[0].feeding.feed("", "a", Feed("to be ", 6 + 6 * number))
+    assert text_of(one) == text_of(two) == "ROMEO:" + "to be " * 20
+    states = {replica[0].get("", "a").hidden.tobytes() for replica in (one, two)}
+    alone = replicas()
+    create(alone, "b", "ROMEO:" + "to be " * 20)
+    assert states == {alone[0].get("", "b").hidden.tobytes()}
+    two[0].delete("", "a")
+    with pytest.raises((SessionNotFound, SessionGone)):
+        one[0].get("", "a")
+    with pytest.raises(SessionNotFound):
+        one[0].get("", "a")
+
+
+def test_what_a_dead_replica_sent_is_drawn_again(replicas: Callable[[], Replica]) -> None:
+    one, two = replicas(), replicas()
+    whole = uninterrupted(one)
+    create(one)
+    continuation = one[0].runs.generate("", "a", LONG, None)
+    got = take(continuation, 700)
+    dies(one)
+    rest = take(two[0].runs.resume("", "a", 6 + len(got)))
+    assert got + rest == whole
+    assert text_of(two) == "ROMEO:" + whole
+    continuation.close()
+
+
+@pytest.mark.parametrize("operation", ["feed", "rewind", "fork", "generate"])
+def test_so_it_is_for_whoever_goes_on_otherwise(replicas: Callable[[], Replica], operation: str) -> None:
+    """Nobody has to take up the stream first: the position that a client names tells how far it came."""
+    one, two = replicas(), replicas()
+    create(one)
+    continuation = one[0].runs.generate("", "a", LONG, None)
+    got = take(continuation, 100)
+    dies(one)
+    position, sessions = 6 + len(got), two[0]
+    time.sleep(2 * LEASE_S)
+    with pytest.raises(PositionConflict):
+        sessions.feeding.feed("", "a", Feed("x", 6 + 5001))
+    if operation == "feed":
+        sessions.feeding.feed("", "a", Feed("xyz", position))
+        assert text_of(two) == f"ROMEO:{got}xyz"
+    elif operation == "rewind":
+        sessions.rewind("", "a", position)
+        assert text_of(two) == f"ROMEO:{got}"
+    elif operation == "fork":
+        sessions.creation.fork("", "a", "b", position, None)
+        assert text_of(two, "b") == f"ROMEO:{got}"
+    else:
+        more = take(sessions.runs.generate("", "a", RunRequest(10, PLAIN), position))
+        assert text_of(two) == f"ROMEO:{got}{more}"
+    continuation.close()
+
+
+def test_a_living_replica_gives_a_stream_up(replicas: Callable[[], Replica]) -> None:
+    """The balancer has sent the client elsewhere: it takes the stream along, from wherever it has come to."""
+    one, two = replicas(), replicas()
+    request = replace(LONG, max_chars=1_000_000)
+    create(one)
+    first = one[0].runs.generate("", "a", request, None)
+    got = take(first, 300)
+    second = two[0].runs.resume("", "a", 6 + len(got))
+    more = take(second, 300)
+    with pytest.raises(RunTakenOver):
+        take(first)
+    second.close()
+    third = one[0].runs.resume("", "a", 6 + len(got) + len(more))
+    rest = take(third, 300)
+    third.close()
+    assert text_of(one).startswith("ROMEO:" + got + more + rest)
+    create(one, "other")
+    assert take(one[0].runs.generate("", "other", replace(LONG, max_chars=len(got + more + rest)), None)) == (
+        got + more + rest
+    )
+
+
+def test_of_simultaneous_writes_one_wins(replicas: Callable[[], Replica]) -> None:
+    both = [replicas(), replicas()]
+    create(both[0], text="")
+    barrier, rounds = threading.Barrier(2), 1000
+    texts = ["", ""]
+
+    def write(number: int) -> list[str]:
+        outcomes = []
+        for turn in range(rounds):
+            barrier.wait(60)
+            try:
+                both[number][0].feeding.feed("", "a", Feed("ab"[number], turn))
+                outcomes.append("won")
+                texts[number] += "ab"[number]
+            except (SessionBusy, PositionConflict, RevisionConflict) as error:
+                outcomes.append(error.code)
+                texts[number] += "."
+        return outcomes
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(write, range(2)))
+    assert all(sorted(pair)[1] == "won" != sorted(pair)[0] for pair in zip(*outcomes, strict=True))
+    final = "".join(a if a != "." else b for a, b in zip(*texts, strict=True))
+    assert text_of(both[0]) == text_of(both[1]) == final
+    create(both[0], "serial", final)
+    assert both[0][0].get("", "serial").hidden.tobytes() == both[1][0].get("", "a").hidden.tobytes()
+
+
+def test_who_lost_the_lease_cant_write(replicas: Callable[[], Replica]) -> None:
+    (_, one), (sessions, two) = replicas(), replicas()
+    sessions.creation.create("", NewSession("a", "tiny", "x", seed=7))
+    slept = one.lease("", "a")
+    one._keeper.close()  # it is paused for longer than the lease is good for
+    time.sleep(2 * LEASE_S)
+    lease = two.lease("", "a")
+    two.save(lease, replace(lease.session, seed=8), release=True)
+    for write in (lambda: one.save(slept, replace(slept.session, seed=9)), lambda: one.delete(slept)):
+        with pytest.raises(RevisionConflict):
+            write()
+    assert one.load("", "a").seed == two.load("", "a").seed == 8
+
+
+def test_a_lease_is_kept_for_as_long_as_it_is_held(replicas: Callable[[], Replica]) -> None:
+    (_, one), (_, two) = replicas(), replicas()
+    create((_, one))
+    wanted = threading.Event()
+    lease = one.lease("", "a")
+    lease.on_wanted = wanted.set
+    time.sleep(4 * LEASE_S)
+    with pytest.raises(SessionBusy):
+        two.lease("", "a")
+    assert not wanted.is_set()
+    got: list[Lease] = []
+    other = threading.Thread(target=lambda: got.append(two.lease("", "a", take_over=True)))
+    other.start()
+    assert wanted.wait(10)
+    one.release(lease)
+    other.join()
+    two.release(got[0])
+
+
+# The server goes away and comes back
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "everysec") as process:
+        yield process
+
+
+def test_without_a_server_sessions_cant_be_had(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
+    replica = replicas(own_redis.url)
+    until_it_works(lambda: create(replica))
+    continuation = replica[0].runs.generate("", "a", LONG, None)
+    got = take(continuation, 50)
+    own_redis.kill()
+    with pytest.raises((StoreUnavailable, OutcomeUnknown)):
+        got += take(continuation)
+    for call in (
+        lambda: replica[0].get("", "a"),
+        lambda: replica[0].feeding.feed("", "a", Feed("x")),
+        lambda: replica[0].page("", "", 10),
+        lambda: create(replica, "b"),
+        replica[1].check,
+    ):
+        with pytest.raises(StoreUnavailable):
+            call()
+    own_redis.start()
+    until_it_works(replica[1].check)
+    rest = take(replica[0].runs.resume("", "a", 6 + len(got)))
+    assert got + rest == uninterrupted(replica)
+
+
+def test_what_a_restart_lost_is_put_back(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
+    """Killed at once after the writes, with nothing of them on disk: who wrote them still has them."""
+    replica = replicas(own_redis.url)
+    until_it_works(lambda: create(replica, "deleted"))
+    create(replica)
+    on_disk = own_redis.on_disk()
+    for number in range(5):
+        replica[0].feeding.feed("", "a", Feed("ab", 6 + 2 * number))
+    create(replica, "new")
+    replica[0].delete("", "deleted")
+    run = replica[0].runs.generate("", "a", LONG, 16)
+    got = take(run, 50)
+    before = replica[0].get("", "a")
+    own_redis.kill()
+    own_redis.lose_what_was_written_since(on_disk)
+    own_redis.start()
+    until_it_works(replica[1].check)
+    after = replica[0].get("", "a")
+    assert after.revision >= before.revision
+    assert text_of(replica, "new") == "ROMEO:"
+    with pytest.raises(GruServeError, match="no such session"):
+        replica[0].get("", "deleted")
+    got += take(run)
+    assert text_of(replica) == "ROMEO:" + "ab" * 5 + got
+    assert len(got) == 5000
+
+
+def test_what_nobody_can_put_back_is_never_served_in_an_older_state(
+    replicas: Callable[..., Replica], own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = replicas(own_redis.url)
+    until_it_works(lambda: create(replica))
+    on_disk = own_redis.on_disk()
+    replica[0].feeding.feed("", "a", Feed("ab"))
+    monkeypatch.setattr(replica[1]._keeper, "_putting_back", lambda key, _: ("load", key, "", "", ""))
+    own_redis.kill()
+    own_redis.lose_what_was_written_since(on_disk)
+    own_redis.start()
+    until_it_works(replica[1].check)
+    for call in (
+        lambda: replica[0].get("", "a"),
+        lambda: replica[0].feeding.feed("", "a", Feed("x")),
+        lambda: replica[0].runs.generate("", "a", LONG, None),
+    ):
+        with pytest.raises(SessionLost):
+            call()
