@@ -76,7 +76,8 @@ def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Content-Security-Policy"] = _CSP
-        log.info(
+        is_check = request.path in ("/healthz", "/readyz") and response.status_code == 200  # many a second
+        (log.debug if is_check else log.info)(
             "request",
             method=request.method,
             path=_logged_path(),
