@@ -113,7 +113,7 @@ def _request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits)
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=sampling_of(model.charset, body),
+        sampling=sampling_of(lambda: model.charset, body),
         stop=stops_of(body),
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,

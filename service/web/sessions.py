@@ -18,6 +18,7 @@ from service.generation.feeding import Feed
 from service.generation.runs import RunRequest
 from service.generation.sessions import Sessions
 from service.loaded import LoadedModels
+from service.model.charset import Charset
 from service.web import session_schemas as schemas
 from service.web.places import Places
 from service.web.sampling import sampling_of, stops_of
@@ -109,9 +110,12 @@ def sessions_blueprint(
         """
         if not 0 < body.max_tokens <= limits.max_tokens:
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
-        session = sessions.get(_OWNER, path.id)
-        model = models.of_state(session.model, session.identity)
-        asked = RunRequest(body.max_tokens, sampling_of(model.charset, body), stops_of(body), body.seed)
+
+        def charset() -> Charset:
+            session = sessions.get(_OWNER, path.id)
+            return models.of_state(session.model, session.identity).charset
+
+        asked = RunRequest(body.max_tokens, sampling_of(charset, body), stops_of(body), body.seed)
         places.take()
         try:
             watch = client_watch()
