@@ -14,9 +14,12 @@ _SESSION_BYTES = 1024  # what a session takes beside its states, its text and it
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A session as it was at one save. nonce: of that save, by which it is told from another of the same revision."""
+    """A session as it was at one save. birth: of which creation it is, the younger the greater. nonce: of that save, by
+    which it is told from another of the same revision.
+    """
 
     session: Session
+    birth: bytes
     nonce: bytes
 
 

@@ -75,9 +75,9 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     ending = (
         ExitStack()
     )  # for those who build the application and have to end its threads: engines first, then the store
-    store = _session_store(settings, ending)
-    ending.callback(models.close)
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
+    store = _session_store(settings, retention, ending)
+    ending.callback(models.close)
     sessions = Sessions(models, store, StateSealer(_state_keys(settings)), settings.session_ttl_s, retention)
     # All that a run generates has to be retained until it is over, and the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
@@ -99,7 +99,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     return app
 
 
-def _session_store(settings: Settings, ending: ExitStack) -> SessionStore:
+def _session_store(settings: Settings, retention: Retention, ending: ExitStack) -> SessionStore:
     url = settings.session_store.get_secret_value()
     if url.startswith("memory:"):
         memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
@@ -110,7 +110,7 @@ def _session_store(settings: Settings, ending: ExitStack) -> SessionStore:
     from service.sessions.redis_server import RedisServer
 
     try:
-        store = RedisStore(RedisServer(url), settings.max_session_bytes)
+        store = RedisStore(RedisServer(url), retention.stretch_chars, settings.max_session_bytes)
     except ValueError as error:
         raise InvalidSettings(
             "GRU_SERVE_SESSION_STORE: not an address of a Redis server", param="session_store"

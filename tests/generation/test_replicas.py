@@ -58,13 +58,14 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
     with ExitStack() as ending:
 
         def make(at: str = url) -> Replica:
-            store = RedisStore(RedisServer(at, settle_s=0.3), prefix=prefix, lease_s=LEASE_S)
+            retention = Retention(16, 10_000)
+            store = RedisStore(RedisServer(at, settle_s=0.3), retention.stretch_chars, prefix=prefix, lease_s=LEASE_S)
             ending.callback(store.close)
             models = LoadedModels(tiny_store, 1, engine_settings())
             ending.callback(models.close)
             until_it_works(lambda: store.page("", "", 1))
             sealer = StateSealer(["0123456789abcdef"])
-            return Sessions(models, store, sealer, 60, Retention(16, 10_000)), store
+            return Sessions(models, store, sealer, 60, retention), store
 
         yield make
 
@@ -318,7 +319,7 @@ def test_what_nobody_can_put_back_is_never_served_in_an_older_state(
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feeding.feed("", "a", Feed("ab"))
-    monkeypatch.setattr(replica[1]._keeper, "_putting_back", lambda key, _: ("load", key, "", "", ""))
+    monkeypatch.setattr(replica[1]._keeper, "_putting_back", lambda key, _: ("load", key, "", "", 0, ""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
