@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 KERNEL := setup.py $(wildcard service/engine/native/src/*)
 ASAN := build/asan
 
-.PHONY: setup serve test lint check kernel-asan train bench lock clean
+.PHONY: setup serve test test-deploy lint check kernel-asan train bench lock clean
 setup: $(VENV)/.installed
 serve: setup ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
+test-deploy: setup ; TEST_DEPLOY=1 $(BIN)/pytest -s tests/deploy
 lint: setup ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)

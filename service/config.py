@@ -53,6 +53,9 @@ class Settings(BaseSettings):
         20, ge=1, le=3600, description="seconds after which a client that reads nothing is dropped"
     )
     drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
+    drain_notice_s: float = Field(
+        0.0, ge=0, le=3600, description="of these, seconds that a balancer gets to notice, also when nothing is running"
+    )
     session_store: SecretStr = Field(
         SecretStr("memory://"),
         description="where sessions are kept: memory://, or redis://[user:password@]host:port/db, which several "
@@ -93,6 +96,12 @@ class Settings(BaseSettings):
         least = self.max_batch + self.max_queue + SPARE_THREADS
         if 0 < self.http_threads < least:
             raise ValueError(f"http_threads has to be {least} at least, for max_batch, max_queue and what refuses more")
+        return self
+
+    @model_validator(mode="after")
+    def _notice_fits(self) -> Self:
+        if self.drain_notice_s > self.drain_s:
+            raise ValueError(f"drain_notice_s is part of drain_s, which is {self.drain_s}, and can't be longer")
         return self
 
     @field_validator("session_store")

@@ -77,6 +77,12 @@ class InvalidSettings(GruServeError):
     code = "invalid_settings"
 
 
+class MissingLibrary(GruServeError):
+    """Something was asked for that takes a library which is not installed."""
+
+    code = "missing_library"
+
+
 class SessionNotFound(GruServeError):
     """There is no session of that id, or it is another owner's."""
 
@@ -193,3 +199,9 @@ class NotReady(GruServeError):
     """The service is starting, draining or lacks a part that it needs."""
 
     code = "not_ready"
+
+
+class Draining(GruServeError):
+    """The process is going away and does this no more, or not to its end; another one can."""
+
+    code = "draining"

@@ -285,3 +285,23 @@ def test_light_commands_do_not_import_torch(tmp_path: Path) -> None:
     began = time.monotonic()
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert output.stdout.splitlines()[-1:] == ["False"], (output, time.monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install 'gru-serve[train]'"),
+        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install 'gru-serve[train]'"),
+        (["serve", "--kernel", "torch"], 2, "pip install 'gru-serve[torch]'"),
+    ],
+)
+def test_what_takes_torch_says_so_where_it_is_missing(
+    tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("ROMEO: " * 1000)
+    program = "import sys; sys.modules['torch'] = None\nfrom service.__main__ import main; main()"
+    command = [sys.executable, "-c", program, *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == code, result
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -15,7 +15,8 @@ from urllib.parse import urlencode
 from service.client.calls import Calls, ServerError, StreamBroken
 
 _PAUSE_S = 0.02  # before a broken stream is taken up
-_ELSEWHERE = ("engine_failed", "not_ready")  # errors of a stream that another server, or the next one, may go on with
+# Errors of a stream that another server, or the next one, may go on with.
+_ELSEWHERE = ("engine_failed", "not_ready", "draining")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class Session:
         while True:
             try:
                 for position, kind, data in events:
+                    if kind == "reconnect":  # the server goes away in order, and another one has the session
+                        break
                     if kind == "done":
                         if data["sha256"] != whole.hexdigest():
                             raise ServerError(500, {"message": "the text is not what was sent", "code": "damaged"})
@@ -83,12 +86,13 @@ class Session:
                     whole.update(data["text"].encode())
                     self.position, patience = position, time.monotonic() + self._client.retry_s
                     yield data["text"]
-                raise StreamBroken("the stream ended before its text did")
+                else:
+                    raise StreamBroken("the stream ended before its text did")
             except (OSError, http.client.HTTPException, StreamBroken):
                 if time.monotonic() > patience:  # it can be taken up again and again, but brings nothing
                     raise
                 time.sleep(_PAUSE_S)
-                events = self._client.retrying(lambda: self._stream(self.position, None))
+            events = self._client.retrying(lambda: self._stream(self.position, None))
 
     def rewind(self, position: int) -> None:
         """Back to a place in the text."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import click
 
+from service.commands.libraries import require_torch
 from service.commands.options import FiniteRange, json_option, model_store_option, open_store
 
 
@@ -45,6 +46,8 @@ def eval_command(
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
+    require_torch()
+
     import torch
 
     from service.commands.progress import char_bar

@@ -21,8 +21,10 @@ def serve_command(**options: Any) -> None:
     """
     settings = read_settings(**options)
 
+    from service.engine.kernels import check_kernel
     from service.web.server import Server
 
-    # A model that can't be served is told here, in one line, and not by a worker that dies at its start.
+    # What can't be served is told here, in one line, and not by a worker that dies at its start.
+    check_kernel(settings.kernel)
     open_store(settings.model_store).verify(settings.model)
     Server(settings).run()

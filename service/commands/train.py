@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.eval import measure
+from service.commands.libraries import require_torch
 from service.commands.options import field_options, model_store_option, open_store
 from service.errors import GruServeError
 from service.training.settings import TrainingSettings
@@ -48,6 +49,8 @@ def train_command(
 
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
+    require_torch()
+
     import torch
 
     from service.commands.progress import char_bar

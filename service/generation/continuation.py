@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from service.engine.stop import HoldBack
+from service.errors import Draining
 from service.generation.gathering import gathering_s
 from service.generation.live_run import LiveRun
 from service.sessions.session import FinishReason, Run, Session
@@ -32,7 +33,8 @@ class Continuation:
         """Parts of the text, the first at once, later ones gathered for gather_s, or longer if the engine is busy.
 
         gather_s None: what comes live is one part, at the end. None comes out when there was nothing for idle_s: a
-        chance to look whether anybody still listens. Raises RunTakenOver, EngineFailed.
+        chance to look whether anybody still listens. Raises RunTakenOver, EngineFailed, and, after the last part of a
+        run that was interrupted, Draining: it can be taken up elsewhere after `told`.
         """
         hold_back = HoldBack(self._run.stops if self._live is not None else ())
         yield from self._known(hold_back)
@@ -43,12 +45,20 @@ class Continuation:
             shown, is_over = hold_back.feed(text), live.is_over
             if is_over:
                 self._session = live.session
-                shown += hold_back.end(stopped=self.finish_reason == "stop")
+                if self.finish_reason is not None:
+                    shown += hold_back.end(stopped=self.finish_reason == "stop")
             if text:
                 first = False
             elif not is_over:
                 yield None
             yield from self._shown(shown)
+        if self.finish_reason is None:
+            raise Draining("the server is draining and has not come to the end: send it again")
+
+    @property
+    def told(self) -> int:
+        """After which position the next part begins."""
+        return max(self._position, self._after)
 
     def close(self) -> None:
         """Stop the run, if it is still under way: nobody listens any more. Harmless at any time."""

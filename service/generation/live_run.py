@@ -42,7 +42,9 @@ class LiveRun:
     ) -> None:
         self.session = session  # as it was at the beginning; after the end, as it is saved
         self.is_over = False
+        self.is_interrupted = False
         self._was_stopped = False
+        self._is_whole = False  # who takes from it wants all or nothing
         self.client_has_gone = client_has_gone
         self.engine = model.engine
         self._model, self._store, self._retention = model, store, retention
@@ -56,10 +58,16 @@ class LiveRun:
         Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         with self._lock:
+            self._is_whole = gather_s is None
             text = "" if self.is_over else self._take(gather_s, timeout_s)
-            if self._was_stopped:
+            if self._was_stopped and not self.is_interrupted:
                 raise RunTakenOver("another connection has taken up this text, or it was stopped")
             return text
+
+    def interrupt(self) -> None:
+        """Ask the engine to leave it at the next tick. Who takes characters gets the last ones, and then Draining."""
+        self.is_interrupted = True
+        self._handle.cancel()
 
     def stop(self) -> None:
         """End it where it stands, at the next tick. Returns when the session is saved. Harmless at any time.
@@ -86,14 +94,19 @@ class LiveRun:
         self._generated += text
         if self._handle.end is not None:
             try:
-                self.session = self._ended()
-                self._store.save(self._lease, self.session, release=True)
+                if not self._is_given_up():
+                    self.session = self._ended()
+                    self._store.save(self._lease, self.session, release=True)
             finally:
                 self._end()
         return text
 
     def _decoded(self, part: Advance | None) -> str:
         return self._model.charset.decode(part.chars) if part is not None else ""
+
+    def _is_given_up(self) -> bool:
+        """Whether the session is to stand as before: an answer that is all or nothing can't be had to its end here."""
+        return self._is_whole and self.is_interrupted and self._handle.wait().reason == "cancelled"
 
     def _ended(self) -> Session:
         """The session after the run."""

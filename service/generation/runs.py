@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from service.engine.sampling import SamplingSettings
-from service.errors import ModelChanged, NoRun, PositionConflict, SessionBusy
+from service.errors import GruServeError, ModelChanged, NoRun, PositionConflict, SessionBusy
 from service.generation.continuation import Continuation
 from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
@@ -16,6 +17,7 @@ from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
 
+_POLL_S = 0.01  # how often is looked whether runs are over
 _ATTEMPTS = 3  # to take a run over, when others try the same
 
 
@@ -35,6 +37,7 @@ class Runs:
     def __init__(self, models: LoadedModels, store: SessionStore, retention: Retention) -> None:
         self._models, self._store, self._retention = models, store, retention
         self._live: dict[tuple[str, str], LiveRun] = {}
+        self.are_ending = False
 
     @contextmanager
     def leased(self, owner: str, session_id: str, position: int | None = None) -> Iterator[Lease]:
@@ -112,6 +115,22 @@ class Runs:
         self._store.release(lease)
         return Continuation(session, run, start, None)
 
+    def end_all(self, timeout_s: float) -> None:
+        """Interrupt all runs, also those that begin from now on; they can be taken up in another process.
+
+        Who takes from them saves them. Those of whom nobody has done so in time, because he waits for a client that
+        reads nothing, are saved here.
+        """
+        self.are_ending = True
+        for live in list(self._live.values()):
+            live.interrupt()
+        deadline = time.monotonic() + timeout_s
+        while self._live and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        for live in list(self._live.values()):
+            with suppress(GruServeError):  # one that can't be saved is not to keep the others from it
+                live.stop()
+
     def _take_over(self, owner: str, session_id: str) -> Lease:
         """The lease of a session whose run, if it has one, is stopped."""
         for _ in range(_ATTEMPTS):
@@ -157,6 +176,8 @@ class Runs:
         live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
         lease.on_wanted = live.stop
         self._live[session.owner, session.id] = live
+        if self.are_ending:
+            live.interrupt()
         return Continuation(session, run, after, live)
 
     def _forget(self, live: LiveRun) -> None:

@@ -22,6 +22,7 @@ from service.sessions.transcript import Retention
 from service.store import ModelStore
 from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
+from service.web.drain import CUT_S, Drain
 from service.web.errors import register_error_handlers, validation_error_response
 from service.web.guard import register_guard
 from service.web.health import health_blueprint
@@ -63,7 +64,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     app.openapi_version = "3.1.1"
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    register_guard(app, settings.max_body_bytes)
+    drain = Drain(settings.drain_s, settings.drain_notice_s)
+    register_guard(app, settings.max_body_bytes, drain)
     register_error_handlers(app)
     limits = CompletionLimits(
         max_tokens=settings.max_tokens,
@@ -84,9 +86,12 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
     app.register_api(models_blueprint(models.store))
-    app.register_api(health_blueprint(models, settings.model, store))
+    app.register_api(health_blueprint(models, settings.model, store, drain))
     app.register_blueprint(docs_blueprint())
     app.extensions["gru_serve"] = ending
+    drain.at_cut(lambda: sessions.runs.end_all(CUT_S / 2))
+    drain.at_cut(models.close)  # after the runs: those of sessions are saved, and completions get an error
+    app.extensions["gru_serve_drain"] = drain  # for the process around it
     log.info(
         "model loaded",
         model=model.version.ref,

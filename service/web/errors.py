@@ -23,11 +23,12 @@ STATUS = {
     "session_exists": 409, "session_busy": 409, "revision_conflict": 409, "position_conflict": 409, "no_run": 409,
     "run_taken_over": 409, "model_changed": 409, "session_lost": 409,
     "invalid_state": 400, "state_expired": 400, "state_model_mismatch": 400,
-    "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "engine_failed": 503, "client_gone": 499,
-    "session_store_unavailable": 503, "outcome_unknown": 504,
+    "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "draining": 503, "engine_failed": 503,
+    "client_gone": 499, "session_store_unavailable": 503, "outcome_unknown": 504,
     "internal_error": 500,
 }  # fmt: skip
 _CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
+_EXPECTED = ("not_ready", "draining")  # a server that starts or ends is in order
 _RETRY_AFTER_S = "1"
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
@@ -92,7 +93,7 @@ def register_error_handlers(app: Flask) -> None:
     @app.errorhandler(GruServeError)
     def _known(error: GruServeError) -> Response:
         status = STATUS.get(error.code, 500)
-        if status >= 500:
+        if status >= 500 and error.code not in _EXPECTED:
             log.error("request failed", code=error.code, error=error.message)
         return _response(body_of(error), status)
 

@@ -11,6 +11,7 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
+from service.web.drain import Drain
 from service.web.errors import error_response
 
 log = structlog.get_logger(__name__)
@@ -21,7 +22,7 @@ _CSP = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';
 _CSP += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-def register_guard(app: Flask, max_body_bytes: int) -> None:
+def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
     """Check requests before they are validated; finish answers with headers and one log line."""
     # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
@@ -33,6 +34,13 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
         g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+    @app.before_request
+    def _refuse_new_work() -> Response | None:
+        if not drain.has_begun or _costs_nothing() or request.routing_exception is not None:
+            return None
+        _drop_body()
+        return error_response("the server is draining: send it again, to another one or in a second", "draining")
 
     @app.before_request
     def _check_body() -> Response | None:
@@ -68,7 +76,8 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers["Content-Security-Policy"] = _CSP
-        log.info(
+        is_check = request.path in ("/healthz", "/readyz") and response.status_code == 200  # many a second
+        (log.debug if is_check else log.info)(
             "request",
             method=request.method,
             path=_logged_path(),
@@ -83,12 +92,22 @@ def _logged_path() -> str:
     return request.url_rule.rule if request.url_rule is not None else request.path[:200]
 
 
+def _costs_nothing() -> bool:
+    """Whether the request neither changes nor computes anything: health, metrics, what is there to read."""
+    rule = request.url_rule.rule if request.url_rule is not None else ""
+    return request.method in ("GET", "HEAD", "OPTIONS") and not rule.endswith(("/generate", "/state"))
+
+
 def _too_large(max_body_bytes: int) -> Response:
-    """The refusal of a large body, after reading and dropping the rest of it, up to a limit: a client that is still
-    sending when the connection is closed sees a reset instead of the answer.
+    _drop_body()
+    return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+
+
+def _drop_body() -> None:
+    """Read the rest of the body, up to a limit: a client that is still sending when the connection is closed sees a
+    reset instead of the answer.
     """
     stream, left = request.environ["wsgi.input"], _DISCARD_BYTES
     with suppress(Exception):  # the client stalls, has gone or sends nonsense: it is refused all the same
         while left > 0 and (chunk := stream.read(min(65_536, left))):
             left -= len(chunk)
-    return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")

@@ -8,10 +8,11 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
 from service.sessions.store import SessionStore
+from service.web.drain import Drain
 from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyQuery
 
 
-def health_blueprint(models: LoadedModels, default_model: str, store: SessionStore) -> APIBlueprint:
+def health_blueprint(models: LoadedModels, default_model: str, store: SessionStore, drain: Drain) -> APIBlueprint:
     """The two questions a supervisor asks: is the process alive, and may it get requests?"""
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
@@ -22,10 +23,12 @@ def health_blueprint(models: LoadedModels, default_model: str, store: SessionSto
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
     def readyz(query: ReadyQuery) -> Response:
-        """Answer 200 if the default model is there, its engine steps and sessions can be had, else 503.
+        """Answer 200 if the default model is there, its engine steps, sessions can be had and it stays; or 503.
 
         With `part=completions` sessions don't count: completions go on without their store.
         """
+        if drain.has_begun:
+            raise NotReady("the server is draining: it finishes what it has and ends")
         try:
             models.get(default_model).engine.check()
         except GruServeError as error:

@@ -8,11 +8,12 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
-from service.config import Settings
+from service.config import SPARE_THREADS, Settings
 from service.web.logs import configure_logs
 from service.web.worker import worker_with_deadlines
 
 _SHM = "/dev/shm"  # noqa: S108
+_EXIT_S = 8  # after the time to drain, before the process is killed: it has to close what it has and to end
 _KEEPALIVE_S = 75  # above the idle time after which balancers close: they, not we, end an idle connection
 
 
@@ -53,11 +54,13 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
     return {
         "bind": f"{host}:{settings.port}",
         "workers": 1,  # batches and states live in one process; more capacity is more replicas
-        "worker_class": worker_with_deadlines(settings.request_timeout_s, settings.send_timeout_s),
+        "worker_class": worker_with_deadlines(
+            settings.request_timeout_s, settings.send_timeout_s, settings.num_http_threads - SPARE_THREADS // 2
+        ),
         "threads": settings.num_http_threads,
         "worker_connections": settings.num_http_threads + 1000,
         "keepalive": _KEEPALIVE_S,
-        "graceful_timeout": settings.drain_s,
+        "graceful_timeout": settings.drain_s + _EXIT_S,
         "timeout": 120,  # of the worker's main loop, not of a request; covers loading the model
         "control_socket_disable": True,  # it would be created in a home directory that may be read-only
         "worker_tmp_dir": _SHM if os.access(_SHM, os.W_OK) else None,  # in memory: a heartbeat a second

@@ -10,7 +10,7 @@ import structlog
 from flask import Response
 from pydantic_core import to_json
 
-from service.errors import GruServeError
+from service.errors import Draining, GruServeError
 from service.generation.continuation import Continuation
 from service.generation.feeding import Fed
 from service.sessions.session import Session
@@ -49,7 +49,7 @@ def feed_answer(fed: Fed) -> Response:
 
 
 def whole_continuation(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Response:
-    """The answer when everything is generated. Raises RunTakenOver, EngineFailed."""
+    """The answer when everything is generated. Raises RunTakenOver, EngineFailed, Draining."""
     for piece in continuation.pieces(None, IDLE_S):
         if piece is None and client_has_gone():
             return error_response("the client has closed the connection", "client_gone")
@@ -71,6 +71,9 @@ def continuation_events(continuation: Continuation, client_has_gone: Callable[[]
             yield event(json.dumps({"text": piece.text}), "text", piece.position)
         yield event(json.dumps(_facts(continuation)), "done", continuation.position)
         ending = "done"
+    except Draining:
+        ending, position = "reconnect", continuation.told
+        yield event(json.dumps({"position": position}), "reconnect", position)
     except GruServeError as error:
         ending = error.code
         yield event(json.dumps(body_of(error)), "error")

@@ -105,7 +105,8 @@ def sessions_blueprint(
     def generate(path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
         """Draw characters that become part of the text.
 
-        With `stream`: server-sent events `text`, each with the position after it as its id, and at the end `done`.
+        With `stream`: server-sent events `text`, each with the position after it as its id, and at the end `done`; or
+        `reconnect`, if the server goes away: to be taken up behind its id.
         With `position`, a continuation that was asked for before is taken up, not begun again.
         """
         if not 0 < body.max_tokens <= limits.max_tokens:

@@ -1,112 +1,107 @@
-"""gunicorn's gthread worker, with limits on the time that a client takes to send a request and to read the answer."""
+"""gunicorn's gthread worker with patience for nobody in particular, and a shutdown that a balancer can follow."""
 
 from __future__ import annotations
 
-import errno
-import socket
-import struct
+import math
 import time
 from typing import Any
+from weakref import WeakSet
 
-from gunicorn.http.errors import NoMoreData
-from gunicorn.http.unreader import SocketUnreader
 from gunicorn.workers import gthread
 
-_SLICE_BYTES = 65_536
-_RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+from service.web.connection import Connection, set_limits
+from service.web.drain import Drain
 
-
-class _Socket(socket.socket):
-    """Sends with a limit on the time that the other side takes to accept each slice."""
-
-    send_timeout_s = 20
-
-    def sendall(self, data: Any, flags: int = 0, /) -> None:
-        """Raises BrokenPipeError, which gunicorn takes for a client that has gone, if it doesn't read."""
-        try:
-            num_sent = self.send(data, flags | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            num_sent = 0
-        if num_sent < len(data):
-            self._send_rest(memoryview(data)[num_sent:], flags)
-
-    def _send_rest(self, data: memoryview, flags: int) -> None:
-        # Only here: setting a time-out gives the interpreter's lock away, and with streams the engine waits for it.
-        before = self.gettimeout()
-        self.settimeout(self.send_timeout_s)
-        try:
-            # In slices, because the time-out is one for the whole call: a large answer may take longer.
-            for start in range(0, len(data), _SLICE_BYTES):
-                super().sendall(data[start : start + _SLICE_BYTES], flags)
-        except TimeoutError as error:
-            # What lies in the buffers is not to be kept for it, and nobody is to wait for it to close its side.
-            self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
-            self.close()
-            raise BrokenPipeError(errno.EPIPE, "the client does not read") from error
-        self.settimeout(before)
-
-
-class _DeadlineUnreader(SocketUnreader):
-    """Reads a connection until a deadline, after which it is as good as closed by the client."""
-
-    deadline = 0.0
-
-    def chunk(self, size_hint: int | None = None) -> bytes:
-        """The next bytes. Raises NoMoreData, which gunicorn takes for a client that has gone."""
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise NoMoreData(b"the request took too long")
-        before = self.sock.gettimeout()
-        self.sock.settimeout(left if before is None else min(left, before))
-        try:
-            data: bytes = super().chunk(size_hint)  # type: ignore[call-arg]
-        except TimeoutError as error:
-            raise NoMoreData(b"the request took too long") from error
-        finally:
-            self.sock.settimeout(before)
-        return data
-
-
-class _Connection(gthread.TConn):
-    """A connection whose every request has a deadline: headers and body together."""
-
-    request_timeout_s = 30
-
-    def __init__(self, cfg: Any, sock: socket.socket, client: Any, server: Any) -> None:
-        super().__init__(cfg, _Socket(fileno=sock.detach()), client, server)
-
-    def init(self) -> None:
-        """Called before each request is read."""
-        super().init()
-        parser: Any = self.parser
-        if not isinstance(parser.unreader, _DeadlineUnreader):
-            parser.unreader = _DeadlineUnreader(self.sock)  # nothing was read through the other one yet
-        parser.unreader.deadline = time.monotonic() + self.request_timeout_s
-
-    def close(self, graceful: bool = False) -> None:
-        """Harmless if it is closed."""
-        if self.sock.fileno() >= 0:
-            super().close(graceful)
+_DRAIN_POLL_S = 0.05
+_LINGER_S = 2.0  # that connections are kept open when everything is over: a request may be on its way on one of them
 
 
 class Worker(gthread.ThreadWorker):
     """Without it, a client that sends half a header and stops, or doesn't read its answer, would hold a thread for
-    ever, and one that doesn't close its connection would stop the loop that accepts others.
+    ever, one that doesn't close its connection would stop the loop that accepts others, and at SIGTERM nobody would be
+    accepted any more: a balancer's checks and repeated requests would meet a closed door before it knows.
     """
+
+    _drain: Drain | None = None  # there is none before the application is
 
     def init_process(self) -> None:
         """Runs in the worker, before it accepts connections."""
         # gunicorn has no setting for the class of a connection.
-        gthread.TConn = _Connection  # type: ignore[misc]
+        gthread.TConn = Connection  # type: ignore[misc]
+        self._connections: WeakSet[Connection] = WeakSet()  # all that are open
+        self._working: set[Connection] = set()  # those that are being answered, and were so when draining began
+        self._linger_s, self._linger_until = _LINGER_S, math.inf
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Build the application."""
+        super().load_wsgi()
+        app: Any = self.wsgi
+        self._drain = app.extensions["gru_serve_drain"]
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: drain, and go on accepting connections meanwhile."""
+        if self._drain is None:  # still loading
+            super().handle_exit(sig, frame)
+            return
+        self._drain.begin()
+        self.max_keepalived = 0  # by which gunicorn announces to close connections instead of keeping them
+        self.method_queue.defer(_nothing)  # wakes the loop
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """SIGINT, SIGQUIT: the same without waiting for anybody."""
+        if self._drain is None:
+            super().handle_quit(sig, frame)
+            return
+        self._drain.begin(at_once=True)
+        self._linger_s = 0.0
+        self.handle_exit(sig, frame)
 
     def run(self) -> None:
         """Accept connections until told to stop, and then answer who is there."""
         super().run()
-        # An engine that is still in a step would abort the process as it ends. Who is still connected has used up the
-        # time to drain, and gets an error.
+        # An engine that is still in a step would abort the process as it ends.
         app: Any = self.wsgi
         app.extensions["gru_serve"].close()
+
+    def wait_for_and_dispatch_events(self, timeout: float | None) -> None:
+        """One round of the loop that accepts connections."""
+        drain = self._drain
+        if drain is None or not drain.has_begun or not self.alive:
+            super().wait_for_and_dispatch_events(timeout)
+            return
+        super().wait_for_and_dispatch_events(_DRAIN_POLL_S)
+        now = time.monotonic()
+        if drain.may_cut(len(self._working)):
+            drain.cut_off(len(self._working))
+        if drain.is_cut and not self._working and self._linger_until == math.inf:
+            # Who has a connection that is kept may be sending a request on it in this moment.
+            self._linger_until = now + self._linger_s
+        if drain.is_overdue or now >= self._linger_until or (drain.is_cut and self.nr_conns == 0):
+            self._leave()
+
+    def _leave(self) -> None:
+        """Let the loop end. Who still waits for a client, or for a request of one, is woken by its connection's end."""
+        for connection in list(self._connections):
+            connection.shut()
+        self.cfg.set("graceful_timeout", 0)  # gunicorn's own time to wait: everybody had his
+        self.alive = False
+
+    def enqueue_req(self, conn: Any) -> None:
+        """Hand a connection to the threads."""
+        self._connections.add(conn)
+        super().enqueue_req(conn)
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Answer one request, to its end."""
+        drain = self._drain
+        if drain is None or drain.has_begun:  # it is refused, or costs nothing: nobody waits for it
+            return super().handle_request(req, conn)
+        self._working.add(conn)
+        try:
+            return super().handle_request(req, conn)
+        finally:
+            self._working.discard(conn)
 
     def handle(self, conn: Any) -> Any:
         """Answer a request, in a thread of the pool; true: the connection is to be kept."""
@@ -117,8 +112,11 @@ class Worker(gthread.ThreadWorker):
         return keep
 
 
-def worker_with_deadlines(request_timeout_s: int, send_timeout_s: int) -> type[Any]:
-    """The worker class for gunicorn's `worker_class`."""
-    _Connection.request_timeout_s = request_timeout_s
-    _Socket.send_timeout_s = send_timeout_s
+def _nothing() -> None:
+    pass
+
+
+def worker_with_deadlines(request_timeout_s: int, send_timeout_s: int, num_waiting: int) -> type[Any]:
+    """The worker class for gunicorn's `worker_class`. num_waiting: threads that may wait for slow clients."""
+    set_limits(request_timeout_s, send_timeout_s, num_waiting)
     return Worker

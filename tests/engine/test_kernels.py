@@ -57,6 +57,15 @@ def test_without_the_native_kernel_auto_is_torch_and_native_says_what_to_do(monk
         choose_kernel("native", 1)
 
 
+def test_without_torch_every_choice_that_takes_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(InvalidSettings, match="torch is not installed: pip"):
+        choose_kernel("torch", 1)
+    monkeypatch.setattr(kernels, "variants", list)
+    with pytest.raises(InvalidSettings, match="torch is not installed, and the native kernel was not compiled: pip"):
+        choose_kernel("auto", 1)
+
+
 @needs_native
 def test_a_server_on_the_native_kernel_never_imports_torch_and_answers_the_same(tiny_store: ModelStore) -> None:
     answers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from service.engine.engine import Engine
 from service.engine.sampling import PLAIN, SamplingSettings
 from service.errors import (
+    Draining,
     EngineFailed,
     GruServeError,
     ModelChanged,
@@ -189,6 +191,54 @@ def test_a_retried_generate_takes_over_its_first_attempt(bench: Bench) -> None:
     with pytest.raises(PositionConflict) as error:
         bench.generate(request=RunRequest(2000, PLAIN, seed=8), position=6)
     assert error.value.position == 2006
+
+
+def interrupted(bench: Bench, run: Continuation, gather_s: float | None = 0.0) -> str:
+    """What a run says when all of them are interrupted after its first part, which nobody has to take."""
+    got, pieces = "", run.pieces(gather_s, 0.001)
+    first = next(pieces)
+    bench.sessions.runs.end_all(0.05)
+    try:
+        for piece in itertools.chain([first], pieces):
+            got += piece.text if piece is not None else ""
+    except Draining:
+        return got
+    pytest.fail("it was not interrupted")
+
+
+@pytest.mark.parametrize("stops", [(), ("eqqq",), ("aqqq", "oqqq", " qqq")])
+def test_an_interrupted_run_goes_on_elsewhere(bench: Bench, stops: tuple[str, ...]) -> None:
+    """Also where the last characters may become a stop string, which is not to be shown."""
+    request = RunRequest(8000, PLAIN, stops)
+    bench.create()
+    whole = drain(bench.generate(request=request))
+    bench.sessions.rewind("", "a", 6)
+    run = bench.generate(request=request)
+    got = interrupted(bench, run)
+    assert run.told == 6 + len(got)
+    assert len(got) < len(whole)
+    saved = bench.sessions.get("", "a")
+    assert bench.text() == "ROMEO:" + whole[: saved.position - 6]
+    assert saved.position >= run.told
+    elsewhere = Sessions(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
+    assert got + drain(elsewhere.runs.resume("", "a", run.told)) == whole
+
+
+def test_an_interrupted_run_that_is_wanted_whole_or_not_at_all_leaves_nothing(bench: Bench) -> None:
+    bench.create()
+    run = bench.generate(request=RunRequest(8000, PLAIN), position=6)
+    assert interrupted(bench, run, gather_s=None) == ""
+    assert bench.text() == "ROMEO:"
+    elsewhere = Sessions(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
+    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).pieces(None, 20) if piece)
+    assert len(again) == 5000
+
+
+def test_a_run_that_begins_while_all_are_ended_is_interrupted(bench: Bench) -> None:
+    bench.create()
+    bench.sessions.runs.end_all(0)
+    with pytest.raises(Draining):
+        list(bench.generate().pieces(0.0, 20))
 
 
 def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:

@@ -1,0 +1,71 @@
+# The server as an image. The first stage compiles the step and gathers the libraries in a virtual environment; the second
+# has that, the model store and Python, and neither a compiler nor, unless it is asked for, torch.
+#
+#   docker build -t gru-serve .
+#   docker build -t gru-serve:train --build-arg WITH_TORCH=1 .      # for `gru-serve train` and the torch stepper
+
+FROM docker.io/library/python:3.11-slim-bookworm AS build
+
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+
+# An environment at the place where it will be: its scripts name their interpreter by its whole path.
+RUN python -m venv --without-pip /opt/gru-serve
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_PYTHON=/opt/gru-serve/bin/python
+
+# The libraries first and by themselves: they change less often than the code.
+WORKDIR /src
+COPY pyproject.toml constraints.txt ./
+RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > libraries.txt \
+ && pip install -q -c constraints.txt -r libraries.txt
+
+ARG WITH_TORCH=0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN if [ "$WITH_TORCH" = 1 ]; then \
+      pip install -q --retries 1 --timeout 20 --extra-index-url "$TORCH_INDEX" --no-deps "$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)" \
+   && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["torch"], sep="\n")' > torch.txt \
+   && pip install -q -c constraints.txt -r torch.txt; \
+    fi
+
+COPY setup.py README.md LICENSE ./
+COPY service service
+# Without the kernel it would take torch, so an image without it is not to be built by mistake.
+RUN pip install -q --no-deps . \
+ && cd / && /opt/gru-serve/bin/python -c 'from service.engine.native.binding import variants; assert variants(), "the kernel was not compiled"'
+
+
+FROM docker.io/library/python:3.11-slim-bookworm
+
+ARG VERSION=0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="gru-serve" \
+      org.opencontainers.image.description="A REST service that generates text with a GRU character model." \
+      org.opencontainers.image.licenses="MIT" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION"
+
+# A number that no user of the host is likely to have, and no home: nothing is ever written.
+RUN groupadd --gid 10001 gru-serve \
+ && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin gru-serve
+
+COPY --from=build /opt/gru-serve /opt/gru-serve
+# The shipped models. Mount a store of your own here, read-only, or name another place in GRU_SERVE_MODEL_STORE.
+COPY model_store /srv/model_store
+
+ENV PATH=/opt/gru-serve/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    GRU_SERVE_HOST=0.0.0.0 \
+    GRU_SERVE_PORT=8000 \
+    GRU_SERVE_MODEL_STORE=/srv/model_store \
+    GRU_SERVE_LOG_FORMAT=json
+
+USER 10001:10001
+WORKDIR /srv
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+  CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"GRU_SERVE_PORT\"]}/healthz', timeout=4)"]
+ENTRYPOINT ["gru-serve"]
+CMD ["serve"]

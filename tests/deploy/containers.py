@@ -1,0 +1,113 @@
+"""Containers for tests, with docker or podman: images built, containers run, the compose file brought up and down."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = "gru-serve-test"
+_PROJECT_LABELS = ("com.docker.compose.project", "io.podman.compose.project")
+_TIMEOUT_S = 900
+
+
+@dataclass(frozen=True)
+class Containers:
+    """The command lines of an engine. build_options: that its builds need here."""
+
+    engine: str
+    compose: tuple[str, ...]
+    build_options: tuple[str, ...] = ()
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """What the engine prints."""
+        return _output([self.engine, *words], check=check)
+
+    def inspect(self, name: str) -> Any:
+        """What it knows of a container or an image."""
+        return json.loads(self.run("inspect", name))[0]
+
+    def build(self, tag: str, *options: str) -> None:
+        """Build the Dockerfile."""
+        self.run("build", *self.build_options, "-t", tag, *options, str(ROOT))
+
+    @contextmanager
+    def started(self, *words: str) -> Iterator[str]:
+        """The id of a container that runs, until the block ends."""
+        container = self.run("run", "-d", *words).strip().splitlines()[-1]
+        try:
+            yield container
+        finally:
+            self.run("rm", "-f", "-v", container, check=False)
+
+    def execute(self, container: str, *words: str) -> tuple[int, str]:
+        """Exit code and output of a command inside."""
+        result = subprocess.run(
+            [self.engine, "exec", container, *words], capture_output=True, text=True, timeout=60, check=False
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    def logs(self, container: str) -> str:
+        """All that it has written."""
+        result = subprocess.run([self.engine, "logs", container], capture_output=True, text=True, check=True)
+        return result.stdout + result.stderr
+
+    @contextmanager
+    def up(self, num_replicas: int, environment: dict[str, str]) -> Iterator[None]:
+        """The compose file's containers, with so many replicas; nothing of them is left behind the block."""
+        command = [*self.compose, "-p", PROJECT, "-f", str(ROOT / "docker-compose.yml")]
+        try:
+            _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
+            yield
+        finally:
+            _output([*command, "down", "-v"], environment, check=False)
+            # podman-compose forgets how many it started, and one on which another depends can't be removed before that.
+            for _ in range(3):
+                for container in self.of_project(all_of_them=True):
+                    self.run("rm", "-f", "-v", container, check=False)
+            for network in ("front", "back"):
+                self.run("network", "rm", f"{PROJECT}_{network}", check=False)
+            self.run("volume", "rm", f"{PROJECT}_redis", check=False)
+
+    def of_project(self, service: str | None = None, *, all_of_them: bool = False) -> list[str]:
+        """The names of the compose file's containers that run, or of all that there are."""
+        found: set[str] = set()
+        for label in _PROJECT_LABELS:
+            options = ["--filter", f"label={label}={PROJECT}", "--format", "{{.Names}}"]
+            found |= set(self.run("ps", *(["-a"] if all_of_them else []), *options).split())
+        return sorted(name for name in found if service is None or service in name.removeprefix(PROJECT))
+
+
+def find_containers() -> Containers:
+    """The engine that there is. Without one the test is skipped; where CI is set it fails."""
+    if _succeeds("docker", "info") and _succeeds("docker", "compose", "version"):
+        return Containers("docker", ("docker", "compose"))
+    if _succeeds("podman", "info") and shutil.which("podman-compose"):
+        # The format of docker, because podman's own knows no HEALTHCHECK.
+        return Containers("podman", ("podman-compose",), ("--network", "host", "--format", "docker"))
+    missing = "neither docker with compose nor podman with podman-compose is usable here"
+    return (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)
+
+
+def _succeeds(*words: str) -> bool:
+    if shutil.which(words[0]) is None:
+        return False
+    return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode == 0
+
+
+def _output(command: Sequence[str], environment: dict[str, str] | None = None, *, check: bool = True) -> str:
+    result = subprocess.run(
+        command, env=os.environ | (environment or {}), capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    if check and result.returncode != 0:
+        pytest.fail(f"{' '.join(command)}: {result.stdout[-3000:]}{result.stderr[-3000:]}")
+    return result.stdout

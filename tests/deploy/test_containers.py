@@ -1,0 +1,199 @@
+"""The image and the compose file, with the containers that users run. `make test-deploy` runs it, in minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from service.client import Client
+from service.store import ModelStore
+from tests.deploy.containers import PROJECT, Containers, find_containers
+from tests.parts import free_port
+from tests.serving import SERVE, Server, serving, wait_until
+
+IMAGE = f"{PROJECT}:latest"
+BASE = "docker.io/library/python:3.11-slim-bookworm"
+CLOSED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
+BODY = {"prompt": "ROMEO:", "max_tokens": 60, "seed": 7}
+
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not os.environ.get("TEST_DEPLOY"), reason="make test-deploy: it builds an image"),
+]
+
+
+@pytest.fixture(scope="module")
+def containers() -> Containers:
+    return find_containers()
+
+
+@pytest.fixture(scope="module")
+def image(containers: Containers) -> Iterator[str]:
+    """The image, built from the Dockerfile, until the tests are over. What the build keeps to be faster stays."""
+    began = time.monotonic()
+    containers.build(IMAGE)
+    told(f"image built in {time.monotonic() - began:.0f} s")
+    yield IMAGE
+    containers.run("rmi", "-f", IMAGE, check=False)
+
+
+@pytest.fixture(scope="module")
+def expected() -> Iterator[str]:
+    """What this machine's own server answers to BODY."""
+    with serving(SERVE, {"GRU_SERVE_LOG_LEVEL": "warning"}) as server:
+        yield server.call("POST", "/v1/completions", BODY)[1]["choices"][0]["text"]
+
+
+def told(figure: str) -> None:
+    """For who runs it, to be stated."""
+    print(f"\n{figure}")  # noqa: T201 - the figures are half of what this is run for
+
+
+def healthcheck(containers: Containers, image: str) -> list[str]:
+    """The image's check of its health, wherever the engine keeps that."""
+    facts = containers.inspect(image)
+    check = facts.get("HealthCheck") or facts.get("Healthcheck") or facts["Config"]["Healthcheck"]
+    words: list[str] = check["Test"]
+    return words
+
+
+def at(port: int) -> Server:
+    """What answers on a port, whoever that is."""
+    return Server(port, None, [])  # type: ignore[arg-type]
+
+
+def is_ready(port: int) -> bool:
+    try:
+        return at(port).call("GET", "/readyz")[0] == 200
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def running(containers: Containers, image: str, *options: str) -> Iterator[tuple[str, Server]]:
+    """A container of the image that is ready, and nothing but what it needs is allowed to it."""
+    port = free_port()
+    closed = [*CLOSED, *(["--read-only-tmpfs=false"] if containers.engine == "podman" else [])]
+    with containers.started(*closed, "-p", f"127.0.0.1:{port}:8000", *options, image) as container:
+        wait_until(lambda: is_ready(port))
+        yield container, at(port)
+
+
+def test_the_image_says_how_it_is_to_be_run(containers: Containers, image: str) -> None:
+    facts = containers.inspect(image)
+    config = facts["Config"]
+    assert config["User"] == "10001:10001"
+    assert (config["Entrypoint"], config["Cmd"]) == (["gru-serve"], ["serve"])  # no shell between: signals arrive
+    assert config["StopSignal"] == "SIGTERM"
+    assert list(config["ExposedPorts"]) == ["8000/tcp"]
+    assert config["Labels"]["org.opencontainers.image.title"] == "gru-serve"
+    assert healthcheck(containers, image)[0] == "CMD"
+    size, base = facts["Size"], containers.inspect(BASE)["Size"]
+    told(f"image: {size / 1e6:.0f} MB, of which {(size - base) / 1e6:.0f} MB on top of {BASE}")
+    assert size - base < 200_000_000
+
+
+def test_it_serves_from_a_file_system_that_nobody_can_write_to(
+    containers: Containers, image: str, expected: str
+) -> None:
+    began = time.monotonic()
+    with running(containers, image) as (container, server):
+        told(f"ready {time.monotonic() - began:.2f} s after the start")
+        status, answer = server.call("POST", "/v1/completions", BODY)
+        assert (status, answer["choices"][0]["text"]) == (200, expected)
+        assert containers.execute(container, "id", "-u") == (0, "10001\n")
+        for place in ("/srv/a", "/tmp/a", "/opt/gru-serve/a", "/a"):
+            assert containers.execute(container, "touch", place)[0] != 0, place
+        for compiler in ("gcc", "g++", "cc", "c++", "clang", "ld", "as", "make"):
+            assert containers.execute(container, "sh", "-c", f"command -v {compiler}")[0] != 0, compiler
+        assert "No module named 'torch'" in containers.execute(container, "python", "-c", "import torch")[1]
+        code, output = containers.execute(container, "gru-serve", "train", "--corpus", "/etc/hosts", "--name", "a")
+        assert code == 1
+        assert "WITH_TORCH=1" in output
+        assert containers.execute(container, *healthcheck(containers, image)[1:]) == (0, "")
+        with Client(f"http://127.0.0.1:{server.port}") as client, ThreadPoolExecutor(1) as pool:
+            stream = client.create("ROMEO:", seed=7).generate(2000)
+            pieces = [next(stream)]
+            stopped = pool.submit(containers.run, "stop", "-t", "60", container)
+            pieces += list(stream)
+            stopped.result(90)
+        assert len("".join(pieces)) == 2000
+        assert "".join(pieces).startswith(expected)
+        assert containers.inspect(container)["State"]["ExitCode"] == 0
+
+
+def test_a_store_of_models_can_be_mounted(containers: Containers, image: str, tiny_store: ModelStore) -> None:
+    os.chmod(tiny_store.root, 0o755)
+    mount = ("-v", f"{tiny_store.root}:/srv/model_store:ro", "-e", "GRU_SERVE_MODEL=tiny")
+    with running(containers, image, *mount) as (_, server):
+        status, answer = server.call("POST", "/v1/completions", BODY)
+        assert (status, answer["model"]) == (200, "tiny@1")
+
+
+@pytest.fixture(scope="module")
+def project(containers: Containers, image: str) -> Iterator[Server]:
+    """The compose file with three replicas, asked at its balancer."""
+    port = free_port()
+    # Redis runs as the owner of its folder: of the official image that is redis, of another it may be root.
+    stat = ("run", "--rm", "--entrypoint", "stat", "docker.io/library/redis:7-bookworm", "-c", "%u:%g", "/data")
+    environment = {
+        "PUBLISH": f"127.0.0.1:{port}",
+        "IMAGE": image,
+        "REDIS_USER": containers.run(*stat).strip().splitlines()[-1],
+        "GRU_SERVE_STATE_KEYS": "a key for tests alone",
+    }
+    began = time.monotonic()
+    with containers.up(3, environment):
+        wait_until(lambda: is_ready(port))
+        told(f"three replicas, Redis and the balancer: ready in {time.monotonic() - began:.1f} s")
+        yield at(port)
+    assert containers.of_project(all_of_them=True) == []
+
+
+def test_only_the_balancer_can_be_reached(containers: Containers, project: Server) -> None:
+    for name in containers.of_project():
+        published = [port for port in (containers.inspect(name)["NetworkSettings"]["Ports"] or {}).values() if port]
+        assert bool(published) == ("lb" in name.removeprefix(PROJECT)), name
+        facts = containers.inspect(name)["HostConfig"]
+        assert facts["ReadonlyRootfs"]
+    assert project.call("GET", "/metrics")[0] == 404
+
+
+def test_completions_come_from_every_replica_and_are_the_same(
+    containers: Containers, project: Server, expected: str
+) -> None:
+    for _ in range(12):
+        status, answer = project.call("POST", "/v1/completions", BODY)
+        assert (status, answer["choices"][0]["text"]) == (200, expected)
+    replicas = containers.of_project("app")
+    assert len(replicas) == 3
+    for name in replicas:
+        assert '"/v1/completions"' in containers.logs(name)
+
+
+def test_a_replica_can_be_killed_or_stopped_in_the_midst_of_streams(containers: Containers, project: Server) -> None:
+    """One without a word, one in order: answers go on, and streams lose and double nothing."""
+    with Client(f"http://127.0.0.1:{project.port}", retry_s=20) as client:
+        whole = "".join(client.create("ROMEO:", seed=7).generate(8000))
+        for end in (("kill",), ("stop", "-t", "60")):
+            sessions = [client.create("ROMEO:", seed=7) for _ in range(6)]
+            streams = [session.generate(8000) for session in sessions]
+            texts = [next(stream) for stream in streams]
+            victim = containers.of_project("app")[0]
+            with ThreadPoolExecutor(len(streams) + 1) as pool:
+                ended = pool.submit(containers.run, *end, victim)
+                rests = [pool.submit("".join, stream) for stream in streams]
+                for _ in range(20):
+                    assert project.call("POST", "/v1/completions", BODY)[0] == 200
+                texts = [text + rest.result(120) for text, rest in zip(texts, rests, strict=True)]
+                ended.result(120)
+            assert texts == [whole] * 6
+            state = containers.inspect(victim)["State"]
+            assert not state["Running"]
+            assert state["ExitCode"] == (137 if end == ("kill",) else 0), json.dumps(state)
