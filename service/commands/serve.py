@@ -21,8 +21,10 @@ def serve_command(**options: Any) -> None:
     """
     settings = read_settings(**options)
 
+    from service.keys import read_keys
     from service.web.server import Server
 
-    # A model that can't be served is told here, in one line, and not by a worker that dies at its start.
+    # What can't be served is told here, in one line, and not by a worker that dies at its start.
+    read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     open_store(settings.model_store).verify(settings.model)
     Server(settings).run()

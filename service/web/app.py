@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -12,20 +13,27 @@ from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
 from service.engine.kernels import choose_kernel
 from service.generation.sessions import Sessions
+from service.keys import read_keys
 from service.loaded import EngineSettings, LoadedModels
+from service.polling import ModelPolling
 from service.sessions.memory import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.sweeper import Sweeper
 from service.sessions.transcript import Retention
 from service.store import ModelStore
+from service.web.access import register_access
+from service.web.admin import admin_blueprint
+from service.web.collector import ServiceCollector
 from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
 from service.web.errors import register_error_handlers, validation_error_response
-from service.web.guard import register_guard
+from service.web.guard import register_body_check, register_guard
 from service.web.health import health_blueprint
 from service.web.logs import configure_logs
+from service.web.metrics import Metrics, register_metrics
 from service.web.models import models_blueprint
 from service.web.places import Places
+from service.web.rate_limit import register_rate_limit
 from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
 from service.web.sessions import SessionLimits, sessions_blueprint
 
@@ -61,14 +69,20 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     app.openapi_version = "3.1.1"
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    register_guard(app, settings.max_body_bytes)
+    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    metrics = Metrics()
+    register_guard(app)
+    register_metrics(app, metrics)
+    register_access(app, keys)
+    register_rate_limit(app, settings.rate_limit, "memory://")
+    register_body_check(app, settings.max_body_bytes)
     register_error_handlers(app)
     limits = CompletionLimits(
         max_tokens=settings.max_tokens,
         max_prompt_chars=settings.max_prompt_chars,
         max_texts=settings.max_batch + settings.max_queue,
     )
-    places = Places(settings.num_http_threads - SPARE_THREADS)
+    places = Places(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
     app.register_api(completions_blueprint(models, settings.model, limits, places))
     store = MemoryStore(settings.max_sessions, settings.max_session_bytes)
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
@@ -77,12 +91,16 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
-    app.register_api(models_blueprint(models.store))
+    app.register_api(models_blueprint(models))
     app.register_api(health_blueprint(models, settings.model))
+    app.register_api(admin_blueprint(models.served))
     app.register_blueprint(docs_blueprint())
+    metrics.registry.register(ServiceCollector(models, store, places, kernel.name))
     ending = ExitStack()  # for those who build the application and have to end its threads
     ending.callback(models.close)
     ending.callback(Sweeper(store).close)
+    if settings.model_poll_s:
+        ending.callback(ModelPolling(models.served, settings.model_poll_s).close)
     app.extensions["gru_serve"] = ending
     log.info(
         "model loaded",
@@ -93,7 +111,15 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         kernel=kernel.name,
         engine_threads=settings.num_engine_threads,
     )
+    if keys is None and not _is_loopback(settings.host):
+        log.warning("no API keys: everybody who reaches this address may ask", host=settings.host)
     return app
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _state_keys(settings: Settings) -> list[str]:

@@ -15,16 +15,15 @@ from service.web.errors import error_response
 
 log = structlog.get_logger(__name__)
 
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are made up by the caller
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DISCARD_BYTES = 32 * 1024 * 1024
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
 _CSP += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-def register_guard(app: Flask, max_body_bytes: int) -> None:
-    """Check requests before they are validated; finish answers with headers and one log line."""
-    # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
+def register_guard(app: Flask) -> None:
+    """Give each request an id; finish answers with headers and one log line."""
 
     @app.before_request
     def _identify() -> None:
@@ -33,6 +32,27 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
         g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+    @app.after_request
+    def _finish(response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.get("request_id", "")
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["Content-Security-Policy"] = _CSP
+        log.info(
+            "request",
+            method=request.method if request.method in HTTP_METHODS else "*",
+            path=_logged_path(app),
+            status=response.status_code,
+            duration_ms=round((time.perf_counter() - g.get("started", time.perf_counter())) * 1000, 2),
+        )
+        return response
+
+
+def register_body_check(app: Flask, max_body_bytes: int) -> None:
+    """Read bodies before they are validated; to be registered after what refuses a request without reading it."""
+    # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
 
     @app.before_request
     def _check_body() -> Response | None:
@@ -49,7 +69,7 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
                 return _too_large(max_body_bytes)
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, a client that stalls or has gone: each server's parser raises exceptions of its own.
-            log.info("body not read", error=repr(error))
+            log.info("body not read", error=type(error).__name__)  # its message may quote the body
             return error_response("the body did not arrive whole and in time", "incomplete_body")
         try:
             # Parsed here once; the validation behind takes what Flask keeps of it.
@@ -62,25 +82,14 @@ def register_guard(app: Flask, max_body_bytes: int) -> None:
             return error_response("the body has to be a JSON object", "invalid_json")
         return None
 
-    @app.after_request
-    def _finish(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.get("request_id", "")
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Content-Security-Policy"] = _CSP
-        log.info(
-            "request",
-            method=request.method,
-            path=_logged_path(),
-            status=response.status_code,
-            duration_ms=round((time.perf_counter() - g.get("started", time.perf_counter())) * 1000, 2),
-        )
-        return response
 
-
-def _logged_path() -> str:
+def _logged_path(app: Flask) -> str:
     """Without what the caller put into it: who knows a session's id may use it."""
-    return request.url_rule.rule if request.url_rule is not None else request.path[:200]
+    if request.url_rule is not None:
+        return request.url_rule.rule
+    # No route, or not with this method: the words of our routes may be told, all others are starred out.
+    words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
+    return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
 
 
 def _too_large(max_body_bytes: int) -> Response:
