@@ -45,9 +45,8 @@ def place(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new", "models", "models list", "models show", "models verify",
-     "models alias",
-     "models delete"],
+    ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
+     "models", "models list", "models show", "models verify", "models alias", "models delete"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = run(*command.split(), "--help")

@@ -113,5 +113,6 @@ def register_metrics(app: Flask, metrics: Metrics) -> None:
     def show() -> Response:
         return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)
 
+    app.extensions["gru_serve_metrics"] = metrics
     app.after_request(metrics.count)
     app.register_blueprint(blueprint)
