@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from flask import Blueprint, Flask, Response, g, request
+from flask import Blueprint, Flask, Request, Response, g, request
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -66,6 +66,9 @@ class Metrics:
             f"{PREFIX}e2e_request_latency_seconds", "From a request to the end of its answer, if that is no error.",
             ["route"], buckets=_REQUEST_S, registry=self.registry,
         )  # fmt: skip
+        # Their children, because to find one by its labels takes longer than to count.
+        self._answers: dict[tuple[str, str, int], Counter] = {}
+        self._durations: dict[str, Histogram] = {}
         self._first = Histogram(
             f"{PREFIX}time_to_first_token_seconds", "From a request for a stream to its first characters.",
             buckets=_FIRST_S, registry=self.registry,
@@ -78,19 +81,29 @@ class Metrics:
 
     def count(self, response: Response) -> Response:
         """Count an answer; a stream is timed on its way."""
+        asked: Request = request._get_current_object()  # type: ignore[attr-defined]  # each look through it costs 1 us
         # Patterns of routes and not paths: a caller is not to make up labels.
-        route = request.url_rule.rule if request.url_rule is not None else "none"
-        method = request.method if request.method in HTTP_METHODS else "other"
-        self._requests.labels(method, route, response.status_code).inc()
-        began = g.get("started", time.perf_counter())
+        route = asked.url_rule.rule if asked.url_rule is not None else "none"
+        method = asked.method if asked.method in HTTP_METHODS else "other"
+        status, began = response.status_code, g.get("started") or time.perf_counter()
+        counter = self._answers.get((method, route, status))
+        if counter is None:
+            counter = self._answers[method, route, status] = self._requests.labels(method, route, status)
+        counter.inc()
         if response.mimetype == "text/event-stream":
             # What is taken up again comes from the past: only a new text has a first character.
             chunks: Iterable[bytes] = response.response  # type: ignore[assignment]
             response.response = self._timed(chunks, began, is_new=method == "POST")
-            response.call_on_close(lambda: self._latency.labels(route).observe(time.perf_counter() - began))
-        elif response.status_code < 400:
-            self._latency.labels(route).observe(time.perf_counter() - began)
+            response.call_on_close(lambda: self._duration(route).observe(time.perf_counter() - began))
+        elif status < 400:
+            self._duration(route).observe(time.perf_counter() - began)
         return response
+
+    def _duration(self, route: str) -> Histogram:
+        duration = self._durations.get(route)
+        if duration is None:
+            duration = self._durations[route] = self._latency.labels(route)
+        return duration
 
     def _timed(self, chunks: Iterable[bytes], began: float, *, is_new: bool) -> Iterator[bytes]:
         last: float | None = None
