@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -62,14 +62,18 @@ class ServedVersions:
         if not self._refreshing.acquire(blocking=False):
             raise Overloaded("a reload is under way: try again in a second")
         try:
-            return [self._refresh(name, again) for name in sorted(self._versions)]
+            with self._lock:
+                names = sorted(self._versions)
+            return [self._refresh(name, again) for name in names]
         finally:
             self._refreshing.release()
 
     def meanings(self) -> list[Meaning]:
         """What each name means, without looking."""
-        versions = dict(self._versions)
-        return [self._failures.get(name, Meaning(name, version.ref)) for name, version in sorted(versions.items())]
+        with self._lock:
+            versions = sorted(self._versions.items())
+        failures = [(version.ref, self._failures.get(name, Meaning(name, version.ref))) for name, version in versions]
+        return [replace(failure, model=ref) for ref, failure in failures]
 
     def _refresh(self, name: str, again: bool) -> Meaning:
         served, failed = self._versions[name], self._failures.get(name)

@@ -106,6 +106,21 @@ def test_the_openai_client_sends_the_key(server: Server) -> None:
         assert refused.value.code == "invalid_api_key"
 
 
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_who_sends_much_without_a_key_gets_an_answer_and_not_a_reset(server: Server, chunked: bool, keep: bool) -> None:
+    connection = server.connect()
+    headers = {"Content-Type": "application/json"} | ({} if keep else {"Connection": "close"})
+    body = (b"x" * 10_000 for _ in range(1000)) if chunked else b"x" * 10_000_000
+    connection.request("POST", "/v1/completions", body, headers, encode_chunked=chunked)
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())["error"]["code"]) == (401, "invalid_api_key")
+    if keep:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+    connection.close()
+
+
 def test_what_gunicorn_can_not_parse_it_does_not_quote(server: Server) -> None:
     for data in (
         f"GET /v1/sessions/{OLD} x HTTP/9.9\r\n\r\n",

@@ -35,6 +35,8 @@ def register_guard(app: Flask) -> None:
 
     @app.after_request
     def _finish(response: Response) -> Response:
+        if response.status_code >= 400 and not g.get("body_was_read"):
+            _discard_body()
         response.headers["X-Request-Id"] = g.get("request_id", "")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -61,12 +63,14 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
         if request.content_encoding not in (None, "", "identity"):
             return error_response("send the body uncompressed", "unsupported_media_type")
         if (request.content_length or 0) > max_body_bytes:
-            return _too_large(max_body_bytes)
+            return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         if request.mimetype != "application/json":
             return error_response("send JSON, with Content-Type: application/json", "unsupported_media_type")
+        g.body_was_read = True  # or tried to
         try:
             if len(request.get_data()) > max_body_bytes:
-                return _too_large(max_body_bytes)
+                _discard_body()
+                return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, a client that stalls or has gone: each server's parser raises exceptions of its own.
             log.info("body not read", error=type(error).__name__)  # its message may quote the body
@@ -92,12 +96,11 @@ def _logged_path(app: Flask) -> str:
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
 
 
-def _too_large(max_body_bytes: int) -> Response:
-    """The refusal of a large body, after reading and dropping the rest of it, up to a limit: a client that is still
-    sending when the connection is closed sees a reset instead of the answer.
+def _discard_body() -> None:
+    """Read and drop what is left of the body, up to a limit: a client that is still sending when the connection is
+    closed sees a reset instead of its refusal.
     """
     stream, left = request.environ["wsgi.input"], _DISCARD_BYTES
     with suppress(Exception):  # the client stalls, has gone or sends nonsense: it is refused all the same
         while left > 0 and (chunk := stream.read(min(65_536, left))):
             left -= len(chunk)
-    return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
