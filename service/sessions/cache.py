@@ -29,6 +29,7 @@ class SessionCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
+        self.num_evicted = 0
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -47,6 +48,7 @@ class SessionCache:
             self._num_bytes += _num_bytes(seen.session)
             while self._num_bytes > self._max_bytes:
                 self._forget(next(iter(self._seen)))
+                self.num_evicted += 1
 
     def forget(self, key: str) -> None:
         """Harmless if nothing is known."""

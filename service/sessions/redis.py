@@ -27,6 +27,7 @@ from service.sessions.redis_keeper import RedisKeeper
 from service.sessions.redis_server import RedisServer
 from service.sessions.session import Session
 from service.sessions.store import Lease
+from service.sessions.watch import Operation
 from service.states import read_state
 
 _POLL_S = 0.03  # of one who waits for a lease that another process has
@@ -144,6 +145,25 @@ class RedisStore:
             after = found[-1]
         return sessions
 
+    def __len__(self) -> int:
+        """Sessions that this process has at hand."""
+        return len(self._cache)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory they take."""
+        return self._cache.num_bytes
+
+    @property
+    def num_evicted(self) -> int:
+        """How many had to make room for others in this process. In Redis they are still there."""
+        return self._cache.num_evicted
+
+    @property
+    def num_expired(self) -> int:
+        """Nobody knows: Redis forgets them."""
+        return 0
+
     def check(self) -> None:
         """See SessionStore."""
         self._server.check()
@@ -153,7 +173,7 @@ class RedisStore:
         self._keeper.close()
         self._server.close()
 
-    def _ask(self, operation: str, key: str, *arguments: Any) -> list[Any]:
+    def _ask(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         return self._server.call(operation, key, self._now_ms(), *arguments)
 
     def _now(self) -> float:

@@ -8,6 +8,7 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
 from service.sessions.store import SessionStore
+from service.web.access import open_to_all
 from service.web.drain import Drain
 from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyQuery
 
@@ -17,11 +18,13 @@ def health_blueprint(models: LoadedModels, default_model: str, store: SessionSto
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
     @blueprint.get("/healthz", summary="The process answers", responses={"200": HealthAnswer})
+    @open_to_all
     def healthz() -> Response:
         """Answer, always."""
         return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
 
     @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
+    @open_to_all
     def readyz(query: ReadyQuery) -> Response:
         """Answer 200 if the default model is there, its engine steps, sessions can be had and it stays; or 503.
 

@@ -224,6 +224,6 @@ class ErrorAnswer(BaseModel):
 
 
 ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer, "415": ErrorAnswer,
-    "429": ErrorAnswer, "503": ErrorAnswer,
+    "400": ErrorAnswer, "401": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer,
+    "415": ErrorAnswer, "429": ErrorAnswer, "503": ErrorAnswer,
 }  # fmt: skip

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.engine import Engine, Pace
+from service.engine.engine import Engine
+from service.engine.pace import Pace
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import SamplingSettings
 from service.engine.stepper import Advance, Row, Stepper

@@ -66,13 +66,13 @@ def test_the_description_covers_every_route_and_the_schemas_limits(client: Flask
         one,
         *(f"{one}/{what}" for what in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
-    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz"}
+    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
     assert set(description["paths"]) == sessions | others
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
     answers = description["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "404", "408", "413", "415", "429", "503"}
+    assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "429", "503"}
     for status in set(answers) - {"200"}:
         assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
@@ -164,9 +164,11 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
 def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
-    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
-        assert client.get("/readyz").status_code == 200
+    publish_tiny(store, "other")
+    with client_of(Settings(model_store=tmp_path, model="tiny", max_models=1)) as client:
         store.delete("tiny@1")
+        assert client.get("/readyz").status_code == 200  # it is in memory
+        assert client.post("/v1/completions", json={"prompt": "a", "model": "other"}).status_code == 200
         response = client.get("/readyz")
         assert response.status_code == 503
         assert response.get_json()["error"]["code"] == "not_ready"
@@ -194,6 +196,10 @@ def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
         body = {"prompt": "a", "model": "tiny", "seed": 1}
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
         publish_tiny(store, seed=1)
+        assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
+        assert client.post("/admin/reload", json={}).get_json()["data"] == [
+            {"name": "tiny", "model": "tiny@2", "failed": None, "code": None}
+        ]
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@2"
 
 
