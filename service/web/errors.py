@@ -35,7 +35,8 @@ _CODE_OF_STATUS = {
     415: "unsupported_media_type",
     429: "rate_limited",
 }
-_EXPECTED = ("not_ready", "draining")  # a server that starts or ends is in order
+# A server that starts or ends is in order; that the store is away was logged once.
+_EXPECTED = ("not_ready", "draining", "session_store_unavailable")
 _RETRY_AFTER_S = "1"
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
