@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,12 +159,13 @@ def test_a_late_load_of_an_old_version_does_not_undo_a_newer_one(store: ModelSto
 
 
 def test_polling_finds_new_versions_and_ends(store: ModelStore, models: LoadedModels) -> None:
-    polling = ModelPolling(models.served, 0.01)
-    publish_tiny(store, seed=1)
-    wait_until(lambda: models.get("tiny").version.ref == "tiny@2")
-    publish_tiny(store, seed=2)
-    damage(store, "tiny@3")
-    wait_until(lambda: models.served.meanings()[0].code is not None)
-    publish_tiny(store, seed=3)
-    wait_until(lambda: models.get("tiny").version.ref == "tiny@4")
-    polling.close()
+    with closing(ModelPolling(models.served, 0.01)):
+        publish_tiny(store, seed=1)
+        wait_until(lambda: models.get("tiny").version.ref == "tiny@2")
+        broken = store.root / "broken"
+        shutil.copytree(store.root / "tiny" / "2", broken)
+        (broken / "model.safetensors").write_bytes(b"")
+        broken.rename(store.root / "tiny" / "3")
+        wait_until(lambda: models.served.meanings()[0].code is not None)
+        publish_tiny(store, seed=3)
+        wait_until(lambda: models.get("tiny").version.ref == "tiny@4")

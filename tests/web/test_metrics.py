@@ -29,7 +29,9 @@ DOCS = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_tex
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[FlaskClient]:
     publish_tiny(ModelStore(tmp_path))
-    with client_of(Settings(model_store=tmp_path, model="tiny", kernel="torch", max_sessions=2)) as client:
+    with client_of(
+        Settings(model_store=tmp_path, model="tiny", kernel="torch", max_sessions=2, model_poll_s=0)
+    ) as client:
         yield client
 
 
