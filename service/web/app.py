@@ -78,7 +78,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
     app.register_api(models_blueprint(models.store))
-    app.register_api(health_blueprint(models, settings.model))
+    app.register_api(health_blueprint(models, settings.model, kernel.name))
     app.register_blueprint(docs_blueprint())
     ending = ExitStack()  # for those who build the application and have to end its threads
     ending.callback(models.close)
