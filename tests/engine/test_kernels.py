@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,28 @@ def test_measuring_integers_on_the_native_kernel_never_imports_torch(tiny_store:
         assert has_torch == (kernel == "torch")
         losses.append(facts["nats_per_char"])
     assert losses[0] == losses[1]
+
+
+def test_where_no_compiler_is_it_installs_serves_through_torch_and_says_so(
+    tiny_store: ModelStore, tmp_path: Path
+) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "service", source / "service", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    nothing = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    subprocess.run([*pip, "--target", str(installed), str(source)], env=nothing, check=True, capture_output=True)
+    assert not list(installed.rglob("*.so"))
+    environ = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-P", "-c", SERVE, str(tiny_store.root)]
+    done = subprocess.run([*command, "auto"], cwd=tmp_path, env=environ, check=True, capture_output=True, text=True)
+    seen, kernel, has_torch = json.loads(done.stdout.splitlines()[-1])
+    assert (kernel, has_torch) == ("torch", True)
+    loaded = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "model loaded"]
+    assert [line["kernel"] for line in loaded] == ["torch"]
+    assert seen == printed(SERVE, str(tiny_store.root), "auto")[-1][0]
+    refused = subprocess.run([*command, "native"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert refused.returncode
+    assert "install it again where there is a C++17 compiler" in refused.stderr
