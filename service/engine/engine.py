@@ -17,7 +17,7 @@ from service.errors import EngineFailed, Overloaded
 log = structlog.get_logger(__name__)
 
 _TICK_S = 0.005  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
-_MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
+_MIN_TICK_CHARS = 4  # with hundreds of texts: rather a tick of 20 ms than what it costs beside its steps at every one
 _MAX_TICK_CHARS = 256
 _SHORT_CHARS = 32  # to be read at once by whoever asks, if nothing else is going on
 
