@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _TICK_S = 0.005  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
-_MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
+_MIN_TICK_CHARS = 4  # with hundreds of texts: rather a tick of 20 ms than what it costs beside its steps at every one
 _MAX_TICK_CHARS = 256
 
 

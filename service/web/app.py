@@ -102,7 +102,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
     app.register_api(models_blueprint(models))
-    app.register_api(health_blueprint(models, settings.model, store, drain))
+    app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
     app.register_api(admin_blueprint(models.served))
     app.register_blueprint(docs_blueprint())
     metrics.registry.register(ServiceCollector(models, store, places, kernel.name))

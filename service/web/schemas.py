@@ -202,9 +202,20 @@ class ReadyQuery(BaseModel):
 
 
 class HealthAnswer(BaseModel):
-    """State of the process."""
+    """The process answers."""
 
-    status: Literal["ok", "ready"]
+    status: Literal["ok"]
+
+
+class ReadyAnswer(BaseModel):
+    """Requests can be served."""
+
+    status: Literal["ready"]
+    kernel: str = Field(
+        description="what computes: a variant of the step in C++, named for its instructions, or torch; no part of "
+        "`system_fingerprint`, because all give the same bits",
+        examples=["avx512vnni"],
+    )
 
 
 class ErrorObject(BaseModel):

@@ -10,6 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from service.config import Settings
+from service.engine.kernels import choose_kernel
 from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
 from service.generation import completion
@@ -47,7 +48,7 @@ def test_an_unknown_model_is_not_found(client: FlaskClient) -> None:
 
 def test_health(client: FlaskClient) -> None:
     assert client.get("/healthz").get_json() == {"status": "ok"}
-    assert client.get("/readyz").get_json() == {"status": "ready"}
+    assert client.get("/readyz").get_json() == {"status": "ready", "kernel": choose_kernel("auto", 1).name}
 
 
 def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient) -> None:
