@@ -17,6 +17,7 @@ check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/myp
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
 bench: setup ; for it in train decode roofline http; do $(BIN)/python -m benchmarks.$$it || exit 1; done
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
+	for peer in onnxruntime tensorflow; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
 clean: ; rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The kernel's tests on a build that stops at the first access outside its memory and at undefined behaviour.

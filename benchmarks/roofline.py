@@ -1,9 +1,11 @@
-"""The kernel against what the machine allows: bare integer products, torch, and the forty lines. Characters/s.
+"""The kernel against what the machine allows, torch, the forty lines, and other libraries. Characters/s.
 
-    python -m benchmarks.roofline [--json FILE] [--threads 2] [--rounds 7] [--sweep] [--plot FILE]
+    python -m benchmarks.roofline [--json FILE] [--threads 2] [--rounds 7] [--peers ""] [--sweep] [--plot FILE]
 
 One text is limited by the time to read the recurrent weights, 256 texts by multiply-adds. Products alone are counted as
 if each were a character, so that all can be compared. Everything runs in turns, with the shipped model's weights.
+TensorFlow (the tutorial's loop) and ONNX Runtime do so in processes of their own, from environments that the first run
+makes (`peers/.venv-<name>`, 2.3 GB in all); who can't be installed is skipped.
 --sweep: the kernel over numbers of texts and of units too; --plot: draw that (needs matplotlib).
 """
 
@@ -12,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from benchmarks.contestants import (
     stepper_turn,
 )
 from benchmarks.decode import parse
+from benchmarks.peers.contestants import PEERS, peer_contestants
+from benchmarks.peers.environment import Skipped
 from benchmarks.sweep import plot, sweep
 from benchmarks.table import machine, rows_of_json, spread, summary, table
 from service.engine.native.stepper import NativeStepper
@@ -45,6 +50,7 @@ def main() -> None:
     """Print the table and how the targets are met."""
     parser = argparse.ArgumentParser(description="the kernel against what the machine allows")
     parser.add_argument("--sweep", action="store_true", help="the kernel over numbers of texts and units too")
+    parser.add_argument("--peers", type=_names, default=",".join(PEERS), help="libraries to compare with")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep, as PNG or SVG")
     options = parse(parser, rows="1,256")
     shipped = Shipped.load(options.model, options.model_store, "int8")
@@ -53,10 +59,22 @@ def main() -> None:
     about = machine() | {"threads": options.threads, "model": shipped.ref, "kernel": kernel}
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     threads = sorted({1, options.threads})
-    measured = compete(contestants(shipped, models, threads), options.rounds, options.seconds)
+    with ExitStack() as stack:
+        them, skipped = contestants(shipped, models, threads), dict[str, str]()
+        for name in options.peers:
+            try:
+                them += peer_contestants(stack, name, shipped, (1, MANY), threads)
+            except Skipped as reason:
+                skipped[name] = str(reason)
+                print(f"{name} skipped: {reason}")
+        try:
+            measured = compete(them, options.rounds, options.seconds)
+        except Skipped as reason:
+            raise SystemExit(f"a library has ended; leave it out with --peers: {reason}") from reason
     print(table(measured))
-    targets = [_judge(measured, *target) for target in _targets(options.threads)]
+    targets = [_judge(measured, *target) for target in _targets(options.threads, {m.what for m in measured})]
     document: dict[str, Any] = {"machine": about, "measured": rows_of_json(measured), "targets": targets}
+    document |= {"skipped": skipped, "peers": _against_peers(measured)}
     if options.sweep or options.plot:
         document["sweep"] = points = sweep(
             models, sorted({1, options.threads}), min(options.rounds, 3), options.seconds
@@ -130,19 +148,21 @@ def _repeat(call: Callable[[], object], chars: int) -> Callable[[float], float]:
 Target = tuple[str, int, int, str, int, int | None, float]  # who, rows, threads, against whom, rows, threads, at least
 
 
-def _targets(threads: int) -> list[Target]:
-    """Threads None: against the better number of threads."""
-    return [
+def _targets(threads: int, there: Collection[str]) -> list[Target]:
+    """Those that can be judged with who is there. Threads None: against the better number of threads."""
+    targets = [
         ("kernel, int8", 1, 1, PRODUCT.format("int8"), 1, 1, 1 / 1.2),
         ("kernel, int8", 1, 1, BASELINE, 1, None, 40),
         ("kernel, int4", 1, 1, PRODUCT.format("int8"), 1, 1, 1 / 0.85),
         ("kernel, int4", 1, 1, BASELINE, 1, None, 55),
         ("kernel, int4", 1, threads, BASELINE, 1, None, 85),
+        ("kernel, int4", 1, threads, "onnxruntime", 1, threads, 8),
         ("kernel, int8", MANY, threads, INT_MM, MANY, threads, 0.6),
         ("kernel, int4", MANY, threads, INT_MM, MANY, threads, 0.6),
         ("kernel, int8", MANY, threads, TORCH, MANY, None, 1.5),
         ("kernel, int8", MANY, threads, BASELINE, MANY, None, 4),
     ]
+    return [target for target in targets if target[3] in there]
 
 
 def _judge(measured: Sequence[Measured], *target: *Target) -> dict[str, Any]:
@@ -155,6 +175,29 @@ def _judge(measured: Sequence[Measured], *target: *Target) -> dict[str, Any]:
     what = f"{who}, {number} >= {at_least:.2f} x {whom}"
     print(f"target {what}: {spread(ratios)}")
     return {"target": what, "at_least": at_least, "ratio": summary(ratios)}
+
+
+def _against_peers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Print how many times as fast as each library the kernel is, either at its better number of threads."""
+
+    def best(what: str, rows: int) -> Measured:
+        return max((m for m in measured if (m.what, m.rows) == (what, rows)), key=lambda m: m.rate)
+
+    found = []
+    for peer, rows in sorted({(m.what, m.rows) for m in measured if m.what in PEERS}):
+        for mine in (best(f"kernel, {precision}", rows) for precision in PRECISIONS):
+            ratios = mine.ratios(best(peer, rows))
+            print(f"{mine.what}, {rows} row{'s' * (rows > 1)}: {spread(ratios)} times as fast as {peer}")
+            found.append({"peer": peer, "rows": rows, "what": mine.what, "ratio": summary(ratios)})
+    return found
+
+
+def _names(text: str) -> list[str]:
+    """An option's libraries, separated by commas."""
+    names = [name for name in text.split(",") if name]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"not known: {', '.join(unknown)}; known: {', '.join(PEERS)}")
+    return names
 
 
 if __name__ == "__main__":

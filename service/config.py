@@ -88,6 +88,24 @@ class Settings(BaseSettings):
         description="secrets that sign portable states, separated by commas: the first signs, all are accepted; "
         "none: a random one, and states end with the process",
     )
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="who may ask: entries name:sha256-hex, separated by commas, as `gru-serve keys new` prints them; "
+        "none here and no file: everybody",
+    )
+    api_keys_file: Path | None = Field(
+        None, description="file with such entries, one a line; read again when it changes"
+    )
+    rate_limit: str = Field(
+        "",
+        description="how often one key, or without keys one address, may start something: 600/minute; empty: no limit",
+    )
+    max_streams: int = Field(
+        0, ge=0, le=131_072, description="streams that one key, or without keys one address, may have open; 0: no limit"
+    )
+    model_poll_s: float = Field(
+        30.0, ge=0, le=86_400, description="seconds between two looks for new model versions; 0: never"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
     log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
 
@@ -117,6 +135,20 @@ class Settings(BaseSettings):
         if any(len(key) < _MIN_KEY_CHARS for key in _split(keys)):
             raise ValueError(f"each key has to have {_MIN_KEY_CHARS} characters at least")
         return keys
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _is_a_rate(cls, rate: str) -> str:
+        if rate:
+            from limits import parse_many  # a tenth of a second, for those who need it
+
+            try:
+                limits = parse_many(rate)
+            except ValueError:
+                raise ValueError("a rate is a number and a time, such as 600/minute or 10/second;600/minute") from None
+            if any(limit.amount < 1 for limit in limits):
+                raise ValueError("a rate of 0 would refuse everything")
+        return rate
 
     @property
     def state_key_list(self) -> list[str]:

@@ -183,6 +183,24 @@ class StateModelMismatch(InvalidState):
     code = "state_model_mismatch"
 
 
+class InvalidApiKey(GruServeError):
+    """The request has no key, or one that is not known."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(GruServeError):
+    """The caller may not do this."""
+
+    code = "forbidden"
+
+
+class TooManyStreams(GruServeError):
+    """The caller has as many streams open as one may have."""
+
+    code = "too_many_streams"
+
+
 class Overloaded(GruServeError):
     """Every place is taken and the queue is full."""
 

@@ -15,10 +15,11 @@ from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
-from service.errors import ModelChanged, ModelNotFound
+from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from service.served import ServedVersions
 from service.store import ModelStore, ModelVersion
 
 _REBASE = "feed it with rebase, which names another version, to read its text into that"
@@ -78,13 +79,35 @@ class LoadedModels:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
+        self.served = ServedVersions(store, self._load)
 
     def get(self, ref: str) -> LoadedModel:
-        """The model that `ref` means now. Raises ModelNotFound, InvalidArtifact.
+        """The model that `ref` means. Raises ModelNotFound, InvalidArtifact.
 
-        A version that is loaded stays usable by whoever holds it, also after it was let go of here.
+        What a name without a number means stays until `served` is refreshed: nobody waits for a new version. A version
+        that is loaded stays usable by whoever holds it, also after it was let go of here.
         """
-        version = self.store.resolve(ref)
+        served = self.served.get(ref)
+        try:
+            model = self._load(served or self.store.resolve(ref))
+        except (ModelNotFound, InvalidArtifact):
+            version = self.store.resolve(ref)
+            if served in (None, version):
+                raise
+            model = self._load(version)  # the other was let go of, and is no longer there
+        self.served.replace(ref, served, model.version)
+        return model
+
+    def meaning(self, ref: str) -> ModelVersion:
+        """The version that `ref` means, loaded or not. Raises ModelNotFound."""
+        return self.served.get(ref) or self.store.resolve(ref)
+
+    def all(self) -> list[LoadedModel]:
+        """Those that are loaded."""
+        with self._lock:
+            return list(self._models.values())
+
+    def _load(self, version: ModelVersion) -> LoadedModel:
         model = self._find(version.ref)
         if model is not None:
             return model
@@ -111,9 +134,7 @@ class LoadedModels:
 
     def close(self) -> None:
         """End all engines, and what they are at."""
-        with self._lock:
-            models = list(self._models.values())
-        for model in models:
+        for model in self.all():
             model.engine.close()
 
     def _find(self, ref: str) -> LoadedModel | None:

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from benchmarks import decode
+from benchmarks import decode, roofline
 from benchmarks.baselines import FortyLines
+from benchmarks.contestants import Contestant, Shipped
 from benchmarks.pairs import in_turns
+from benchmarks.peers import environment
+from benchmarks.peers.contestants import PEERS, enter
+from benchmarks.peers.environment import Skipped
 from service.__main__ import main
 from service.commands.bench import Texts
+from service.engine.native.binding import variants
 from service.engine.torch_stepper import TorchStepper
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
 from service.store import ModelStore
-from tests.conftest import random_tensors, tiny_config
+from tests.conftest import publish_tiny, random_tensors, tiny_config
+
+needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 
 
 def bench(store: ModelStore, *words: str) -> Result:
@@ -132,3 +142,74 @@ def test_decode_writes_its_numbers(
     assert [target["at_least"] for target in document["targets"]] == [8, 3, 4]
     printed = capsys.readouterr().out
     assert all(printed.count(f"target {target['target']}: ") == 1 for target in document["targets"])
+
+
+def measured_roofline(monkeypatch: pytest.MonkeyPatch, store: ModelStore, path: Path, *words: str) -> dict[str, Any]:
+    """What the roofline of a small model writes in a few milliseconds."""
+    place = ["--model", "tiny", "--model-store", str(store.root), "--json", str(path)]
+    quick = ["--threads", "1", "--rounds", "1", "--seconds", "0.001"]
+    monkeypatch.setattr(sys, "argv", ["roofline", *place, *quick, *words])
+    roofline.main()
+    document: dict[str, Any] = json.loads(path.read_text())
+    return document
+
+
+@needs_native
+def test_the_roofline_has_the_kernel_beside_other_libraries(
+    tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who can't be installed is named, and the others are measured."""
+    worker = [sys.executable, "-m", "tests.numpy_peer"]
+
+    def numpy_is_there(stack: ExitStack, name: str, shipped: Shipped, rows: Any, threads: Any) -> list[Contestant]:
+        if name == "tensorflow":
+            raise Skipped("no such package")
+        return enter(stack, name, worker, shipped, rows, threads)
+
+    monkeypatch.setattr(roofline, "peer_contestants", numpy_is_there)
+    document = measured_roofline(monkeypatch, tiny_store, tmp_path / "numbers.json")
+    assert document["skipped"] == {"tensorflow": "no such package"}
+    names = {one["what"] for one in document["measured"]}
+    assert {"kernel, int8", "kernel, int4", "torch stepper, int8", "onnxruntime", "forty lines of torch"} <= names
+    assert [target["at_least"] for target in document["targets"] if "onnxruntime" in target["target"]] == [8]
+    assert [(one["peer"], one["rows"], one["what"]) for one in document["peers"]] == [
+        ("onnxruntime", rows, f"kernel, {precision}") for rows in (1, 256) for precision in ("int8", "int4")
+    ]
+    assert all(one["ratio"]["min"] > 0 for one in document["peers"])
+
+
+@needs_native
+def test_the_roofline_runs_without_other_libraries(
+    tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = measured_roofline(monkeypatch, tiny_store, tmp_path / "numbers.json", "--peers", "")
+    assert (document["skipped"], document["peers"]) == ({}, [])
+    assert not [target for target in document["targets"] if "onnxruntime" in target["target"]]
+
+
+def test_a_library_that_steps_another_model_is_skipped(tiny_store: ModelStore, tmp_path: Path) -> None:
+    """And one that doesn't even start, with the reason."""
+    other = ModelStore(tmp_path)
+    publish_tiny(other, seed=1)
+    shipped = Shipped.load("tiny", tiny_store.root, None)
+    shipped = replace(shipped, directory=other.resolve("tiny").path)
+    with ExitStack() as stack, pytest.raises(Skipped, match="not the model's"):
+        enter(stack, "numpy", [sys.executable, "-m", "tests.numpy_peer"], shipped, [1], [1])
+    with ExitStack() as stack, pytest.raises(Skipped, match="No module named"):
+        enter(stack, "numpy", [sys.executable, "-m", "tests.nothing_here"], shipped, [1], [1])
+
+
+def test_what_can_not_be_installed_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_HERE", tmp_path)
+    (tmp_path / "requirements-nothing.txt").write_text(f"{tmp_path}/nothing-1.0-py3-none-any.whl\n")
+    for _ in range(2):  # the first attempt leaves nothing behind that counts as installed
+        with pytest.raises(Skipped, match="nothing"):
+            environment.environment("nothing")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_other_libraries_come_with_everything_pinned(name: str) -> None:
+    folder = Path(environment.__file__).parent
+    asked, pinned = ((folder / f"requirements-{name}.{ending}").read_text().splitlines() for ending in ("in", "txt"))
+    assert set(asked) <= set(pinned)
+    assert all("==" in line for line in pinned)

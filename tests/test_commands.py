@@ -45,14 +45,13 @@ def place(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "train", "eval", "generate", "bench", "models", "models list", "models show", "models verify",
-     "models alias",
-     "models delete"],
+    ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
+     "models", "models list", "models show", "models verify", "models alias", "models delete"],
 )  # fmt: skip
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    if command not in ("", "models"):
+    if command not in ("", "keys", "models"):
         assert "Example: gru-serve" in result.output
 
 

@@ -12,11 +12,14 @@ ROOT = Path(service.__file__).parent
 # Who may import whom, besides itself and `errors`.
 ALLOWED = {
     "__main__": {"commands", "__init__"},
-    "commands": {"config", "engine", "generation", "loaded", "model", "store", "training", "web"},
-    "web": {"engine", "generation", "loaded", "model", "store", "__init__"},
+    "commands": {"config", "engine", "generation", "keys", "loaded", "model", "store", "training", "web"},
+    "web": {"engine", "generation", "keys", "loaded", "model", "polling", "served", "store", "__init__"},
     "generation": {"engine", "loaded", "model", "sessions"},
     "sessions": {"states"},
-    "loaded": {"engine", "model", "store"},
+    "loaded": {"engine", "model", "served", "store"},
+    "polling": {"served"},
+    "served": {"store"},
+    "keys": set(),
     "training": {"model", "staging", "store", "__init__"},
     "store": {"model", "staging"},
     "staging": set(),
@@ -38,8 +41,8 @@ EXTRA = {
 }
 FORBIDDEN_LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
-    "pydantic_settings": {"config"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions"},
-    "pickle": set[str](),
+    "pydantic_settings": {"config"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
+    "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"config"}, "pickle": set[str](),
 }  # fmt: skip
 
 

@@ -26,8 +26,9 @@ def environment(name: str) -> Path:
     if installed.exists() and installed.read_text() == requirements.read_text():
         return python
     print(f"installing {name} into {folder.name}", file=sys.stderr)
-    pip = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10", "-r", str(requirements)]
-    for command in ([sys.executable, "-m", "venv", str(folder)], pip):
+    pip = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10"]
+    # The requirements name everything that is installed, so nothing else is to come along.
+    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "--no-deps", "-r", str(requirements)]):
         _run(command)
     installed.write_text(requirements.read_text())
     return python

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.peers.environment import Skipped, environment, reason
+from benchmarks.peers.environment import Skipped, reason
 
 _ROOT = Path(__file__).parent.parent.parent
 _SHORT_S = 0.01
@@ -22,24 +22,15 @@ _NEAR = 1e-3  # of logits: float32, summed in other orders
 
 
 class Peer:
-    """A library, by the name of its requirements and worker; its process ends with the block.
-
-    Raises Skipped if it can't be installed, and by any method if the process has ended.
+    """A library behind a worker's command, which gets the model's directory and a number of threads; its process ends
+    with the block. Raises Skipped by any method if the process has ended.
     """
 
-    def __init__(self, name: str, directory: Path, threads: int) -> None:
-        self.name, self.threads = name, threads
-        command = [
-            str(environment(name)),
-            "-m",
-            f"benchmarks.peers.{name}_worker",
-            str(directory.resolve()),
-            str(threads),
-        ]
+    def __init__(self, worker: Sequence[str], directory: Path, threads: int) -> None:
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1", "OMP_NUM_THREADS": str(threads)}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 it is closed when the process has ended
         self._process = subprocess.Popen(
-            command,
+            [*worker, str(directory.resolve()), str(threads)],
             cwd=_ROOT,
             env=os.environ | quiet,
             stdin=subprocess.PIPE,

@@ -89,7 +89,7 @@ class Texts:
     def __init__(self, stepper: Stepper, num_rows: int) -> None:
         import numpy as np
 
-        from service.engine.engine import Pace
+        from service.engine.pace import Pace
         from service.engine.stepper import Row
 
         self._stepper, self._pace = stepper, Pace()

@@ -46,20 +46,15 @@ def eval_command(
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
-    require_torch()
-
-    import torch
-
     from service.commands.progress import char_bar
     from service.training.corpus import read_corpus
-    from service.training.evaluate import TextLoss, require_two
+    from service.training.loss import TextLoss, require_two
 
     text = read_corpus(corpus)
     version, artifact = open_store(model_store).load(model)
     part = text.text if last == 1 else text.split(last)[1]
     ids = artifact.charset.encode(part, unknown_chars)
     require_two(ids)
-    torch.set_num_threads(1)  # one text, one step after the other: a second core only waits for the first
     with char_bar(len(ids) - 1, description=f"{version.ref} in {precision}") as bar:
         loss = TextLoss(measure(artifact.config, artifact.tensors, precision, ids, bar.update), len(ids))
     if as_json:
@@ -75,16 +70,24 @@ def eval_command(
 
 def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
     """Nats a character of a text (n,) int64 under these weights in one precision."""
+    # One thread: one text, one step after the other, so a second core only waits for the first.
+    if precision == "float32":
+        require_torch()
+
+        import torch
+
+        from service.model.folded import FoldedGRU
+        from service.model.gru import GRUCharModel
+        from service.training.evaluate import text_loss
+
+        torch.set_num_threads(1)
+        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
+
     from service.config import read_settings
     from service.engine.kernels import choose_kernel
     from service.engine.loss import stepped_loss
-    from service.model.folded import FoldedGRU
-    from service.model.gru import GRUCharModel
     from service.model.quantize import IntegerPrecision, quantize
-    from service.training.evaluate import text_loss
 
-    if precision == "float32":
-        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
-    integers = cast(IntegerPrecision, precision)
     kernel = choose_kernel(read_settings().kernel, num_threads=1)
-    return stepped_loss(kernel.make_stepper(quantize(config, tensors, integers)), ids, progress)
+    stepper = kernel.make_stepper(quantize(config, tensors, cast(IntegerPrecision, precision)))
+    return stepped_loss(stepper, ids, progress)

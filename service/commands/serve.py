@@ -22,9 +22,11 @@ def serve_command(**options: Any) -> None:
     settings = read_settings(**options)
 
     from service.engine.kernels import check_kernel
+    from service.keys import read_keys
     from service.web.server import Server
 
     # What can't be served is told here, in one line, and not by a worker that dies at its start.
     check_kernel(settings.kernel)
+    read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     open_store(settings.model_store).verify(settings.model)
     Server(settings).run()

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import structlog
 
+from service.engine.counters import Counters
+from service.engine.pace import Pace
 from service.engine.request import End, EndReason, Handle, Request
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import Advance, Float32, Row, Stepper
@@ -16,9 +18,6 @@ from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
 
-_TICK_S = 0.005  # long enough that what a tick costs beside its steps is small, short enough that nobody notices it
-_MIN_TICK_CHARS = 2  # with hundreds of texts: rather a tick of 10 ms than what it costs beside its steps at every one
-_MAX_TICK_CHARS = 256
 _SHORT_CHARS = 32  # to be read at once by whoever asks, if nothing else is going on
 
 
@@ -28,28 +27,6 @@ class _Text:
 
     handle: Handle
     row: Row | None = None
-
-
-class Pace:
-    """How many characters a tick should have to last about `tick_s` seconds, from what the last one took."""
-
-    def __init__(self, tick_s: float = _TICK_S) -> None:
-        self._tick_s = tick_s
-        self._row_s = 1e-3  # seconds for one character of one row, in a batch like the last one
-        self._num_rows = 1
-
-    def num_chars(self, num_rows: int) -> int:
-        """For a batch of this size. A larger batch than the last counts as if rows shared nothing, a smaller one as if
-        they shared everything: both err towards a short tick.
-        """
-        step_s = self._row_s * max(num_rows, self._num_rows)
-        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, round(self._tick_s / step_s)))
-
-    def measured(self, num_rows: int, num_chars: int, duration_s: float) -> None:
-        """A tick of this many characters a row has taken so long."""
-        row_s = duration_s / (num_rows * num_chars)
-        self._row_s = row_s if num_rows != self._num_rows else 0.7 * self._row_s + 0.3 * row_s
-        self._num_rows = num_rows
 
 
 class Engine:
@@ -74,6 +51,7 @@ class Engine:
         self._stall_s, self._clock = stall_s, clock
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
+        self.counters = Counters()  # written with the stepper held, read by anybody
         self._stepping = threading.Lock()  # held by whoever uses the stepper
         self._changed = threading.Condition(threading.Lock())  # guards what follows
         self._inbox: list[_Text] = []
@@ -124,6 +102,11 @@ class Engine:
         """Texts that run or wait."""
         return self._num_open
 
+    @property
+    def num_running(self) -> int:
+        """Texts in the batch."""
+        return len(self._scheduler.running)
+
     def retire(self) -> None:
         """Let its thread end whenever nothing is open. Who still holds the engine may go on using it."""
         with self._changed:
@@ -161,9 +144,14 @@ class Engine:
         handle.publish(advance, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
-        self._tick_started = self._clock()
+        before = sum([row.position for row in rows])
+        self._tick_started = started = self._clock()
         advances = self._stepper.advance(rows, num_chars)
         self._tick_started = None
+        duration_s = self._clock() - started
+        num_stepped = sum([row.position for row in rows]) - before
+        num_generated = sum([len(advance.chars) for advance in advances])
+        self.counters.ticked(len(rows), num_stepped - num_generated, num_generated, duration_s)
         return advances
 
     def _run(self) -> None:
@@ -224,6 +212,9 @@ class Engine:
 
     def _forget(self, texts: Sequence[_Text]) -> None:
         if texts:
+            for text in texts:
+                if text.handle.request.max_chars:
+                    self.counters.ended(text.row.finished if text.row is not None else None)
             self._scheduler.remove(texts)
             with self._changed:
                 self._num_open -= len(texts)

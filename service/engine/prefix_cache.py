@@ -21,6 +21,7 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
+        self.num_asked = self.num_known = 0  # characters that were looked up, and of them those that were known
         self._states: OrderedDict[str, Float32] = OrderedDict()
         self._sorted: list[str] = []
         self._lock = threading.Lock()
@@ -29,8 +30,10 @@ class PrefixCache:
         """How many of a text's first characters are known, and the (L, H) state after them, not to be written to."""
         with self._lock:
             prefix = self._longest_prefix(text)
+            self.num_asked += len(text)
             if prefix is None:
                 return 0, None
+            self.num_known += len(prefix)
             self._states.move_to_end(prefix)
             return len(prefix), self._states[prefix]
 

@@ -30,11 +30,6 @@ class RunRequest:
     stops: tuple[str, ...] = ()
     seed: int | None = None
 
-    def asked_for(self, run: Run, session: Session) -> bool:
-        """Whether a run is one that was begun with this request."""
-        seed = self.seed if self.seed is not None else session.seed
-        return (self.max_chars, self.sampling, self.stops, seed) == (run.max_chars, run.sampling, run.stops, run.seed)
-
 
 class Runs:
     """The runs under way in this process, and how they begin and end. Safe for any number of threads."""
@@ -69,12 +64,15 @@ class Runs:
 
         Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
         """
-        if position is not None:
-            session = self._store.load(owner, session_id)
-            if (run := session.run) is not None and run.start == position and request.asked_for(run, session):
-                return self.resume(owner, session_id, position, client_has_gone)
-        lease = self._lease(owner, session_id)
         try:
+            lease = self._lease(owner, session_id)
+        except SessionBusy:
+            if not _was_asked(self._store.load(owner, session_id), request, position):
+                raise
+            lease = self._take_over(owner, session_id)
+        with self._released_on_failure(lease):
+            if _was_asked(lease.session, request, position):
+                return self._take_up(lease, position, client_has_gone)
             session = self._derived(lease.session, position)
             check_position(session, position)
             context = ""
@@ -84,9 +82,6 @@ class Runs:
             seed = request.seed if request.seed is not None else session.seed
             run = Run(session.position, request.max_chars, seed, request.sampling, request.stops, context)
             return self._begin(lease, session, run, session.position, client_has_gone)
-        except BaseException:
-            self._store.release(lease)
-            raise
 
     def resume(
         self,
@@ -100,14 +95,23 @@ class Runs:
         Raises NoRun, PositionGone and what `generate` raises.
         """
         lease = self._take_over(owner, session_id)
+        with self._released_on_failure(lease):
+            return self._take_up(lease, after, client_has_gone)
+
+    @contextmanager
+    def _released_on_failure(self, lease: Lease) -> Iterator[None]:
         try:
-            session = lease.session
-            run, start = _resumable(session, after)
-            if run.finish_reason is None:
-                return self._begin(lease, session, run, start, client_has_gone)
+            yield
         except BaseException:
             self._store.release(lease)
             raise
+
+    def _take_up(self, lease: Lease, after: int | None, client_has_gone: Callable[[], bool]) -> Continuation:
+        """The last run after a position, from whoever had it."""
+        session = lease.session
+        run, start = _resumable(session, after)
+        if run.finish_reason is None:
+            return self._begin(lease, session, run, start, client_has_gone)
         self._store.release(lease)
         return Continuation(session, run, start, None)
 
@@ -199,6 +203,13 @@ def check_within(session: Session, position: int, param: str = "position") -> No
 def finished(session: Session) -> Run | None:
     """Its last run, if it is over: one that was cut can't go on in a text that has changed."""
     return session.run if session.run is not None and session.run.finish_reason is not None else None
+
+
+def _was_asked(session: Session, request: RunRequest, position: int | None) -> bool:
+    """Whether the last run was begun with this request, at this position."""
+    run, seed = session.run, request.seed if request.seed is not None else session.seed
+    asked = (position, request.max_chars, request.sampling, request.stops, seed)
+    return run is not None and (run.start, run.max_chars, run.sampling, run.stops, run.seed) == asked
 
 
 def _resumable(session: Session, after: int | None) -> tuple[Run, int]:

@@ -14,9 +14,12 @@ _SESSION_BYTES = 1024  # what a session takes beside its states, its text and it
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A session as it was at one save. nonce: of that save, by which it is told from another of the same revision."""
+    """A session as it was at one save. birth: of which creation it is, the younger the greater. nonce: of that save, by
+    which it is told from another of the same revision.
+    """
 
     session: Session
+    birth: bytes
     nonce: bytes
 
 
@@ -26,6 +29,7 @@ class SessionCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
+        self.num_evicted = 0
         self._seen: OrderedDict[str, Seen] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,6 +48,7 @@ class SessionCache:
             self._num_bytes += _num_bytes(seen.session)
             while self._num_bytes > self._max_bytes:
                 self._forget(next(iter(self._seen)))
+                self.num_evicted += 1
 
     def forget(self, key: str) -> None:
         """Harmless if nothing is known."""

@@ -49,6 +49,7 @@ class MemoryStore:
         self._slabs: dict[tuple[int, ...], Slab] = {}
         self._blocks = SharedBlocks()
         self._own_bytes = 0  # without blocks
+        self.num_expired = self.num_evicted = 0  # so far
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
@@ -137,6 +138,7 @@ class MemoryStore:
         """Forget idle sessions whose time is over, up to `limit`; how many."""
         with self._lock:
             keys = self._due.due(self._clock(), limit)
+            self.num_expired += len(keys)
             for key in keys:
                 self._expire(key, self._entries[key])
             return len(keys)
@@ -155,6 +157,7 @@ class MemoryStore:
         """None: not there, or no longer."""
         entry = self._entries.get(key)
         if entry is not None and entry.lease is None and entry.expires_at <= self._clock():
+            self.num_expired += 1
             self._expire(key, entry)
             return None
         return entry
@@ -197,6 +200,7 @@ class MemoryStore:
             return too_many or self.num_bytes + num_bytes > self._max_bytes
 
         while is_full() and (idle := next((key for key, one in self._entries.items() if one.lease is None), None)):
+            self.num_evicted += 1
             self._expire(idle, self._entries[idle])
 
     def _expire(self, key: str, entry: _Entry) -> None:

@@ -6,7 +6,6 @@ version (1 byte) | header's length (4 bytes) | header (JSON) | state | states on
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,7 +17,6 @@ from service.states import Float32
 
 _VERSION = 1
 _HEAD = struct.Struct("<BI")
-_STATE_CHARS = 4096  # from one state on the way to the next: a byte of the record for each character
 
 
 class _Header(BaseModel):
@@ -38,12 +36,14 @@ class _Header(BaseModel):
     origin: str | None
 
 
-def encode(session: Session) -> bytes:
+def encode(session: Session, stretch_chars: int) -> bytes:
     """All of a session but its owner, its id, its revision and its time of expiry.
 
-    Of the states on the way it has fewer: what goes back far is stepped for longer after a session was read from here.
+    Of the states on the way it has those at the ends of stretches, by which text is dropped: who goes back far steps
+    for longer after a session was read from here. At 4,096 characters a state takes a byte of the record for each.
     """
-    transcript, blocks = session.transcript, [*_kept(session.transcript)]
+    transcript = session.transcript
+    blocks = [one for one in transcript.blocks if one.end <= transcript.start or not one.end % stretch_chars]
     header = _Header.model_construct(
         model=session.model,
         identity=session.identity,
@@ -95,15 +95,6 @@ def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: 
         origin=bytes.fromhex(header.origin) if header.origin is not None else None,
         revision=revision,
     )
-
-
-def _kept(transcript: Transcript) -> Iterator[Block]:
-    """The state at the start, where it isn't zero, and the first one in each stretch of `_STATE_CHARS`."""
-    stretch = transcript.start // _STATE_CHARS
-    for block in transcript.blocks:
-        if block.end <= transcript.start or block.end // _STATE_CHARS > stretch:
-            stretch = block.end // _STATE_CHARS
-            yield block
 
 
 def _transcript(header: _Header, states: Float32, text: str) -> Transcript:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from service.errors import (
@@ -26,6 +27,7 @@ from service.sessions.redis_keeper import RedisKeeper
 from service.sessions.redis_server import RedisServer
 from service.sessions.session import Session
 from service.sessions.store import Lease
+from service.sessions.watch import Operation
 from service.states import read_state
 
 _POLL_S = 0.03  # of one who waits for a lease that another process has
@@ -37,13 +39,14 @@ class RedisStore:
     that is still the last word.
 
     A lease is good for `lease_s`, and a thread renews it: that of a process which dies is soon free. It is fenced: who
-    lost it can't save. server: is closed with the store. cache_bytes: for sessions that were in use lately.
-    clock: seconds since 1970; None: the server's.
+    lost it can't save. server: is closed with the store. stretch_chars: see Retention. cache_bytes: for sessions that
+    were in use lately. clock: seconds since 1970; None: the server's.
     """
 
     def __init__(
         self,
         server: RedisServer,
+        stretch_chars: int,
         cache_bytes: int = 2**26,
         prefix: str = "gru-serve:",
         lease_s: float = 1.0,
@@ -51,16 +54,17 @@ class RedisStore:
     ) -> None:
         self._server, self._prefix, self._clock = server, prefix, clock
         self._cache = SessionCache(cache_bytes)
-        self._keeper = RedisKeeper(server, self._cache, lease_s, self._now_ms)
+        self._encode = partial(encode, stretch_chars=stretch_chars)
+        self._keeper = RedisKeeper(server, self._cache, self._encode, lease_s, self._now_ms)
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
-        session = replace(session, revision=1, created_at=self._now(), hidden=read_state(session.hidden))
+        session = replace(session, created_at=self._now())
         key, nonce = self._key(session.owner, session.id), _nonce()
-        answer = self._ask("create", key, nonce, encode(session), _ms(session.ttl_s))
+        answer = self._ask("create", key, nonce, self._encode(session), _ms(session.ttl_s))
         if answer[0] == b"exists":
             raise SessionExists(f"there is a session {session.id} already")
-        return self._saved(key, session, nonce, answer[1])
+        return self._saved(key, session, nonce, answer)
 
     def load(self, owner: str, session_id: str) -> Session:
         """See SessionStore."""
@@ -85,7 +89,7 @@ class RedisStore:
         except SessionLost:
             self._free(key, token)
             raise
-        self._keeper.hold(lease, key, token)
+        self._keeper.hold(lease, key, token, answer[1])
         return lease
 
     def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
@@ -94,12 +98,11 @@ class RedisStore:
         if session.revision != held.revision or (session.owner, session.id) != (old.owner, old.id):
             raise RevisionConflict("the session was changed meanwhile")
         key, nonce = self._key(session.owner, session.id), _nonce()
-        session = replace(session, hidden=read_state(session.hidden))
         lease_ms = "" if release else self._keeper.lease_ms
         held.is_ending = release
         try:
             answer = self._ask(
-                "save", key, held.token, held.revision, nonce, encode(session), _ms(session.ttl_s), lease_ms
+                "save", key, held.token, held.revision, nonce, self._encode(session), _ms(session.ttl_s), lease_ms
             )
         except OutcomeUnknown:
             self._keeper.let_go(lease)  # it runs out by itself
@@ -107,7 +110,7 @@ class RedisStore:
         if answer[0] == b"conflict":
             self._keeper.let_go(lease)
             raise RevisionConflict("another server has gone on with this session meanwhile")
-        saved = self._saved(key, replace(session, revision=int(answer[1])), nonce, answer[2])
+        saved = self._saved(key, session, nonce, answer)
         held.revision, held.due = saved.revision, self._keeper.next_due()
         if release:
             self._keeper.let_go(lease)
@@ -127,7 +130,7 @@ class RedisStore:
         if answer[0] == b"conflict":
             raise RevisionConflict("another server has gone on with this session meanwhile")
         self._cache.forget(key)
-        self._keeper.wrote(key, held.revision, None)
+        self._keeper.wrote(key, held.birth, held.revision, None)
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
         """See SessionStore. Looks at every key that the server has."""
@@ -142,6 +145,25 @@ class RedisStore:
             after = found[-1]
         return sessions
 
+    def __len__(self) -> int:
+        """Sessions that this process has at hand."""
+        return len(self._cache)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory they take."""
+        return self._cache.num_bytes
+
+    @property
+    def num_evicted(self) -> int:
+        """How many had to make room for others in this process. In Redis they are still there."""
+        return self._cache.num_evicted
+
+    @property
+    def num_expired(self) -> int:
+        """Nobody knows: Redis forgets them."""
+        return 0
+
     def check(self) -> None:
         """See SessionStore."""
         self._server.check()
@@ -151,7 +173,7 @@ class RedisStore:
         self._keeper.close()
         self._server.close()
 
-    def _ask(self, operation: str, key: str, *arguments: Any) -> list[Any]:
+    def _ask(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         return self._server.call(operation, key, self._now_ms(), *arguments)
 
     def _now(self) -> float:
@@ -167,25 +189,27 @@ class RedisStore:
         key, word = self._key(owner, session_id), answer[0]
         if word == b"lost":
             raise SessionLost("the session store has lost what was last saved of this session: go on under another id")
-        if word in (b"none", b"gone"):
-            self._cache.forget(key)
-            # What was there a moment ago has run out, or was pushed out.
-            if word == b"gone" or (seen is not None and seen.session.expires_at > self._now()):
-                raise SessionGone("this session has expired, or was evicted to make room: create it again")
+        if word == b"gone":
+            raise SessionGone("this session has expired: create it again")
+        if word == b"none":
             raise SessionNotFound("there is no such session")
-        revision, nonce, expires_at = int(answer[1]), answer[2], int(answer[3]) / 1000
-        if len(answer) > 4:
-            session = decode(answer[4], owner, session_id, revision, expires_at)
-            self._cache.put(key, Seen(session, nonce))
+        birth, revision, nonce, expires_at = answer[1], int(answer[2]), answer[3], int(answer[4]) / 1000
+        if len(answer) > 5:
+            session = decode(answer[5], owner, session_id, revision, expires_at)
+            self._cache.put(key, Seen(session, birth, nonce))
             return session
         if seen is None:  # only to those who have it the script leaves the record out
             raise SessionLost("the session's record is incomplete")
+        if seen.session.expires_at == expires_at:
+            return seen.session
         return replace(seen.session, expires_at=expires_at)
 
-    def _saved(self, key: str, session: Session, nonce: bytes, expires_ms: bytes) -> Session:
-        session = replace(session, expires_at=int(expires_ms) / 1000)
-        self._cache.put(key, Seen(session, nonce))
-        self._keeper.wrote(key, session.revision, nonce)
+    def _saved(self, key: str, session: Session, nonce: bytes, answer: list[Any]) -> Session:
+        """What an answer to `create` or `save` says."""
+        birth, revision, expires_at = answer[1], int(answer[2]), int(answer[3]) / 1000
+        session = replace(session, hidden=read_state(session.hidden), revision=revision, expires_at=expires_at)
+        self._cache.put(key, Seen(session, birth, nonce))
+        self._keeper.wrote(key, birth, revision, nonce)
         return session
 
     def _free(self, key: str, token: bytes) -> None:
@@ -196,9 +220,9 @@ class RedisStore:
         return f"{self._prefix}{owner}/{session_id}"
 
 
-def _known(seen: Seen | None) -> tuple[object, bytes]:
+def _known(seen: Seen | None) -> tuple[bytes, int, bytes]:
     """What the script is told of what we have: it leaves out a record that is the same."""
-    return (seen.session.revision, seen.nonce) if seen is not None else ("", b"")
+    return (seen.birth, seen.session.revision, seen.nonce) if seen is not None else (b"", 0, b"")
 
 
 def _nonce() -> bytes:

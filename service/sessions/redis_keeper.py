@@ -13,8 +13,8 @@ import structlog
 
 from service.errors import RevisionConflict, StoreUnavailable
 from service.sessions.cache import SessionCache
-from service.sessions.record import encode
 from service.sessions.redis_server import RedisServer
+from service.sessions.session import Session
 from service.sessions.store import Lease
 
 log = structlog.get_logger(__name__)
@@ -26,13 +26,14 @@ _MAX_AT_RISK = 100_000
 
 @dataclass(slots=True)
 class Held:
-    """A lease of this process. revision: of the session now. due: when it has to be renewed (monotonic). is_ending: the
-    save that gives it back is under way.
+    """A lease of this process. birth, revision: of the session now. due: when it has to be renewed (monotonic).
+    is_ending: the save that gives it back is under way.
     """
 
     lease: Lease
     key: str
     token: bytes
+    birth: bytes
     revision: int
     due: float
     is_ending: bool = False
@@ -43,6 +44,7 @@ class _Written:
     """The last write to a session. nonce: None if it was deleted."""
 
     at: float
+    birth: bytes
     revision: int
     nonce: bytes | None
 
@@ -51,13 +53,18 @@ class RedisKeeper:
     """Runs a thread until it is closed. Safe for any number of threads.
 
     lease_s: how long a lease is good for that is not renewed. now_ms: for the script. cache: what was written lately is
-    put back from there.
+    put back from there. encode: a session as its record.
     """
 
     def __init__(
-        self, server: RedisServer, cache: SessionCache, lease_s: float, now_ms: Callable[[], int | str]
+        self,
+        server: RedisServer,
+        cache: SessionCache,
+        encode: Callable[[Session], bytes],
+        lease_s: float,
+        now_ms: Callable[[], int | str],
     ) -> None:
-        self._server, self._cache, self._now_ms = server, cache, now_ms
+        self._server, self._cache, self._encode, self._now_ms = server, cache, encode, now_ms
         self.lease_ms = round(lease_s * 1000)
         self._lock = threading.Lock()  # guards what follows
         self._held: dict[int, Held] = {}  # by the lease's identity
@@ -66,10 +73,10 @@ class RedisKeeper:
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
 
-    def hold(self, lease: Lease, key: str, token: bytes) -> None:
+    def hold(self, lease: Lease, key: str, token: bytes, birth: bytes) -> None:
         """Renew a lease from now on."""
         with self._lock:
-            self._held[id(lease)] = Held(lease, key, token, lease.session.revision, self.next_due())
+            self._held[id(lease)] = Held(lease, key, token, birth, lease.session.revision, self.next_due())
 
     def holding(self, lease: Lease) -> Held:
         """What is known of a lease. Raises RevisionConflict if it was given back."""
@@ -88,11 +95,11 @@ class RedisKeeper:
         with self._lock:
             return self._held.pop(id(lease), None)
 
-    def wrote(self, key: str, revision: int, nonce: bytes | None) -> None:
+    def wrote(self, key: str, birth: bytes, revision: int, nonce: bytes | None) -> None:
         """Remember a write for a while. nonce: None if the session was deleted."""
         now = time.monotonic()
         with self._lock:
-            self._at_risk[key] = _Written(now, revision, nonce)
+            self._at_risk[key] = _Written(now, birth, revision, nonce)
             self._at_risk.move_to_end(key)
             while len(self._at_risk) > _MAX_AT_RISK or now - next(iter(self._at_risk.values())).at > _AT_RISK_S:
                 self._at_risk.popitem(last=False)
@@ -147,9 +154,9 @@ class RedisKeeper:
     def _putting_back(self, key: str, write: _Written) -> tuple[Any, ...]:
         seen = self._cache.get(key)
         if write.nonce is None or seen is None or seen.nonce != write.nonce:
-            return "drop", key, self._now_ms(), write.revision
-        record, ttl_ms = encode(seen.session), round(seen.session.ttl_s * 1000)
-        return "restore", key, self._now_ms(), write.revision, write.nonce, record, ttl_ms
+            return "drop", key, self._now_ms(), write.birth, write.revision
+        record, ttl_ms = self._encode(seen.session), round(seen.session.ttl_s * 1000)
+        return "restore", key, self._now_ms(), write.birth, write.revision, write.nonce, record, ttl_ms
 
 
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -15,10 +15,10 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from service.errors import OutcomeUnknown, Overloaded, StoreUnavailable
+from service.sessions.watch import Operation, StoreWatch
 
 log = structlog.get_logger(__name__)
 
-Watch = Callable[[str, float, bool], None]
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
 _AWAY = "sessions can't be had now, because their store can't be reached: try again in a second"
 _UNKNOWN = (
@@ -35,10 +35,12 @@ class RedisServer:
 
     One that has failed makes the others fail at once, until `look` has found the server again. After a restart, which
     may have lost the last writes, or a failover to another server, nobody is served for `settle_s`: meanwhile each
-    replica puts back what it wrote (`RedisStore`). watch: told of each call: operation, seconds, whether it failed.
+    replica puts back what it wrote (`RedisStore`).
     """
 
-    def __init__(self, url: str, timeout_s: float = 0.4, settle_s: float = 1.5, watch: Watch | None = None) -> None:
+    def __init__(
+        self, url: str, timeout_s: float = 0.4, settle_s: float = 1.5, watch: StoreWatch | None = None
+    ) -> None:
         self._settle_s, self._watch = settle_s, watch
         self._lock = threading.Lock()  # guards what follows
         self._is_down = False
@@ -62,17 +64,16 @@ class RedisServer:
         self._own = client(self._greet)  # of the thread that puts back, which may call while others may not
         self._script, self._own_script = self._client.register_script(_SCRIPT), self._own.register_script(_SCRIPT)
 
-    def call(self, operation: str, key: str, *arguments: Any) -> list[Any]:
+    def call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         """Do one thing to one session; the script's answer.
 
         Raises StoreUnavailable if nothing was done; OutcomeUnknown if a save may have been; Overloaded if there is no
         room for a new session.
         """
         self.check()
-        started, failed = time.perf_counter(), True
+        started = time.perf_counter()
         try:
             answer: list[Any] = self._script(keys=[key], args=[operation, *arguments])
-            failed = False
             return answer
         except errors.OutOfMemoryError as error:
             log.error("the session store is full", error=str(error))
@@ -81,11 +82,13 @@ class RedisServer:
             ) from error
         except errors.RedisError as error:
             self._failed(error)
+            if self._watch is not None:
+                self._watch.failed(operation)
             is_unknown = operation == "save" and isinstance(error, errors.ConnectionError | errors.TimeoutError)
             raise OutcomeUnknown(_UNKNOWN) if is_unknown else StoreUnavailable(_AWAY) from error
         finally:
             if self._watch is not None:
-                self._watch(operation, time.perf_counter() - started, failed)
+                self._watch.took(operation, time.perf_counter() - started)
 
     def keys(self, pattern: str) -> Iterator[str]:
         """All that match, in no order. Raises StoreUnavailable."""

@@ -25,16 +25,23 @@ class Block:
 @dataclass(frozen=True, slots=True)
 class Retention:
     """How much is kept. checkpoint_chars: from one state on the way to the next, and so the most that has to be stepped
-    again to come to a position. max_chars: of a session's text; at least so many, and less than a checkpoint more.
+    again to come to a position. max_chars: of a session's text; at least so many, and less than a stretch more.
     """
 
     checkpoint_chars: int = 256
     max_chars: int = 65_536
 
+    @property
+    def stretch_chars(self) -> int:
+        """By how much text is dropped, and from one of the states that stores outside the process keep to the next:
+        where a text begins must not depend on where it was kept meanwhile. 4,096 unless the text is short.
+        """
+        return self.checkpoint_chars * max(1, min(16, self.max_chars // self.checkpoint_chars // 4))
+
     def checkpoints(self, start: int, end: int) -> tuple[int, ...]:
         """Positions above start, up to end, whose states a text that grows from start to end needs."""
         every = self.checkpoint_chars
-        first = max(start, end - self.max_chars - every) // every + 1
+        first = max(start, end - self.max_chars - self.stretch_chars) // every + 1
         return tuple(range(first * every, end + 1, every))
 
 
@@ -89,6 +96,8 @@ class Transcript:
             tail, begin = tail[border - begin :], border
         # A block that only its state is needed of makes what lies before it superfluous.
         num_gone = bisect_right(blocks, end - retention.max_chars, key=_end)
+        while num_gone and blocks[num_gone - 1].end % retention.stretch_chars:
+            num_gone -= 1
         if num_gone:
             return Transcript(max(self.start, blocks[num_gone - 1].end), tuple(blocks[num_gone - 1 :]), tail)
         return Transcript(self.start, tuple(blocks) if len(blocks) > len(self.blocks) else self.blocks, tail)

@@ -21,11 +21,12 @@ from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
 from service.training.averaging import WeightAverage
 from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
-from service.training.corpus import Corpus, Streams
+from service.training.corpus import Corpus
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
 from service.training.schedule import learning_rate
 from service.training.seeding import generator
 from service.training.settings import TrainingSettings
+from service.training.streams import Streams
 
 _EVAL_STREAMS = 64
 _EVAL_WARMUP = 256  # characters read before a stream's losses count, so that its state is as if carried from afar

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import secrets
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -13,24 +15,34 @@ from service.config import SPARE_THREADS, Settings, read_settings
 from service.engine.kernels import choose_kernel
 from service.errors import InvalidSettings
 from service.generation.sessions import Sessions
+from service.keys import read_keys
 from service.loaded import EngineSettings, LoadedModels
+from service.polling import ModelPolling
 from service.sessions.memory import MemoryStore
 from service.sessions.portable import StateSealer
-from service.sessions.store import SessionStore
 from service.sessions.sweeper import Sweeper
 from service.sessions.transcript import Retention
+from service.sessions.watch import StoreWatch
 from service.store import ModelStore
+from service.web.access import register_access
+from service.web.admin import admin_blueprint
+from service.web.collector import ServiceCollector
 from service.web.completions import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
 from service.web.drain import CUT_S, Drain
 from service.web.errors import register_error_handlers, validation_error_response
-from service.web.guard import register_guard
+from service.web.guard import register_body_check, register_guard
 from service.web.health import health_blueprint
 from service.web.logs import configure_logs
+from service.web.metrics import Metrics, register_metrics
 from service.web.models import models_blueprint
 from service.web.places import Places
+from service.web.rate_limit import register_rate_limit
 from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
 from service.web.sessions import SessionLimits, sessions_blueprint
+
+if TYPE_CHECKING:
+    from service.sessions.redis import RedisStore
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
@@ -64,30 +76,38 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     app.openapi_version = "3.1.1"
     app.json.sort_keys = False  # type: ignore[attr-defined]
+    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     drain = Drain(settings.drain_s, settings.drain_notice_s)
-    register_guard(app, settings.max_body_bytes, drain)
+    metrics = Metrics()
+    register_guard(app, drain)
+    register_metrics(app, metrics)
+    register_access(app, keys)
+    register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
+    register_body_check(app, settings.max_body_bytes)
     register_error_handlers(app)
     limits = CompletionLimits(
         max_tokens=settings.max_tokens,
         max_prompt_chars=settings.max_prompt_chars,
         max_texts=settings.max_batch + settings.max_queue,
     )
-    places = Places(settings.num_http_threads - SPARE_THREADS)
+    places = Places(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
     app.register_api(completions_blueprint(models, settings.model, limits, places))
-    ending = (
-        ExitStack()
-    )  # for those who build the application and have to end its threads: engines first, then the store
-    store = _session_store(settings, ending)
-    ending.callback(models.close)
+    ending = ExitStack()  # for those who build the application and have to end its threads: the engines' first
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
+    store = _session_store(settings, retention, metrics.store, ending)
+    ending.callback(models.close)
     sessions = Sessions(models, store, StateSealer(_state_keys(settings)), settings.session_ttl_s, retention)
     # All that a run generates has to be retained until it is over, and the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
-    app.register_api(models_blueprint(models.store))
-    app.register_api(health_blueprint(models, settings.model, store, drain))
+    app.register_api(models_blueprint(models))
+    app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
+    app.register_api(admin_blueprint(models.served))
     app.register_blueprint(docs_blueprint())
+    metrics.registry.register(ServiceCollector(models, store, places, kernel.name))
+    if settings.model_poll_s:
+        ending.callback(ModelPolling(models.served, settings.model_poll_s).close)
     app.extensions["gru_serve"] = ending
     drain.at_cut(lambda: sessions.runs.end_all(CUT_S / 2))
     drain.at_cut(models.close)  # after the runs: those of sessions are saved, and completions get an error
@@ -101,10 +121,14 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         kernel=kernel.name,
         engine_threads=settings.num_engine_threads,
     )
+    if keys is None and not _is_loopback(settings.host):
+        log.warning("no API keys: everybody who reaches this address may ask", host=settings.host)
     return app
 
 
-def _session_store(settings: Settings, ending: ExitStack) -> SessionStore:
+def _session_store(
+    settings: Settings, retention: Retention, watch: StoreWatch, ending: ExitStack
+) -> MemoryStore | RedisStore:
     url = settings.session_store.get_secret_value()
     if url.startswith("memory:"):
         memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
@@ -115,13 +139,17 @@ def _session_store(settings: Settings, ending: ExitStack) -> SessionStore:
     from service.sessions.redis_server import RedisServer
 
     try:
-        store = RedisStore(RedisServer(url), settings.max_session_bytes)
+        store = RedisStore(RedisServer(url, watch=watch), retention.stretch_chars, settings.max_session_bytes)
     except ValueError as error:
-        raise InvalidSettings(
-            "GRU_SERVE_SESSION_STORE: not an address of a Redis server", param="session_store"
-        ) from error
+        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE: {error}", param="session_store") from error
     ending.callback(store.close)
     return store
+
+
+def _is_loopback(host: str) -> bool:
+    with suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
 
 
 def _state_keys(settings: Settings) -> list[str]:

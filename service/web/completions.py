@@ -12,6 +12,7 @@ from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.loaded import LoadedModel, LoadedModels
 from service.web import schemas
+from service.web.access import party
 from service.web.completion_answer import CompletionAnswer
 from service.web.places import Places
 from service.web.sampling import sampling_of, stops_of
@@ -45,16 +46,17 @@ def completions_blueprint(
         _check(body, limits)
         model = models.get(body.model if body.model is not None else default_model)
         request = _request(model, body, limits)
-        places.take()
+        streamer = party() if body.stream else None
+        places.take(streamer)
         try:
             completion = Completion(model, request)
         except BaseException:
-            places.give_back()
+            places.give_back(streamer)
             raise
 
         def close() -> None:
             completion.cancel()
-            places.give_back()
+            places.give_back(streamer)
 
         answer = CompletionAnswer(model, completion)
         if body.stream:
@@ -113,7 +115,7 @@ def _request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits)
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=sampling_of(model.charset, body),
+        sampling=sampling_of(lambda: model.charset, body),
         stop=stops_of(body),
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,

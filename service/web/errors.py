@@ -16,9 +16,10 @@ log = structlog.get_logger(__name__)
 STATUS = {
     "out_of_range": 400, "unknown_characters": 400, "invalid_json": 400, "unknown_field": 400, "missing_field": 400,
     "wrong_type": 400, "bad_request": 400, "unsupported_value": 400,
-    "incomplete_body": 408,
+    "incomplete_body": 408, "invalid_api_key": 401, "forbidden": 403,
     "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
     "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
+    "rate_limited": 429, "too_many_streams": 429,
     "session_not_found": 404, "session_gone": 410, "position_gone": 410,
     "session_exists": 409, "session_busy": 409, "revision_conflict": 409, "position_conflict": 409, "no_run": 409,
     "run_taken_over": 409, "model_changed": 409, "session_lost": 409,
@@ -27,8 +28,15 @@ STATUS = {
     "client_gone": 499, "session_store_unavailable": 503, "outcome_unknown": 504,
     "internal_error": 500,
 }  # fmt: skip
-_CODE_OF_STATUS = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large", 415: "unsupported_media_type"}
-_EXPECTED = ("not_ready", "draining")  # a server that starts or ends is in order
+_CODE_OF_STATUS = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    429: "rate_limited",
+}
+# A server that starts or ends is in order; that the store is away was logged once.
+_EXPECTED = ("not_ready", "draining", "session_store_unavailable")
 _RETRY_AFTER_S = "1"
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
@@ -65,6 +73,8 @@ def _response(body: dict[str, Any], status: int) -> Response:
     response.status_code = status
     if status in (429, 503):
         response.headers["Retry-After"] = _RETRY_AFTER_S
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     return response
 
 

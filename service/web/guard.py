@@ -16,16 +16,17 @@ from service.web.errors import error_response
 
 log = structlog.get_logger(__name__)
 
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are made up by the caller
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DISCARD_BYTES = 32 * 1024 * 1024
 _CSP = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
 _CSP += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 
 
-def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
-    """Check requests before they are validated; finish answers with headers and one log line."""
-    # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
-    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
+def register_guard(app: Flask, drain: Drain) -> None:
+    """Give each request an id, and refuse it if the server is about to end; finish answers with headers and one log
+    line.
+    """
 
     @app.before_request
     def _identify() -> None:
@@ -39,8 +40,31 @@ def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
     def _refuse_new_work() -> Response | None:
         if not drain.has_begun or _costs_nothing() or request.routing_exception is not None:
             return None
-        _drop_body()
         return error_response("the server is draining: send it again, to another one or in a second", "draining")
+
+    @app.after_request
+    def _finish(response: Response) -> Response:
+        if response.status_code >= 400 and not g.get("body_was_read"):
+            _discard_body()
+        response.headers["X-Request-Id"] = g.get("request_id", "")
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        response.headers["Content-Security-Policy"] = _CSP
+        is_check = request.path in ("/healthz", "/readyz") and response.status_code == 200  # many a second
+        (log.debug if is_check else log.info)(
+            "request",
+            method=request.method if request.method in HTTP_METHODS else "*",
+            path=_logged_path(app),
+            status=response.status_code,
+            duration_ms=round((time.perf_counter() - g.get("started", time.perf_counter())) * 1000, 2),
+        )
+        return response
+
+
+def register_body_check(app: Flask, max_body_bytes: int) -> None:
+    """Read bodies before they are validated; to be registered after what refuses a request without reading it."""
+    # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
+    app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
 
     @app.before_request
     def _check_body() -> Response | None:
@@ -49,15 +73,17 @@ def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
         if request.content_encoding not in (None, "", "identity"):
             return error_response("send the body uncompressed", "unsupported_media_type")
         if (request.content_length or 0) > max_body_bytes:
-            return _too_large(max_body_bytes)
+            return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         if request.mimetype != "application/json":
             return error_response("send JSON, with Content-Type: application/json", "unsupported_media_type")
+        g.body_was_read = True  # or tried to
         try:
             if len(request.get_data()) > max_body_bytes:
-                return _too_large(max_body_bytes)
+                _discard_body()
+                return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, a client that stalls or has gone: each server's parser raises exceptions of its own.
-            log.info("body not read", error=repr(error))
+            log.info("body not read", error=type(error).__name__)  # its message may quote the body
             return error_response("the body did not arrive whole and in time", "incomplete_body")
         try:
             # Parsed here once; the validation behind takes what Flask keeps of it.
@@ -70,26 +96,14 @@ def register_guard(app: Flask, max_body_bytes: int, drain: Drain) -> None:
             return error_response("the body has to be a JSON object", "invalid_json")
         return None
 
-    @app.after_request
-    def _finish(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.get("request_id", "")
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Content-Security-Policy"] = _CSP
-        is_check = request.path in ("/healthz", "/readyz") and response.status_code == 200  # many a second
-        (log.debug if is_check else log.info)(
-            "request",
-            method=request.method,
-            path=_logged_path(),
-            status=response.status_code,
-            duration_ms=round((time.perf_counter() - g.get("started", time.perf_counter())) * 1000, 2),
-        )
-        return response
 
-
-def _logged_path() -> str:
+def _logged_path(app: Flask) -> str:
     """Without what the caller put into it: who knows a session's id may use it."""
-    return request.url_rule.rule if request.url_rule is not None else request.path[:200]
+    if request.url_rule is not None:
+        return request.url_rule.rule
+    # No route, or not with this method: the words of our routes may be told, all others are starred out.
+    words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
+    return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
 
 
 def _costs_nothing() -> bool:
@@ -98,14 +112,9 @@ def _costs_nothing() -> bool:
     return request.method in ("GET", "HEAD", "OPTIONS") and not rule.endswith(("/generate", "/state"))
 
 
-def _too_large(max_body_bytes: int) -> Response:
-    _drop_body()
-    return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
-
-
-def _drop_body() -> None:
-    """Read the rest of the body, up to a limit: a client that is still sending when the connection is closed sees a
-    reset instead of the answer.
+def _discard_body() -> None:
+    """Read and drop what is left of the body, up to a limit: a client that is still sending when the connection is
+    closed sees a reset instead of its refusal.
     """
     stream, left = request.environ["wsgi.input"], _DISCARD_BYTES
     with suppress(Exception):  # the client stalls, has gone or sends nonsense: it is refused all the same

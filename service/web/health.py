@@ -8,20 +8,25 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import GruServeError, NotReady
 from service.loaded import LoadedModels
 from service.sessions.store import SessionStore
+from service.web.access import open_to_all
 from service.web.drain import Drain
-from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyQuery
+from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQuery
 
 
-def health_blueprint(models: LoadedModels, default_model: str, store: SessionStore, drain: Drain) -> APIBlueprint:
-    """The two questions a supervisor asks: is the process alive, and may it get requests?"""
+def health_blueprint(
+    models: LoadedModels, default_model: str, store: SessionStore, drain: Drain, kernel: str
+) -> APIBlueprint:
+    """The two questions a supervisor asks: is the process alive, and may it get requests? kernel: what computes."""
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
     @blueprint.get("/healthz", summary="The process answers", responses={"200": HealthAnswer})
+    @open_to_all
     def healthz() -> Response:
         """Answer, always."""
         return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
 
-    @blueprint.get("/readyz", summary="Requests can be served", responses={"200": HealthAnswer, "503": ErrorAnswer})
+    @blueprint.get("/readyz", summary="Requests can be served", responses={"200": ReadyAnswer, "503": ErrorAnswer})
+    @open_to_all
     def readyz(query: ReadyQuery) -> Response:
         """Answer 200 if the default model is there, its engine steps, sessions can be had and it stays; or 503.
 
@@ -35,6 +40,6 @@ def health_blueprint(models: LoadedModels, default_model: str, store: SessionSto
             raise NotReady(f"the default model can't be used: {error.code}") from error
         if query.part == "all":
             store.check()
-        return Response(HealthAnswer(status="ready").model_dump_json(), mimetype="application/json")
+        return Response(ReadyAnswer(status="ready", kernel=kernel).model_dump_json(), mimetype="application/json")
 
     return blueprint

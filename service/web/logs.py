@@ -1,11 +1,17 @@
-"""Logs: one event a line on standard error, ours and gunicorn's in one format. No text of a user, no key."""
+"""Logs: one event a line on standard error, ours and gunicorn's in one format. No text of a user, no key.
+
+Messages of exceptions and of gunicorn may quote what a caller has sent: neither is logged as it comes.
+"""
 
 from __future__ import annotations
 
 import logging
 import logging.config
 import sys
-from typing import Any
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, TextIO
 
 import structlog
 
@@ -18,13 +24,48 @@ _SHARED: list[Any] = [
 ]
 
 
+_ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+class Unquoted(logging.Filter):
+    """Leaves of gunicorn's lines what can't come from a request."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Cut the record; it is logged all the same."""
+        message = str(record.msg)
+        if message.startswith("Invalid request from ip="):
+            address, _, reason = message.partition(": ")
+            record.msg, record.args = f"{address}: {reason.partition(':')[0].partition(chr(39))[0]}", ()
+        elif record.args and (record.levelno <= logging.DEBUG or message.startswith("Error handling request")):
+            record.msg, record.args = message.partition("%")[0].rstrip(), ()
+        return True
+
+
+def unquoted_traceback(exc_info: _ExcInfo) -> str:
+    """Where an exception and its causes came from, and their types, without their messages."""
+    return "".join(_traceback_parts(exc_info[1]))
+
+
+def _traceback_parts(error: BaseException) -> Iterator[str]:
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if before is not None:
+        yield from _traceback_parts(before)
+        yield "and then\n"
+    yield from traceback.format_tb(error.__traceback__)
+    yield f"{type(error).__module__}.{type(error).__qualname__}\n"
+
+
+def _print_traceback(stream: TextIO, exc_info: _ExcInfo) -> None:
+    stream.write(unquoted_traceback(exc_info))
+
+
 def _log_config(level: str, log_format: str) -> dict[str, Any]:
     """A configuration for `logging.config.dictConfig`. Formats: auto, json, text."""
     as_text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     renderer: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=_print_traceback)]
         if as_text
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else [structlog.processors.ExceptionRenderer(unquoted_traceback), structlog.processors.JSONRenderer()]
     )
     return {
         "version": 1,
@@ -38,7 +79,11 @@ def _log_config(level: str, log_format: str) -> dict[str, Any]:
         },
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
-        "loggers": {"gunicorn.error": {"propagate": True, "handlers": []}},
+        "filters": {"unquoted": {"()": Unquoted}},
+        "loggers": {
+            "gunicorn.error": {"propagate": True, "handlers": [], "filters": ["unquoted"]},
+            "flask-limiter": {"level": "WARNING"},  # that a limit was reached is in the request's line
+        },
     }
 
 

@@ -7,14 +7,16 @@ from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, ModelNotFound
-from service.store import Description, ModelStore
+from service.loaded import LoadedModels
+from service.store import Description
 from service.web.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 
 log = structlog.get_logger(__name__)
 
 
-def models_blueprint(store: ModelStore) -> APIBlueprint:
-    """The resource, over this store."""
+def models_blueprint(models: LoadedModels) -> APIBlueprint:
+    """The resource, over the store of these models."""
+    store = models.store
     blueprint = APIBlueprint("models", __name__, abp_tags=[Tag(name="models")], abp_responses=ERRORS)
 
     @blueprint.get("/v1/models", summary="Every model version", responses={"200": ModelsAnswer})
@@ -32,8 +34,8 @@ def models_blueprint(store: ModelStore) -> APIBlueprint:
 
     @blueprint.get("/v1/models/<id>", summary="One model version", responses={"200": ModelAnswer})
     def show(path: ModelPath) -> Response:
-        """Describe the version that a name, name@version or name@alias means now."""
-        return _json(_answer(store.describe(store.resolve(path.id))))
+        """Describe the version that a name, name@version or name@alias means here and now."""
+        return _json(_answer(store.describe(models.meaning(path.id))))
 
     return blueprint
 

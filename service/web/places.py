@@ -1,27 +1,53 @@
-"""How many requests may hold a thread while the engine works for them."""
+"""How many requests may hold a thread while the engine works for them, and how many streams one caller may have."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from types import TracebackType
 
-from service.errors import Overloaded
+from service.errors import Overloaded, TooManyStreams
 
 
 class Places:
-    """So many, shared by everything that waits for an engine: what is left of the threads answers the rest."""
+    """So many, shared by everything that waits for an engine: what is left of the threads answers the rest.
 
-    def __init__(self, num_places: int) -> None:
+    max_streams: of one caller at a time; 0: as many as there are places.
+    """
+
+    def __init__(self, num_places: int, max_streams: int = 0) -> None:
         self._semaphore = threading.BoundedSemaphore(num_places)
+        self._max_streams = max_streams
+        self._streams: Counter[str] = Counter()
+        self._lock = threading.Lock()  # of the streams
 
-    def take(self) -> None:
-        """Raises Overloaded if there is none."""
+    def take(self, streamer: str | None = None) -> None:
+        """streamer: whose stream it is for, if it is for one. Raises Overloaded, TooManyStreams."""
         if not self._semaphore.acquire(blocking=False):
             raise Overloaded("the server is answering as many requests as it can: try again in a second")
-
-    def give_back(self) -> None:
-        """To be called once for each that was taken."""
+        if streamer is None:
+            return
+        with self._lock:
+            if not self._max_streams or self._streams[streamer] < self._max_streams:
+                self._streams[streamer] += 1
+                return
         self._semaphore.release()
+        raise TooManyStreams(f"{self._max_streams} streams are open already: close one, or wait until one has ended")
+
+    def give_back(self, streamer: str | None = None) -> None:
+        """To be called once for each that was taken, with the same streamer."""
+        if streamer is not None:
+            with self._lock:
+                self._streams[streamer] -= 1
+                if not self._streams[streamer]:
+                    del self._streams[streamer]
+        self._semaphore.release()
+
+    @property
+    def num_streams(self) -> int:
+        """Streams that are open."""
+        with self._lock:
+            return self._streams.total()
 
     def __enter__(self) -> None:
         self.take()

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from service.engine.sampling import SamplingSettings
 from service.errors import InvalidValue
 from service.model.charset import Charset
 from service.web.schemas import SamplingBody
 
 
-def sampling_of(charset: Charset, body: SamplingBody) -> SamplingSettings:
-    """The settings for a model of this charset. Raises InvalidValue, UnknownCharacters."""
+def sampling_of(charset_of: Callable[[], Charset], body: SamplingBody) -> SamplingSettings:
+    """The settings for a model of this charset, which is looked up if it is needed: biases name characters.
+
+    Raises InvalidValue, UnknownCharacters.
+    """
     try:
-        biases = sorted((_one_id(charset, char), bias) for char, bias in body.logit_bias.items())
+        charset = charset_of() if body.logit_bias else None
+        biases = sorted((_one_id(charset, char), bias) for char, bias in body.logit_bias.items() if charset is not None)
     except InvalidValue as error:
         error.param = "logit_bias"
         raise

@@ -202,9 +202,20 @@ class ReadyQuery(BaseModel):
 
 
 class HealthAnswer(BaseModel):
-    """State of the process."""
+    """The process answers."""
 
-    status: Literal["ok", "ready"]
+    status: Literal["ok"]
+
+
+class ReadyAnswer(BaseModel):
+    """Requests can be served."""
+
+    status: Literal["ready"]
+    kernel: str = Field(
+        description="what computes: a variant of the step in C++, named for its instructions, or torch; no part of "
+        "`system_fingerprint`, because all give the same bits",
+        examples=["avx512vnni"],
+    )
 
 
 class ErrorObject(BaseModel):
@@ -224,6 +235,6 @@ class ErrorAnswer(BaseModel):
 
 
 ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer, "415": ErrorAnswer,
-    "429": ErrorAnswer, "503": ErrorAnswer,
+    "400": ErrorAnswer, "401": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer,
+    "415": ErrorAnswer, "429": ErrorAnswer, "503": ErrorAnswer,
 }  # fmt: skip

@@ -18,14 +18,15 @@ from service.generation.feeding import Feed
 from service.generation.runs import RunRequest
 from service.generation.sessions import Sessions
 from service.loaded import LoadedModels
+from service.model.charset import Charset
 from service.web import session_schemas as schemas
+from service.web.access import caller, party
 from service.web.places import Places
 from service.web.sampling import sampling_of, stops_of
 from service.web.schemas import ERRORS, ErrorAnswer
 from service.web.session_answer import continuation_events, feed_answer, session_answer, whole_continuation
 from service.web.sse import client_watch, stream_response
 
-_OWNER = ""  # without keys everybody is the same caller; an id that nobody can guess keeps a session to itself
 _ERRORS = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
 
 
@@ -48,7 +49,7 @@ def sessions_blueprint(
         model = body.model if body.model is not None or body.state is not None else default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
         with places, _naming("text"):
-            session, is_new = sessions.creation.create(_OWNER, new)
+            session, is_new = sessions.creation.create(caller(), new)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
@@ -68,25 +69,25 @@ def sessions_blueprint(
     @blueprint.get("/v1/sessions", summary="Your sessions", responses={"200": schemas.SessionsAnswer})
     def index(query: schemas.PageQuery) -> Response:
         """List sessions in the order of their ids."""
-        found = sessions.page(_OWNER, query.after, query.limit + 1)
+        found = sessions.page(caller(), query.after, query.limit + 1)
         data = [session_answer(session) for session in found[: query.limit]]
         return _json(schemas.SessionsAnswer(data=data, has_more=len(found) > query.limit))
 
     @blueprint.get("/v1/sessions/<id>", summary="A session", responses={"200": schemas.SessionAnswer})
     def show(path: schemas.SessionPath) -> Response:
         """Tell how a session stands. While a continuation is under way: how it stood before."""
-        return _json(session_answer(sessions.get(_OWNER, path.id)))
+        return _json(session_answer(sessions.get(caller(), path.id)))
 
     @blueprint.delete("/v1/sessions/<id>", summary="Forget a session", responses={"204": None})
     def forget(path: schemas.SessionPath) -> Response:
         """Delete a session with everything about it."""
-        sessions.delete(_OWNER, path.id)
+        sessions.delete(caller(), path.id)
         return Response(status=204)
 
     @blueprint.get("/v1/sessions/<id>/text", summary="Its text", responses={"200": schemas.TextAnswer})
     def text(path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
         """Read the transcript, as far as it is retained."""
-        found, start, end = sessions.text(_OWNER, path.id, query.start, query.end)
+        found, start, end = sessions.text(caller(), path.id, query.start, query.end)
         return _json(schemas.TextAnswer(text=found, start=start, end=end))
 
     @blueprint.post("/v1/sessions/<id>/feed", summary="More text", responses={"200": schemas.FeedAnswer})
@@ -98,7 +99,7 @@ def sessions_blueprint(
         _check_length(body.text, limits)
         asked = Feed(body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase)
         with places, _naming("text"):
-            return feed_answer(sessions.feeding.feed(_OWNER, path.id, asked))
+            return feed_answer(sessions.feeding.feed(caller(), path.id, asked))
 
     @blueprint.post("/v1/sessions/<id>/generate", summary="Continue it", responses={"200": schemas.GenerateAnswer})
     def generate(path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
@@ -110,17 +111,21 @@ def sessions_blueprint(
         """
         if not 0 < body.max_tokens <= limits.max_tokens:
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
-        session = sessions.get(_OWNER, path.id)
-        model = models.of_state(session.model, session.identity)
-        asked = RunRequest(body.max_tokens, sampling_of(model.charset, body), stops_of(body), body.seed)
-        places.take()
+
+        def charset() -> Charset:
+            session = sessions.get(caller(), path.id)
+            return models.of_state(session.model, session.identity).charset
+
+        asked = RunRequest(body.max_tokens, sampling_of(charset, body), stops_of(body), body.seed)
+        streamer = party() if body.stream else None
+        places.take(streamer)
         try:
             watch = client_watch()
-            continuation = sessions.runs.generate(_OWNER, path.id, asked, body.position, watch)
+            continuation = sessions.runs.generate(caller(), path.id, asked, body.position, watch)
         except BaseException:
-            places.give_back()
+            places.give_back(streamer)
             raise
-        return deliver(continuation, body.stream)
+        return deliver(continuation, streamer)
 
     @blueprint.get(
         "/v1/sessions/<id>/generate",
@@ -133,22 +138,25 @@ def sessions_blueprint(
         """
         if request.method == "HEAD":  # Flask takes it for a GET, and it would take the stream from who has it
             raise MethodNotAllowed(valid_methods=["GET", "POST"])
-        places.take()
+        streamer = party()
+        places.take(streamer)
         try:
-            continuation = sessions.runs.resume(_OWNER, path.id, _last_event_id(query.after), client_watch())
+            continuation = sessions.runs.resume(caller(), path.id, _last_event_id(query.after), client_watch())
         except BaseException:
-            places.give_back()
+            places.give_back(streamer)
             raise
-        return deliver(continuation, stream=True)
+        return deliver(continuation, streamer)
 
-    def deliver(continuation: Continuation, stream: bool) -> Response:
+    def deliver(continuation: Continuation, streamer: str | None) -> Response:
+        """streamer: whose place it takes as a stream; None: it is no stream."""
+
         def close() -> None:
             try:
                 continuation.close()
             finally:
-                places.give_back()
+                places.give_back(streamer)
 
-        if stream:
+        if streamer is not None:
             return stream_response(continuation_events(continuation, client_watch()), close)
         try:
             return whole_continuation(continuation, client_watch())
@@ -159,7 +167,7 @@ def sessions_blueprint(
     def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Forget the text behind a retained position; the session stands there as if it had never gone on."""
         with places:
-            return _json(session_answer(sessions.rewind(_OWNER, path.id, body.position)))
+            return _json(session_answer(sessions.rewind(caller(), path.id, body.position)))
 
     @blueprint.post(
         "/v1/sessions/<id>/fork",
@@ -169,13 +177,13 @@ def sessions_blueprint(
     def fork(path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
         """Make a new session with the same past and, unless another seed is given, the same future."""
         with places:
-            session, is_new = sessions.creation.fork(_OWNER, path.id, body.id, body.position, body.seed)
+            session, is_new = sessions.creation.fork(caller(), path.id, body.id, body.position, body.seed)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.get("/v1/sessions/<id>/state", summary="Carry it away", responses={"200": schemas.StateAnswer})
     def state(path: schemas.SessionPath, query: schemas.StateQuery) -> Response:
         """Hand out the state as text, signed. It holds the state, the seed and the position, not the transcript."""
-        sealed, header = sessions.export(_OWNER, path.id, query.ttl_s)
+        sealed, header = sessions.export(caller(), path.id, query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.engine import Engine, Pace
+from service.engine.engine import Engine
+from service.engine.native.binding import variants
+from service.engine.native.stepper import NativeStepper
+from service.engine.pace import Pace
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import SamplingSettings
 from service.engine.stepper import Advance, Row, Stepper
@@ -20,6 +23,16 @@ from service.errors import EngineFailed, Overloaded
 from tests.engine.models import CHARSET, quantized
 
 STEPPER = TorchStepper(quantized())
+STEPPERS: dict[str, Callable[[], Stepper]] = {"torch": lambda: STEPPER}
+if variants():
+    STEPPERS["native"] = lambda: NativeStepper(quantized())
+    STEPPERS["native, two threads"] = lambda: NativeStepper(quantized(), 2, always_together=True)
+
+
+@pytest.fixture(params=STEPPERS, scope="module")
+def stepper(request: pytest.FixtureRequest) -> Stepper:
+    """What the engine does while others come and go is tried with each."""
+    return STEPPERS[request.param]()
 
 
 @contextmanager
@@ -66,11 +79,12 @@ REQUESTS = [request(prompt, max_chars, seed, **changes) for seed, (prompt, max_c
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[Any]]:
+    """By torch: the other steppers have to give the same."""
     with running(max_running=1) as engine:
         return [result(engine.submit([request])[0]) for request in REQUESTS]
 
 
-def test_everybody_gets_what_they_get_alone_however_they_come_and_go(alone: list[list[Any]]) -> None:
+def test_everybody_gets_what_they_get_alone_however_they_come_and_go(stepper: Stepper, alone: list[list[Any]]) -> None:
     """Needles in a crowd: hundreds of texts join and leave at random moments, submitted by many threads."""
     wrong: list[int] = []
 
@@ -84,7 +98,7 @@ def test_everybody_gets_what_they_get_alone_however_they_come_and_go(alone: list
             wrong.extend(i for i, handle in zip(which, handles, strict=False) if result(handle) != alone[i])
 
     for max_running in (2, 7, 64):
-        with running(max_running=max_running) as engine:
+        with running(stepper, max_running) as engine:
             threads = [threading.Thread(target=submit_some, args=(seed, engine)) for seed in range(4)]
             for thread in threads:
                 thread.start()
@@ -97,8 +111,8 @@ def test_everybody_gets_what_they_get_alone_however_they_come_and_go(alone: list
     assert wrong == []
 
 
-def test_a_request_goes_on_from_a_state(alone: list[list[Any]]) -> None:
-    with running() as engine:
+def test_a_request_goes_on_from_a_state(stepper: Stepper, alone: list[list[Any]]) -> None:
+    with running(stepper) as engine:
         prompt = engine.submit([request(max_chars=0)])[0].wait()
         assert alone[0][5][0] == (6, prompt.hidden.tobytes())
         rest = request("", 40, seed=0, hidden=prompt.hidden, position=prompt.position)
@@ -107,11 +121,11 @@ def test_a_request_goes_on_from_a_state(alone: list[list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 17, 29])
-def test_a_run_that_is_cut_goes_on_with_what_it_generated(cut: int) -> None:
+def test_a_run_that_is_cut_goes_on_with_what_it_generated(stepper: Stepper, cut: int) -> None:
     """Penalties count it, and a stop string may lie on both sides of the cut."""
     sampling = SamplingSettings(repetition_penalty=1.3, frequency_penalty=0.4)
     how: dict[str, Any] = {"sampling": sampling, "history_prompt": CHARSET.encode("ROMEO:")}
-    with running() as engine:
+    with running(stepper) as engine:
         whole = result(engine.submit([request("ROMEO:", 40, **how)])[0])
         chars = np.array(whole[0], np.int64)
         stop = chars[cut - 1 : cut + 1]
@@ -124,16 +138,17 @@ def test_a_run_that_is_cut_goes_on_with_what_it_generated(cut: int) -> None:
 class _Gate:
     """A stepper that waits for leave before every tick."""
 
-    def __init__(self) -> None:
+    def __init__(self, stepper: Stepper = STEPPER) -> None:
+        self.stepper = stepper
         self.entered, self.leave = threading.Semaphore(0), threading.Semaphore(0)
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
         self.entered.release()
         assert self.leave.acquire(timeout=20)
-        return STEPPER.advance(rows, num_chars)
+        return self.stepper.advance(rows, num_chars)
 
     def initial_hidden(self) -> Any:
-        return STEPPER.initial_hidden()
+        return self.stepper.initial_hidden()
 
     def open(self) -> None:
         self.leave.release(10_000)
@@ -185,10 +200,10 @@ def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None
         assert running_text.wait().position == following.wait().position + 30
 
 
-def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_on() -> None:
+def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_on(stepper: Stepper) -> None:
     """And beside others, and in any number of threads: it makes no difference but in time."""
     short, long = request("ROMEO", 0, keep_at=(2, 5), num_next=3), request("ROMEO" * 7, 0)
-    with running() as engine:
+    with running(stepper) as engine:
         before = threading.active_count()
         alone = engine.submit([short])[0]
         assert alone.end is not None
@@ -214,21 +229,21 @@ def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_
         assert found == [expected] * 300
 
 
-def test_what_fails_at_once_fails_for_everybody() -> None:
+def test_what_fails_at_once_fails_for_everybody(stepper: Stepper) -> None:
     class Failing(_Gate):
         def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
             if len(rows[0].prompt) == 1:
                 raise MemoryError
-            return STEPPER.advance(rows, num_chars)
+            return self.stepper.advance(rows, num_chars)
 
-    with running(Failing()) as engine:
+    with running(Failing(stepper)) as engine:
         engine.submit([request(max_chars=5)])[0].wait()  # its thread is there
         with pytest.raises(EngineFailed):
             engine.submit([request("a", 0)])
         for _ in range(2):
             with pytest.raises(EngineFailed):
                 engine.submit([request()])[0].wait()
-    with running(Failing()) as engine:
+    with running(Failing(stepper)) as engine:
         with pytest.raises(EngineFailed):
             engine.submit([request("a", 0)])
         with pytest.raises(EngineFailed):
@@ -416,11 +431,11 @@ def test_ticks_are_kept_to_their_length() -> None:
     for _ in range(50):
         pace.measured(1, pace.num_chars(1), pace.num_chars(1) * 100e-6)
     assert 35 <= pace.num_chars(1) <= 40
-    assert pace.num_chars(64) == 2  # the least; a batch that has grown is not trusted to share anything
+    assert pace.num_chars(64) == 4  # the least; a batch that has grown is not trusted to share anything
     for _ in range(50):
-        pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 1e-3)
-    assert 3 <= pace.num_chars(64) <= 4
+        pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 0.5e-3)
+    assert 7 <= pace.num_chars(64) <= 9
     pace.measured(256, 1, 1.0)
-    assert pace.num_chars(256) == 2
+    assert pace.num_chars(256) == 4
     pace.measured(1, 1, 1e-9)
     assert pace.num_chars(1) == 256

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.engine import kernels
-from service.engine.kernels import choose_kernel
+from service.engine.kernels import KernelChoice, choose_kernel
 from service.engine.native.binding import variants
 from service.engine.native.stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
@@ -21,15 +23,32 @@ from tests.engine.models import quantized
 
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 
+ROOT = Path(__file__).parents[2]
+KERNELS: tuple[KernelChoice, ...] = ("native", "torch")
 SERVE = """
 import json, sys
 from service.config import read_settings
 from service.web.app import create_app
 app = create_app(read_settings(model_store=sys.argv[1], model="tiny", kernel=sys.argv[2]))
-answer = app.test_client().post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 40, "seed": 7})
+client = app.test_client()
+answer = client.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 40, "seed": 7}).json
 app.extensions["gru_serve"].close()
-print(json.dumps([answer.status_code, answer.json["choices"][0]["text"], "torch" in sys.modules]))
+seen = [answer["choices"][0]["text"], answer["system_fingerprint"]]
+print(json.dumps([seen, client.get("/readyz").json["kernel"], "torch" in sys.modules]))
 """
+EVAL = """
+import json, sys
+from service.__main__ import main
+main(["eval", "tiny", *sys.argv[1:]], standalone_mode=False)
+print(json.dumps("torch" in sys.modules))
+"""
+
+
+def printed(script: str, *words: str, kernel: str = "auto") -> list[Any]:
+    """What a script prints, line by line, in a process of its own."""
+    command, environ = [sys.executable, "-c", script, *words], os.environ | {"GRU_SERVE_KERNEL": kernel}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.skipif(os.environ.get("CI") != "true", reason="only CI has to have a compiler")
@@ -68,13 +87,49 @@ def test_without_torch_every_choice_that_takes_it_says_what_to_do(monkeypatch: p
 
 @needs_native
 def test_a_server_on_the_native_kernel_never_imports_torch_and_answers_the_same(tiny_store: ModelStore) -> None:
+    """The fingerprint too; what computes is named beside it."""
     answers = []
-    for kernel in ("native", "torch"):
-        command = [sys.executable, "-c", SERVE, str(tiny_store.root), kernel]
-        root = Path(__file__).parents[2]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
-        status, text, has_torch = json.loads(output.splitlines()[-1])
-        assert status == 200
+    for kernel in KERNELS:
+        seen, name, has_torch = printed(SERVE, str(tiny_store.root), kernel)[-1]
+        assert name == choose_kernel(kernel, 1).name
         assert has_torch == (kernel == "torch")
-        answers.append(text)
+        answers.append(seen)
     assert answers[0] == answers[1]
+
+
+@needs_native
+def test_measuring_integers_on_the_native_kernel_never_imports_torch(tiny_store: ModelStore, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("ROMEO: the lady of the house is not at home\n" * 20)
+    words = ["--corpus", str(corpus), "--unknown-chars", "drop", "--json", "--model-store", str(tiny_store.root)]
+    losses = []
+    for kernel in KERNELS:
+        facts, has_torch = printed(EVAL, *words, "--precision", "int8", kernel=kernel)
+        assert has_torch == (kernel == "torch")
+        losses.append(facts["nats_per_char"])
+    assert losses[0] == losses[1]
+
+
+def test_where_no_compiler_is_it_installs_serves_through_torch_and_says_so(
+    tiny_store: ModelStore, tmp_path: Path
+) -> None:
+    source, installed = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "service", source / "service", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    nothing = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    subprocess.run([*pip, "--target", str(installed), str(source)], env=nothing, check=True, capture_output=True)
+    assert not list(installed.rglob("*.so"))
+    environ = os.environ | {"PYTHONPATH": str(installed)}
+    command = [sys.executable, "-P", "-c", SERVE, str(tiny_store.root)]
+    done = subprocess.run([*command, "auto"], cwd=tmp_path, env=environ, check=True, capture_output=True, text=True)
+    seen, kernel, has_torch = json.loads(done.stdout.splitlines()[-1])
+    assert (kernel, has_torch) == ("torch", True)
+    loaded = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "model loaded"]
+    assert [line["kernel"] for line in loaded] == ["torch"]
+    assert seen == printed(SERVE, str(tiny_store.root), "auto")[-1][0]
+    refused = subprocess.run([*command, "native"], cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert refused.returncode
+    assert "install it again where there is a C++17 compiler" in refused.stderr

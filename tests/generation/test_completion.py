@@ -230,6 +230,8 @@ def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: Path)
     assert text(b) == before  # and serves whoever still holds it
     assert models.get("b") is not b
     publish_tiny(store, "a", seed=1)
+    assert models.get("a") is a  # nobody waits for a new version
+    models.served.refresh()
     assert models.get("a").version.ref == "a@2"
     assert models.get("a@1").digest == a.digest
     models.close()

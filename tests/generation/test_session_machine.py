@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
 from service.engine.request import Request
 from service.engine.sampling import PLAIN, SamplingSettings
@@ -27,13 +37,16 @@ from service.generation.sessions import Sessions
 from service.loaded import LoadedModels
 from service.sessions.memory import MemoryStore
 from service.sessions.portable import StateSealer
+from service.sessions.redis import RedisStore
+from service.sessions.redis_server import RedisServer
+from service.sessions.store import SessionStore
 from service.sessions.transcript import Retention
 from service.store import ModelStore
 from tests.conftest import TINY_CHARSET, engine_settings, publish_tiny
 from tests.sessions.conftest import Clock
 
 NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500"))
-EVERY, RETAINED, TTL_S, MAX_SESSIONS = 8, 40, 100.0, 5
+RETENTION, TTL_S = Retention(8, 64), 100.0
 TEXTS = st.text(TINY_CHARSET, max_size=30)
 SEEDS = st.integers(-3, 3)
 SAMPLING = st.sampled_from(
@@ -51,6 +64,11 @@ RUNS = st.builds(
     stops=st.sampled_from([(), ("e",), ("ab", "I", "tt")]),
     seed=st.none() | SEEDS,
 )
+
+
+def start_of(position: int) -> int:
+    """Where a text of this length begins, of which no more is retained than has to be."""
+    return (position - RETENTION.max_chars) // RETENTION.stretch_chars * RETENTION.stretch_chars
 
 
 @dataclass
@@ -90,7 +108,7 @@ class Text:
 
     def grow(self, text: str) -> None:
         self.whole += text
-        self.start = max(self.start, (self.position - RETAINED) // EVERY * EVERY)
+        self.start = max(self.start, start_of(self.position))
 
     def feed(self, text: str) -> None:
         self.grow(text)
@@ -117,6 +135,14 @@ class World:
 
 
 WORLD: list[World] = []
+REDIS_URL: list[str] = []
+
+
+@pytest.fixture
+def with_redis(redis_url: str) -> Iterator[None]:
+    REDIS_URL.append(redis_url)
+    yield
+    REDIS_URL.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,19 +161,33 @@ def world() -> Iterator[None]:
 class SessionMachine(RuleBasedStateMachine):
     ids = Bundle("ids")
     states = Bundle("states")
+    max_sessions = 5
 
     @initialize()
     def begin(self) -> None:
         self.models, self.clock = WORLD[0].models, WORLD[0].clock
         self.model = self.models.get("tiny")
-        self.store = MemoryStore(MAX_SESSIONS, 10**7, self.clock)
-        sealer, retention = StateSealer(["0123456789abcdef"], self.clock), Retention(EVERY, RETAINED)
-        self.sessions = Sessions(self.models, self.store, sealer, TTL_S, retention, self.clock)
+        self.all_stores = self.stores()
+        self.replicas = [self.replica(store) for store in self.all_stores]
         self.texts: dict[str, Text] = {}  # the least recently used first, but for open ones
         self.open: dict[str, tuple[Continuation, Ran]] = {}
         self.gone: set[str] = set()
         self.ran: list[Ran] = []
         self.num_created = 0
+
+    def stores(self) -> Sequence[SessionStore]:
+        """Those that share sessions."""
+        return [MemoryStore(self.max_sessions, 10**7, self.clock)]
+
+    def replica(self, store: SessionStore) -> Sessions:
+        sealer = StateSealer(["0123456789abcdef"], self.clock)
+        return Sessions(self.models, store, sealer, TTL_S, RETENTION, self.clock)
+
+    @property
+    def sessions(self) -> Sessions:
+        """Each is as good as the others."""
+        self.replicas.append(self.replicas.pop(0))
+        return self.replicas[0]
 
     # The model
 
@@ -164,13 +204,13 @@ class SessionMachine(RuleBasedStateMachine):
 
     def admit(self, session_id: str, text: Text) -> str | None:
         """A new session; what happens to others."""
-        if len(self.texts) == MAX_SESSIONS:
+        if len(self.texts) == self.max_sessions:
             idle = [other for other in self.texts if other not in self.open]
             if not idle:
                 return "overloaded"
             del self.texts[idle[0]]
             self.gone.add(idle[0])
-        text.start = max(text.start, (text.position - RETAINED) // EVERY * EVERY)
+        text.start = max(text.start, start_of(text.position))
         self.texts[session_id] = text
         self.gone.discard(session_id)
         return None
@@ -222,7 +262,7 @@ class SessionMachine(RuleBasedStateMachine):
                 is_new = False
         made = Text(text, 0, seed, self.clock.now + TTL_S, new.origin)
         session_id = name
-        if there is None and len(self.texts) == MAX_SESSIONS and len(self.open) == MAX_SESSIONS:
+        if there is None and len(self.texts) == self.max_sessions and len(self.open) == self.max_sessions:
             code = "overloaded"
         with self.fails(code):
             session, created = self.sessions.creation.create("", new)
@@ -246,8 +286,9 @@ class SessionMachine(RuleBasedStateMachine):
             if session_id not in self.open and text.expires_at <= self.clock.now:
                 del self.texts[session_id]
                 self.gone.add(session_id)
-        while sweep and self.store.sweep(2):
-            pass
+        for store in self.all_stores:
+            while sweep and isinstance(store, MemoryStore) and store.sweep(2):
+                pass
         if not sweep:  # what nobody has swept is found out by who asks for it; eviction must not see it before that
             for session_id in self.gone:
                 with self.fails(self.fate(session_id, needs_lease=False)):
@@ -460,7 +501,7 @@ class SessionMachine(RuleBasedStateMachine):
                 found = self.further(session_id, -back)
                 more, code = found or "", "position_conflict" if found is None else None
             self.use(session_id)
-            if code is None and len(self.texts) == MAX_SESSIONS and len(self.open) == MAX_SESSIONS:
+            if code is None and len(self.texts) == self.max_sessions and len(self.open) == self.max_sessions:
                 code = "overloaded"
         made = None
         with self.fails(code):
@@ -495,7 +536,7 @@ class SessionMachine(RuleBasedStateMachine):
         code = "state_expired" if expires_at is not None and expires_at <= self.clock.now else None
         if damage:
             code, state = "invalid_state", state[:-7] + state[-6:]
-        if code is None and len(self.open) == MAX_SESSIONS == len(self.texts):
+        if code is None and len(self.open) == self.max_sessions == len(self.texts):
             code = "overloaded"
         made = None
         with self.fails(code):
@@ -523,12 +564,19 @@ class SessionMachine(RuleBasedStateMachine):
             )
             assert session.transcript.text(text.start, text.position) == text.whole[text.start :]
             assert session.expires_at == text.expires_at
-        if hasattr(self, "store"):
-            assert len(self.store) >= len(self.texts)
+        for store in getattr(self, "all_stores", []):
+            assert not isinstance(store, MemoryStore) or len(store) >= len(self.texts)
 
     def teardown(self) -> None:
-        if not hasattr(self, "texts"):
-            return
+        try:
+            if hasattr(self, "texts"):
+                self.replay()
+        finally:
+            for store in getattr(self, "all_stores", []):
+                store.close()
+
+    def replay(self) -> None:
+        """Every text from zero, and every run from the first character of its text."""
         for session_id in list(self.open):
             self.settle(session_id)
         encode = self.model.charset.exact
@@ -549,10 +597,34 @@ class SessionMachine(RuleBasedStateMachine):
             assert (ran.text, ran.reason) == (text, end.reason)
 
 
-TestSessionMachine = SessionMachine.TestCase
-TestSessionMachine.settings = settings(
-    max_examples=NUM_RUNS,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+class ReplicaMachine(SessionMachine):
+    """Three replicas, each operation on another one; all that they share is a Redis server."""
+
+    max_sessions = 10**6
+
+    def stores(self) -> Sequence[SessionStore]:
+        # Their leases outlast any clock, because nobody renews them in a test's time.
+        prefix, caches = secrets.token_hex(8), (2**20, 20_000, 0)
+        return [
+            RedisStore(RedisServer(REDIS_URL[0], settle_s=0), RETENTION.stretch_chars, size, prefix, 10**6, self.clock)
+            for size in caches
+        ]
+
+    @property
+    def sessions(self) -> Sessions:
+        """Who generates has it; a take-over between processes needs time that passes (test_replicas.py)."""
+        return super().sessions if not self.open else self.replicas[0]
+
+
+SETTINGS = settings(
+    stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
+
+
+def test_sessions_are_what_the_obvious_model_says() -> None:
+    run_state_machine_as_test(SessionMachine, settings=settings(SETTINGS, max_examples=NUM_RUNS))
+
+
+@pytest.mark.usefixtures("with_redis")
+def test_so_are_those_of_replicas() -> None:
+    run_state_machine_as_test(ReplicaMachine, settings=settings(SETTINGS, max_examples=NUM_RUNS // 5))

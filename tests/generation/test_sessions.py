@@ -339,6 +339,7 @@ def test_a_session_finishes_on_its_version_while_that_is_loaded(bench: Bench) ->
     shutil.rmtree(bench.models_on_disk.root / "tiny" / "1")
     assert drain(bench.generate("a", RunRequest(50, PLAIN))) == whole
     assert twin.model == bench.sessions.get("", "a").model == "tiny@1"
+    bench.models.served.refresh()
     bench.create("new")
     assert bench.sessions.get("", "new").model == "tiny@2"
 

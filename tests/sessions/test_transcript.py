@@ -11,7 +11,7 @@ from service.errors import PositionGone
 from service.sessions.transcript import Retention, Transcript
 from service.states import Float32
 
-RETENTION = Retention(checkpoint_chars=4, max_chars=12)
+RETENTION = Retention(checkpoint_chars=4, max_chars=32)
 
 
 def state(position: int) -> Float32:
@@ -62,14 +62,15 @@ def test_a_text_retains_what_it_should_and_little_more() -> None:
         transcript = grow(transcript, "abc")
         num_retained = transcript.position - transcript.start
         assert num_retained >= min(transcript.position, RETENTION.max_chars)
-        assert num_retained < RETENTION.max_chars + RETENTION.checkpoint_chars
-        assert len(transcript.blocks) <= 1 + RETENTION.max_chars // RETENTION.checkpoint_chars + 1
+        assert num_retained < RETENTION.max_chars + RETENTION.stretch_chars
+        assert transcript.start == max(0, transcript.position - RETENTION.max_chars) // 8 * 8
+        assert len(transcript.blocks) <= 1 + num_retained // RETENTION.checkpoint_chars + 1
 
 
 def test_a_long_text_asks_only_for_states_that_are_retained() -> None:
     kept = Retention(256, 65_536).checkpoints(10, 1_000_000)
-    assert len(kept) <= 258
-    assert kept[0] > 1_000_000 - 65_536 - 256
+    assert len(kept) <= 258 + 16
+    assert kept[0] > 1_000_000 - 65_536 - 4096
     assert not Retention(256, 1000).checkpoints(256, 511)
     assert Retention(256, 1000).checkpoints(255, 512) == (256, 512)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from service.errors import InvalidCorpus
-from service.training.corpus import Streams, read_corpus
+from service.training.corpus import read_corpus
+from service.training.streams import Streams
 
 
 def test_a_corpus_is_its_text_after_nfc_with_the_sum_of_its_file(tmp_path: Path) -> None:

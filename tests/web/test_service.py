@@ -10,6 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from service.config import Settings
+from service.engine.kernels import choose_kernel
 from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
 from service.generation import completion
@@ -47,7 +48,7 @@ def test_an_unknown_model_is_not_found(client: FlaskClient) -> None:
 
 def test_health(client: FlaskClient) -> None:
     assert client.get("/healthz").get_json() == {"status": "ok"}
-    assert client.get("/readyz").get_json() == {"status": "ready"}
+    assert client.get("/readyz").get_json() == {"status": "ready", "kernel": choose_kernel("auto", 1).name}
 
 
 def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient) -> None:
@@ -66,13 +67,13 @@ def test_the_description_covers_every_route_and_the_schemas_limits(client: Flask
         one,
         *(f"{one}/{what}" for what in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
-    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz"}
+    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
     assert set(description["paths"]) == sessions | others
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
     answers = description["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "404", "408", "413", "415", "429", "503"}
+    assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "429", "503"}
     for status in set(answers) - {"200"}:
         assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
@@ -164,9 +165,11 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
 def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
-    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
-        assert client.get("/readyz").status_code == 200
+    publish_tiny(store, "other")
+    with client_of(Settings(model_store=tmp_path, model="tiny", max_models=1)) as client:
         store.delete("tiny@1")
+        assert client.get("/readyz").status_code == 200  # it is in memory
+        assert client.post("/v1/completions", json={"prompt": "a", "model": "other"}).status_code == 200
         response = client.get("/readyz")
         assert response.status_code == 503
         assert response.get_json()["error"]["code"] == "not_ready"
@@ -194,6 +197,10 @@ def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
         body = {"prompt": "a", "model": "tiny", "seed": 1}
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
         publish_tiny(store, seed=1)
+        assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
+        assert client.post("/admin/reload", json={}).get_json()["data"] == [
+            {"name": "tiny", "model": "tiny@2", "failed": None, "code": None}
+        ]
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@2"
 
 

@@ -1,0 +1,54 @@
+"""POST /admin/reload."""
+
+from __future__ import annotations
+
+from flask import Response
+from flask_openapi import APIBlueprint, Tag
+from pydantic import BaseModel
+
+from service.errors import Forbidden
+from service.served import Meaning, ServedVersions
+from service.web.access import caller, is_local
+from service.web.schemas import ERRORS, Body, ErrorAnswer
+
+
+class ReloadBody(Body):
+    """Nothing is to be said: `{}`."""
+
+
+class ServedName(BaseModel):
+    """What a name means. failed, code: the version that it should mean, and why it doesn't; null: all is well."""
+
+    name: str
+    model: str
+    failed: str | None
+    code: str | None
+
+
+class ReloadAnswer(BaseModel):
+    """Every name that was asked for since the start."""
+
+    data: list[ServedName]
+
+
+def admin_blueprint(served: ServedVersions) -> APIBlueprint:
+    """What who runs the server may do."""
+    responses = ERRORS | {"403": ErrorAnswer}
+    blueprint = APIBlueprint("admin", __name__, abp_tags=[Tag(name="admin")], abp_responses=responses)
+
+    @blueprint.post("/admin/reload", summary="Serve new model versions", responses={"200": ReloadAnswer})
+    def reload(body: ReloadBody) -> Response:  # noqa: ARG001 - the schema that refuses everything else
+        """Load the version that each name means now. One that can't be loaded leaves the old one serving.
+
+        Needs a key; where there are none, it has to come from this machine.
+        """
+        if not caller() and not is_local():
+            raise Forbidden("without API keys this is open to the server's own machine only")
+        answer = ReloadAnswer(data=[_shown(meaning) for meaning in served.refresh()])
+        return Response(answer.model_dump_json(), mimetype="application/json")
+
+    return blueprint
+
+
+def _shown(meaning: Meaning) -> ServedName:
+    return ServedName(name=meaning.name, model=meaning.model, failed=meaning.failed, code=meaning.code)

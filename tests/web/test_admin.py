@@ -1,0 +1,89 @@
+"""POST /admin/reload, and what requests get meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+from pydantic import SecretStr
+
+from service.config import Settings
+from service.keys import new_key
+from service.store import ModelStore
+from tests.conftest import publish_tiny
+from tests.web.conftest import client_of
+
+KEY, ENTRY = new_key("operator")
+AUTHORISED = {"Authorization": f"Bearer {KEY}"}
+
+
+def settings(store: Path, keys: str = "") -> Settings:
+    """Nothing is polled for."""
+    return Settings(model_store=store, model="tiny", model_poll_s=0, api_keys=SecretStr(keys))
+
+
+def completed_by(client: FlaskClient, **body: object) -> str:
+    answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | body)
+    assert answer.status_code == 200, answer.text
+    model: str = answer.get_json()["model"]
+    return model
+
+
+def test_a_broken_version_leaves_the_old_one_serving_and_ready(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with client_of(settings(tmp_path)) as client:
+        publish_tiny(store, seed=1)
+        (tmp_path / "tiny" / "2" / "model.safetensors").write_bytes(b"")
+        answer = client.post("/admin/reload", json={})
+        assert answer.status_code == 200
+        assert answer.get_json() == {
+            "data": [{"name": "tiny", "model": "tiny@1", "failed": "tiny@2", "code": "invalid_artifact"}]
+        }
+        assert client.get("/readyz").status_code == 200
+        assert completed_by(client) == completed_by(client, model="tiny") == "tiny@1"
+        named = client.post("/v1/completions", json={"prompt": "a", "model": "tiny@2"})
+        assert (named.status_code, named.get_json()["error"]["code"]) == (503, "invalid_artifact")
+        assert client.get("/v1/models/tiny").get_json()["id"] == "tiny@1"
+        assert client.put("/v1/sessions/a", json={}).get_json()["model"] == "tiny@1"
+
+
+def test_sessions_keep_the_version_they_began_with(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with client_of(settings(tmp_path)) as client:
+        for name in ("a", "twin"):
+            client.put(f"/v1/sessions/{name}", json={"text": "ROMEO:", "seed": 7})
+        body = {"max_tokens": 50}
+        text = client.post("/v1/sessions/twin/generate", json=body).get_json()["text"]
+        publish_tiny(store, seed=1)
+        assert client.post("/admin/reload", json={}).get_json()["data"][0]["model"] == "tiny@2"
+        assert completed_by(client) == "tiny@2"
+        assert client.post("/v1/sessions/a/generate", json=body).get_json()["text"] == text
+        assert client.get("/v1/sessions/a").get_json()["model"] == "tiny@1"
+        assert client.put("/v1/sessions/new", json={}).get_json()["model"] == "tiny@2"
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "2001:db8::1", ""])
+def test_without_keys_only_this_machine_may_reload(client: FlaskClient, address: str) -> None:
+    refused = client.post("/admin/reload", json={}, environ_base={"REMOTE_ADDR": address})
+    assert refused.status_code == 403
+    assert refused.get_json()["error"]["code"] == "forbidden"
+    proxied = client.post("/admin/reload", json={}, headers={"X-Forwarded-For": "127.0.0.1"})
+    assert proxied.status_code == 403
+    assert client.post("/admin/reload", json={}, environ_base={"REMOTE_ADDR": "::1"}).status_code == 200
+
+
+def test_with_keys_a_key_is_needed_from_wherever_it_comes(tmp_path: Path) -> None:
+    publish_tiny(ModelStore(tmp_path))
+    with client_of(settings(tmp_path, ENTRY)) as client:
+        assert client.post("/admin/reload", json={}).status_code == 401
+        far = {"REMOTE_ADDR": "10.0.0.1"}
+        assert client.post("/admin/reload", json={}, headers=AUTHORISED, environ_base=far).status_code == 200
+
+
+def test_a_reload_takes_nothing_but_an_empty_object(client: FlaskClient) -> None:
+    assert client.post("/admin/reload", json={"model": "x"}).status_code == 400
+    assert client.post("/admin/reload", data=b"").status_code == 415  # no page of another site can send it
+    assert client.get("/admin/reload").status_code == 405

@@ -1,0 +1,248 @@
+"""How often one caller may start something, and how many streams it may have."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from pydantic import SecretStr
+
+from service.config import Settings, read_settings
+from service.errors import InvalidSettings, Overloaded, TooManyStreams
+from service.keys import new_key
+from service.store import ModelStore
+from service.web.drain import Drain
+from service.web.errors import register_error_handlers
+from service.web.guard import register_guard
+from service.web.places import Places
+from service.web.rate_limit import register_rate_limit
+from tests.serving import wait_until
+from tests.web.conftest import client_of
+
+(ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
+ENTRIES = SecretStr(",".join([ALICE_ENTRY, ALICE_2_ENTRY, BOB_ENTRY]))
+STREAM = {"prompt": "a", "max_tokens": 400, "stream": True}
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_starts_above_the_rate_are_refused_until_later(tiny_store: ModelStore) -> None:
+    settings = Settings(model_store=tiny_store.root, model="tiny", api_keys=ENTRIES, rate_limit="4/day")
+    with client_of(settings) as client:
+
+        def started(key: str, path: str = "/v1/completions") -> int:
+            return client.post(path, json={"prompt": "a"}, headers=bearer(key)).status_code
+
+        assert client.put("/v1/sessions/a", json={}, headers=bearer(ALICE)).status_code == 201
+        assert started(ALICE_2, "/v1/sessions/a/feed") == 400  # a start for all that; and both keys are alice's
+        assert [started(ALICE) for _ in range(3)] == [200, 200, 429]
+        refused = client.put("/v1/sessions/b", json={}, headers=bearer(ALICE_2))
+        assert refused.status_code == 429
+        assert (refused.get_json()["error"]["code"], refused.get_json()["error"]["type"]) == (
+            "rate_limited",
+            "rate_limit_error",
+        )
+        assert 1 <= int(refused.headers["Retry-After"]) <= 86_401
+        for path in ("/v1/sessions/a", "/v1/models", "/healthz", "/metrics", "/v1/sessions/a/text"):
+            assert client.get(path, headers=bearer(ALICE)).status_code == 200  # to read is not to start
+        assert client.get("/v1/sessions/a/generate", headers=bearer(ALICE)).status_code == 409  # nor to take up again
+        assert client.delete("/v1/sessions/a", headers=bearer(ALICE)).status_code == 204
+        assert started(BOB) == 200
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401  # counts for nobody
+
+
+@pytest.mark.parametrize("rate", ["often", "10", "0/minute", "-1/second", "10/fortnight"])
+def test_a_bad_rate_stops_the_start(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setenv("GRU_SERVE_RATE_LIMIT", rate)
+    with pytest.raises(InvalidSettings, match="GRU_SERVE_RATE_LIMIT"):
+        read_settings()
+
+
+@pytest.mark.parametrize("rate", ["600/minute", "10 per second", "10/second;100/minute"])
+def test_good_rates(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+    monkeypatch.setenv("GRU_SERVE_RATE_LIMIT", rate)
+    assert read_settings().rate_limit == rate
+
+
+# The counts of several replicas, in a real Redis
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A redis-server of the test's own, and its port."""
+    command = shutil.which("redis-server")
+    if command is None:
+        assert os.environ.get("CI") != "true", "redis-server is not installed"
+        pytest.skip("redis-server is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [command, "--port", str(port), "--save", "", "--bind", "127.0.0.1", "--dir", str(tmp_path)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    wait_until(lambda: answers(port))
+    try:
+        yield process, port
+    finally:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait(10)
+
+
+def answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+            connection.sendall(b"PING\r\n")
+            return connection.recv(10).startswith(b"+PONG")
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Called, it asks for a start and gives the status of the answer."""
+
+    client: FlaskClient
+    limiter: Any
+
+    def __call__(self) -> int:
+        return self.client.post("/start").status_code
+
+
+@contextmanager
+def replica(rate: str, port: int) -> Iterator[Replica]:
+    """An application that does nothing but to be limited."""
+    app = Flask(__name__)
+    register_guard(app, Drain(0, 0))
+    register_rate_limit(app, rate, f"redis://127.0.0.1:{port}/0")
+    register_error_handlers(app)
+
+    @app.post("/start")
+    def start() -> str:
+        return ""
+
+    (limiter,) = app.extensions["limiter"]
+    yield Replica(app.test_client(), limiter)
+    limiter.storage.storage.close()
+
+
+def test_replicas_count_together_and_each_alone_while_redis_is_gone(
+    redis_server: tuple[subprocess.Popen[bytes], int],
+) -> None:
+    process, port = redis_server
+    with replica("3/day", port) as one, replica("3/day", port) as other:
+        assert [one(), other(), one(), other(), one()] == [200, 200, 200, 429, 429]
+        process.kill()
+        process.wait(10)
+        assert [one(), one(), one(), one()] == [200, 200, 200, 429]
+        assert other() == 200
+
+
+def test_a_redis_that_does_not_answer_holds_nobody_up(redis_server: tuple[subprocess.Popen[bytes], int]) -> None:
+    """A stopped process takes connections and never answers: without a time-out the first start would never end."""
+    process, port = redis_server
+    with replica("4/day", port) as start:
+        assert start() == 200
+        process.send_signal(signal.SIGSTOP)
+        assert [start() for _ in range(5)] == [200, 200, 200, 200, 429]
+
+
+def test_the_time_a_start_may_wait_for_redis_is_bounded() -> None:
+    with replica("4/day", 1) as start:  # nobody listens there
+        assert start() == 200
+        options = start.limiter.storage.storage.connection_pool.connection_kwargs
+        assert options["socket_timeout"] == options["socket_connect_timeout"] == 0.1
+        assert options["retry"].get_retries() == 0
+
+
+# Streams
+
+
+@pytest.fixture
+def capped(tiny_store: ModelStore) -> Iterator[FlaskClient]:
+    settings = Settings(model_store=tiny_store.root, model="tiny", api_keys=ENTRIES, max_streams=2)
+    with client_of(settings) as client:
+        yield client
+
+
+def test_a_caller_has_so_many_streams_and_others_have_theirs(capped: FlaskClient) -> None:
+    def begin(key: str) -> object:
+        return capped.post("/v1/completions", json=STREAM, headers=bearer(key), buffered=False)
+
+    streams = [begin(ALICE), begin(ALICE_2)]
+    refused = capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE))
+    assert refused.status_code == 429
+    assert refused.get_json()["error"]["code"] == "too_many_streams"
+    assert refused.headers["Retry-After"] == "1"
+    assert capped.put("/v1/sessions/s", json={"text": "a"}, headers=bearer(ALICE)).status_code == 201
+    body = {"max_tokens": 5, "stream": True}
+    assert capped.post("/v1/sessions/s/generate", json=body, headers=bearer(ALICE)).status_code == 429
+    assert capped.get("/v1/sessions/s/generate", headers=bearer(ALICE)).status_code == 429
+    assert capped.post("/v1/sessions/s/generate", json={"max_tokens": 5}, headers=bearer(ALICE)).status_code == 200
+    whole = capped.post("/v1/completions", json=STREAM | {"stream": False}, headers=bearer(ALICE))
+    assert whole.status_code == 200  # it is no stream
+    others = capped.post("/v1/completions", json=STREAM, headers=bearer(BOB))
+    assert others.text.endswith("[DONE]\n\n")
+    others.close()
+    for stream in streams:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_stream_gives_its_place_back_however_it_ends(capped: FlaskClient) -> None:
+    """Run to its end, left before and after its first event, refused, failed at its start, taken up again."""
+    assert capped.put("/v1/sessions/s", json={"text": "a"}, headers=bearer(ALICE)).status_code == 201
+    for _ in range(3):
+        done = capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE))
+        assert done.text.endswith("[DONE]\n\n")
+        done.close()
+        capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE), buffered=False).close()
+        left = capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE), buffered=False)
+        next(left.iter_encoded())
+        left.close()
+        refused = capped.post("/v1/completions", json=STREAM | {"prompt": "§"}, headers=bearer(ALICE))
+        assert refused.status_code == 400
+        body = {"max_tokens": 5, "stream": True}
+        wrong = capped.post("/v1/sessions/s/generate", json=body | {"position": 9_999}, headers=bearer(ALICE))
+        assert wrong.status_code == 409
+        run = capped.post("/v1/sessions/s/generate", json=body, headers=bearer(ALICE))
+        assert "event: done" in run.text
+        run.close()
+        again = capped.get("/v1/sessions/s/generate", headers=bearer(ALICE))
+        assert "event: done" in again.text
+        again.close()
+        assert capped.get("/v1/sessions/none/generate", headers=bearer(ALICE)).status_code == 404
+    two = [capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE), buffered=False) for _ in range(2)]
+    assert [stream.status_code for stream in two] == [200, 200]
+    for stream in two:
+        stream.close()
+
+
+def test_places_and_streams_are_counted_apart() -> None:
+    places = Places(3, max_streams=1)
+    places.take("a")
+    with pytest.raises(TooManyStreams):
+        places.take("a")
+    places.take("b")
+    assert places.num_streams == 2
+    places.take()  # the refused one holds no place
+    with pytest.raises(Overloaded):
+        places.take("c")
+    for streamer in ("a", "b", None):
+        places.give_back(streamer)
+    assert places.num_streams == 0
+    free = Places(3)
+    for _ in range(3):
+        free.take("a")
+    assert free.num_streams == 3
