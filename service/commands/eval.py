@@ -46,6 +46,9 @@ def eval_command(
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
+    if precision == "float32":
+        require_torch()
+
     from service.commands.progress import char_bar
     from service.training.corpus import read_corpus
     from service.training.loss import TextLoss, require_two
@@ -72,8 +75,6 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
     """Nats a character of a text (n,) int64 under these weights in one precision."""
     # One thread: one text, one step after the other, so a second core only waits for the first.
     if precision == "float32":
-        require_torch()
-
         import torch
 
         from service.model.folded import FoldedGRU
