@@ -16,7 +16,6 @@ from service.client.calls import Calls, ServerError, StreamBroken
 
 _PAUSE_S = 0.02  # before a broken stream is taken up
 # Errors of a stream that another server, or the next one, may go on with.
-# Errors of a stream that another server, or the next one, may go on with.
 _ELSEWHERE = ("engine_failed", "not_ready", "draining", "session_store_unavailable", "outcome_unknown")
 
 
