@@ -11,8 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
+from service.engine.gate_values import GateValues
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
 from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
@@ -54,6 +57,8 @@ class LoadedModel:
         # What has to be equal for a state of one to be a state of the other.
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
         self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
+        self.gates = GateValues(quantized)
+        self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)  # (V, E), to be looked at
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
             settings.make_stepper(quantized),

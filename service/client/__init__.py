@@ -11,6 +11,7 @@ restarts while another takes its place, costs a pause and no character.
 
 from service.client.calls import ServerError
 from service.client.client import Client
+from service.client.inspection import Inspection
 from service.client.session import Fed, Session
 
-__all__ = ["Client", "Fed", "ServerError", "Session"]
+__all__ = ["Client", "Fed", "Inspection", "ServerError", "Session"]

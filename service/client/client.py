@@ -6,6 +6,7 @@ import secrets
 from typing import Any, Self
 
 from service.client.calls import Calls
+from service.client.inspection import Inspection
 from service.client.session import Session
 
 
@@ -30,3 +31,9 @@ class Client(Calls):
     def open(self, id: str) -> Session:  # noqa: A002 - the API's word
         """A session that is there. Raises ServerError."""
         return Session(self, self.call("GET", f"/v1/sessions/{id}"))
+
+    def inspect(self, text: str, **fields: Any) -> Inspection:
+        """The state of the network after each character of a text. fields: model, state, gates, embedding, logprobs,
+        portable, `from` and `to` (in a dictionary: they are words of Python's), as in the API. Raises ServerError.
+        """
+        return Inspection.read(self.call("POST", "/v1/inspect", {"text": text} | fields))

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from service.client.calls import Calls, ServerError, StreamBroken
+from service.client.inspection import Inspection
 
 _PAUSE_S = 0.02  # before a broken stream is taken up
 # Errors of a stream that another server, or the next one, may go on with.
@@ -119,6 +120,15 @@ class Session:
         query = urlencode({name: value for name, value in (("from", start), ("to", end)) if value is not None})
         text: str = self._client.call("GET", f"{self._path}/text?{query}")["text"]
         return text
+
+    def inspect(self, start: int | None = None, end: int | None = None, **fields: Any) -> Inspection:
+        """The state of the network after each character between two positions; None: up to the end, from the first that
+        can be answered at once. fields: gates, embedding, logprobs, portable, as in the API.
+        """
+        self._settled()
+        return Inspection.read(
+            self._client.call("POST", "/v1/inspect", {"session": self.id, "from": start, "to": end} | fields)
+        )
 
     def delete(self) -> None:
         """Let the server forget it. Harmless if it has."""

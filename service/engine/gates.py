@@ -47,8 +47,25 @@ class Gates:
             rows = slice(start, start + MAX_ROWS)
             self._advance(products[rows], added[rows], hidden[rows])
 
+    def values(self, products: NDArray[np.int32], added: Float32) -> tuple[Float32, Float32, Float32]:
+        """r, z and n of `advance`, (B, H) float32 each, to the bit; no state is changed."""
+        units, parts = self._units, []
+        for start in range(0, len(products), MAX_ROWS):
+            rows = slice(start, start + MAX_ROWS)
+            gates, candidate = self._computed(products[rows], added[rows])
+            parts.append((gates[:, :units].copy(), gates[:, units:].copy(), candidate.copy()))
+        reset, update, candidates = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return reset, update, candidates
+
     def _advance(self, products: NDArray[np.int32], added: Float32, hidden: Float32) -> None:
-        units, b = self._units, len(hidden)
+        gates, candidate = self._computed(products, added)
+        np.subtract(hidden, candidate, hidden)
+        np.multiply(hidden, gates[:, self._units :], hidden)
+        np.add(hidden, candidate, hidden)
+
+    def _computed(self, products: NDArray[np.int32], added: Float32) -> tuple[Float32, Float32]:
+        """(B, 2H) r and z, (B, H) n, in the scratch memory."""
+        units, b = self._units, len(products)
         gates = self._gates[:b]
         np.copyto(gates, products[:, : 2 * units])
         np.multiply(gates, self._scale, gates)
@@ -64,7 +81,4 @@ class Gates:
         np.add(candidate, added[:, 2 * units :], candidate)
         np.clip(candidate, *_LIMITS[TANH], out=candidate)
         activate(TANH, candidate, self._square_n[:b], self._top_n[:b])
-
-        np.subtract(hidden, candidate, hidden)
-        np.multiply(hidden, gates[:, units:], hidden)
-        np.add(hidden, candidate, hidden)
+        return gates, candidate

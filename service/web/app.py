@@ -14,6 +14,7 @@ from service import __version__
 from service.config import SPARE_THREADS, Settings, read_settings
 from service.engine.kernels import choose_kernel
 from service.errors import InvalidSettings
+from service.generation.inspection import Inspecting
 from service.generation.sessions import Sessions
 from service.keys import read_keys
 from service.loaded import EngineSettings, LoadedModels
@@ -33,6 +34,7 @@ from service.web.drain import CUT_S, Drain
 from service.web.errors import register_error_handlers, validation_error_response
 from service.web.guard import register_body_check, register_guard
 from service.web.health import health_blueprint
+from service.web.inspect import inspect_blueprint
 from service.web.logs import configure_logs
 from service.web.metrics import Metrics, register_metrics
 from service.web.models import models_blueprint
@@ -96,11 +98,13 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, ending)
     ending.callback(models.close)
-    sessions = Sessions(models, store, StateSealer(_state_keys(settings)), settings.session_ttl_s, retention)
+    sealer = StateSealer(_state_keys(settings))
+    sessions = Sessions(models, store, sealer, settings.session_ttl_s, retention)
     # All that a run generates has to be retained until it is over, and the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
+    app.register_api(inspect_blueprint(Inspecting(models, sessions.get, sealer), settings.model, places))
     app.register_api(models_blueprint(models))
     app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
     app.register_api(admin_blueprint(models.served))

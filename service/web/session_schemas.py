@@ -10,7 +10,7 @@ from service.web.schemas import Body, Logprobs, SamplingBody, Usage
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
-_MAX_STATE_CHARS = 1_000_000
+MAX_STATE_CHARS = 1_000_000
 _MAX_POSITION = 2**53  # what JSON numbers hold everywhere
 
 SessionId = Annotated[
@@ -39,7 +39,7 @@ class CreateBody(Body):
     ttl_s: float | None = Field(
         None, ge=1, le=_MAX_TTL_S, description="seconds it lives after its last use; none: the server's default"
     )
-    state: str | None = Field(None, max_length=_MAX_STATE_CHARS, description="a portable state to begin with")
+    state: str | None = Field(None, max_length=MAX_STATE_CHARS, description="a portable state to begin with")
 
 
 class FeedBody(Body):

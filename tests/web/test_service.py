@@ -67,7 +67,7 @@ def test_the_description_covers_every_route_and_the_schemas_limits(client: Flask
         one,
         *(f"{one}/{what}" for what in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
-    others = {"/v1/completions", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
+    others = {"/v1/completions", "/v1/inspect", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
     assert set(description["paths"]) == sessions | others
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]

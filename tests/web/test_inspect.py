@@ -1,0 +1,335 @@
+"""/v1/inspect: the engine's own numbers, whatever they are asked by; and a clear refusal of everything else."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flask.testing import FlaskClient
+from numpy.typing import NDArray
+from pydantic import SecretStr
+
+from service.config import Settings
+from service.engine.gates import Gates, gate_scales
+from service.engine.request import Request
+from service.generation import inspection
+from service.keys import new_key
+from service.loaded import LoadedModel
+from service.model.gru import GRUCharModel
+from service.model.quantize import STATE_SCALE, quantize
+from service.store import ModelStore
+from service.web.app import create_app
+from tests.conftest import loaded_model, publish_tiny, random_tensors, tiny_config
+from tests.web.conftest import client_of
+from tests.web.test_sessions import ok, refused
+
+TEXT = "ROMEO: what light is it, Juliet?\nTell me of all that was and will be. " * 4  # longer than a segment
+DEEP: dict[str, Any] = {"num_layers": 3, "num_units": 24}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """A store with `tiny`, and with `deep`, which has several layers; their states move."""
+    store = ModelStore(tmp_path_factory.mktemp("inspect"))
+    publish_tiny(store)
+    publish_tiny(store, "deep", **DEEP)
+    publish_tiny(store, "wide", num_units=5000, num_layers=1, embedding_dim=1)
+    return store
+
+
+@pytest.fixture(scope="module")
+def client(store: ModelStore) -> Iterator[FlaskClient]:
+    settings = Settings(
+        model_store=store.root, model="tiny", precision="int8", session_checkpoint_chars=32, session_text_chars=2100
+    )
+    with client_of(settings) as client:
+        for model in ("tiny", "deep", "wide"):
+            client.post("/v1/completions", json={"model": model, "prompt": "z", "max_tokens": 1})
+        yield client
+
+
+def inspect(client: FlaskClient, **body: Any) -> dict[str, Any]:
+    found: dict[str, Any] = ok(client.post("/v1/inspect", json=body))
+    return found
+
+
+def array(answer: dict[str, Any]) -> NDArray[np.float16]:
+    return np.frombuffer(base64.b64decode(answer["data"]), "<f2").reshape(answer["shape"])
+
+
+def states_of(model: LoadedModel, text: str) -> NDArray[np.float32]:
+    """(n + 1, L, H), from the engine: before the text and after each character, stepped in one piece."""
+    positions = tuple(range(1, len(text) + 1))
+    handle = model.engine.submit([Request(model.charset.encode(text), 0, 0, keep_at=positions)])[0]
+    kept = handle.wait().kept
+    return np.stack([model.engine.initial_hidden(), *(kept[at] for at in positions)])
+
+
+@pytest.mark.parametrize("name", ["tiny", "deep"])
+def test_states_are_the_engines_to_the_bit(client: FlaskClient, store: ModelStore, name: str) -> None:
+    answer = inspect(client, model=name, text=TEXT)
+    with loaded_model(store, name, precision="int8") as model:
+        states = states_of(model, TEXT)
+    assert array(answer["states"]).tobytes() == states[1:].astype("<f2").tobytes()
+    assert not array(answer["before"]).any()
+    assert answer["states"]["shape"] == [len(TEXT), *states.shape[1:]]
+    assert (answer["from"], answer["to"], answer["text"], answer["model"]) == (0, len(TEXT), TEXT, f"{name}@1")
+    assert (answer["dtype"], answer["byte_order"], answer["gates"]) == ("float16", "little", None)
+
+
+@pytest.mark.parametrize("kernel", ["native", "torch"])
+def test_states_are_the_same_whatever_computes(store: ModelStore, kernel: str, client: FlaskClient) -> None:
+    from service.engine.native.binding import variants
+
+    if kernel == "native" and not variants():
+        pytest.skip("the kernel was not compiled here")
+    settings = Settings(model_store=store.root, model="deep", precision="int8", kernel=kernel)
+    app = create_app(settings)
+    try:
+        theirs = inspect(app.test_client(), text=TEXT, gates=True)
+    finally:
+        app.extensions["gru_serve"].close()
+    assert theirs == inspect(client, model="deep", text=TEXT, gates=True)
+
+
+def test_parts_of_a_text_are_parts_of_the_whole(client: FlaskClient) -> None:
+    whole = inspect(client, text=TEXT, gates=True, logprobs=3, embedding=True)
+    states, update = array(whole["states"]), array(whole["gates"]["update"])
+    for start, end in ((0, len(TEXT)), (0, 1), (5, 9), (100, 270), (len(TEXT), len(TEXT)), (7, 7)):
+        part = inspect(client, text=TEXT, gates=True, logprobs=3, embedding=True, **{"from": start, "to": end})
+        assert (part["from"], part["to"], part["text"]) == (start, end, TEXT[start:end])
+        assert array(part["states"]).tobytes() == states[start:end].tobytes()
+        assert array(part["gates"]["update"]).tobytes() == update[start:end].tobytes()
+        if start:
+            assert array(part["before"]).tobytes() == states[start - 1].tobytes()
+        if start < end:
+            assert part["logprobs"]["token_logprobs"] == whole["logprobs"]["token_logprobs"][start:end]
+            assert part["logprobs"]["text_offset"] == list(range(start, end))
+        else:
+            assert part["logprobs"] is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "deep"])
+def test_gates_make_the_states_and_are_those_of_the_reference(client: FlaskClient, name: str) -> None:
+    answer = inspect(client, model=name, text=TEXT, gates=True)
+    gates = {kind: array(values).astype(np.float64) for kind, values in answer["gates"].items()}
+    after = array(answer["states"]).astype(np.float64)
+    before = np.concatenate([array(answer["before"])[None].astype(np.float64), after[:-1]])
+    made = (1 - gates["update"]) * gates["candidate"] + gates["update"] * before
+    assert np.abs(made - after).max() < 0.003  # float16
+    config = tiny_config(**(DEEP if name == "deep" else {}))
+    reference = GRUCharModel.from_tensors(config, random_tensors(config)).double()
+    with torch.no_grad():
+        inputs = reference.embedding(torch.from_numpy(_ids(TEXT)))
+        for layer in range(config.num_layers):
+            expected = _gates(reference, layer, inputs, torch.from_numpy(before[:, layer].copy()))
+            for kind, values in expected.items():
+                assert np.abs(values - gates[kind][:, layer]).max() < 0.02, (layer, kind)  # 8-bit weights and states
+                assert values.std() > 0.01
+            inputs = torch.from_numpy(after[:, layer].copy())
+
+
+def test_gates_are_those_that_the_engine_stepped_with(store: ModelStore) -> None:
+    """Bit for bit in float32: the engine's own last lines, from these gates, make the engine's next states."""
+    for name in ("tiny", "deep"):
+        for precision in ("int8", "int4"):
+            with loaded_model(store, name, precision=precision) as model:
+                states = states_of(model, TEXT)
+                before, after = states[:-1], states[1:]
+                _, update, candidate = model.gates(model.charset.encode(TEXT), before, after)
+            assert (((before - candidate) * update + candidate) == after).all()
+
+
+def test_products_too_large_for_float32_are_exact() -> None:
+    from service.engine.gate_values import _Product
+
+    config = tiny_config(num_units=2048, embedding_dim=1)
+    tensors = random_tensors(config)
+    tensors["gru.weight_hh_l0"][:] = np.where(np.arange(2048) % 97, 1.0, 0.99)  # all weights at their limit
+    linear = quantize(config, tensors, "int8").layers[0].recurrent
+    states = np.ones((2, 2048), np.float32)
+    states[1, ::3] = 126 / 127
+    exact = np.rint(states.astype(np.float64) * STATE_SCALE).astype(np.int64) @ linear.weight.astype(np.int64).T
+    assert exact.max() > 2**24
+    assert (_Product(linear)(states) == exact).all()
+
+
+def test_values_are_what_advance_uses() -> None:
+    config = tiny_config(num_units=40)
+    recurrent = quantize(config, random_tensors(config), "int8").layers[0].recurrent
+    random = np.random.default_rng(0)
+    products = random.integers(-(10**5), 10**5, (70, 120), dtype=np.int32)
+    added = random.standard_normal((70, 120)).astype(np.float32) * gate_scales(40)
+    hidden = random.uniform(-1, 1, (70, 40)).astype(np.float32)
+    _, update, candidate = Gates(recurrent).values(products, added)
+    expected = (hidden - candidate) * update + candidate
+    Gates(recurrent).advance(products, added, hidden)
+    assert (hidden == expected).all()
+
+
+def test_a_session_answers_as_its_text_does(client: FlaskClient) -> None:
+    path = "/v1/sessions/inspected"
+    ok(client.put(path, json={"text": TEXT[:50], "seed": 7}), 201)
+    written = ok(client.post(f"{path}/generate", json={"max_tokens": 200}))["text"]
+    text = TEXT[:50] + written
+    fields = {"gates": True, "logprobs": 2, "embedding": True}
+    whole, found = inspect(client, text=text, **fields), inspect(client, session="inspected", **fields)
+    assert found == whole
+    for start, end in ((0, 10), (33, 71), (249, 250)):
+        part = {"from": start, "to": end}
+        assert inspect(client, session="inspected", **fields, **part) == inspect(client, text=text, **fields, **part)
+    drawn = ok(client.post(f"{path}/feed", json={"text": "", "num_next": 2}))["next"]
+    assert found["next"] == drawn
+    assert ok(client.get(path))["position"] == 250
+
+
+def test_scores_are_those_of_a_feed(client: FlaskClient) -> None:
+    ok(client.put("/v1/sessions/scored", json={"seed": 7}), 201)
+    fed = ok(client.post("/v1/sessions/scored/feed", json={"text": TEXT, "logprobs": 4}))["logprobs"]
+    assert inspect(client, text=TEXT, logprobs=4)["logprobs"] == fed
+    assert math.isfinite(fed["token_logprobs"][0])
+
+
+def test_a_portable_state_goes_on_where_another_call_ended(client: FlaskClient) -> None:
+    """How a stream is followed: each call reads only what is new."""
+    whole = inspect(client, text=TEXT, gates=True, portable=True)
+    state, parts = None, []
+    for start in range(0, len(TEXT), 60):
+        body = {"text": TEXT[start : start + 60], "gates": True, "portable": True}
+        answer = inspect(client, **body, **({"state": state} if state else {}))
+        assert (answer["from"], answer["to"]) == (start, min(start + 60, len(TEXT)))
+        state = answer["state"]
+        parts.append(array(answer["states"]))
+    assert np.concatenate(parts).tobytes() == array(whole["states"]).tobytes()
+    ok(client.put("/v1/sessions/sealed", json={"text": TEXT, "seed": 0}), 201)
+    assert inspect(client, session="sealed", portable=True)["state"] == state == whole["state"]
+    part = inspect(client, state=state, text="And he", **{"from": len(TEXT) + 2, "to": len(TEXT) + 5})
+    assert part["text"] == "d h"
+    assert array(part["states"]).tobytes() == array(inspect(client, text=TEXT + "And he")["states"])[-4:-1].tobytes()
+
+
+def test_embeddings_are_rows_of_the_table(client: FlaskClient) -> None:
+    table = random_tensors(tiny_config())["embedding.weight"].astype(np.float16)
+    answer = inspect(client, text="ROMEO:", embedding=True)
+    assert array(answer["embedding"]).tobytes() == table[_ids("ROMEO:")].tobytes()
+
+
+def test_a_text_is_read_in_its_normal_form(client: FlaskClient) -> None:
+    refused(client.post("/v1/inspect", json={"text": "Rome\u0301o"}), 400, "unknown_characters", "text")
+
+
+def test_what_is_too_long_is_refused_and_what_fits_is_not(client: FlaskClient) -> None:
+    longest = ("a" * inspection.MAX_CHARS)[: inspection.MAX_CHARS]
+    assert inspect(client, text=longest)["states"]["shape"] == [2048, 1, 16]
+    refused(client.post("/v1/inspect", json={"text": longest + "a"}), 400, "out_of_range", "text")
+    ok(client.put("/v1/sessions/long", json={"text": longest + "bc", "seed": 1}), 201)
+    answer = inspect(client, session="long")
+    assert (answer["from"], answer["to"]) == (2, 2050)
+    refused(client.post("/v1/inspect", json={"session": "long", "from": 1}), 400, "out_of_range", "from")
+    # What a model's states take is bounded too, not only their number.
+    refused(client.post("/v1/inspect", json={"model": "wide", "text": "a" * 1800}), 400, "out_of_range", "from")
+    assert inspect(client, model="wide", text="a" * 1800, **{"from": 1790})["states"]["shape"] == [10, 1, 5000]
+
+
+def test_text_that_is_not_retained_is_gone(client: FlaskClient) -> None:
+    ok(client.put("/v1/sessions/old", json={"text": "a" * 2000, "seed": 1}), 201)
+    for _ in range(3):
+        ok(client.post("/v1/sessions/old/feed", json={"text": "b" * 1000}))
+    facts = ok(client.get("/v1/sessions/old"))
+    assert facts["text_from"] > 0
+    refused(client.post("/v1/inspect", json={"session": "old", "from": 10, "to": 20}), 410, "position_gone")
+    start = facts["text_from"]
+    part = inspect(client, session="old", **{"from": start, "to": start + 3})
+    text = "a" * 2000 + "b" * 3000
+    state = inspect(client, text=text[:2048], portable=True)["state"]
+    whole = inspect(client, text=text[2048 : start + 3], state=state, **{"from": start})
+    assert array(part["states"]).tobytes() == array(whole["states"]).tobytes()
+    assert (part["from"], part["text"]) == (start, text[start : start + 3])
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        ({}, 400, "out_of_range", "text"),
+        ({"text": "a", "session": "b"}, 400, "out_of_range", "text"),
+        ({"session": "nobody"}, 404, "session_not_found", None),
+        ({"session": "x", "model": "tiny"}, 400, "out_of_range", "model"),
+        ({"session": "x", "state": "y"}, 400, "out_of_range", "state"),
+        ({"session": "a b"}, 400, "out_of_range", "session"),
+        ({"text": "a", "model": "nobody"}, 404, "model_not_found", "model"),
+        ({"text": "aéb€"}, 400, "unknown_characters", "text"),
+        ({"text": "a\ud800"}, 400, "unknown_characters", "text"),
+        ({"text": "abc", "from": 2, "to": 1}, 400, "out_of_range", "from"),
+        ({"text": "abc", "to": 4}, 400, "out_of_range", "to"),
+        ({"text": "abc", "from": -1}, 400, "out_of_range", "from"),
+        ({"text": "abc", "from": 1.0}, 400, "wrong_type", "from"),
+        ({"text": "abc", "start": 1}, 400, "unknown_field", "start"),
+        ({"text": "abc", "logprobs": 21}, 400, "out_of_range", "logprobs"),
+        ({"text": "abc", "gates": 1}, 400, "wrong_type", "gates"),
+        ({"text": "abc", "state": "no.state"}, 400, "invalid_state", "state"),
+        ({"text": "abc", "stream": True}, 400, "unknown_field", "stream"),
+        ({"text": 5}, 400, "wrong_type", "text"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    client: FlaskClient, body: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    refused(client.post("/v1/inspect", json=body), status, code, param)
+
+
+def test_a_state_of_another_model_and_a_place_before_it_are_refused(client: FlaskClient) -> None:
+    state = inspect(client, text="ROMEO:", portable=True)["state"]
+    wrong = client.post("/v1/inspect", json={"text": "a", "state": state, "model": "deep"})
+    refused(wrong, 400, "state_model_mismatch", "state")
+    refused(client.post("/v1/inspect", json={"text": "a", "state": state, "from": 3}), 400, "out_of_range", "from")
+
+
+def test_a_place_behind_the_end_of_a_session_is_a_conflict(client: FlaskClient) -> None:
+    ok(client.put("/v1/sessions/short", json={"text": "abc", "seed": 1}), 201)
+    error = refused(client.post("/v1/inspect", json={"session": "short", "to": 9}), 409, "position_conflict", "to")
+    assert error["position"] == 3
+
+
+def test_a_session_is_its_owners_alone(store: ModelStore) -> None:
+    (alice, one), (bob, two) = new_key("alice"), new_key("bob")
+    settings = Settings(model_store=store.root, model="tiny", api_keys=SecretStr(f"{one},{two}"))
+    with client_of(settings) as client:
+        ours, theirs = ({"Authorization": f"Bearer {key}"} for key in (alice, bob))
+        ok(client.put("/v1/sessions/hers", json={"text": "abc", "seed": 1}, headers=ours), 201)
+        assert ok(client.post("/v1/inspect", json={"session": "hers"}, headers=ours))["text"] == "abc"
+        refused(client.post("/v1/inspect", json={"session": "hers"}, headers=theirs), 404, "session_not_found")
+        assert client.post("/v1/inspect", json={"text": "abc"}).status_code == 401
+
+
+def test_the_description_tells_of_it(client: FlaskClient) -> None:
+    described = ok(client.get("/openapi.json"))
+    body = described["components"]["schemas"]["InspectBody"]["properties"]
+    assert {"model", "text", "session", "from", "to", "gates", "logprobs"} <= set(body)
+    assert {"200", "400", "404", "409", "410", "429"} <= set(described["paths"]["/v1/inspect"]["post"]["responses"])
+
+
+def _ids(text: str) -> NDArray[np.int64]:
+    characters = tiny_config().charset
+    return np.array([characters.index(char) for char in text])
+
+
+def _gates(
+    model: GRUCharModel, layer: int, inputs: torch.Tensor, before: torch.Tensor
+) -> dict[str, NDArray[np.float64]]:
+    """The definition, in float64: (n, E or H) inputs, (n, H) states before."""
+    weight_ih, weight_hh, bias_ih, bias_hh = model.gru.all_weights[layer]
+    (ir, iz, i_n), (hr, hz, hn) = (
+        (inputs @ weight_ih.T + bias_ih).chunk(3, 1),
+        (before @ weight_hh.T + bias_hh).chunk(3, 1),
+    )
+    reset = torch.sigmoid(ir + hr)
+    return {
+        "reset": reset.numpy(),
+        "update": torch.sigmoid(iz + hz).numpy(),
+        "candidate": torch.tanh(i_n + reset * hn).numpy(),
+    }
