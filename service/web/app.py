@@ -38,6 +38,7 @@ from service.web.inspect import inspect_blueprint
 from service.web.logs import configure_logs
 from service.web.metrics import Metrics, register_metrics
 from service.web.models import models_blueprint
+from service.web.page import page_blueprint
 from service.web.places import Places
 from service.web.rate_limit import register_rate_limit
 from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
@@ -109,6 +110,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
     app.register_api(admin_blueprint(models.served))
     app.register_blueprint(docs_blueprint())
+    app.register_blueprint(page_blueprint())
     metrics.registry.register(ServiceCollector(models, store, places, kernel.name))
     if settings.model_poll_s:
         ending.callback(ModelPolling(models.served, settings.model_poll_s).close)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import flask_openapi_swagger
-from flask import Blueprint, Response, current_app, jsonify, redirect, send_from_directory
-from werkzeug.wrappers import Response as BaseResponse
+from flask import Blueprint, Response, current_app, jsonify, send_from_directory
 
 _STATIC = Path(__file__).parent / "static"
+# Swagger UI sets styles where it needs them.
+_CSP = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+_CSP += "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 _SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
 
 
@@ -22,14 +24,12 @@ def docs_blueprint() -> Blueprint:
 
     @blueprint.get("/docs")
     def page() -> Response:
-        return send_from_directory(_STATIC, "docs.html")
+        response = send_from_directory(_STATIC, "docs.html")
+        response.headers["Content-Security-Policy"] = _CSP
+        return response
 
     @blueprint.get("/docs/<path:asset>")
     def assets(asset: str) -> Response:
         return send_from_directory(_STATIC if asset == "docs.js" else _SWAGGER, asset)
-
-    @blueprint.get("/")
-    def root() -> BaseResponse:
-        return redirect("/docs")
 
     return blueprint
