@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from flask import Flask
@@ -35,18 +36,20 @@ def closed(tiny_store: ModelStore) -> Iterator[FlaskClient]:
         yield client
 
 
-def test_every_route_but_health_needs_a_key(closed: FlaskClient) -> None:
+def test_every_route_but_health_and_the_page_needs_a_key(closed: FlaskClient) -> None:
     """Every rule of the application, with every method, by what it answers."""
     found = []
     for rule in closed.application.url_map.iter_rules():
-        path = rule.rule.replace("<id>", "a").replace("<path:asset>", "docs.js")
+        asset = "page.css" if rule.endpoint == "page.part" else "docs.js"
+        path = rule.rule.replace("<id>", "a").replace("<path:asset>", asset)
         for method in sorted(rule.methods or ()):
-            status = closed.open(path, method=method, json={}).status_code
+            with closing(closed.open(path, method=method, json={})) as answer:
+                status = answer.status_code
             assert status in (200, 401), (method, path)
             if status == 200:
                 found.append((method, path))
     paths = {path for _, path in found}
-    assert paths == {"/healthz", "/readyz"}
+    assert paths == {"/healthz", "/readyz", "/", "/page/page.css"}
 
 
 @pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/docs/../x", "/healthz/", "/healthz?x=/v1"])
@@ -142,9 +145,10 @@ def test_a_new_route_is_closed_unless_it_says_otherwise() -> None:
     assert client.get("/new", headers=bearer(ALICE)).text == "new"
 
 
-def test_only_health_is_open(closed: FlaskClient) -> None:
+def test_only_health_and_the_page_are_open(closed: FlaskClient) -> None:
     app = closed.application
-    assert {name for name in app.view_functions if is_open(app, name)} == {"health.healthz", "health.readyz"}
+    open_ones = {name for name in app.view_functions if is_open(app, name)}
+    assert open_ones == {"health.healthz", "health.readyz", "page.page", "page.part"}
 
 
 def test_without_keys_everything_is_open_and_a_key_is_no_harm(client: FlaskClient) -> None:

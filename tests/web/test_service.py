@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,31 @@ def test_the_docs_page_takes_nothing_from_another_host(client: FlaskClient) -> N
     page.close()
     assert client.get("/docs/../schemas.py").status_code == 404
     assert client.get("/docs/%2e%2e/docs.py").status_code == 404
+
+
+def test_the_page_takes_nothing_from_another_host_and_nothing_inline(client: FlaskClient) -> None:
+    with closing(client.get("/")) as page:
+        policy = page.headers["Content-Security-Policy"]
+        assert "unsafe" not in policy
+        assert "require-trusted-types-for 'script'" in policy
+        assert not re.search(r"<style|style=|\son[a-z]+=|<script>", page.text)
+        sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    pending = [source for source in sources if source.startswith("page/")]
+    found = set()
+    while pending:
+        source = pending.pop()
+        if source in found:
+            continue
+        found.add(source)
+        with closing(client.get(f"/{source}")) as part:
+            assert part.status_code == 200
+            assert part.headers["Content-Security-Policy"] == policy
+            assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", part.text)
+            pending += [f"page/{name}" for name in re.findall(r'from "\./([^"]+)"', part.text)]
+    folder = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page"
+    assert {path.name for path in folder.iterdir()} == {name.removeprefix("page/") for name in found} | {"page.html"}
+    assert client.get("/page/../docs.html").status_code == 404
+    assert client.get("/page/%2e%2e/docs.html").status_code == 404
 
 
 def test_every_answer_has_a_request_id_and_safe_headers(client: FlaskClient) -> None:

@@ -149,7 +149,6 @@ export class Column extends EventTarget {
     if (this.#dirty < Infinity) this.#view.update(chars, this.#dirty);
     this.#dirty = Infinity;
     if (valueOf) this.#view.paint(valueOf, Math.min(this.watch.known, chars.length));
-    this.element.classList.toggle("active", isActive);
     if (isActive) this.#view.mark(this.#shown, this.cursor !== null);
     this.#say();
   }

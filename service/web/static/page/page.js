@@ -179,7 +179,9 @@ function add(branch, behind = columns.at(-1)) {
 
 function activate(column) {
   if (active === column) return;
+  active?.element.classList.remove("active");
   active = column;
+  column.element.classList.add("active");
   column.element.scrollIntoView({ block: "nearest", inline: "nearest" });
   player.pause();
   rankLater();
@@ -194,10 +196,10 @@ async function fork(column, length) {
 }
 
 async function close(column) {
+  if (columns.length === 1) add(await Branch.create(api, models, "a text", { model: column.branch.model.id }));
   columns.splice(columns.indexOf(column), 1);
   column.remove();
-  if (!columns.length) add(await Branch.create(api, models, "a text", { model: column.branch.model.id }));
-  else if (active === column) activate(columns[0]);
+  if (active === column) activate(columns[0]);
   redraw();
   await column.branch.forget();
 }
