@@ -139,14 +139,18 @@ class Screen:
 
     @property
     def levels(self) -> list[int]:
-        """Of every character's colour."""
+        """Of every character's colour, once all have one."""
+        self.wait_for(f"() => ({_LEVELS})().every(level => level >= 0)")
         found: list[int] = self.page.evaluate(_LEVELS)
         return found
 
     @property
     def session_id(self) -> str:
         """Of the active column."""
-        saved = "() => JSON.parse(sessionStorage.getItem('gru-serve.texts'))"
-        self.wait_for(f"() => ({saved})() !== null")
-        found: str = self.page.evaluate(f"() => {{ const all = ({saved})(); return all.branches[all.active].id }}")
+        condition = f"""() => {{
+          const all = JSON.parse(sessionStorage.getItem("gru-serve.texts"));
+          const one = all?.branches[all.active];
+          return one?.text === ({_TEXT})(document.querySelector(".column.active")) && one.id;
+        }}"""
+        found: str = self.page.wait_for_function(condition).json_value()
         return found

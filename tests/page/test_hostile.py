@@ -1,0 +1,98 @@
+"""Text is text: markup, other directions and marks that join are shown, and nothing of them runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+from service.client import Client
+from tests.page.conftest import ENVIRONMENT, OpenPage
+from tests.serving import SERVE, Server, serving
+
+# Markup, entities, Hebrew with its points, Arabic, letters with marks that no composed letter exists for, one that is
+# composed, characters beyond U+FFFF, marks that turn the direction around.
+LINES = [
+    "<script>alert(1)</script> & <img src=x onerror=alert(2)>",
+    "&lt;b&gt; &amp; \"'`javascript:alert(3)",
+    "\u05e9\u05b8\u05c1\u05dc\u05d5\u05b9\u05dd \u0645\u0631\u062d\u0628\u0627 hello",
+    "q\u0307x\u0323\u0304 m\u0302 \u00e9t\u00e9 \U0001f600\U0001d538 \u202eabc\u202c </textarea></div>",
+]
+CORPUS = "\n".join(LINES) + "\n"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Serves a model that was trained on such text."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "corpus.txt").write_text(CORPUS * 60, encoding="utf-8")
+    command = [sys.executable, "-m", "service", "train", "--corpus", "corpus.txt", "--name", "hostile"]
+    command += ["--model-store", "store", "--num-units", "64", "--embedding-dim", "16", "--epochs", "25"]
+    command += ["--batch-size", "16", "--learning-rate", "0.01", "--warmup-steps", "20", "--weight-decay", "0"]
+    command += ["--input-dropout", "0", "--recurrent-dropout", "0", "--output-dropout", "0", "--average-decay", "0"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    store = {"GRU_SERVE_MODEL_STORE": str(folder / "store"), "GRU_SERVE_MODEL": "hostile"}
+    with serving(SERVE, ENVIRONMENT | store) as server:
+        yield server
+
+
+def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    for line in LINES:
+        screen.page.keyboard.insert_text(line)
+        screen.page.keyboard.press("Enter")
+    assert screen.text == CORPUS
+    screen.go_on(max_tokens=1500, temperature=0.8, seed=3)
+    session = client.create(CORPUS)
+    whole = CORPUS + "".join(session.generate(1500, temperature=0.8, seed=3))
+    assert screen.text == whole
+    made = whole[len(CORPUS) :]
+    assert any(tag in made for tag in ("<script", "<img", "</"))  # it has learnt what it was to learn
+    assert any("\u0590" <= char <= "\u06ff" for char in made)
+    assert any("\u0300" <= char <= "\u036f" for char in made)
+
+    # Every character can be looked at and parted from, those that join with what stands before them too.
+    mark = CORPUS.index("\u0307")
+    screen.page.locator(".column.active textarea").press("Home")
+    for _ in range(mark):
+        screen.page.click("#forth")
+    expect(screen.page.locator("#char-said")).to_contain_text("\u25cc\u0307 (U+0307)")
+    screen.page.click(".column.active .fork")
+    expect(screen.page.locator(".column")).to_have_count(2)
+    assert screen.text == CORPUS[: mark + 1]
+    screen.go_on(max_tokens=50, temperature=1, seed=4)
+    session = client.create(CORPUS[: mark + 1])
+    assert screen.text == CORPUS[: mark + 1] + "".join(session.generate(50, seed=4))
+    screen.page.check("#colouring [value=surprise]")
+    screen.wait_for("() => [...CSS.highlights.values()].some(highlight => highlight.size)")
+
+    content = screen.page.evaluate("() => document.querySelectorAll('.text script, .text img, .text b').length")
+    assert content == 0
+    assert screen.page.locator("h3", has_text="parted at").count() == 1
+    assert screen.refusals == []  # beside what every test's end looks for: errors, dialogs, other hosts, the policy
+
+
+def test_a_server_sends_names_and_messages_that_are_text_too(open_page: OpenPage, tmp_path: Path) -> None:
+    screen = open_page()
+    hostile = "<img src=x onerror=alert(1)>"
+    (tmp_path / f"{hostile}.json".replace("/", "_")).write_text("no")
+    screen.page.set_input_files("#file", tmp_path / f"{hostile}.json")
+    expect(screen.page.locator("#trouble")).to_contain_text(hostile)
+    assert screen.page.locator("#trouble img").count() == 0
+
+
+def test_a_letter_typed_with_its_mark_is_the_composed_one(open_page: OpenPage, client: Client) -> None:
+    """As the service reads it: the model knows \u00e9 as one character."""
+    screen = open_page()
+    screen.page.keyboard.insert_text("t\u00e9 t")
+    screen.page.keyboard.insert_text("q")
+    screen.page.keyboard.insert_text("\u0307")
+    assert screen.text == "t\u00e9 tq\u0307"
+    screen.go_on(max_tokens=30, seed=4)
+    session = client.create("t\u00e9 tq\u0307")
+    assert screen.text == "t\u00e9 tq\u0307" + "".join(session.generate(30, seed=4))
+    assert client.open(screen.session_id).text() == screen.text

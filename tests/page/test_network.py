@@ -1,0 +1,253 @@
+"""The pictures show the engine's numbers: of the character that is looked at, and of the unit that is chosen."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from playwright.sync_api import expect
+
+from service.client import Client
+from service.store import ModelStore
+from tests.conftest import publish_tiny
+from tests.page.conftest import ENVIRONMENT, OpenPage
+from tests.page.screen import Screen
+from tests.serving import SERVE, serving
+
+CSS = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page" / "page.css"
+PLACES = (0, 40, 105)
+NUM_CHARS = 106
+_PIXELS = """id => { const canvas = document.getElementById(id);
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return Array.from(data); }"""
+
+
+def scale(scheme: str = "light") -> list[NDArray[np.int64]]:
+    """The style sheet's colours of -1, 0 and 1."""
+    found = re.findall(r"--(?:cold|zero|warm): #([0-9a-f]{6})", CSS.read_text())
+    first = 0 if scheme == "light" else 3
+    return [np.array([int(code[at : at + 2], 16) for at in (0, 2, 4)]) for code in found[first : first + 3]]
+
+
+def colours(values: NDArray[np.float16], scheme: str = "light", largest: float = 1) -> NDArray[np.int64]:
+    """(n, 3): what the page paints for numbers; it rounds them to 257 steps."""
+    cold, zero, warm = scale(scheme)
+    steps = np.floor((np.clip(values.astype(np.float64) / largest, -1, 1) + 1) / 2 * 256 + 0.5)
+    parts = (2 * steps / 256 - 1)[:, None]
+    return np.floor(zero + np.abs(parts) * (np.where(parts < 0, cold, warm) - zero) + 0.5).astype(np.int64)
+
+
+def pixels(screen: Screen, name: str) -> NDArray[np.int64]:
+    """(cells, 3) of a grid; empty ones left out."""
+    found = np.array(screen.page.evaluate(_PIXELS, name)).reshape(-1, 4)
+    return found[found[:, 3] > 0, :3]
+
+
+def look_at(screen: Screen, index: int) -> None:
+    """Click a character, and wait until its step is shown."""
+    screen.click_char(index)
+    expect(screen.page.locator(".column.active .place p")).to_contain_text(f" {index + 1} of ")
+    screen.wait_for("() => document.getElementById('update').getContext('2d').getImageData(0, 0, 1, 1).data[3] === 255")
+
+
+@pytest.fixture
+def screen(open_page: OpenPage) -> Screen:
+    screen = open_page()
+    screen.type("ROMEO:")
+    screen.go_on(max_tokens=NUM_CHARS - 6, seed=7)
+    return screen
+
+
+def test_every_picture_shows_the_numbers_of_the_character_that_is_clicked(screen: Screen, client: Client) -> None:
+    seen = client.inspect(screen.text, gates=True, embedding=True, logprobs=20)
+    states = np.asarray(seen.states)[:, 0]
+    before = np.concatenate([np.asarray(seen.before), states[:-1]])
+    for place in PLACES:
+        look_at(screen, place)
+        for name, values in {
+            "state": states[place],
+            "before": before[place],
+            "reset": np.asarray(seen.reset)[place, 0],
+            "update": np.asarray(seen.update)[place, 0],
+            "candidate": np.asarray(seen.candidate)[place, 0],
+        }.items():
+            assert np.array_equal(pixels(screen, name), colours(values)), (place, name)
+        embedding = np.asarray(seen.embedding)[place]
+        assert np.array_equal(pixels(screen, "embedding"), colours(embedding, largest=0.25))
+        glyph = screen.page.inner_text("#glyph")
+        assert glyph == {"\n": "⏎", " ": "␣"}.get(screen.text[place], screen.text[place])
+
+
+def test_the_bars_are_the_distribution_and_what_came_is_marked(screen: Screen, client: Client) -> None:
+    text = screen.text
+    seen = client.inspect(text, logprobs=20)
+    for place in (0, 40):
+        look_at(screen, place)
+        top = sorted(seen.top_logprobs[place + 1].items(), key=lambda pair: -pair[1])
+        rows = screen.page.locator("#bars li:visible")
+        expect(rows).to_have_count(12)
+        shown = [row.split("\n") for row in rows.all_inner_texts()]
+        expected = [f"{100 * math.exp(logprob):.1f} %" for _, logprob in top[:11]]
+        assert [row[-1].split(" ←")[0] for row in shown[:11]] == expected
+        drawn = screen.page.locator("#bars li.drawn b")
+        if text[place + 1] in dict(top):
+            came = drawn.inner_text()
+            assert came == {"\n": "⏎", " ": "␣"}.get(text[place + 1], text[place + 1])
+    look_at(screen, NUM_CHARS - 1)
+    expect(screen.page.locator("#bars li.drawn")).to_have_count(0)
+    assert screen.page.locator("#bars li b").first.inner_text() == {"\n": "⏎", " ": "␣"}.get(
+        seen.next[0][0], seen.next[0][0]
+    )
+
+
+def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen: Screen, client: Client) -> None:
+    unit = 7 * 32 + 5
+    box = screen.page.locator("#state").bounding_box()
+    assert box
+    screen.page.mouse.click(box["x"] + box["width"] * 5.5 / 32, box["y"] + box["height"] * 7.5 / 32)
+    assert screen.page.input_value("#unit") == str(unit)
+    values = np.asarray(client.inspect(screen.text).states)[:, 0, unit].astype(np.float64)
+    expected = np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist()
+    assert screen.levels == expected
+
+    look_at(screen, 40)
+    said = screen.page.inner_text("#sum").replace("−", "-")
+    assert said.startswith(f"Unit {unit}:")
+    update, candidate, update_again, before, after = map(float, re.findall(r"-?\d+\.\d\d", said))
+    assert update == update_again
+    assert after == round(values[40], 2)
+    assert abs((1 - update) * candidate + update * before - after) < 0.03  # of rounded numbers
+
+    # Typing and erasing change only the colours of what changed.
+    screen.page.locator(".column textarea").press("Backspace")
+    screen.type("x")
+    text = screen.text
+    values = np.asarray(client.inspect(text).states)[:, 0, unit].astype(np.float64)
+    expected = np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist()
+    screen.wait_for("() => document.querySelector('.place p').textContent.startsWith('x (')")
+    assert screen.levels == expected
+
+    screen.page.check("#colouring [value=none]")
+    screen.wait_for("() => [...Array(17).keys()].every(level => !CSS.highlights.get(`level-${level}`).size)")
+
+
+def test_surprise_colours_the_text_by_log_probabilities(screen: Screen, client: Client) -> None:
+    screen.page.check("#colouring [value=surprise]")
+    logprobs = np.array(client.inspect(screen.text, logprobs=0).logprobs)
+    expected = np.floor((np.minimum(1, -logprobs / 6) + 1) / 2 * 16 + 0.5).astype(int).tolist()
+    assert screen.levels == expected
+
+
+def test_the_ranking_names_units_by_their_correlation(screen: Screen, client: Client) -> None:
+    text = screen.text
+    row = screen.page.locator("#ranking tr", has_text="how far the line has come")
+    button = row.locator("button").first
+    expect(button).to_be_visible()
+    states = np.asarray(client.inspect(text).states)[:, 0].astype(np.float64)
+    # After a newline the line has come no further than 0; the text's first character is the first of its line.
+    column, columns = 0, []
+    for char in text:
+        column = 0 if char == "\n" else column + 1
+        columns.append(column)
+    together = np.array([np.corrcoef(unit, columns)[0, 1] if unit.std() > 1e-3 else 0 for unit in states.T])
+    best = int(np.argmax(np.abs(together)))
+    screen.wait_for(f"() => document.querySelector('#ranking td button').textContent.startsWith('{best} (')")
+    assert abs(float(button.inner_text().split("(")[1].rstrip(")").replace("−", "-")) - together[best]) < 0.006
+    button.click()
+    assert screen.page.input_value("#unit") == str(best)
+    assert screen.page.is_checked("#colouring [value=unit]")
+
+
+def test_arrow_keys_and_the_player_step_through_the_text(screen: Screen) -> None:
+    place = screen.page.locator(".column.active .place p")
+    field = screen.page.locator(".column.active textarea")
+    expect(place).to_contain_text(f"{NUM_CHARS} of {NUM_CHARS}")
+    for _ in range(3):
+        field.press("ArrowLeft")
+    expect(place).to_contain_text(f"{NUM_CHARS - 3} of")
+    field.press("ArrowRight")
+    expect(place).to_contain_text(f"{NUM_CHARS - 2} of")
+    field.press("Home")
+    expect(place).to_contain_text("R (U+0052), 1 of")
+    screen.page.click("#forth")
+    expect(place).to_contain_text("O (U+004F), 2 of")
+    screen.page.click("#back")
+    expect(place).to_contain_text(" 1 of")
+    screen.page.locator("#speed").fill("60")
+    screen.page.click("#play")
+    expect(screen.page.locator("#play")).to_have_text("Pause")
+    expect(screen.page.locator("#play")).to_have_text("Play", timeout=30_000)
+    expect(place).to_contain_text(f"{NUM_CHARS} of {NUM_CHARS}")
+    screen.page.click("#play")
+    screen.page.click("#play")
+    expect(screen.page.locator("#play")).to_have_text("Play")
+    field.press("End")
+    expect(screen.page.locator("#last")).to_be_disabled()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """Models of other shapes."""
+    store = ModelStore(tmp_path_factory.mktemp("models"))
+    publish_tiny(store)
+    publish_tiny(store, "deep", num_layers=3, num_units=24)
+    publish_tiny(store, "poor", charset="ab c")
+    return store
+
+
+@pytest.fixture(scope="module")
+def models_url(store: ModelStore) -> Iterator[str]:
+    with serving(SERVE, ENVIRONMENT | {"GRU_SERVE_MODEL_STORE": str(store.root), "GRU_SERVE_MODEL": "tiny"}) as server:
+        yield f"http://127.0.0.1:{server.port}"
+
+
+def test_a_text_is_read_into_another_model_and_its_layers_are_shown(open_page: OpenPage, models_url: str) -> None:
+    screen = open_page(models_url)
+    screen.type("a cab")
+    screen.page.select_option("#model", "deep@1")
+    expect(screen.page.locator("#layer")).to_be_visible()
+    expect(screen.page.locator(".num-units").first).to_have_text("24")
+    with Client(models_url) as client:
+        states = np.asarray(client.inspect("a cab", model="deep").states)
+        look_at(screen, 3)
+        for layer in (3, 1):
+            screen.page.select_option("#layer", label=str(layer))
+            assert np.array_equal(pixels(screen, "state"), colours(states[3, layer - 1]))
+        screen.go_on(max_tokens=40, seed=1)
+        session = client.create("a cab", model="deep")
+        assert screen.text == "a cab" + "".join(session.generate(40, seed=1))
+        text = screen.text
+        # A model that lacks some of its characters can't take it over: nothing changes.
+        screen.page.select_option("#model", "poor@1")
+        expect(screen.page.locator("#trouble")).to_contain_text("doesn't know")
+        expect(screen.page.locator("#model")).to_have_value("deep@1")
+        assert screen.text == text
+
+
+def test_an_empty_text_takes_any_model(open_page: OpenPage, models_url: str) -> None:
+    screen = open_page(models_url)
+    screen.page.select_option("#model", "poor@1")
+    expect(screen.page.locator(".column")).to_have_count(1)
+    expect(screen.page.locator("#model")).to_have_value("poor@1")
+    screen.page.locator(".column textarea").wait_for()
+    screen.type("abba")
+    assert screen.text == "abba"
+    screen.go_on(max_tokens=20)
+    assert set(screen.text) <= set("ab c")
+
+
+def test_in_the_dark_the_grid_has_other_colours(open_page: OpenPage, client: Client) -> None:
+    screen = open_page(color_scheme="dark")
+    screen.type("ROMEO:")
+    screen.go_on(max_tokens=10, seed=1)
+    look_at(screen, 9)
+    states = np.asarray(client.inspect(screen.text).states)[:, 0]
+    assert np.array_equal(pixels(screen, "state"), colours(states[9], "dark"))
+    screen.page.emulate_media(color_scheme="light")
+    screen.wait_for("() => matchMedia('(prefers-color-scheme: light)').matches")
+    assert np.array_equal(pixels(screen, "state"), colours(states[9]))

@@ -1,0 +1,49 @@
+"""How much the main thread works while a long text grows fast: by its own clock, which no neighbour on the machine moves.
+
+What the wall's clock says is benchmarks.page's to tell.
+"""
+
+from __future__ import annotations
+
+from playwright.sync_api import Browser, expect
+
+from tests.page import trace
+from tests.page.conftest import OpenPage
+from tests.page.line import line_to
+from tests.page.test_text import SLOW
+from tests.serving import Server
+
+MOST_MS = 100
+
+
+def test_a_long_text_that_grows_fast_leaves_time_for_typing(
+    server: Server, browser: Browser, open_page: OpenPage
+) -> None:
+    with line_to(server.port) as line:
+        screen = open_page(line.url)
+        screen.page.click("#new")
+        expect(screen.page.locator(".column")).to_have_count(2)
+        screen.type("ROMEO:")
+        screen.go_on(max_tokens=4994, seed=7)
+        screen.page.fill("#unit", "181")
+        assert len(screen.levels) == 5000
+        line.chars_per_s = SLOW
+        screen.set(max_tokens=5000, seed=8)
+        screen.page.click("#go")
+        screen.wait_for_length(5050, ">=")
+        trace.start(browser, screen.page)
+        typed = "Two households, both alike in dignity,"
+        first = screen.page.locator(".column").first.locator("textarea")
+        first.press_sequentially(typed, delay=30)
+        while_typing = screen.texts[1]
+        recorded = trace.Trace.stop(browser, screen.page)
+        assert screen.texts[0] == typed
+        assert 5050 < len(while_typing) < 10_000
+        assert recorded.longest_task_ms[0] < MOST_MS
+        answers = [cpu_ms for cpu_ms, _ in recorded.answers_ms()]
+        assert len(answers) > len(typed) / 2
+        assert max(answers) < MOST_MS
+        print(recorded.longest_task_ms, max(recorded.answers_ms()), len(recorded.tasks))
+        screen.page.locator(".column").nth(1).locator("textarea").focus()
+        screen.page.click("#go")  # Stop
+        screen.wait_until_still()
