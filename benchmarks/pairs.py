@@ -6,6 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Measure = TypeVar("Measure")
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Pair:
         )
 
 
-def in_turns(measures: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
+def in_turns(measures: Sequence[Callable[[], Measure]], rounds: int) -> list[list[Measure]]:
     """What each measure returns in each round: one list a measure. A first round doesn't count."""
     found = [[measure() for measure in measures] for _ in range(rounds + 1)][1:]
     return [list(values) for values in zip(*found, strict=True)]

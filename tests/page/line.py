@@ -43,7 +43,7 @@ class Line(ThreadingHTTPServer):
         """Let requests through again."""
         self.is_cut = False
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:  # noqa: ARG002 - the base's parameters
+    def verify_request(self, request: Any, client_address: Any) -> bool:
         return not self.is_cut
 
     @contextmanager
@@ -91,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 upstream.close()
 
-    do_GET = do_POST = do_PUT = do_DELETE = _forward
+    do_GET = do_POST = do_PUT = do_DELETE = _forward  # noqa: N815 - the base's names
 
     def _answer(self, response: http.client.HTTPResponse) -> None:
         self.send_response(response.status)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Dialog, Page, expect
 
 # The text of a column: of its lines, without what is typed and not sent, and without what came from a file.
 _TEXT = """column => [...column.querySelectorAll(".text > div:not(.past)")].map(
   line => [...line.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("")).join("")"""
-_LENGTH = "length => { const text = (%s)(document.querySelector('.column.active')); return Array.from(text).length %s length }"
+_LENGTH = "length => Array.from((%s)(document.querySelector('.column.active'))).length %s length"
 # The window's place of a character: of the middle of its box.
 _PLACE = """([column, index]) => {
   for (const line of column.querySelectorAll(".text > div:not(.past)")) {
@@ -60,13 +60,17 @@ class Screen:
         """Note errors, what the policy refuses, and requests to other hosts."""
         page = self.page
         page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (self.problems.append(f"dialog: {dialog.message}"), dialog.dismiss())[0])
+        page.on("dialog", self._was_asked)
         page.on("request", lambda request: self._asked(request.url))
         page.on("console", lambda message: self._said(message.type, message.text))
         page.add_init_script(
             "addEventListener('securitypolicyviolation', "
             "event => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
         )
+
+    def _was_asked(self, dialog: Dialog) -> None:
+        self.problems.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _asked(self, url: str) -> None:
         if not url.startswith((self.url + "/", "blob:")):

@@ -112,9 +112,7 @@ def test_a_server_that_forgot_the_text_reads_it_again(open_page: OpenPage) -> No
             assert screen.text == stored(client, screen) == continued(client, before + "And ", 50, 6)
 
 
-def test_a_saved_state_goes_on_on_another_server(
-    server: Server, open_page: OpenPage, client: Client, tmp_path: Path
-) -> None:
+def test_a_saved_state_goes_on_on_another_server(open_page: OpenPage, tmp_path: Path) -> None:
     screen = open_page()
     screen.type("ROMEO:")
     screen.go_on(max_tokens=100, seed=5)

@@ -1,4 +1,4 @@
-"""How much the main thread works while a long text grows fast: by its own clock, which no neighbour on the machine moves.
+"""How much the main thread works while a long text grows fast: by its own clock, which no neighbour moves.
 
 What the wall's clock says is benchmarks.page's to tell.
 """
@@ -43,7 +43,6 @@ def test_a_long_text_that_grows_fast_leaves_time_for_typing(
         answers = [cpu_ms for cpu_ms, _ in recorded.answers_ms()]
         assert len(answers) > len(typed) / 2
         assert max(answers) < MOST_MS
-        print(recorded.longest_task_ms, max(recorded.answers_ms()), len(recorded.tasks))
         screen.page.locator(".column").nth(1).locator("textarea").focus()
         screen.page.click("#go")  # Stop
         screen.wait_until_still()

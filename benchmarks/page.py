@@ -1,0 +1,156 @@
+"""The page at / in a real browser while a text grows, beside the plainest page that shows the same stream.
+
+    python -m benchmarks.page
+
+The plain page adds each event's text to a `<pre>` and has a field to type into. Both get the same stream, at a fixed
+number of characters a second. Said of either: frames a second, the longest task of the main thread and the longest wait
+for a typed key, by the wall's clock, in which the machine's other work counts; and the share of the main thread's time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from benchmarks.pairs import in_turns
+from benchmarks.table import machine, spread
+from tests.page import trace
+from tests.page.conftest import ENVIRONMENT, FLAGS
+from tests.page.line import Line, line_to
+from tests.page.screen import Screen
+from tests.parts import program
+from tests.serving import SERVE, serving
+
+TYPED = "Two households, both alike in dignity,"
+PLAIN = """<!doctype html><title>plain</title><pre></pre><textarea></textarea><script>
+const pre = document.querySelector("pre");
+document.querySelector("textarea").addEventListener("input", () => {});
+async function go(text, length) {
+  const post = (method, path, body) => fetch(path, { method, headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body) });
+  await post("PUT", "/v1/sessions/" + ID, { text });
+  pre.textContent = text;
+  const response = await post("POST", `/v1/sessions/${ID}/generate`, { max_tokens: length, stream: true, seed: 8 });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", part; !(part = await reader.read()).done; ) {
+    const blocks = (rest + part.value).split("\\n\\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      if (block.includes("event: text")) pre.textContent += JSON.parse(block.split("data: ")[1]).text;
+    }
+  }
+}
+</script>"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one turn."""
+
+    frames_per_s: float
+    longest_task_ms: float
+    longest_answer_ms: float
+    main_thread_share: float
+
+
+def watched(browser: Browser, page: Page, field: str, seconds: float) -> Seen:
+    """Type into a field of a page whose text grows meanwhile."""
+    page.evaluate("() => { let n = 0; const f = () => { window.frames_ = ++n; requestAnimationFrame(f) }; f() }")
+    trace.start(browser, page)
+    began, first = time.perf_counter(), page.evaluate("() => window.frames_")
+    page.locator(field).press_sequentially(TYPED, delay=30)
+    while time.perf_counter() - began < seconds:
+        page.wait_for_timeout(50)
+    frames, lasted = page.evaluate("() => window.frames_") - first, time.perf_counter() - began
+    recorded = trace.Trace.stop(browser, page)
+    return Seen(
+        frames / lasted,
+        recorded.longest_task_ms[1],
+        max(wall for _, wall in recorded.answers_ms()),
+        sum(task.get("tdur", 0) for task in recorded.tasks) / 1e6 / lasted,
+    )
+
+
+def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Seen:
+    """A text of so many characters, coloured by a unit, that grows; another one is typed into."""
+    with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
+        screen = Screen(context.new_page(), line.url).load()
+        screen.page.click("#new")
+        screen.wait_for("() => document.querySelectorAll('.column').length === 2")
+        screen.type("ROMEO:")
+        line.chars_per_s = None
+        screen.go_on(max_tokens=num_before - 6, seed=7)
+        screen.page.fill("#unit", "181")
+        assert len(screen.levels) == num_before
+        line.chars_per_s = rate
+        screen.set(max_tokens=8000, seed=8)
+        screen.page.click("#go")
+        screen.wait_for_length(num_before + 20, ">=")
+        return watched(browser, screen.page, ".column:first-child textarea", seconds)
+
+
+def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Seen:
+    """The same stream."""
+    with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
+        page = context.new_page()
+        html = PLAIN.replace("ID", json.dumps(f"plain-{time.time_ns()}"))
+        page.route("**/plain", lambda route: route.fulfill(content_type="text/html", body=html))
+        page.goto(f"{line.url}/plain")
+        line.chars_per_s = rate
+        text = ("ROMEO:\nBut soft, what light through yonder window breaks?\n" * num_before)[:num_before]
+        page.evaluate("([text, length]) => void go(text, length)", [text, 8000])
+        grown = "length => document.querySelector('pre').textContent.length > length + 20"
+        page.wait_for_function(grown, arg=num_before)
+        return watched(browser, page, "textarea", seconds)
+
+
+def report(rate: float, plain: list[Seen], ours: list[Seen]) -> None:
+    """A line a figure: the median of either page, and their ratio by rounds."""
+    print(f"\n{rate:.0f} characters a second{'':<14}{'this page':>12}{'plain page':>12}   this / plain")
+    for name, say in (
+        ("frames_per_s", "frames a second"),
+        ("longest_task_ms", "longest task, ms"),
+        ("longest_answer_ms", "longest wait for a key, ms"),
+        ("main_thread_share", "share of the main thread"),
+    ):
+        one, other = ([getattr(seen, name) for seen in all_seen] for all_seen in (ours, plain))
+        ratios = [a / b for a, b in zip(one, other, strict=True)]
+        print(f"{say:<36}{statistics.median(one):>12.2f}{statistics.median(other):>12.2f}   {spread(ratios)}")
+
+
+def main() -> None:
+    """Both pages in turns, at each rate."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="the page while a text grows")
+    parser.add_argument("--before", type=int, default=5000, help="characters that are there [5000]")
+    parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 500.0], help="characters a second [100 500]")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn [5]")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    print(machine())
+    figures = {}
+    with sync_playwright() as playwright, serving(SERVE, ENVIRONMENT) as server, line_to(server.port) as line:
+        browser = playwright.chromium.launch(executable_path=program("chromium"), args=FLAGS)
+        for rate in arguments.rates:
+
+            def turn(measure: Callable[..., Seen], rate: float = rate) -> Callable[[], Seen]:
+                return lambda: measure(browser, line, arguments.before, rate, arguments.seconds)
+
+            plain, ours = in_turns([turn(of_the_plain_page), turn(of_the_page)], arguments.rounds)
+            report(rate, plain, ours)
+            figures[rate] = {"plain": [asdict(seen) for seen in plain], "page": [asdict(seen) for seen in ours]}
+        browser.close()
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "rates": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
