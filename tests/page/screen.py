@@ -132,10 +132,14 @@ class Screen:
         """No stream is shown any more."""
         expect(self.page.locator("#go")).to_have_text("Continue", timeout=60_000)
 
+    def place(self, index: int) -> tuple[float, float]:
+        """The window's place of a character of the active column: the middle of its box."""
+        x, y = self.page.evaluate(_PLACE, [self.page.query_selector(".column.active"), index])
+        return x, y
+
     def click_char(self, index: int) -> None:
         """Click a character of the active column."""
-        x, y = self.page.evaluate(_PLACE, [self.page.query_selector(".column.active"), index])
-        self.page.mouse.click(x, y)
+        self.page.mouse.click(*self.place(index))
 
     def wait_for_units(self) -> None:
         """Every character of the active column has been read by the inspector, and one is shown."""

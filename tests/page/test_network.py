@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 from numpy.typing import NDArray
-from playwright.sync_api import expect
+from playwright.sync_api import FloatRect, expect
 
 from service.client import Client
 from service.store import ModelStore
@@ -134,6 +136,27 @@ def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen:
 
     screen.page.check("#colouring [value=none]")
     screen.wait_for("() => [...Array(17).keys()].every(level => !CSS.highlights.get(`level-${level}`).size)")
+
+
+def test_the_colours_are_painted_on_lines_that_were_there_and_on_new_ones(screen: Screen) -> None:
+    """Behind spaces, of which nothing else is painted: paper, under a colour of up to 62 %."""
+    screen.page.fill("#unit", "181")
+    screen.go_on(max_tokens=100, seed=9)
+    levels, text = screen.levels, screen.text
+    styles = "name => getComputedStyle(document.documentElement).getPropertyValue(name)"
+    paper = np.array([int(screen.page.evaluate(styles, "--paper")[at : at + 2], 16) for at in (1, 3, 5)])
+    cold, _, warm = scale()
+    seen = set()
+    spaces = [place for place, char in enumerate(text[:-1]) if char == " " and text[place + 1] != "\n"]
+    for place in spaces:
+        x, y = screen.place(place)
+        clip: FloatRect = {"x": round(x), "y": round(y), "width": 1, "height": 1}
+        pixel = imread(BytesIO(screen.page.screenshot(clip=clip)), format="png")[0, 0, :3] * 255
+        share = abs(levels[place] - 8) / 8
+        expected = paper + 0.62 * share * ((cold if levels[place] < 8 else warm) - paper)
+        assert np.abs(pixel - expected).max() < 3, (place, levels[place])
+        seen.add(levels[place])
+    assert len(seen) > 4
 
 
 def test_surprise_colours_the_text_by_log_probabilities(screen: Screen, client: Client) -> None:
