@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -35,7 +36,7 @@ class RedisServer:
 
     One that has failed makes the others fail at once, until `look` has found the server again. After a restart, which
     may have lost the last writes, or a failover to another server, nobody is served for `settle_s`: meanwhile each
-    replica puts back what it wrote (`RedisStore`).
+    replica puts back what it wrote (`RedisStore`). It is asked once at the start, so that `check` is true from then on.
     """
 
     def __init__(
@@ -63,6 +64,8 @@ class RedisServer:
         self._client = client(self._met)
         self._own = client(self._greet)  # of the thread that puts back, which may call while others may not
         self._script, self._own_script = self._client.register_script(_SCRIPT), self._own.register_script(_SCRIPT)
+        with suppress(StoreUnavailable):
+            self.look()
 
     def call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         """Do one thing to one session; the script's answer.
