@@ -180,8 +180,8 @@ def test_completions_come_from_every_replica_and_are_the_same(
 def test_a_replica_can_be_killed_or_stopped_in_the_midst_of_streams(containers: Containers, project: Server) -> None:
     """One without a word, one in order: answers go on, and streams lose and double nothing.
 
-    The balancer repeats nothing that it has sent to a replica. So the one answer that the killed one was writing is lost,
-    and its client is told so; one that is stopped finishes what it has.
+    The balancer repeats nothing that it has sent to a replica. So the one answer that the killed one was writing is
+    lost, and its client is told so; one that is stopped finishes what it has.
     """
     with Client(f"http://127.0.0.1:{project.port}", retry_s=20) as client:
         whole = "".join(client.create("ROMEO:", seed=7).generate(8000))
