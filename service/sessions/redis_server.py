@@ -168,7 +168,9 @@ class RedisServer:
         connection.on_connect()
         connection.send_command("INFO", "server")
         facts = _facts(connection.read_response())
-        run_id, uptime_s = facts.get(b"run_id", b""), float(facts.get(b"uptime_in_seconds", self._settle_s))
+        run_id = facts.get(b"run_id", b"")
+        # The difference of two times without their fractions: one second more than it is, in the worst case.
+        uptime_s = max(0.0, float(facts.get(b"uptime_in_seconds", "inf")) - 1)
         with self._lock:
             if self._run_id not in (None, run_id):
                 log.warning("the session store was restarted, or another server has taken its place")
