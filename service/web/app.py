@@ -75,6 +75,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         validation_error_model=ErrorAnswer,
         validation_error_callback=validation_error_response,
         doc_ui=False,
+        security_schemes={"key": {"type": "http", "scheme": "bearer", "description": "where keys are configured"}},
+        openapi_extensions={"security": [{"key": []}, {}]},
         static_folder=None,
     )
     app.openapi_version = "3.1.1"

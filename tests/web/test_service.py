@@ -62,6 +62,8 @@ def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient
 def test_the_description_covers_every_route_and_the_schemas_limits(client: FlaskClient) -> None:
     description = client.get("/openapi.json").get_json()
     assert description["openapi"] == "3.1.1"
+    assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert description["security"] == [{"key": []}, {}]  # with a key, or where there are none without
     one = "/v1/sessions/{id}"
     sessions = {
         "/v1/sessions",

@@ -3,6 +3,8 @@
 import { named } from "./charset.js";
 import { TextView } from "./textview.js";
 
+// Any change of any highlight makes the browser paint all of them anew. A text that grows by itself may lag by so much.
+const HIGHLIGHT_MS = 100;
 const MOVES = { ArrowLeft: -1, ArrowRight: 1 };
 
 /** Dispatches `active`, `close`, `fork` (detail: how many characters it gets), `look`. */
@@ -13,6 +15,8 @@ export class Column extends EventTarget {
   #view;
   #dirty = 0; // the first index that is to be shown anew; Infinity: none
   #isComposing = false;
+  #highlightedAt = -Infinity; // performance.now()
+  #later = null; // a timer, if there is something to be highlighted
 
   constructor(template, branch, watch) {
     super();
@@ -148,14 +152,33 @@ export class Column extends EventTarget {
     const { chars } = this.branch;
     if (this.#dirty < Infinity) this.#view.update(chars, this.#dirty);
     this.#dirty = Infinity;
-    if (valueOf) this.#view.paint(valueOf, Math.min(this.watch.known, chars.length));
-    if (isActive) this.#view.mark(this.#shown, this.cursor !== null);
+    if (this.#mayHighlight()) {
+      if (valueOf) this.#view.paint(valueOf, Math.min(this.watch.known, chars.length));
+      if (isActive) this.#view.mark(this.#shown, this.cursor !== null);
+    }
     this.#say();
+  }
+
+  /** False: it is too early, and will be drawn again in time. */
+  #mayHighlight() {
+    const wait = this.cursor === null ? this.#highlightedAt + HIGHLIGHT_MS - performance.now() : 0;
+    if (wait > 0) {
+      this.#later ??= setTimeout(() => {
+        this.#later = null;
+        this.#tell("look");
+      }, wait);
+      return false;
+    }
+    clearTimeout(this.#later);
+    this.#later = null;
+    this.#highlightedAt = performance.now();
+    return true;
   }
 
   /** Take the colours off: they mean something else now. */
   unpaint() {
     this.#view.unpaint();
+    this.#highlightedAt = -Infinity;
   }
 
   #say() {
@@ -174,6 +197,7 @@ export class Column extends EventTarget {
   }
 
   remove() {
+    clearTimeout(this.#later);
     this.#view.unpaint();
     if (this.element.classList.contains("active")) TextView.unmark();
     this.element.remove();
