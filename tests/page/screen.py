@@ -11,6 +11,8 @@ from playwright.sync_api import Dialog, Page, expect
 _TEXT = """column => [...column.querySelectorAll(".text > div:not(.past)")].map(
   line => [...line.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("")).join("")"""
 _LENGTH = "length => Array.from((%s)(document.querySelector('.column.active'))).length %s length"
+# What has happened so far is drawn with the next frame.
+_FRAME = "() => new Promise(requestAnimationFrame)"
 # The window's place of a character: of the middle of its box.
 _PLACE = """([column, index]) => {
   for (const line of column.querySelectorAll(".text > div:not(.past)")) {
@@ -95,12 +97,14 @@ class Screen:
     @property
     def text(self) -> str:
         """Of the active column."""
+        self.page.evaluate(_FRAME)
         found: str = self.page.eval_on_selector(".column.active", _TEXT)
         return found
 
     @property
     def texts(self) -> list[str]:
         """Of all columns, from left to right."""
+        self.page.evaluate(_FRAME)
         return [column.evaluate(_TEXT) for column in self.page.query_selector_all(".column")]
 
     def wait_for_length(self, length: int, comparison: str = "===") -> None:
