@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from playwright.sync_api import Dialog, Page, expect
 
@@ -45,6 +47,16 @@ _LEVELS = """() => {
   }
   return found;
 }"""
+
+Seen = TypeVar("Seen")
+
+
+def comes_to(read: Callable[[], Seen], expected: Seen) -> None:
+    """Read what the page shows until it is what is expected, for 10 s: a server was asked, or a frame is to come."""
+    deadline = time.monotonic() + 10
+    while (found := read()) != expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found == expected
 
 
 @dataclass
@@ -106,6 +118,18 @@ class Screen:
         """Of all columns, from left to right."""
         self.page.evaluate(_FRAME)
         return [column.evaluate(_TEXT) for column in self.page.query_selector_all(".column")]
+
+    def shows(self, text: str) -> None:
+        """The active column's text is, or becomes, this one."""
+        comes_to(lambda: self.text, text)
+
+    def shows_texts(self, texts: list[str]) -> None:
+        """All columns' texts are, or become, these."""
+        comes_to(lambda: self.texts, texts)
+
+    def shows_levels(self, levels: list[int]) -> None:
+        """The colours of the active column's text are, or become, these."""
+        comes_to(lambda: self.levels, levels)
 
     def wait_for_length(self, length: int, comparison: str = "===") -> None:
         """Wait until the active column shows so many characters."""

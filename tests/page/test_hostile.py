@@ -45,11 +45,11 @@ def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> N
     for line in LINES:
         screen.page.keyboard.insert_text(line)
         screen.page.keyboard.press("Enter")
-    assert screen.text == CORPUS
+    screen.shows(CORPUS)
     screen.go_on(max_tokens=1500, temperature=0.8, seed=3)
     session = client.create(CORPUS)
     whole = CORPUS + "".join(session.generate(1500, temperature=0.8, seed=3))
-    assert screen.text == whole
+    screen.shows(whole)
     made = whole[len(CORPUS) :]
     assert any(tag in made for tag in ("<script", "<img", "</"))  # it has learnt what it was to learn
     assert any("\u0590" <= char <= "\u06ff" for char in made)
@@ -63,10 +63,10 @@ def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> N
     expect(screen.page.locator("#char-said")).to_contain_text("\u25cc\u0307 (U+0307)")
     screen.page.click(".column.active .fork")
     expect(screen.page.locator(".column")).to_have_count(2)
-    assert screen.text == CORPUS[: mark + 1]
+    screen.shows(CORPUS[: mark + 1])
     screen.go_on(max_tokens=50, temperature=1, seed=4)
     session = client.create(CORPUS[: mark + 1])
-    assert screen.text == CORPUS[: mark + 1] + "".join(session.generate(50, seed=4))
+    screen.shows(CORPUS[: mark + 1] + "".join(session.generate(50, seed=4)))
     screen.page.check("#colouring [value=surprise]")
     screen.wait_for("() => [...CSS.highlights.values()].some(highlight => highlight.size)")
 
@@ -91,8 +91,8 @@ def test_a_letter_typed_with_its_mark_is_the_composed_one(open_page: OpenPage, c
     screen.page.keyboard.insert_text("t\u00e9 t")
     screen.page.keyboard.insert_text("q")
     screen.page.keyboard.insert_text("\u0307")
-    assert screen.text == "t\u00e9 tq\u0307"
+    screen.shows("t\u00e9 tq\u0307")
     screen.go_on(max_tokens=30, seed=4)
     session = client.create("t\u00e9 tq\u0307")
-    assert screen.text == "t\u00e9 tq\u0307" + "".join(session.generate(30, seed=4))
+    screen.shows("t\u00e9 tq\u0307" + "".join(session.generate(30, seed=4)))
     assert client.open(screen.session_id).text() == screen.text

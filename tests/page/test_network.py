@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from numpy.typing import NDArray
-from playwright.sync_api import FloatRect, expect
+from playwright.sync_api import FloatRect, Locator, expect
 
 from service.client import Client
 from service.store import ModelStore
 from tests.conftest import publish_tiny
 from tests.page.conftest import ENVIRONMENT, OpenPage
-from tests.page.screen import Screen
+from tests.page.screen import Screen, comes_to
 from tests.serving import SERVE, serving
 
 CSS = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page" / "page.css"
@@ -50,6 +50,21 @@ def pixels(screen: Screen, name: str) -> NDArray[np.int64]:
     return found[found[:, 3] > 0, :3]
 
 
+def named(char: str) -> str:
+    """As the page writes a character that would be blank."""
+    return {"\n": "⏎", " ": "␣"}.get(char, char)
+
+
+def shows(screen: Screen, name: str, expected: NDArray[np.int64]) -> None:
+    """A picture is, or becomes, this one."""
+    comes_to(lambda: pixels(screen, name).tolist(), expected.tolist())
+
+
+def percentages(rows: Locator) -> list[str]:
+    """Of the bars' first 11."""
+    return [row.split("\n")[-1].split(" ←")[0] for row in rows.all_inner_texts()[:11]]
+
+
 def look_at(screen: Screen, index: int) -> None:
     """Click a character, and wait until its step is shown."""
     screen.click_char(index)
@@ -78,33 +93,27 @@ def test_every_picture_shows_the_numbers_of_the_character_that_is_clicked(screen
             "update": np.asarray(seen.update)[place, 0],
             "candidate": np.asarray(seen.candidate)[place, 0],
         }.items():
-            assert np.array_equal(pixels(screen, name), colours(values)), (place, name)
+            shows(screen, name, colours(values))
         embedding = np.asarray(seen.embedding)[place]
-        assert np.array_equal(pixels(screen, "embedding"), colours(embedding, largest=0.25))
-        glyph = screen.page.inner_text("#glyph")
-        assert glyph == {"\n": "⏎", " ": "␣"}.get(screen.text[place], screen.text[place])
+        shows(screen, "embedding", colours(embedding, largest=0.25))
+        expect(screen.page.locator("#glyph")).to_have_text(named(screen.text[place]))
 
 
 def test_the_bars_are_the_distribution_and_what_came_is_marked(screen: Screen, client: Client) -> None:
     text = screen.text
     seen = client.inspect(text, logprobs=20)
+    rows = screen.page.locator("#bars li:visible")
     for place in (0, 40):
         look_at(screen, place)
         top = sorted(seen.top_logprobs[place + 1].items(), key=lambda pair: -pair[1])
-        rows = screen.page.locator("#bars li:visible")
         expect(rows).to_have_count(12)
-        shown = [row.split("\n") for row in rows.all_inner_texts()]
         expected = [f"{100 * math.exp(logprob):.1f} %" for _, logprob in top[:11]]
-        assert [row[-1].split(" ←")[0] for row in shown[:11]] == expected
-        drawn = screen.page.locator("#bars li.drawn b")
+        comes_to(lambda: percentages(rows), expected)
         if text[place + 1] in dict(top):
-            came = drawn.inner_text()
-            assert came == {"\n": "⏎", " ": "␣"}.get(text[place + 1], text[place + 1])
+            expect(screen.page.locator("#bars li.drawn b")).to_have_text(named(text[place + 1]))
     look_at(screen, NUM_CHARS - 1)
     expect(screen.page.locator("#bars li.drawn")).to_have_count(0)
-    assert screen.page.locator("#bars li b").first.inner_text() == {"\n": "⏎", " ": "␣"}.get(
-        seen.next[0][0], seen.next[0][0]
-    )
+    expect(screen.page.locator("#bars li b").first).to_have_text(named(seen.next[0][0]))
 
 
 def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen: Screen, client: Client) -> None:
@@ -115,11 +124,12 @@ def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen:
     assert screen.page.input_value("#unit") == str(unit)
     values = np.asarray(client.inspect(screen.text).states)[:, 0, unit].astype(np.float64)
     expected = np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist()
-    assert screen.levels == expected
+    screen.shows_levels(expected)
 
     look_at(screen, 40)
+    value = f"{values[40]:.2f}".replace("-", "−")
+    expect(screen.page.locator("#sum")).to_have_text(re.compile(rf"^Unit {unit}:.*{value}\D*$", re.DOTALL))
     said = screen.page.inner_text("#sum").replace("−", "-")
-    assert said.startswith(f"Unit {unit}:")
     update, candidate, update_again, before, after = map(float, re.findall(r"-?\d+\.\d\d", said))
     assert update == update_again
     assert after == round(values[40], 2)
@@ -132,7 +142,7 @@ def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen:
     values = np.asarray(client.inspect(text).states)[:, 0, unit].astype(np.float64)
     expected = np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist()
     screen.wait_for("() => document.querySelector('.place p').textContent.startsWith('x (')")
-    assert screen.levels == expected
+    screen.shows_levels(expected)
 
     screen.page.check("#colouring [value=none]")
     screen.wait_for("() => [...Array(17).keys()].every(level => !CSS.highlights.get(`level-${level}`).size)")
@@ -163,7 +173,7 @@ def test_surprise_colours_the_text_by_log_probabilities(screen: Screen, client: 
     screen.page.check("#colouring [value=surprise]")
     logprobs = np.array(client.inspect(screen.text, logprobs=0).logprobs)
     expected = np.floor((np.minimum(1, -logprobs / 6) + 1) / 2 * 16 + 0.5).astype(int).tolist()
-    assert screen.levels == expected
+    screen.shows_levels(expected)
 
 
 def test_the_ranking_names_units_by_their_correlation(screen: Screen, client: Client) -> None:
@@ -240,16 +250,16 @@ def test_a_text_is_read_into_another_model_and_its_layers_are_shown(open_page: O
         look_at(screen, 3)
         for layer in (3, 1):
             screen.page.select_option("#layer", label=str(layer))
-            assert np.array_equal(pixels(screen, "state"), colours(states[3, layer - 1]))
+            shows(screen, "state", colours(states[3, layer - 1]))
         screen.go_on(max_tokens=40, seed=1)
         session = client.create("a cab", model="deep")
-        assert screen.text == "a cab" + "".join(session.generate(40, seed=1))
+        screen.shows("a cab" + "".join(session.generate(40, seed=1)))
         text = screen.text
         # A model that lacks some of its characters can't take it over: nothing changes.
         screen.page.select_option("#model", "poor@1")
         expect(screen.page.locator("#trouble")).to_contain_text("doesn't know")
         expect(screen.page.locator("#model")).to_have_value("deep@1")
-        assert screen.text == text
+        screen.shows(text)
 
 
 def test_an_empty_text_takes_any_model(open_page: OpenPage, models_url: str) -> None:
@@ -259,7 +269,7 @@ def test_an_empty_text_takes_any_model(open_page: OpenPage, models_url: str) -> 
     expect(screen.page.locator("#model")).to_have_value("poor@1")
     screen.page.locator(".column textarea").wait_for()
     screen.type("abba")
-    assert screen.text == "abba"
+    screen.shows("abba")
     screen.go_on(max_tokens=20)
     assert set(screen.text) <= set("ab c")
 
@@ -270,7 +280,7 @@ def test_in_the_dark_the_grid_has_other_colours(open_page: OpenPage, client: Cli
     screen.go_on(max_tokens=10, seed=1)
     look_at(screen, 9)
     states = np.asarray(client.inspect(screen.text).states)[:, 0]
-    assert np.array_equal(pixels(screen, "state"), colours(states[9], "dark"))
+    shows(screen, "state", colours(states[9], "dark"))
     screen.page.emulate_media(color_scheme="light")
     screen.wait_for("() => matchMedia('(prefers-color-scheme: light)').matches")
-    assert np.array_equal(pixels(screen, "state"), colours(states[9]))
+    shows(screen, "state", colours(states[9]))

@@ -35,7 +35,8 @@ def test_a_cut_and_a_reload_in_mid_stream_lose_and_double_nothing(
         expect(screen.page.locator("#go")).to_have_text("Stop")
         screen.wait_for_length(1506)
         screen.wait_until_still()
-        assert screen.text == stored(client, screen) == continued(client, "ROMEO:", 1500, 7)
+        screen.shows(continued(client, "ROMEO:", 1500, 7))
+        assert stored(client, screen) == screen.text
 
 
 def test_a_reload_while_a_stream_is_being_taken_up_goes_on_too(
@@ -54,7 +55,8 @@ def test_a_reload_while_a_stream_is_being_taken_up_goes_on_too(
         screen.is_ready()
         screen.wait_for_length(1006)
         screen.wait_until_still()
-        assert screen.text == stored(client, screen) == continued(client, "ROMEO:", 1000, 7)
+        screen.shows(continued(client, "ROMEO:", 1000, 7))
+        assert stored(client, screen) == screen.text
 
 
 def test_what_is_typed_erased_and_reloaded_while_the_line_is_cut_arrives(
@@ -74,9 +76,10 @@ def test_what_is_typed_erased_and_reloaded_while_the_line_is_cut_arrives(
         line.mend()
         screen.page.reload()
         screen.is_ready()
-        assert screen.text == typed
+        screen.shows(typed)
         screen.go_on(max_tokens=30, seed=2)
-        assert screen.text == stored(client, screen) == continued(client, typed, 30, 2)
+        screen.shows(continued(client, typed, 30, 2))
+        assert stored(client, screen) == screen.text
 
 
 def test_several_texts_come_back_and_the_one_that_was_active_is(open_page: OpenPage) -> None:
@@ -92,9 +95,9 @@ def test_several_texts_come_back_and_the_one_that_was_active_is(open_page: OpenP
     assert screen.session_id
     screen.page.reload()
     screen.is_ready()
-    assert screen.texts == texts
+    screen.shows_texts(texts)
     assert screen.page.locator(".column h3").all_inner_texts() == names
-    assert screen.text == texts[0]
+    screen.shows(texts[0])
 
 
 def test_a_server_that_forgot_the_text_reads_it_again(open_page: OpenPage) -> None:
@@ -109,7 +112,8 @@ def test_a_server_that_forgot_the_text_reads_it_again(open_page: OpenPage) -> No
             screen.type("And ")
             expect(screen.page.locator("#trouble")).to_contain_text("reads it again")
             screen.go_on(max_tokens=50, seed=6)
-            assert screen.text == stored(client, screen) == continued(client, before + "And ", 50, 6)
+            screen.shows(continued(client, before + "And ", 50, 6))
+            assert stored(client, screen) == screen.text
 
 
 def test_a_saved_state_goes_on_on_another_server(open_page: OpenPage, tmp_path: Path) -> None:
