@@ -34,11 +34,11 @@ DEEP: dict[str, Any] = {"num_layers": 3, "num_units": 24}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """A store with `tiny`, and with `deep`, which has several layers; their states move."""
+    """With `tiny`, with `deep`, whose states move, and with `large`: too large for 2,048 states in one answer."""
     store = ModelStore(tmp_path_factory.mktemp("inspect"))
     publish_tiny(store)
     publish_tiny(store, "deep", **DEEP)
-    publish_tiny(store, "wide", num_units=5000, num_layers=1, embedding_dim=1)
+    publish_tiny(store, "large", num_units=600, num_layers=8, embedding_dim=1)
     return store
 
 
@@ -48,7 +48,7 @@ def client(store: ModelStore) -> Iterator[FlaskClient]:
         model_store=store.root, model="tiny", precision="int8", session_checkpoint_chars=32, session_text_chars=2100
     )
     with client_of(settings) as client:
-        for model in ("tiny", "deep", "wide"):
+        for model in ("tiny", "deep", "large"):
             client.post("/v1/completions", json={"model": model, "prompt": "z", "max_tokens": 1})
         yield client
 
@@ -148,11 +148,11 @@ def test_gates_are_those_that_the_engine_stepped_with(store: ModelStore) -> None
 def test_products_too_large_for_float32_are_exact() -> None:
     from service.engine.gate_values import _Product
 
-    config = tiny_config(num_units=2048, embedding_dim=1)
+    config = tiny_config(num_units=1152, embedding_dim=1)
     tensors = random_tensors(config)
-    tensors["gru.weight_hh_l0"][:] = np.where(np.arange(2048) % 97, 1.0, 0.99)  # all weights at their limit
+    tensors["gru.weight_hh_l0"][:] = np.where(np.arange(1152) % 97, 1.0, 0.99)  # all weights at their limit
     linear = quantize(config, tensors, "int8").layers[0].recurrent
-    states = np.ones((2, 2048), np.float32)
+    states = np.ones((2, 1152), np.float32)
     states[1, ::3] = 126 / 127
     exact = np.rint(states.astype(np.float64) * STATE_SCALE).astype(np.int64) @ linear.weight.astype(np.int64).T
     assert exact.max() > 2**24
@@ -232,8 +232,8 @@ def test_what_is_too_long_is_refused_and_what_fits_is_not(client: FlaskClient) -
     assert (answer["from"], answer["to"]) == (2, 2050)
     refused(client.post("/v1/inspect", json={"session": "long", "from": 1}), 400, "out_of_range", "from")
     # What a model's states take is bounded too, not only their number.
-    refused(client.post("/v1/inspect", json={"model": "wide", "text": "a" * 1800}), 400, "out_of_range", "from")
-    assert inspect(client, model="wide", text="a" * 1800, **{"from": 1790})["states"]["shape"] == [10, 1, 5000]
+    refused(client.post("/v1/inspect", json={"model": "large", "text": "a" * 1800}), 400, "out_of_range", "from")
+    assert inspect(client, model="large", text="a" * 1800, **{"from": 1790})["states"]["shape"] == [10, 8, 600]
 
 
 def test_text_that_is_not_retained_is_gone(client: FlaskClient) -> None:
