@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import count
 
 import pytest
 from flask import Flask
@@ -64,6 +65,7 @@ def test_what_is_not_there_is_not_told_either(closed: FlaskClient, path: str) ->
     "header",
     [None, "", "Bearer", "Bearer ", "Bearer x", f"Basic {ALICE}", ALICE, f"Bearer {ALICE}x", f"Bearer {ALICE_ENTRY}",
      f"Bearer {ALICE_ENTRY.partition(':')[2]}", "Bearer \xff\xfe", "Bearer " + "x" * 5000, f"Bearer {ALICE} {BOB}"],
+    ids=count(),
 )  # fmt: skip
 def test_without_a_known_key_nothing_is_done(closed: FlaskClient, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
@@ -75,7 +77,7 @@ def test_without_a_known_key_nothing_is_done(closed: FlaskClient, header: str | 
     assert "Bearer ..." in error["message"] or "not known" in error["message"]
 
 
-@pytest.mark.parametrize("header", [f"bearer {ALICE}", f"BEARER {ALICE}", f"Bearer  {ALICE} ".rstrip()])
+@pytest.mark.parametrize("header", [f"bearer {ALICE}", f"BEARER {ALICE}", f"Bearer  {ALICE} ".rstrip()], ids=count())
 def test_the_scheme_may_be_written_in_any_case(closed: FlaskClient, header: str) -> None:
     assert closed.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
