@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from service.engine.stepper import Distribution, Scores
-from service.errors import ModelNotFound, PositionConflict
+from service.errors import GruServeError, ModelNotFound, PositionConflict
 from service.generation.reading import read
 from service.generation.runs import Runs, check_position, finished
 from service.loaded import LoadedModel, LoadedModels
@@ -53,24 +53,45 @@ class Feeding:
 
         Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
         """
+        fed = self._feed_at_once(owner, session_id, feed)
+        if fed is not None:
+            return fed
         with self._runs.leased(owner, session_id, feed.position) as lease:
             session = lease.session
             if feed.rebase is not None:
                 session = self._rebased(session, feed)
-            model = self._models.of_state(session.model, session.identity)
-            ids = model.charset.encode(feed.text, feed.unknown_chars)
-            text = model.charset.decode(ids)
             if feed.position is not None and feed.position != session.position:
-                return self._fed_before(model, session, text, feed)
-            start = session.position
-            keep_at = self._retention.checkpoints(start, start + len(ids))
-            end, scores = read(model, ids, session.hidden, start, keep_at, feed.num_logprobs, feed.num_next)
-            if text or feed.rebase is not None:
-                transcript = session.transcript.extended(text, end.kept, self._retention)
-                run = finished(session) if text else session.run
-                session = replace(session, hidden=end.hidden, transcript=transcript, run=run)
+                return self._fed_before(session, feed)
+            fed, session = self._fed(session, feed)
+            if fed.text or feed.rebase is not None:
                 self._store.save(lease, session, release=True)
-        return Fed(model, text, end.position, end.next, scores)
+        return fed
+
+    def _feed_at_once(self, owner: str, session_id: str, feed: Feed) -> Fed | None:
+        """With one question to the store, if the session stands as it was seen last. None: go the long way."""
+        session = self._runs.recent(owner, session_id, feed.position)
+        if session is None or feed.rebase is not None:
+            return None
+        try:
+            fed, changed = self._fed(session, feed)
+        except GruServeError:
+            return None  # of a session that others may have changed
+        if not fed.text or self._store.claim(session, changed, release=True) is None:
+            return None
+        return fed
+
+    def _fed(self, session: Session, feed: Feed) -> tuple[Fed, Session]:
+        """The answer to a feed at the end of a session, and the session after it."""
+        model = self._models.of_state(session.model, session.identity)
+        ids = model.charset.encode(feed.text, feed.unknown_chars)
+        text = model.charset.decode(ids)
+        start = session.position
+        keep_at = self._retention.checkpoints(start, start + len(ids))
+        end, scores = read(model, ids, session.hidden, start, keep_at, feed.num_logprobs, feed.num_next)
+        transcript = session.transcript.extended(text, end.kept, self._retention)
+        run = finished(session) if text else session.run
+        fed = Fed(model, text, end.position, end.next, scores)
+        return fed, replace(session, hidden=end.hidden, transcript=transcript, run=run)
 
     def _rebased(self, session: Session, feed: Feed) -> Session:
         """The session with its retained text read into another model; its positions stay what they are."""
@@ -96,8 +117,10 @@ class Feeding:
             run=finished(session),
         )
 
-    def _fed_before(self, model: LoadedModel, session: Session, text: str, feed: Feed) -> Fed:
+    def _fed_before(self, session: Session, feed: Feed) -> Fed:
         """The answer to a feed that the session has in its text already."""
+        model = self._models.of_state(session.model, session.identity)
+        text = model.charset.decode(model.charset.encode(feed.text, feed.unknown_chars))
         start = feed.position or 0
         end = start + len(text)
         if end > session.position or session.transcript.text(start, end) != text:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
+from service.engine.request import Handle
 from service.engine.sampling import SamplingSettings
 from service.errors import GruServeError, ModelChanged, NoRun, PositionConflict, SessionBusy
 from service.generation.continuation import Continuation
 from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
-from service.loaded import LoadedModels
+from service.loaded import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
@@ -64,6 +65,9 @@ class Runs:
 
         Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
         """
+        begun = self._begin_at_once(owner, session_id, request, position, client_has_gone)
+        if begun is not None:
+            return begun
         try:
             lease = self._lease(owner, session_id)
         except SessionBusy:
@@ -75,13 +79,12 @@ class Runs:
                 return self._take_up(lease, position, client_has_gone)
             session = self._derived(lease.session, position)
             check_position(session, position)
-            context = ""
-            if request.sampling.repetition_penalty != 1:
-                text = session.transcript.text(session.transcript.start, session.position)
-                context = "".join(sorted(set(text)))
-            seed = request.seed if request.seed is not None else session.seed
-            run = Run(session.position, request.max_chars, seed, request.sampling, request.stops, context)
-            return self._begin(lease, session, run, session.position, client_has_gone)
+            return self._begin(lease, session, _run(session, request), session.position, client_has_gone)
+
+    def recent(self, owner: str, session_id: str, position: int | None) -> Session | None:
+        """See SessionStore. None also if it is in use, or not as long as the caller says."""
+        session = self._store.recent(owner, session_id) if (owner, session_id) not in self._live else None
+        return session if session is not None and position in (None, session.position) else None
 
     def resume(
         self,
@@ -163,16 +166,60 @@ class Runs:
     def _begin(
         self, lease: Lease, session: Session, run: Run, after: int, client_has_gone: Callable[[], bool]
     ) -> Continuation:
-        """Let the engine generate what is left of a run. On failure the lease is the caller's to release."""
-        model = self._models.of_state(session.model, session.identity)
-        request = rest_of_run(model, session, run, self._retention, run.start + run.max_chars)
-        handle = model.engine.submit([request])[0]
+        """Let a run go on. On failure the lease is the caller's to release."""
+        model, handle = self._submit(session, run)
         try:
             session = replace(session, run=run)
             session = replace(session, revision=self._store.save(lease, session))
         except BaseException:
             handle.cancel()
             raise
+        return self._watched(model, lease, session, run, handle, after, client_has_gone)
+
+    def _begin_at_once(
+        self,
+        owner: str,
+        session_id: str,
+        request: RunRequest,
+        position: int | None,
+        client_has_gone: Callable[[], bool],
+    ) -> Continuation | None:
+        """With one question to the store, if the session stands as it was seen last. None: go the long way."""
+        session = self.recent(owner, session_id, position)
+        if session is None or _was_asked(session, request, position):
+            return None
+        run = _run(session, request)
+        try:
+            model, handle = self._submit(session, run)
+        except GruServeError:
+            return None  # of a session that others may have changed
+        try:
+            lease = self._store.claim(session, replace(session, run=run))
+        except BaseException:
+            handle.cancel()
+            raise
+        if lease is None:
+            handle.cancel()
+            return None
+        return self._watched(model, lease, lease.session, run, handle, session.position, client_has_gone)
+
+    def _submit(self, session: Session, run: Run) -> tuple[LoadedModel, Handle]:
+        """Let the engine generate what is left of a run."""
+        model = self._models.of_state(session.model, session.identity)
+        request = rest_of_run(model, session, run, self._retention, run.start + run.max_chars)
+        return model, model.engine.submit([request])[0]
+
+    def _watched(
+        self,
+        model: LoadedModel,
+        lease: Lease,
+        session: Session,
+        run: Run,
+        handle: Handle,
+        after: int,
+        client_has_gone: Callable[[], bool],
+    ) -> Continuation:
+        """A run that is saved and under way."""
         live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
         lease.on_wanted = live.stop
         self._live[session.owner, session.id] = live
@@ -203,6 +250,16 @@ def check_within(session: Session, position: int, param: str = "position") -> No
 def finished(session: Session) -> Run | None:
     """Its last run, if it is over: one that was cut can't go on in a text that has changed."""
     return session.run if session.run is not None and session.run.finish_reason is not None else None
+
+
+def _run(session: Session, request: RunRequest) -> Run:
+    """What a request makes of a session."""
+    context = ""
+    if request.sampling.repetition_penalty != 1:
+        text = session.transcript.text(session.transcript.start, session.position)
+        context = "".join(sorted(set(text)))
+    seed = request.seed if request.seed is not None else session.seed
+    return Run(session.position, request.max_chars, seed, request.sampling, request.stops, context)
 
 
 def _was_asked(session: Session, request: RunRequest, position: int | None) -> bool:

@@ -92,6 +92,26 @@ class RedisStore:
         self._keeper.hold(lease, key, token, answer[1])
         return lease
 
+    def recent(self, owner: str, session_id: str) -> Session | None:
+        """See SessionStore."""
+        seen = self._cache.get(self._key(owner, session_id))
+        return seen.session if seen is not None else None
+
+    def claim(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
+        """See SessionStore. Raises OutcomeUnknown if the server didn't answer."""
+        key, token, nonce = self._key(session.owner, session.id), _nonce(), _nonce()
+        seen = self._cache.get(key)
+        if seen is None or seen.session is not session:
+            return None
+        record, lease_ms = self._encode(changed), "" if release else self._keeper.lease_ms
+        answer = self._ask("claim", key, *_known(seen), token, nonce, record, _ms(changed.ttl_s), lease_ms)
+        if answer[0] == b"conflict":
+            return None
+        lease = Lease(self._saved(key, changed, nonce, answer))
+        if not release:
+            self._keeper.hold(lease, key, token, answer[1])
+        return lease
+
     def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
         """See SessionStore. Raises OutcomeUnknown if the server didn't answer."""
         old, held = lease.session, self._keeper.holding(lease)

@@ -34,6 +34,12 @@ local function write(new_revision, new_nonce, record, ms, new_holder, held_until
   live_on(ms, 'b', birth, 'r', whole(new_revision), 'n', new_nonce, 'd', record, 't', ms, 'l', new_holder, 'u', held_until)
 end
 
+local function save_next(new_nonce, record, ms, token, lease_ms) -- lease_ms '': and give the lease back
+  local is_held = lease_ms ~= ''
+  write(revision + 1, new_nonce, record, tonumber(ms), is_held and token or '', is_held and whole(now + lease_ms) or 0)
+  return {'ok', birth, whole(revision + 1), whole(expires)}
+end
+
 local function is_older(than_birth, than_revision)
   return birth < than_birth or (birth == than_birth and revision < than_revision)
 end
@@ -79,15 +85,19 @@ function operations.lease(seen_birth, seen_revision, seen_nonce, token, ms, is_w
   return tell(seen_nonce)
 end
 
+-- Lease and save in one, by one who has seen the last save.
+function operations.claim(seen_birth, seen_revision, seen_nonce, token, new_nonce, record, ms, lease_ms)
+  if revision and nonce == new_nonce then return {'ok', birth, whole(revision), whole(expires)} end -- the answer got lost
+  local is_other = refusal(seen_birth, tonumber(seen_revision), seen_nonce) or nonce ~= seen_nonce
+  if is_other or is_leased then return {'conflict'} end
+  if wanted == '1' then set('w', '') end
+  return save_next(new_nonce, record, ms, token, lease_ms)
+end
+
 function operations.save(token, expected, new_nonce, record, ms, lease_ms)
   if revision and nonce == new_nonce then return {'ok', birth, whole(revision), whole(expires)} end -- the answer got lost
   if not revision or holder ~= token or revision ~= tonumber(expected) then return {'conflict'} end
-  if lease_ms == '' then
-    write(revision + 1, new_nonce, record, tonumber(ms), '', 0)
-  else
-    write(revision + 1, new_nonce, record, tonumber(ms), token, whole(now + lease_ms))
-  end
-  return {'ok', birth, whole(revision + 1), whole(expires)}
+  return save_next(new_nonce, record, ms, token, lease_ms)
 end
 
 -- A lease that nobody else has taken is good again, even if it had run out; again: also one that the server has lost.

@@ -47,6 +47,21 @@ class SessionStore(Protocol):
         """
         ...
 
+    def recent(self, owner: str, session_id: str) -> Session | None:
+        """As this process saw it last, without asking: good for nothing but `claim`. None: not known.
+
+        Also None where asking takes no time.
+        """
+        ...
+
+    def claim(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
+        """Reserve and save it in one exchange; the lease, whose session is as it was saved.
+
+        session: what `recent` gave. None: it doesn't stand so any more, or is reserved, and nothing has changed.
+        release: as of `save`.
+        """
+        ...
+
     def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
         """Keep its new state, if `session.revision` is the one that is kept; the new revision, one higher.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-Operation = Literal["create", "load", "lease", "renew", "save", "release", "delete", "page"]
+Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "page"]
 
 
 class StoreWatch(Protocol):

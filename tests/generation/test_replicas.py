@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from redis import exceptions as errors
 
 from service.engine.sampling import PLAIN
 from service.errors import (
@@ -37,6 +39,7 @@ from service.sessions.redis import RedisStore
 from service.sessions.redis_server import RedisServer
 from service.sessions.store import Lease
 from service.sessions.transcript import Retention
+from service.sessions.watch import Operation
 from service.store import ModelStore
 from tests.conftest import engine_settings
 from tests.parts import RedisProcess, redis_process
@@ -127,6 +130,75 @@ def test_each_sees_what_the_others_did(replicas: Callable[[], Replica]) -> None:
         one[0].get("", "a")
     with pytest.raises(SessionNotFound):
         one[0].get("", "a")
+
+
+@contextmanager
+def exchanges(replica: Replica) -> Iterator[list[Operation]]:
+    """What is asked of the store meanwhile."""
+    server, asked = replica[1]._server, []
+    call = server.call
+
+    def listen(operation: Operation, key: str, *arguments: Any) -> list[Any]:
+        asked.append(operation)
+        return call(operation, key, *arguments)
+
+    server.call = listen  # type: ignore[method-assign]
+    yield asked
+    server.call = call  # type: ignore[method-assign]
+
+
+def test_what_was_seen_last_is_not_asked_for_again(replicas: Callable[[], Replica]) -> None:
+    one, two = replicas(), replicas()
+    create(one)
+    with exchanges(one) as asked:
+        one[0].feeding.feed("", "a", Feed("to be "))
+        assert asked == ["claim"]
+        first = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 12))
+        assert asked == ["claim", "claim", "save"]
+    with exchanges(two) as asked:  # it has not seen it
+        two[0].feeding.feed("", "a", Feed("x", 32))
+        assert asked == ["lease", "save"]
+    with exchanges(one) as asked:  # what it has seen is no longer so
+        one[0].feeding.feed("", "a", Feed("y"))
+        assert asked == ["claim", "lease", "save"]
+    two[0].feeding.feed("", "a", Feed("z"))
+    with exchanges(one) as asked:
+        second = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 35))
+        assert asked == ["lease", "save", "save"]  # not as long as the caller says
+    two[0].feeding.feed("", "a", Feed("z"))
+    with exchanges(one) as asked:
+        third = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), None))
+        assert asked == ["claim", "lease", "save", "save"]
+    text = f"ROMEO:to be {first}xyz{second}z"
+    assert text_of(one) == text_of(two) == text + third
+    create(one, "alone", text)
+    assert take(one[0].runs.generate("", "alone", RunRequest(20, PLAIN), None)) == third
+
+
+@pytest.mark.parametrize("someone_goes_on", [False, True])
+def test_a_feed_whose_answer_got_lost_is_not_done_twice(
+    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch, someone_goes_on: bool
+) -> None:
+    """It is asked for again on another connection. If somebody has gone on since, nobody can tell whether from it."""
+    one, two = replicas(), replicas()
+    create(one)
+    run = one[1]._server._run
+
+    def lose(*arguments: Any, is_second: bool = False) -> Any:
+        answer = run(*arguments, is_second=is_second)
+        if not is_second:
+            if someone_goes_on:
+                two[0].feeding.feed("", "a", Feed("b"))
+            raise errors.ConnectionError
+        return answer
+
+    monkeypatch.setattr(one[1]._server, "_run", lose)
+    if someone_goes_on:
+        with pytest.raises(OutcomeUnknown):
+            one[0].feeding.feed("", "a", Feed("a"))
+    else:
+        one[0].feeding.feed("", "a", Feed("a"))
+    assert text_of(two) == ("ROMEO:ab" if someone_goes_on else "ROMEO:a")
 
 
 def test_what_a_dead_replica_sent_is_drawn_again(replicas: Callable[[], Replica]) -> None:

@@ -163,6 +163,50 @@ def test_saving_needs_the_lease_and_the_revision(store: SessionStore) -> None:
     assert facts(store.load("", "a")) == facts(second)
 
 
+def test_a_claim_reserves_and_saves_what_stands_as_it_was_seen(store: SessionStore, clock: Clock) -> None:
+    store.create(session())
+    seen = store.recent("", "a")
+    if seen is None:  # asking takes no time, or nothing is kept to claim by
+        assert store.claim(store.load("", "a"), session(seed=8)) is None
+        assert store.load("", "a").seed == 7
+        return
+    lease = store.claim(seen, replace(seen, seed=8))
+    assert lease is not None
+    assert facts(lease.session) == facts(store.load("", "a"))
+    assert (lease.session.seed, lease.session.revision) == (8, seen.revision + 1)
+
+    def refused() -> bool:
+        before, now = (store.recent("", "a"), store.load("", "a"))
+        attempts = [store.claim(one, replace(one, seed=9)) for one in (seen, now, before) if one is not None]
+        assert facts(store.load("", "a")) == facts(now)
+        return attempts == [None] * len(attempts)
+
+    assert refused()  # it is reserved
+    assert store.save(lease, replace(lease.session, seed=10)) == seen.revision + 2
+    store.release(lease)
+    freed = store.recent("", "a")
+    assert freed is not None
+    given_back = store.claim(freed, replace(freed, seed=11), release=True)
+    assert given_back is not None
+    with pytest.raises(RevisionConflict):
+        store.save(given_back, replace(given_back.session, seed=12))
+    assert store.claim(freed, replace(freed, seed=13)) is None
+    assert (store.load("", "a").seed, store.load("", "a").expires_at) == (11, clock() + 60)
+    last = store.recent("", "a")
+    assert last is not None
+    clock.now += 60
+    assert store.claim(last, replace(last, seed=14)) is None
+    with pytest.raises(SessionGone):
+        store.load("", "a")
+    store.create(session())
+    again = store.recent("", "a")
+    assert again is not None
+    store.delete(store.lease("", "a"))
+    assert store.claim(again, replace(again, seed=15)) is None
+    with pytest.raises(SessionNotFound):
+        store.load("", "a")
+
+
 def test_one_lease_at_a_time(store: SessionStore) -> None:
     store.create(session())
     lease = store.lease("", "a")
