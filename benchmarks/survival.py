@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hole import Hole, hole
 from benchmarks.http import report
 from benchmarks.table import machine
 from service.client import Client, ServerError
@@ -119,10 +120,11 @@ class Deployment:
 
 
 @contextmanager
-def deployed(num_replicas: int = 3, **settings: str) -> Iterator[Deployment]:
+def deployed(num_replicas: int = 3, redis_in: Hole | None = None, **settings: str) -> Iterator[Deployment]:
     """Everything, until the block ends."""
+    place = {"address": redis_in.address, "prefix": redis_in.command} if redis_in is not None else {}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes"))
+        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", **place))
         environment = DRAIN | {"GRU_SERVE_SESSION_STORE": redis.url} | settings
         replicas = [Replica(environment) for _ in range(num_replicas)]
         for replica in replicas:
@@ -373,28 +375,30 @@ def in_turn(url: str, rounds: int, seconds: float, hinder: Callable[[], Any], fr
 
 
 def black_hole(rounds: int) -> Figures:
-    """The store accepts connections, and never says a word."""
+    """Nothing that is sent to the store arrives, and nothing comes back."""
     waits: list[float] = []
-    with deployed(1) as deployment, Client(deployment.url, retry_s=0) as client:
+    outcomes: Counter[int] = Counter()
+    back_s: list[float] = []
+    with hole() as net, deployed(1, net) as deployment, Client(deployment.url, retry_s=0) as client:
         session = client.create("ROMEO:", id="there")
         stop = threading.Event()
 
         def feed() -> None:
+            body = json.dumps({"text": "a", "position": session.position})
             while not stop.wait(0.01):
                 began = time.perf_counter()
                 connection = http.client.HTTPConnection("127.0.0.1", deployment.replicas[0].port, timeout=30)
-                connection.request(
-                    "POST", f"/v1/sessions/{session.id}/feed", '{"text":"a"}', {"Content-Type": "application/json"}
-                )
-                if connection.getresponse().status == 503:
-                    waits.append(time.perf_counter() - began)
+                path, headers = f"/v1/sessions/{session.id}/feed", {"Content-Type": "application/json"}
+                connection.request("POST", path, body, headers)
+                outcomes[connection.getresponse().status] += 1
+                waits.append(time.perf_counter() - began)
                 connection.close()
 
         threads: list[threading.Thread] = []
 
         def hinder() -> None:
             stop.clear()
-            deployment.redis.send(signal.SIGSTOP)
+            net.drop()
             threads[:] = [threading.Thread(target=feed) for _ in range(4)]
             for thread in threads:
                 thread.start()
@@ -403,14 +407,26 @@ def black_hole(rounds: int) -> Figures:
             stop.set()
             for thread in threads:
                 thread.join()
-            deployment.redis.send(signal.SIGCONT)
+            net.let_through()
+            began = time.perf_counter()
+            while not is_fed():
+                time.sleep(0.02)
+            back_s.append(time.perf_counter() - began)
+
+        def is_fed() -> bool:
+            try:
+                session.feed("a")
+            except ServerError:
+                return False
+            return True
 
         ratios = in_turn(deployment.url, rounds, 3, hinder, free)
-    print(f"a store that never answers, {rounds} times: {len(waits)} session calls got 503")
+    print(f"a store whose packets are dropped, {rounds} times; session calls got {dict(outcomes)}")
     report("  the slowest", max(waits), "s", "at most 1")
     spread = f"times ({min(ratios):.2f} to {max(ratios):.2f})"
     report("  99 % of completions beside them / without", statistics.median(ratios), spread, "at most 2")
-    return {"waits_s": [statistics.median(waits), max(waits)], "ratios": ratios}
+    report("  sessions again after", max(back_s), "s", "at most 5")
+    return {"waits_s": [statistics.median(waits), max(waits)], "outcomes": outcomes, "ratios": ratios, "back_s": back_s}
 
 
 def slow(rounds: int) -> Figures:

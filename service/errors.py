@@ -120,7 +120,7 @@ class SessionLost(GruServeError):
 
 
 class StoreUnavailable(GruServeError):
-    """The session store can't be reached; nothing was done."""
+    """The session store can't be reached; nothing was done, or it is harmless to do it again."""
 
     code = "session_store_unavailable"
 

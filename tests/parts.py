@@ -8,9 +8,10 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -33,20 +34,25 @@ def free_port() -> int:
 
 
 class RedisProcess:
-    """A Redis server of a test's own, which can be killed, paused and started again with what it had on disk."""
+    """A Redis server of a test's own, which can be killed, paused and started again with what it had on disk.
 
-    def __init__(self, directory: Path, *options: str) -> None:
+    address: that it listens on. prefix: words before its command.
+    """
+
+    def __init__(self, directory: Path, *options: str, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
         self.port, self._directory, self._options = free_port(), directory, options
-        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._address, self._prefix = address, prefix
+        self.url = f"redis://{address}:{self.port}/0"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        command = [program("redis-server"), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command = [*self._prefix, program("redis-server"), "--port", str(self.port), "--bind", self._address]
+        command += ["--save", "", "--protected-mode", "no"]
         command += ["--dir", str(self._directory), *self._options]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + 20
-        with redis.Redis(port=self.port) as client:
+        with redis.Redis(self._address, self.port) as client:
             while True:
                 try:
                     client.ping()
@@ -79,9 +85,9 @@ class RedisProcess:
 
 
 @contextmanager
-def redis_process(directory: Path, *options: str) -> Iterator[RedisProcess]:
-    """A Redis server that runs, until the block ends."""
-    process = RedisProcess(directory, *options)
+def redis_process(directory: Path, *options: str, **place: Any) -> Iterator[RedisProcess]:
+    """A Redis server that runs, until the block ends. See RedisProcess."""
+    process = RedisProcess(directory, *options, **place)
     process.start()
     try:
         yield process

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from service.engine.stepper import Distribution, Scores
 from service.errors import GruServeError, ModelNotFound, PositionConflict
 from service.generation.reading import read
-from service.generation.runs import Runs, check_position, finished
+from service.generation.runs import Runs, check_position, finished, repeatable
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import UnknownChars
 from service.sessions.session import Session
@@ -64,7 +64,8 @@ class Feeding:
                 return self._fed_before(session, feed)
             fed, session = self._fed(session, feed)
             if fed.text or feed.rebase is not None:
-                self._store.save(lease, session, release=True)
+                with repeatable(feed.position is not None):
+                    self._store.save(lease, session, release=True)
         return fed
 
     def _feed_at_once(self, owner: str, session_id: str, feed: Feed) -> Fed | None:
@@ -76,9 +77,10 @@ class Feeding:
             fed, changed = self._fed(session, feed)
         except GruServeError:
             return None  # of a session that others may have changed
-        if not fed.text or self._store.claim(session, changed, release=True) is None:
+        if not fed.text:
             return None
-        return fed
+        with repeatable(feed.position is not None):
+            return fed if self._store.claim(session, changed, release=True) is not None else None
 
     def _fed(self, session: Session, feed: Feed) -> tuple[Fed, Session]:
         """The answer to a feed at the end of a session, and the session after it."""

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 
 from service.engine.request import Handle
 from service.engine.sampling import SamplingSettings
-from service.errors import GruServeError, ModelChanged, NoRun, PositionConflict, SessionBusy
+from service.errors import (
+    GruServeError,
+    ModelChanged,
+    NoRun,
+    OutcomeUnknown,
+    PositionConflict,
+    SessionBusy,
+    StoreUnavailable,
+)
 from service.generation.continuation import Continuation
 from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
@@ -170,7 +178,8 @@ class Runs:
         model, handle = self._submit(session, run)
         try:
             session = replace(session, run=run)
-            session = replace(session, revision=self._store.save(lease, session))
+            with repeatable():
+                session = replace(session, revision=self._store.save(lease, session))
         except BaseException:
             handle.cancel()
             raise
@@ -194,7 +203,8 @@ class Runs:
         except GruServeError:
             return None  # of a session that others may have changed
         try:
-            lease = self._store.claim(session, replace(session, run=run))
+            with repeatable():
+                lease = self._store.claim(session, replace(session, run=run))
         except BaseException:
             handle.cancel()
             raise
@@ -231,6 +241,19 @@ class Runs:
         key = (live.session.owner, live.session.id)
         if self._live.get(key) is live:
             del self._live[key]
+
+
+@contextmanager
+def repeatable(is_so: bool = True) -> Iterator[None]:
+    """For a change that can be asked for again whether it was done or not: one that changes no text, or that says where
+    its text belongs. Raises StoreUnavailable in place of OutcomeUnknown.
+    """
+    try:
+        yield
+    except OutcomeUnknown as error:
+        if not is_so:
+            raise
+        raise StoreUnavailable("the session store didn't answer: try again, which is harmless") from error
 
 
 def check_position(session: Session, position: int | None) -> None:

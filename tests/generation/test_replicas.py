@@ -175,9 +175,10 @@ def test_what_was_seen_last_is_not_asked_for_again(replicas: Callable[[], Replic
     assert take(one[0].runs.generate("", "alone", RunRequest(20, PLAIN), None)) == third
 
 
+@pytest.mark.parametrize("position", [None, 6])
 @pytest.mark.parametrize("someone_goes_on", [False, True])
 def test_a_feed_whose_answer_got_lost_is_not_done_twice(
-    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch, someone_goes_on: bool
+    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch, someone_goes_on: bool, position: int | None
 ) -> None:
     """It is asked for again on another connection. If somebody has gone on since, nobody can tell whether from it."""
     one, two = replicas(), replicas()
@@ -192,13 +193,42 @@ def test_a_feed_whose_answer_got_lost_is_not_done_twice(
             raise errors.ConnectionError
         return answer
 
-    monkeypatch.setattr(one[1]._server, "_run", lose)
-    if someone_goes_on:
-        with pytest.raises(OutcomeUnknown):
-            one[0].feeding.feed("", "a", Feed("a"))
-    else:
-        one[0].feeding.feed("", "a", Feed("a"))
+    with monkeypatch.context() as lost, ExitStack() as expecting:
+        lost.setattr(one[1]._server, "_run", lose)
+        if someone_goes_on:
+            error = OutcomeUnknown if position is None else StoreUnavailable
+            expecting.enter_context(
+                pytest.raises(error, match="may have been done" if position is None else "harmless")
+            )
+        one[0].feeding.feed("", "a", Feed("a", position))
+    if position is not None:
+        one[0].feeding.feed("", "a", Feed("a", position))
     assert text_of(two) == ("ROMEO:ab" if someone_goes_on else "ROMEO:a")
+
+
+def test_a_run_whose_beginning_got_lost_can_be_asked_for_again(
+    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = replicas(), replicas()
+    request = replace(LONG, max_chars=50)
+    create(one)
+    run = one[1]._server._run
+
+    def lose(*arguments: Any, is_second: bool = False) -> Any:
+        run(*arguments, is_second=is_second)
+        raise errors.TimeoutError
+
+    for replica, position in ((one, 6), (one, None)):
+        with monkeypatch.context() as lost:
+            lost.setattr(one[1]._server, "_run", lose)
+            with pytest.raises(StoreUnavailable, match="harmless"):
+                replica[0].runs.generate("", "a", request, position)
+        assert text_of(two) == "ROMEO:"
+        until_it_works(one[1].check)
+        time.sleep(2 * LEASE_S)
+    text = take(two[0].runs.generate("", "a", request, None))
+    assert text_of(one) == "ROMEO:" + text
+    assert text == uninterrupted(two, request)
 
 
 def test_what_a_dead_replica_sent_is_drawn_again(replicas: Callable[[], Replica]) -> None:
