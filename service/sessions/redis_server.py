@@ -82,7 +82,7 @@ class RedisServer:
             except _Settling:
                 raise
             except errors.ConnectionError:
-                # Once more: connections that were kept since before a restart are broken.
+                self._drop_idle()  # that were kept since before a restart are broken too
                 answer = self._run(key, operation, *arguments, is_second=True)
             if operation == "claim" and answer[0] == b"conflict":
                 raise OutcomeUnknown(_UNKNOWN)  # the first may have been done, and gone on from since
@@ -172,6 +172,14 @@ class RedisServer:
             raise
         self._idle.append(client)
         return answer
+
+    def _drop_idle(self) -> None:
+        with suppress(IndexError):
+            while True:
+                client = self._idle.pop()
+                if client.connection is not None:
+                    client.connection.disconnect()  # type: ignore[no-untyped-call]  # the pool would give it out again
+                client.close()
 
     def _failed(self, error: errors.RedisError) -> None:
         if isinstance(error, _Settling):
