@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from service.engine.request import Handle
-from service.engine.sampling import SamplingSettings
 from service.errors import (
     GruServeError,
     ModelChanged,
@@ -21,6 +20,7 @@ from service.errors import (
 from service.generation.continuation import Continuation
 from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
+from service.generation.run_request import RunRequest
 from service.loaded import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
@@ -28,16 +28,6 @@ from service.sessions.transcript import Retention
 
 _POLL_S = 0.01  # how often is looked whether runs are over
 _ATTEMPTS = 3  # to take a run over, when others try the same
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """How to continue a session. seed: None is the session's own."""
-
-    max_chars: int
-    sampling: SamplingSettings
-    stops: tuple[str, ...] = ()
-    seed: int | None = None
 
 
 class Runs:
@@ -79,15 +69,15 @@ class Runs:
         try:
             lease = self._lease(owner, session_id)
         except SessionBusy:
-            if not _was_asked(self._store.load(owner, session_id), request, position):
+            if not request.made_last_of(self._store.load(owner, session_id), position):
                 raise
             lease = self._take_over(owner, session_id)
         with self._released_on_failure(lease):
-            if _was_asked(lease.session, request, position):
+            if request.made_last_of(lease.session, position):
                 return self._take_up(lease, position, client_has_gone)
             session = self._derived(lease.session, position)
             check_position(session, position)
-            return self._begin(lease, session, _run(session, request), session.position, client_has_gone)
+            return self._begin(lease, session, request.run_of(session), session.position, client_has_gone)
 
     def recent(self, owner: str, session_id: str, position: int | None) -> Session | None:
         """See SessionStore. None also if it is in use, or not as long as the caller says."""
@@ -195,9 +185,9 @@ class Runs:
     ) -> Continuation | None:
         """With one question to the store, if the session stands as it was seen last. None: go the long way."""
         session = self.recent(owner, session_id, position)
-        if session is None or _was_asked(session, request, position):
+        if session is None or request.made_last_of(session, position):
             return None
-        run = _run(session, request)
+        run = request.run_of(session)
         try:
             model, handle = self._submit(session, run)
         except GruServeError:
@@ -273,23 +263,6 @@ def check_within(session: Session, position: int, param: str = "position") -> No
 def finished(session: Session) -> Run | None:
     """Its last run, if it is over: one that was cut can't go on in a text that has changed."""
     return session.run if session.run is not None and session.run.finish_reason is not None else None
-
-
-def _run(session: Session, request: RunRequest) -> Run:
-    """What a request makes of a session."""
-    context = ""
-    if request.sampling.repetition_penalty != 1:
-        text = session.transcript.text(session.transcript.start, session.position)
-        context = "".join(sorted(set(text)))
-    seed = request.seed if request.seed is not None else session.seed
-    return Run(session.position, request.max_chars, seed, request.sampling, request.stops, context)
-
-
-def _was_asked(session: Session, request: RunRequest, position: int | None) -> bool:
-    """Whether the last run was begun with this request, at this position."""
-    run, seed = session.run, request.seed if request.seed is not None else session.seed
-    asked = (position, request.max_chars, request.sampling, request.stops, seed)
-    return run is not None and (run.start, run.max_chars, run.sampling, run.stops, run.seed) == asked
 
 
 def _resumable(session: Session, after: int | None) -> tuple[Run, int]:

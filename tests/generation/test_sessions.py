@@ -29,7 +29,7 @@ from service.generation.completion import Completion, CompletionRequest
 from service.generation.continuation import Continuation
 from service.generation.creation import NewSession
 from service.generation.feeding import Feed
-from service.generation.runs import RunRequest
+from service.generation.run_request import RunRequest
 from service.generation.sessions import Sessions
 from service.loaded import LoadedModels
 from service.sessions.memory import MemoryStore
