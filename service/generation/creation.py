@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 from service.engine.stepper import Float32
 from service.errors import InvalidValue, SessionExists, SessionGone, SessionNotFound
+from service.generation.positions import check_within
 from service.generation.reading import read, state_at
-from service.generation.runs import Runs, check_within
+from service.generation.runs import Runs
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import UnknownChars
 from service.sessions.portable import StateSealer

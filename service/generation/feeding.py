@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 from service.engine.stepper import Distribution, Scores
 from service.errors import GruServeError, ModelNotFound, PositionConflict
+from service.generation.positions import check_position
 from service.generation.reading import read
-from service.generation.runs import Runs, check_position, finished, repeatable
+from service.generation.runs import Runs, finished
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import UnknownChars
+from service.sessions.outcome import repeatable
 from service.sessions.session import Session
 from service.sessions.store import SessionStore
 from service.sessions.transcript import Retention, Transcript

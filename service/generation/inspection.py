@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from service.engine.stepper import Distribution, Float32, Scores
 from service.errors import InvalidValue, UnknownCharacters
+from service.generation.positions import check_within
 from service.generation.reading import read, state_at
-from service.generation.runs import check_within
 from service.loaded import LoadedModel, LoadedModels
 from service.model.charset import Ids
 from service.sessions.portable import StateHeader, StateSealer

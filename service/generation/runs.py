@@ -12,16 +12,16 @@ from service.errors import (
     GruServeError,
     ModelChanged,
     NoRun,
-    OutcomeUnknown,
     PositionConflict,
     SessionBusy,
-    StoreUnavailable,
 )
 from service.generation.continuation import Continuation
 from service.generation.derivation import derived, rest_of_run
 from service.generation.live_run import LiveRun
+from service.generation.positions import check_position
 from service.generation.run_request import RunRequest
 from service.loaded import LoadedModel, LoadedModels
+from service.sessions.outcome import repeatable
 from service.sessions.session import Run, Session
 from service.sessions.store import Lease, SessionStore
 from service.sessions.transcript import Retention
@@ -231,33 +231,6 @@ class Runs:
         key = (live.session.owner, live.session.id)
         if self._live.get(key) is live:
             del self._live[key]
-
-
-@contextmanager
-def repeatable(is_so: bool = True) -> Iterator[None]:
-    """For a change that can be asked for again whether it was done or not: one that changes no text, or that says where
-    its text belongs. Raises StoreUnavailable in place of OutcomeUnknown.
-    """
-    try:
-        yield
-    except OutcomeUnknown as error:
-        if not is_so:
-            raise
-        raise StoreUnavailable("the session store didn't answer: try again, which is harmless") from error
-
-
-def check_position(session: Session, position: int | None) -> None:
-    """Raises PositionConflict unless the session is as long as the caller thinks."""
-    if position is not None and position != session.position:
-        raise PositionConflict(f"the text is {session.position} characters long, not {position}", session.position)
-
-
-def check_within(session: Session, position: int, param: str = "position") -> None:
-    """Raises PositionConflict if a place lies behind the end."""
-    if position > session.position:
-        raise PositionConflict(
-            f"the text is {session.position} characters long, not {position}", session.position, param=param
-        )
 
 
 def finished(session: Session) -> Run | None:

@@ -9,8 +9,9 @@ from dataclasses import replace
 from service.errors import InvalidValue
 from service.generation.creation import Creation
 from service.generation.feeding import Feeding
+from service.generation.positions import check_within
 from service.generation.reading import state_at
-from service.generation.runs import Runs, check_within, finished
+from service.generation.runs import Runs, finished
 from service.loaded import LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session
