@@ -18,7 +18,7 @@ from service.engine.stepper import Stepper
 from service.engine.torch_stepper import TorchStepper
 from service.model.artifact import Artifact
 from service.model.quantize import IntegerPrecision, quantize
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 
 BASELINE = "forty lines of torch"
 _STEPS = 8  # between two looks at the clock

@@ -26,7 +26,7 @@ from benchmarks.http import is_ready, report
 from benchmarks.pairs import in_turns
 from benchmarks.sessions import Clients, request
 from benchmarks.table import machine, summary
-from service.config import Settings
+from service.settings import Settings
 from service.web.server import Server
 
 Figures = dict[str, object]

@@ -35,11 +35,11 @@ from pathlib import Path
 
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
-from service.config import Settings
 from service.engine.kernels import choose_kernel
 from service.engine.request import Request
-from service.loaded import EngineSettings, LoadedModel
-from service.store import ModelStore
+from service.registry.loaded_models import EngineSettings, LoadedModel
+from service.settings import Settings
+from service.store.model_store import ModelStore
 
 PROMPT = "ROMEO:"
 DONE = b"data: [DONE]\n\n"

@@ -52,7 +52,7 @@ async function go(text, length) {
 
 
 @dataclass(frozen=True)
-class Seen:
+class CachedSession:
     """Of one turn."""
 
     frames_per_s: float
@@ -61,7 +61,7 @@ class Seen:
     main_thread_share: float
 
 
-def watched(browser: Browser, page: Page, field: str, seconds: float) -> Seen:
+def watched(browser: Browser, page: Page, field: str, seconds: float) -> CachedSession:
     """Type into a field of a page whose text grows meanwhile."""
     page.evaluate("() => { let n = 0; const f = () => { window.frames_ = ++n; requestAnimationFrame(f) }; f() }")
     trace.start(browser, page)
@@ -71,7 +71,7 @@ def watched(browser: Browser, page: Page, field: str, seconds: float) -> Seen:
         page.wait_for_timeout(50)
     frames, lasted = page.evaluate("() => window.frames_") - first, time.perf_counter() - began
     recorded = trace.Trace.stop(browser, page)
-    return Seen(
+    return CachedSession(
         frames / lasted,
         recorded.longest_task_ms[1],
         max(wall for _, wall in recorded.answers_ms()),
@@ -79,7 +79,7 @@ def watched(browser: Browser, page: Page, field: str, seconds: float) -> Seen:
     )
 
 
-def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Seen:
+def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> CachedSession:
     """A text of so many characters, coloured by a unit, that grows; another one is typed into."""
     with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
         screen = Screen(context.new_page(), line.url).load()
@@ -97,7 +97,7 @@ def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seco
         return watched(browser, screen.page, ".column:first-child textarea", seconds)
 
 
-def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Seen:
+def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> CachedSession:
     """The same stream."""
     with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
         page = context.new_page()
@@ -112,7 +112,7 @@ def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float
         return watched(browser, page, "textarea", seconds)
 
 
-def report(rate: float, plain: list[Seen], ours: list[Seen]) -> None:
+def report(rate: float, plain: list[CachedSession], ours: list[CachedSession]) -> None:
     """A line a figure: the median of either page, and their ratio by rounds."""
     print(f"\n{rate:.0f} characters a second{'':<14}{'this page':>12}{'plain page':>12}   this / plain")
     for name, say in (
@@ -141,7 +141,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program("chromium"), args=FLAGS)
         for rate in arguments.rates:
 
-            def turn(measure: Callable[..., Seen], rate: float = rate) -> Callable[[], Seen]:
+            def turn(measure: Callable[..., CachedSession], rate: float = rate) -> Callable[[], CachedSession]:
                 return lambda: measure(browser, line, arguments.before, rate, arguments.seconds)
 
             plain, ours = in_turns([turn(of_the_plain_page), turn(of_the_page)], arguments.rounds)

@@ -37,7 +37,7 @@ from benchmarks.peers.contestants import PEERS, peer_contestants
 from benchmarks.peers.environment import Skipped
 from benchmarks.sweep import plot, sweep
 from benchmarks.table import machine, rows_of_json, spread, summary, table
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 

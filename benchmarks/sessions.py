@@ -1,4 +1,4 @@
-"""Sessions: a million of them in memory, and feeds over HTTP.
+"""SessionService: a million of them in memory, and feeds over HTTP.
 
 - memory: what a million open sessions take, and how fast they are put into the store. Their states are given, nothing
   is stepped for them.
@@ -28,16 +28,16 @@ import numpy as np
 from benchmarks.http import is_ready, report
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
-from service.config import Settings
 from service.engine.kernels import choose_kernel
-from service.generation.feeding import Feed
-from service.generation.sessions import Sessions
-from service.loaded import EngineSettings, LoadedModel, LoadedModels
-from service.sessions.memory import MemoryStore
+from service.generation.feeding import FeedRequest
+from service.generation.session_service import SessionService
+from service.registry.loaded_models import EngineSettings, LoadedModel, LoadedModels
+from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.session import Session
 from service.sessions.transcript import Retention, Transcript
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.server import Server
 
 GIB = 2**30
@@ -88,7 +88,7 @@ class Bench:
     def __init__(self, models: LoadedModels, model: LoadedModel) -> None:
         self.clock = Clock()
         self.store = MemoryStore(10**8, 2**44, self.clock)
-        self.sessions = Sessions(models, self.store, StateSealer(["k" * 16]), 3600, Retention(), self.clock)
+        self.sessions = SessionService(models, self.store, StateSealer(["k" * 16]), 3600, Retention(), self.clock)
         self.model, self.chance = model, random.Random(1)
         self.ids: list[str] = []
         self._letters = "".join(self.chance.choices(model.charset.characters, k=100_000))
@@ -135,7 +135,7 @@ class Bench:
         ids = self.chance.choices(self.ids, k=num_calls)
         began = time.perf_counter()
         for session_id in ids:
-            self.sessions.feeding.feed("", session_id, Feed("e", num_next=20))
+            self.sessions.feeding.feed("", session_id, FeedRequest("e", num_next=20))
         return (time.perf_counter() - began) / num_calls * 1e6
 
     def expire_us(self, num_sessions: int = 1000) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contestants import Contestant, compete, stepper_turn
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, QuantizedLayer, QuantizedLinear
 

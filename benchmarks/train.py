@@ -21,8 +21,8 @@ from benchmarks.pairs import time_in_turns
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
 from service.training.corpus import Corpus
+from service.training.hyperparameters import Hyperparameters
 from service.training.network import WindowLoss, initialise
-from service.training.settings import TrainingSettings
 from service.training.trainer import Trainer
 
 BATCH, STEPS = 64, 128
@@ -44,7 +44,7 @@ def main() -> None:
     print(f"batch {BATCH} x {STEPS} steps, {len(set(corpus.text))} characters, {options.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bfloat16", "float32"):
-            settings = TrainingSettings.model_validate(
+            settings = Hyperparameters.model_validate(
                 {"batch_size": BATCH, "sequence_length": STEPS, "precision": precision}
             )
             trainer = Trainer(corpus, settings, Path(folder) / "run")

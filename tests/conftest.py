@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from service.engine.torch_stepper import TorchStepper
-from service.loaded import EngineSettings, LoadedModel
 from service.model.artifact import write_artifact
 from service.model.config import ModelConfig
-from service.store import ModelStore
+from service.registry.loaded_models import EngineSettings, LoadedModel
+from service.store.model_store import ModelStore
 from service.training.network import initialise
 from tests.parts import redis_process
 

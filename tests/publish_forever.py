@@ -14,7 +14,7 @@ import numpy as np
 
 from service.model.artifact import write_artifact
 from service.model.config import ModelConfig
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from http.client import HTTPResponse
 import pytest
 
 from service.client import Client
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.balancer import CONFIGURATION, Balancer, balancing, kill, replicas
 from tests.parts import free_port, program, redis_process
 from tests.serving import BODY, ENDLESS, Server, ask, wait_until

@@ -27,7 +27,7 @@ from service.engine.native.binding import variants
 from service.engine.torch_stepper import TorchStepper
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import publish_tiny, random_tensors, tiny_config
 
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")

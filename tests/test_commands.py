@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from service import __version__
 from service.__main__ import main
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from service.training.trainer import Trainer
 from tests.conftest import publish_tiny
 
@@ -181,7 +181,7 @@ def test_train_refuses_bad_options(corpus: Path, place: list[str], words: list[s
 
 
 def test_generate_prints_what_the_api_answers(tiny_store: ModelStore) -> None:
-    from service.config import Settings
+    from service.settings import Settings
     from tests.web.conftest import client_of
 
     store = ["--model", "tiny", "--model-store", str(tiny_store.root)]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from service.config import Settings, read_settings
 from service.errors import InvalidSettings
+from service.settings import Settings, read_settings
 
 
 def test_the_defaults() -> None:

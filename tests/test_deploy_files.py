@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from service.config import Settings
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.server import gunicorn_config
 from tests.balancer import CONFIGURATION
 from tests.web.conftest import client_of

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from service.client import Client
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
 
 MAX_CHARS = 9_000_000  # more than any test waits for

@@ -12,8 +12,8 @@ import structlog.testing
 from click.testing import CliRunner
 
 from service.__main__ import main
+from service.api_keys import ApiKeys, new_key, read_keys
 from service.errors import InvalidSettings, InvalidValue
-from service.keys import ApiKeys, new_key, read_keys
 
 
 class Clock:

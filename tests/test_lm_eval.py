@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import SERVE, Server, serving
 
 PACKAGES = ["lm_eval[api]==0.4.13", "transformers==5.23.0"]

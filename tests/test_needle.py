@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from service.generation.completion import Completion, CompletionRequest, SamplingSettings
-from service.loaded import LoadedModel
-from service.store import ModelStore
+from service.registry.loaded_models import LoadedModel
+from service.store.model_store import ModelStore
 from tests.conftest import loaded_model
 
 TRIALS = 200

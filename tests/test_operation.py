@@ -14,9 +14,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api_keys import new_key
 from service.client import Client, ServerError
-from service.keys import new_key
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import publish_tiny
 from tests.serving import SERVE, Server, serving, wait_until
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
 
 MAX_BATCH, MAX_QUEUE = 4, 4

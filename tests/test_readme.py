@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from service.__main__ import main
-from service.config import Settings
+from service.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import BODY, SERVE, Server, ask, serving
 
 NUM_THREADS = 20  # the fewest for two texts side by side and two that wait

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from service.client import Client, ServerError, Session
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import SERVE, Server, serving
 
 NUM_STREAMS = int(os.environ.get("CUT_STREAMS", "1000"))

@@ -12,7 +12,7 @@ from service.model.artifact import Artifact, read_artifact
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from service.training.evaluate import text_loss
 from tests.conftest import publish_tiny
 

@@ -17,7 +17,7 @@ import pytest
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import write_artifact
 from service.model.manifest import MANIFEST
-from service.store import ModelStore, ModelVersion
+from service.store.model_store import ModelStore, ModelVersion
 from tests.conftest import publish_tiny, random_tensors, tiny_config
 
 
@@ -301,7 +301,7 @@ def test_an_abandoned_folder_that_vanishes_meanwhile_is_no_error(
             raise FileNotFoundError(path)
         return os_open(path, flags, mode)
 
-    monkeypatch.setattr("service.staging.os.open", gone)
+    monkeypatch.setattr("service.store.staging.os.open", gone)
     assert publish_tiny(store) == "tiny@2"
 
 

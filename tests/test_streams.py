@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
 
 RESET = struct.pack("ii", 1, 0)

@@ -46,9 +46,9 @@ def bench_command(
 
     Example: gru-serve bench --rows 1,64 --seconds 1
     """
-    from service.config import read_settings
     from service.engine.kernels import choose_kernel
     from service.model.quantize import quantize
+    from service.settings import read_settings
 
     settings = read_settings()
     threads = threads or settings.num_engine_threads

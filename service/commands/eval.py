@@ -84,10 +84,10 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
         torch.set_num_threads(1)
         return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
 
-    from service.config import read_settings
     from service.engine.kernels import choose_kernel
     from service.engine.loss import stepped_loss
     from service.model.quantize import IntegerPrecision, quantize
+    from service.settings import read_settings
 
     kernel = choose_kernel(read_settings().kernel, num_threads=1)
     stepper = kernel.make_stepper(quantize(config, tensors, cast(IntegerPrecision, precision)))

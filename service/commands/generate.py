@@ -51,11 +51,11 @@ def generate_command(
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
-    from service.config import read_settings
     from service.engine.kernels import choose_kernel
     from service.generation.completion import Completion, CompletionRequest, SamplingSettings
-    from service.loaded import EngineSettings, LoadedModel
     from service.model.charset import UnknownChars
+    from service.registry.loaded_models import EngineSettings, LoadedModel
+    from service.settings import read_settings
 
     if "" in stop:
         raise click.BadParameter("a stop string can't be empty", param_hint="--stop")

@@ -24,7 +24,7 @@ def new_command(name: str, as_json: bool) -> None:
 
     Example: gru-serve keys new alice
     """
-    from service.keys import new_key
+    from service.api_keys import new_key
 
     key, entry = new_key(name)
     if as_json:

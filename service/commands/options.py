@@ -64,9 +64,9 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
 
 def open_store(model_store: Path | None, *, make: bool = False) -> Any:
     """The model store at the option's place, or at the setting's. Raises StoreError if nothing is there."""
-    from service.config import read_settings
     from service.errors import StoreError
-    from service.store import ModelStore
+    from service.settings import read_settings
+    from service.store.model_store import ModelStore
 
     root = model_store if model_store is not None else read_settings().model_store
     if not root.is_dir() and not make:

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from service.commands.options import field_options, open_store
-from service.config import Settings, read_settings
+from service.settings import Settings, read_settings
 
 
 @click.command("serve")
@@ -21,8 +21,8 @@ def serve_command(**options: Any) -> None:
     """
     settings = read_settings(**options)
 
+    from service.api_keys import read_keys
     from service.engine.kernels import check_kernel
-    from service.keys import read_keys
     from service.web.server import Server
 
     # What can't be served is told here, in one line, and not by a worker that dies at its start.

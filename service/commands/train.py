@@ -17,7 +17,7 @@ from service.commands.eval import measure
 from service.commands.libraries import require_torch
 from service.commands.options import field_options, model_store_option, open_store
 from service.errors import GruServeError
-from service.training.settings import TrainingSettings
+from service.training.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from service.training.trainer import Progress, Trainer
@@ -32,7 +32,7 @@ _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint, with its settings.")
 @click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint of an unfinished run.")
 @model_store_option
-@field_options(TrainingSettings)
+@field_options(Hyperparameters)
 def train_command(
     corpus: Path,
     name: str,
@@ -178,28 +178,28 @@ class _Bar:
         )
 
 
-def _settings(given: dict[str, Any]) -> TrainingSettings:
+def _settings(given: dict[str, Any]) -> Hyperparameters:
     from pydantic import ValidationError
 
     try:
-        return TrainingSettings(**given)
+        return Hyperparameters(**given)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         option = "--" + str(first["loc"][0]).replace("_", "-")
         raise click.BadParameter(f"{first.get('input')}: {first['msg']}", param_hint=option) from error
 
 
-def _refuse_changes(settings: TrainingSettings, given: dict[str, Any]) -> None:
+def _refuse_changes(settings: Hyperparameters, given: dict[str, Any]) -> None:
     for key, value in given.items():
         if getattr(settings, key) != value:
             option = "--" + key.replace("_", "-")
             raise click.UsageError(f"{option} {value}: the run that is resumed has {getattr(settings, key)}")
 
 
-def _command(corpus: Path, name: str, settings: TrainingSettings) -> str:
+def _command(corpus: Path, name: str, settings: Hyperparameters) -> str:
     """A command that repeats the run: the file's name without its folder, and every setting that isn't a default."""
     words = ["gru-serve", "train", "--corpus", corpus.name, "--name", name]
-    for key, field in TrainingSettings.model_fields.items():
+    for key, field in Hyperparameters.model_fields.items():
         if getattr(settings, key) != field.default:
             words += ["--" + key.replace("_", "-"), str(getattr(settings, key))]
     return shlex.join(words)

@@ -10,10 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
+from service.arrays import Float32, Float64
 
 VERSION = 1  # of everything that the bits of a text depend on beside the quantised weights; part of the fingerprint
 

@@ -22,7 +22,7 @@ class Buckets:
 
 
 class Counters:
-    """Written by whoever holds the stepper; who reads meanwhile may see one number a tick older than another.
+    """TextChunk by whoever holds the stepper; who reads meanwhile may see one number a tick older than another.
 
     num_read, num_generated: characters of prompts and fed texts, and of continuations. ends: continuations by why they
     ended; None: cancelled, or the engine failed. batch: texts in each tick. tick_s: how long it took.

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import structlog
 
+from service.arrays import Float32
 from service.engine.counters import Counters
 from service.engine.pace import Pace
 from service.engine.request import End, EndReason, Handle, Request
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import Advance, Float32, Row, Stepper
+from service.engine.stepper import Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
@@ -143,7 +144,7 @@ class Engine:
             self._stepping.release()
         handle.publish(advance, _end(row, row.finished or "length"))
 
-    def _advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+    def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         before = sum([row.position for row in rows])
         self._tick_started = started = self._clock()
         advances = self._stepper.advance(rows, num_chars)
@@ -196,7 +197,7 @@ class Engine:
             started = self._clock()
             advances = self._advance(rows, num_chars)
             self._pace.measured(len(rows), num_chars, self._clock() - started)
-        # Places are free before anybody hears of an end: who then comes back at once is not to be refused.
+        # AdmissionLimit are free before anybody hears of an end: who then comes back at once is not to be refused.
         self._forget([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
         for text, row, advance in zip(texts, rows, advances, strict=True):
             text.handle.publish(advance, _end(row, row.finished) if row.finished is not None else None)
@@ -246,4 +247,6 @@ def _is_short(request: Request) -> bool:
 
 
 def _end(row: Row, reason: EndReason) -> End:
-    return End(reason, row.hidden, row.position, dict(zip(row.keep_at, row.kept, strict=False)), row.next)
+    return End(
+        reason, row.hidden, row.position, dict(zip(row.checkpoint_positions, row.checkpoints, strict=False)), row.next
+    )

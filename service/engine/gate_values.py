@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32, Ids
 from service.engine.gates import Gates, gate_scales
-from service.engine.stepper import Float32, Ids
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _EXACT_FLOAT32 = 2**24  # float32 holds every integer up to here

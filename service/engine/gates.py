@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32
 from service.engine.arithmetic import SIGMOID, TANH, activate
-from service.engine.stepper import Float32
 from service.model.quantize import QuantizedLinear
 
 MAX_ROWS = 32  # rows whose gates are computed together: their scratch stays in the cache of a core

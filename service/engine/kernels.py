@@ -55,6 +55,6 @@ def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
 
         torch.set_num_threads(num_threads)  # of the whole process
         return Kernel("torch", TorchStepper)
-    from service.engine.native.stepper import NativeStepper
+    from service.engine.native.native_stepper import NativeStepper
 
     return Kernel(there[0], lambda model: NativeStepper(model, num_threads))

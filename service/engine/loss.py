@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from service.engine.stepper import Ids, Row, Stepper
+from service.arrays import Ids
+from service.engine.stepper import Row, Stepper
 
 _CHUNK = 2048  # characters between two reports of progress
 

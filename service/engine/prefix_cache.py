@@ -6,7 +6,7 @@ import bisect
 import threading
 from collections import OrderedDict
 
-from service.engine.stepper import Float32
+from service.arrays import Float32
 
 _MAX_PROBES = 64  # texts looked at in one search: a bound on what a hostile set of prompts can cost
 

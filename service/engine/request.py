@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from service.arrays import Float32, Ids, write_state
 from service.engine.sampling import PLAIN, History, SamplingSettings
-from service.engine.stepper import Advance, Distribution, Float32, Ids, Row
+from service.engine.stepper import Distribution, Row, StepResult
 from service.errors import EngineFailed
-from service.states import write_state
 
 EndReason = Literal["stop", "length", "cancelled"]
 _CHECK_S = 0.5  # how often a waiting caller looks whether the engine still steps
@@ -24,7 +24,7 @@ class Request:
     hidden: (L, H) float32, the state to begin with, after `position` characters; None: the zero state. It is copied.
     history_prompt: what penalties take for the prompt, if that is more than is to be read. generated: (n,) int64 ids
     that were generated before `position` by a run that this one goes on with: penalties and stop strings count them.
-    keep_at: the states after these positions, in rising order, are wanted too.
+    checkpoint_positions: the states after these positions, in rising order, are wanted too.
     num_next: as in `Row`.
     """
 
@@ -39,7 +39,7 @@ class Request:
     position: int = 0
     history_prompt: Ids | None = None
     generated: Ids | None = None
-    keep_at: tuple[int, ...] = ()
+    checkpoint_positions: tuple[int, ...] = ()
     num_next: int | None = None
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
@@ -64,7 +64,7 @@ class Request:
             history=history,
             num_logprobs=self.num_logprobs,
             score_prompt=self.score_prompt,
-            keep_at=self.keep_at,
+            checkpoint_positions=self.checkpoint_positions,
             num_next=self.num_next,
             tail=before[-max(map(len, self.stops)) :] if self.stops else [],
         )
@@ -81,7 +81,7 @@ class End:
     reason: EndReason
     hidden: Float32
     position: int
-    kept: dict[int, Float32]
+    checkpoints: dict[int, Float32]
     next: Distribution | None = None
 
 
@@ -97,7 +97,7 @@ class Handle:
         self.end: End | None = None
         self._check_engine = check_engine
         self._failure: EngineFailed | None = None
-        self._parts: list[Advance] = []
+        self._parts: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
         self._wants_parts = False
 
@@ -105,21 +105,21 @@ class Handle:
         """Stop at the next tick. Harmless at any time, from any thread."""
         self.is_cancelled = True
 
-    def take(self, gather_s: float | None, timeout_s: float | None = None) -> Advance | None:
+    def read(self, flush_interval_s: float | None, timeout_s: float | None = None) -> StepResult | None:
         """What has come in since the last call, in one piece; None if there is nothing.
 
-        Lets gather_s pass, for things to come in, and then waits for the first; gather_s None: waits for the end. At
+        Lets flush_interval_s pass, for things to come in, and then waits for the first; flush_interval_s None: waits for the end. At
         the end it returns at once, and so it does when timeout_s have passed with nothing. Raises EngineFailed.
         """
         started = time.monotonic()
         with self._ready:
-            if gather_s:
-                self._wait(started + gather_s, for_parts=False)
-            self._wait(None if timeout_s is None else started + timeout_s, for_parts=gather_s is not None)
-            if gather_s is None and self.end is None:
+            if flush_interval_s:
+                self._wait(started + flush_interval_s, for_parts=False)
+            self._wait(None if timeout_s is None else started + timeout_s, for_parts=flush_interval_s is not None)
+            if flush_interval_s is None and self.end is None:
                 return None
             parts, self._parts = self._parts, []
-        return Advance.join(parts) if parts else None
+        return StepResult.join(parts) if parts else None
 
     def wait(self) -> End:
         """The end. Raises EngineFailed."""
@@ -129,7 +129,7 @@ class Handle:
                 raise EngineFailed("the engine ended without a word")
             return self.end
 
-    def publish(self, part: Advance | None, end: End | None) -> None:
+    def publish(self, part: StepResult | None, end: End | None) -> None:
         """The engine's side: hand over what a tick brought."""
         with self._ready:
             if part is not None and (len(part.chars) or part.prompt_scores is not None):

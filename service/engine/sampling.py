@@ -15,11 +15,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32, Float64, Ids
 from service.engine import arithmetic
-
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Ids = NDArray[np.int64]
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15

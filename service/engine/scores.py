@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from service.arrays import Float32, Ids
 from service.engine.arithmetic import exp, log
-from service.engine.stepper import Float32, Ids, Scores
+from service.engine.stepper import Scores
 
 
 def score(logits: Float32, chars: Ids, num_top: int) -> Scores:

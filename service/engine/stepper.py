@@ -7,13 +7,10 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from service.arrays import Float32, Float64, Ids
 from service.engine.sampling import PLAIN, History, SamplingSettings
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
-Ids = NDArray[np.int64]
 FinishReason = Literal["stop", "length"]
 
 
@@ -30,7 +27,7 @@ class Row:
     history*: there if `sampling.penalizes`; it knows the prompt and what was generated before.
     num_logprobs: report the log-probability of each generated character and of that many likeliest ones; None: nothing.
     score_prompt: report them for the prompt's characters too.
-    keep_at: positions in rising order, all above the first one. kept*: a copy of the state, (L, H) float32, after each
+    checkpoint_positions: positions in rising order, all above the first one. kept*: a copy of the state, (L, H) float32, after each
     of them that was reached.
     num_next: when it is finished, report so many of the characters likeliest to follow; None: don't. next*: these.
     tail*: the last generated characters, as many as the longest stop string has.
@@ -47,8 +44,8 @@ class Row:
     history: History | None = None
     num_logprobs: int | None = None
     score_prompt: bool = False
-    keep_at: tuple[int, ...] = ()
-    kept: list[Float32] = field(default_factory=list)
+    checkpoint_positions: tuple[int, ...] = ()
+    checkpoints: list[Float32] = field(default_factory=list)
     num_next: int | None = None
     next: Distribution | None = None
     num_read: int = 0
@@ -98,7 +95,7 @@ class Distribution:
 
 
 @dataclass(frozen=True)
-class Advance:
+class StepResult:
     """What one call did to one row. chars: (m,) int64, the characters generated in it.
 
     scores: of these characters; prompt_scores: of the prompt's characters read in it; None where not asked for.
@@ -109,7 +106,7 @@ class Advance:
     prompt_scores: Scores | None = None
 
     @classmethod
-    def join(cls, parts: Sequence[Advance]) -> Advance:
+    def join(cls, parts: Sequence[StepResult]) -> StepResult:
         """Several parts of one text, in their order, as one; of none: nothing generated."""
         if len(parts) == 1:
             return parts[0]
@@ -138,8 +135,8 @@ class Stepper(Protocol):
     without the interpreter's lock.
     """
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
-        """Advance every row by `num_chars` characters, or to its end if that comes first; what each one got.
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+        """StepResult every row by `num_chars` characters, or to its end if that comes first; what each one got.
 
         rows: any number, each once; finished ones are left alone. A row with an empty prompt and max_chars = 0 is
         finished without a step. Raises nothing that the caller could mend: after an exception the rows are void.

@@ -11,7 +11,7 @@ def completed(text: str, stops: Sequence[str]) -> str:
     return max((stop for stop in _normalised(stops) if text.endswith(stop)), key=len, default="")
 
 
-class HoldBack:
+class StopFilter:
     """Lets text through piece by piece, but never a character of a stop string.
 
     What may still become a stop string is held back, and released as soon as it can't. The engine ends a text with the

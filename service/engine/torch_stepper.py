@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from service.arrays import Float32, Float64, Ids
 from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.next_character import NextCharacter
 from service.engine.sampling import draw_one, draw_plain, uniforms
 from service.engine.scores import score
-from service.engine.stepper import Advance, Float32, Float64, Ids, Row
+from service.engine.stepper import Row, StepResult
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
@@ -47,9 +48,9 @@ class TorchStepper:
         """See Stepper."""
         return np.zeros((self.config.num_layers, self.config.num_units), np.float32)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
-        got: dict[Row, list[Advance]] = {row: [] for row in rows}
+        got: dict[Row, list[StepResult]] = {row: [] for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:
             _finish_if_done(row)
@@ -59,10 +60,10 @@ class TorchStepper:
             for row in active:
                 left[row] -= num_steps
         self._next.fill(rows)
-        return [Advance.join(got[row]) for row in rows]
+        return [StepResult.join(got[row]) for row in rows]
 
-    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, list[Advance]]) -> int:
-        """Advance rows, none of which changes between reading and generating on the way. How many steps were done:
+    def _run(self, rows: list[Row], num_steps: int, got: dict[Row, list[StepResult]]) -> int:
+        """StepResult rows, none of which changes between reading and generating on the way. How many steps were done:
         fewer if a stop string was completed.
         """
         # Those that generate first, then those that read and score: what needs logits is one slice at the start.
@@ -105,9 +106,9 @@ class TorchStepper:
                   for k, i in enumerate(scoring)}  # fmt: skip
         for i, row in enumerate(rows):
             if i < num_drawing:
-                got[row].append(Advance(chars_of[i], scores=scores.get(i)))
+                got[row].append(StepResult(chars_of[i], scores=scores.get(i)))
             elif i in scores:
-                got[row].append(Advance(_NOTHING, prompt_scores=scores[i]))
+                got[row].append(StepResult(_NOTHING, prompt_scores=scores[i]))
         return done
 
     def _scratch_for(self, num_rows: int) -> _Scratch:
@@ -180,7 +181,7 @@ class _Batch:
         self._temperatures = temperatures if (temperatures != 1).any() else None
         self._keep: dict[int, list[int]] = {}  # step -> rows whose state after it is wanted
         for i, row in enumerate(rows):
-            for position in row.keep_at[len(row.kept) :]:
+            for position in row.checkpoint_positions[len(row.checkpoints) :]:
                 if position > row.position + num_steps:
                     break
                 self._keep.setdefault(position - row.position - 1, []).append(i)
@@ -204,7 +205,7 @@ class _Batch:
     def keep(self, step: int) -> None:
         """Keep copies of the states that are wanted after this step."""
         for i in self._keep.get(step, ()):
-            self.rows[i].kept.append(np.stack([hidden[i] for hidden in self.hidden]))
+            self.rows[i].checkpoints.append(np.stack([hidden[i] for hidden in self.hidden]))
 
     def store(self, num_steps: int) -> None:
         """Write states and counts back to the rows after that many steps."""

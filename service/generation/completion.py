@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.arrays import Ids
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import PLAIN, SamplingSettings, choice_seed
-from service.engine.stepper import Advance, FinishReason, Scores
-from service.engine.stop import HoldBack
+from service.engine.stepper import FinishReason, Scores, StepResult
+from service.engine.stop import StopFilter
 from service.generation.gathering import gathering_s
 from service.generation.reading import stop_ids
-from service.loaded import LoadedModel
-from service.model.charset import Ids
+from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionRequest", "Piece", "SamplingSettings"]
 
@@ -63,7 +63,7 @@ class Choice:
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
-        self._hold_back = HoldBack(request.stop)
+        self._stop_filter = StopFilter(request.stop)
         self._scores: list[Scores] = []  # of characters that were read or generated and not yet shown
         self._num_echoed = 0 if request.echo else len(prompt)
 
@@ -72,22 +72,22 @@ class Choice:
         """Why it ended."""
         return "stop" if self.handle.end is not None and self.handle.end.reason == "stop" else "length"
 
-    def take(self, gather_s: float | None, timeout_s: float | None) -> Piece | None:
-        """The next piece, waited for as by `Handle.take`; None: nothing yet. With the last one, it `is_over`."""
+    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> Piece | None:
+        """The next piece, waited for as by `Handle.read`; None: nothing yet. With the last one, it `is_over`."""
         if self._num_echoed < len(self.prompt) and not self._request.scores_prompt:
             return self._piece(self._echo(len(self.prompt)))
-        parts = [self.handle.take(gather_s, timeout_s)]
+        parts = [self.handle.read(flush_interval_s, timeout_s)]
         end = self.handle.end
         if end is not None:
-            parts.append(self.handle.take(0.0))  # what came in between these two lines
+            parts.append(self.handle.read(0.0))  # what came in between these two lines
         shown = "".join(self._take_in(part) for part in parts if part is not None)
         if end is not None:
             self.is_over = True
-            shown += self._hold_back.end(stopped=end.reason == "stop")
+            shown += self._stop_filter.end(stopped=end.reason == "stop")
             self._remember(end)
         return self._piece(shown) if shown or self.is_over else None
 
-    def _take_in(self, part: Advance) -> str:
+    def _take_in(self, part: StepResult) -> str:
         """What may be shown of what the engine did."""
         shown = ""
         if part.prompt_scores is not None:
@@ -103,7 +103,7 @@ class Choice:
                 self._scores.append(part.scores)
         self.num_generated += len(text)
         self.generated += text
-        return shown + self._hold_back.feed(text)
+        return shown + self._stop_filter.feed(text)
 
     def _echo(self, num_chars: int) -> str:
         start = self._num_echoed
@@ -119,7 +119,7 @@ class Choice:
 
     def _remember(self, end: End) -> None:
         prompt = self._model.charset.decode(self.prompt)
-        for position, hidden in end.kept.items():
+        for position, hidden in end.checkpoints.items():
             self._model.prefixes.put(prompt[:position], hidden)
         if end.reason != "cancelled":
             self._model.prefixes.put(prompt + self.generated, end.hidden)
@@ -149,10 +149,10 @@ class Completion:
         """Characters drawn so far, also those that are not shown."""
         return sum(choice.num_generated for choice in self.choices)
 
-    def pieces(self, gather_s: float | None, idle_s: float) -> Iterator[tuple[Choice, Piece] | None]:
-        """Pieces of all continuations as they come: the first of each at once, later ones gathered for gather_s.
+    def pieces(self, flush_interval_s: float | None, idle_s: float) -> Iterator[tuple[Choice, Piece] | None]:
+        """Pieces of all continuations as they come: the first of each at once, later ones gathered for flush_interval_s.
 
-        A busy engine's texts are gathered for longer. gather_s None: each in one piece, when it is over. None comes out
+        A busy engine's texts are gathered for longer. flush_interval_s None: each in one piece, when it is over. None comes out
         when there was nothing for idle_s: a chance to look whether anybody still listens. Not to be used with best_of >
         n. Raises EngineFailed.
         """
@@ -161,11 +161,11 @@ class Completion:
             # The engine admits texts in their order and advances all alike: to wait for the first is to wait for all.
             quiet = True
             for place, choice in enumerate(open_choices):
-                gather = gather_s
+                gather = flush_interval_s
                 if gather is not None:
                     later = gather and place == 0 and choice.index in begun
                     gather = gathering_s(self._engine, gather) if later else 0.0
-                piece = choice.take(gather, idle_s if place == 0 else 0.0)
+                piece = choice.read(gather, idle_s if place == 0 else 0.0)
                 if piece is not None:
                     begun.add(choice.index)
                     yield choice, piece
@@ -209,7 +209,7 @@ class Completion:
                 hidden=hidden,
                 position=start,
                 history_prompt=prompt,
-                keep_at=(len(prompt),) if start < len(prompt) else (),
+                checkpoint_positions=(len(prompt),) if start < len(prompt) else (),
             )
             for index in range(request.best_of)
         ]

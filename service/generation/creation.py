@@ -7,16 +7,16 @@ import json
 import secrets
 from dataclasses import dataclass, replace
 
-from service.engine.stepper import Float32
+from service.arrays import Float32
 from service.errors import InvalidValue, SessionExists, SessionGone, SessionNotFound
 from service.generation.positions import check_within
 from service.generation.reading import read, state_at
-from service.generation.runs import Runs
-from service.loaded import LoadedModel, LoadedModels
+from service.generation.runs import RunRegistry
 from service.model.charset import UnknownChars
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateSealer
 from service.sessions.session import Session
-from service.sessions.store import SessionStore
+from service.sessions.session_store import SessionStore
 from service.sessions.transcript import Retention, Transcript
 
 _ID_BYTES = 16  # random ones: 128 bits, 32 hexadecimal digits
@@ -46,7 +46,7 @@ class NewSession:
         return _hash("create", *facts)
 
 
-class Creation:
+class SessionCreator:
     """Creates and forks sessions. Safe for any number of threads.
 
     Its methods raise what those of `Sessions` do.
@@ -56,7 +56,7 @@ class Creation:
         self,
         models: LoadedModels,
         store: SessionStore,
-        runs: Runs,
+        runs: RunRegistry,
         sealer: StateSealer,
         ttl_s: float,
         retention: Retention,
@@ -75,9 +75,12 @@ class Creation:
         ids = model.charset.encode(new.text, new.unknown_chars)
         if len(ids):
             start = transcript.position
-            keep_at = self._retention.checkpoints(start, start + len(ids))
-            end, _ = read(model, ids, hidden, start, keep_at)
-            hidden, transcript = end.hidden, transcript.extended(model.charset.decode(ids), end.kept, self._retention)
+            checkpoint_positions = self._retention.checkpoint_positions(start, start + len(ids))
+            end, _ = read(model, ids, hidden, start, checkpoint_positions)
+            hidden, transcript = (
+                end.hidden,
+                transcript.extended(model.charset.decode(ids), end.checkpoints, self._retention),
+            )
         return self._keep(
             Session(
                 id=new.id if new.id is not None else secrets.token_hex(_ID_BYTES),
@@ -110,14 +113,14 @@ class Creation:
             check_within(session, position)
             hidden = session.hidden
             if position < session.position:
-                hidden = state_at(self._models.of_state(session.model, session.identity), session, position)
+                hidden = state_at(self._models.for_state(session.model, session.identity), session, position)
         return self._keep(
             replace(
                 session,
                 id=new_id if new_id is not None else secrets.token_hex(_ID_BYTES),
                 seed=seed if seed is not None else session.seed,
                 hidden=hidden,
-                transcript=session.transcript.cut(position),
+                transcript=session.transcript.truncate(position),
                 run=None,
                 origin=origin if new_id is not None else None,
             )

@@ -8,17 +8,17 @@ from service.engine.stepper import Distribution, Scores
 from service.errors import GruServeError, ModelNotFound, PositionConflict
 from service.generation.positions import check_position
 from service.generation.reading import read
-from service.generation.runs import Runs, finished
-from service.loaded import LoadedModel, LoadedModels
+from service.generation.runs import RunRegistry, finished
 from service.model.charset import UnknownChars
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.outcome import repeatable
 from service.sessions.session import Session
-from service.sessions.store import SessionStore
+from service.sessions.session_store import SessionStore
 from service.sessions.transcript import Retention, Transcript
 
 
 @dataclass(frozen=True)
-class Feed:
+class FeedRequest:
     """Text for a session. position: where it belongs; None is the end. num_logprobs: report log-probabilities of its
     characters, and of so many likeliest ones; None: not. rebase: a model that the session goes over to first.
     """
@@ -32,7 +32,7 @@ class Feed:
 
 
 @dataclass(frozen=True)
-class Fed:
+class FeedResult:
     """text: as the session has it now. position: after it. next: the num_next likeliest characters that may follow.
     scores: of the text's characters, if they were asked for.
     """
@@ -44,13 +44,13 @@ class Fed:
     scores: Scores | None
 
 
-class Feeding:
+class SessionFeeder:
     """Feeds sessions. Safe for any number of threads."""
 
-    def __init__(self, models: LoadedModels, store: SessionStore, runs: Runs, retention: Retention) -> None:
+    def __init__(self, models: LoadedModels, store: SessionStore, runs: RunRegistry, retention: Retention) -> None:
         self._models, self._store, self._runs, self._retention = models, store, runs, retention
 
-    def feed(self, owner: str, session_id: str, feed: Feed) -> Fed:
+    def feed(self, owner: str, session_id: str, feed: FeedRequest) -> FeedResult:
         """Step the network over more text. Text that is there already, at its position, is not stepped again.
 
         Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
@@ -70,9 +70,9 @@ class Feeding:
                     self._store.save(lease, session, release=True)
         return fed
 
-    def _feed_at_once(self, owner: str, session_id: str, feed: Feed) -> Fed | None:
+    def _feed_at_once(self, owner: str, session_id: str, feed: FeedRequest) -> FeedResult | None:
         """With one question to the store, if the session stands as it was seen last. None: go the long way."""
-        session = self._runs.recent(owner, session_id, feed.position)
+        session = self._runs.cached_copy(owner, session_id, feed.position)
         if session is None or feed.rebase is not None:
             return None
         try:
@@ -82,22 +82,22 @@ class Feeding:
         if not fed.text:
             return None
         with repeatable(feed.position is not None):
-            return fed if self._store.claim(session, changed, release=True) is not None else None
+            return fed if self._store.compare_and_save(session, changed, release=True) is not None else None
 
-    def _fed(self, session: Session, feed: Feed) -> tuple[Fed, Session]:
+    def _fed(self, session: Session, feed: FeedRequest) -> tuple[FeedResult, Session]:
         """The answer to a feed at the end of a session, and the session after it."""
-        model = self._models.of_state(session.model, session.identity)
+        model = self._models.for_state(session.model, session.identity)
         ids = model.charset.encode(feed.text, feed.unknown_chars)
         text = model.charset.decode(ids)
         start = session.position
-        keep_at = self._retention.checkpoints(start, start + len(ids))
-        end, scores = read(model, ids, session.hidden, start, keep_at, feed.num_logprobs, feed.num_next)
-        transcript = session.transcript.extended(text, end.kept, self._retention)
+        checkpoint_positions = self._retention.checkpoint_positions(start, start + len(ids))
+        end, scores = read(model, ids, session.hidden, start, checkpoint_positions, feed.num_logprobs, feed.num_next)
+        transcript = session.transcript.extended(text, end.checkpoints, self._retention)
         run = finished(session) if text else session.run
-        fed = Fed(model, text, end.position, end.next, scores)
+        fed = FeedResult(model, text, end.position, end.next, scores)
         return fed, replace(session, hidden=end.hidden, transcript=transcript, run=run)
 
-    def _rebased(self, session: Session, feed: Feed) -> Session:
+    def _rebased(self, session: Session, feed: FeedRequest) -> Session:
         """The session with its retained text read into another model; its positions stay what they are."""
         try:
             model = self._models.get(feed.rebase or "")
@@ -109,9 +109,9 @@ class Feeding:
         check_position(session, feed.position)
         start = session.transcript.start
         text = session.transcript.text(start, session.position)
-        keep_at = self._retention.checkpoints(start, session.position)
-        end, _ = read(model, model.charset.exact(text), None, start, keep_at)
-        transcript = Transcript(start).extended(text, end.kept, self._retention)
+        checkpoint_positions = self._retention.checkpoint_positions(start, session.position)
+        end, _ = read(model, model.charset.exact(text), None, start, checkpoint_positions)
+        transcript = Transcript(start).extended(text, end.checkpoints, self._retention)
         return replace(
             session,
             model=model.version.ref,
@@ -121,9 +121,9 @@ class Feeding:
             run=finished(session),
         )
 
-    def _fed_before(self, session: Session, feed: Feed) -> Fed:
+    def _fed_before(self, session: Session, feed: FeedRequest) -> FeedResult:
         """The answer to a feed that the session has in its text already."""
-        model = self._models.of_state(session.model, session.identity)
+        model = self._models.for_state(session.model, session.identity)
         text = model.charset.decode(model.charset.encode(feed.text, feed.unknown_chars))
         start = feed.position or 0
         end = start + len(text)
@@ -132,7 +132,9 @@ class Feeding:
                 f"the text is {session.position} characters long, not {start}, and goes on otherwise", session.position
             )
         num_logprobs = feed.num_logprobs if text else None
-        begin, hidden = session.transcript.nearest_state(start if num_logprobs is not None else end)
+        begin, hidden = session.transcript.nearest_checkpoint(start if num_logprobs is not None else end)
         ids = model.charset.exact(session.transcript.text(begin, end))
         there, scores = read(model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=feed.num_next)
-        return Fed(model, text, end, there.next, scores.slice(start - begin, None) if scores is not None else None)
+        return FeedResult(
+            model, text, end, there.next, scores.slice(start - begin, None) if scores is not None else None
+        )

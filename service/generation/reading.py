@@ -5,10 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+from service.arrays import Float32, Ids
 from service.engine.request import End, Request
-from service.engine.stepper import Float32, Scores
-from service.loaded import LoadedModel
-from service.model.charset import Charset, Ids
+from service.engine.stepper import Scores
+from service.model.charset import Charset
+from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Session
 from service.sessions.transcript import Transcript
 
@@ -24,7 +25,7 @@ def read(
     ids: Ids,
     hidden: Float32 | None = None,
     position: int = 0,
-    keep_at: tuple[int, ...] = (),
+    checkpoint_positions: tuple[int, ...] = (),
     num_logprobs: int | None = None,
     num_next: int | None = None,
     *,
@@ -40,13 +41,13 @@ def read(
         seed=0,
         hidden=hidden,
         position=position,
-        keep_at=keep_at,
+        checkpoint_positions=checkpoint_positions,
         num_logprobs=num_logprobs,
         score_prompt=num_logprobs is not None,
         num_next=num_next,
     )
     handle = model.engine.submit([request], after_another=after_another)[0]
-    part = handle.take(None)
+    part = handle.read(None)
     return handle.wait(), part.prompt_scores if part is not None else None
 
 
@@ -59,7 +60,7 @@ def state_at(model: LoadedModel, session: Session, position: int) -> Float32:
 
 def state_in(model: LoadedModel, transcript: Transcript, position: int, *, after_another: bool = False) -> Float32:
     """The same in a transcript: stepped from the nearest state that is kept."""
-    start, hidden = transcript.nearest_state(position)
+    start, hidden = transcript.nearest_checkpoint(position)
     if hidden is not None and start == position:
         return hidden
     ids = model.charset.exact(transcript.text(start, position))

@@ -15,27 +15,27 @@ from service.errors import (
     PositionConflict,
     SessionBusy,
 )
-from service.generation.continuation import Continuation
-from service.generation.derivation import derived, rest_of_run
-from service.generation.live_run import LiveRun
+from service.generation.active_run import ActiveRun
 from service.generation.positions import check_position
+from service.generation.replay import remaining_request, replayed
 from service.generation.run_request import RunRequest
-from service.loaded import LoadedModel, LoadedModels
+from service.generation.run_stream import RunStream
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.outcome import repeatable
 from service.sessions.session import Run, Session
-from service.sessions.store import Lease, SessionStore
+from service.sessions.session_store import Lease, SessionStore
 from service.sessions.transcript import Retention
 
 _POLL_S = 0.01  # how often is looked whether runs are over
 _ATTEMPTS = 3  # to take a run over, when others try the same
 
 
-class Runs:
+class RunRegistry:
     """The runs under way in this process, and how they begin and end. Safe for any number of threads."""
 
     def __init__(self, models: LoadedModels, store: SessionStore, retention: Retention) -> None:
         self._models, self._store, self._retention = models, store, retention
-        self._live: dict[tuple[str, str], LiveRun] = {}
+        self._live: dict[tuple[str, str], ActiveRun] = {}
         self.are_ending = False
 
     @contextmanager
@@ -46,7 +46,7 @@ class Runs:
         """
         lease = self._lease(owner, session_id)
         try:
-            lease.session = self._derived(lease.session, position)
+            lease.session = self._replayed(lease.session, position)
             yield lease
         finally:
             self._store.release(lease)
@@ -57,13 +57,13 @@ class Runs:
         session_id: str,
         request: RunRequest,
         position: int | None,
-        client_has_gone: Callable[[], bool] = lambda: False,
-    ) -> Continuation:
+        client_has_left: Callable[[], bool] = lambda: False,
+    ) -> RunStream:
         """Continue a session, or, if position says that this was asked for before, take that up again.
 
         Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
         """
-        begun = self._begin_at_once(owner, session_id, request, position, client_has_gone)
+        begun = self._begin_at_once(owner, session_id, request, position, client_has_left)
         if begun is not None:
             return begun
         try:
@@ -74,14 +74,14 @@ class Runs:
             lease = self._take_over(owner, session_id)
         with self._released_on_failure(lease):
             if request.made_last_of(lease.session, position):
-                return self._take_up(lease, position, client_has_gone)
-            session = self._derived(lease.session, position)
+                return self._take_up(lease, position, client_has_left)
+            session = self._replayed(lease.session, position)
             check_position(session, position)
-            return self._begin(lease, session, request.run_of(session), session.position, client_has_gone)
+            return self._begin(lease, session, request.run_of(session), session.position, client_has_left)
 
-    def recent(self, owner: str, session_id: str, position: int | None) -> Session | None:
+    def cached_copy(self, owner: str, session_id: str, position: int | None) -> Session | None:
         """See SessionStore. None also if it is in use, or not as long as the caller says."""
-        session = self._store.recent(owner, session_id) if (owner, session_id) not in self._live else None
+        session = self._store.cached_copy(owner, session_id) if (owner, session_id) not in self._live else None
         return session if session is not None and position in (None, session.position) else None
 
     def resume(
@@ -89,15 +89,15 @@ class Runs:
         owner: str,
         session_id: str,
         after: int | None,
-        client_has_gone: Callable[[], bool] = lambda: False,
-    ) -> Continuation:
+        client_has_left: Callable[[], bool] = lambda: False,
+    ) -> RunStream:
         """The last run after a position, None: all of it; one that was cut goes on. Whoever has it now loses it.
 
         Raises NoRun, PositionGone and what `generate` raises.
         """
         lease = self._take_over(owner, session_id)
         with self._released_on_failure(lease):
-            return self._take_up(lease, after, client_has_gone)
+            return self._take_up(lease, after, client_has_left)
 
     @contextmanager
     def _released_on_failure(self, lease: Lease) -> Iterator[None]:
@@ -107,14 +107,14 @@ class Runs:
             self._store.release(lease)
             raise
 
-    def _take_up(self, lease: Lease, after: int | None, client_has_gone: Callable[[], bool]) -> Continuation:
+    def _take_up(self, lease: Lease, after: int | None, client_has_left: Callable[[], bool]) -> RunStream:
         """The last run after a position, from whoever had it."""
         session = lease.session
         run, start = _resumable(session, after)
         if run.finish_reason is None:
-            return self._begin(lease, session, run, start, client_has_gone)
+            return self._begin(lease, session, run, start, client_has_left)
         self._store.release(lease)
-        return Continuation(session, run, start, None)
+        return RunStream(session, run, start, None)
 
     def end_all(self, timeout_s: float) -> None:
         """Interrupt all runs, also those that begin from now on; they can be taken up in another process.
@@ -142,28 +142,28 @@ class Runs:
                 return self._store.lease(owner, session_id, take_over=True)
         return self._store.lease(owner, session_id, take_over=True)
 
-    def _derived(self, session: Session, position: int | None) -> Session:
+    def _replayed(self, session: Session, position: int | None) -> Session:
         if position is None or position <= session.position or finished(session) is session.run:
             return session
         try:
-            model = self._models.of_state(session.model, session.identity)
+            model = self._models.for_state(session.model, session.identity)
         except ModelChanged:
             return session  # whoever needs the model meets this again
-        return derived(model, session, position, self._retention)
+        return replayed(model, session, position, self._retention)
 
     def _lease(self, owner: str, session_id: str) -> Lease:
         try:
             return self._store.lease(owner, session_id)
         except SessionBusy:
             live = self._live.get((owner, session_id))
-            if live is None or not live.client_has_gone():
+            if live is None or not live.client_has_left():
                 raise
             live.stop()  # its thread has not noticed yet
             return self._store.lease(owner, session_id)
 
     def _begin(
-        self, lease: Lease, session: Session, run: Run, after: int, client_has_gone: Callable[[], bool]
-    ) -> Continuation:
+        self, lease: Lease, session: Session, run: Run, after: int, client_has_left: Callable[[], bool]
+    ) -> RunStream:
         """Let a run go on. On failure the lease is the caller's to release."""
         model, handle = self._submit(session, run)
         try:
@@ -173,7 +173,7 @@ class Runs:
         except BaseException:
             handle.cancel()
             raise
-        return self._watched(model, lease, session, run, handle, after, client_has_gone)
+        return self._watched(model, lease, session, run, handle, after, client_has_left)
 
     def _begin_at_once(
         self,
@@ -181,10 +181,10 @@ class Runs:
         session_id: str,
         request: RunRequest,
         position: int | None,
-        client_has_gone: Callable[[], bool],
-    ) -> Continuation | None:
+        client_has_left: Callable[[], bool],
+    ) -> RunStream | None:
         """With one question to the store, if the session stands as it was seen last. None: go the long way."""
-        session = self.recent(owner, session_id, position)
+        session = self.cached_copy(owner, session_id, position)
         if session is None or request.made_last_of(session, position):
             return None
         run = request.run_of(session)
@@ -194,19 +194,19 @@ class Runs:
             return None  # of a session that others may have changed
         try:
             with repeatable():
-                lease = self._store.claim(session, replace(session, run=run))
+                lease = self._store.compare_and_save(session, replace(session, run=run))
         except BaseException:
             handle.cancel()
             raise
         if lease is None:
             handle.cancel()
             return None
-        return self._watched(model, lease, lease.session, run, handle, session.position, client_has_gone)
+        return self._watched(model, lease, lease.session, run, handle, session.position, client_has_left)
 
     def _submit(self, session: Session, run: Run) -> tuple[LoadedModel, Handle]:
         """Let the engine generate what is left of a run."""
-        model = self._models.of_state(session.model, session.identity)
-        request = rest_of_run(model, session, run, self._retention, run.start + run.max_chars)
+        model = self._models.for_state(session.model, session.identity)
+        request = remaining_request(model, session, run, self._retention, run.start + run.max_chars)
         return model, model.engine.submit([request])[0]
 
     def _watched(
@@ -217,17 +217,19 @@ class Runs:
         run: Run,
         handle: Handle,
         after: int,
-        client_has_gone: Callable[[], bool],
-    ) -> Continuation:
+        client_has_left: Callable[[], bool],
+    ) -> RunStream:
         """A run that is saved and under way."""
-        live = LiveRun(model, self._store, self._retention, lease, session, run, handle, client_has_gone, self._forget)
-        lease.on_wanted = live.stop
+        live = ActiveRun(
+            model, self._store, self._retention, lease, session, run, handle, client_has_left, self._forget
+        )
+        lease.on_takeover = live.stop
         self._live[session.owner, session.id] = live
         if self.are_ending:
             live.interrupt()
-        return Continuation(session, run, after, live)
+        return RunStream(session, run, after, live)
 
-    def _forget(self, live: LiveRun) -> None:
+    def _forget(self, live: ActiveRun) -> None:
         key = (live.session.owner, live.session.id)
         if self._live.get(key) is live:
             del self._live[key]
@@ -248,5 +250,5 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     end = run.end if run.end is not None else run.start + run.max_chars
     if after > end:
         raise PositionConflict(f"the continuation ends at position {end}, not {after}", end, param="after")
-    session.transcript.nearest_state(min(after, run.start))
+    session.transcript.nearest_checkpoint(min(after, run.start))
     return run, after

@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Ids
 from service.errors import InvalidCharset, UnknownCharacters
 
 UnknownChars = Literal["error", "fold", "drop"]
-Ids = NDArray[np.int64]
 
 MAX_CHARSET = 65_536
 _FEW = 8

@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32, Float64
 from service.model.config import ModelConfig
 
 IntegerPrecision = Literal["int8", "int4"]
@@ -27,8 +28,6 @@ STATE_SCALE = 127  # a GRU's state lies in [-1, 1]: round(127 h) fills int8, wit
 _CLIPS = np.arange(40, 17, -1) / 40  # where to clip a row, as fractions of its largest weight: 1 ... 0.45
 _ROWS = 256  # quantised at a time: bounds the memory
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 Int8 = NDArray[np.int8]
 
 

@@ -13,13 +13,13 @@ _SESSION_BYTES = 1024  # what a session takes beside its states, its text and it
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A session as it was at one save. birth: of which creation it is, the younger the greater. nonce: of that save, by
+class CachedSession:
+    """A session as it was at one save. incarnation: of which creation it is, the younger the greater. nonce: of that save, by
     which it is told from another of the same revision.
     """
 
     session: Session
-    birth: bytes
+    incarnation: bytes
     nonce: bytes
 
 
@@ -30,24 +30,24 @@ class SessionCache:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self.num_evicted = 0
-        self._seen: OrderedDict[str, Seen] = OrderedDict()
+        self._sessions: OrderedDict[str, CachedSession] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> Seen | None:
+    def get(self, key: str) -> CachedSession | None:
         """What is known of a session."""
         with self._lock:
-            if key in self._seen:
-                self._seen.move_to_end(key)
-            return self._seen.get(key)
+            if key in self._sessions:
+                self._sessions.move_to_end(key)
+            return self._sessions.get(key)
 
-    def put(self, key: str, seen: Seen) -> None:
+    def put(self, key: str, cached: CachedSession) -> None:
         """Remember it, in place of what was known."""
         with self._lock:
             self._forget(key)
-            self._seen[key] = seen
-            self._num_bytes += _num_bytes(seen.session)
+            self._sessions[key] = cached
+            self._num_bytes += _num_bytes(cached.session)
             while self._num_bytes > self._max_bytes:
-                self._forget(next(iter(self._seen)))
+                self._forget(next(iter(self._sessions)))
                 self.num_evicted += 1
 
     def forget(self, key: str) -> None:
@@ -56,7 +56,7 @@ class SessionCache:
             self._forget(key)
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._sessions)
 
     @property
     def num_bytes(self) -> int:
@@ -64,13 +64,13 @@ class SessionCache:
         return self._num_bytes
 
     def _forget(self, key: str) -> None:
-        seen = self._seen.pop(key, None)
-        if seen is not None:
-            self._num_bytes -= _num_bytes(seen.session)
+        cached = self._sessions.pop(key, None)
+        if cached is not None:
+            self._num_bytes -= _num_bytes(cached.session)
 
 
 def _num_bytes(session: Session) -> int:
     run_bytes = session.run.num_bytes if session.run is not None else 0
-    blocks = session.transcript.blocks
-    text_bytes = sys.getsizeof(session.transcript.tail) + sum(sys.getsizeof(block.text) for block in blocks)
-    return _SESSION_BYTES + (1 + len(blocks)) * session.hidden.nbytes + text_bytes + run_bytes
+    segments = session.transcript.segments
+    text_bytes = sys.getsizeof(session.transcript.tail) + sum(sys.getsizeof(segment.text) for segment in segments)
+    return _SESSION_BYTES + (1 + len(segments)) * session.hidden.nbytes + text_bytes + run_bytes

@@ -19,8 +19,8 @@ from itsdangerous import BadData, Signer
 from itsdangerous.encoding import base64_decode, base64_encode
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.arrays import Float32
 from service.errors import InvalidState, StateExpired, StateModelMismatch
-from service.states import Float32
 
 _SALT = b"gru-serve portable state 1"
 _LENGTH = struct.Struct("<I")

@@ -10,10 +10,10 @@ import struct
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.arrays import Float32
 from service.errors import SessionLost
 from service.sessions.session import Run, Session
-from service.sessions.transcript import Block, Transcript
-from service.states import Float32
+from service.sessions.transcript import Segment, Transcript
 
 _VERSION = 1
 _HEAD = struct.Struct("<BI")
@@ -36,14 +36,14 @@ class _Header(BaseModel):
     origin: str | None
 
 
-def encode(session: Session, stretch_chars: int) -> bytes:
+def encode(session: Session, segment_chars: int) -> bytes:
     """All of a session but its owner, its id, its revision and its time of expiry.
 
     Of the states on the way it has those at the ends of stretches, by which text is dropped: who goes back far steps
     for longer after a session was read from here. At 4,096 characters a state takes a byte of the record for each.
     """
     transcript = session.transcript
-    blocks = [one for one in transcript.blocks if one.end <= transcript.start or not one.end % stretch_chars]
+    segments = [one for one in transcript.segments if one.end <= transcript.start or not one.end % segment_chars]
     header = _Header.model_construct(
         model=session.model,
         identity=session.identity,
@@ -52,13 +52,13 @@ def encode(session: Session, stretch_chars: int) -> bytes:
         created_at=session.created_at,
         shape=session.hidden.shape,
         start=transcript.start,
-        ends=[block.end for block in blocks],
+        ends=[segment.end for segment in segments],
         run=session.run,
         origin=session.origin.hex() if session.origin is not None else None,
     )
     head = header.model_dump_json().encode()
     states = [
-        np.ascontiguousarray(state, "<f4").tobytes() for state in (session.hidden, *(one.hidden for one in blocks))
+        np.ascontiguousarray(state, "<f4").tobytes() for state in (session.hidden, *(one.hidden for one in segments))
     ]
     text = transcript.text(transcript.start, transcript.position).encode()
     return b"".join([_HEAD.pack(_VERSION, len(head)), head, *states, text])
@@ -98,10 +98,10 @@ def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: 
 
 
 def _transcript(header: _Header, states: Float32, text: str) -> Transcript:
-    begin, blocks = header.start, []
+    begin, segments = header.start, []
     for end, state in zip(header.ends, states, strict=True):
         if end < begin or end > header.start + len(text):
             raise ValueError("a state that lies outside its text")
-        blocks.append(Block(text[begin - header.start : end - header.start], end, state))
+        segments.append(Segment(text[begin - header.start : end - header.start], end, state))
         begin = end
-    return Transcript(header.start, tuple(blocks), text[begin - header.start :])
+    return Transcript(header.start, tuple(segments), text[begin - header.start :])

@@ -32,7 +32,7 @@ class _Settling(errors.ConnectionError):
 
 
 class RedisServer:
-    """Runs `session.lua` on a server. Any number of threads may call; each call fails within about `timeout_s`.
+    """RunRegistry `session.lua` on a server. Any number of threads may call; each call fails within about `timeout_s`.
 
     One that has failed makes the others fail at once, until `look` has found the server again. After a restart, which
     may have lost the last writes, or a failover to another server, nobody is served for `settle_s`: meanwhile each

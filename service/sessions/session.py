@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from service.arrays import Float32
 from service.engine.sampling import SamplingSettings
+from service.engine.stepper import FinishReason
 from service.sessions.transcript import Transcript
-from service.states import Float32
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from service.states import Float32, write_state
+from service.arrays import Float32, write_state
 
 _BLOCK_BYTES = 2**24
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from service.errors import InvalidCheckpoint
-from service.staging import fsync
-from service.training.settings import TrainingSettings
+from service.store.staging import fsync
+from service.training.hyperparameters import Hyperparameters
 
 
 class Evaluation(BaseModel):
@@ -34,7 +34,7 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    settings: TrainingSettings
+    settings: Hyperparameters
     charset: str
     corpus_name: str
     corpus_sha256: str

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from service.model.charset import Ids
+from service.arrays import Ids
 from service.model.folded import FoldedGRU
 from service.training.loss import TextLoss, require_two
 

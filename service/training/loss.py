@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from service.arrays import Ids
 from service.errors import InvalidCorpus
-from service.model.charset import Ids
 
 
 @dataclass(frozen=True)

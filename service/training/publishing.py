@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import torch
 
 from service import __version__
+from service.arrays import Ids
 from service.errors import StoreError
 from service.model.artifact import CARD, Tensors, write_artifact
-from service.model.charset import Ids
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, Precision, enough
-from service.store import ModelStore, ModelVersion
+from service.store.model_store import ModelStore, ModelVersion
 from service.training.card import CURVE, loss_curve, model_card
 from service.training.corpus import Corpus
 from service.training.trainer import Trainer

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from service.training.settings import TrainingSettings
+from service.training.hyperparameters import Hyperparameters
 
 
-def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:
+def learning_rate(settings: Hyperparameters, step: int, total_steps: int) -> float:
     """Learning rate of update `step` (from 0) of `total_steps`."""
     warmup = min(settings.warmup_steps, total_steps)
     if step < warmup:

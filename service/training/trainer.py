@@ -22,10 +22,10 @@ from service.model.gru import GRUCharModel
 from service.training.averaging import WeightAverage
 from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
 from service.training.corpus import Corpus
+from service.training.hyperparameters import Hyperparameters
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
 from service.training.schedule import learning_rate
 from service.training.seeding import generator
-from service.training.settings import TrainingSettings
 from service.training.streams import Streams
 
 _EVAL_STREAMS = 64
@@ -46,7 +46,7 @@ class Progress(Protocol):
 class Trainer:
     """One training run over one corpus, from the beginning or from a checkpoint."""
 
-    def __init__(self, corpus: Corpus, settings: TrainingSettings, checkpoint: Path) -> None:
+    def __init__(self, corpus: Corpus, settings: Hyperparameters, checkpoint: Path) -> None:
         settings = _resolve(settings)
         self.settings, self.checkpoint = settings, checkpoint
         charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
@@ -221,7 +221,7 @@ class Trainer:
             self.optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
 
 
-def _resolve(settings: TrainingSettings) -> TrainingSettings:
+def _resolve(settings: Hyperparameters) -> Hyperparameters:
     """The settings with what depends on the machine written out: the run can go on, or be done again, elsewhere."""
     return settings.model_copy(
         update={

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import structlog
 from flask import Flask, g, request
 
+from service.api_keys import ApiKeys
 from service.errors import InvalidApiKey
-from service.keys import ApiKeys
 
 _OPEN = "is_open_to_all"
 View = TypeVar("View", bound=Callable[..., Any])
@@ -46,15 +46,15 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
         structlog.contextvars.bind_contextvars(key_name=name)
 
 
-def caller() -> str:
+def current_owner() -> str:
     """The owner of what the current request works on: its key's name; without keys everybody is the same one."""
     owner: str = g.get("owner", "")
     return owner
 
 
-def party() -> str:
+def client_key() -> str:
     """Whose share of the server the current request uses: its key's, or else that of the address it comes from."""
-    return f"key/{caller()}" if caller() else f"address/{_network(request.remote_addr or '')}"
+    return f"key/{current_owner()}" if current_owner() else f"address/{_network(request.remote_addr or '')}"
 
 
 def is_local() -> bool:

@@ -11,41 +11,40 @@ import structlog
 from flask_openapi import Info, OpenAPI
 
 from service import __version__
-from service.config import SPARE_THREADS, Settings, read_settings
+from service.api_keys import read_keys
 from service.engine.kernels import choose_kernel
 from service.errors import InvalidSettings
-from service.generation.inspection import Inspecting
-from service.generation.sessions import Sessions
-from service.keys import read_keys
-from service.loaded import EngineSettings, LoadedModels
-from service.polling import ModelPolling
-from service.sessions.memory import MemoryStore
+from service.generation.inspector import Inspector
+from service.generation.session_service import SessionService
+from service.periodic import PeriodicThread
+from service.registry.loaded_models import EngineSettings, LoadedModels
+from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
-from service.sessions.sweeper import Sweeper
 from service.sessions.transcript import Retention
 from service.sessions.watch import StoreWatch
-from service.store import ModelStore
+from service.settings import SPARE_THREADS, Settings, read_settings
+from service.store.model_store import ModelStore
 from service.web.access import register_access
-from service.web.admin import admin_blueprint
+from service.web.admin_routes import admin_blueprint
+from service.web.admission import AdmissionLimit
 from service.web.collector import ServiceCollector
-from service.web.completions import CompletionLimits, completions_blueprint
+from service.web.completion_routes import CompletionLimits, completions_blueprint
 from service.web.docs import docs_blueprint
-from service.web.drain import CUT_S, Drain
-from service.web.errors import register_error_handlers, validation_error_response
+from service.web.drain import INTERRUPT_S, Drain
+from service.web.error_responses import register_error_handlers, validation_error_response
 from service.web.guard import register_body_check, register_guard
-from service.web.health import health_blueprint
-from service.web.inspect import inspect_blueprint
+from service.web.health_routes import health_blueprint
+from service.web.inspect_routes import inspect_blueprint
 from service.web.logs import configure_logs
 from service.web.metrics import Metrics, register_metrics
-from service.web.models import models_blueprint
+from service.web.model_routes import models_blueprint
 from service.web.page import page_blueprint
-from service.web.places import Places
 from service.web.rate_limit import register_rate_limit
 from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
-from service.web.sessions import SessionLimits, sessions_blueprint
+from service.web.session_routes import SessionLimits, sessions_blueprint
 
 if TYPE_CHECKING:
-    from service.sessions.redis import RedisStore
+    from service.sessions.redis_store import RedisStore
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
@@ -95,30 +94,30 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_prompt_chars=settings.max_prompt_chars,
         max_texts=settings.max_batch + settings.max_queue,
     )
-    places = Places(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
-    app.register_api(completions_blueprint(models, settings.model, limits, places))
+    admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
+    app.register_api(completions_blueprint(models, settings.model, limits, admission))
     ending = ExitStack()  # for those who build the application and have to end its threads: the engines' first
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, ending)
     ending.callback(models.close)
     sealer = StateSealer(_state_keys(settings))
-    sessions = Sessions(models, store, sealer, settings.session_ttl_s, retention)
+    sessions = SessionService(models, store, sealer, settings.session_ttl_s, retention)
     # All that a run generates has to be retained until it is over, and the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
-    app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, places))
-    app.register_api(inspect_blueprint(Inspecting(models, sessions.get, sealer), settings.model, places))
+    app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, admission))
+    app.register_api(inspect_blueprint(Inspector(models, sessions.get, sealer), settings.model, admission))
     app.register_api(models_blueprint(models))
     app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
-    app.register_api(admin_blueprint(models.served))
+    app.register_api(admin_blueprint(models.resolver))
     app.register_blueprint(docs_blueprint())
     app.register_blueprint(page_blueprint())
-    metrics.registry.register(ServiceCollector(models, store, places, kernel.name))
+    metrics.registry.register(ServiceCollector(models, store, admission, kernel.name))
     if settings.model_poll_s:
-        ending.callback(ModelPolling(models.served, settings.model_poll_s).close)
+        ending.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
     app.extensions["gru_serve"] = ending
-    drain.at_cut(lambda: sessions.runs.end_all(CUT_S / 2))
-    drain.at_cut(models.close)  # after the runs: those of sessions are saved, and completions get an error
+    drain.on_interrupt(lambda: sessions.runs.end_all(INTERRUPT_S / 2))
+    drain.on_interrupt(models.close)  # after the runs: those of sessions are saved, and completions get an error
     app.extensions["gru_serve_drain"] = drain  # for the process around it
     log.info(
         "model loaded",
@@ -140,14 +139,14 @@ def _session_store(
     url = settings.session_store.get_secret_value()
     if url.startswith("memory:"):
         memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
-        ending.callback(Sweeper(memory).close)
+        ending.callback(PeriodicThread("sweeper", 1.0, memory.sweep).close)
         return memory
     # Imported here: who keeps sessions in memory starts without it.
-    from service.sessions.redis import RedisStore
     from service.sessions.redis_server import RedisServer
+    from service.sessions.redis_store import RedisStore
 
     try:
-        store = RedisStore(RedisServer(url, watch=watch), retention.stretch_chars, settings.max_session_bytes)
+        store = RedisStore(RedisServer(url, watch=watch), retention.segment_chars, settings.max_session_bytes)
     except ValueError as error:
         raise InvalidSettings(f"GRU_SERVE_SESSION_STORE: {error}", param="session_store") from error
     ending.callback(store.close)

@@ -17,9 +17,9 @@ from prometheus_client.registry import Collector
 
 from service import __version__
 from service.engine.counters import Buckets
-from service.loaded import LoadedModel, LoadedModels
+from service.registry.loaded_models import LoadedModel, LoadedModels
+from service.web.admission import AdmissionLimit
 from service.web.metrics import PREFIX
-from service.web.places import Places
 
 
 class CountedStore(Protocol):
@@ -38,17 +38,17 @@ class CountedStore(Protocol):
 
 
 class ServiceCollector(Collector):
-    """Reads engines, models, sessions and places. kernel: the variant that computes."""
+    """Reads engines, models, sessions and admission. kernel: the variant that computes."""
 
-    def __init__(self, models: LoadedModels, store: CountedStore, places: Places, kernel: str) -> None:
-        self._models, self._store, self._places, self._kernel = models, store, places, kernel
+    def __init__(self, models: LoadedModels, store: CountedStore, admission: AdmissionLimit, kernel: str) -> None:
+        self._models, self._store, self._admission, self._kernel = models, store, admission, kernel
 
     def collect(self) -> Iterator[Metric]:
         """Called at each scrape, on its thread."""
         yield InfoMetricFamily(f"{PREFIX}build", "What runs here.", {"version": __version__, "kernel": self._kernel})
         yield from self._engines(self._models.all())
         yield from self._served()
-        yield _gauge("open_streams", "Streams that are being sent.", self._places.num_streams)
+        yield _gauge("open_streams", "Streams that are being sent.", self._admission.num_streams)
         yield _gauge("sessions", "Sessions in this process.", len(self._store))
         yield _gauge("session_bytes", "About how much memory they take.", self._store.num_bytes)
         yield _counter("session_evictions", "Sessions pushed out by others.", self._store.num_evicted)
@@ -100,14 +100,14 @@ class ServiceCollector(Collector):
         yield about
 
     def _served(self) -> Iterator[Metric]:
-        served = self._models.served
+        served = self._models.resolver
         versions = GaugeMetricFamily(f"{PREFIX}served_version", "Version that a name means.", labels=["name"])
         failing = GaugeMetricFamily(
             f"{PREFIX}served_version_failing", "1: it should mean another, which can't be loaded.", labels=["name"]
         )
-        for meaning in served.meanings():
-            versions.add_metric([meaning.name], int(meaning.model.rpartition("@")[2]))
-            failing.add_metric([meaning.name], meaning.code is not None)
+        for resolution in served.resolutions():
+            versions.add_metric([resolution.name], int(resolution.model.rpartition("@")[2]))
+            failing.add_metric([resolution.name], resolution.code is not None)
         yield versions
         yield failing
         reloads = CounterMetricFamily(f"{PREFIX}model_reloads", "Changes of version.", labels=["outcome"])

@@ -14,11 +14,11 @@ from flask import Response
 from service.engine.stepper import Scores
 from service.errors import GruServeError
 from service.generation.completion import Completion, Piece
-from service.loaded import LoadedModel
 from service.model.charset import Charset
+from service.registry.loaded_models import LoadedModel
 from service.web import schemas
-from service.web.errors import body_of, error_response
-from service.web.sse import GATHER_S, IDLE_S, event
+from service.web.error_responses import body_of, error_response
+from service.web.sse import FLUSH_INTERVAL_S, IDLE_S, event
 
 log = structlog.get_logger(__name__)
 
@@ -36,14 +36,14 @@ class CompletionAnswer:
             "system_fingerprint": model.fingerprint,
         }
 
-    def whole(self, client_has_gone: Callable[[], bool]) -> Response:
+    def whole(self, client_has_left: Callable[[], bool]) -> Response:
         """The answer when everything is generated. Raises EngineFailed."""
         completion = self._completion
         pieces: list[list[Piece]] = [[] for _ in completion.choices]
         for item in completion.pieces(None, IDLE_S):
             if item is not None:
                 pieces[item[0].index].append(item[1])
-            elif client_has_gone():
+            elif client_has_left():
                 return error_response("the client has closed the connection", "client_gone")
         chosen = [choice for group in completion.chosen() for choice in group]
         choices = []
@@ -58,7 +58,7 @@ class CompletionAnswer:
         answer = schemas.CompletionAnswer(**self._facts, choices=choices, usage=self._usage())
         return Response(answer.model_dump_json(), mimetype="application/json")
 
-    def events(self, client_has_gone: Callable[[], bool], with_usage: bool) -> Iterator[bytes | None]:
+    def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Iterator[bytes | None]:
         """Server-sent events; None is a moment of silence."""
         # Put together by hand: of a busy stream's time, a fifth would go into dumping what is the same in every event.
         head = json.dumps(self._facts)[:-1]
@@ -67,9 +67,9 @@ class CompletionAnswer:
         num_shown = [0] * len(completion.choices)
         ending = "left"
         try:
-            for item in completion.pieces(GATHER_S, IDLE_S):
+            for item in completion.pieces(FLUSH_INTERVAL_S, IDLE_S):
                 if item is None:
-                    if client_has_gone():
+                    if client_has_left():
                         return
                     yield None
                     continue

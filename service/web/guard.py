@@ -12,7 +12,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
 from service.web.drain import Drain
-from service.web.errors import error_response
+from service.web.error_responses import error_response
 
 log = structlog.get_logger(__name__)
 

@@ -27,7 +27,7 @@ _STORE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.
 _WITHOUT_TEXT = (b":", b"data: [DONE]", b"event: error")
 _SESSION_DONE, _SESSION_MOVES, _HEAD_BYTES = b"\nevent: done\n", b"\nevent: reconnect\n", 64
 
-# Else each counter and histogram has a series more, with the time of its birth.
+# Else each counter and histogram has a series more, with the time of its incarnation.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 

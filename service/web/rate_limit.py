@@ -9,8 +9,8 @@ from typing import Any
 from flask import Flask, Response, request
 from flask_limiter import Limiter, RequestLimit
 
-from service.web.access import party
-from service.web.errors import error_response
+from service.web.access import client_key
+from service.web.error_responses import error_response
 
 _STORAGE_TIMEOUT_S = 0.1  # of each step of an exchange; then this process counts alone until the storage is back
 _STARTING = ("POST", "PUT")
@@ -37,7 +37,7 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
             "key_prefix": "gru-serve:starts",
         }
     Limiter(
-        party,
+        client_key,
         app=app,
         application_limits=[rate],
         application_limits_exempt_when=lambda: request.method not in _STARTING,

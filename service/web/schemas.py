@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.engine.stepper import FinishReason
+from service.model.charset import UnknownChars
+
 MAX_CHOICES = 128  # prompts x continuations that one request may ask for
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
@@ -103,7 +106,7 @@ class CompletionBody(SamplingBody):
     )
     stream: bool = Field(False, description="answer with server-sent events, as characters are generated")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
-    unknown_chars: Literal["error", "fold", "drop"] = Field(
+    unknown_chars: UnknownChars = Field(
         "error", description="what happens to characters of the prompt that the model doesn't know"
     )
     user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients; has no effect")
@@ -127,7 +130,7 @@ class Choice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = Field(description="null: more is to come, in a stream")
+    finish_reason: FinishReason | None = Field(description="null: more is to come, in a stream")
 
 
 class Usage(BaseModel):

@@ -8,7 +8,7 @@ from typing import Any
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 
-from service.config import SPARE_THREADS, Settings
+from service.settings import SPARE_THREADS, Settings
 from service.web.logs import configure_logs
 from service.web.worker import worker_with_deadlines
 

@@ -11,14 +11,14 @@ from flask import Response
 from pydantic_core import to_json
 
 from service.errors import Draining, GruServeError
-from service.generation.continuation import Continuation
-from service.generation.feeding import Fed
+from service.generation.feeding import FeedResult
+from service.generation.run_stream import RunStream
 from service.sessions.session import Session
 from service.web import session_schemas as schemas
 from service.web.completion_answer import logprobs_of
-from service.web.errors import body_of, error_response
+from service.web.error_responses import body_of, error_response
 from service.web.schemas import Usage
-from service.web.sse import GATHER_S, IDLE_S, event
+from service.web.sse import FLUSH_INTERVAL_S, IDLE_S, event
 
 log = structlog.get_logger(__name__)
 
@@ -37,7 +37,7 @@ def session_answer(session: Session) -> schemas.SessionAnswer:
     )
 
 
-def feed_answer(fed: Fed) -> Response:
+def feed_answer(fed: FeedResult) -> Response:
     """Position and distribution after a feed; with log-probabilities if they were asked for."""
     characters = fed.model.charset.characters
     ids, logprobs = (fed.next.ids.tolist(), fed.next.logprobs.tolist()) if fed.next is not None else ([], [])
@@ -48,22 +48,22 @@ def feed_answer(fed: Fed) -> Response:
     return Response(to_json(answer), mimetype="application/json")
 
 
-def whole_continuation(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Response:
+def whole_run(continuation: RunStream, client_has_left: Callable[[], bool]) -> Response:
     """The answer when everything is generated. Raises RunTakenOver, EngineFailed, Draining."""
     for piece in continuation.pieces(None, IDLE_S):
-        if piece is None and client_has_gone():
+        if piece is None and client_has_left():
             return error_response("the client has closed the connection", "client_gone")
     answer = {"text": continuation.text} | _facts(continuation)
     return Response(json.dumps(answer), mimetype="application/json")
 
 
-def continuation_events(continuation: Continuation, client_has_gone: Callable[[], bool]) -> Iterator[bytes | None]:
+def run_events(continuation: RunStream, client_has_left: Callable[[], bool]) -> Iterator[bytes | None]:
     """Server-sent events, each with the position after it as its id; None is a moment of silence."""
     started, ending, num_chars = time.perf_counter(), "left", 0
     try:
-        for piece in continuation.pieces(GATHER_S, IDLE_S):
+        for piece in continuation.pieces(FLUSH_INTERVAL_S, IDLE_S):
             if piece is None:
-                if client_has_gone():
+                if client_has_left():
                     return
                 yield None
                 continue
@@ -72,7 +72,7 @@ def continuation_events(continuation: Continuation, client_has_gone: Callable[[]
         yield event(json.dumps(_facts(continuation)), "done", continuation.position)
         ending = "done"
     except Draining:
-        ending, position = "reconnect", continuation.told
+        ending, position = "reconnect", continuation.resume_position
         yield event(json.dumps({"position": position}), "reconnect", position)
     except GruServeError as error:
         ending = error.code
@@ -87,7 +87,7 @@ def continuation_events(continuation: Continuation, client_has_gone: Callable[[]
         )
 
 
-def _facts(continuation: Continuation) -> dict[str, object]:
+def _facts(continuation: RunStream) -> dict[str, object]:
     """What is known of a continuation when it is over."""
     num_chars = len(continuation.text)
     usage = Usage(prompt_tokens=0, completion_tokens=num_chars, total_tokens=num_chars)

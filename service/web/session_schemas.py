@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.engine.stepper import FinishReason
+from service.model.charset import UnknownChars
 from service.web.schemas import Body, Logprobs, SamplingBody, Usage
 
 _SEED_LIMIT = 2**63
@@ -22,7 +24,6 @@ SessionId = Annotated[
 ]
 Position = Annotated[int, Field(ge=0, le=_MAX_POSITION)]
 Seed = Annotated[int, Field(ge=-_SEED_LIMIT, lt=_SEED_LIMIT)]
-UnknownChars = Literal["error", "fold", "drop"]
 
 
 class CreateBody(Body):
@@ -174,7 +175,7 @@ class GenerateAnswer(BaseModel):
     """A continuation. In a stream the event `done` has these fields but `text`."""
 
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     position: int = Field(description="behind the last character generated")
     usage: Usage
     sha256: str = Field(description="of all that was generated, in UTF-8, in hexadecimal digits")

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from flask import Response, request
 
-GATHER_S = 0.025  # characters of a stream that come within it travel together
+FLUSH_INTERVAL_S = 0.025  # characters of a stream that come within it travel together
 IDLE_S = 0.5  # how often a silent client is looked after
 PING_S = 10.0  # a comment after so much silence keeps balancers from closing the connection
 _PING = b": ping\n\n"
@@ -39,7 +39,7 @@ def client_watch() -> Callable[[], bool]:
     """Tells whether the client of the current request has closed its connection. Usable after the request context."""
     connection = request.environ.get("gunicorn.socket")
 
-    def has_gone() -> bool:
+    def has_left() -> bool:
         if connection is None:
             return False
         with suppress(OSError, ValueError):
@@ -49,7 +49,7 @@ def client_watch() -> Callable[[], bool]:
             return bool(poll.poll(0)) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         return True
 
-    return has_gone
+    return has_left
 
 
 def _with_pings(events: Iterator[bytes | None]) -> Iterator[bytes]:

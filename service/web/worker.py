@@ -25,7 +25,7 @@ class Worker(gthread.ThreadWorker):
     _drain: Drain | None = None  # there is none before the application is
 
     def init_process(self) -> None:
-        """Runs in the worker, before it accepts connections."""
+        """RunRegistry in the worker, before it accepts connections."""
         # gunicorn has no setting for the class of a connection.
         gthread.TConn = Connection  # type: ignore[misc]
         self._connections: WeakSet[Connection] = WeakSet()  # all that are open
@@ -72,12 +72,12 @@ class Worker(gthread.ThreadWorker):
             return
         super().wait_for_and_dispatch_events(_DRAIN_POLL_S)
         now = time.monotonic()
-        if drain.may_cut(len(self._working)):
-            drain.cut_off(len(self._working))
-        if drain.is_cut and not self._working and self._linger_until == math.inf:
+        if drain.should_interrupt(len(self._working)):
+            drain.interrupt(len(self._working))
+        if drain.is_interrupted and not self._working and self._linger_until == math.inf:
             # Who has a connection that is kept may be sending a request on it in this moment.
             self._linger_until = now + self._linger_s
-        if drain.is_overdue or now >= self._linger_until or (drain.is_cut and self.nr_conns == 0):
+        if drain.is_overdue or now >= self._linger_until or (drain.is_interrupted and self.nr_conns == 0):
             self._leave()
 
     def _leave(self) -> None:

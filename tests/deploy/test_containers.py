@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from service.client import Client
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.deploy.containers import PROJECT, Containers, find_containers
 from tests.parts import free_port
 from tests.serving import SERVE, Server, serving, wait_until

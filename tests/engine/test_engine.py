@@ -13,11 +13,11 @@ import pytest
 
 from service.engine.engine import Engine
 from service.engine.native.binding import variants
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.pace import Pace
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import SamplingSettings
-from service.engine.stepper import Advance, Row, Stepper
+from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, Overloaded
 from tests.engine.models import CHARSET, quantized
@@ -55,19 +55,19 @@ def result(handle: Handle) -> list[Any]:
     chars, scores = [], []
     while True:
         end = handle.end
-        part = handle.take(0.0, 10)
+        part = handle.read(0.0, 10)
         if part is not None:
             chars += part.chars.tolist()
             for some in (part.prompt_scores, part.scores):
                 if some is not None:
                     scores.append(some.chosen.tobytes())
         elif end is not None:
-            kept = [(position, hidden.tobytes()) for position, hidden in end.kept.items()]
+            kept = [(position, hidden.tobytes()) for position, hidden in end.checkpoints.items()]
             return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), kept]
 
 
 KINDS: list[tuple[str, int, dict[str, Any]]] = [
-    ("ROMEO:", 40, {"keep_at": (6, 30, 60)}),
+    ("ROMEO:", 40, {"checkpoint_positions": (6, 30, 60)}),
     ("", 25, {"sampling": SamplingSettings(temperature=0.6)}),
     ("the lady of the house " * 6, 3, {"num_logprobs": 2, "score_prompt": True}),
     ("I", 60, {"sampling": SamplingSettings(top_k=4, repetition_penalty=1.2), "num_logprobs": 0}),
@@ -142,7 +142,7 @@ class _Gate:
         self.stepper = stepper
         self.entered, self.leave = threading.Semaphore(0), threading.Semaphore(0)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         self.entered.release()
         assert self.leave.acquire(timeout=20)
         return self.stepper.advance(rows, num_chars)
@@ -175,7 +175,7 @@ def test_a_place_is_free_before_anybody_hears_of_the_end(monkeypatch: pytest.Mon
     open_at_end: list[int] = []
     publish = Handle.publish
 
-    def note(handle: Handle, part: Advance | None, end: End | None) -> None:
+    def note(handle: Handle, part: StepResult | None, end: End | None) -> None:
         if end is not None:
             open_at_end.append(engine.num_open)
         publish(handle, part, end)
@@ -202,7 +202,7 @@ def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None
 
 def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_on(stepper: Stepper) -> None:
     """And beside others, and in any number of threads: it makes no difference but in time."""
-    short, long = request("ROMEO", 0, keep_at=(2, 5), num_next=3), request("ROMEO" * 7, 0)
+    short, long = request("ROMEO", 0, checkpoint_positions=(2, 5), num_next=3), request("ROMEO" * 7, 0)
     with running(stepper) as engine:
         before = threading.active_count()
         alone = engine.submit([short])[0]
@@ -231,7 +231,7 @@ def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_
 
 def test_what_fails_at_once_fails_for_everybody(stepper: Stepper) -> None:
     class Failing(_Gate):
-        def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
             if len(rows[0].prompt) == 1:
                 raise MemoryError
             return self.stepper.advance(rows, num_chars)
@@ -254,7 +254,7 @@ def test_first_come_first_served() -> None:
     order: list[int] = []
 
     class Noting(_Gate):
-        def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
             order.extend(row.seed for row in rows if row.seed not in order)
             return super().advance(rows, num_chars)
 
@@ -295,7 +295,7 @@ class _Failing(_Gate):
         super().__init__()
         self.error = error
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         self.entered.release()
         assert self.leave.acquire(timeout=20)
         raise self.error
@@ -314,8 +314,8 @@ def test_when_the_stepper_fails_nobody_waits_for_ever(error: BaseException) -> N
             except EngineFailed as failed:
                 caught.append(failed)
 
-        ways: list[Callable[[Handle], object]] = [Handle.wait, lambda handle: handle.take(0.0)]
-        ways += [lambda handle: handle.take(None), Handle.wait, Handle.wait]
+        ways: list[Callable[[Handle], object]] = [Handle.wait, lambda handle: handle.read(0.0)]
+        ways += [lambda handle: handle.read(None), Handle.wait, Handle.wait]
         threads = [threading.Thread(target=wait, args=pair) for pair in zip(handles, ways, strict=True)]
         for thread in threads:
             thread.start()
@@ -362,7 +362,7 @@ def test_closing_fails_what_is_open_so_that_nothing_looks_complete() -> None:
             with pytest.raises(EngineFailed):
                 handle.wait()
             with pytest.raises(EngineFailed):
-                handle.take(None)
+                handle.read(None)
         assert engine.num_open == 0
         with pytest.raises(EngineFailed):
             engine.submit([request()])
@@ -408,22 +408,22 @@ def test_a_taker_is_given_everything_once_in_order() -> None:
         handle = engine.submit([request(max_chars=3000)])[0]
         parts: list[int] = []
         while handle.end is None:
-            part = handle.take(0.001, 1)
+            part = handle.read(0.001, 1)
             parts += [] if part is None else part.chars.tolist()
-        rest = handle.take(0.0)
+        rest = handle.read(0.0)
         assert parts + ([] if rest is None else rest.chars.tolist()) == whole
-        assert handle.take(0.0) is None
-        assert handle.take(None) is None
+        assert handle.read(0.0) is None
+        assert handle.read(None) is None
 
 
 def test_nothing_comes_of_an_impatient_taker() -> None:
     gate = _Gate()
     with running(gate) as engine:
         handle = engine.submit([request()])[0]
-        assert handle.take(0.0, 0.01) is None
-        assert handle.take(None, 0.01) is None
+        assert handle.read(0.0, 0.01) is None
+        assert handle.read(None, 0.01) is None
         gate.open()
-        assert handle.take(None) is not None
+        assert handle.read(None) is not None
 
 
 def test_ticks_are_kept_to_their_length() -> None:

@@ -15,10 +15,10 @@ import pytest
 from service.engine import kernels
 from service.engine.kernels import KernelChoice, choose_kernel
 from service.engine.native.binding import variants
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidSettings
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.engine.models import quantized
 
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 KERNELS: tuple[KernelChoice, ...] = ("native", "torch")
 SERVE = """
 import json, sys
-from service.config import read_settings
+from service.settings import read_settings
 from service.web.app import create_app
 app = create_app(read_settings(model_store=sys.argv[1], model="tiny", kernel=sys.argv[2]))
 client = app.test_client()

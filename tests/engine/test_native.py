@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.native import binding
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.sampling import PLAIN, History, SamplingSettings
 from service.engine.stepper import Row, Stepper
 from service.engine.torch_stepper import TorchStepper
 from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import tiny_config
 from tests.engine.models import KINDS, quantized, row
 from tests.engine.test_stepper import everything, keeping, run
@@ -56,7 +56,7 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
         one.stops = (
             (rng.integers(0, config.vocab_size, 2), rng.integers(0, config.vocab_size, 1)) if index % 5 == 4 else ()
         )
-        one.keep_at = (index + 2, index + 6) if index % 3 == 1 else ()
+        one.checkpoint_positions = (index + 2, index + 6) if index % 3 == 1 else ()
         rows.append(one)
     return rows
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from service.engine.integer_product import IntegerProduct
 from service.engine.native.binding import variants
-from service.engine.native.stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.sampling import History, SamplingSettings, draw_one, uniform
-from service.engine.stepper import Advance, Row, Stepper
+from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
@@ -40,22 +40,22 @@ def stepper(request: pytest.FixtureRequest) -> Stepper:
 def keeping(stepper: Stepper, **kind: Any) -> Row:
     """A row of this kind of which some states on the way are wanted."""
     start = kind.get("position", 0)
-    return row(stepper, keep_at=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
+    return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
 
 
-def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Advance]:
-    """Advance rows to their ends; what each got in all."""
-    parts: list[list[Advance]] = [[] for _ in rows]
+def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[StepResult]:
+    """StepResult rows to their ends; what each got in all."""
+    parts: list[list[StepResult]] = [[] for _ in rows]
     while any(row.finished is None for row in rows):
         for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
             part.append(advance)
-    return [Advance.join(part) for part in parts]
+    return [StepResult.join(part) for part in parts]
 
 
-def everything(row: Row, advance: Advance) -> list[Any]:
+def everything(row: Row, advance: StepResult) -> list[Any]:
     """All that can be seen of a row at its end, comparable to the bit."""
     seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
-    seen += [hidden.tobytes() for hidden in row.kept]
+    seen += [hidden.tobytes() for hidden in row.checkpoints]
     for scores in (advance.scores, advance.prompt_scores):
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
     seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
@@ -79,7 +79,7 @@ def test_neighbours_and_tick_lengths_change_nothing(
 ) -> None:
     """Rows join and leave at random characters, in random order, in ticks of random length."""
     waiting = data.draw(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=40))
-    there: list[tuple[int, Row, list[Advance]]] = []
+    there: list[tuple[int, Row, list[StepResult]]] = []
     while waiting or there:
         for _ in range(data.draw(st.integers(0 if there else 1, 8))):
             if waiting:
@@ -90,7 +90,7 @@ def test_neighbours_and_tick_lengths_change_nothing(
         for (_, _, parts), advance in zip(there, advances, strict=True):
             parts.append(advance)
         for kind, one, parts in [entry for entry in there if entry[1].finished]:
-            assert everything(one, Advance.join(parts)) == alone[kind], kind
+            assert everything(one, StepResult.join(parts)) == alone[kind], kind
         there = [entry for entry in there if not entry[1].finished]
 
 
@@ -149,14 +149,14 @@ def test_a_row_goes_on_from_where_another_stopped(stepper: Stepper) -> None:
 
 
 def test_states_on_the_way_are_those_after_so_many_characters(stepper: Stepper) -> None:
-    whole = row(stepper, keep_at=(3, 6, 7, 36, 37))
+    whole = row(stepper, checkpoint_positions=(3, 6, 7, 36, 37))
     text = CHARSET.decode(run(stepper, [whole])[0].chars)
     expected = []
     for end in (3, 6, 7, 36):
         read = row(stepper, prompt=("ROMEO:" + text)[:end], max_chars=0)
         run(stepper, [read])
         expected.append(read.hidden.tobytes())
-    assert [hidden.tobytes() for hidden in whole.kept] == expected
+    assert [hidden.tobytes() for hidden in whole.checkpoints] == expected
 
 
 def test_a_stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.stop import HoldBack
+from service.engine.stop import StopFilter
 
 TEXTS = st.text(alphabet="abc", max_size=40)
 STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
@@ -24,25 +24,25 @@ def obvious(text: str, stops: list[str]) -> tuple[str, str, bool]:
 @given(TEXTS, STOPS, CUTS)
 def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
     generated, expected, stopped = obvious(text, stops)
-    hold_back, shown, start = HoldBack(stops), "", 0
+    stop_filter, shown, start = StopFilter(stops), "", 0
     while start < len(generated):
         size = cuts[start % len(cuts)]
-        shown += hold_back.feed(generated[start : start + size])
+        shown += stop_filter.feed(generated[start : start + size])
         start += size
         assert expected.startswith(shown)
-    assert shown + hold_back.end(stopped) == expected
+    assert shown + stop_filter.end(stopped) == expected
 
 
 @given(TEXTS, STOPS)
 def test_no_more_is_held_back_than_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
     generated, _, stopped = obvious(text, stops)
-    hold_back, shown = HoldBack(stops), ""
+    stop_filter, shown = StopFilter(stops), ""
     for read, char in enumerate(generated, start=1):
-        shown += hold_back.feed(char)
+        shown += stop_filter.feed(char)
         held = generated[len(shown) : read]
         assert not held or any(stop.startswith(held) for stop in stops) or (stopped and read == len(generated))
 
 
 def test_stop_strings_are_compared_as_models_write_them() -> None:
-    hold_back = HoldBack(["e\u0301"])
-    assert hold_back.feed("caf\u00e9") + hold_back.end(stopped=True) == "caf"
+    stop_filter = StopFilter(["e\u0301"])
+    assert stop_filter.feed("caf\u00e9") + stop_filter.end(stopped=True) == "caf"

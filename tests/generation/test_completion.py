@@ -13,8 +13,8 @@ import pytest
 from service.engine.stepper import Scores
 from service.errors import Overloaded
 from service.generation.completion import Choice, Completion, CompletionRequest, SamplingSettings
-from service.loaded import LoadedModel, LoadedModels
-from service.store import ModelStore
+from service.registry.loaded_models import LoadedModel, LoadedModels
+from service.store.model_store import ModelStore
 from tests.conftest import engine_settings, loaded_model, publish_tiny
 
 
@@ -29,11 +29,11 @@ def request(model: LoadedModel, *prompts: str, **changes: Any) -> CompletionRequ
     return CompletionRequest(tuple(map(model.charset.encode, prompts or ("ROMEO:",))), **(fields | changes))
 
 
-def finish(completion: Completion, gather_s: float | None = None) -> dict[int, tuple[str, Scores | None]]:
+def finish(completion: Completion, flush_interval_s: float | None = None) -> dict[int, tuple[str, Scores | None]]:
     """Text and scores of every choice."""
     texts: dict[int, str] = dict.fromkeys(range(len(completion.choices)), "")
     scores: dict[int, list[Scores]] = {index: [] for index in texts}
-    for item in completion.pieces(gather_s, 5):
+    for item in completion.pieces(flush_interval_s, 5):
         assert item is not None
         choice, piece = item
         texts[choice.index] += piece.text
@@ -68,11 +68,11 @@ def test_greedy_is_the_same_for_every_seed(model: LoadedModel) -> None:
     assert len({text(model, sampling=SamplingSettings(temperature=0), seed=seed) for seed in range(3)}) == 1
 
 
-@pytest.mark.parametrize("gather_s", [None, 0.0, 0.002])
-def test_however_it_is_gathered_it_is_the_same_text(model: LoadedModel, gather_s: float | None) -> None:
+@pytest.mark.parametrize("flush_interval_s", [None, 0.0, 0.002])
+def test_however_it_is_gathered_it_is_the_same_text(model: LoadedModel, flush_interval_s: float | None) -> None:
     whole = text(model, max_chars=500)
     completion = Completion(model, request(model, max_chars=500))
-    assert finish(completion, gather_s)[0][0] == whole
+    assert finish(completion, flush_interval_s)[0][0] == whole
     assert completion.num_generated == 500
 
 
@@ -231,7 +231,7 @@ def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: Path)
     assert models.get("b") is not b
     publish_tiny(store, "a", seed=1)
     assert models.get("a") is a  # nobody waits for a new version
-    models.served.refresh()
+    models.resolver.refresh()
     assert models.get("a").version.ref == "a@2"
     assert models.get("a@1").digest == a.digest
     models.close()

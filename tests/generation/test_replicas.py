@@ -28,23 +28,23 @@ from service.errors import (
     SessionNotFound,
     StoreUnavailable,
 )
-from service.generation.continuation import Continuation
 from service.generation.creation import NewSession
-from service.generation.feeding import Feed
+from service.generation.feeding import FeedRequest
 from service.generation.run_request import RunRequest
-from service.generation.sessions import Sessions
-from service.loaded import LoadedModels
+from service.generation.run_stream import RunStream
+from service.generation.session_service import SessionService
+from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateSealer
-from service.sessions.redis import RedisStore
 from service.sessions.redis_server import RedisServer
-from service.sessions.store import Lease
+from service.sessions.redis_store import RedisStore
+from service.sessions.session_store import Lease
 from service.sessions.transcript import Retention
 from service.sessions.watch import Operation
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import engine_settings
 from tests.parts import RedisProcess, redis_process
 
-Replica = tuple[Sessions, RedisStore]
+Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.3
 LONG = RunRequest(5000, replace(PLAIN, temperature=0.9))
 
@@ -62,13 +62,13 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
 
         def make(at: str = url) -> Replica:
             retention = Retention(16, 10_000)
-            store = RedisStore(RedisServer(at, settle_s=0.3), retention.stretch_chars, prefix=prefix, lease_s=LEASE_S)
+            store = RedisStore(RedisServer(at, settle_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
             ending.callback(store.close)
             models = LoadedModels(tiny_store, 1, engine_settings())
             ending.callback(models.close)
             until_it_works(lambda: store.page("", "", 1))
             sealer = StateSealer(["0123456789abcdef"])
-            return Sessions(models, store, sealer, 60, retention), store
+            return SessionService(models, store, sealer, 60, retention), store
 
         yield make
 
@@ -88,7 +88,7 @@ def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> Non
     replica[0].creation.create("", NewSession(session_id, "tiny", text, seed=7))
 
 
-def take(continuation: Continuation, num_chars: int = 10**9) -> str:
+def take(continuation: RunStream, num_chars: int = 10**9) -> str:
     """Its text, or the beginning of it, of at least so many characters."""
     text = ""
     for piece in continuation.pieces(0.0, 20):
@@ -110,7 +110,7 @@ def text_of(replica: Replica, session_id: str = "a") -> str:
 def dies(replica: Replica) -> None:
     """What its process would no longer do: renew leases, save, release."""
     store = replica[1]
-    store._keeper.close()
+    store._renewer.close()
     store._server.call = lambda *_: (_ for _ in ()).throw(StoreUnavailable("dead"))  # type: ignore[method-assign]
 
 
@@ -119,7 +119,7 @@ def test_each_sees_what_the_others_did(replicas: Callable[[], Replica]) -> None:
     create(one)
     for number in range(20):
         replica = (one, two)[number % 2]
-        replica[0].feeding.feed("", "a", Feed("to be ", 6 + 6 * number))
+        replica[0].feeding.feed("", "a", FeedRequest("to be ", 6 + 6 * number))
     assert text_of(one) == text_of(two) == "ROMEO:" + "to be " * 20
     states = {replica[0].get("", "a").hidden.tobytes() for replica in (one, two)}
     alone = replicas()
@@ -151,21 +151,21 @@ def test_what_was_seen_last_is_not_asked_for_again(replicas: Callable[[], Replic
     one, two = replicas(), replicas()
     create(one)
     with exchanges(one) as asked:
-        one[0].feeding.feed("", "a", Feed("to be "))
+        one[0].feeding.feed("", "a", FeedRequest("to be "))
         assert asked == ["claim"]
         first = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 12))
         assert asked == ["claim", "claim", "save"]
     with exchanges(two) as asked:  # it has not seen it
-        two[0].feeding.feed("", "a", Feed("x", 32))
+        two[0].feeding.feed("", "a", FeedRequest("x", 32))
         assert asked == ["lease", "save"]
     with exchanges(one) as asked:  # what it has seen is no longer so
-        one[0].feeding.feed("", "a", Feed("y"))
+        one[0].feeding.feed("", "a", FeedRequest("y"))
         assert asked == ["claim", "lease", "save"]
-    two[0].feeding.feed("", "a", Feed("z"))
+    two[0].feeding.feed("", "a", FeedRequest("z"))
     with exchanges(one) as asked:
         second = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 35))
         assert asked == ["lease", "save", "save"]  # not as long as the caller says
-    two[0].feeding.feed("", "a", Feed("z"))
+    two[0].feeding.feed("", "a", FeedRequest("z"))
     with exchanges(one) as asked:
         third = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), None))
         assert asked == ["claim", "lease", "save", "save"]
@@ -189,7 +189,7 @@ def test_a_feed_whose_answer_got_lost_is_not_done_twice(
         answer = run(*arguments, is_second=is_second)
         if not is_second:
             if someone_goes_on:
-                two[0].feeding.feed("", "a", Feed("b"))
+                two[0].feeding.feed("", "a", FeedRequest("b"))
             raise errors.ConnectionError
         return answer
 
@@ -200,9 +200,9 @@ def test_a_feed_whose_answer_got_lost_is_not_done_twice(
             expecting.enter_context(
                 pytest.raises(error, match="may have been done" if position is None else "harmless")
             )
-        one[0].feeding.feed("", "a", Feed("a", position))
+        one[0].feeding.feed("", "a", FeedRequest("a", position))
     if position is not None:
-        one[0].feeding.feed("", "a", Feed("a", position))
+        one[0].feeding.feed("", "a", FeedRequest("a", position))
     assert text_of(two) == ("ROMEO:ab" if someone_goes_on else "ROMEO:a")
 
 
@@ -255,9 +255,9 @@ def test_so_it_is_for_whoever_goes_on_otherwise(replicas: Callable[[], Replica],
     position, sessions = 6 + len(got), two[0]
     time.sleep(2 * LEASE_S)
     with pytest.raises(PositionConflict):
-        sessions.feeding.feed("", "a", Feed("x", 6 + 5001))
+        sessions.feeding.feed("", "a", FeedRequest("x", 6 + 5001))
     if operation == "feed":
-        sessions.feeding.feed("", "a", Feed("xyz", position))
+        sessions.feeding.feed("", "a", FeedRequest("xyz", position))
         assert text_of(two) == f"ROMEO:{got}xyz"
     elif operation == "rewind":
         sessions.rewind("", "a", position)
@@ -304,7 +304,7 @@ def test_of_simultaneous_writes_one_wins(replicas: Callable[[], Replica]) -> Non
         for turn in range(rounds):
             barrier.wait(60)
             try:
-                both[number][0].feeding.feed("", "a", Feed("ab"[number], turn))
+                both[number][0].feeding.feed("", "a", FeedRequest("ab"[number], turn))
                 outcomes.append("won")
                 texts[number] += "ab"[number]
             except (SessionBusy, PositionConflict, RevisionConflict) as error:
@@ -325,7 +325,7 @@ def test_who_lost_the_lease_cant_write(replicas: Callable[[], Replica]) -> None:
     (_, one), (sessions, two) = replicas(), replicas()
     sessions.creation.create("", NewSession("a", "tiny", "x", seed=7))
     slept = one.lease("", "a")
-    one._keeper.close()  # it is paused for longer than the lease is good for
+    one._renewer.close()  # it is paused for longer than the lease is good for
     time.sleep(2 * LEASE_S)
     lease = two.lease("", "a")
     two.save(lease, replace(lease.session, seed=8), release=True)
@@ -340,7 +340,7 @@ def test_a_lease_is_kept_for_as_long_as_it_is_held(replicas: Callable[[], Replic
     create((_, one))
     wanted = threading.Event()
     lease = one.lease("", "a")
-    lease.on_wanted = wanted.set
+    lease.on_takeover = wanted.set
     time.sleep(4 * LEASE_S)
     with pytest.raises(SessionBusy):
         two.lease("", "a")
@@ -373,7 +373,7 @@ def test_without_a_server_sessions_cant_be_had(replicas: Callable[..., Replica],
         got += take(continuation)
     for call in (
         lambda: replica[0].get("", "a"),
-        lambda: replica[0].feeding.feed("", "a", Feed("x")),
+        lambda: replica[0].feeding.feed("", "a", FeedRequest("x")),
         lambda: replica[0].page("", "", 10),
         lambda: create(replica, "b"),
         replica[1].check,
@@ -393,7 +393,7 @@ def test_what_a_restart_lost_is_put_back(replicas: Callable[..., Replica], own_r
     create(replica)
     on_disk = own_redis.on_disk()
     for number in range(5):
-        replica[0].feeding.feed("", "a", Feed("ab", 6 + 2 * number))
+        replica[0].feeding.feed("", "a", FeedRequest("ab", 6 + 2 * number))
     create(replica, "new")
     replica[0].delete("", "deleted")
     lease = replica[1].lease("", "new")
@@ -420,15 +420,15 @@ def test_what_nobody_can_put_back_is_never_served_in_an_older_state(
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
-    replica[0].feeding.feed("", "a", Feed("ab"))
-    monkeypatch.setattr(replica[1]._keeper, "_putting_back", lambda key, _: ("load", key, "", "", 0, ""))
+    replica[0].feeding.feed("", "a", FeedRequest("ab"))
+    monkeypatch.setattr(replica[1]._renewer, "_putting_back", lambda key, _: ("load", key, "", "", 0, ""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
     until_it_works(lambda: replica[1].page("", "", 1))
     for call in (
         lambda: replica[0].get("", "a"),
-        lambda: replica[0].feeding.feed("", "a", Feed("x")),
+        lambda: replica[0].feeding.feed("", "a", FeedRequest("x")),
         lambda: replica[0].runs.generate("", "a", LONG, None),
     ):
         with pytest.raises(SessionLost):

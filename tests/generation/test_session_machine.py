@@ -28,20 +28,20 @@ from hypothesis.stateful import (
 from service.engine.request import Request
 from service.engine.sampling import PLAIN, SamplingSettings
 from service.errors import GruServeError
-from service.generation.continuation import Continuation
 from service.generation.creation import NewSession
-from service.generation.feeding import Feed
+from service.generation.feeding import FeedRequest
 from service.generation.reading import stop_ids
 from service.generation.run_request import RunRequest
-from service.generation.sessions import Sessions
-from service.loaded import LoadedModels
-from service.sessions.memory import MemoryStore
+from service.generation.run_stream import RunStream
+from service.generation.session_service import SessionService
+from service.registry.loaded_models import LoadedModels
+from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
-from service.sessions.redis import RedisStore
 from service.sessions.redis_server import RedisServer
-from service.sessions.store import SessionStore
+from service.sessions.redis_store import RedisStore
+from service.sessions.session_store import SessionStore
 from service.sessions.transcript import Retention
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import TINY_CHARSET, engine_settings, publish_tiny
 from tests.sessions.conftest import Clock
 
@@ -68,7 +68,7 @@ RUNS = st.builds(
 
 def start_of(position: int) -> int:
     """Where a text of this length begins, of which no more is retained than has to be."""
-    return (position - RETENTION.max_chars) // RETENTION.stretch_chars * RETENTION.stretch_chars
+    return (position - RETENTION.max_chars) // RETENTION.segment_chars * RETENTION.segment_chars
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Text:
         seed = request.seed if request.seed is not None else self.seed
         return Ran(self.whole, self.whole[self.start :], request, seed)
 
-    def cut(self, position: int) -> None:
+    def truncate(self, position: int) -> None:
         if position < self.position:
             self.whole = self.whole[:position]
             if self.run is not None and (self.run.reason is None or self.run.end > position):
@@ -170,7 +170,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.all_stores = self.stores()
         self.replicas = [self.replica(store) for store in self.all_stores]
         self.texts: dict[str, Text] = {}  # the least recently used first, but for open ones
-        self.open: dict[str, tuple[Continuation, Ran]] = {}
+        self.open: dict[str, tuple[RunStream, Ran]] = {}
         self.gone: set[str] = set()
         self.ran: list[Ran] = []
         self.num_created = 0
@@ -179,12 +179,12 @@ class SessionMachine(RuleBasedStateMachine):
         """Those that share sessions."""
         return [MemoryStore(self.max_sessions, 10**7, self.clock)]
 
-    def replica(self, store: SessionStore) -> Sessions:
+    def replica(self, store: SessionStore) -> SessionService:
         sealer = StateSealer(["0123456789abcdef"], self.clock)
-        return Sessions(self.models, store, sealer, TTL_S, RETENTION, self.clock)
+        return SessionService(self.models, store, sealer, TTL_S, RETENTION, self.clock)
 
     @property
-    def sessions(self) -> Sessions:
+    def sessions(self) -> SessionService:
         """Each is as good as the others."""
         self.replicas.append(self.replicas.pop(0))
         return self.replicas[0]
@@ -221,7 +221,7 @@ class SessionMachine(RuleBasedStateMachine):
         if run is None or run.reason is not None or len(run.text) + num_chars > run.request.max_chars:
             return None
         handle = self.model.engine.submit([self.replayed(run)])[0]
-        part, end = handle.take(None), handle.wait()
+        part, end = handle.read(None), handle.wait()
         text = self.model.charset.decode(part.chars) if part is not None else ""
         num_whole = len(text) - (end.reason == "stop")
         more = text[len(run.text) : len(run.text) + num_chars]
@@ -301,13 +301,13 @@ class SessionMachine(RuleBasedStateMachine):
         with self.fails("session_not_found"):
             self.sessions.runs.resume("another", session_id, None)
 
-    # Feeding
+    # SessionFeeder
 
     @rule(session_id=ids, text=TEXTS, says=st.booleans())
     def feed(self, session_id: str, text: str, says: bool) -> None:
         with self.fails(self.fate(session_id)):
             position = self.sessions.get("", session_id).position if says else None
-            fed = self.sessions.feeding.feed("", session_id, Feed(text, position, num_next=3, num_logprobs=1))
+            fed = self.sessions.feeding.feed("", session_id, FeedRequest(text, position, num_next=3, num_logprobs=1))
             there = self.texts[session_id]
             there.feed(text)
             assert fed.position == there.position
@@ -330,7 +330,7 @@ class SessionMachine(RuleBasedStateMachine):
                 if position < there.start and position + len(text) <= there.position:
                     code = "position_gone"
         with self.fails(code):
-            fed = self.sessions.feeding.feed("", session_id, Feed(text or "", position, num_logprobs=0))
+            fed = self.sessions.feeding.feed("", session_id, FeedRequest(text or "", position, num_logprobs=0))
             assert position is not None
             assert fed.position == position + len(text or "")
             if position == self.texts[session_id].position and text:
@@ -347,7 +347,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.use(session_id)
         position = self.texts[session_id].position + ahead if session_id in self.texts else ahead
         with self.fails(code):
-            self.sessions.feeding.feed("", session_id, Feed("a", position))
+            self.sessions.feeding.feed("", session_id, FeedRequest("a", position))
             assert more is not None
             self.texts[session_id].grow(more)
             self.texts[session_id].feed("a")
@@ -418,7 +418,7 @@ class SessionMachine(RuleBasedStateMachine):
         if there is not None:
             self.use(session_id)
 
-    def finish(self, session_id: str, continuation: Continuation, run: Ran, after: int) -> None:
+    def finish(self, session_id: str, continuation: RunStream, run: Ran, after: int) -> None:
         """Take everything after a position, and note what the run has to have been."""
         there = self.texts[session_id]
         pieces = [piece for piece in continuation.pieces(0.0, 20) if piece is not None]
@@ -486,7 +486,7 @@ class SessionMachine(RuleBasedStateMachine):
             if more is not None and there.run is not None:
                 there.grow(more)
                 there.run.text += more
-            there.cut(position)
+            there.truncate(position)
 
     @rule(target=ids, session_id=ids, back=st.none() | st.integers(-2, 60), seed=st.none() | SEEDS)
     def fork(self, session_id: str, back: int | None, seed: int | None) -> Any:
@@ -587,7 +587,7 @@ class SessionMachine(RuleBasedStateMachine):
         for (session, _), handle in zip(sessions, handles, strict=False):
             assert handle.wait().hidden.tobytes() == session.hidden.tobytes()
         for ran, handle in zip(self.ran, handles[len(sessions) :], strict=True):
-            part, end = handle.take(None), handle.wait()
+            part, end = handle.read(None), handle.wait()
             text = self.model.charset.decode(part.chars) if part is not None else ""
             if ran.reason is None:
                 assert text.startswith(ran.text)
@@ -606,12 +606,12 @@ class ReplicaMachine(SessionMachine):
         # Their leases outlast any clock, because nobody renews them in a test's time.
         prefix, caches = secrets.token_hex(8), (2**20, 20_000, 0)
         return [
-            RedisStore(RedisServer(REDIS_URL[0], settle_s=0), RETENTION.stretch_chars, size, prefix, 10**6, self.clock)
+            RedisStore(RedisServer(REDIS_URL[0], settle_s=0), RETENTION.segment_chars, size, prefix, 10**6, self.clock)
             for size in caches
         ]
 
     @property
-    def sessions(self) -> Sessions:
+    def sessions(self) -> SessionService:
         """Who generates has it; a take-over between processes needs time that passes (test_replicas.py)."""
         return super().sessions if not self.open else self.replicas[0]
 

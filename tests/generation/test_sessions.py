@@ -1,4 +1,4 @@
-"""Sessions: what operations at once, models that vanish and clients that leave do to them: as little as possible."""
+"""SessionService: what operations at once, models that vanish and clients that leave do to them: as little as possible."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from service.errors import (
     UnknownCharacters,
 )
 from service.generation.completion import Completion, CompletionRequest
-from service.generation.continuation import Continuation
 from service.generation.creation import NewSession
-from service.generation.feeding import Feed
+from service.generation.feeding import FeedRequest
 from service.generation.run_request import RunRequest
-from service.generation.sessions import Sessions
-from service.loaded import LoadedModels
-from service.sessions.memory import MemoryStore
+from service.generation.run_stream import RunStream
+from service.generation.session_service import SessionService
+from service.registry.loaded_models import LoadedModels
+from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.transcript import Retention
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import engine_settings, publish_tiny
 
 LONG = RunRequest(5000, PLAIN)
@@ -50,12 +50,12 @@ class Bench:
         self.models = LoadedModels(self.models_on_disk, max_models, engine_settings())
         self.store = MemoryStore(10_000, 2**30)
         self.sealer = StateSealer(["0123456789abcdef"])
-        self.sessions = Sessions(self.models, self.store, self.sealer, 3600, Retention(16, 8192))
+        self.sessions = SessionService(self.models, self.store, self.sealer, 3600, Retention(16, 8192))
 
     def create(self, session_id: str = "a", text: str = "ROMEO:", **changes: Any) -> None:
         self.sessions.creation.create("", NewSession(session_id, "tiny", text, **({"seed": 7} | changes)))
 
-    def generate(self, session_id: str = "a", request: RunRequest = LONG, position: int | None = None) -> Continuation:
+    def generate(self, session_id: str = "a", request: RunRequest = LONG, position: int | None = None) -> RunStream:
         return self.sessions.runs.generate("", session_id, request, position)
 
     def state(self, session_id: str = "a") -> bytes:
@@ -77,7 +77,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.models.close()
 
 
-def drain(continuation: Continuation) -> str:
+def drain(continuation: RunStream) -> str:
     return "".join(piece.text for piece in continuation.pieces(0.0, 20) if piece is not None)
 
 
@@ -88,7 +88,7 @@ def test_a_session_writes_what_a_completion_writes(bench: Bench) -> None:
         request = CompletionRequest((model.charset.encode("ROMEO: what"),), 200, 7, sampling, stop=("zz",))
         whole = "".join(item[1].text for item in Completion(model, request).pieces(None, 5) if item is not None)
         bench.create(f"s{number}")
-        bench.sessions.feeding.feed("", f"s{number}", Feed(" what"))
+        bench.sessions.feeding.feed("", f"s{number}", FeedRequest(" what"))
         assert drain(bench.generate(f"s{number}", RunRequest(200, sampling, ("zz",)))) == whole
 
 
@@ -103,7 +103,7 @@ def test_eight_writers_at_one_position(bench: Bench) -> None:
         for position in range(num_rounds):
             barrier.wait(30)
             try:
-                bench.sessions.feeding.feed("", "a", Feed("abcdefgh"[writer], position))
+                bench.sessions.feeding.feed("", "a", FeedRequest("abcdefgh"[writer], position))
                 outcomes[position].append("abcdefgh"[writer])
             except (SessionBusy, PositionConflict) as error:
                 outcomes[position].append(error.code)
@@ -125,7 +125,7 @@ def test_an_operation_under_way_refuses_others_at_once(bench: Bench) -> None:
     bench.create()
     run = bench.generate()
     others: list[Any] = [
-        lambda: bench.sessions.feeding.feed("", "a", Feed("a")),
+        lambda: bench.sessions.feeding.feed("", "a", FeedRequest("a")),
         lambda: bench.generate(),
         lambda: bench.sessions.rewind("", "a", 3),
         lambda: bench.sessions.creation.fork("", "a", None, None, None),
@@ -137,7 +137,7 @@ def test_an_operation_under_way_refuses_others_at_once(bench: Bench) -> None:
             other()
     run.close()
     for other in others:
-        if isinstance(found := other(), Continuation):
+        if isinstance(found := other(), RunStream):
             found.close()
 
 
@@ -193,9 +193,9 @@ def test_a_retried_generate_takes_over_its_first_attempt(bench: Bench) -> None:
     assert error.value.position == 2006
 
 
-def interrupted(bench: Bench, run: Continuation, gather_s: float | None = 0.0) -> str:
+def interrupted(bench: Bench, run: RunStream, flush_interval_s: float | None = 0.0) -> str:
     """What a run says when all of them are interrupted after its first part, which nobody has to take."""
-    got, pieces = "", run.pieces(gather_s, 0.001)
+    got, pieces = "", run.pieces(flush_interval_s, 0.001)
     first = next(pieces)
     bench.sessions.runs.end_all(0.05)
     try:
@@ -215,21 +215,21 @@ def test_an_interrupted_run_goes_on_elsewhere(bench: Bench, stops: tuple[str, ..
     bench.sessions.rewind("", "a", 6)
     run = bench.generate(request=request)
     got = interrupted(bench, run)
-    assert run.told == 6 + len(got)
+    assert run.resume_position == 6 + len(got)
     assert len(got) < len(whole)
     saved = bench.sessions.get("", "a")
     assert bench.text() == "ROMEO:" + whole[: saved.position - 6]
-    assert saved.position >= run.told
-    elsewhere = Sessions(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    assert got + drain(elsewhere.runs.resume("", "a", run.told)) == whole
+    assert saved.position >= run.resume_position
+    elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
+    assert got + drain(elsewhere.runs.resume("", "a", run.resume_position)) == whole
 
 
 def test_an_interrupted_run_that_is_wanted_whole_or_not_at_all_leaves_nothing(bench: Bench) -> None:
     bench.create()
     run = bench.generate(request=RunRequest(8000, PLAIN), position=6)
-    assert interrupted(bench, run, gather_s=None) == ""
+    assert interrupted(bench, run, flush_interval_s=None) == ""
     assert bench.text() == "ROMEO:"
-    elsewhere = Sessions(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
+    elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
     again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).pieces(None, 20) if piece)
     assert len(again) == 5000
 
@@ -276,9 +276,9 @@ def test_a_client_that_has_gone_holds_nobody_up(bench: Bench) -> None:
     gone = threading.Event()
     run = bench.sessions.runs.generate("", "a", LONG, None, gone.is_set)
     with pytest.raises(SessionBusy):
-        bench.sessions.feeding.feed("", "a", Feed("a"))
+        bench.sessions.feeding.feed("", "a", FeedRequest("a"))
     gone.set()
-    fed = bench.sessions.feeding.feed("", "a", Feed("a"))
+    fed = bench.sessions.feeding.feed("", "a", FeedRequest("a"))
     assert bench.text().endswith("a")
     assert fed.position == len(bench.text())
     run.close()
@@ -307,7 +307,7 @@ def test_overload_leaves_a_session_as_it_was(bench: Bench, monkeypatch: pytest.M
 
     monkeypatch.setattr(Engine, "submit", refuse)
     for call in (
-        lambda: bench.sessions.feeding.feed("", "a", Feed("abc")),
+        lambda: bench.sessions.feeding.feed("", "a", FeedRequest("abc")),
         lambda: bench.generate(),
         lambda: bench.sessions.rewind("", "a", 3),
     ):
@@ -339,7 +339,7 @@ def test_a_session_finishes_on_its_version_while_that_is_loaded(bench: Bench) ->
     shutil.rmtree(bench.models_on_disk.root / "tiny" / "1")
     assert drain(bench.generate("a", RunRequest(50, PLAIN))) == whole
     assert twin.model == bench.sessions.get("", "a").model == "tiny@1"
-    bench.models.served.refresh()
+    bench.models.resolver.refresh()
     bench.create("new")
     assert bench.sessions.get("", "new").model == "tiny@2"
 
@@ -356,7 +356,7 @@ def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp
             shutil.copytree(bench.models_on_disk.root / "tiny" / "2", bench.models_on_disk.root / "tiny" / "1")
         bench.models.get("tiny@2")  # and the first one isn't loaded any more
         calls: list[Any] = [
-            lambda: bench.sessions.feeding.feed("", "a", Feed("a")),
+            lambda: bench.sessions.feeding.feed("", "a", FeedRequest("a")),
             lambda: bench.generate(),
             lambda: bench.sessions.rewind("", "a", 3),
         ]
@@ -369,13 +369,16 @@ def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp
 
         position = len(bench.text())
         with pytest.raises(PositionConflict):
-            bench.sessions.feeding.feed("", "a", Feed(" more", 3, rebase="tiny@2"))
-        fed = bench.sessions.feeding.feed("", "a", Feed(" more", position, rebase="tiny@2"))
+            bench.sessions.feeding.feed("", "a", FeedRequest(" more", 3, rebase="tiny@2"))
+        fed = bench.sessions.feeding.feed("", "a", FeedRequest(" more", position, rebase="tiny@2"))
         assert fed.position == position + 5
         assert bench.sessions.get("", "a").model == "tiny@2"
         assert bench.state() == bench.replayed(bench.text(), "tiny@2")
         # Repeated, it is not done again; and going back works in the new version too.
-        assert bench.sessions.feeding.feed("", "a", Feed(" more", position, rebase="tiny@2")).position == position + 5
+        assert (
+            bench.sessions.feeding.feed("", "a", FeedRequest(" more", position, rebase="tiny@2")).position
+            == position + 5
+        )
         bench.sessions.rewind("", "a", 21)
         assert bench.state() == bench.replayed(bench.text(), "tiny@2")
     finally:
@@ -386,7 +389,7 @@ def test_a_text_goes_over_without_its_last_run_if_that_was_cut(bench: Bench) -> 
     bench.create()
     bench.generate(request=RunRequest(8000, PLAIN)).close()
     publish_tiny(bench.models_on_disk, seed=1)
-    bench.sessions.feeding.feed("", "a", Feed("", rebase="tiny@2"))
+    bench.sessions.feeding.feed("", "a", FeedRequest("", rebase="tiny@2"))
     assert bench.state() == bench.replayed(bench.text(), "tiny@2")
     with pytest.raises(GruServeError) as error:
         bench.sessions.runs.resume("", "a", None)
@@ -398,7 +401,7 @@ def test_a_model_that_lacks_a_character_of_the_text_is_refused_and_nothing_lost(
     bench.create()
     before = bench.state()
     with pytest.raises(UnknownCharacters):
-        bench.sessions.feeding.feed("", "a", Feed("a", rebase="other"))
+        bench.sessions.feeding.feed("", "a", FeedRequest("a", rebase="other"))
     assert (bench.state(), bench.sessions.get("", "a").model) == (before, "tiny@1")
 
 

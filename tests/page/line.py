@@ -26,14 +26,14 @@ class Line(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.server_port_behind, self.chars_per_s = server_port, chars_per_s
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.is_cut = False
+        self.is_interrupted = False
         self.ended = threading.Event()
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
 
     def cut(self) -> None:
         """End what is under way, and let nothing through."""
-        self.is_cut = True
+        self.is_interrupted = True
         with self._lock:
             for connection in self._open:
                 with suppress(OSError):
@@ -41,10 +41,10 @@ class Line(ThreadingHTTPServer):
 
     def mend(self) -> None:
         """Let requests through again."""
-        self.is_cut = False
+        self.is_interrupted = False
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        return not self.is_cut
+        return not self.is_interrupted
 
     @contextmanager
     def tracked(self, connection: socket.socket) -> Iterator[None]:

@@ -48,10 +48,10 @@ _LEVELS = """() => {
   return found;
 }"""
 
-Seen = TypeVar("Seen")
+CachedSession = TypeVar("CachedSession")
 
 
-def comes_to(read: Callable[[], Seen], expected: Seen) -> None:
+def comes_to(read: Callable[[], CachedSession], expected: CachedSession) -> None:
     """Read what the page shows until it is what is expected, for 10 s: a server was asked, or a frame is to come."""
     deadline = time.monotonic() + 10
     while (found := read()) != expected and time.monotonic() < deadline:

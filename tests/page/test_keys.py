@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect
 
-from service.keys import new_key
+from service.api_keys import new_key
 from tests.page.conftest import ENVIRONMENT, OpenPage
 from tests.serving import SERVE, Server, serving
 

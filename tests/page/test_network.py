@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import FloatRect, Locator, expect
 
 from service.client import Client
-from service.store import ModelStore
+from service.store.model_store import ModelStore
 from tests.conftest import publish_tiny
 from tests.page.conftest import ENVIRONMENT, OpenPage
 from tests.page.screen import Screen, comes_to

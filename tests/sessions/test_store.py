@@ -21,12 +21,12 @@ from service.errors import (
     SessionGone,
     SessionNotFound,
 )
-from service.sessions.memory import MemoryStore
-from service.sessions.redis import RedisStore
+from service.sessions.memory_store import MemoryStore
 from service.sessions.redis_server import RedisServer
+from service.sessions.redis_store import RedisStore
 from service.sessions.session import Run, Session
-from service.sessions.store import Lease, SessionStore
-from service.sessions.transcript import Block, Retention, Transcript
+from service.sessions.session_store import Lease, SessionStore
+from service.sessions.transcript import Retention, Segment, Transcript
 from tests.sessions.conftest import Clock
 
 SHAPE = (1, 16)
@@ -73,7 +73,7 @@ def facts(one: Session) -> list[Any]:
 
 def on_the_way(one: Session) -> set[tuple[int, bytes]]:
     """The states that a session has for going back."""
-    return {(block.end, block.hidden.tobytes()) for block in one.transcript.blocks}
+    return {(segment.end, segment.hidden.tobytes()) for segment in one.transcript.segments}
 
 
 def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Session:
@@ -85,7 +85,7 @@ def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Sessio
 
 def test_what_was_created_is_loaded(store: SessionStore, clock: Clock) -> None:
     run = Run(3, 10, -5, replace(PLAIN, temperature=0.5), ("ab",), "xyz", "stop", 6)
-    transcript = Transcript(2, (Block("ab", 4, state(0.1)),), "cd")
+    transcript = Transcript(2, (Segment("ab", 4, state(0.1)),), "cd")
     created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", transcript=transcript))
     assert (created.created_at, created.expires_at, created.revision) == (clock.now, clock.now + 90.5, 1)
     loaded = store.load("", "a")
@@ -98,12 +98,12 @@ def test_a_long_text_can_be_gone_back_in_from_its_first_character(store: Session
     """A store may keep fewer states on the way than a session had. Those that it keeps belong where they are."""
     retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
     transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
-    kept = {position: state(position) for position in retention.checkpoints(begin, begin + len(text))}
+    kept = {position: state(position) for position in retention.checkpoint_positions(begin, begin + len(text))}
     created = store.create(session(transcript=transcript.extended(text, kept, retention)))
     loaded = store.load("", "a")
     assert facts(loaded) == facts(created)
     for position in range(begin, begin + len(text) + 1, 77):
-        start, hidden = loaded.transcript.nearest_state(position)
+        start, hidden = loaded.transcript.nearest_checkpoint(position)
         assert begin <= start <= position < start + 4096
         assert hidden is None if start == 0 else hidden is not None and hidden.tobytes() == state(start).tobytes()
 
@@ -165,44 +165,44 @@ def test_saving_needs_the_lease_and_the_revision(store: SessionStore) -> None:
 
 def test_a_claim_reserves_and_saves_what_stands_as_it_was_seen(store: SessionStore, clock: Clock) -> None:
     store.create(session())
-    seen = store.recent("", "a")
+    seen = store.cached_copy("", "a")
     if seen is None:  # asking takes no time, or nothing is kept to claim by
-        assert store.claim(store.load("", "a"), session(seed=8)) is None
+        assert store.compare_and_save(store.load("", "a"), session(seed=8)) is None
         assert store.load("", "a").seed == 7
         return
-    lease = store.claim(seen, replace(seen, seed=8))
+    lease = store.compare_and_save(seen, replace(seen, seed=8))
     assert lease is not None
     assert facts(lease.session) == facts(store.load("", "a"))
     assert (lease.session.seed, lease.session.revision) == (8, seen.revision + 1)
 
     def refused() -> bool:
-        before, now = (store.recent("", "a"), store.load("", "a"))
-        attempts = [store.claim(one, replace(one, seed=9)) for one in (seen, now, before) if one is not None]
+        before, now = (store.cached_copy("", "a"), store.load("", "a"))
+        attempts = [store.compare_and_save(one, replace(one, seed=9)) for one in (seen, now, before) if one is not None]
         assert facts(store.load("", "a")) == facts(now)
         return attempts == [None] * len(attempts)
 
     assert refused()  # it is reserved
     assert store.save(lease, replace(lease.session, seed=10)) == seen.revision + 2
     store.release(lease)
-    freed = store.recent("", "a")
+    freed = store.cached_copy("", "a")
     assert freed is not None
-    given_back = store.claim(freed, replace(freed, seed=11), release=True)
+    given_back = store.compare_and_save(freed, replace(freed, seed=11), release=True)
     assert given_back is not None
     with pytest.raises(RevisionConflict):
         store.save(given_back, replace(given_back.session, seed=12))
-    assert store.claim(freed, replace(freed, seed=13)) is None
+    assert store.compare_and_save(freed, replace(freed, seed=13)) is None
     assert (store.load("", "a").seed, store.load("", "a").expires_at) == (11, clock() + 60)
-    last = store.recent("", "a")
+    last = store.cached_copy("", "a")
     assert last is not None
     clock.now += 60
-    assert store.claim(last, replace(last, seed=14)) is None
+    assert store.compare_and_save(last, replace(last, seed=14)) is None
     with pytest.raises(SessionGone):
         store.load("", "a")
     store.create(session())
-    again = store.recent("", "a")
+    again = store.cached_copy("", "a")
     assert again is not None
     store.delete(store.lease("", "a"))
-    assert store.claim(again, replace(again, seed=15)) is None
+    assert store.compare_and_save(again, replace(again, seed=15)) is None
     with pytest.raises(SessionNotFound):
         store.load("", "a")
 
@@ -378,7 +378,7 @@ def test_forks_share_what_they_have_in_common(clock: Clock) -> None:
     """A thousand forks of a long draft cost a state each, and give back all of it."""
     store = memory(clock, max_sessions=2000)
     retention, text, hidden = Retention(), "x" * 60_000, np.zeros((1, 1024), np.float32)
-    kept = {position: hidden.copy() for position in retention.checkpoints(0, 60_000)}
+    kept = {position: hidden.copy() for position in retention.checkpoint_positions(0, 60_000)}
     draft = store.create(session("draft", transcript=Transcript().extended(text, kept, retention), hidden=hidden))
     one = store.num_bytes
     assert one > 60_000 / 256 * 4096

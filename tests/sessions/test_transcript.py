@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.arrays import Float32
 from service.errors import PositionGone
 from service.sessions.transcript import Retention, Transcript
-from service.states import Float32
 
 RETENTION = Retention(checkpoint_chars=4, max_chars=32)
 
@@ -21,7 +21,7 @@ def state(position: int) -> Float32:
 
 def grow(transcript: Transcript, text: str) -> Transcript:
     start = transcript.position
-    kept = RETENTION.checkpoints(start, start + len(text))
+    kept = RETENTION.checkpoint_positions(start, start + len(text))
     return transcript.extended(text, {position: state(position) for position in kept}, RETENTION)
 
 
@@ -37,12 +37,12 @@ def test_text_and_states_are_found_at_their_positions(begin: int | None, steps: 
             whole, transcript = whole + step, grow(transcript, step)
         else:
             position = max(transcript.start, len(whole) - step)
-            whole, transcript = whole[:position], transcript.cut(position)
+            whole, transcript = whole[:position], transcript.truncate(position)
         assert transcript.position == len(whole)
         for start in range(transcript.start, len(whole) + 1):
             for end in range(start, len(whole) + 1):
                 assert transcript.text(start, end) == whole[start:end]
-            near, hidden = transcript.nearest_state(start)
+            near, hidden = transcript.nearest_checkpoint(start)
             assert start - RETENTION.checkpoint_chars < near <= start
             if near or begin is not None:
                 assert hidden is not None
@@ -53,7 +53,7 @@ def test_text_and_states_are_found_at_their_positions(begin: int | None, steps: 
             with pytest.raises(PositionGone):
                 transcript.text(transcript.start - 1, transcript.position)
             with pytest.raises(PositionGone):
-                transcript.nearest_state(transcript.start - 1)
+                transcript.nearest_checkpoint(transcript.start - 1)
 
 
 def test_a_text_retains_what_it_should_and_little_more() -> None:
@@ -62,21 +62,21 @@ def test_a_text_retains_what_it_should_and_little_more() -> None:
         transcript = grow(transcript, "abc")
         num_retained = transcript.position - transcript.start
         assert num_retained >= min(transcript.position, RETENTION.max_chars)
-        assert num_retained < RETENTION.max_chars + RETENTION.stretch_chars
+        assert num_retained < RETENTION.max_chars + RETENTION.segment_chars
         assert transcript.start == max(0, transcript.position - RETENTION.max_chars) // 8 * 8
-        assert len(transcript.blocks) <= 1 + num_retained // RETENTION.checkpoint_chars + 1
+        assert len(transcript.segments) <= 1 + num_retained // RETENTION.checkpoint_chars + 1
 
 
 def test_a_long_text_asks_only_for_states_that_are_retained() -> None:
-    kept = Retention(256, 65_536).checkpoints(10, 1_000_000)
+    kept = Retention(256, 65_536).checkpoint_positions(10, 1_000_000)
     assert len(kept) <= 258 + 16
     assert kept[0] > 1_000_000 - 65_536 - 4096
-    assert not Retention(256, 1000).checkpoints(256, 511)
-    assert Retention(256, 1000).checkpoints(255, 512) == (256, 512)
+    assert not Retention(256, 1000).checkpoint_positions(256, 511)
+    assert Retention(256, 1000).checkpoint_positions(255, 512) == (256, 512)
 
 
 def test_one_character_more_shares_everything_before_it() -> None:
     one = grow(Transcript(), "abcdefghij")
     two = grow(one, "k")
-    assert two.blocks is one.blocks
-    assert two.cut(9).blocks[0] is one.blocks[0]
+    assert two.segments is one.segments
+    assert two.truncate(9).segments[0] is one.segments[0]

@@ -14,13 +14,13 @@ from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, read_state
 from service.training.corpus import Corpus
 from service.training.evaluate import text_loss
+from service.training.hyperparameters import Hyperparameters
 from service.training.schedule import learning_rate
-from service.training.settings import TrainingSettings
 from service.training.trainer import Trainer, streamed_loss
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 CORPUS = Corpus("fox.txt", TEXT, "0" * 64)
-SETTINGS = TrainingSettings(
+SETTINGS = Hyperparameters(
     embedding_dim=8, num_units=24, num_layers=2, batch_size=4, sequence_length=16, epochs=3, learning_rate=0.01,
     warmup_steps=5, eval_interval=20, average_decay=0.9, weight_decay=0.01,
 )  # fmt: skip
@@ -44,7 +44,7 @@ class Watch:
         return len(self.losses) >= self.stop_after
 
 
-def run(path: Path, settings: TrainingSettings = SETTINGS, stop_after: int = 10**9) -> tuple[Trainer, Watch]:
+def run(path: Path, settings: Hyperparameters = SETTINGS, stop_after: int = 10**9) -> tuple[Trainer, Watch]:
     trainer, watch = Trainer(CORPUS, settings, path), Watch(stop_after)
     if path.exists():
         trainer.restore(read_state(path))
@@ -198,7 +198,7 @@ def test_losses_of_streams_are_those_of_one_long_scan(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
-    settings = TrainingSettings(learning_rate=1.0, final_rate=0.1, warmup_steps=10)
+    settings = Hyperparameters(learning_rate=1.0, final_rate=0.1, warmup_steps=10)
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0

@@ -10,8 +10,8 @@ import pytest
 import structlog
 from flask.testing import FlaskClient
 
-from service.config import Settings
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.app import create_app
 
 

@@ -11,13 +11,13 @@ from flask import Flask
 from flask.testing import FlaskClient
 from pydantic import SecretStr
 
-from service.config import Settings
-from service.keys import new_key, read_keys
-from service.store import ModelStore
-from service.web.access import is_local, is_open, open_to_all, party, register_access
+from service.api_keys import new_key, read_keys
+from service.settings import Settings
+from service.store.model_store import ModelStore
+from service.web.access import client_key, is_local, is_open, open_to_all, register_access
 from service.web.app import create_app
 from service.web.drain import Drain
-from service.web.errors import register_error_handlers
+from service.web.error_responses import register_error_handlers
 from service.web.guard import register_guard
 from tests.web.conftest import client_of
 
@@ -172,7 +172,7 @@ def test_without_keys_an_address_is_a_party(client: FlaskClient, one: str, other
     parties = []
     for address in (one, other):
         with client.application.test_request_context(environ_base={"REMOTE_ADDR": address}):
-            parties.append(party())
+            parties.append(client_key())
     assert (parties[0] == parties[1]) == is_same
 
 

@@ -8,9 +8,9 @@ import pytest
 from flask.testing import FlaskClient
 from pydantic import SecretStr
 
-from service.config import Settings
-from service.keys import new_key
-from service.store import ModelStore
+from service.api_keys import new_key
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from tests.conftest import publish_tiny
 from tests.web.conftest import client_of
 

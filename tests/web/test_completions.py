@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from service.engine.request import Handle
 from service.errors import EngineFailed
-from service.loaded import LoadedModels
-from service.store import ModelStore
-from service.web import completions
-from service.web.completions import CompletionLimits, completions_blueprint
-from service.web.errors import register_error_handlers
-from service.web.places import Places
+from service.registry.loaded_models import LoadedModels
+from service.store.model_store import ModelStore
+from service.web import completion_routes
+from service.web.admission import AdmissionLimit
+from service.web.completion_routes import CompletionLimits, completions_blueprint
+from service.web.error_responses import register_error_handlers
 from service.web.schemas import CompletionAnswer, CompletionBody
 from tests.conftest import engine_settings
 
@@ -217,7 +217,7 @@ def test_a_bias_can_be_given_in_any_form_of_a_character(client: FlaskClient) -> 
 
 
 def test_too_many_scores_for_one_answer_are_refused(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completions, "_MAX_SCORES", 100)
+    monkeypatch.setattr(completion_routes, "_MAX_SCORES", 100)
     response = client.post("/v1/completions", json=GOOD | {"logprobs": 5, "max_tokens": 17})
     assert response.status_code == 400
     assert response.get_json()["error"]["param"] == "logprobs"
@@ -229,7 +229,7 @@ def test_no_more_requests_are_answered_than_there_are_places(tiny_store: ModelSt
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    app.register_api(completions_blueprint(models, "tiny", limits, Places(1)))
+    app.register_api(completions_blueprint(models, "tiny", limits, AdmissionLimit(1)))
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 from flask.testing import FlaskClient
 
-from service.config import Settings
-from service.store import ModelStore
-from service.web.drain import CUT_S, Drain
+from service.settings import Settings
+from service.store.model_store import ModelStore
+from service.web.drain import INTERRUPT_S, Drain
 from tests.serving import wait_until
 from tests.web.conftest import client_of
 
@@ -27,7 +27,7 @@ class Clock:
 def test_nothing_is_cut_before_it_begins() -> None:
     drain = Drain(30, 0, Clock())
     assert not drain.has_begun
-    assert not drain.may_cut(0)
+    assert not drain.should_interrupt(0)
     assert not drain.is_overdue
 
 
@@ -37,22 +37,22 @@ def test_who_has_nothing_to_do_goes_when_everybody_could_notice() -> None:
     drain.begin()
     clock.now += 4.9
     drain.begin()  # a second signal changes nothing
-    assert not drain.may_cut(0)
+    assert not drain.should_interrupt(0)
     clock.now += 0.1
-    assert drain.may_cut(0)
-    assert not drain.may_cut(1)
+    assert drain.should_interrupt(0)
+    assert not drain.should_interrupt(1)
 
 
 def test_work_has_nearly_all_the_time() -> None:
     clock = Clock()
     drain = Drain(30, 5, clock)
     drain.begin()
-    clock.now += 30 - CUT_S - 0.1
-    assert not drain.may_cut(1)
+    clock.now += 30 - INTERRUPT_S - 0.1
+    assert not drain.should_interrupt(1)
     clock.now += 0.1
-    assert drain.may_cut(1)
+    assert drain.should_interrupt(1)
     assert not drain.is_overdue
-    clock.now += CUT_S
+    clock.now += INTERRUPT_S
     assert drain.is_overdue
 
 
@@ -64,9 +64,9 @@ def test_at_once_is_at_once(begun: bool) -> None:
         drain.begin()
         clock.now += 1
     drain.begin(at_once=True)
-    assert drain.may_cut(1)
+    assert drain.should_interrupt(1)
     assert not drain.is_overdue  # what is cut off can still be saved
-    clock.now += CUT_S
+    clock.now += INTERRUPT_S
     assert drain.is_overdue
 
 
@@ -78,14 +78,14 @@ def test_what_ends_work_is_called_in_order_and_one_failure_stops_no_other() -> N
         called.append("first")
         raise OSError("the disk is gone")
 
-    drain.at_cut(fail)
-    drain.at_cut(lambda: called.append("second"))
+    drain.on_interrupt(fail)
+    drain.on_interrupt(lambda: called.append("second"))
     drain.begin()
-    drain.cut_off(0)
-    drain.cut_off(0)
-    assert not drain.is_cut
+    drain.interrupt(0)
+    drain.interrupt(0)
+    assert not drain.is_interrupted
     hold.set()
-    wait_until(lambda: drain.is_cut)
+    wait_until(lambda: drain.is_interrupted)
     assert called == ["first", "second"]
 
 

@@ -14,15 +14,15 @@ from flask.testing import FlaskClient
 from numpy.typing import NDArray
 from pydantic import SecretStr
 
-from service.config import Settings
+from service.api_keys import new_key
 from service.engine.gates import Gates, gate_scales
 from service.engine.request import Request
-from service.generation import inspection
-from service.keys import new_key
-from service.loaded import LoadedModel
+from service.generation import inspector
 from service.model.gru import GRUCharModel
 from service.model.quantize import STATE_SCALE, quantize
-from service.store import ModelStore
+from service.registry.loaded_models import LoadedModel
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.app import create_app
 from tests.conftest import loaded_model, publish_tiny, random_tensors, tiny_config
 from tests.web.conftest import client_of
@@ -65,8 +65,8 @@ def array(answer: dict[str, Any]) -> NDArray[np.float16]:
 def states_of(model: LoadedModel, text: str) -> NDArray[np.float32]:
     """(n + 1, L, H), from the engine: before the text and after each character, stepped in one piece."""
     positions = tuple(range(1, len(text) + 1))
-    handle = model.engine.submit([Request(model.charset.encode(text), 0, 0, keep_at=positions)])[0]
-    kept = handle.wait().kept
+    handle = model.engine.submit([Request(model.charset.encode(text), 0, 0, checkpoint_positions=positions)])[0]
+    kept = handle.wait().checkpoints
     return np.stack([model.engine.initial_hidden(), *(kept[at] for at in positions)])
 
 
@@ -224,7 +224,7 @@ def test_a_text_is_read_in_its_normal_form(client: FlaskClient) -> None:
 
 
 def test_what_is_too_long_is_refused_and_what_fits_is_not(client: FlaskClient) -> None:
-    longest = ("a" * inspection.MAX_CHARS)[: inspection.MAX_CHARS]
+    longest = ("a" * inspector.MAX_CHARS)[: inspector.MAX_CHARS]
     assert inspect(client, text=longest)["states"]["shape"] == [2048, 1, 16]
     refused(client.post("/v1/inspect", json={"text": longest + "a"}), 400, "out_of_range", "text")
     ok(client.put("/v1/sessions/long", json={"text": longest + "bc", "seed": 1}), 201)

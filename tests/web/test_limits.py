@@ -18,14 +18,14 @@ from flask import Flask
 from flask.testing import FlaskClient
 from pydantic import SecretStr
 
-from service.config import Settings, read_settings
+from service.api_keys import new_key
 from service.errors import InvalidSettings, Overloaded, TooManyStreams
-from service.keys import new_key
-from service.store import ModelStore
+from service.settings import Settings, read_settings
+from service.store.model_store import ModelStore
+from service.web.admission import AdmissionLimit
 from service.web.drain import Drain
-from service.web.errors import register_error_handlers
+from service.web.error_responses import register_error_handlers
 from service.web.guard import register_guard
-from service.web.places import Places
 from service.web.rate_limit import register_rate_limit
 from tests.serving import wait_until
 from tests.web.conftest import client_of
@@ -230,19 +230,19 @@ def test_a_stream_gives_its_place_back_however_it_ends(capped: FlaskClient) -> N
 
 
 def test_places_and_streams_are_counted_apart() -> None:
-    places = Places(3, max_streams=1)
-    places.take("a")
+    admission = AdmissionLimit(3, max_streams=1)
+    admission.acquire("a")
     with pytest.raises(TooManyStreams):
-        places.take("a")
-    places.take("b")
-    assert places.num_streams == 2
-    places.take()  # the refused one holds no place
+        admission.acquire("a")
+    admission.acquire("b")
+    assert admission.num_streams == 2
+    admission.acquire()  # the refused one holds no place
     with pytest.raises(Overloaded):
-        places.take("c")
-    for streamer in ("a", "b", None):
-        places.give_back(streamer)
-    assert places.num_streams == 0
-    free = Places(3)
+        admission.acquire("c")
+    for stream_key in ("a", "b", None):
+        admission.release(stream_key)
+    assert admission.num_streams == 0
+    free = AdmissionLimit(3)
     for _ in range(3):
-        free.take("a")
+        free.acquire("a")
     assert free.num_streams == 3

@@ -11,10 +11,10 @@ import pytest
 from flask.testing import FlaskClient
 from pydantic import SecretStr
 
-from service.config import Settings
+from service.api_keys import new_key
 from service.generation.completion import Completion
-from service.keys import new_key
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.logs import Unquoted
 from tests.web.conftest import client_of
 

@@ -13,9 +13,9 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import __version__
-from service.config import Settings
 from service.engine.counters import Buckets
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.collector import add_buckets
 from service.web.metrics import Metrics, StoreMetrics
 from tests.conftest import publish_tiny

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from flask.testing import FlaskClient
 
-from service.config import Settings
 from service.engine.kernels import choose_kernel
 from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
 from service.generation import completion
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.app import create_app
-from service.web.errors import STATUS
+from service.web.error_responses import STATUS
 from tests.conftest import TINY_CHARSET, publish_tiny, tiny_config
 from tests.web.conftest import client_of
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
-from service.config import Settings
 from service.sessions.portable import StateSealer
-from service.store import ModelStore
+from service.settings import Settings
+from service.store.model_store import ModelStore
 from service.web.app import create_app
 from tests.sessions.test_portable import changed
 from tests.web.conftest import client_of

@@ -47,7 +47,7 @@ _ROW_FIELDS: dict[str, type[np.generic]] = {
     "in_prompt": np.uintp, "num_generated": np.uintp,
     "num_stops": np.int64, "stop_lengths": np.uintp, "stop_ids": np.uintp, "text": np.uintp, "text_length": np.int64,
     "num_top": np.int64, "scores_start": np.int64, "chosen": np.uintp, "top_ids": np.uintp, "top": np.uintp,
-    "num_keep": np.int64, "keep_at": np.uintp, "kept": np.uintp,
+    "num_keep": np.int64, "checkpoint_positions": np.uintp, "kept": np.uintp,
     "reaches_length": np.int64, "num_next": np.int64, "next_ids": np.uintp, "next": np.uintp,
 }  # fmt: skip
 ROW = np.dtype(list(_ROW_FIELDS.items()))  # GruRow; addresses as integers

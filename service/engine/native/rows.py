@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32, Float64, Ids
 from service.engine.native.binding import ROW
 from service.engine.sampling import History, SamplingSettings
-from service.engine.stepper import Advance, Distribution, Float32, Float64, Ids, Row, Scores
+from service.engine.stepper import Distribution, Row, Scores, StepResult
 
 _MASK = 2**64 - 1
 _FLOAT32 = np.dtype(np.float32)
-_NOTHING = Advance(np.empty(0, np.int64))
+_NOTHING = StepResult(np.empty(0, np.int64))
 
 
 class Rows:
@@ -84,12 +85,12 @@ class Rows:
                 self._add_stops(i, row)
             if row.num_logprobs is not None:
                 self._add_scores(i, row, row.num_logprobs)
-            if row.keep_at:
+            if row.checkpoint_positions:
                 self._add_keep(i, row)
             if row.num_next is not None:
                 self._add_next(i, row.num_next)
 
-    def hand_back(self) -> list[Advance]:
+    def hand_back(self) -> list[StepResult]:
         """Write to the rows what was done to them; what each of all rows got."""
         if not self.active:
             return self._got
@@ -113,9 +114,9 @@ class Rows:
                 row.next = self._next[i]
             chars = self._chars[i, num_read:num_steps]
             if i in self._scores:
-                self._got[place] = Advance(chars, *self._split_scores(i, row, num_read, num_steps))
+                self._got[place] = StepResult(chars, *self._split_scores(i, row, num_read, num_steps))
             elif num_steps > 0:
-                self._got[place] = Advance(chars)
+                self._got[place] = StepResult(chars)
         return self._got
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
@@ -184,12 +185,12 @@ class Rows:
 
     def _add_keep(self, i: int, row: Row) -> None:
         end = row.position + self._num_steps[i]
-        wanted = [position for position in row.keep_at[len(row.kept) :] if position <= end]
+        wanted = [position for position in row.checkpoint_positions[len(row.checkpoints) :] if position <= end]
         if wanted:
             record, room = self.records[i], np.empty((len(wanted), *self._shape), np.float32)
             self._kept[i] = room
             record["num_keep"], record["kept"] = len(wanted), room.ctypes.data
-            record["keep_at"] = self._address(np.array(wanted), np.int64)
+            record["checkpoint_positions"] = self._address(np.array(wanted), np.int64)
 
     def _add_next(self, i: int, num_next: int) -> None:
         record, size = self.records[i], min(num_next, self._vocab_size)
@@ -199,5 +200,5 @@ class Rows:
         record["next_ids"], record["next"] = room.ids.ctypes.data, room.logprobs.ctypes.data
 
     def _take_kept(self, i: int, row: Row) -> None:
-        num_kept = sum(position <= row.position for position in row.keep_at) - len(row.kept)
-        row.kept.extend(state.copy() for state in self._kept[i][:num_kept])
+        num_kept = sum(position <= row.position for position in row.checkpoint_positions) - len(row.checkpoints)
+        row.checkpoints.extend(state.copy() for state in self._kept[i][:num_kept])

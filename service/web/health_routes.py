@@ -6,8 +6,8 @@ from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, NotReady
-from service.loaded import LoadedModels
-from service.sessions.store import SessionStore
+from service.registry.loaded_models import LoadedModels
+from service.sessions.session_store import SessionStore
 from service.web.access import open_to_all
 from service.web.drain import Drain
 from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQuery

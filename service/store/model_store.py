@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
 from service.model.config import ModelConfig
-from service.staging import STAGING, TRASH, fsync, locked, staging_directory
+from service.store.staging import STAGING, TRASH, fsync, locked, staging_directory
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")

@@ -7,19 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from service.errors import InvalidValue
-from service.generation.creation import Creation
-from service.generation.feeding import Feeding
+from service.generation.creation import SessionCreator
+from service.generation.feeding import SessionFeeder
 from service.generation.positions import check_within
 from service.generation.reading import state_at
-from service.generation.runs import Runs, finished
-from service.loaded import LoadedModels
+from service.generation.runs import RunRegistry, finished
+from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session
-from service.sessions.store import SessionStore
+from service.sessions.session_store import SessionStore
 from service.sessions.transcript import Retention
 
 
-class Sessions:
+class SessionService:
     """All that works on sessions; `creation`, `feeding` and `runs` do the rest. Safe for any number of threads.
 
     Every method takes the owner of what it works on. All of them may raise SessionNotFound and SessionGone; those that
@@ -35,9 +35,9 @@ class Sessions:
         retention: Retention,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.runs = Runs(models, store, retention)
-        self.creation = Creation(models, store, self.runs, sealer, ttl_s, retention)
-        self.feeding = Feeding(models, store, self.runs, retention)
+        self.runs = RunRegistry(models, store, retention)
+        self.creation = SessionCreator(models, store, self.runs, sealer, ttl_s, retention)
+        self.feeding = SessionFeeder(models, store, self.runs, retention)
         self._models, self._store, self._sealer, self._clock = models, store, sealer, clock
 
     def get(self, owner: str, session_id: str) -> Session:
@@ -72,8 +72,8 @@ class Sessions:
             session = lease.session
             check_within(session, position)
             if position < session.position:
-                model = self._models.of_state(session.model, session.identity)
-                hidden, transcript = state_at(model, session, position), session.transcript.cut(position)
+                model = self._models.for_state(session.model, session.identity)
+                hidden, transcript = state_at(model, session, position), session.transcript.truncate(position)
                 run = finished(session)
                 run = run if run is not None and run.end is not None and run.end <= position else None
                 session = replace(session, hidden=hidden, transcript=transcript, run=run)

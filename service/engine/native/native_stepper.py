@@ -10,10 +10,11 @@ from ctypes import POINTER, c_float, c_int8, c_void_p
 import numpy as np
 from numpy.typing import NDArray
 
+from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Layer, Linear, Model, check, load, variants
 from service.engine.native.rows import Rows
-from service.engine.stepper import Advance, Float32, Row
+from service.engine.stepper import Row, StepResult
 from service.model.quantize import QuantizedGRU
 
 _BITS = {"int8": 8, "int4": 4}
@@ -47,7 +48,7 @@ class NativeStepper:
         """See Stepper."""
         return np.zeros((self.config.num_layers, self.config.num_units), np.float32)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[Advance]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
         taken = Rows(rows, num_chars, (self.config.num_layers, self.config.num_units), self.config.vocab_size)
         if taken.active:

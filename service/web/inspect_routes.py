@@ -11,21 +11,21 @@ from numpy.typing import NDArray
 from pydantic_core import to_json
 
 from service.errors import InvalidValue
-from service.generation.inspection import Inspect, Inspecting, Inspection
+from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
 from service.web import inspect_schemas as schemas
-from service.web.access import caller
+from service.web.access import current_owner
+from service.web.admission import AdmissionLimit
 from service.web.completion_answer import logprobs_of
-from service.web.places import Places
 from service.web.schemas import ERRORS, ErrorAnswer
 
 _AT_ONCE = 4  # answers have tens of megabytes each while they are made
 
 
-def inspect_blueprint(inspecting: Inspecting, default_model: str, places: Places) -> APIBlueprint:
+def inspect_blueprint(inspector: Inspector, default_model: str, admission: AdmissionLimit) -> APIBlueprint:
     """The resource, over these models and sessions."""
     errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
     blueprint = APIBlueprint("inspect", __name__, abp_tags=[Tag(name="inspect")], abp_responses=errors)
-    large = Places(_AT_ONCE)
+    large = AdmissionLimit(_AT_ONCE)
 
     @blueprint.post("/v1/inspect", summary="Look into the network", responses={"200": schemas.InspectAnswer})
     def inspect(body: schemas.InspectBody) -> Response:
@@ -34,20 +34,20 @@ def inspect_blueprint(inspecting: Inspecting, default_model: str, places: Places
         At most 2,048 characters a call (fewer of a model with more than 4,096 units in all its layers).
         """
         asked = _asked(body, default_model)
-        with places, large:
-            return _answer(inspecting.inspect(caller(), asked))
+        with admission, large:
+            return _answer(inspector.inspect(current_owner(), asked))
 
     return blueprint
 
 
-def _asked(body: schemas.InspectBody, default_model: str) -> Inspect:
+def _asked(body: schemas.InspectBody, default_model: str) -> InspectionRequest:
     if (body.text is None) == (body.session is None):
         raise InvalidValue("text: give a text or a session, one of the two", param="text")
     if body.session is not None and body.model is not None:
         raise InvalidValue("model: not with a session, which has one of its own", param="model")
     if body.session is not None and body.state is not None:
         raise InvalidValue("state: only with a text", param="state")
-    return Inspect(
+    return InspectionRequest(
         model=body.model if body.model is not None or body.state is not None else default_model,
         text=body.text,
         session=body.session,
@@ -61,7 +61,7 @@ def _asked(body: schemas.InspectBody, default_model: str) -> Inspect:
     )
 
 
-def _answer(found: Inspection) -> Response:
+def _answer(found: InspectionResult) -> Response:
     characters, following = found.model.charset.characters, found.next
     scores = logprobs_of(found.text, found.scores, found.model.charset, found.start)
     # Without the schema's objects: they would copy what is large.

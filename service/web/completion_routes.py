@@ -10,12 +10,12 @@ from flask_openapi import APIBlueprint, Tag
 
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
-from service.loaded import LoadedModel, LoadedModels
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web import schemas
-from service.web.access import party
+from service.web.access import client_key
+from service.web.admission import AdmissionLimit
 from service.web.completion_answer import CompletionAnswer
-from service.web.places import Places
-from service.web.sampling import sampling_of, stops_of
+from service.web.sampling_body import sampling_of, stops_of
 from service.web.schemas import ERRORS, MAX_CHOICES, CompletionBody
 from service.web.sse import client_watch, stream_response
 
@@ -32,7 +32,7 @@ class CompletionLimits:
 
 
 def completions_blueprint(
-    models: LoadedModels, default_model: str, limits: CompletionLimits, places: Places
+    models: LoadedModels, default_model: str, limits: CompletionLimits, admission: AdmissionLimit
 ) -> APIBlueprint:
     """The resource, over these models and within these limits."""
     blueprint = APIBlueprint("completions", __name__, abp_tags=[Tag(name="completions")], abp_responses=ERRORS)
@@ -46,17 +46,17 @@ def completions_blueprint(
         _check(body, limits)
         model = models.get(body.model if body.model is not None else default_model)
         request = _request(model, body, limits)
-        streamer = party() if body.stream else None
-        places.take(streamer)
+        stream_key = client_key() if body.stream else None
+        admission.acquire(stream_key)
         try:
             completion = Completion(model, request)
         except BaseException:
-            places.give_back(streamer)
+            admission.release(stream_key)
             raise
 
         def close() -> None:
             completion.cancel()
-            places.give_back(streamer)
+            admission.release(stream_key)
 
         answer = CompletionAnswer(model, completion)
         if body.stream:

@@ -15,7 +15,7 @@ from service.errors import RevisionConflict, StoreUnavailable
 from service.sessions.cache import SessionCache
 from service.sessions.redis_server import RedisServer
 from service.sessions.session import Session
-from service.sessions.store import Lease
+from service.sessions.session_store import Lease
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
@@ -25,15 +25,15 @@ _MAX_AT_RISK = 100_000
 
 
 @dataclass(slots=True)
-class Held:
-    """A lease of this process. birth, revision: of the session now. due: when it has to be renewed (monotonic).
+class ActiveLease:
+    """A lease of this process. incarnation, revision: of the session now. due: when it has to be renewed (monotonic).
     is_ending: the save that gives it back is under way.
     """
 
     lease: Lease
     key: str
     token: bytes
-    birth: bytes
+    incarnation: bytes
     revision: int
     due: float
     is_ending: bool = False
@@ -44,13 +44,13 @@ class _Written:
     """The last write to a session. nonce: None if it was deleted."""
 
     at: float
-    birth: bytes
+    incarnation: bytes
     revision: int
     nonce: bytes | None
 
 
-class RedisKeeper:
-    """Runs a thread until it is closed. Safe for any number of threads.
+class LeaseRenewer:
+    """RunRegistry a thread until it is closed. Safe for any number of threads.
 
     lease_s: how long a lease is good for that is not renewed. now_ms: for the script. cache: what was written lately is
     put back from there. encode: a session as its record.
@@ -67,18 +67,18 @@ class RedisKeeper:
         self._server, self._cache, self._encode, self._now_ms = server, cache, encode, now_ms
         self.lease_ms = round(lease_s * 1000)
         self._lock = threading.Lock()  # guards what follows
-        self._held: dict[int, Held] = {}  # by the lease's identity
+        self._held: dict[int, ActiveLease] = {}  # by the lease's identity
         self._at_risk: OrderedDict[str, _Written] = OrderedDict()  # the latest last
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
 
-    def hold(self, lease: Lease, key: str, token: bytes, birth: bytes) -> None:
+    def hold(self, lease: Lease, key: str, token: bytes, incarnation: bytes) -> None:
         """Renew a lease from now on."""
         with self._lock:
-            self._held[id(lease)] = Held(lease, key, token, birth, lease.session.revision, self.next_due())
+            self._held[id(lease)] = ActiveLease(lease, key, token, incarnation, lease.session.revision, self.next_due())
 
-    def holding(self, lease: Lease) -> Held:
+    def holding(self, lease: Lease) -> ActiveLease:
         """What is known of a lease. Raises RevisionConflict if it was given back."""
         held = self._held.get(id(lease))
         if held is None:
@@ -90,16 +90,16 @@ class RedisKeeper:
         with self._lock:
             return any(held.key == key for held in self._held.values())
 
-    def let_go(self, lease: Lease) -> Held | None:
+    def let_go(self, lease: Lease) -> ActiveLease | None:
         """Renew it no longer; None: that was done."""
         with self._lock:
             return self._held.pop(id(lease), None)
 
-    def wrote(self, key: str, birth: bytes, revision: int, nonce: bytes | None) -> None:
+    def wrote(self, key: str, incarnation: bytes, revision: int, nonce: bytes | None) -> None:
         """Remember a write for a while. nonce: None if the session was deleted."""
         now = time.monotonic()
         with self._lock:
-            self._at_risk[key] = _Written(now, birth, revision, nonce)
+            self._at_risk[key] = _Written(now, incarnation, revision, nonce)
             self._at_risk.move_to_end(key)
             while len(self._at_risk) > _MAX_AT_RISK or now - next(iter(self._at_risk.values())).at > _AT_RISK_S:
                 self._at_risk.popitem(last=False)
@@ -137,9 +137,9 @@ class RedisKeeper:
             ]
             for held, answer in zip(batch, self._server.call_all(calls), strict=True):
                 held.due = self.next_due()
-                if answer[0] != b"ok" and not held.is_ending and held.lease.on_wanted is not None:
+                if answer[0] != b"ok" and not held.is_ending and held.lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and others have to be renewed meanwhile.
-                    threading.Thread(target=held.lease.on_wanted, name="give up", daemon=True).start()
+                    threading.Thread(target=held.lease.on_takeover, name="give up", daemon=True).start()
 
     def _put_back(self) -> None:
         with self._lock:
@@ -152,11 +152,11 @@ class RedisKeeper:
         self._server.put_back()
 
     def _putting_back(self, key: str, write: _Written) -> tuple[Any, ...]:
-        seen = self._cache.get(key)
-        if write.nonce is None or seen is None or seen.nonce != write.nonce:
-            return "drop", key, self._now_ms(), write.birth, write.revision
-        record, ttl_ms = self._encode(seen.session), round(seen.session.ttl_s * 1000)
-        return "restore", key, self._now_ms(), write.birth, write.revision, write.nonce, record, ttl_ms
+        cached = self._cache.get(key)
+        if write.nonce is None or cached is None or cached.nonce != write.nonce:
+            return "drop", key, self._now_ms(), write.incarnation, write.revision
+        record, ttl_ms = self._encode(cached.session), round(cached.session.ttl_s * 1000)
+        return "restore", key, self._now_ms(), write.incarnation, write.revision, write.nonce, record, ttl_ms
 
 
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -9,19 +9,19 @@ from dataclasses import replace
 import structlog
 
 from service.engine.request import Handle
-from service.engine.stepper import Advance
+from service.engine.stepper import StepResult
 from service.engine.stop import completed
 from service.errors import EngineFailed, GruServeError, RunTakenOver
 from service.generation.reading import state_in
-from service.loaded import LoadedModel
+from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run, Session
-from service.sessions.store import Lease, SessionStore
+from service.sessions.session_store import Lease, SessionStore
 from service.sessions.transcript import Retention
 
 log = structlog.get_logger(__name__)
 
 
-class LiveRun:
+class ActiveRun:
     """Gives out characters as they come; saves the session and gives its lease back when it ends, however it ends.
 
     One thread takes characters. Any other may stop it, also while the first one is stuck in sending to a client that no
@@ -37,29 +37,29 @@ class LiveRun:
         session: Session,
         run: Run,
         handle: Handle,
-        client_has_gone: Callable[[], bool],
-        forget: Callable[[LiveRun], None],
+        client_has_left: Callable[[], bool],
+        forget: Callable[[ActiveRun], None],
     ) -> None:
         self.session = session  # as it was at the beginning; after the end, as it is saved
         self.is_over = False
         self.is_interrupted = False
         self._was_stopped = False
         self._is_whole = False  # who takes from it wants all or nothing
-        self.client_has_gone = client_has_gone
+        self.client_has_left = client_has_left
         self.engine = model.engine
         self._model, self._store, self._retention = model, store, retention
         self._lease, self._run, self._handle, self._forget = lease, run, handle, forget
         self._generated = ""
         self._lock = threading.Lock()  # of who takes from the handle, and of the end
 
-    def take(self, gather_s: float | None, timeout_s: float | None) -> str:
-        """The characters since the last call, waited for as by `Handle.take`. With the last ones, it `is_over`.
+    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
+        """The characters since the last call, waited for as by `Handle.read`. With the last ones, it `is_over`.
 
         Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         with self._lock:
-            self._is_whole = gather_s is None
-            text = "" if self.is_over else self._take(gather_s, timeout_s)
+            self._is_whole = flush_interval_s is None
+            text = "" if self.is_over else self._take(flush_interval_s, timeout_s)
             if self._was_stopped and not self.is_interrupted:
                 raise RunTakenOver("another connection has taken up this text, or it was stopped")
             return text
@@ -83,11 +83,11 @@ class LiveRun:
             except GruServeError as error:
                 log.warning("a stopped continuation was not saved", error=error.code)
 
-    def _take(self, gather_s: float | None, timeout_s: float | None) -> str:
+    def _take(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
         try:
-            text = self._decoded(self._handle.take(gather_s, timeout_s))
+            text = self._decoded(self._handle.read(flush_interval_s, timeout_s))
             if self._handle.end is not None:
-                text += self._decoded(self._handle.take(0.0))  # what came in between these two lines
+                text += self._decoded(self._handle.read(0.0))  # what came in between these two lines
         except EngineFailed:
             self._end()  # the session stands as it did before the run, which can be taken up elsewhere
             raise
@@ -101,7 +101,7 @@ class LiveRun:
                 self._end()
         return text
 
-    def _decoded(self, part: Advance | None) -> str:
+    def _decoded(self, part: StepResult | None) -> str:
         return self._model.charset.decode(part.chars) if part is not None else ""
 
     def _is_given_up(self) -> bool:
@@ -117,9 +117,9 @@ class LiveRun:
         # The text ends before the stop string, which may have begun before this part of the run.
         num_left = len(text) - len(stop)
         if num_left >= 0:
-            transcript = before.extended(text[:num_left], end.kept, self._retention)
+            transcript = before.extended(text[:num_left], end.checkpoints, self._retention)
         else:
-            transcript = before.cut(before.position + num_left)
+            transcript = before.truncate(before.position + num_left)
         if stop:
             hidden = state_in(self._model, transcript, transcript.position, after_another=True)
         if end.reason != "cancelled":

@@ -11,15 +11,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from service.arrays import Float32, read_state, write_state
 from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
 from service.sessions.due import DueTimes
 from service.sessions.session import Session
-from service.sessions.shared_blocks import SharedBlocks
+from service.sessions.session_store import Lease
+from service.sessions.shared_segments import SharedSegments
 from service.sessions.slab import Slab
-from service.sessions.store import Lease
-from service.states import Float32, read_state, write_state
 
 _SESSION_BYTES = 1024  # what a session takes beside its state and its text
+_SWEPT_SESSIONS = 256  # deleted under one hold of the lock: about a millisecond
 _MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
 
 
@@ -47,8 +48,8 @@ class MemoryStore:
         self._due = DueTimes(clock())  # of idle ones
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._slabs: dict[tuple[int, ...], Slab] = {}
-        self._blocks = SharedBlocks()
-        self._own_bytes = 0  # without blocks
+        self._segments = SharedSegments()
+        self._own_bytes = 0  # without segments
         self.num_expired = self.num_evicted = 0  # so far
 
     def create(self, session: Session) -> Session:
@@ -64,7 +65,7 @@ class MemoryStore:
             self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot, session.expires_at)
             self._gone.pop(key, None)
             self._own_bytes += _own_bytes(session)
-            self._blocks.hold(session.transcript)
+            self._segments.hold(session.transcript)
             self._due.add(key, session.expires_at)
         return session
 
@@ -83,11 +84,11 @@ class MemoryStore:
             entry.lease = Lease(_copy(entry))
             return entry.lease
 
-    def recent(self, owner: str, session_id: str) -> Session | None:  # noqa: ARG002 - see SessionStore
+    def cached_copy(self, owner: str, session_id: str) -> Session | None:  # noqa: ARG002 - see SessionStore
         """See SessionStore: asking takes no time."""
         return None
 
-    def claim(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:  # noqa: ARG002
+    def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:  # noqa: ARG002
         """See SessionStore: nobody has been given what it needs."""
         return None
 
@@ -98,9 +99,9 @@ class MemoryStore:
             old = entry.session
             if session.revision != old.revision or (session.owner, session.id) != (old.owner, old.id):
                 raise RevisionConflict("the session was changed meanwhile")
-            if session.transcript.blocks is not old.transcript.blocks:
-                self._blocks.hold(session.transcript)
-                self._blocks.let_go(old.transcript)
+            if session.transcript.segments is not old.transcript.segments:
+                self._segments.hold(session.transcript)
+                self._segments.let_go(old.transcript)
             self._own_bytes += _own_bytes(session) - _own_bytes(old)
             entry.slot, view = self._put(entry, session)
             entry.session = replace(session, hidden=view, revision=old.revision + 1)
@@ -142,8 +143,11 @@ class MemoryStore:
     def close(self) -> None:
         """See SessionStore: there is nothing to end."""
 
-    def sweep(self, limit: int) -> int:
-        """Forget idle sessions whose time is over, up to `limit`; how many."""
+    def sweep(self, limit: int = _SWEPT_SESSIONS) -> int:
+        """Delete up to `limit` idle sessions that have expired, and return how many were deleted.
+
+        An expired session is never answered with, swept or not: sweeping only frees its memory.
+        """
         with self._lock:
             keys = self._due.due(self._clock(), limit)
             self.num_expired += len(keys)
@@ -157,7 +161,7 @@ class MemoryStore:
     @property
     def num_bytes(self) -> int:
         """About how much memory all sessions take. What forks share counts once."""
-        return self._own_bytes + self._blocks.num_bytes
+        return self._own_bytes + self._segments.num_bytes
 
     # What follows needs the lock.
 
@@ -193,7 +197,7 @@ class MemoryStore:
         self._due.add(key, entry.expires_at)
 
     def _make_room_for(self, session: Session) -> None:
-        size = _own_bytes(session) + self._blocks.would_add(session.transcript)
+        size = _own_bytes(session) + self._segments.would_add(session.transcript)
         if size > self._max_bytes:
             raise Overloaded("the session is larger than all sessions together may be")
         self._make_room(num_sessions=1, num_bytes=size)
@@ -222,7 +226,7 @@ class MemoryStore:
     def _drop(self, key: str, entry: _Entry) -> None:
         session = entry.session
         del self._entries[key]
-        self._blocks.let_go(session.transcript)
+        self._segments.let_go(session.transcript)
         self._own_bytes -= _own_bytes(session)
         self._slab(session).free(entry.slot)
 

@@ -7,8 +7,8 @@ from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, ModelNotFound
-from service.loaded import LoadedModels
-from service.store import Description
+from service.registry.loaded_models import LoadedModels
+from service.store.model_store import Description
 from service.web.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 
 log = structlog.get_logger(__name__)
@@ -35,7 +35,7 @@ def models_blueprint(models: LoadedModels) -> APIBlueprint:
     @blueprint.get("/v1/models/<id>", summary="One model version", responses={"200": ModelAnswer})
     def show(path: ModelPath) -> Response:
         """Describe the version that a name, name@version or name@alias means here and now."""
-        return _json(_answer(store.describe(models.meaning(path.id))))
+        return _json(_answer(store.describe(models.resolve(path.id))))
 
     return blueprint
 

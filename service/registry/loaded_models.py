@@ -22,8 +22,8 @@ from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
-from service.served import ServedVersions
-from service.store import ModelStore, ModelVersion
+from service.registry.version_resolver import VersionResolver
+from service.store.model_store import ModelStore, ModelVersion
 
 _REBASE = "feed it with rebase, which names another version, to read its text into that"
 
@@ -84,7 +84,7 @@ class LoadedModels:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()
         self._loading: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        self.served = ServedVersions(store, self._load)
+        self.resolver = VersionResolver(store, self._load)
 
     def get(self, ref: str) -> LoadedModel:
         """The model that `ref` means. Raises ModelNotFound, InvalidArtifact.
@@ -92,7 +92,7 @@ class LoadedModels:
         What a name without a number means stays until `served` is refreshed: nobody waits for a new version. A version
         that is loaded stays usable by whoever holds it, also after it was let go of here.
         """
-        served = self.served.get(ref)
+        served = self.resolver.get(ref)
         try:
             model = self._load(served or self.store.resolve(ref))
         except (ModelNotFound, InvalidArtifact):
@@ -100,12 +100,12 @@ class LoadedModels:
             if served in (None, version):
                 raise
             model = self._load(version)  # the other was let go of, and is no longer there
-        self.served.replace(ref, served, model.version)
+        self.resolver.replace(ref, served, model.version)
         return model
 
-    def meaning(self, ref: str) -> ModelVersion:
+    def resolve(self, ref: str) -> ModelVersion:
         """The version that `ref` means, loaded or not. Raises ModelNotFound."""
-        return self.served.get(ref) or self.store.resolve(ref)
+        return self.resolver.get(ref) or self.store.resolve(ref)
 
     def all(self) -> list[LoadedModel]:
         """Those that are loaded."""
@@ -125,7 +125,7 @@ class LoadedModels:
                 self._keep(model)
         return model
 
-    def of_state(self, ref: str, identity: str) -> LoadedModel:
+    def for_state(self, ref: str, identity: str) -> LoadedModel:
         """The version that a state belongs to: as it is loaded, or as it is in the store. Raises ModelChanged."""
         model = self._find(ref)
         if model is None or model.identity != identity:

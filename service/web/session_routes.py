@@ -12,19 +12,19 @@ from pydantic import BaseModel
 from werkzeug.exceptions import MethodNotAllowed
 
 from service.errors import InvalidValue
-from service.generation.continuation import Continuation
 from service.generation.creation import NewSession
-from service.generation.feeding import Feed
+from service.generation.feeding import FeedRequest
 from service.generation.run_request import RunRequest
-from service.generation.sessions import Sessions
-from service.loaded import LoadedModels
+from service.generation.run_stream import RunStream
+from service.generation.session_service import SessionService
 from service.model.charset import Charset
+from service.registry.loaded_models import LoadedModels
 from service.web import session_schemas as schemas
-from service.web.access import caller, party
-from service.web.places import Places
-from service.web.sampling import sampling_of, stops_of
+from service.web.access import client_key, current_owner
+from service.web.admission import AdmissionLimit
+from service.web.sampling_body import sampling_of, stops_of
 from service.web.schemas import ERRORS, ErrorAnswer
-from service.web.session_answer import continuation_events, feed_answer, session_answer, whole_continuation
+from service.web.session_answer import feed_answer, run_events, session_answer, whole_run
 from service.web.sse import client_watch, stream_response
 
 _ERRORS = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
@@ -39,7 +39,7 @@ class SessionLimits:
 
 
 def sessions_blueprint(
-    sessions: Sessions, models: LoadedModels, default_model: str, limits: SessionLimits, places: Places
+    sessions: SessionService, models: LoadedModels, default_model: str, limits: SessionLimits, admission: AdmissionLimit
 ) -> APIBlueprint:
     """The resource, over these sessions and within these limits."""
     blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
@@ -48,8 +48,8 @@ def sessions_blueprint(
         _check_length(body.text, limits)
         model = body.model if body.model is not None or body.state is not None else default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
-        with places, _naming("text"):
-            session, is_new = sessions.creation.create(caller(), new)
+        with admission, _naming("text"):
+            session, is_new = sessions.creation.create(current_owner(), new)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
@@ -69,25 +69,25 @@ def sessions_blueprint(
     @blueprint.get("/v1/sessions", summary="Your sessions", responses={"200": schemas.SessionsAnswer})
     def index(query: schemas.PageQuery) -> Response:
         """List sessions in the order of their ids."""
-        found = sessions.page(caller(), query.after, query.limit + 1)
+        found = sessions.page(current_owner(), query.after, query.limit + 1)
         data = [session_answer(session) for session in found[: query.limit]]
         return _json(schemas.SessionsAnswer(data=data, has_more=len(found) > query.limit))
 
     @blueprint.get("/v1/sessions/<id>", summary="A session", responses={"200": schemas.SessionAnswer})
     def show(path: schemas.SessionPath) -> Response:
         """Tell how a session stands. While a continuation is under way: how it stood before."""
-        return _json(session_answer(sessions.get(caller(), path.id)))
+        return _json(session_answer(sessions.get(current_owner(), path.id)))
 
     @blueprint.delete("/v1/sessions/<id>", summary="Forget a session", responses={"204": None})
     def forget(path: schemas.SessionPath) -> Response:
         """Delete a session with everything about it."""
-        sessions.delete(caller(), path.id)
+        sessions.delete(current_owner(), path.id)
         return Response(status=204)
 
     @blueprint.get("/v1/sessions/<id>/text", summary="Its text", responses={"200": schemas.TextAnswer})
     def text(path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
         """Read the transcript, as far as it is retained."""
-        found, start, end = sessions.text(caller(), path.id, query.start, query.end)
+        found, start, end = sessions.text(current_owner(), path.id, query.start, query.end)
         return _json(schemas.TextAnswer(text=found, start=start, end=end))
 
     @blueprint.post("/v1/sessions/<id>/feed", summary="More text", responses={"200": schemas.FeedAnswer})
@@ -97,9 +97,9 @@ def sessions_blueprint(
         Text that the session has at this position already is not stepped again: a feed may be repeated.
         """
         _check_length(body.text, limits)
-        asked = Feed(body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase)
-        with places, _naming("text"):
-            return feed_answer(sessions.feeding.feed(caller(), path.id, asked))
+        asked = FeedRequest(body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase)
+        with admission, _naming("text"):
+            return feed_answer(sessions.feeding.feed(current_owner(), path.id, asked))
 
     @blueprint.post("/v1/sessions/<id>/generate", summary="Continue it", responses={"200": schemas.GenerateAnswer})
     def generate(path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
@@ -113,19 +113,19 @@ def sessions_blueprint(
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
 
         def charset() -> Charset:
-            session = sessions.get(caller(), path.id)
-            return models.of_state(session.model, session.identity).charset
+            session = sessions.get(current_owner(), path.id)
+            return models.for_state(session.model, session.identity).charset
 
         asked = RunRequest(body.max_tokens, sampling_of(charset, body), stops_of(body), body.seed)
-        streamer = party() if body.stream else None
-        places.take(streamer)
+        stream_key = client_key() if body.stream else None
+        admission.acquire(stream_key)
         try:
             watch = client_watch()
-            continuation = sessions.runs.generate(caller(), path.id, asked, body.position, watch)
+            continuation = sessions.runs.generate(current_owner(), path.id, asked, body.position, watch)
         except BaseException:
-            places.give_back(streamer)
+            admission.release(stream_key)
             raise
-        return deliver(continuation, streamer)
+        return deliver(continuation, stream_key)
 
     @blueprint.get(
         "/v1/sessions/<id>/generate",
@@ -138,36 +138,36 @@ def sessions_blueprint(
         """
         if request.method == "HEAD":  # Flask takes it for a GET, and it would take the stream from who has it
             raise MethodNotAllowed(valid_methods=["GET", "POST"])
-        streamer = party()
-        places.take(streamer)
+        stream_key = client_key()
+        admission.acquire(stream_key)
         try:
-            continuation = sessions.runs.resume(caller(), path.id, _last_event_id(query.after), client_watch())
+            continuation = sessions.runs.resume(current_owner(), path.id, _last_event_id(query.after), client_watch())
         except BaseException:
-            places.give_back(streamer)
+            admission.release(stream_key)
             raise
-        return deliver(continuation, streamer)
+        return deliver(continuation, stream_key)
 
-    def deliver(continuation: Continuation, streamer: str | None) -> Response:
-        """streamer: whose place it takes as a stream; None: it is no stream."""
+    def deliver(continuation: RunStream, stream_key: str | None) -> Response:
+        """stream_key: whose place it takes as a stream; None: it is no stream."""
 
         def close() -> None:
             try:
                 continuation.close()
             finally:
-                places.give_back(streamer)
+                admission.release(stream_key)
 
-        if streamer is not None:
-            return stream_response(continuation_events(continuation, client_watch()), close)
+        if stream_key is not None:
+            return stream_response(run_events(continuation, client_watch()), close)
         try:
-            return whole_continuation(continuation, client_watch())
+            return whole_run(continuation, client_watch())
         finally:
             close()
 
     @blueprint.post("/v1/sessions/<id>/rewind", summary="Go back", responses={"200": schemas.SessionAnswer})
     def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Forget the text behind a retained position; the session stands there as if it had never gone on."""
-        with places:
-            return _json(session_answer(sessions.rewind(caller(), path.id, body.position)))
+        with admission:
+            return _json(session_answer(sessions.rewind(current_owner(), path.id, body.position)))
 
     @blueprint.post(
         "/v1/sessions/<id>/fork",
@@ -176,14 +176,14 @@ def sessions_blueprint(
     )
     def fork(path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
         """Make a new session with the same past and, unless another seed is given, the same future."""
-        with places:
-            session, is_new = sessions.creation.fork(caller(), path.id, body.id, body.position, body.seed)
+        with admission:
+            session, is_new = sessions.creation.fork(current_owner(), path.id, body.id, body.position, body.seed)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.get("/v1/sessions/<id>/state", summary="Carry it away", responses={"200": schemas.StateAnswer})
     def state(path: schemas.SessionPath, query: schemas.StateQuery) -> Response:
         """Hand out the state as text, signed. It holds the state, the seed and the position, not the transcript."""
-        sealed, header = sessions.export(caller(), path.id, query.ttl_s)
+        sealed, header = sessions.export(current_owner(), path.id, query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
 

@@ -6,8 +6,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.model.charset import UnknownChars
 
-class TrainingSettings(BaseModel):
+
+class Hyperparameters(BaseModel):
     """Defaults: the tutorial's sizes, and the regularisation that a GRU of this size needs on a small corpus."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +37,7 @@ class TrainingSettings(BaseModel):
     seed: int = Field(1, ge=0, lt=2**63, description="fixes initial weights, dropout and the cutting of the text")
     threads: int = Field(0, ge=0, le=256, description="cores to use; 0: all. Another number rounds sums otherwise")
     charset: str = Field("", description="characters that the model shall know; empty: those of the text")
-    unknown_chars: Literal["error", "fold", "drop"] = Field(
+    unknown_chars: UnknownChars = Field(
         "error", description="what happens to characters of the text that the charset lacks"
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(

@@ -7,8 +7,8 @@ from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel
 
 from service.errors import Forbidden
-from service.served import Meaning, ServedVersions
-from service.web.access import caller, is_local
+from service.registry.version_resolver import Resolution, VersionResolver
+from service.web.access import current_owner, is_local
 from service.web.schemas import ERRORS, Body, ErrorAnswer
 
 
@@ -31,7 +31,7 @@ class ReloadAnswer(BaseModel):
     data: list[ServedName]
 
 
-def admin_blueprint(served: ServedVersions) -> APIBlueprint:
+def admin_blueprint(served: VersionResolver) -> APIBlueprint:
     """What who runs the server may do."""
     responses = ERRORS | {"403": ErrorAnswer}
     blueprint = APIBlueprint("admin", __name__, abp_tags=[Tag(name="admin")], abp_responses=responses)
@@ -42,13 +42,13 @@ def admin_blueprint(served: ServedVersions) -> APIBlueprint:
 
         Needs a key; where there are none, it has to come from this machine.
         """
-        if not caller() and not is_local():
+        if not current_owner() and not is_local():
             raise Forbidden("without API keys this is open to the server's own machine only")
-        answer = ReloadAnswer(data=[_shown(meaning) for meaning in served.refresh()])
+        answer = ReloadAnswer(data=[_shown(resolution) for resolution in served.refresh()])
         return Response(answer.model_dump_json(), mimetype="application/json")
 
     return blueprint
 
 
-def _shown(meaning: Meaning) -> ServedName:
-    return ServedName(name=meaning.name, model=meaning.model, failed=meaning.failed, code=meaning.code)
+def _shown(resolution: Resolution) -> ServedName:
+    return ServedName(name=resolution.name, model=resolution.model, failed=resolution.failed, code=resolution.code)

@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from service.engine.stepper import Distribution, Float32, Scores
+from service.arrays import Float16, Float32, Ids
+from service.engine.stepper import Distribution, Scores
 from service.errors import InvalidValue, UnknownCharacters
 from service.generation.positions import check_within
 from service.generation.reading import read, state_at
-from service.loaded import LoadedModel, LoadedModels
-from service.model.charset import Ids
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session
 
@@ -21,11 +20,9 @@ MAX_CHARS = 2048
 _MAX_NUMBERS = 2**23  # of states in one answer: a model of many layers of many units is looked at in shorter parts
 _SEGMENT_CHARS = 128  # read at a time: what the engine notes beside its steps is then the same for all lengths
 
-Float16 = NDArray[np.float16]
-
 
 @dataclass(frozen=True)
-class Inspect:
+class InspectionRequest:
     """What to look at: a text, a text that goes on from a portable state, or a session.
 
     start, end: of the characters whose states are wanted; None: from the first one, up to the last; of a session that
@@ -46,7 +43,7 @@ class Inspect:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class InspectionResult:
     """n characters, from position start on.
 
     states: (n, L, H), after each of them; before: (L, H), before the first one. gates: reset, update and candidate,
@@ -77,7 +74,7 @@ class _Place:
     seed: int
 
 
-class Inspecting:
+class Inspector:
     """Inspects. Safe for any number of threads; changes nothing.
 
     load: the session of an owner and an id. Everything is computed from float32 and answered in float16.
@@ -86,7 +83,7 @@ class Inspecting:
     def __init__(self, models: LoadedModels, load: Callable[[str, str], Session], sealer: StateSealer) -> None:
         self._models, self._load, self._sealer = models, load, sealer
 
-    def inspect(self, owner: str, asked: Inspect) -> Inspection:
+    def inspect(self, owner: str, asked: InspectionRequest) -> InspectionResult:
         """Raises InvalidValue, UnknownCharacters, ModelNotFound, SessionNotFound, SessionGone, PositionConflict,
         PositionGone, ModelChanged, InvalidState, Overloaded, EngineFailed.
         """
@@ -94,9 +91,9 @@ class Inspecting:
             return self._looked_at(self._in_text(asked), asked)
         return self._looked_at(self._in_session(owner, asked.session, asked), asked)
 
-    def _in_session(self, owner: str, session_id: str, asked: Inspect) -> _Place:
+    def _in_session(self, owner: str, session_id: str, asked: InspectionRequest) -> _Place:
         session = self._load(owner, session_id)
-        model = self._models.of_state(session.model, session.identity)
+        model = self._models.for_state(session.model, session.identity)
         end = session.position if asked.end is None else asked.end
         check_within(session, end, "to")
         first = max(session.transcript.start, end - _max_chars(model))
@@ -104,7 +101,7 @@ class Inspecting:
         ids = model.charset.exact(session.transcript.text(start, end))  # before anything is stepped: is it retained?
         return _Place(model, state_at(model, session, start), start, ids, session.seed)
 
-    def _in_text(self, asked: Inspect) -> _Place:
+    def _in_text(self, asked: InspectionRequest) -> _Place:
         text, position, seed = asked.text or "", 0, 0
         if len(text) > MAX_CHARS:
             raise InvalidValue(f"text: at most {MAX_CHARS} characters a call, not {len(text)}", param="text")
@@ -132,7 +129,7 @@ class Inspecting:
             hidden = read(model, ids[: start - position], hidden, position)[0].hidden
         return _Place(model, hidden, start, ids[start - position : end - position], seed)
 
-    def _looked_at(self, place: _Place, asked: Inspect) -> Inspection:
+    def _looked_at(self, place: _Place, asked: InspectionRequest) -> InspectionResult:
         model, hidden, count = place.model, place.hidden, len(place.ids)
         shape = (count, *model.state_shape)
         states = np.empty(shape, np.float16)
@@ -145,7 +142,7 @@ class Inspecting:
             end, scored = read(
                 model, ids, hidden, position, positions, asked.num_logprobs, after_another=begin > 0
             )  # fmt: skip
-            after = np.stack([end.kept[at] for at in positions])  # (m, L, H)
+            after = np.stack([end.checkpoints[at] for at in positions])  # (m, L, H)
             states[part] = after
             if gates is not None:
                 before = np.concatenate([hidden[None], after[:-1]])
@@ -158,7 +155,7 @@ class Inspecting:
         following = None
         if asked.num_logprobs is not None:
             following = read(model, place.ids[:0], hidden, position, num_next=asked.num_logprobs, after_another=True)[0]
-        return Inspection(
+        return InspectionResult(
             model=model,
             start=place.position,
             text=model.charset.decode(place.ids),

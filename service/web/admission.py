@@ -9,7 +9,7 @@ from types import TracebackType
 from service.errors import Overloaded, TooManyStreams
 
 
-class Places:
+class AdmissionLimit:
     """So many, shared by everything that waits for an engine: what is left of the threads answers the rest.
 
     max_streams: of one caller at a time; 0: as many as there are places.
@@ -21,26 +21,26 @@ class Places:
         self._streams: Counter[str] = Counter()
         self._lock = threading.Lock()  # of the streams
 
-    def take(self, streamer: str | None = None) -> None:
-        """streamer: whose stream it is for, if it is for one. Raises Overloaded, TooManyStreams."""
+    def acquire(self, stream_key: str | None = None) -> None:
+        """stream_key: whose stream it is for, if it is for one. Raises Overloaded, TooManyStreams."""
         if not self._semaphore.acquire(blocking=False):
             raise Overloaded("the server is answering as many requests as it can: try again in a second")
-        if streamer is None:
+        if stream_key is None:
             return
         with self._lock:
-            if not self._max_streams or self._streams[streamer] < self._max_streams:
-                self._streams[streamer] += 1
+            if not self._max_streams or self._streams[stream_key] < self._max_streams:
+                self._streams[stream_key] += 1
                 return
         self._semaphore.release()
         raise TooManyStreams(f"{self._max_streams} streams are open already: close one, or wait until one has ended")
 
-    def give_back(self, streamer: str | None = None) -> None:
-        """To be called once for each that was taken, with the same streamer."""
-        if streamer is not None:
+    def release(self, stream_key: str | None = None) -> None:
+        """To be called once for each that was taken, with the same stream_key."""
+        if stream_key is not None:
             with self._lock:
-                self._streams[streamer] -= 1
-                if not self._streams[streamer]:
-                    del self._streams[streamer]
+                self._streams[stream_key] -= 1
+                if not self._streams[stream_key]:
+                    del self._streams[stream_key]
         self._semaphore.release()
 
     @property
@@ -50,9 +50,9 @@ class Places:
             return self._streams.total()
 
     def __enter__(self) -> None:
-        self.take()
+        self.acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.give_back()
+        self.release()

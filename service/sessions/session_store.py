@@ -11,12 +11,12 @@ from service.sessions.session import Session
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The right to change a session, until it is released. session: as it was when the lease was taken. on_wanted: to
+    """The right to change a session, until it is released. session: as it was when the lease was taken. on_takeover: to
     be called, on a thread of its own, when another process wants the session, or has it already.
     """
 
     session: Session
-    on_wanted: Callable[[], None] | None = None
+    on_takeover: Callable[[], None] | None = None
 
 
 class SessionStore(Protocol):
@@ -47,17 +47,17 @@ class SessionStore(Protocol):
         """
         ...
 
-    def recent(self, owner: str, session_id: str) -> Session | None:
-        """As this process saw it last, without asking: good for nothing but `claim`. None: not known.
+    def cached_copy(self, owner: str, session_id: str) -> Session | None:
+        """As this process saw it last, without asking: good for nothing but `compare_and_save`. None: not known.
 
         Also None where asking takes no time.
         """
         ...
 
-    def claim(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
+    def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
         """Reserve and save it in one exchange; the lease, whose session is as it was saved.
 
-        session: what `recent` gave. None: it doesn't stand so any more, or is reserved, and nothing has changed.
+        session: what `cached_copy` gave. None: it doesn't stand so any more, or is reserved, and nothing has changed.
         release: as of `save`.
         """
         ...

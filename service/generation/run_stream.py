@@ -6,47 +6,54 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from service.engine.stop import HoldBack
+from service.engine.stepper import FinishReason
+from service.engine.stop import StopFilter
 from service.errors import Draining
+from service.generation.active_run import ActiveRun
 from service.generation.gathering import gathering_s
-from service.generation.live_run import LiveRun
-from service.sessions.session import FinishReason, Run, Session
+from service.sessions.session import Run, Session
 
 
 @dataclass(frozen=True)
-class Written:
+class TextChunk:
     """More of a text. position: after it."""
 
     text: str
     position: int
 
 
-class Continuation:
+class RunStream:
     """Every character of a run after a position, once, in order: those that are known, then the rest as it comes."""
 
-    def __init__(self, session: Session, run: Run, after: int, live: LiveRun | None) -> None:
+    def __init__(self, session: Session, run: Run, after: int, live: ActiveRun | None) -> None:
         """session: as it stands now. live: None if the run is over. Nothing is left to refuse."""
         self._session, self._run, self._after, self._live = session, run, after, live
         self._position = run.start  # up to which characters were let through
 
-    def pieces(self, gather_s: float | None, idle_s: float) -> Iterator[Written | None]:
-        """Parts of the text, the first at once, later ones gathered for gather_s, or longer if the engine is busy.
+    def pieces(self, flush_interval_s: float | None, idle_s: float) -> Iterator[TextChunk | None]:
+        """Parts of the text, the first at once, later ones gathered for flush_interval_s, or longer if the engine is busy.
 
-        gather_s None: what comes live is one part, at the end. None comes out when there was nothing for idle_s: a
+        flush_interval_s None: what comes live is one part, at the end. None comes out when there was nothing for idle_s: a
         chance to look whether anybody still listens. Raises RunTakenOver, EngineFailed, and, after the last part of a
         run that was interrupted, Draining: it can be taken up elsewhere after `told`.
         """
-        hold_back = HoldBack(self._run.stops if self._live is not None else ())
-        yield from self._known(hold_back)
+        stop_filter = StopFilter(self._run.stops if self._live is not None else ())
+        yield from self._known(stop_filter)
         live, first, is_over = self._live, True, self._live is None
         while live is not None and not is_over:
-            gather = gather_s if gather_s is None else 0.0 if first else gathering_s(live.engine, gather_s)
-            text = live.take(gather, idle_s)
-            shown, is_over = hold_back.feed(text), live.is_over
+            gather = (
+                flush_interval_s
+                if flush_interval_s is None
+                else 0.0
+                if first
+                else gathering_s(live.engine, flush_interval_s)
+            )
+            text = live.read(gather, idle_s)
+            shown, is_over = stop_filter.feed(text), live.is_over
             if is_over:
                 self._session = live.session
                 if self.finish_reason is not None:
-                    shown += hold_back.end(stopped=self.finish_reason == "stop")
+                    shown += stop_filter.end(stopped=self.finish_reason == "stop")
             if text:
                 first = False
             elif not is_over:
@@ -56,7 +63,7 @@ class Continuation:
             raise Draining("the server is draining and has not come to the end: send it again")
 
     @property
-    def told(self) -> int:
+    def resume_position(self) -> int:
         """After which position the next part begins."""
         return max(self._position, self._after)
 
@@ -88,16 +95,16 @@ class Continuation:
         """Of that, in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def _known(self, hold_back: HoldBack) -> Iterator[Written]:
+    def _known(self, stop_filter: StopFilter) -> Iterator[TextChunk]:
         transcript, run = self._session.transcript, self._run
         if self._after < run.start:
-            yield Written(transcript.text(self._after, run.start), run.start)
+            yield TextChunk(transcript.text(self._after, run.start), run.start)
         end = run.end if run.end is not None else self._session.position
-        yield from self._shown(hold_back.feed(transcript.text(run.start, end)))
+        yield from self._shown(stop_filter.feed(transcript.text(run.start, end)))
 
-    def _shown(self, text: str) -> Iterator[Written]:
+    def _shown(self, text: str) -> Iterator[TextChunk]:
         """What of it the connection doesn't have yet."""
         self._position += len(text)
         num_new = min(len(text), self._position - self._after)
         if num_new > 0:
-            yield Written(text[-num_new:], self._position)
+            yield TextChunk(text[-num_new:], self._position)
