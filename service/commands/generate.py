@@ -5,26 +5,46 @@ from __future__ import annotations
 import json
 import secrets
 from pathlib import Path
-from typing import cast
+from typing import Any, cast, get_args, get_type_hints
 
 import click
+from annotated_types import Ge, Gt, Le
+from pydantic.fields import FieldInfo
 
-from service.commands.options import FiniteRange, json_option, model_store_option, open_store
+from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_store
+from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+
+
+def _sampling_options(command: Command) -> Command:
+    """Add an option for each number of SamplingSettings, with the limits and the help that are declared there."""
+    declared = get_type_hints(SamplingSettings, include_extras=True)
+    for name in reversed(NUMBERS):
+        kind, field = get_args(declared[name])
+        default = getattr(PLAIN, name)
+        option = click.option(
+            f"--{name.replace('_', '-')}",
+            type=_range(kind, field),
+            default=default,
+            help=f"{field.description[0].upper()}{field.description[1:]}.  [{default}]",
+        )
+        command = option(command)
+    return command
+
+
+def _range(kind: type, field: FieldInfo) -> click.IntRange | FiniteRange:
+    """The limits of a pydantic field as a type of click."""
+    limits = {type(limit): limit for limit in field.metadata}
+    least, above, most = limits.get(Ge), limits.get(Gt), limits.get(Le)
+    low = above.gt if above is not None else least.ge if least is not None else None
+    high = most.le if most is not None else None
+    return (click.IntRange if kind is int else FiniteRange)(low, high, min_open=above is not None)
 
 
 @click.command("generate")
 @click.option("--prompt", required=True, help="The text to continue; may be empty.")
 @click.option("--model", default=None, help="name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
 @click.option("--max-tokens", type=click.IntRange(1), default=500, help="Characters to generate at most.  [500]")
-@click.option("--temperature", type=FiniteRange(0, 100), default=1.0, help="0 takes the likeliest.  [1.0]")
-@click.option("--top-k", type=click.IntRange(0), default=0, help="Draw from the k likeliest; 0: from all.  [0]")
-@click.option("--top-p", type=FiniteRange(0, 1, min_open=True), default=1.0, help="Draw from this mass.  [1.0]")
-@click.option(
-    "--min-p", type=FiniteRange(0, 1), default=0.0, help="Leave out what is less likely than this x top.  [0]"
-)
-@click.option("--repetition-penalty", type=FiniteRange(0.01, 100), default=1.0, help="  [1.0]")
-@click.option("--presence-penalty", type=FiniteRange(-2, 2), default=0.0, help="  [0]")
-@click.option("--frequency-penalty", type=FiniteRange(-2, 2), default=0.0, help="  [0]")
+@_sampling_options
 @click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
 @click.option("--seed", type=int, default=None, help="Same seed, same text.  [another each time]")
 @click.option("--unknown-chars", type=click.Choice(["error", "fold", "drop"]), default="error", help="  [error]")
@@ -34,25 +54,19 @@ def generate_command(
     prompt: str,
     model: str | None,
     max_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    repetition_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
     stop: tuple[str, ...],
     seed: int | None,
     unknown_chars: str,
     model_store: Path | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Continue a text here, without a server, printing as it goes. The same as POST /v1/completions answers.
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
     from service.engine.kernels import choose_kernel
-    from service.generation.completion import Completion, CompletionRequest, SamplingSettings
+    from service.generation.completion import Completion, CompletionRequest
     from service.model.charset import UnknownChars
     from service.registry.loaded_models import EngineSettings, LoadedModel
     from service.settings import read_settings
@@ -64,17 +78,8 @@ def generate_command(
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)
     loaded = LoadedModel(version, artifact, EngineSettings(kernel.make_stepper, settings.integer_precision))
     seed = secrets.randbits(63) if seed is None else seed
-    sampling = SamplingSettings(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-    )
     ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
-    completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, sampling, stop))
+    completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))
     try:
         pieces = (item[1].text for item in completion.pieces(0.0, 1.0) if item is not None)
         if as_json:

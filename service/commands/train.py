@@ -212,7 +212,7 @@ class _Serving:
         return measure(config, tensors, precision, ids, progress)
 
     def sample(self, config: Any, tensors: Any, precision: Any, held_out: str) -> Any:
-        from service.engine.sampling import SamplingSettings
+        from service.engine.sampling_settings import SamplingSettings
         from service.engine.stepper import Row
         from service.engine.torch_stepper import TorchStepper
         from service.model.charset import Charset

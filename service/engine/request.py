@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from service.arrays import Float32, Ids, write_state
-from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import Distribution, Row, StepResult
 from service.errors import EngineFailed
 

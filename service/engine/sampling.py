@@ -1,4 +1,4 @@
-"""The settings that one text is sampled with, and the draw of characters for many texts at once.
+"""Drawing of characters, for many texts at once.
 
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
 the same model, text, settings, seed and position give the same character, whatever was drawn before or elsewhere.
@@ -9,58 +9,16 @@ top_k, top_p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32, Float64, Ids
 from service.engine import arithmetic
+from service.engine.sampling_settings import SamplingSettings
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How to choose from the model's distribution. The defaults draw from it as it is.
-
-    temperature: divides the logits; 0 takes the likeliest character always. top_k: only the k likeliest; 0 is all of
-    them. top_p: only the likeliest ones that together reach this probability. min_p: only those at least this many
-    times as likely as the likeliest. logit_bias: (id, bias) pairs, added to logits.
-    repetition_penalty, 0.01 to 100: of characters in the prompt or in what was generated, positive logits are divided
-    by it and negative ones multiplied (Keskar et al. 2019). frequency_penalty, presence_penalty: subtracted from logits
-    for each time, or once, that a character was generated (OpenAI's definition).
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """Temperature is all that applies: such rows are drawn together."""
-        return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias)
-
-    @property
-    def restricts(self) -> bool:
-        """Some characters may be left out."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-    @cached_property
-    def penalizes(self) -> bool:
-        """What was drawn before matters: the row has to keep a History."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
-
-
-PLAIN = SamplingSettings()
 
 
 class History:

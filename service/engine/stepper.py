@@ -9,7 +9,8 @@ from typing import Literal, Protocol
 import numpy as np
 
 from service.arrays import Float32, Float64, Ids
-from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 
 FinishReason = Literal["stop", "length"]
 

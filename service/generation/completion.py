@@ -9,7 +9,8 @@ import numpy as np
 
 from service.arrays import Ids
 from service.engine.request import End, Handle, Request
-from service.engine.sampling import PLAIN, SamplingSettings, choice_seed
+from service.engine.sampling import choice_seed
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import FinishReason, Scores, StepResult
 from service.engine.stop import StopFilter
 from service.generation.gathering import gathering_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.engine.sampling import SamplingSettings
+from service.engine.sampling_settings import SamplingSettings
 from service.sessions.session import Run, Session
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from service.arrays import Float32
-from service.engine.sampling import SamplingSettings
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
 from service.sessions.transcript import Transcript
 

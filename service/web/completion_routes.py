@@ -15,7 +15,6 @@ from service.web import schemas
 from service.web.access import client_key
 from service.web.admission import AdmissionLimit
 from service.web.completion_answer import CompletionAnswer
-from service.web.sampling_body import sampling_of, stops_of
 from service.web.schemas import ERRORS, MAX_CHOICES, CompletionBody
 from service.web.sse import client_watch, stream_response
 
@@ -115,8 +114,8 @@ def _request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits)
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=sampling_of(lambda: model.charset, body),
-        stop=stops_of(body),
+        sampling=body.sampling_settings(lambda: model.charset),
+        stop=body.stop_strings,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from service.engine import sampling_settings as sampling
+from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.engine.stepper import FinishReason
-from service.model.charset import UnknownChars
+from service.errors import InvalidValue
+from service.model.charset import Charset, UnknownChars
 
 MAX_CHOICES = 128  # prompts x continuations that one request may ask for
 _SEED_LIMIT = 2**63
@@ -19,7 +23,6 @@ MAX_STOP_CHARS = 256
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
-LogitBias = Annotated[float, Field(ge=-100, le=100)]
 
 
 def only(value: object) -> WrapValidator:
@@ -61,19 +64,15 @@ class SamplingBody(Body):
     max_tokens: int = Field(
         16, ge=0, le=_HARD_MAX_TOKENS, description="characters to generate at most; 0, with echo, reads only"
     )
-    temperature: float = Field(1.0, ge=0, le=100, description="divides the logits; 0 takes the likeliest character")
-    top_k: int = Field(0, ge=0, le=65_536, description="draw from the k likeliest characters; 0: from all")
-    top_p: float = Field(1.0, gt=0, le=1, description="draw from the likeliest characters that reach this probability")
-    min_p: float = Field(
-        0.0, ge=0, le=1, description="leave out what is less than this many times as likely as the top"
-    )
-    repetition_penalty: float = Field(
-        1.0, ge=0.01, le=100, description="above 1: characters of prompt and answer become less likely (divides logits)"
-    )
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="taken from logits of characters already generated")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time they were generated")
-    logit_bias: Annotated[dict[SingleChar, LogitBias], Field(max_length=1024)] = Field(
-        {}, description="character -> what is added to its logit, -100 to 100"
+    temperature: sampling.Temperature = PLAIN.temperature
+    top_k: sampling.TopK = PLAIN.top_k
+    top_p: sampling.TopP = PLAIN.top_p
+    min_p: sampling.MinP = PLAIN.min_p
+    repetition_penalty: sampling.RepetitionPenalty = PLAIN.repetition_penalty
+    presence_penalty: sampling.PresencePenalty = PLAIN.presence_penalty
+    frequency_penalty: sampling.FrequencyPenalty = PLAIN.frequency_penalty
+    logit_bias: Annotated[dict[SingleChar, sampling.Bias], Field(max_length=1024)] = Field(
+        {}, description="character -> number added to its logit, -100 to 100"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
         None, description="a string or up to 4 that end the text; they are not part of the answer"
@@ -81,6 +80,35 @@ class SamplingBody(Body):
     seed: int | None = Field(
         None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="same seed, same request, same text; none: another each time"
     )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, whichever form the caller gave it in."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def sampling_settings(self, charset_of: Callable[[], Charset]) -> SamplingSettings:
+        """Return the settings for a model whose charset `charset_of` looks up; it is called only if there are biases.
+
+        Raises UnknownCharacters for a bias of a character that the model doesn't know, InvalidValue for a bias of
+        something that is not one character.
+        """
+        biases: list[tuple[int, float]] = []
+        try:
+            charset = charset_of() if self.logit_bias else None
+            if charset is not None:
+                biases = sorted((_single_id(charset, char), bias) for char, bias in self.logit_bias.items())
+        except InvalidValue as error:
+            error.param = "logit_bias"
+            raise
+        numbers = {name: getattr(self, name) for name in NUMBERS}
+        return SamplingSettings(**numbers, logit_bias=tuple((char, bias) for char, bias in biases if bias != 0))
+
+
+def _single_id(charset: Charset, char: str) -> int:
+    ids = charset.encode(char)
+    if len(ids) != 1:
+        raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
+    return int(ids[0])
 
 
 class CompletionBody(SamplingBody):

@@ -22,7 +22,6 @@ from service.registry.loaded_models import LoadedModels
 from service.web import session_schemas as schemas
 from service.web.access import client_key, current_owner
 from service.web.admission import AdmissionLimit
-from service.web.sampling_body import sampling_of, stops_of
 from service.web.schemas import ERRORS, ErrorAnswer
 from service.web.session_answer import feed_answer, run_events, session_answer, whole_run
 from service.web.sse import client_watch, stream_response
@@ -116,7 +115,7 @@ def sessions_blueprint(
             session = sessions.get(current_owner(), path.id)
             return models.for_state(session.model, session.identity).charset
 
-        asked = RunRequest(body.max_tokens, sampling_of(charset, body), stops_of(body), body.seed)
+        asked = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
         stream_key = client_key() if body.stream else None
         admission.acquire(stream_key)
         try:

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import Row, Stepper
 from service.model.charset import Charset
 from service.model.config import ModelConfig

@@ -16,7 +16,7 @@ from service.engine.native.binding import variants
 from service.engine.native.native_stepper import NativeStepper
 from service.engine.pace import Pace
 from service.engine.request import End, Handle, Request
-from service.engine.sampling import SamplingSettings
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, Overloaded

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from service.engine.native import binding
 from service.engine.native.native_stepper import NativeStepper
-from service.engine.sampling import PLAIN, History, SamplingSettings
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import Row, Stepper
 from service.engine.torch_stepper import TorchStepper
 from service.model.config import ModelConfig

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.engine import sampling
-from service.engine.sampling import (
-    History,
-    SamplingSettings,
-    choice_seed,
-    draw_one,
-    draw_plain,
-    invert,
-    uniform,
-    uniforms,
-    weights,
-)
+from service.engine.sampling import History, choice_seed, draw_one, draw_plain, invert, uniform, uniforms, weights
+from service.engine.sampling_settings import SamplingSettings
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
 SEEDS = st.integers(-(2**63), 2**63 - 1)

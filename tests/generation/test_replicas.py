@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from redis import exceptions as errors
 
-from service.engine.sampling import PLAIN
+from service.engine.sampling_settings import PLAIN
 from service.errors import (
     GruServeError,
     OutcomeUnknown,

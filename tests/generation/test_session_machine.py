@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from service.engine.request import Request
-from service.engine.sampling import PLAIN, SamplingSettings
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest

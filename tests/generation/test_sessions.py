@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from service.engine.engine import Engine
-from service.engine.sampling import PLAIN, SamplingSettings
+from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import (
     Draining,
     EngineFailed,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.sampling import PLAIN
+from service.engine.sampling_settings import PLAIN
 from service.errors import (
     GruServeError,
     Overloaded,

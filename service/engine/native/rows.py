@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from service.arrays import Float32, Float64, Ids
 from service.engine.native.binding import ROW
-from service.engine.sampling import History, SamplingSettings
+from service.engine.sampling import History
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Distribution, Row, Scores, StepResult
 
 _MASK = 2**64 - 1

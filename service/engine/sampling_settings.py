@@ -1,0 +1,81 @@
+"""The sampling settings of one text: each declared once, with its limits and its help.
+
+May not: import numpy. The command line reads the declarations before it knows whether it will compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import Field
+
+# The API's schema and the command line take limits and help from here. The kernel's row has a field of each name.
+Temperature = Annotated[
+    float, Field(ge=0, le=100, description="divides the logits before drawing; 0 always takes the likeliest character")
+]
+TopK = Annotated[int, Field(ge=0, le=65_536, description="draw from the k likeliest characters only; 0: from all")]
+TopP = Annotated[
+    float,
+    Field(gt=0, le=1, description="draw from the likeliest characters only that together reach this probability"),
+]
+MinP = Annotated[
+    float,
+    Field(
+        ge=0, le=1, description="leave out characters that are less than this many times as likely as the likeliest one"
+    ),
+]
+RepetitionPenalty = Annotated[
+    float,
+    Field(
+        ge=0.01,
+        le=100,
+        description="above 1: characters that the prompt or the generated text contains become less likely "
+        "(positive logits are divided by it, negative ones multiplied)",
+    ),
+]
+PresencePenalty = Annotated[
+    float, Field(ge=-2, le=2, description="subtracted once from the logit of a character that was generated before")
+]
+FrequencyPenalty = Annotated[
+    float,
+    Field(ge=-2, le=2, description="subtracted from a character's logit for each time that it was generated before"),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to choose a character from the model's distribution. The defaults draw from it unchanged.
+
+    The repetition penalty is that of Keskar et al. 2019; the presence and frequency penalties are OpenAI's.
+    """
+
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
+    top_p: TopP = 1.0
+    min_p: MinP = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    presence_penalty: PresencePenalty = 0.0
+    frequency_penalty: FrequencyPenalty = 0.0
+    logit_bias: tuple[tuple[int, Bias], ...] = ()  # (id, added to its logit) pairs
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Temperature is all that applies: such rows are drawn together."""
+        return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias)
+
+    @property
+    def restricts(self) -> bool:
+        """Some characters may be left out."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @cached_property
+    def penalizes(self) -> bool:
+        """What was drawn before matters: the row has to keep a History."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+PLAIN = SamplingSettings()
+NUMBERS = tuple(field.name for field in fields(SamplingSettings) if field.name != "logit_bias")  # one number each
