@@ -89,4 +89,3 @@ def test_libraries_stay_in_their_rooms() -> None:
             if rooms is not None and place.parts[0].removesuffix(".py") not in rooms:
                 wrong.append(f"{place} imports {module}")
     assert not wrong
-

@@ -1,6 +1,6 @@
 """A worker of `benchmarks.peers` in plain numpy, which needs no environment of its own.
 
-python -m tests.numpy_peer DIRECTORY THREADS
+python -m tests.commands.numpy_peer DIRECTORY THREADS
 """
 
 from __future__ import annotations

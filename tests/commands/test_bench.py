@@ -28,7 +28,7 @@ from service.engine.torch_stepper import TorchStepper
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
 from service.store.model_store import ModelStore
-from tests.conftest import publish_tiny, random_tensors, tiny_config
+from tests.harness.models import publish_tiny, random_tensors, tiny_config
 
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 
@@ -159,7 +159,7 @@ def test_the_roofline_has_the_kernel_beside_other_libraries(
     tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who can't be installed is named, and the others are measured."""
-    worker = [sys.executable, "-m", "tests.numpy_peer"]
+    worker = [sys.executable, "-m", "tests.commands.numpy_peer"]
 
     def numpy_is_there(stack: ExitStack, name: str, shipped: Shipped, rows: Any, threads: Any) -> list[Contestant]:
         if name == "tensorflow":
@@ -194,7 +194,7 @@ def test_a_library_that_steps_another_model_is_skipped(tiny_store: ModelStore, t
     shipped = Shipped.load("tiny", tiny_store.root, None)
     shipped = replace(shipped, directory=other.resolve("tiny").path)
     with ExitStack() as stack, pytest.raises(Skipped, match="not the model's"):
-        enter(stack, "numpy", [sys.executable, "-m", "tests.numpy_peer"], shipped, [1], [1])
+        enter(stack, "numpy", [sys.executable, "-m", "tests.commands.numpy_peer"], shipped, [1], [1])
     with ExitStack() as stack, pytest.raises(Skipped, match="No module named"):
         enter(stack, "numpy", [sys.executable, "-m", "tests.nothing_here"], shipped, [1], [1])
 

@@ -20,7 +20,7 @@ from service import __version__
 from service.__main__ import main
 from service.store.model_store import ModelStore
 from service.training.trainer import Trainer
-from tests.conftest import publish_tiny
+from tests.harness.models import publish_tiny
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
@@ -182,7 +182,7 @@ def test_train_refuses_bad_options(corpus: Path, place: list[str], words: list[s
 
 def test_generate_prints_what_the_api_answers(tiny_store: ModelStore) -> None:
     from service.settings import Settings
-    from tests.web.conftest import client_of
+    from tests.harness.application import client_of
 
     store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
     printed = run("generate", "--prompt", "ROMEO:", "--max-tokens", "50", "--seed", "7", *store)

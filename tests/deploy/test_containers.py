@@ -14,8 +14,9 @@ import pytest
 from service.client import Client
 from service.store.model_store import ModelStore
 from tests.deploy.containers import PROJECT, Containers, find_containers
-from tests.parts import free_port
-from tests.serving import SERVE, Server, serving, wait_until
+from tests.harness.programs import free_port
+from tests.harness.server import SERVE, Endpoint, serving
+from tests.harness.wait import wait_until
 
 IMAGE = f"{PROJECT}:latest"
 BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -46,7 +47,7 @@ def image(containers: Containers) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def expected() -> Iterator[str]:
     """What this machine's own server answers to BODY."""
-    with serving(SERVE, {"GRU_SERVE_LOG_LEVEL": "warning"}) as server:
+    with serving(SERVE, {}) as server:
         yield server.call("POST", "/v1/completions", BODY)[1]["choices"][0]["text"]
 
 
@@ -63,26 +64,14 @@ def healthcheck(containers: Containers, image: str) -> list[str]:
     return words
 
 
-def at(port: int) -> Server:
-    """What answers on a port, whoever that is."""
-    return Server(port, None, [])  # type: ignore[arg-type]
-
-
-def is_ready(port: int) -> bool:
-    try:
-        return at(port).call("GET", "/readyz")[0] == 200
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
-def running(containers: Containers, image: str, *options: str) -> Iterator[tuple[str, Server]]:
+def running(containers: Containers, image: str, *options: str) -> Iterator[tuple[str, Endpoint]]:
     """A container of the image that is ready, and nothing but what it needs is allowed to it."""
     port = free_port()
     closed = [*CLOSED, *(["--read-only-tmpfs=false"] if containers.engine == "podman" else [])]
     with containers.started(*closed, "-p", f"127.0.0.1:{port}:8000", *options, image) as container:
-        wait_until(lambda: is_ready(port))
-        yield container, at(port)
+        wait_until(Endpoint(port).is_ready)
+        yield container, Endpoint(port)
 
 
 def test_the_image_says_how_it_is_to_be_run(containers: Containers, image: str) -> None:
@@ -137,7 +126,7 @@ def test_a_store_of_models_can_be_mounted(containers: Containers, image: str, ti
 
 
 @pytest.fixture(scope="module")
-def project(containers: Containers, image: str) -> Iterator[Server]:
+def project(containers: Containers, image: str) -> Iterator[Endpoint]:
     """The compose file with three replicas, asked at its balancer."""
     port = free_port()
     # Redis runs as the owner of its folder: of the official image that is redis, of another it may be root.
@@ -150,13 +139,13 @@ def project(containers: Containers, image: str) -> Iterator[Server]:
     }
     began = time.monotonic()
     with containers.up(3, environment):
-        wait_until(lambda: is_ready(port))
+        wait_until(Endpoint(port).is_ready)
         told(f"three replicas, Redis and the balancer: ready in {time.monotonic() - began:.1f} s")
-        yield at(port)
+        yield Endpoint(port)
     assert containers.of_project(all_of_them=True) == []
 
 
-def test_only_the_balancer_can_be_reached(containers: Containers, project: Server) -> None:
+def test_only_the_balancer_can_be_reached(containers: Containers, project: Endpoint) -> None:
     for name in containers.of_project():
         published = [port for port in (containers.inspect(name)["NetworkSettings"]["Ports"] or {}).values() if port]
         assert bool(published) == ("lb" in name.removeprefix(PROJECT)), name
@@ -166,7 +155,7 @@ def test_only_the_balancer_can_be_reached(containers: Containers, project: Serve
 
 
 def test_completions_come_from_every_replica_and_are_the_same(
-    containers: Containers, project: Server, expected: str
+    containers: Containers, project: Endpoint, expected: str
 ) -> None:
     for _ in range(12):
         status, answer = project.call("POST", "/v1/completions", BODY)
@@ -177,7 +166,7 @@ def test_completions_come_from_every_replica_and_are_the_same(
         assert '"/v1/completions"' in containers.logs(name)
 
 
-def test_a_replica_can_be_killed_or_stopped_in_the_midst_of_streams(containers: Containers, project: Server) -> None:
+def test_a_replica_can_be_killed_or_stopped_in_the_midst_of_streams(containers: Containers, project: Endpoint) -> None:
     """One without a word, one in order: answers go on, and streams lose and double nothing.
 
     The balancer repeats nothing that it has sent to a replica. So the one answer that the killed one was writing is

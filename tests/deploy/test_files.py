@@ -13,10 +13,10 @@ from flask.testing import FlaskClient
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.server import gunicorn_config
-from tests.balancer import CONFIGURATION
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
+from tests.harness.balancer import CONFIGURATION
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
 KUBERNETES = "\n".join(path.read_text() for path in sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")))
 FILES = {"compose": COMPOSE, "kubernetes": KUBERNETES, "Dockerfile": (ROOT / "Dockerfile").read_text()}

@@ -10,7 +10,7 @@ import torch
 from service.generation.completion import Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
-from tests.conftest import loaded_model
+from tests.harness.models import loaded_model
 
 TRIALS = 200
 PROMPT = "ROMEO: what light is it that breaks"

@@ -1,4 +1,4 @@
-"""The real balancer for tests: HAProxy with the configuration that is shipped, in front of replicas on this machine."""
+"""The real balancer: HAProxy with the shipped configuration, in front of replicas on this machine."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.parts import free_port, program
-from tests.serving import SERVE, Server, serving, wait_until
+from tests.harness.programs import program
+from tests.harness.server import SERVE, Endpoint, Server, serving
+from tests.harness.wait import wait_until
 
-CONFIGURATION = Path(__file__).parent.parent / "deploy" / "haproxy.cfg"
+CONFIGURATION = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 BACKENDS = ("sessions", "any_session", "completions")
 
 
+@dataclass(frozen=True)
 class Balancer(Server):
-    """HAProxy in front of replicas; asked like a server. metrics_port: of its own metrics."""
+    """HAProxy in front of replicas; requests go to it as to a server."""
 
-    metrics_port = 0
+    metrics_port: int  # of its own metrics
 
     def requests(self) -> dict[str, dict[str, Any]]:
-        """What it has logged so far about each request, by the request's id."""
+        """Return what it has logged so far about each request, by the request's id."""
         lines = [json.loads(line) for line in list(self.log) if line.startswith("{")]
         return {line["request_id"]: line for line in lines}
 
     def up(self, backend: str) -> set[int]:
-        """The numbers of the replicas that its checks find ready, from 1."""
-        connection = self.connect()
-        connection.port = self.metrics_port
+        """Return the numbers, from 1, of the replicas that its checks find ready."""
+        connection = Endpoint(self.metrics_port).connect()
         try:
             connection.request("GET", "/metrics")
             text = connection.getresponse().read().decode()
@@ -46,10 +49,14 @@ class Balancer(Server):
 
 @contextmanager
 def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
-    """Start HAProxy in front of replicas on these ports, and wait until it finds the ready ones of them.
+    """Start HAProxy in front of replicas, and wait until it has found those of them that are ready.
 
-    The configuration is the shipped one but for the addresses: containers are found by DNS. changes: other values of
-    its lines, as timeout_queue="1s".
+    The configuration is the shipped one with other addresses: containers are found by DNS. HAProxy inherits sockets
+    that listen already, because it accepts no port 0, and a port that was probed could be taken by another program.
+
+    Args:
+        ports: Of the replicas.
+        changes: Other values for lines of the configuration, such as `timeout_queue="1s"`.
     """
     text = CONFIGURATION.read_text()
     servers = "\n".join(f"    server app{number} 127.0.0.1:{port}" for number, port in enumerate(ports, 1))
@@ -62,23 +69,27 @@ def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
     with TemporaryDirectory() as directory:
         path = Path(directory, "haproxy.cfg")
         path.write_text(text)
-        port, metrics_port = free_port(), free_port()
-        addresses = {"LB_BIND": f"127.0.0.1:{port}", "LB_METRICS_BIND": f"127.0.0.1:{metrics_port}"}
-        command = [program("haproxy"), "-W", "-db", "-f", str(path)]
-        process = subprocess.Popen(
-            command, env=os.environ | addresses, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        with socket.create_server(("127.0.0.1", 0)) as front, socket.create_server(("127.0.0.1", 0)) as metrics:
+            sockets = {"LB_BIND": front, "LB_METRICS_BIND": metrics}
+            process = subprocess.Popen(
+                [program("haproxy"), "-W", "-db", "-f", str(path)],
+                env=os.environ | {name: f"fd@{each.fileno()}" for name, each in sockets.items()},
+                pass_fds=[each.fileno() for each in sockets.values()],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            port, metrics_port = front.getsockname()[1], metrics.getsockname()[1]
         log: list[str] = []
         reader = threading.Thread(target=lambda: log.extend(process.stdout or []))
         reader.start()
-        balancer = Balancer(port, process, log)
-        object.__setattr__(balancer, "metrics_port", metrics_port)
+        balancer = Balancer(port, process, log, metrics_port)
         try:
-            ready = {number for number, port in enumerate(ports, 1) if _is_ready(port)}
+            ready = {number for number, port in enumerate(ports, 1) if Endpoint(port).is_ready()}
             wait_until(lambda: _has_checked(balancer, ready))
             yield balancer
         finally:
-            process.kill()  # it would wait for its streams
+            process.kill()  # SIGTERM would wait for its streams
             process.wait(30)
             reader.join()
             if process.stdout:
@@ -87,27 +98,21 @@ def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
 
 @contextmanager
 def replicas(num_replicas: int, environment: dict[str, str]) -> Iterator[list[Server]]:
-    """So many servers with the same settings, all of them ready."""
+    """Start servers with the same settings; all of them are ready."""
     with ExitStack() as stack:
         yield [stack.enter_context(serving(SERVE, environment)) for _ in range(num_replicas)]
 
 
 def kill(server: Server) -> None:
-    """End a replica as a machine ends that loses power: every process of it, without a word."""
+    """End every process of a replica at once, as when its machine loses power."""
     worker = int(server.worker.name)
     server.process.kill()
     os.kill(worker, signal.SIGKILL)
     server.process.wait(30)
 
 
-def _is_ready(port: int) -> bool:
-    try:
-        return Server(port, None, []).call("GET", "/readyz")[0] == 200  # type: ignore[arg-type]
-    except OSError:
-        return False
-
-
 def _has_checked(balancer: Balancer, ready: set[int]) -> bool:
+    """Return whether every backend has found exactly these replicas ready."""
     assert balancer.process.poll() is None, "".join(balancer.log)
     try:
         return all(balancer.up(backend) == ready for backend in BACKENDS)

@@ -1,42 +1,29 @@
-"""Real servers for tests: found on this machine, started on free ports, ended by their process."""
+"""A real Redis server of a test's own."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import redis
 
-
-def program(name: str) -> str:
-    """Its path. Without it the test is skipped; where CI is set it fails."""
-    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
-    if found is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
-    return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from tests.harness.programs import free_port, program
+from tests.harness.wait import wait_until
 
 
 class RedisProcess:
-    """A Redis server of a test's own, which can be killed, paused and started again with what it had on disk.
+    """A Redis server that a test can kill, pause, and start again with what it had written to disk.
 
-    address: that it listens on. prefix: words before its command.
+    Args:
+        directory: Where it writes its files.
+        options: More options of `redis-server`.
+        address: The address on which it listens.
+        prefix: Words before its command, such as those that run it in another network namespace.
     """
 
     def __init__(self, directory: Path, *options: str, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
@@ -46,24 +33,25 @@ class RedisProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it and wait until it answers."""
         command = [*self._prefix, program("redis-server"), "--port", str(self.port), "--bind", self._address]
         command += ["--save", "", "--protected-mode", "no"]
         command += ["--dir", str(self._directory), *self._options]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
+        process = self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         with redis.Redis(self._address, self.port) as client:
-            while True:
+
+            def answers() -> bool:
                 try:
                     client.ping()
-                    return
                 except redis.ConnectionError:
-                    assert time.monotonic() < deadline
-                    assert self._process.poll() is None
-                    time.sleep(0.01)
+                    assert process.poll() is None, "redis-server ended at its start"
+                    return False
+                return True
+
+            wait_until(answers, 20)
 
     def send(self, number: signal.Signals) -> None:
-        """A signal to the process; after SIGKILL it has ended when this returns."""
+        """Send a signal to the process. After SIGKILL, return when the process has ended."""
         if self._process is not None:
             self._process.send_signal(number)
             if number == signal.SIGKILL:
@@ -71,11 +59,11 @@ class RedisProcess:
                 self._process = None
 
     def on_disk(self) -> dict[Path, int]:
-        """The files that hold what was written, with their lengths."""
+        """Return the files that hold its data, with their lengths."""
         return {path: path.stat().st_size for path in self._directory.rglob("*.aof")}
 
     def lose_what_was_written_since(self, before: dict[Path, int]) -> None:
-        """While it doesn't run: as if the machine had died before its disk had the rest."""
+        """Truncate its files, as if its machine had died before the disk had the rest. It must not be running."""
         for path, length in before.items():
             os.truncate(path, length)
 
@@ -86,7 +74,7 @@ class RedisProcess:
 
 @contextmanager
 def redis_process(directory: Path, *options: str, **place: Any) -> Iterator[RedisProcess]:
-    """A Redis server that runs, until the block ends. See RedisProcess."""
+    """Run a Redis server until the block ends. For the arguments see RedisProcess."""
     process = RedisProcess(directory, *options, **place)
     process.start()
     try:

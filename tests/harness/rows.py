@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from service.engine.sampling import PLAIN, History, SamplingSettings
-from service.engine.stepper import Row, Stepper
+from service.engine.stepper import Row, Stepper, StepResult
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
-from tests.conftest import random_tensors, tiny_config
+from tests.harness.models import random_tensors, tiny_config
 
 CONFIG = tiny_config(num_units=64)
 DEEP = tiny_config(num_units=48, num_layers=3)
@@ -56,3 +56,28 @@ KINDS: list[dict[str, Any]] = [
     {"prompt": "", "max_chars": 0, "num_next": 0},
     {"stops": ("e", "o"), "num_next": 100, "max_chars": 40},
 ]
+
+
+def keeping(stepper: Stepper, **kind: Any) -> Row:
+    """A row of this kind of which some states on the way are wanted."""
+    start = kind.get("position", 0)
+    return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
+
+
+def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[StepResult]:
+    """StepResult rows to their ends; what each got in all."""
+    parts: list[list[StepResult]] = [[] for _ in rows]
+    while any(row.finished is None for row in rows):
+        for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
+            part.append(advance)
+    return [StepResult.join(part) for part in parts]
+
+
+def everything(row: Row, advance: StepResult) -> list[Any]:
+    """All that can be seen of a row at its end, comparable to the bit."""
+    seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
+    seen += [hidden.tobytes() for hidden in row.checkpoints]
+    for scores in (advance.scores, advance.prompt_scores):
+        seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
+    seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
+    return [*seen, advance.chars.tolist()]

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from playwright.sync_api import Dialog, Page, expect
 
+from service.client import Client
+
 # The text of a column: of its lines, without what is typed and not sent, and without what came from a file.
 _TEXT = """column => [...column.querySelectorAll(".text > div:not(.past)")].map(
   line => [...line.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("")).join("")"""
@@ -190,3 +192,14 @@ class Screen:
         }}"""
         found: str = self.page.wait_for_function(condition).json_value()
         return found
+
+
+def continued(client: Client, text: str, num_chars: int, seed: int, **fields: object) -> str:
+    """The API's answer: a text and its continuation."""
+    session = client.create(text)
+    return text + "".join(session.generate(num_chars, seed=seed, **fields))
+
+
+def stored(client: Client, screen: Screen) -> str:
+    """What the server has of the active text."""
+    return client.open(screen.session_id).text()

@@ -14,9 +14,9 @@ from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
 from service.store.model_store import ModelStore
 from service.training.evaluate import text_loss
-from tests.conftest import publish_tiny
+from tests.harness.models import publish_tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STORE = ModelStore(ROOT / "model_store")
 
 

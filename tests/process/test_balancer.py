@@ -17,9 +17,11 @@ import pytest
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.balancer import CONFIGURATION, Balancer, balancing, kill, replicas
-from tests.parts import free_port, program, redis_process
-from tests.serving import BODY, ENDLESS, Server, ask, wait_until
+from tests.harness.balancer import CONFIGURATION, Balancer, balancing, kill, replicas
+from tests.harness.programs import free_port, program
+from tests.harness.redis_process import redis_process
+from tests.harness.server import BODY, ENDLESS, Server, ask
+from tests.harness.wait import wait_until
 
 NUM_THREADS = 24  # of a replica: four texts side by side and four that wait
 

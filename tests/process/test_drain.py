@@ -17,7 +17,8 @@ import pytest
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
+from tests.harness.server import BODY, ENDLESS, SERVE, Server, ask, serving
+from tests.harness.wait import wait_until
 
 MAX_CHARS = 9_000_000  # more than any test waits for
 GRACE_S = 30  # what a supervisor would give; the tests' own drains are shorter

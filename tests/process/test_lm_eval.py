@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from service.store.model_store import ModelStore
-from tests.serving import SERVE, Server, serving
+from tests.harness.server import SERVE, Server, serving
 
 PACKAGES = ["lm_eval[api]==0.4.13", "transformers==5.23.0"]
 TASK = Path(__file__).parent / "lm_eval_task"

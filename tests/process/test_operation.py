@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.api_keys import new_key
 from service.client import Client, ServerError
 from service.store.model_store import ModelStore
-from tests.conftest import publish_tiny
-from tests.serving import SERVE, Server, serving, wait_until
+from tests.harness.models import publish_tiny
+from tests.harness.server import SERVE, Server, serving
+from tests.harness.wait import wait_until
 
 (OLD, OLD_ENTRY), (NEW, NEW_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
 NUM_CLIENTS = 8

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import pytest
 
 from service.store.model_store import ModelStore
-from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
+from tests.harness.server import BODY, ENDLESS, SERVE, Server, ask, serving
+from tests.harness.wait import wait_until
 
 MAX_BATCH, MAX_QUEUE = 4, 4
 NUM_PLACES = MAX_BATCH + MAX_QUEUE

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from service.store.model_store import ModelStore
-from tests.serving import BODY, SERVE, Server, ask, serving
+from tests.harness.server import BODY, SERVE, Server, ask, serving
 
 NUM_THREADS = 20  # the fewest for two texts side by side and two that wait
 
@@ -85,7 +85,7 @@ def test_a_restarted_server_gives_the_same_text(server: Server, environment: dic
 
 
 def test_gunicorn_can_serve_the_application_itself(server: Server, environment: dict[str, str]) -> None:
-    command = [sys.executable, "-m", "gunicorn", "service.web.app:create_app()", "-b", "127.0.0.1:PORT"]
+    command = [sys.executable, "-m", "gunicorn", "service.web.app:create_app()", "-b", "127.0.0.1:0"]
     with serving([*command, "--no-control-socket"], environment) as other:
         assert other.text() == server.text()
 

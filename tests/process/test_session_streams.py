@@ -18,7 +18,7 @@ import pytest
 
 from service.client import Client, ServerError, Session
 from service.store.model_store import ModelStore
-from tests.serving import SERVE, Server, serving
+from tests.harness.server import SERVE, Server, serving
 
 NUM_STREAMS = int(os.environ.get("CUT_STREAMS", "1000"))
 NUM_CHARS = 300
@@ -27,7 +27,7 @@ NUM_CHARS = 300
 @pytest.fixture(scope="module")
 def server(tiny_store: ModelStore) -> Iterator[Server]:
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_LOG_LEVEL": "warning", "GRU_SERVE_MAX_TOKENS": "60000"}
+    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_MAX_TOKENS": "60000"}
     with serving(SERVE, environment) as server:
         yield server
 

@@ -16,7 +16,8 @@ import openai
 import pytest
 
 from service.store.model_store import ModelStore
-from tests.serving import BODY, ENDLESS, SERVE, Server, ask, serving, wait_until
+from tests.harness.server import BODY, ENDLESS, SERVE, Server, ask, serving
+from tests.harness.wait import wait_until
 
 RESET = struct.pack("ii", 1, 0)
 

@@ -16,8 +16,8 @@ from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModels
 from service.registry.version_resolver import Resolution, VersionResolver
 from service.store.model_store import ModelStore
-from tests.conftest import engine_settings, publish_tiny
-from tests.serving import wait_until
+from tests.harness.models import engine_settings, publish_tiny
+from tests.harness.wait import wait_until
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from service.sessions.redis_store import RedisStore
 from service.sessions.session import Run, Session
 from service.sessions.session_store import Lease, SessionStore
 from service.sessions.transcript import Retention, Segment, Transcript
-from tests.sessions.conftest import Clock
+from tests.harness.clock import Clock
 
 SHAPE = (1, 16)
 

@@ -18,7 +18,7 @@ from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreEr
 from service.model.artifact import write_artifact
 from service.model.manifest import MANIFEST
 from service.store.model_store import ModelStore, ModelVersion
-from tests.conftest import publish_tiny, random_tensors, tiny_config
+from tests.harness.models import publish_tiny, random_tensors, tiny_config
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_concurrent_publishers_get_different_numbers(store: ModelStore) -> None:
 
 def test_concurrent_processes_get_different_numbers(store: ModelStore) -> None:
     publish = "print(c.publish_tiny(c.ModelStore(pathlib.Path(sys.argv[1]))))"
-    code = f"import sys, pathlib, tests.conftest as c\nfor _ in range(4): {publish}"
+    code = f"import sys, pathlib, tests.harness.models as c\nfor _ in range(4): {publish}"
     command = [sys.executable, "-c", code, str(store.root)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     refs = [ref for process in processes for ref in process.communicate()[0].split()]
@@ -189,7 +189,7 @@ def test_readers_see_whole_versions_while_writers_write(store: ModelStore) -> No
 def test_kill_9_at_100_random_moments_of_publishing_leaves_whole_versions_only(store: ModelStore) -> None:
     config = tiny_config(num_units=64)
     helper = subprocess.Popen(
-        [sys.executable, "-m", "tests.publish_forever", str(store.root), json.dumps(config.model_dump())],
+        [sys.executable, "-m", "tests.store.publish_forever", str(store.root), json.dumps(config.model_dump())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
