@@ -1,4 +1,4 @@
-"""The files that deploy the server fit each other and the code: settings, metrics, and who waits for whom."""
+"""The files for deployment agree with each other and with the code: settings, metrics and timeouts."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "gru-serve.
 
 
 def number(pattern: str, text: str) -> float:
-    """The one number that a pattern finds."""
+    """Return the number that a pattern finds; it must match exactly once."""
     (found,) = re.findall(pattern, text)
     return float(found)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_setting_that_is_named_exists(name: str) -> None:
+def test_settings__that_a_file_names_exist(name: str) -> None:
     named = set(re.findall(r"GRU_SERVE_([A-Z_]+)", FILES[name]))
     assert named
     assert named <= {field.upper() for field in Settings.model_fields}
 
 
 def drain_of(text: str) -> tuple[float, float]:
-    """The time to drain and the notice that are set."""
+    """Return the drain time and the notice period that a file sets."""
     return (
         number(r'GRU_SERVE_DRAIN_S(?::|, value:) "(\d+)"', text),
         number(r'GRU_SERVE_DRAIN_NOTICE_S(?::|, value:) "(\d+)"', text),
     )
 
 
-def test_who_waits_for_a_server_waits_longer_than_it_takes() -> None:
+def test_grace_periods__are_longer_than_the_shutdown() -> None:
     for text in (COMPOSE, KUBERNETES):
         drain_s, notice_s = drain_of(text)
         takes_s = gunicorn_config(Settings(drain_s=int(drain_s), drain_notice_s=notice_s))["graceful_timeout"]
@@ -64,7 +64,7 @@ def _balancer() -> str:
     return (ROOT / "deploy" / "kubernetes" / "balancer.yaml").read_text()
 
 
-def test_a_balancer_has_noticed_before_a_server_ends() -> None:
+def test_notice_period__is_longer_than_the_balancers_checks_take() -> None:
     text = CONFIGURATION.read_text()
     interval_ms, fall = number(r"inter (\d+)ms fast", text), number(r"fall (\d+)", text)
     check_s, valid_s = number(r"timeout check (\d+)s", text), number(r"hold valid +(\d+)s", text)
@@ -73,14 +73,15 @@ def test_a_balancer_has_noticed_before_a_server_ends() -> None:
         assert drain_of(files)[1] > valid_s
 
 
-def test_as_many_replicas_as_the_balancer_has_slots_for() -> None:
+def test_replicas__are_at_most_as_many_as_the_balancer_has_slots() -> None:
     slots = set(re.findall(r"server-template app (\d+) ", CONFIGURATION.read_text()))
     assert slots == {str(int(number(r"maxReplicas: (\d+)", KUBERNETES)))}
 
 
-def test_what_is_mounted_is_there() -> None:
-    for path in re.findall(r"(\./[\w./-]+):/", re.sub(r"(?m)^ *#.*$", "", COMPOSE)):
-        assert (ROOT / path).exists(), path
+def test_mounts__of_the_compose_file_exist() -> None:
+    paths = re.findall(r"(\./[\w./-]+):/", re.sub(r"(?m)^ *#.*$", "", COMPOSE))
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +91,17 @@ def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
         yield client
 
 
-def test_every_metric_that_is_shown_or_scaled_on_exists(client: FlaskClient) -> None:
+def test_metrics__that_the_dashboard_and_the_autoscaler_use_exist(client: FlaskClient) -> None:
     text = client.get("/metrics").get_data(as_text=True)
-    there = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
-    asked = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
-    named = set(re.findall(r"gru_serve:[a-z_]+", " ".join(asked) + KUBERNETES))
+    exported = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+    named = set(re.findall(r"gru_serve:[a-z_]+", " ".join(queries) + KUBERNETES))
     assert len(named) > 10
-    assert {name for name in named if not there & {name, re.sub("_(bucket|sum|count)$", "", name)}} == set()
+    assert {name for name in named if not exported & {name, re.sub("_(bucket|sum|count)$", "", name)}} == set()
 
 
-def test_each_panel_says_what_it_shows() -> None:
+def test_panels__have_a_title_a_description_and_a_target() -> None:
     panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert panels
     assert all(panel["title"] and panel["description"] and panel["targets"] for panel in panels)
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

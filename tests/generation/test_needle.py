@@ -1,4 +1,4 @@
-"""One request in a crowd: whoever else is there, it gets the same text, log-probabilities and state, to the bit."""
+"""One request among others gets the same text, log-probabilities and state, to the bit, whatever the others are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def needle(model: LoadedModel, seed: int = 7) -> CompletionRequest:
 
 
 def straw(model: LoadedModel, rng: np.random.Generator) -> CompletionRequest:
-    """Any other request."""
+    """Return any other request."""
     prompt = "".join(rng.choice(list(model.charset.characters), rng.integers(0, 30)))
     settings = [SamplingSettings(), SamplingSettings(temperature=0), SamplingSettings(top_k=3, repetition_penalty=1.2)]
     return CompletionRequest(
@@ -37,7 +37,7 @@ def straw(model: LoadedModel, rng: np.random.Generator) -> CompletionRequest:
 
 
 def outcome(completion: Completion) -> tuple[Any, ...]:
-    """All that a completion brings, comparable to the bit."""
+    """Return all that a completion gives, comparable to the bit."""
     pieces = [item[1] for item in completion.pieces(None, 30) if item is not None]
     scores = [
         array.tobytes()
@@ -50,13 +50,13 @@ def outcome(completion: Completion) -> tuple[Any, ...]:
 
 
 def trial(store: ModelStore, seed: int) -> tuple[Any, ...]:
-    """The needle on a server that has just been started, among 1 to 255 others that come before and after it."""
+    """Run the needle in a new engine, among 1 to 255 other requests that are submitted before and after it."""
     rng = np.random.default_rng(seed)
     torch.set_num_threads(int(rng.integers(1, 4)))
     num_others, cache = int(2 ** rng.uniform(0, 8)), int(rng.choice([0, 2**20]))
     max_running = int(rng.integers(1, 257))
     with loaded_model(store, max_running=max_running, max_waiting=256, prefix_cache_bytes=cache) as model:
-        if rng.random() < 0.5:  # if there is a cache, part of the prompt is in it
+        if rng.random() < 0.5:  # if there is a prefix cache, it has part of the prompt
             part = model.charset.encode(PROMPT[: rng.integers(len(PROMPT))])
             outcome(Completion(model, CompletionRequest((part,), 1, 1)))
         before = int(rng.integers(num_others + 1))
@@ -68,7 +68,7 @@ def trial(store: ModelStore, seed: int) -> tuple[Any, ...]:
         return outcome(mine)
 
 
-def test_a_needle_is_the_same_in_every_haystack(tiny_store: ModelStore) -> None:
+def test_needle__is_the_same_in_every_haystack(tiny_store: ModelStore) -> None:
     threads = torch.get_num_threads()
     try:
         with loaded_model(tiny_store) as model:

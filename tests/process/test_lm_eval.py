@@ -1,7 +1,7 @@
 """lm-evaluation-harness, unchanged, against the real server: its `local-completions` model scores a task of our own.
 
-It comes with 900 MB of packages and so gets a virtual environment of its own, in pytest's cache, and runs only where
-TEST_LM_EVAL is set; where it can't be installed it is skipped.
+It needs 900 MB of packages. The test installs them into a virtual environment in pytest's cache, runs only if
+TEST_LM_EVAL is set, and is skipped if they can't be installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def python(request: pytest.FixtureRequest) -> Path:
-    """The interpreter of an environment that has the harness."""
+    """The interpreter of an environment in which lm-evaluation-harness is installed."""
     if not os.environ.get("TEST_LM_EVAL"):
         pytest.skip("set TEST_LM_EVAL=1: it installs 900 MB of packages in an environment of their own")
     assert request.config.cache
@@ -56,7 +56,7 @@ def server(tiny_store: ModelStore) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def tokenizer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer for `transformers` whose tokens are the model's characters: the harness counts tokens with it."""
+    """A tokenizer for `transformers` whose tokens are the model's characters; lm-evaluation-harness counts with it."""
     charset = server.call("GET", "/v1/models/tiny")[1]["meta"]["charset"]
     vocabulary = {char: number for number, char in enumerate(charset)}
     one_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
@@ -72,7 +72,7 @@ def tokenizer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scores(server: Server, document: dict[str, Any]) -> list[float]:
-    """The log-probability of each of a document's choices after its text."""
+    """Return the log-probability of each choice of a document after its text."""
     prompts = [document["text"] + choice for choice in document["choices"]]
     body = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0}
     status, answer = server.call("POST", "/v1/completions", body)
@@ -82,7 +82,7 @@ def scores(server: Server, document: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize(("num_concurrent", "batch_size"), [(4, 1), (1, 4)])
-def test_the_harness_finds_the_log_probabilities_that_the_server_gives(
+def test_lm_eval__finds_the_log_probabilities_that_the_server_gives(
     python: Path, server: Server, tokenizer: Path, tmp_path: Path, num_concurrent: int, batch_size: int
 ) -> None:
     model = {

@@ -1,4 +1,4 @@
-"""Keys and new model versions at the real server, while it works."""
+"""API keys and model versions that change while the real server works."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def knows(server: Server, key: str) -> bool:
     return ask(server, "GET", "/v1/models", key=key)[0] == 200
 
 
-def test_keys_change_while_the_server_runs(server: Server, keys: Path) -> None:
-    """Old and new key are one owner; a broken file changes nothing; the old key ends with its entry."""
+def test_api_keys__change_while_the_server_runs(server: Server, keys: Path) -> None:
+    """Old and new key have one owner. A broken file changes nothing. Without its entry the old key is refused."""
     with Client(url(server), api_key=OLD) as client:
         session = client.create("ROMEO:", seed=7)
         before = "".join(session.generate(max_tokens=20))
@@ -96,7 +96,7 @@ def test_keys_change_while_the_server_runs(server: Server, keys: Path) -> None:
     assert {line.get("key_name") for line in server.logged("request")} == {None, "alice", "bob"}
 
 
-def test_the_openai_client_sends_the_key(server: Server) -> None:
+def test_openai_client__sends_the_key(server: Server) -> None:
     with openai.OpenAI(base_url=f"{url(server)}/v1", api_key=BOB, max_retries=0) as client:
         assert len(client.completions.create(model="tiny", prompt="a", max_tokens=5).choices[0].text) == 5
         chunks = client.completions.create(model="tiny", prompt="a", max_tokens=5, stream=True)
@@ -109,7 +109,7 @@ def test_the_openai_client_sends_the_key(server: Server) -> None:
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_who_sends_much_without_a_key_gets_an_answer_and_not_a_reset(server: Server, chunked: bool, keep: bool) -> None:
+def test_large_body_without_a_key__gets_an_answer_and_no_reset(server: Server, chunked: bool, keep: bool) -> None:
     connection = server.connect()
     headers = {"Content-Type": "application/json"} | ({} if keep else {"Connection": "close"})
     body = (b"x" * 10_000 for _ in range(1000)) if chunked else b"x" * 10_000_000
@@ -122,7 +122,7 @@ def test_who_sends_much_without_a_key_gets_an_answer_and_not_a_reset(server: Ser
     connection.close()
 
 
-def test_what_gunicorn_can_not_parse_it_does_not_quote(server: Server) -> None:
+def test_log__quotes_no_request_that_gunicorn_can_not_parse(server: Server) -> None:
     for data in (
         f"GET /v1/sessions/{OLD} x HTTP/9.9\r\n\r\n",
         f"GET / HTTP/1.1\r\nAuthorization {OLD}: x\r\n\r\n",
@@ -137,7 +137,7 @@ def test_what_gunicorn_can_not_parse_it_does_not_quote(server: Server) -> None:
     assert OLD[4:] not in "".join(server.log)
 
 
-def test_a_bad_file_of_keys_stops_the_start_in_one_line(store: ModelStore, tmp_path: Path) -> None:
+def test_bad_key_file__stops_the_start_in_one_line(store: ModelStore, tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from service.__main__ import main
@@ -149,12 +149,12 @@ def test_a_bad_file_of_keys_stops_the_start_in_one_line(store: ModelStore, tmp_p
     assert "Traceback" not in result.stderr
 
 
-def test_versions_change_under_load_and_no_request_notices(server: Server, store: ModelStore) -> None:
-    """Clients complete, stream and feed while five versions follow one another, two of them broken."""
+def test_versions__change_under_load_and_no_request_fails(server: Server, store: ModelStore) -> None:
+    """Clients complete, stream and feed while five versions are published in turn, two of them broken."""
     over, versions = threading.Event(), []
 
     def work(number: int) -> int:
-        """Requests answered, all of them rightly; fails at the first that is not."""
+        """Send requests until `over` is set and return their number; fail at the first wrong answer."""
         num_requests = 0
         with Client(url(server), api_key=BOB, retry_s=0) as client:
             session = client.create("ROMEO:", seed=number)
@@ -166,7 +166,7 @@ def test_versions_change_under_load_and_no_request_notices(server: Server, store
                 assert len("".join(session.generate(max_tokens=30))) == 30
                 session.feed("JULIET:")
                 num_requests += 3
-            assert client.open(session.id).model == session.model == "tiny@1"  # whose text it is to the end
+            assert client.open(session.id).model == session.model == "tiny@1"  # a session keeps its version
         return num_requests
 
     def served() -> str:
@@ -203,7 +203,7 @@ def test_versions_change_under_load_and_no_request_notices(server: Server, store
     assert server.call("GET", "/metrics")[0] == 401
 
 
-def test_a_new_version_is_found_by_polling(store: ModelStore) -> None:
+def test_versions__are_found_by_polling(store: ModelStore) -> None:
     environment = {
         "GRU_SERVE_MODEL_STORE": str(store.root),
         "GRU_SERVE_MODEL": "tiny",

@@ -1,6 +1,6 @@
-"""More clients than a server has places for, and clients that vanish: the real process.
+"""More clients than the real process admits, and clients that vanish.
 
-VANISHING_CLIENTS=10000 pytest tests/test_overload.py     # by hand; 300 otherwise
+VANISHING_CLIENTS=10000 pytest tests/process/test_overload.py     # by hand; 300 otherwise
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def server(tiny_store: ModelStore) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Usage:
-    """What the process that answers requests occupies."""
+    """What the process that answers requests uses."""
 
     num_threads: int
     num_files: int
@@ -60,19 +60,19 @@ class Usage:
 
 
 def is_idle(server: Server) -> bool:
-    """Whether every place is free."""
+    """Return whether every place is free: as many texts as there are places are admitted at once."""
     prompts = ["ROMEO:"] * NUM_PLACES
     return server.call("POST", "/v1/completions", BODY | {"prompt": prompts, "max_tokens": 1})[0] == 200
 
 
-def test_ten_times_as_many_requests_as_places_are_answered_rightly_or_refused_at_once(server: Server) -> None:
+def test_overload__requests_are_answered_right_or_refused_at_once(server: Server) -> None:
     seeds = range(5)
     alone = {seed: server.text(seed=seed, max_tokens=3000) for seed in seeds}
     num_clients = 10 * NUM_PLACES
     start = threading.Barrier(num_clients)
 
     def outcome(client: int) -> str:
-        """`right` or `refused`."""
+        """Send one request; return `right` or `refused`. Any other answer fails the test."""
         seed, stream = client % 5, client % 2 == 1
         start.wait(60)
         with closing(server.connect()) as connection:
@@ -99,7 +99,7 @@ def test_ten_times_as_many_requests_as_places_are_answered_rightly_or_refused_at
     wait_until(lambda: is_idle(server))
 
 
-def test_a_request_of_more_texts_than_are_free_is_refused_whole(server: Server) -> None:
+def test_overload__a_request_for_more_texts_than_free_places_is_refused_whole(server: Server) -> None:
     wait_until(lambda: is_idle(server))
     with server.open(ENDLESS) as holder:
         assert holder.recv(1)
@@ -108,14 +108,14 @@ def test_a_request_of_more_texts_than_are_free_is_refused_whole(server: Server) 
         assert len(server.text()) == 50
 
 
-def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
+def test_vanishing_clients__leave_no_thread_file_or_memory(server: Server) -> None:
     fill_the_pool(server)
     vanish(server, 50)
     wait_until(lambda: is_idle(server))
     before = Usage.of(server)
     vanish(server, NUM_VANISHING)
     wait_until(lambda: is_idle(server))
-    # A connection is closed a moment after its place is free.
+    # A connection closes a moment after its place is free.
     wait_until(lambda: Usage.of(server).num_files <= before.num_files)
     after = Usage.of(server)
     assert after.num_threads <= before.num_threads
@@ -124,7 +124,7 @@ def test_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
 
 
 def fill_the_pool(server: Server) -> None:
-    """Let the server start every thread that it may have: each connection takes one until it has sent something."""
+    """Make the server start all its threads: each connection occupies one until it has sent something."""
     connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2 * NUM_THREADS)]
     wait_until(lambda: Usage.of(server).num_threads >= NUM_THREADS)
     for connection in connections:
@@ -132,15 +132,15 @@ def fill_the_pool(server: Server) -> None:
 
 
 def vanish(server: Server, num_clients: int) -> None:
-    """Let so many clients begin a stream, read a little and close their connection, every other one by a reset."""
+    """Let clients begin a stream, read a little and close their connection; every second one resets it."""
 
-    def comes_and_goes(client: int) -> bool:
-        """Whether it was taken in. It isn't as long as those who left haven't been noticed."""
+    def begins_and_leaves(client: int) -> bool:
+        """Return whether the stream was admitted. It is refused until the server notices that others have left."""
         with server.open(ENDLESS | {"seed": client}) as connection:
-            is_taken_in = connection.recv(100).startswith(b"HTTP/1.1 200") and connection.recv(1000) != b""
+            is_admitted = connection.recv(100).startswith(b"HTTP/1.1 200") and connection.recv(1000) != b""
             if client % 2:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
-        return is_taken_in
+        return is_admitted
 
     with ThreadPoolExecutor(NUM_PLACES) as pool:
-        list(pool.map(lambda client: wait_until(lambda: comes_and_goes(client)), range(num_clients)))
+        list(pool.map(lambda client: wait_until(lambda: begins_and_leaves(client)), range(num_clients)))

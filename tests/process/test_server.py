@@ -1,4 +1,4 @@
-"""The real process: gunicorn over a real socket, the real `openai` client."""
+"""The real process: gunicorn on a real socket, and the real `openai` client."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from service.store.model_store import ModelStore
 from tests.harness.server import BODY, SERVE, Server, ask, serving
 
-NUM_THREADS = 20  # the fewest for two texts side by side and two that wait
+NUM_THREADS = 20  # the minimum for two texts that run and two that wait
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def test_the_openai_client_works_unchanged(client: openai.OpenAI, server: Server) -> None:
+def test_openai_client__works_unchanged(client: openai.OpenAI, server: Server) -> None:
     answer = client.completions.create(
         model="tiny", prompt="ROMEO:", max_tokens=50, seed=7, temperature=0.8, top_p=0.9, stop=["§"], user="me"
     )
@@ -63,7 +63,7 @@ def test_the_openai_client_works_unchanged(client: openai.OpenAI, server: Server
     assert client.models.retrieve("tiny").id == "tiny@1"
 
 
-def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
+def test_openai_client__raises_its_own_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nope", prompt="a")
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
@@ -72,19 +72,19 @@ def test_the_openai_client_raises_its_own_errors(client: openai.OpenAI) -> None:
     assert (bad.value.code, bad.value.param) == ("unsupported_value", "suffix")
 
 
-def test_requests_side_by_side_get_what_each_gets_alone(server: Server) -> None:
+def test_requests_side_by_side__get_the_text_that_each_gets_alone(server: Server) -> None:
     alone = {seed: server.text(seed=seed) for seed in range(4)}
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda seed: server.text(seed=seed % 4), range(40)))
     assert together == [alone[seed % 4] for seed in range(40)]
 
 
-def test_a_restarted_server_gives_the_same_text(server: Server, environment: dict[str, str]) -> None:
+def test_restarted_server__gives_the_same_text(server: Server, environment: dict[str, str]) -> None:
     with serving(SERVE, environment) as other:
         assert other.text() == server.text()
 
 
-def test_gunicorn_can_serve_the_application_itself(server: Server, environment: dict[str, str]) -> None:
+def test_gunicorn__can_serve_the_application_by_itself(server: Server, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "gunicorn", "service.web.app:create_app()", "-b", "127.0.0.1:0"]
     with serving([*command, "--no-control-socket"], environment) as other:
         assert other.text() == server.text()
@@ -92,7 +92,7 @@ def test_gunicorn_can_serve_the_application_itself(server: Server, environment: 
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_body_of_10_mb_gets_its_answer_and_not_a_reset(server: Server, chunked: bool, keep: bool) -> None:
+def test_body_of_10_mb__gets_an_answer_and_no_reset(server: Server, chunked: bool, keep: bool) -> None:
     connection = server.connect()
     headers = {"Content-Type": "application/json"} | ({} if keep else {"Connection": "close"})
     body = (b"x" * 10_000 for _ in range(1000)) if chunked else b"x" * 10_000_000
@@ -106,7 +106,7 @@ def test_a_body_of_10_mb_gets_its_answer_and_not_a_reset(server: Server, chunked
     connection.close()
 
 
-def test_a_body_of_unknown_length_is_read(server: Server) -> None:
+def test_body_of_unknown_length__is_read(server: Server) -> None:
     connection = server.connect()
     pieces = iter([json.dumps(BODY)[:10].encode(), json.dumps(BODY)[10:].encode()])
     connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
@@ -128,7 +128,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/j
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
     ],
 )
-def test_bodies_that_stall_or_are_malformed_are_refused_and_hold_no_thread(server: Server, data: bytes) -> None:
+def test_stalled_and_malformed_bodies__are_refused_and_hold_no_thread(server: Server, data: bytes) -> None:
     stalled = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
     for connection in stalled:
         connection.sendall(data)
@@ -140,7 +140,7 @@ def test_bodies_that_stall_or_are_malformed_are_refused_and_hold_no_thread(serve
     assert server.call("GET", "/healthz")[0] == 200
 
 
-def test_headers_that_stall_hold_no_thread(server: Server) -> None:
+def test_stalled_headers__hold_no_thread(server: Server) -> None:
     stalled = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
     for connection in stalled:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHo")
@@ -150,19 +150,19 @@ def test_headers_that_stall_hold_no_thread(server: Server) -> None:
         connection.close()
 
 
-def test_clients_that_keep_their_side_open_delay_nobody(server: Server) -> None:
+def test_clients_that_keep_their_side_open__delay_no_other(server: Server) -> None:
     connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
     for connection in connections:
         connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     for connection in connections:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    # Were the server to wait for them one after the other, two seconds each, this would run out of time.
+    # If the server waited two seconds for each of them in turn, this would time out.
     assert server.call("GET", "/healthz")[0] == 200
     for connection in connections:
         connection.close()
 
 
-def test_a_body_that_drips_has_a_deadline_as_a_whole(server: Server) -> None:
+def test_dripping_body__has_a_deadline_as_a_whole(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
         began, answer = time.monotonic(), b""
@@ -175,7 +175,7 @@ def test_a_body_that_drips_has_a_deadline_as_a_whole(server: Server) -> None:
         assert answer.startswith(b"HTTP/1.1 408")
 
 
-def test_malformed_http_gets_an_answer_and_the_server_lives(server: Server) -> None:
+def test_malformed_http__gets_an_answer_and_the_server_lives(server: Server) -> None:
     for data in (
         b"\x00" * 100,
         b"GET / HTTP/9.9\r\n\r\n",
@@ -187,10 +187,10 @@ def test_malformed_http_gets_an_answer_and_the_server_lives(server: Server) -> N
     assert server.call("GET", "/healthz")[0] == 200
 
 
-def test_sigterm_lets_a_running_request_finish_and_exits_with_0(environment: dict[str, str]) -> None:
+def test_sigterm__lets_a_running_request_finish_and_exits_with_0(environment: dict[str, str]) -> None:
     with serving(SERVE, environment) as server, contextlib.closing(server.connect()) as connection:
         ask(connection, "POST", "/v1/completions", BODY | {"max_tokens": 8000, "stream": True})
-        response = connection.getresponse()  # it has begun
+        response = connection.getresponse()  # the stream has begun
         server.process.send_signal(signal.SIGTERM)
         events = response.read().split(b"\n\n")
         assert events[-2:] == [b"data: [DONE]", b""]
@@ -202,7 +202,7 @@ def test_sigterm_lets_a_running_request_finish_and_exits_with_0(environment: dic
         assert "ROMEO" not in "".join(server.log)
 
 
-def test_sigterm_with_texts_that_nobody_waits_for_ends_in_order(environment: dict[str, str]) -> None:
+def test_sigterm__with_abandoned_texts_exits_with_0(environment: dict[str, str]) -> None:
     with serving(SERVE, environment) as server:
         for _ in range(4):
             with server.open(BODY | {"max_tokens": 8000, "stream": True}) as connection:
@@ -212,7 +212,7 @@ def test_sigterm_with_texts_that_nobody_waits_for_ends_in_order(environment: dic
     assert {json.loads(line)["level"] for line in server.log} == {"info"}
 
 
-def test_a_taken_port_is_an_error(server: Server, environment: dict[str, str]) -> None:
+def test_taken_port__stops_the_start(server: Server, environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "service", "serve", "--port", str(server.port)]
     result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode != 0
@@ -220,7 +220,7 @@ def test_a_taken_port_is_an_error(server: Server, environment: dict[str, str]) -
     assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_variable_stops_the_start(environment: dict[str, str], tmp_path: Path) -> None:
+def test_unknown_variable__stops_the_start(environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "service", "serve"]
     changed = os.environ | environment | {"GRU_SERVE_MAX_TOKEN": "7"}
     result = subprocess.run(command, env=changed, capture_output=True, text=True, check=False, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Streams of sessions over real sockets: cut anywhere, half open, taken up again; and the client that does so."""
+"""Streams of sessions over real sockets, broken anywhere, half open and resumed; and the client that resumes them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 from service.client import Client, ServerError, Session
 from service.store.model_store import ModelStore
 from tests.harness.server import SERVE, Server, serving
+from tests.harness.sse import Event
 
 NUM_STREAMS = int(os.environ.get("CUT_STREAMS", "1000"))
 NUM_CHARS = 300
@@ -40,19 +41,25 @@ def client(server: Server) -> Iterator[Client]:
 
 @dataclass
 class Received:
-    """Of a stream: the position after the last whole event, its text, and what `done` said."""
+    """What has arrived of a stream in whole events."""
 
-    position: int
+    position: int  # after the last event
     text: str = ""
-    done: dict[str, Any] | None = None
+    done: dict[str, Any] | None = None  # the data of the event `done`
 
 
 def take_part(
     server: Server, path: str, body: object, received: Received, num_bytes: int | None, stack: ExitStack | None
 ) -> None:
-    """Ask for a stream, read so many bytes of it (None: all), and close it, or leave it open until the stack ends.
+    """Request a stream and read part of it. Only whole events count: the rest of an event that was cut off is dropped.
 
-    Only whole events count: what a client would have got of a cut one is thrown away.
+    Args:
+        server: The server.
+        path: Of the run.
+        body: To begin the run; None to resume it after `received.position`.
+        received: What has arrived so far; this adds to it.
+        num_bytes: How many bytes are read; None for all.
+        stack: Closes the connection when it ends; None to close it at once.
     """
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     if stack is not None:
@@ -74,22 +81,22 @@ def take_part(
             connection.close()
     head_bytes, _, rest = raw.partition(b"\r\n\r\n")
     if rest and b" 200 " not in head_bytes.split(b"\r\n")[0]:
-        # Somebody else was at it, or the request that was to begin it was cut before it was read.
+        # Another connection has the run, or the request that begins it was cut off before the server had read it.
         assert b" 409 " in head_bytes.split(b"\r\n")[0], raw
         return
     for block in rest.split(b"\n\n")[:-1]:
-        fields = dict(line.split(": ", 1) for line in block.decode().split("\n"))
-        if fields["event"] == "text":
-            received.text += json.loads(fields["data"])["text"]
-            received.position = int(fields["id"])
-        elif fields["event"] == "done":
-            received.done = json.loads(fields["data"])
+        event = Event.parse(block.decode())
+        if event.kind == "text":
+            received.text += event.data["text"]
+            received.position = event.id
+        elif event.kind == "done":
+            received.done = event.data
         else:
-            assert json.loads(fields["data"])["error"]["code"] == "run_taken_over"
+            assert event.data["error"]["code"] == "run_taken_over"
 
 
-def test_no_character_is_lost_doubled_or_changed_by_cuts(server: Server) -> None:
-    """Streams cut at random bytes, in the midst of events, closed or left half open, and taken up."""
+def test_broken_streams__lose_double_and_change_no_character(server: Server) -> None:
+    """Streams break at random bytes, also inside events; they are closed or left half open, and resumed."""
     whole = {}
     for seed in range(8):
         status, answer = server.call("PUT", f"/v1/sessions/whole{seed}", {"text": "ROMEO:", "seed": seed})
@@ -104,15 +111,15 @@ def test_no_character_is_lost_doubled_or_changed_by_cuts(server: Server) -> None
         received, begin = Received(6), {"max_tokens": NUM_CHARS, "stream": True, "position": 6}
         with ExitStack() as stack:
             for _ in range(chance.randint(1, 3)):
-                # From nothing at all to more than there is.
+                # From nothing to more than the whole stream.
                 num_bytes = chance.choice([0, 200, 450, 700, 1000, 2000]) + chance.randrange(250)
                 half_open = stack if chance.random() < 0.4 else None
-                # Who has no character yet asks for it as at first: it may never have arrived.
-                asked = begin if received.position == 6 else None
-                take_part(server, f"{path}/generate", asked, received, num_bytes, half_open)
+                # A client without a character repeats its first request: the server may never have received it.
+                body = begin if received.position == 6 else None
+                take_part(server, f"{path}/generate", body, received, num_bytes, half_open)
             while received.done is None:
-                asked = begin if received.position == 6 else None
-                take_part(server, f"{path}/generate", asked, received, None, None)
+                body = begin if received.position == 6 else None
+                take_part(server, f"{path}/generate", body, received, None, None)
         wrong = []
         if received.text != whole[seed]:
             wrong.append(f"{number}: {received.text!r}")
@@ -127,21 +134,21 @@ def test_no_character_is_lost_doubled_or_changed_by_cuts(server: Server) -> None
     assert wrong == []
 
 
-def test_a_client_that_leaves_stops_the_run(server: Server, client: Client) -> None:
+def test_client_that_leaves__stops_the_run(server: Server, client: Client) -> None:
     session = client.create("ROMEO:", seed=7)
     pieces = session.generate(60_000)
-    got = next(pieces)
+    first = next(pieces)
     pieces.close()
-    assert session.position == 6 + len(got)
-    assert session.text() == "ROMEO:" + got  # what nobody took is taken back
+    assert session.position == 6 + len(first)
+    assert session.text() == "ROMEO:" + first  # characters that the client has not read are dropped
     rest = "".join(session.generate(50))
     again = client.create("ROMEO:", seed=7)
-    assert "".join(again.generate(len(got) + 50)) == got + rest
+    assert "".join(again.generate(len(first) + 50)) == first + rest
     assert server.call("GET", f"/v1/sessions/{session.id}")[1]["position"] == session.position
 
 
 class Proxy:
-    """A server between the client and the real one that cuts connections after a random number of bytes."""
+    """A proxy that breaks each connection after a random number of bytes of the answer."""
 
     def __init__(self, port: int, seed: int) -> None:
         self._port, self._chance, self.num_cuts = port, random.Random(seed), 0
@@ -165,18 +172,18 @@ class Proxy:
                 self._forward(connection, self._chance.choice([0, 30, 300, 500, 800, 1500, 10_000]))
 
     def _forward(self, connection: socket.socket, num_bytes: int) -> None:
-        """One request, and so many bytes of its answer."""
+        """Forward one request, and `num_bytes` of its answer."""
         connection.settimeout(5)
         request = b""
         try:
             while b"\r\n\r\n" not in request:
-                request += connection.recv(65_536)
+                request += _received(connection)
             head, _, body = request.partition(b"\r\n\r\n")
             size = next(
                 (int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
             )
             while len(body) < size:
-                body += connection.recv(65_536)
+                body += _received(connection)
         except OSError:
             return
         with socket.create_connection(("127.0.0.1", self._port), timeout=20) as upstream:
@@ -187,7 +194,15 @@ class Proxy:
         self.num_cuts += num_bytes == 0
 
 
-def test_the_client_gets_everything_through_a_connection_that_breaks_all_the_time(server: Server) -> None:
+def _received(connection: socket.socket) -> bytes:
+    """Return the next bytes. Raise ConnectionError if the other side has closed."""
+    part = connection.recv(65_536)
+    if not part:
+        raise ConnectionError("closed before the request was whole")
+    return part
+
+
+def test_client__gets_everything_through_a_connection_that_keeps_breaking(server: Server) -> None:
     with Client(f"http://127.0.0.1:{server.port}") as steady:
         twin = steady.create("ROMEO:", seed=7)
         whole = "".join(twin.generate(600, temperature=0.9))
@@ -209,7 +224,7 @@ def test_the_client_gets_everything_through_a_connection_that_breaks_all_the_tim
         assert steady.open(fork.id).text() == "ROMEO:" + whole + "and then" + later
 
 
-def test_what_the_server_refuses_is_an_error_with_its_code(client: Client) -> None:
+def test_client__raises_refusals_with_their_code(client: Client) -> None:
     session = client.create("ROMEO:")
     with pytest.raises(ServerError) as error:
         session.feed("é")
@@ -224,7 +239,7 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client: Client) -> No
     assert error.value.code == "position_conflict"
     with pytest.raises(ServerError):
         session.feed("xyz")
-    assert other.text() == "ROMEO:abc"  # what another wrote was not taken back to make room
+    assert other.text() == "ROMEO:abc"  # the refused feed removed nothing that the other client wrote
     with pytest.raises(ServerError):
         client.open("nobody")
     with pytest.raises(ServerError):
@@ -233,14 +248,7 @@ def test_what_the_server_refuses_is_an_error_with_its_code(client: Client) -> No
         Client("somewhere")
 
 
-def test_a_server_that_is_away_is_waited_for_and_given_up_in_time() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
-    with pytest.raises(ConnectionRefusedError):
-        Client(f"http://127.0.0.1:{port}", retry_s=0.1).create()
-
-
-def test_sessions_side_by_side_have_their_own_texts(client: Client) -> None:
+def test_sessions_side_by_side__keep_their_own_texts(client: Client) -> None:
     texts = {f"side{number}": "".join(random.Random(number).choices("abcdefgh ", k=40)) for number in range(16)}
 
     def write(name: str) -> Session:

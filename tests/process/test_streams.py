@@ -1,4 +1,4 @@
-"""Streams and clients that leave: the real process, the real `openai` client, and bare sockets."""
+"""Streams of the real process, read by the real `openai` client and by bare sockets; and clients that leave."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def server(environment: dict[str, str]) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def narrow(environment: dict[str, str]) -> Iterator[Server]:
-    """A server with a place for one text, and little patience with those who don't read."""
+    """A server with a place for one text, which soon drops clients that do not read."""
     limits = {"GRU_SERVE_MAX_BATCH": "1", "GRU_SERVE_MAX_QUEUE": "0", "GRU_SERVE_SEND_TIMEOUT_S": "1"}
     with serving(SERVE, environment | limits) as server:
         yield server
@@ -58,7 +58,7 @@ def openai_client(server: Server) -> openai.OpenAI:
 
 
 def events(server: Server, **changes: object) -> list[str]:
-    """The data of each event of a stream."""
+    """Request a stream; return the data of each event."""
     connection = server.connect()
     try:
         ask(connection, "POST", "/v1/completions", BODY | {"stream": True} | changes)
@@ -74,7 +74,7 @@ def events(server: Server, **changes: object) -> list[str]:
 
 
 def texts(found: list[str], num_choices: int = 1) -> list[str]:
-    """The text of each choice, put together."""
+    """Return the whole text of each choice."""
     pieces = [""] * num_choices
     for event in found[:-1]:
         for choice in json.loads(event)["choices"]:
@@ -83,13 +83,16 @@ def texts(found: list[str], num_choices: int = 1) -> list[str]:
 
 
 def is_free(server: Server) -> bool:
-    """Whether a text is taken in at once."""
+    """Return whether a text is admitted at once."""
     return server.call("POST", "/v1/completions", BODY | {"max_tokens": 1})[0] == 200
 
 
 @contextmanager
 def holding_the_place(server: Server, body: object, receive_bytes: int | None = None) -> Iterator[socket.socket]:
-    """A connection whose request has the only place. What looks whether it is taken may take it first: then again."""
+    """A connection whose request has the only place.
+
+    The requests of `is_free` may get the place first; the request is repeated until it has it.
+    """
     wait_until(lambda: is_free(server))
     for _ in range(100):
         with server.open(body, receive_bytes=receive_bytes) as connection:
@@ -97,23 +100,23 @@ def holding_the_place(server: Server, body: object, receive_bytes: int | None = 
             if not is_refused(connection):
                 yield connection
                 return
-    raise AssertionError("another always came first")
+    raise AssertionError("another request always got the place first")
 
 
 def is_refused(connection: socket.socket) -> bool:
-    """Whether an error lies there to be read."""
+    """Return whether the answer is an error."""
     return bool(select.select([connection], [], [], 0)[0]) and connection.recv(10, socket.MSG_PEEK).endswith(b" 4")
 
 
 def is_reset(connection: socket.socket) -> bool:
-    """Whether the other side has dropped the connection."""
+    """Return whether the other side has dropped the connection."""
     return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.ECONNRESET)
 
 
 # The official client
 
 
-def test_a_streamed_text_is_the_one_that_comes_unstreamed(client: openai.OpenAI) -> None:
+def test_stream__has_the_text_of_the_whole_answer(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 3000, "seed": 7, "temperature": 0.8}
     whole = client.completions.create(**settings)
     chunks = list(client.completions.create(**settings, stream=True))
@@ -123,7 +126,7 @@ def test_a_streamed_text_is_the_one_that_comes_unstreamed(client: openai.OpenAI)
     assert {(chunk.model, chunk.system_fingerprint) for chunk in chunks} == {(whole.model, whole.system_fingerprint)}
 
 
-def test_the_last_chunk_has_the_usage_if_asked_for(client: openai.OpenAI) -> None:
+def test_stream__has_the_usage_in_its_last_chunk_on_request(client: openai.OpenAI) -> None:
     chunks = list(
         client.completions.create(
             model="tiny", prompt="ROMEO:", max_tokens=50, stream=True, stream_options={"include_usage": True}
@@ -135,7 +138,7 @@ def test_the_last_chunk_has_the_usage_if_asked_for(client: openai.OpenAI) -> Non
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_each_of_several_prompts_is_continued_as_if_it_were_alone(client: openai.OpenAI, server: Server) -> None:
+def test_prompts__are_continued_as_if_each_were_alone(client: openai.OpenAI, server: Server) -> None:
     prompts = ["ROMEO:", "JULIET:", "a"]
     answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=40, seed=7)
     assert [choice.text for choice in answer.choices] == [
@@ -146,7 +149,7 @@ def test_each_of_several_prompts_is_continued_as_if_it_were_alone(client: openai
     assert streamed == [choice.text for choice in answer.choices]
 
 
-def test_n_continuations_differ_and_are_the_same_streamed(client: openai.OpenAI, server: Server) -> None:
+def test_n__continuations_differ_and_are_the_same_streamed(client: openai.OpenAI, server: Server) -> None:
     answer = client.completions.create(model="tiny", prompt="ROMEO:", max_tokens=40, seed=7, n=3)
     found = [choice.text for choice in answer.choices]
     assert len(set(found)) == 3
@@ -154,7 +157,7 @@ def test_n_continuations_differ_and_are_the_same_streamed(client: openai.OpenAI,
     assert texts(events(server, n=3, max_tokens=40), 3) == found
 
 
-def test_best_of_answers_the_likeliest_of_n(client: openai.OpenAI) -> None:
+def test_best_of__answers_the_likeliest_of_n(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
     answer = client.completions.create(**settings, n=4, logprobs=0)
     means = {}
@@ -166,7 +169,7 @@ def test_best_of_answers_the_likeliest_of_n(client: openai.OpenAI) -> None:
     assert [choice.text for choice in best] == [max(means, key=lambda text: means[text])]
 
 
-def test_echo_with_logprobs_covers_prompt_and_continuation(client: openai.OpenAI) -> None:
+def test_echo__with_logprobs_covers_prompt_and_continuation(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7, "logprobs": 2}
     choice = client.completions.create(**settings, echo=True).choices[0]
     plain = client.completions.create(**settings).choices[0]
@@ -184,7 +187,7 @@ def test_echo_with_logprobs_covers_prompt_and_continuation(client: openai.OpenAI
     assert choice.logprobs.token_logprobs[6:] == plain.logprobs.token_logprobs
 
 
-def test_streamed_logprobs_are_those_that_come_unstreamed(client: openai.OpenAI, server: Server) -> None:
+def test_logprobs__of_a_stream_are_those_of_the_whole_answer(client: openai.OpenAI, server: Server) -> None:
     whole = client.completions.create(
         model="tiny", prompt="ROMEO:", max_tokens=500, seed=7, logprobs=2, echo=True
     ).choices[0]
@@ -196,7 +199,7 @@ def test_streamed_logprobs_are_those_that_come_unstreamed(client: openai.OpenAI,
     assert joined == whole.logprobs.model_dump()
 
 
-def test_scoring_a_text_gives_what_generating_it_gave(client: openai.OpenAI) -> None:
+def test_logprobs__of_scoring_a_text_are_those_of_generating_it(client: openai.OpenAI) -> None:
     made = client.completions.create(model="tiny", prompt="ROMEO:", max_tokens=50, seed=7, logprobs=0, echo=True)
     text = made.choices[0].text
     scored = client.completions.create(model="tiny", prompt=text, max_tokens=0, logprobs=0, echo=True)
@@ -206,7 +209,7 @@ def test_scoring_a_text_gives_what_generating_it_gave(client: openai.OpenAI) -> 
     assert scored.usage.completion_tokens == 0
 
 
-def test_what_a_stream_can_be_refused_for_is_refused_with_a_status(client: openai.OpenAI) -> None:
+def test_stream__is_refused_with_a_status(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="nope", prompt="a", stream=True)
     assert missing.value.code == "model_not_found"
@@ -215,7 +218,7 @@ def test_what_a_stream_can_be_refused_for_is_refused_with_a_status(client: opena
     assert (bad.value.code, bad.value.param) == ("out_of_range", "best_of")
 
 
-def test_an_overloaded_server_raises_the_rate_limit_error(narrow: Server) -> None:
+def test_overloaded_server__raises_openais_rate_limit_error(narrow: Server) -> None:
     wait_until(lambda: is_free(narrow))
     with narrow.open(ENDLESS) as holder, openai_client(narrow) as client:
         assert holder.recv(1)
@@ -229,7 +232,7 @@ def test_an_overloaded_server_raises_the_rate_limit_error(narrow: Server) -> Non
 # Framing
 
 
-def test_a_stream_ends_with_done_and_says_that_it_is_not_to_be_buffered(server: Server) -> None:
+def test_stream__ends_with_done_and_forbids_buffering(server: Server) -> None:
     with closing(server.connect()) as connection:
         ask(connection, "POST", "/v1/completions", BODY | {"stream": True})
         response = connection.getresponse()
@@ -240,13 +243,13 @@ def test_a_stream_ends_with_done_and_says_that_it_is_not_to_be_buffered(server: 
         assert response.read().endswith(b"\n\ndata: [DONE]\n\n")
 
 
-def test_the_first_event_comes_while_the_rest_is_still_to_be_generated(server: Server) -> None:
+def test_stream__first_event_arrives_before_the_last_is_generated(server: Server) -> None:
     with server.open(ENDLESS) as connection, connection.makefile("rb") as lines:
         first = next(line for line in lines if line.startswith(b"data: "))
         assert json.loads(first[6:])["choices"][0]["finish_reason"] is None
 
 
-def test_a_stop_string_is_never_sent_not_even_its_beginning(server: Server) -> None:
+def test_stop_string__is_never_sent_not_even_its_beginning(server: Server) -> None:
     text = server.text(max_tokens=1500)
     for start in range(100, 1400, 130):
         stop = text[start : start + 5]
@@ -255,19 +258,19 @@ def test_a_stop_string_is_never_sent_not_even_its_beginning(server: Server) -> N
         assert json.loads(found[-2])["choices"][0]["finish_reason"] == "stop"
 
 
-def test_what_only_looks_like_a_stop_string_is_sent(server: Server) -> None:
+def test_stop_string__its_beginning_is_sent_if_the_rest_does_not_follow(server: Server) -> None:
     text = server.text()
     assert texts(events(server, stop=text[-3:] + "a")) == [text]
 
 
-def test_a_client_of_http_1_0_gets_the_events_bare(server: Server) -> None:
+def test_http_1_0__gets_the_events_without_chunks(server: Server) -> None:
     with server.open(BODY | {"stream": True}, version="1.0") as connection, connection.makefile("rb") as answer:
         head, _, body = answer.read().partition(b"\r\n\r\n")
     assert b"chunked" not in head
     assert texts([block[6:].decode() for block in body.split(b"\n\n")[:-1]]) == [server.text()]
 
 
-def test_a_connection_can_be_used_again_after_a_stream(server: Server) -> None:
+def test_connection__can_be_used_again_after_a_stream(server: Server) -> None:
     with closing(server.connect()) as connection:
         for _ in range(3):
             ask(connection, "POST", "/v1/completions", BODY | {"stream": True})
@@ -283,7 +286,7 @@ def test_a_connection_can_be_used_again_after_a_stream(server: Server) -> None:
 
 @pytest.mark.parametrize("reset", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_place(narrow: Server, stream: bool, reset: bool) -> None:
+def test_client_that_leaves__frees_its_place(narrow: Server, stream: bool, reset: bool) -> None:
     ended = len(narrow.logged("stream ended"))
     with holding_the_place(narrow, ENDLESS | {"stream": stream}) as connection:
         if stream:
@@ -299,8 +302,8 @@ def test_a_client_that_leaves_frees_its_place(narrow: Server, stream: bool, rese
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_does_not_read_is_dropped(narrow: Server, stream: bool) -> None:
-    # Scores of 25,000 characters, 14 MB: more than fits the buffers of both sides.
+def test_client_that_does_not_read__is_dropped(narrow: Server, stream: bool) -> None:
+    # Scores of 25,000 characters are 14 MB: they do not fit into the buffers of both sides.
     body = ENDLESS | {"prompt": "ROMEO" * 5000, "logprobs": 20, "echo": True, "max_tokens": 1000, "stream": stream}
     with holding_the_place(narrow, body, receive_bytes=4096) as connection:
         wait_until(lambda: is_free(narrow))
@@ -309,12 +312,12 @@ def test_a_client_that_does_not_read_is_dropped(narrow: Server, stream: bool) ->
     assert "Traceback" not in "".join(narrow.log)
 
 
-def test_clients_that_do_not_read_give_their_threads_back(narrow: Server) -> None:
+def test_clients_that_do_not_read__free_their_threads(narrow: Server) -> None:
     wait_until(lambda: is_free(narrow))
     status, answer = narrow.call("GET", "/openapi.json")
     assert status == 200
     request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    num_requests = 8_000_000 // len(json.dumps(answer))  # one after the other: more than fits the buffers
+    num_requests = 8_000_000 // len(json.dumps(answer))  # pipelined: their answers do not fit into the buffers
     silent = []
     for _ in range(17):  # as many as the server has threads
         connection = socket.socket()

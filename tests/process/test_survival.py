@@ -1,4 +1,4 @@
-"""A deployment of real processes under attack, for a few rounds; `python -m benchmarks.survival` does many."""
+"""A few rounds of attacks on a deployment of real processes; `python -m benchmarks.survival` runs many."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from service.client import Client
 ROUNDS = int(os.environ.get("SURVIVAL_ROUNDS", "2"))
 
 
-def test_a_killed_replica_costs_no_character() -> None:
+def test_killed_replica__costs_no_character() -> None:
     assert survival.kills(2 * ROUNDS)["wrong"] == 0
 
 
-def test_a_killed_store_takes_nothing_back_silently() -> None:
+def test_killed_store__takes_nothing_back_silently() -> None:
     outcomes = survival.redis_kills(ROUNDS)["outcomes"]
     assert "WENT BACK" not in outcomes
     assert outcomes["whole"] > 0
 
 
-def test_a_lease_holder_that_wakes_up_overwrites_nothing() -> None:
+def test_lease_holder_that_wakes_up__overwrites_nothing() -> None:
     assert survival.paused(1, 6)["outcomes"] == {"as its successor left it": 1}
 
 
-def test_every_replica_draws_the_same_characters() -> None:
-    """The needle: one seed, one text, on each of them, after a fork, and from a state that was carried across."""
+def test_replicas__draw_the_same_characters() -> None:
+    """One seed gives one text on each replica, after a fork, and from a state that another replica saved."""
     with deployed(3, GRU_SERVE_STATE_KEYS="a key that all replicas have") as deployment:
         clients = [Client(f"http://127.0.0.1:{replica.port}") for replica in deployment.replicas]
         bodies = {"prompt": "ROMEO:", "max_tokens": 400, "seed": 7}
@@ -36,7 +36,7 @@ def test_every_replica_draws_the_same_characters() -> None:
 
         beginning = clients[0].create("ROMEO:", seed=7, id="whole")
         whole = "".join(beginning.generate(600))
-        # The same text in three parts, each on another replica: of one session, of a fork, of a carried state.
+        # The same text in three parts, each on another replica: from the session, from a fork, and from a saved state.
         parts = clients[0].create("ROMEO:", seed=7, id="parts")
         text = "".join(parts.generate(200))
         text += "".join(clients[1].open("parts").generate(200))
