@@ -70,8 +70,8 @@ class Containers:
             yield
         finally:
             _output([*command, "down", "-v"], environment, check=False)
-            # podman-compose forgets how many containers it started, and one on which others depend is removed only after
-            # them: hence several passes.
+            # podman-compose forgets how many containers it started, and one on which others depend is removed only
+            # after them: hence several passes.
             for _ in range(3):
                 for container in self.of_project(also_stopped=True):
                     self.run("rm", "-f", "-v", container, check=False)
