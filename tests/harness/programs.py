@@ -7,8 +7,6 @@ import random
 import shutil
 import socket
 
-import pytest
-
 # Below the ports that the kernel gives out by itself (32768 and above on Linux): between the probe and the program's
 # start, neither an outgoing connection nor a server that listens on port 0 can get the same one.
 _PORTS = range(20_000, 32_000)
@@ -18,6 +16,8 @@ def program(name: str) -> str:
     """Return the path of an installed program. Skip the test if it is not installed; fail it where CI is set."""
     found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
     if found is None:
+        import pytest  # not at the top: benchmarks that measure their own memory import this module
+
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
     return found
 
