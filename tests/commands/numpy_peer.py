@@ -1,4 +1,4 @@
-"""A worker of `benchmarks.peers` in plain numpy, which needs no environment of its own.
+"""A worker of `benchmarks.peers` in plain numpy, which needs no virtual environment of its own.
 
 python -m tests.commands.numpy_peer DIRECTORY THREADS
 """
@@ -16,7 +16,7 @@ from benchmarks.peers.worker import Worker
 
 
 class Numpy(Worker):
-    """One step after the other, always the likeliest character."""
+    """Steps one character at a time and always takes the likeliest one."""
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -40,7 +40,7 @@ class Numpy(Worker):
         return generate
 
     def _step(self, chars: np.ndarray, hidden: Float32) -> tuple[Float32, Float32]:
-        """(B,) ids and (B, H) hidden -> (B, V) logits, (B, H) hidden."""
+        """Step (B,) ids and (B, H) hidden; return (B, V) logits and (B, H) hidden."""
         weights = self._weights
         z, r, n = np.split(weights.embedding[chars] @ weights.inputs.T + weights.bias[0], 3, axis=1)
         hidden_z, hidden_r, hidden_n = np.split(hidden @ weights.recurrent.T + weights.bias[1], 3, axis=1)

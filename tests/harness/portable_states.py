@@ -8,7 +8,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.=+/
 
 
 def changed(good: str, chance: random.Random) -> str:
-    """A state with a character changed, dropped, added or swapped, or pieces of it in another order."""
+    """Return the state with a character changed, dropped or added, or with its pieces in another order."""
     place, other = chance.randrange(len(good)), chance.randrange(len(good))
     new = chance.choice(ALPHABET)
     return chance.choice(

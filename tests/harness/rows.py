@@ -1,4 +1,4 @@
-"""Small quantised models and rows for the engine's tests."""
+"""Small quantised models, and rows for the tests of steppers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CHARSET = Charset(CONFIG.charset)
 
 
 def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
-    """Random weights, larger than training begins with: the state moves, and texts are not all alike."""
+    """Return a model with larger random weights than training begins with: the state moves, and texts differ."""
     tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
     return quantize(config, tensors, precision)
 
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
-    """A row as the engine would make it."""
+    """Return a row as the engine makes it, with some fields changed."""
     ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
     stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
     history = History(len(CHARSET), ids) if sampling.penalizes else None
@@ -34,7 +34,7 @@ def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int
     return Row(**(fields | changes))
 
 
-# Every kind of row that there is: the contract holds for each of them and any mix.
+# Every kind of row: the contract of steppers holds for each of them and for any mix.
 KINDS: list[dict[str, Any]] = [
     {},
     {"prompt": "", "max_chars": 11},
@@ -59,25 +59,25 @@ KINDS: list[dict[str, Any]] = [
 
 
 def keeping(stepper: Stepper, **kind: Any) -> Row:
-    """A row of this kind of which some states on the way are wanted."""
+    """Return a row of this kind that also stores checkpoints."""
     start = kind.get("position", 0)
     return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
 
 
 def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[StepResult]:
-    """StepResult rows to their ends; what each got in all."""
+    """Advance rows to their ends, by `num_chars` characters a call; return the joined results of each row."""
     parts: list[list[StepResult]] = [[] for _ in rows]
     while any(row.finished is None for row in rows):
-        for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
-            part.append(advance)
+        for part, result in zip(parts, stepper.advance(rows, num_chars), strict=True):
+            part.append(result)
     return [StepResult.join(part) for part in parts]
 
 
-def everything(row: Row, advance: StepResult) -> list[Any]:
-    """All that can be seen of a row at its end, comparable to the bit."""
+def everything(row: Row, result: StepResult) -> list[Any]:
+    """Return all that can be observed of a row at its end, comparable to the bit."""
     seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
     seen += [hidden.tobytes() for hidden in row.checkpoints]
-    for scores in (advance.scores, advance.prompt_scores):
+    for scores in (result.scores, result.prompt_scores):
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
     seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
-    return [*seen, advance.chars.tolist()]
+    return [*seen, result.chars.tolist()]

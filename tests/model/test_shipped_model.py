@@ -1,4 +1,4 @@
-"""The model that is shipped: whole, of the tutorial's sizes, and one that has learnt its text."""
+"""The shipped model: it is whole, it has the sizes of the tutorial's model, and it has learnt its text."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def artifact() -> Artifact:
 
 
 def loss(artifact: Artifact, text: str) -> float:
-    """Nats a character, in float32."""
+    """Return the loss in nats a character, in float32."""
     network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
     return text_loss(network, artifact.charset.encode(text)).nats_per_char
 
 
-def test_it_has_the_tutorials_sizes_and_fits_its_limit() -> None:
+def test_shipped_model__has_the_tutorials_sizes_and_fits_its_limit() -> None:
     config = read_artifact(STORE.resolve("shakespeare@1").path).config
     assert (config.embedding_dim, config.num_units, config.num_layers, config.vocab_size) == (256, 1024, 1, 65)
     assert config.num_parameters == 4_021_569
     assert sum(path.stat().st_size for path in (ROOT / "model_store").rglob("*") if path.is_file()) <= 17_000_000
 
 
-def test_its_card_tells_the_loss_and_how_to_make_it_again() -> None:
+def test_card__states_the_loss_and_the_command_that_trained_it() -> None:
     version = STORE.resolve("shakespeare@1")
     facts = STORE.describe(version).training
     validation_loss = facts.losses.validation_nats_per_char
@@ -49,7 +49,7 @@ def test_its_card_tells_the_loss_and_how_to_make_it_again() -> None:
     assert "gru-serve train --corpus tinyshakespeare.txt --name shakespeare" in card
 
 
-def test_it_has_learnt_and_an_untrained_model_has_not(artifact: Artifact, tmp_path: Path) -> None:
+def test_loss__is_low_and_that_of_an_untrained_model_is_high(artifact: Artifact, tmp_path: Path) -> None:
     sample = artifact.training.model_dump()["sample"]
     text = sample["prompt"] + sample["text"]
     assert loss(artifact, text) < 1.5
@@ -58,7 +58,7 @@ def test_it_has_learnt_and_an_untrained_model_has_not(artifact: Artifact, tmp_pa
     assert loss(store.load("tiny")[1], text) > 3.5
 
 
-def test_integers_predict_its_own_text_as_well_as_float32(artifact: Artifact) -> None:
+def test_loss__in_integers_is_that_of_float32(artifact: Artifact) -> None:
     sample = artifact.training.model_dump()["sample"]
     text = sample["prompt"] + sample["text"]
     for precision in ("int8", "int4"):
@@ -66,8 +66,8 @@ def test_integers_predict_its_own_text_as_well_as_float32(artifact: Artifact) ->
         assert abs(stepped_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
 
 
-def test_shuffled_text_surprises_it(artifact: Artifact) -> None:
-    # Words and their order, not only the frequency of letters.
+def test_loss__of_reversed_text_is_high(artifact: Artifact) -> None:
+    # It has learnt words and their order, not only the frequency of letters.
     text = "What say you, my good lord? I will not speak with him again to-night."
     assert loss(artifact, text) < 1.8
     assert loss(artifact, text[::-1]) > 3

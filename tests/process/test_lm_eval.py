@@ -98,7 +98,7 @@ def test_lm_eval__finds_the_log_probabilities_that_the_server_gives(
     offline = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | offline
     result = subprocess.run(
-        command, cwd=TASK.parent.parent, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=TASK.parents[2], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
     samples = [json.loads(line) for line in next(tmp_path.rglob("samples_*.jsonl")).read_text().splitlines()]
