@@ -11,10 +11,7 @@ import argparse
 import http.client
 import json
 import multiprocessing
-import shutil
-import socket
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,6 +25,8 @@ from benchmarks.sessions import Clients, request
 from benchmarks.table import machine, summary
 from service.settings import Settings
 from service.web.server import Server
+from tests.harness.programs import free_port
+from tests.harness.redis_process import redis_process
 
 Figures = dict[str, object]
 
@@ -42,11 +41,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     figures: Figures = {"machine": machine()}
-    with redis_server() as url:
-        with serving() as memory, serving(session_store=url) as shared:
+    with tempfile.TemporaryDirectory() as directory, redis_process(Path(directory), "--appendonly", "yes") as redis:
+        with serving() as memory, serving(session_store=redis.url) as shared:
             figures["store"] = store(memory, shared, options.clients, options.seconds, options.rounds)
         with ExitStack() as stack:
-            ports = [stack.enter_context(serving(session_store=url)) for _ in range(3)]
+            ports = [stack.enter_context(serving(session_store=redis.url)) for _ in range(3)]
             figures["replicas"] = replicas(ports, options.streams, options.seconds, options.rounds)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -126,23 +125,6 @@ def streamed(ports: list[int], num_streams: int, seconds: float) -> float:
 
 
 @contextmanager
-def redis_server() -> Iterator[str]:
-    """A Redis server of the benchmark's own, which writes to disk every second; its address."""
-    program = shutil.which("redis-server")
-    if program is None:
-        raise SystemExit("redis-server is not installed")
-    port = free_port()
-    with tempfile.TemporaryDirectory() as directory:
-        options = ["--port", str(port), "--bind", "127.0.0.1", "--dir", directory, "--save", "", "--appendonly", "yes"]
-        process = subprocess.Popen([program, *options], stdout=subprocess.DEVNULL)
-        try:
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            process.terminate()
-            process.wait()
-
-
-@contextmanager
 def serving(**settings: object) -> Iterator[int]:
     """The real server with the shipped model, on a free port."""
     port = free_port()
@@ -163,13 +145,6 @@ def serving(**settings: object) -> Iterator[int]:
 def serve_main(port: int, settings: dict[str, object]) -> None:
     """What runs in its process."""
     Server(Settings(port=port, log_level="warning", **settings)).run()  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

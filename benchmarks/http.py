@@ -40,6 +40,7 @@ from service.engine.request import Request
 from service.registry.loaded_models import EngineSettings, LoadedModel
 from service.settings import Settings
 from service.store.model_store import ModelStore
+from tests.harness.programs import free_port
 
 PROMPT = "ROMEO:"
 DONE = b"data: [DONE]\n\n"
@@ -233,9 +234,7 @@ class Streams:
 @contextmanager
 def serving(**settings: str) -> Iterator[int]:
     """The real server with the shipped model, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()  # at its log level the server does not report a port of its own choice
     command = [sys.executable, "-m", "service", "serve", "--port", str(port)]
     environment = os.environ | {"GRU_SERVE_LOG_LEVEL": "warning"} | settings
     process = subprocess.Popen(command, env=environment)

@@ -18,16 +18,15 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, spread
-from tests.page import trace
-from tests.page.conftest import ENVIRONMENT, FLAGS
-from tests.page.line import Line, line_to
-from tests.page.screen import Screen
-from tests.parts import program
-from tests.serving import SERVE, serving
+from tests.harness import trace
+from tests.harness.browser import ENVIRONMENT, chromium
+from tests.harness.line import Line, line_to
+from tests.harness.screen import Screen
+from tests.harness.server import SERVE, serving
 
 TYPED = "Two households, both alike in dignity,"
 PLAIN = """<!doctype html><title>plain</title><pre></pre><textarea></textarea><script>
@@ -137,8 +136,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(machine())
     figures = {}
-    with sync_playwright() as playwright, serving(SERVE, ENVIRONMENT) as server, line_to(server.port) as line:
-        browser = playwright.chromium.launch(executable_path=program("chromium"), args=FLAGS)
+    with chromium() as browser, serving(SERVE, ENVIRONMENT) as server, line_to(server.port) as line:
         for rate in arguments.rates:
 
             def turn(measure: Callable[..., CachedSession], rate: float = rate) -> Callable[[], CachedSession]:
@@ -147,7 +145,6 @@ def main() -> None:
             plain, ours = in_turns([turn(of_the_plain_page), turn(of_the_page)], arguments.rounds)
             report(rate, plain, ours)
             figures[rate] = {"plain": [asdict(seen) for seen in plain], "page": [asdict(seen) for seen in ours]}
-        browser.close()
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rates": figures}, indent=2))
 

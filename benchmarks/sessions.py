@@ -39,6 +39,8 @@ from service.sessions.transcript import Retention, Transcript
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.server import Server
+from tests.harness.clock import Clock
+from tests.harness.programs import free_port
 
 GIB = 2**30
 NUM_CHARS = 64
@@ -70,16 +72,6 @@ def main() -> None:
             figures["feeds"] = feeds(port, options.clients, options.seconds, options.rounds)
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-class Clock:
-    """Seconds since 1970 that pass when they are told to."""
-
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Bench:
@@ -212,8 +204,7 @@ def feeds(port: int, num_clients: int, seconds: float, rounds: int) -> Figures:
 @contextmanager
 def serving_with_empty_route() -> Iterator[int]:
     """The real server with the shipped model and one route more, which does nothing, on a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
+    port = free_port()
     process = multiprocessing.get_context("spawn").Process(target=serve_main, args=(port,))
     process.start()
     try:

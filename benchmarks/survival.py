@@ -38,8 +38,9 @@ from benchmarks.hole import Hole, hole
 from benchmarks.http import report
 from benchmarks.table import machine
 from service.client import Client, ServerError
-from tests.balancer import Balancer, balancing
-from tests.parts import RedisProcess, free_port, redis_process
+from tests.harness.balancer import Balancer, balancing
+from tests.harness.programs import free_port
+from tests.harness.redis_process import RedisProcess, redis_process
 
 Figures = dict[str, Any]
 NUM_CHARS = 2000

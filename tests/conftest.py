@@ -1,4 +1,4 @@
-"""What every test gets: a leak check, and a small real model in a store."""
+"""Fixtures for every test: a leak check, a small model in a store, and a Redis server."""
 
 from __future__ import annotations
 
@@ -7,71 +7,18 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from service.engine.torch_stepper import TorchStepper
-from service.model.artifact import write_artifact
-from service.model.config import ModelConfig
-from service.registry.loaded_models import EngineSettings, LoadedModel
 from service.store.model_store import ModelStore
-from service.training.network import initialise
-from tests.parts import redis_process
-
-TINY_CHARSET = "\n !'-,.:?ABCEFIJLMORTUabcdefghijklmnopqrstuvwxyz"
-
-
-def tiny_config(**changes: object) -> ModelConfig:
-    """Sizes that step in microseconds."""
-    sizes: dict[str, object] = {"embedding_dim": 8, "num_units": 16, "num_layers": 1, "charset": TINY_CHARSET}
-    return ModelConfig.model_validate(sizes | changes)
-
-
-def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights as training begins with them."""
-    from service.model.gru import GRUCharModel
-
-    model = GRUCharModel(config)
-    initialise(model, seed)
-    return {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
-
-
-def publish_tiny(
-    store: ModelStore, name: str = "tiny", seed: int = 0, facts: dict[str, object] | None = None, **changes: object
-) -> str:
-    """Publish a small model with random weights; its full name."""
-    config = tiny_config(**changes)
-    tensors = random_tensors(config, seed)
-    facts = {"losses": {"validation_nats_per_char": 3.5}, "published_at": 1_700_000_000} | (facts or {})
-
-    def write(directory: Path) -> None:
-        write_artifact(directory, config, tensors, facts, {"README.md": b"# tiny\n"})
-
-    return store.publish(name, write).ref
-
-
-def engine_settings(**changes: object) -> EngineSettings:
-    """Engines on the torch stepper."""
-    return EngineSettings(**({"make_stepper": TorchStepper} | changes))  # type: ignore[arg-type]
-
-
-@contextmanager
-def loaded_model(store: ModelStore, ref: str = "tiny", **changes: object) -> Iterator[LoadedModel]:
-    """A model whose engine ends with the block."""
-    model = LoadedModel(*store.load(ref), engine_settings(**changes))
-    try:
-        yield model
-    finally:
-        model.engine.close()
+from tests.harness.models import publish_tiny
+from tests.harness.redis_process import redis_process
 
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """A store that holds `tiny@1`; not to be changed."""
+    """A store that holds `tiny@1`. Tests must not change it."""
     store = ModelStore(tmp_path_factory.mktemp("store"))
     publish_tiny(store)
     return store
@@ -79,14 +26,14 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
 
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Redis server for those who keep to a prefix of their own."""
+    """The address of a Redis server that tests share; each test uses a key prefix of its own."""
     with redis_process(tmp_path_factory.mktemp("redis")) as process:
         yield process.url
 
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fail a test that leaves a thread or a file descriptor behind, or another number of torch threads."""
+    """Fail a test that leaves a thread or an open file, and restore the number of torch threads."""
     threads, files, torch_threads = set(threading.enumerate()), _open_files(), torch.get_num_threads()
     yield
     torch.set_num_threads(torch_threads)
@@ -97,7 +44,7 @@ def no_leaks() -> Iterator[None]:
         if not left_threads and not left_files:
             return
         if time.monotonic() > deadline:
-            pytest.fail(f"left behind: threads {left_threads}, files {left_files}")
+            pytest.fail(f"not closed: threads {left_threads}, files {left_files}")
         gc.collect()
         time.sleep(0.01)
 
@@ -109,10 +56,10 @@ def _open_files() -> dict[str, str]:
             try:
                 found[fd] = os.readlink(f"/proc/self/fd/{fd}")
             except OSError:
-                continue  # the descriptor of the listing itself
+                continue  # the descriptor that this listing used
     except FileNotFoundError:
         return {}  # not Linux
-    # matplotlib keeps the fonts that it has used open.
+    # matplotlib never closes the fonts that it has used.
     return {
         fd: target for fd, target in found.items() if not target.startswith("/proc/") and not target.endswith(".ttf")
     }

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import SERVE, Server, serving
+from tests.harness.server import SERVE, Server, serving
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(SERVE, {"GRU_SERVE_LOG_LEVEL": "warning"}) as server:
+    with serving(SERVE, {}) as server:
         yield server
 
 

@@ -1,4 +1,4 @@
-"""Containers for tests, with docker or podman: images built, containers run, the compose file brought up and down."""
+"""Docker or podman: build images, run containers, bring the compose file up and down."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _TIMEOUT_S = 900
 
 @dataclass(frozen=True)
 class Containers:
-    """The command lines of an engine. build_options: that its builds need here."""
+    """A container engine that is called by its command line."""
 
-    engine: str
-    compose: tuple[str, ...]
-    build_options: tuple[str, ...] = ()
+    engine: str  # "docker" or "podman"
+    compose: tuple[str, ...]  # the words that begin a command of compose
+    build_options: tuple[str, ...] = ()  # more options that `build` needs
 
     def run(self, *words: str, check: bool = True) -> str:
-        """What the engine prints."""
+        """Run a command of the engine; return what it prints."""
         return _output([self.engine, *words], check=check)
 
     def inspect(self, name: str) -> Any:
-        """What it knows of a container or an image."""
+        """Return the engine's facts about a container or an image."""
         return json.loads(self.run("inspect", name))[0]
 
     def build(self, tag: str, *options: str) -> None:
@@ -42,7 +42,7 @@ class Containers:
 
     @contextmanager
     def started(self, *words: str) -> Iterator[str]:
-        """The id of a container that runs, until the block ends."""
+        """Run a container until the block ends; return its id."""
         container = self.run("run", "-d", *words).strip().splitlines()[-1]
         try:
             yield container
@@ -50,49 +50,50 @@ class Containers:
             self.run("rm", "-f", "-v", container, check=False)
 
     def execute(self, container: str, *words: str) -> tuple[int, str]:
-        """Exit code and output of a command inside."""
+        """Run a command inside a container; return its exit code and output."""
         result = subprocess.run(
             [self.engine, "exec", container, *words], capture_output=True, text=True, timeout=60, check=False
         )
         return result.returncode, result.stdout + result.stderr
 
     def logs(self, container: str) -> str:
-        """All that it has written."""
+        """Return all that a container has written to its standard output and error."""
         result = subprocess.run([self.engine, "logs", container], capture_output=True, text=True, check=True)
         return result.stdout + result.stderr
 
     @contextmanager
     def up(self, num_replicas: int, environment: dict[str, str]) -> Iterator[None]:
-        """The compose file's containers, with so many replicas; nothing of them is left behind the block."""
+        """Run the compose file's containers with this number of replicas; remove all of them after the block."""
         command = [*self.compose, "-p", PROJECT, "-f", str(ROOT / "docker-compose.yml")]
         try:
             _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
             yield
         finally:
             _output([*command, "down", "-v"], environment, check=False)
-            # podman-compose forgets how many it started, and one on which another depends can't be removed before that.
+            # podman-compose forgets how many containers it started, and one on which others depend is removed only
+            # after them: hence several passes.
             for _ in range(3):
-                for container in self.of_project(all_of_them=True):
+                for container in self.of_project(also_stopped=True):
                     self.run("rm", "-f", "-v", container, check=False)
             for network in ("front", "back"):
                 self.run("network", "rm", f"{PROJECT}_{network}", check=False)
             self.run("volume", "rm", f"{PROJECT}_redis", check=False)
 
-    def of_project(self, service: str | None = None, *, all_of_them: bool = False) -> list[str]:
-        """The names of the compose file's containers that run, or of all that there are."""
+    def of_project(self, service: str | None = None, *, also_stopped: bool = False) -> list[str]:
+        """Return the names of the compose file's containers that run; on request also of those that have stopped."""
         found: set[str] = set()
         for label in _PROJECT_LABELS:
             options = ["--filter", f"label={label}={PROJECT}", "--format", "{{.Names}}"]
-            found |= set(self.run("ps", *(["-a"] if all_of_them else []), *options).split())
+            found |= set(self.run("ps", *(["-a"] if also_stopped else []), *options).split())
         return sorted(name for name in found if service is None or service in name.removeprefix(PROJECT))
 
 
 def find_containers() -> Containers:
-    """The engine that there is. Without one the test is skipped; where CI is set it fails."""
+    """Return the engine of this machine. Skip the test if there is none; fail it where CI is set."""
     if _succeeds("docker", "info") and _succeeds("docker", "compose", "version"):
         return Containers("docker", ("docker", "compose"))
     if _succeeds("podman", "info") and shutil.which("podman-compose"):
-        # The format of docker, because podman's own knows no HEALTHCHECK.
+        # Docker's image format: podman's own has no HEALTHCHECK.
         return Containers("podman", ("podman-compose",), ("--network", "host", "--format", "docker"))
     missing = "neither docker with compose nor podman with podman-compose is usable here"
     return (pytest.fail if os.environ.get("CI") else pytest.skip)(missing)

@@ -1,4 +1,4 @@
-"""The image and the compose file, with the containers that users run. `make test-deploy` runs it, in minutes."""
+"""The image and the compose file in the containers that users run. `make test-deploy` runs this; it takes minutes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 from service.client import Client
 from service.store.model_store import ModelStore
 from tests.deploy.containers import PROJECT, Containers, find_containers
-from tests.parts import free_port
-from tests.serving import SERVE, Server, serving, wait_until
+from tests.harness.programs import free_port
+from tests.harness.server import SERVE, Endpoint, serving
+from tests.harness.wait import wait_until
 
 IMAGE = f"{PROJECT}:latest"
 BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -35,76 +36,62 @@ def containers() -> Containers:
 
 @pytest.fixture(scope="module")
 def image(containers: Containers) -> Iterator[str]:
-    """The image, built from the Dockerfile, until the tests are over. What the build keeps to be faster stays."""
+    """The image, built from the Dockerfile and removed after the tests; the engine's build cache stays."""
     began = time.monotonic()
     containers.build(IMAGE)
-    told(f"image built in {time.monotonic() - began:.0f} s")
+    report(f"image built in {time.monotonic() - began:.0f} s")
     yield IMAGE
     containers.run("rmi", "-f", IMAGE, check=False)
 
 
 @pytest.fixture(scope="module")
 def expected() -> Iterator[str]:
-    """What this machine's own server answers to BODY."""
-    with serving(SERVE, {"GRU_SERVE_LOG_LEVEL": "warning"}) as server:
+    """The text with which a server outside a container answers BODY."""
+    with serving(SERVE, {}) as server:
         yield server.call("POST", "/v1/completions", BODY)[1]["choices"][0]["text"]
 
 
-def told(figure: str) -> None:
-    """For who runs it, to be stated."""
-    print(f"\n{figure}")  # noqa: T201 - the figures are half of what this is run for
+def report(figure: str) -> None:
+    """Print a figure for the docs."""
+    print(f"\n{figure}")  # noqa: T201 - these tests also measure
 
 
 def healthcheck(containers: Containers, image: str) -> list[str]:
-    """The image's check of its health, wherever the engine keeps that."""
+    """Return the command of the image's health check, wherever the engine stores it."""
     facts = containers.inspect(image)
     check = facts.get("HealthCheck") or facts.get("Healthcheck") or facts["Config"]["Healthcheck"]
     words: list[str] = check["Test"]
     return words
 
 
-def at(port: int) -> Server:
-    """What answers on a port, whoever that is."""
-    return Server(port, None, [])  # type: ignore[arg-type]
-
-
-def is_ready(port: int) -> bool:
-    try:
-        return at(port).call("GET", "/readyz")[0] == 200
-    except (OSError, ValueError):
-        return False
-
-
 @contextmanager
-def running(containers: Containers, image: str, *options: str) -> Iterator[tuple[str, Server]]:
-    """A container of the image that is ready, and nothing but what it needs is allowed to it."""
+def running(containers: Containers, image: str, *options: str) -> Iterator[tuple[str, Endpoint]]:
+    """Run a container of the image with the fewest permissions that it needs; return its id and its server, ready."""
     port = free_port()
     closed = [*CLOSED, *(["--read-only-tmpfs=false"] if containers.engine == "podman" else [])]
     with containers.started(*closed, "-p", f"127.0.0.1:{port}:8000", *options, image) as container:
-        wait_until(lambda: is_ready(port))
-        yield container, at(port)
+        wait_until(Endpoint(port).is_ready)
+        yield container, Endpoint(port)
 
 
-def test_the_image_says_how_it_is_to_be_run(containers: Containers, image: str) -> None:
+def test_image__states_how_to_run_it(containers: Containers, image: str) -> None:
     facts = containers.inspect(image)
     config = facts["Config"]
     assert config["User"] == "10001:10001"
-    assert (config["Entrypoint"], config["Cmd"]) == (["gru-serve"], ["serve"])  # no shell between: signals arrive
+    assert (config["Entrypoint"], config["Cmd"]) == (["gru-serve"], ["serve"])  # no shell that would swallow signals
     assert config["StopSignal"] == "SIGTERM"
     assert list(config["ExposedPorts"]) == ["8000/tcp"]
     assert config["Labels"]["org.opencontainers.image.title"] == "gru-serve"
     assert healthcheck(containers, image)[0] == "CMD"
     size, base = facts["Size"], containers.inspect(BASE)["Size"]
-    told(f"image: {size / 1e6:.0f} MB, of which {(size - base) / 1e6:.0f} MB on top of {BASE}")
+    report(f"image: {size / 1e6:.0f} MB, of which {(size - base) / 1e6:.0f} MB on top of {BASE}")
     assert size - base < 200_000_000
 
 
-def test_it_serves_from_a_file_system_that_nobody_can_write_to(
-    containers: Containers, image: str, expected: str
-) -> None:
+def test_image__serves_from_a_read_only_file_system(containers: Containers, image: str, expected: str) -> None:
     began = time.monotonic()
     with running(containers, image) as (container, server):
-        told(f"ready {time.monotonic() - began:.2f} s after the start")
+        report(f"ready {time.monotonic() - began:.2f} s after the start")
         status, answer = server.call("POST", "/v1/completions", BODY)
         assert (status, answer["choices"][0]["text"]) == (200, expected)
         assert containers.execute(container, "id", "-u") == (0, "10001\n")
@@ -128,7 +115,7 @@ def test_it_serves_from_a_file_system_that_nobody_can_write_to(
         assert containers.inspect(container)["State"]["ExitCode"] == 0
 
 
-def test_a_store_of_models_can_be_mounted(containers: Containers, image: str, tiny_store: ModelStore) -> None:
+def test_image__serves_a_mounted_model_store(containers: Containers, image: str, tiny_store: ModelStore) -> None:
     os.chmod(tiny_store.root, 0o755)
     mount = ("-v", f"{tiny_store.root}:/srv/model_store:ro", "-e", "GRU_SERVE_MODEL=tiny")
     with running(containers, image, *mount) as (_, server):
@@ -137,10 +124,10 @@ def test_a_store_of_models_can_be_mounted(containers: Containers, image: str, ti
 
 
 @pytest.fixture(scope="module")
-def project(containers: Containers, image: str) -> Iterator[Server]:
-    """The compose file with three replicas, asked at its balancer."""
+def project(containers: Containers, image: str) -> Iterator[Endpoint]:
+    """The balancer of the compose file, with three replicas."""
     port = free_port()
-    # Redis runs as the owner of its folder: of the official image that is redis, of another it may be root.
+    # Redis runs as the owner of its folder: user redis in the official image, perhaps root in another one.
     stat = ("run", "--rm", "--entrypoint", "stat", "docker.io/library/redis:7-bookworm", "-c", "%u:%g", "/data")
     environment = {
         "PUBLISH": f"127.0.0.1:{port}",
@@ -150,14 +137,16 @@ def project(containers: Containers, image: str) -> Iterator[Server]:
     }
     began = time.monotonic()
     with containers.up(3, environment):
-        wait_until(lambda: is_ready(port))
-        told(f"three replicas, Redis and the balancer: ready in {time.monotonic() - began:.1f} s")
-        yield at(port)
-    assert containers.of_project(all_of_them=True) == []
+        wait_until(Endpoint(port).is_ready)
+        report(f"three replicas, Redis and the balancer: ready in {time.monotonic() - began:.1f} s")
+        yield Endpoint(port)
+    assert containers.of_project(also_stopped=True) == []
 
 
-def test_only_the_balancer_can_be_reached(containers: Containers, project: Server) -> None:
-    for name in containers.of_project():
+def test_compose__publishes_only_the_balancer(containers: Containers, project: Endpoint) -> None:
+    names = containers.of_project()
+    assert len(names) >= 5  # three replicas, Redis and the balancer
+    for name in names:
         published = [port for port in (containers.inspect(name)["NetworkSettings"]["Ports"] or {}).values() if port]
         assert bool(published) == ("lb" in name.removeprefix(PROJECT)), name
         facts = containers.inspect(name)["HostConfig"]
@@ -165,9 +154,7 @@ def test_only_the_balancer_can_be_reached(containers: Containers, project: Serve
     assert project.call("GET", "/metrics")[0] == 404
 
 
-def test_completions_come_from_every_replica_and_are_the_same(
-    containers: Containers, project: Server, expected: str
-) -> None:
+def test_compose__replicas_answer_completions_alike(containers: Containers, project: Endpoint, expected: str) -> None:
     for _ in range(12):
         status, answer = project.call("POST", "/v1/completions", BODY)
         assert (status, answer["choices"][0]["text"]) == (200, expected)
@@ -177,11 +164,11 @@ def test_completions_come_from_every_replica_and_are_the_same(
         assert '"/v1/completions"' in containers.logs(name)
 
 
-def test_a_replica_can_be_killed_or_stopped_in_the_midst_of_streams(containers: Containers, project: Server) -> None:
-    """One without a word, one in order: answers go on, and streams lose and double nothing.
+def test_compose__streams_survive_a_killed_and_a_stopped_replica(containers: Containers, project: Endpoint) -> None:
+    """One replica is killed, another one stopped: other requests are answered, and streams lose and double nothing.
 
-    The balancer repeats nothing that it has sent to a replica. So the one answer that the killed one was writing is
-    lost, and its client is told so; one that is stopped finishes what it has.
+    The balancer never repeats a request that it has sent to a replica. So the answer that the killed replica was
+    writing is lost, and its client gets an error; a stopped replica finishes its answers.
     """
     with Client(f"http://127.0.0.1:{project.port}", retry_s=20) as client:
         whole = "".join(client.create("ROMEO:", seed=7).generate(8000))

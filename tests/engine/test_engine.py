@@ -20,7 +20,7 @@ from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, Overloaded
-from tests.engine.models import CHARSET, quantized
+from tests.harness.rows import CHARSET, quantized
 
 STEPPER = TorchStepper(quantized())
 STEPPERS: dict[str, Callable[[], Stepper]] = {"torch": lambda: STEPPER}

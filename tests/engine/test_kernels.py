@@ -19,7 +19,7 @@ from service.engine.native.native_stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidSettings
 from service.store.model_store import ModelStore
-from tests.engine.models import quantized
+from tests.harness.rows import quantized
 
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 

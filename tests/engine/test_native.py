@@ -25,9 +25,8 @@ from service.engine.torch_stepper import TorchStepper
 from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
-from tests.conftest import tiny_config
-from tests.engine.models import KINDS, quantized, row
-from tests.engine.test_stepper import everything, keeping, run
+from tests.harness.models import tiny_config
+from tests.harness.rows import KINDS, everything, keeping, quantized, row, run
 
 VARIANTS = binding.variants()
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))

@@ -25,8 +25,8 @@ from service.engine.torch_stepper import TorchStepper
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import QuantizedGRU, quantize
-from tests.conftest import random_tensors
-from tests.engine.models import CHARSET, DEEP, KINDS, quantized, row
+from tests.harness.models import random_tensors
+from tests.harness.rows import CHARSET, DEEP, KINDS, everything, keeping, quantized, row, run
 
 STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
@@ -36,31 +36,6 @@ STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in 
 def stepper(request: pytest.FixtureRequest) -> Stepper:
     name, model = request.param.split("-")
     return STEPPERS[name](quantized(DEEP) if model == "deep" else quantized(precision=model))
-
-
-def keeping(stepper: Stepper, **kind: Any) -> Row:
-    """A row of this kind of which some states on the way are wanted."""
-    start = kind.get("position", 0)
-    return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
-
-
-def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[StepResult]:
-    """StepResult rows to their ends; what each got in all."""
-    parts: list[list[StepResult]] = [[] for _ in rows]
-    while any(row.finished is None for row in rows):
-        for part, advance in zip(parts, stepper.advance(rows, num_chars), strict=True):
-            part.append(advance)
-    return [StepResult.join(part) for part in parts]
-
-
-def everything(row: Row, advance: StepResult) -> list[Any]:
-    """All that can be seen of a row at its end, comparable to the bit."""
-    seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
-    seen += [hidden.tobytes() for hidden in row.checkpoints]
-    for scores in (advance.scores, advance.prompt_scores):
-        seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
-    seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
-    return [*seen, advance.chars.tolist()]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from service.errors import Overloaded
 from service.generation.completion import Choice, Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.store.model_store import ModelStore
-from tests.conftest import engine_settings, loaded_model, publish_tiny
+from tests.harness.models import engine_settings, loaded_model, publish_tiny
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ from service.sessions.session_store import Lease
 from service.sessions.transcript import Retention
 from service.sessions.watch import Operation
 from service.store.model_store import ModelStore
-from tests.conftest import engine_settings
-from tests.parts import RedisProcess, redis_process
+from tests.harness.models import engine_settings
+from tests.harness.redis_process import RedisProcess, redis_process
 
 Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.3

@@ -42,8 +42,8 @@ from service.sessions.redis_store import RedisStore
 from service.sessions.session_store import SessionStore
 from service.sessions.transcript import Retention
 from service.store.model_store import ModelStore
-from tests.conftest import TINY_CHARSET, engine_settings, publish_tiny
-from tests.sessions.conftest import Clock
+from tests.harness.clock import Clock
+from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 
 NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500"))
 RETENTION, TTL_S = Retention(8, 64), 100.0

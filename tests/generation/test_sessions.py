@@ -36,7 +36,7 @@ from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.transcript import Retention
 from service.store.model_store import ModelStore
-from tests.conftest import engine_settings, publish_tiny
+from tests.harness.models import engine_settings, publish_tiny
 
 LONG = RunRequest(5000, PLAIN)
 

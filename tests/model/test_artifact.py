@@ -18,7 +18,7 @@ from safetensors.numpy import save
 from service.errors import InvalidArtifact
 from service.model.artifact import CONFIG, WEIGHTS, TrainingFacts, read_artifact, write_artifact
 from service.model.manifest import MANIFEST, Manifest
-from tests.conftest import random_tensors, tiny_config
+from tests.harness.models import random_tensors, tiny_config
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
-from tests.conftest import random_tensors, tiny_config
+from tests.harness.models import random_tensors, tiny_config
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.model.quantize import _exact_product, enough, quantize, quantize_rows
-from tests.conftest import random_tensors, tiny_config
+from tests.harness.models import random_tensors, tiny_config
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([7, 127]), st.floats(-20, 20))

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from service.client import Client
-from tests.page.screen import Screen
-from tests.parts import program
-from tests.serving import SERVE, Server, serving
-
-# As root the browser has no sandbox of its own; the rest keeps it from looking for its maker.
-FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
-FLAGS += ["--disable-sync", "--no-first-run"]
-STORE = Path(__file__).parent.parent.parent / "model_store"
-ENVIRONMENT = {"GRU_SERVE_MODEL_STORE": str(STORE), "GRU_SERVE_MODEL": "shakespeare", "GRU_SERVE_ENGINE_THREADS": "1"}
-
-OpenPage = Callable[..., Screen]
+from tests.harness.browser import ENVIRONMENT, OpenPage, chromium
+from tests.harness.screen import Screen
+from tests.harness.server import SERVE, Server, serving
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, or another that is installed."""
-    path = program(os.environ.get("CHROMIUM", "chromium"))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+    """One browser for the tests of a module."""
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

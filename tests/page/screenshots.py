@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
-from tests.page.conftest import ENVIRONMENT, FLAGS
-from tests.page.screen import Screen
-from tests.page.test_look import PHONE
-from tests.parts import program
-from tests.serving import SERVE, serving
+from tests.harness.browser import ENVIRONMENT, PHONE, chromium
+from tests.harness.screen import Screen
+from tests.harness.server import SERVE, serving
 
 IMAGES = Path(__file__).parent.parent.parent / "docs" / "images"
 DESKTOP = {"viewport": {"width": 1360, "height": 1010}}
@@ -39,13 +37,11 @@ def draw(browser: Browser, url: str, name: str, options: dict[str, Any]) -> None
 
 def main() -> None:
     """Light, dark, and as wide as a phone."""
-    with sync_playwright() as playwright, serving(SERVE, ENVIRONMENT) as server:
-        browser = playwright.chromium.launch(executable_path=program("chromium"), args=FLAGS)
+    with chromium() as browser, serving(SERVE, ENVIRONMENT) as server:
         url = f"http://127.0.0.1:{server.port}"
         draw(browser, url, "page.png", {"color_scheme": "light"} | DESKTOP)
         draw(browser, url, "page-dark.png", {"color_scheme": "dark"} | DESKTOP)
         draw(browser, url, "page-phone.png", PHONE)
-        browser.close()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import expect
 
 from service.client import Client
-from tests.page.conftest import ENVIRONMENT, OpenPage
-from tests.serving import SERVE, Server, serving
+from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.server import SERVE, Server, serving
 
 # Markup, entities, Hebrew with its points, Arabic, letters with marks that no composed letter exists for, one that is
 # composed, characters beyond U+FFFF, marks that turn the direction around.

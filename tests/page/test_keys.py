@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import expect
 
 from service.api_keys import new_key
-from tests.page.conftest import ENVIRONMENT, OpenPage
-from tests.serving import SERVE, Server, serving
+from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.server import SERVE, Server, serving
 
 KEY, ENTRY = new_key("alice")
 

@@ -8,10 +8,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from tests.page.conftest import OpenPage
-from tests.page.screen import Screen
-
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+from tests.harness.browser import PHONE, OpenPage
+from tests.harness.screen import Screen
 
 
 def findings(screen: Screen) -> str:

@@ -16,10 +16,10 @@ from playwright.sync_api import FloatRect, Locator, expect
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.conftest import publish_tiny
-from tests.page.conftest import ENVIRONMENT, OpenPage
-from tests.page.screen import Screen, comes_to
-from tests.serving import SERVE, serving
+from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.models import publish_tiny
+from tests.harness.screen import Screen, comes_to
+from tests.harness.server import SERVE, serving
 
 CSS = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page" / "page.css"
 PLACES = (0, 40, 105)

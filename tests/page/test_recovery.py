@@ -7,10 +7,10 @@ from pathlib import Path
 from playwright.sync_api import expect
 
 from service.client import Client
-from tests.page.conftest import ENVIRONMENT, OpenPage
-from tests.page.line import line_to
-from tests.page.test_text import SLOW, continued, stored
-from tests.serving import KEYS, SERVE, Server, serving
+from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.line import SLOW, line_to
+from tests.harness.screen import continued, stored
+from tests.harness.server import KEYS, SERVE, Server, serving
 
 
 def test_a_cut_and_a_reload_in_mid_stream_lose_and_double_nothing(

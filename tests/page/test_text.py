@@ -5,23 +5,10 @@ from __future__ import annotations
 from playwright.sync_api import expect
 
 from service.client import Client
-from tests.page.conftest import OpenPage
-from tests.page.line import line_to
-from tests.page.screen import Screen
-from tests.serving import Server
-
-SLOW = 500  # characters a second
-
-
-def continued(client: Client, text: str, num_chars: int, seed: int, **fields: object) -> str:
-    """The API's answer: a text and its continuation."""
-    session = client.create(text)
-    return text + "".join(session.generate(num_chars, seed=seed, **fields))
-
-
-def stored(client: Client, screen: Screen) -> str:
-    """What the server has of the active text."""
-    return client.open(screen.session_id).text()
+from tests.harness.browser import OpenPage
+from tests.harness.line import SLOW, line_to
+from tests.harness.screen import continued, stored
+from tests.harness.server import Server
 
 
 def test_continuing_going_back_and_branching_give_the_apis_texts(

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from playwright.sync_api import Browser, expect
 
-from tests.page import trace
-from tests.page.conftest import OpenPage
-from tests.page.line import line_to
-from tests.page.test_text import SLOW
-from tests.serving import Server
+from tests.harness import trace
+from tests.harness.browser import OpenPage
+from tests.harness.line import SLOW, line_to
+from tests.harness.server import Server
 
 MOST_MS = 100
 

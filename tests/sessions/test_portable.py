@@ -12,12 +12,12 @@ from hypothesis.extra import numpy as arrays
 
 from service.errors import InvalidState, StateExpired, StateModelMismatch
 from service.sessions.portable import StateHeader, StateSealer
-from tests.sessions.conftest import Clock
+from tests.harness.clock import Clock
+from tests.harness.portable_states import ALPHABET, changed
 
 OLD, NEW, FOREIGN = "the key of last year", "the key of this year", "the key of somebody else"
 HEADER = StateHeader(model="tiny@1", identity="ab" * 32, position=12, seed=-7, expires_at=None)
 HIDDEN = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
-ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.=+/ \n\0é"
 
 
 @given(
@@ -94,21 +94,3 @@ def test_nothing_that_was_changed_opens() -> None:
                 sealer.open(good[:-1] + last)
     with pytest.raises(InvalidState):
         sealer.open(StateSealer([FOREIGN]).seal(HEADER, HIDDEN))
-
-
-def changed(good: str, chance: random.Random) -> str:
-    """A state with a character changed, dropped, added or swapped, or pieces of it in another order."""
-    place, other = chance.randrange(len(good)), chance.randrange(len(good))
-    new = chance.choice(ALPHABET)
-    return chance.choice(
-        [
-            good[:place] + new + good[place + 1 :],
-            good[:place] + good[place + 1 :],
-            good[:place] + new + good[place:],
-            good[:place],
-            good[min(place, other) : max(place, other)],
-            good[place:] + good[:place],
-            good + good[place:],
-            good[: min(place, other)] + good[max(place, other) :],
-        ]
-    )

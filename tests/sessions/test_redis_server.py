@@ -10,7 +10,8 @@ import pytest
 
 from service.errors import StoreUnavailable
 from service.sessions.redis_server import RedisServer
-from tests.parts import free_port, redis_process
+from tests.harness.programs import free_port
+from tests.harness.redis_process import redis_process
 
 
 def test_who_meets_a_server_that_was_just_started_refuses_until_others_have_put_back(tmp_path: Path) -> None:

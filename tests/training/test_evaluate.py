@@ -14,7 +14,7 @@ from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training import evaluate
 from service.training.network import initialise
-from tests.conftest import tiny_config
+from tests.harness.models import tiny_config
 
 
 @pytest.fixture

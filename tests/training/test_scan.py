@@ -11,7 +11,7 @@ from service.model.gru import GRUCharModel
 from service.training.dropout import drop, keep_mask
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
 from service.training.scan import ScanBuffers, gru_scan
-from tests.conftest import tiny_config
+from tests.harness.models import tiny_config
 
 STEPS, BATCH, UNITS, VOCAB = 7, 3, 5, 6
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import structlog
@@ -12,18 +11,7 @@ from flask.testing import FlaskClient
 
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.app import create_app
-
-
-@contextmanager
-def client_of(settings: Settings) -> Iterator[FlaskClient]:
-    """A client of an application whose engines end with the block."""
-    app = create_app(settings)
-    try:
-        with app.test_client() as client:
-            yield client
-    finally:
-        app.extensions["gru_serve"].close()
+from tests.harness.application import client_of
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from service.web.app import create_app
 from service.web.drain import Drain
 from service.web.error_responses import register_error_handlers
 from service.web.guard import register_guard
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
 
 (ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
 ENTRIES = SecretStr(",".join([ALICE_ENTRY, ALICE_2_ENTRY, BOB_ENTRY]))

@@ -11,8 +11,8 @@ from pydantic import SecretStr
 from service.api_keys import new_key
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from tests.conftest import publish_tiny
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
+from tests.harness.models import publish_tiny
 
 KEY, ENTRY = new_key("operator")
 AUTHORISED = {"Authorization": f"Bearer {KEY}"}

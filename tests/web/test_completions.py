@@ -20,7 +20,7 @@ from service.web.admission import AdmissionLimit
 from service.web.completion_routes import CompletionLimits, completions_blueprint
 from service.web.error_responses import register_error_handlers
 from service.web.schemas import CompletionAnswer, CompletionBody
-from tests.conftest import engine_settings
+from tests.harness.models import engine_settings
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
 

@@ -11,8 +11,8 @@ from flask.testing import FlaskClient
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.drain import INTERRUPT_S, Drain
-from tests.serving import wait_until
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
+from tests.harness.wait import wait_until
 
 
 class Clock:

@@ -24,9 +24,8 @@ from service.registry.loaded_models import LoadedModel
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from tests.conftest import loaded_model, publish_tiny, random_tensors, tiny_config
-from tests.web.conftest import client_of
-from tests.web.test_sessions import ok, refused
+from tests.harness.application import client_of, ok, refused
+from tests.harness.models import loaded_model, publish_tiny, random_tensors, tiny_config
 
 TEXT = "ROMEO: what light is it, Juliet?\nTell me of all that was and will be. " * 4  # longer than a segment
 DEEP: dict[str, Any] = {"num_layers": 3, "num_units": 24}

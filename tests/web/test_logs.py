@@ -16,7 +16,7 @@ from service.generation.completion import Completion
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.logs import Unquoted
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
 
 KEY, ENTRY = new_key("alice")
 AUTHORISED = {"Authorization": f"Bearer {KEY}"}

@@ -18,9 +18,9 @@ from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.collector import add_buckets
 from service.web.metrics import Metrics, StoreMetrics
-from tests.conftest import publish_tiny
-from tests.serving import wait_until
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
+from tests.harness.models import publish_tiny
+from tests.harness.wait import wait_until
 
 Labels = dict[str, str]
 DOCS = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()

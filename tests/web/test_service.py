@@ -18,8 +18,8 @@ from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
 from service.web.error_responses import STATUS
-from tests.conftest import TINY_CHARSET, publish_tiny, tiny_config
-from tests.web.conftest import client_of
+from tests.harness.application import client_of
+from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
 
 def test_models_are_listed_in_openais_shape(client: FlaskClient) -> None:

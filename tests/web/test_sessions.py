@@ -19,8 +19,8 @@ from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from tests.sessions.test_portable import changed
-from tests.web.conftest import client_of
+from tests.harness.application import client_of, ok, refused
+from tests.harness.portable_states import changed
 
 KEYS = "the first of the keys, the key of last year"
 NUM_STATES = int(os.environ.get("BAD_STATES", "3000"))
@@ -32,19 +32,6 @@ def session(client: FlaskClient) -> str:
     response = client.post("/v1/sessions", json={"text": "ROMEO:", "seed": 7})
     assert response.status_code == 201, response.text
     return f"/v1/sessions/{response.get_json()['id']}"
-
-
-def ok(response: Any, status: int = 200) -> Any:
-    assert response.status_code == status, response.text
-    return response.get_json()
-
-
-def refused(response: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:
-    assert response.status_code == status, response.text
-    error: dict[str, Any] = response.get_json()["error"]
-    assert (error["code"], error["param"]) == (code, param), error
-    assert error["message"]
-    return error
 
 
 def events(response: Any) -> list[tuple[int | None, str, dict[str, Any]]]:

@@ -1,0 +1,306 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from service import __version__
+from service.__main__ import main
+from service.store.model_store import ModelStore
+from service.training.trainer import Trainer
+from tests.harness.models import publish_tiny
+
+TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
+SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(main, list(words))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> list[str]:
+    """Options that keep a training run inside the test's folder."""
+    return ["--model-store", str(tmp_path / "store"), "--checkpoint", str(tmp_path / "run.safetensors")]
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
+     "models", "models list", "models show", "models verify", "models alias", "models delete"],
+)  # fmt: skip
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    if command not in ("", "keys", "models"):
+        assert "Example: gru-serve" in result.output
+
+
+def test_the_version() -> None:
+    assert run("--version").output == f"gru-serve, version {__version__}\n"
+
+
+def test_train_publishes_and_eval_agrees_with_the_card(corpus: Path, place: list[str], tmp_path: Path) -> None:
+    result = run("train", "--corpus", str(corpus), "--name", "fox", "--epochs", "2", *SMALL, *place)
+    assert result.exit_code == 0, result.output
+    assert "published fox@1" in result.output
+    version = tmp_path / "store" / "fox" / "1"
+    assert {path.name for path in version.iterdir()} == {
+        "config.json", "model.safetensors", "training.json", "README.md", "loss.png", "manifest.json",
+    }  # fmt: skip
+    training = json.loads((version / "training.json").read_text())
+    card = (version / "README.md").read_text()
+    assert training["corpus"]["sha256"] in card
+    assert training["command"] in card
+    assert f"{training['losses']['validation_nats_per_char']:.4f}" in card
+    assert training["command"].startswith("gru-serve train --corpus fox.txt --name fox --embedding-dim 8")
+    assert (version / "loss.png").read_bytes().startswith(b"\x89PNG")
+    store = ["--model-store", str(tmp_path / "store")]
+    measured = json.loads(run("eval", "fox", "--corpus", str(corpus), "--last", "0.1", "--json", *store).stdout)
+    assert measured["nats_per_char"] == pytest.approx(training["losses"]["validation_nats_per_char"], abs=1e-6)
+    assert measured["bits_per_char"] == pytest.approx(measured["nats_per_char"] * 1.442695, abs=1e-5)
+    assert measured["num_chars"] == len(TEXT) // 10
+    text = run("eval", "fox", "--corpus", str(corpus), *store).stdout
+    assert re.search(r"fox@1 on fox.txt in float32: \d\.\d{4} nats/char, \d\.\d{4} bits/char, 4,800 characters", text)
+
+
+def test_ctrl_c_keeps_the_best_and_resume_gives_the_same_curve(corpus: Path, place: list[str], tmp_path: Path) -> None:
+    options = ["--corpus", str(corpus), "--name", "fox", "--epochs", "8", *SMALL]
+    whole = tmp_path / "whole"
+    assert run("train", *options, "--model-store", str(whole), "--checkpoint", str(whole / "run")).exit_code == 0
+
+    command = [sys.executable, "-m", "service", "train", *options, *place]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        said = ""
+        while "validation" not in said or "best" not in said:
+            said += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        out, more = process.communicate(timeout=60)
+    assert process.returncode == 130, said + more
+    assert "published fox@1" in out
+    assert "--resume" in more
+    stopped = json.loads((tmp_path / "store" / "fox" / "1" / "training.json").read_text())
+    assert stopped["run"]["ended"] == "stopped by hand"
+
+    assert run("train", *options, *place).exit_code == 2  # an unfinished run is not overwritten by mistake
+    resumed = run("train", "--corpus", str(corpus), "--name", "fox", "--resume", *place)
+    assert resumed.exit_code == 0, resumed.output
+    assert "published fox@2" in resumed.output
+    curves = [
+        json.loads((path / "training.json").read_text())["curve"]
+        for path in (whole / "fox" / "1", tmp_path / "store" / "fox" / "2")
+    ]
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 8
+    weights = [path.read_bytes() for path in sorted(tmp_path.glob("*/fox/[12]/model.safetensors"))]
+    assert weights[1] == weights[2], "the resumed run has other weights than the uninterrupted one"
+
+
+def test_a_run_that_diverges_publishes_the_best_before_it_and_fails(
+    corpus: Path, place: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, losses = Trainer._update, []
+
+    def diverging(self: Trainer, window: torch.Tensor) -> float:
+        losses.append(update(self, window))
+        return losses[-1] if len(losses) < 30 else math.nan
+
+    monkeypatch.setattr(Trainer, "_update", diverging)
+    options = ["--corpus", str(corpus), "--name", "fox", *SMALL, "--eval-interval", "20", *place]
+    result = run("train", *options)
+    assert result.exit_code == 1
+    assert "the loss is nan in update 30: lower the learning rate" in result.stderr
+    facts = json.loads((tmp_path / "store" / "fox" / "1" / "training.json").read_text())["run"]
+    assert facts["best_update"] == 20
+    assert facts["ended"].startswith("failed: the loss is nan")
+    losses.clear()
+    monkeypatch.setattr(Trainer, "_update", lambda *_: math.nan)
+    assert run("train", *options, "--overwrite").exit_code == 1  # before any evaluation: nothing to publish
+    assert not (tmp_path / "store" / "fox" / "2").exists()
+
+
+def test_resume_refuses_other_settings(corpus: Path, place: list[str]) -> None:
+    options = ["--corpus", str(corpus), "--name", "fox", *SMALL, "--epochs", "1", *place]
+    assert run("train", *options).exit_code == 0
+    result = run("train", *options, "--resume", "--epochs", "9")
+    assert result.exit_code == 2
+    assert "--epochs 9: the run that is resumed has 1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"too short" * 5, "too few"),
+        (b"ab", "too short"),
+        (b"ab\xff" * 99, "byte 0xff at offset 2"),
+        (None, "No such file"),
+    ],
+)
+def test_train_and_eval_refuse_bad_corpora_in_one_line(
+    tmp_path: Path, place: list[str], content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    result = run("train", "--corpus", str(path), "--name", "bad", *place)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "store" / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--num-units", "0"], ["--learning-rate", "nan"], ["--output-dropout", "1"], ["--epochs", "x"], ["--name", "a/b"]],
+)
+def test_train_refuses_bad_options(corpus: Path, place: list[str], words: list[str]) -> None:
+    result = run("train", "--corpus", str(corpus), "--name", "fox", *place, *words)
+    assert result.exit_code == (1 if "--name" in words else 2)
+    assert "Traceback" not in result.output
+
+
+def test_generate_prints_what_the_api_answers(tiny_store: ModelStore) -> None:
+    from service.settings import Settings
+    from tests.harness.application import client_of
+
+    store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
+    printed = run("generate", "--prompt", "ROMEO:", "--max-tokens", "50", "--seed", "7", *store)
+    assert printed.exit_code == 0
+    body = {"prompt": "ROMEO:", "max_tokens": 50, "seed": 7}
+    with client_of(Settings(model_store=tiny_store.root, model="tiny")) as client:
+        answer = client.post("/v1/completions", json=body).get_json()
+    assert printed.stdout == answer["choices"][0]["text"] + "\n"
+    as_json = json.loads(
+        run("generate", "--prompt", "ROMEO:", "--max-tokens", "50", "--seed", "7", "--json", *store).stdout
+    )
+    assert as_json == {
+        "model": "tiny@1", "seed": 7, "text": answer["choices"][0]["text"], "finish_reason": "length",
+    }  # fmt: skip
+
+
+def test_generate_refuses_what_it_can_not_read(tiny_store: ModelStore) -> None:
+    store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
+    assert "U+00E9" in run("generate", "--prompt", "é", *store).stderr
+    assert run("generate", "--prompt", "é", *store).exit_code == 1
+    assert run("generate", "--prompt", "é", "--unknown-chars", "fold", "--max-tokens", "1", *store).exit_code == 0
+    assert run("generate", "--prompt", "a", "--stop", "", *store).exit_code == 2
+    assert run("generate", "--prompt", "a", "--model", "nope").exit_code == 1
+
+
+def test_numbers_that_are_none_are_refused(tiny_store: ModelStore, corpus: Path) -> None:
+    store = ["--model-store", str(tiny_store.root)]
+    for words in (["--temperature", "nan"], ["--top-p", "nan"], ["--temperature", "inf"]):
+        assert run("generate", "--prompt", "a", "--model", "tiny", *words, *store).exit_code == 2
+    assert run("eval", "tiny", "--corpus", str(corpus), "--last", "nan", *store).exit_code == 2
+
+
+def test_ctrl_c_while_measuring_points_to_resume(
+    corpus: Path, place: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from service.commands import train
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL, *place]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure", interrupt)
+        result = run("train", *options)
+    assert result.exit_code == 130
+    assert "--resume" in result.stderr
+    assert "published fox@1" in run("train", *options, "--resume").output
+
+
+def test_models_list_show_verify_alias_delete(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    publish_tiny(store)
+    where = ["--model-store", str(tmp_path)]
+    rows: list[dict[str, Any]] = json.loads(run("models", "list", "--json", *where).stdout)
+    assert [(row["model"], row["aliases"], row["damaged"]) for row in rows] == [
+        ("tiny@1", [], False),
+        ("tiny@2", ["latest"], False),
+    ]
+    assert "tiny@1 " in run("models", "list", *where).stdout
+    assert run("models", "alias", "tiny@1", "stable", *where).stdout == "tiny@stable is tiny@1\n"
+    shown = json.loads(run("models", "show", "tiny@stable", "--json", *where).stdout)
+    assert (shown["model"], shown["aliases"], shown["config"]["num_units"]) == ("tiny@1", ["stable"], 16)
+    assert "16 units" in run("models", "show", "tiny", *where).stdout
+    assert run("models", "verify", *where).exit_code == 0
+    (tmp_path / "tiny" / "2" / "model.safetensors").write_bytes(b"x")
+    verified = run("models", "verify", "--json", *where)
+    assert verified.exit_code == 1
+    assert [bool(row["error"]) for row in json.loads(verified.stdout)] == [False, True]
+    assert run("models", "delete", "tiny@1", "--yes", *where).exit_code == 1  # it has an alias
+    assert run("models", "alias", "tiny", "stable", "--remove", *where).exit_code == 0
+    assert run("models", "delete", "tiny@1", "--yes", *where).stdout == "tiny@1 is deleted\n"
+    assert run("models", "delete", "tiny", *where).exit_code == 2  # not a version's full name
+    assert [version.ref for version in store.versions("tiny")] == ["tiny@2"]
+    assert run("models", "show", "tiny@1", *where).exit_code == 1
+
+
+def test_deleting_asks_first(tmp_path: Path) -> None:
+    publish_tiny(ModelStore(tmp_path))
+    result = CliRunner().invoke(main, ["models", "delete", "tiny@1", "--model-store", str(tmp_path)], input="n\n")
+    assert result.exit_code == 1
+    assert ModelStore(tmp_path).resolve("tiny@1")
+
+
+def test_serve_refuses_to_start_in_one_line(tmp_path: Path) -> None:
+    missing = run("serve", "--model-store", str(tmp_path))
+    assert missing.exit_code == 1
+    assert "no model 'shakespeare'" in missing.stderr
+    nowhere = run("serve", "--model-store", str(tmp_path / "nowhere"))
+    assert nowhere.exit_code == 1
+    assert "there is no model store at" in nowhere.stderr
+    assert run("serve", "--port", "70000").exit_code == 2
+    assert run("serve", "--colour", "red").exit_code == 2
+
+
+def test_light_commands_do_not_import_torch(tmp_path: Path) -> None:
+    code = "import sys; from service.__main__ import main; sys.argv[1:] = ['models', 'list']\n"
+    code += "try: main()\nfinally: print('torch' in sys.modules)"
+    began = time.monotonic()
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert output.stdout.splitlines()[-1:] == ["False"], (output, time.monotonic() - began)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install 'gru-serve[train]'"),
+        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install 'gru-serve[train]'"),
+        (["serve", "--kernel", "torch"], 2, "pip install 'gru-serve[torch]'"),
+    ],
+)
+def test_what_takes_torch_says_so_where_it_is_missing(
+    tmp_path: Path, words: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("ROMEO: " * 1000)
+    program = "import sys; sys.modules['torch'] = None\nfrom service.__main__ import main; main()"
+    command = [sys.executable, "-c", program, *words]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == code, result
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,107 @@
+"""The files for deployment agree with each other and with the code: settings, metrics and timeouts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+
+from service.settings import Settings
+from service.store.model_store import ModelStore
+from service.web.server import gunicorn_config
+from tests.harness.application import client_of
+from tests.harness.balancer import CONFIGURATION
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+KUBERNETES = "\n".join(path.read_text() for path in sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml")))
+FILES = {"compose": COMPOSE, "kubernetes": KUBERNETES, "Dockerfile": (ROOT / "Dockerfile").read_text()}
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "gru-serve.json").read_text())
+
+
+def number(pattern: str, text: str) -> float:
+    """Return the number that a pattern finds; it must match exactly once."""
+    (found,) = re.findall(pattern, text)
+    return float(found)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_settings__that_a_file_names_exist(name: str) -> None:
+    named = set(re.findall(r"GRU_SERVE_([A-Z_]+)", FILES[name]))
+    assert named
+    assert named <= {field.upper() for field in Settings.model_fields}
+
+
+def drain_of(text: str) -> tuple[float, float]:
+    """Return the drain time and the notice period that a file sets."""
+    return (
+        number(r'GRU_SERVE_DRAIN_S(?::|, value:) "(\d+)"', text),
+        number(r'GRU_SERVE_DRAIN_NOTICE_S(?::|, value:) "(\d+)"', text),
+    )
+
+
+def test_grace_periods__are_longer_than_the_shutdown() -> None:
+    for text in (COMPOSE, KUBERNETES):
+        drain_s, notice_s = drain_of(text)
+        takes_s = gunicorn_config(Settings(drain_s=int(drain_s), drain_notice_s=notice_s))["graceful_timeout"]
+        if text is COMPOSE:
+            given_s = number(r"stop_grace_period: (\d+)s  # longer than GRU_SERVE_DRAIN_S", text)
+        else:
+            app = (ROOT / "deploy" / "kubernetes" / "app.yaml").read_text()
+            given_s = number(r"terminationGracePeriodSeconds: (\d+)", app)
+            takes_s += number(r'command: \["sleep", "(\d+)"\]', app)
+        assert given_s > takes_s
+    stops_s = number(r"hard-stop-after (\d+)s", CONFIGURATION.read_text())
+    assert number(r"stop_signal: SIGUSR1.*\n +stop_grace_period: (\d+)s", COMPOSE) > stops_s
+    assert number(r"terminationGracePeriodSeconds: (\d+)", _balancer()) > stops_s + 5
+
+
+def _balancer() -> str:
+    return (ROOT / "deploy" / "kubernetes" / "balancer.yaml").read_text()
+
+
+def test_notice_period__is_longer_than_the_balancers_checks_take() -> None:
+    text = CONFIGURATION.read_text()
+    interval_ms, fall = number(r"inter (\d+)ms fast", text), number(r"fall (\d+)", text)
+    check_s, valid_s = number(r"timeout check (\d+)s", text), number(r"hold valid +(\d+)s", text)
+    for files in (COMPOSE, KUBERNETES):
+        assert drain_of(files)[1] > fall * interval_ms / 1000 + check_s + 0.5
+        assert drain_of(files)[1] > valid_s
+
+
+def test_replicas__are_at_most_as_many_as_the_balancer_has_slots() -> None:
+    slots = set(re.findall(r"server-template app (\d+) ", CONFIGURATION.read_text()))
+    assert slots == {str(int(number(r"maxReplicas: (\d+)", KUBERNETES)))}
+
+
+def test_mounts__of_the_compose_file_exist() -> None:
+    paths = re.findall(r"(\./[\w./-]+):/", re.sub(r"(?m)^ *#.*$", "", COMPOSE))
+    assert paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.fixture(scope="module")
+def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
+    with client_of(Settings(model_store=tiny_store.root, model="tiny")) as client:
+        client.post("/v1/completions", json={"prompt": "a"})
+        yield client
+
+
+def test_metrics__that_the_dashboard_and_the_autoscaler_use_exist(client: FlaskClient) -> None:
+    text = client.get("/metrics").get_data(as_text=True)
+    exported = set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.get("targets", [])]
+    named = set(re.findall(r"gru_serve:[a-z_]+", " ".join(queries) + KUBERNETES))
+    assert len(named) > 10
+    assert {name for name in named if not exported & {name, re.sub("_(bucket|sum|count)$", "", name)}} == set()
+
+
+def test_panels__have_a_title_a_description_and_a_target() -> None:
+    panels = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    assert panels
+    assert all(panel["title"] and panel["description"] and panel["targets"] for panel in panels)
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])

@@ -1,0 +1,40 @@
+"""Other programs that tests run, and ports for those that need one."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+
+# Below the ports that the kernel gives out by itself (32768 and above on Linux): between the probe and the program's
+# start, neither an outgoing connection nor a server that listens on port 0 can get the same one.
+_PORTS = range(20_000, 32_000)
+
+
+def program(name: str) -> str:
+    """Return the path of an installed program. Skip the test if it is not installed; fail it where CI is set."""
+    found = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    if found is None:
+        import pytest  # not at the top: benchmarks that measure their own memory import this module
+
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{name} is not installed")
+    return found
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens now.
+
+    Use it only for programs that can neither listen on port 0 and report the port, nor inherit a listening socket:
+    Redis (`--port 0` turns TCP off), containers, and servers that must get the same port again after a restart.
+    """
+    while True:
+        port = random.choice(_PORTS)
+        with socket.socket() as probe:
+            # As the servers do: a connection of a former server that still closes does not take the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port

@@ -1,0 +1,84 @@
+"""Small quantised models, and rows for the tests of steppers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
+from service.engine.stepper import Row, Stepper, StepResult
+from service.model.charset import Charset
+from service.model.config import ModelConfig
+from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from tests.harness.models import random_tensors, tiny_config
+
+CONFIG = tiny_config(num_units=64)
+DEEP = tiny_config(num_units=48, num_layers=3)
+CHARSET = Charset(CONFIG.charset)
+
+
+def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
+    """Return a model with larger random weights than training begins with: the state moves, and texts differ."""
+    tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
+    return quantize(config, tensors, precision)
+
+
+def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
+    """Return a row as the engine makes it, with some fields changed."""
+    ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
+    stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
+    history = History(len(CHARSET), ids) if sampling.penalizes else None
+    fields: dict[str, Any] = {"hidden": stepper.initial_hidden(), "position": 0, "prompt": ids, "max_chars": max_chars}
+    fields |= {"seed": seed, "sampling": sampling, "stops": stops, "history": history}
+    return Row(**(fields | changes))
+
+
+# Every kind of row: the contract of steppers holds for each of them and for any mix.
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"prompt": "", "max_chars": 11},
+    {"prompt": "the lady of the house is not at home", "max_chars": 5},
+    {"max_chars": 0},
+    {"prompt": "", "max_chars": 0},
+    {"sampling": SamplingSettings(temperature=0)},
+    {"sampling": SamplingSettings(temperature=0.5)},
+    {"sampling": SamplingSettings(top_k=3, top_p=0.9)},
+    {"sampling": SamplingSettings(min_p=0.1, logit_bias=((4, 2.0),))},
+    {"sampling": SamplingSettings(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2)},
+    {"num_logprobs": 0},
+    {"num_logprobs": 3, "score_prompt": True},
+    {"num_logprobs": 20, "score_prompt": True, "max_chars": 0},
+    {"stops": ("ab", "e")},
+    {"stops": ("I",), "sampling": SamplingSettings(temperature=2.0), "num_logprobs": 1},
+    {"seed": -1, "position": 10**12},
+    {"num_next": 5},
+    {"prompt": "", "max_chars": 0, "num_next": 0},
+    {"stops": ("e", "o"), "num_next": 100, "max_chars": 40},
+]
+
+
+def keeping(stepper: Stepper, **kind: Any) -> Row:
+    """Return a row of this kind that also stores checkpoints."""
+    start = kind.get("position", 0)
+    return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
+
+
+def run(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[StepResult]:
+    """Advance rows to their ends, by `num_chars` characters a call; return the joined results of each row."""
+    parts: list[list[StepResult]] = [[] for _ in rows]
+    while any(row.finished is None for row in rows):
+        for part, result in zip(parts, stepper.advance(rows, num_chars), strict=True):
+            part.append(result)
+    return [StepResult.join(part) for part in parts]
+
+
+def everything(row: Row, result: StepResult) -> list[Any]:
+    """Return all that can be observed of a row at its end, comparable to the bit."""
+    seen: list[Any] = [row.finished, row.position, row.num_read, row.num_generated, row.hidden.tobytes()]
+    seen += [hidden.tobytes() for hidden in row.checkpoints]
+    for scores in (result.scores, result.prompt_scores):
+        seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
+    seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
+    return [*seen, result.chars.tolist()]

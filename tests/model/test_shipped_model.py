@@ -1,0 +1,73 @@
+"""The shipped model: it is whole, it has the sizes of the tutorial's model, and it has learnt its text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.engine.loss import stepped_loss
+from service.engine.torch_stepper import TorchStepper
+from service.model.artifact import Artifact, read_artifact
+from service.model.folded import FoldedGRU
+from service.model.gru import GRUCharModel
+from service.model.quantize import quantize
+from service.store.model_store import ModelStore
+from service.training.evaluate import text_loss
+from tests.harness.models import publish_tiny
+
+ROOT = Path(__file__).parents[2]
+STORE = ModelStore(ROOT / "model_store")
+
+
+@pytest.fixture(scope="module")
+def artifact() -> Artifact:
+    return read_artifact(STORE.resolve("shakespeare@1").path)
+
+
+def loss(artifact: Artifact, text: str) -> float:
+    """Return the loss in nats a character, in float32."""
+    network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
+    return text_loss(network, artifact.charset.encode(text)).nats_per_char
+
+
+def test_shipped_model__has_the_tutorials_sizes_and_fits_its_limit() -> None:
+    config = read_artifact(STORE.resolve("shakespeare@1").path).config
+    assert (config.embedding_dim, config.num_units, config.num_layers, config.vocab_size) == (256, 1024, 1, 65)
+    assert config.num_parameters == 4_021_569
+    assert sum(path.stat().st_size for path in (ROOT / "model_store").rglob("*") if path.is_file()) <= 17_000_000
+
+
+def test_card__states_the_loss_and_the_command_that_trained_it() -> None:
+    version = STORE.resolve("shakespeare@1")
+    facts = STORE.describe(version).training
+    validation_loss = facts.losses.validation_nats_per_char
+    assert validation_loss is not None
+    assert validation_loss <= 1.455
+    card = (version.path / "README.md").read_text()
+    assert f"{validation_loss:.4f}" in card
+    assert "gru-serve train --corpus tinyshakespeare.txt --name shakespeare" in card
+
+
+def test_loss__is_low_and_that_of_an_untrained_model_is_high(artifact: Artifact, tmp_path: Path) -> None:
+    sample = artifact.training.model_dump()["sample"]
+    text = sample["prompt"] + sample["text"]
+    assert loss(artifact, text) < 1.5
+    store = ModelStore(tmp_path)
+    publish_tiny(store, charset=artifact.charset.characters)
+    assert loss(store.load("tiny")[1], text) > 3.5
+
+
+def test_loss__in_integers_is_that_of_float32(artifact: Artifact) -> None:
+    sample = artifact.training.model_dump()["sample"]
+    text = sample["prompt"] + sample["text"]
+    for precision in ("int8", "int4"):
+        stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
+        assert abs(stepped_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
+
+
+def test_loss__of_reversed_text_is_high(artifact: Artifact) -> None:
+    # It has learnt words and their order, not only the frequency of letters.
+    text = "What say you, my good lord? I will not speak with him again to-night."
+    assert loss(artifact, text) < 1.8
+    assert loss(artifact, text[::-1]) > 3

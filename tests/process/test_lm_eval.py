@@ -1,0 +1,112 @@
+"""lm-evaluation-harness, unchanged, against the real server: its `local-completions` model scores a task of our own.
+
+It needs 900 MB of packages. The test installs them into a virtual environment in pytest's cache, runs only if
+TEST_LM_EVAL is set, and is skipped if they can't be installed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.store.model_store import ModelStore
+from tests.harness.server import SERVE, Server, serving
+
+PACKAGES = ["lm_eval[api]==0.4.13", "transformers==5.23.0"]
+TASK = Path(__file__).parent / "lm_eval_task"
+INSTALL_S = 300
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def python(request: pytest.FixtureRequest) -> Path:
+    """The interpreter of an environment in which lm-evaluation-harness is installed."""
+    if not os.environ.get("TEST_LM_EVAL"):
+        pytest.skip("set TEST_LM_EVAL=1: it installs 900 MB of packages in an environment of their own")
+    assert request.config.cache
+    folder = request.config.cache.mkdir("lm-eval-" + "-".join(package.split("==")[1] for package in PACKAGES))
+    python, finished = folder / "bin" / "python", folder / "finished"
+    if not finished.exists():
+        venv.create(folder, clear=True, with_pip=True)
+        install = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10", *PACKAGES]
+        try:
+            result = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S, check=False)
+        except subprocess.TimeoutExpired:
+            pytest.skip(f"lm-evaluation-harness was not installed within {INSTALL_S} s")
+        if result.returncode != 0:
+            pytest.skip(f"lm-evaluation-harness can't be installed: {result.stderr.strip().splitlines()[-1]}")
+        finished.touch()
+    return python
+
+
+@pytest.fixture(scope="module")
+def server(tiny_store: ModelStore) -> Iterator[Server]:
+    with serving(SERVE, {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tokenizer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for `transformers` whose tokens are the model's characters; lm-evaluation-harness counts with it."""
+    charset = server.call("GET", "/v1/models/tiny")[1]["meta"]["charset"]
+    vocabulary = {char: number for number, char in enumerate(charset)}
+    one_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    folder = tmp_path_factory.mktemp("tokenizer")
+    facts: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": one_character, "post_processor": None, "decoder": {"type": "Fuse"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "none"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(facts))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return folder
+
+
+def scores(server: Server, document: dict[str, Any]) -> list[float]:
+    """Return the log-probability of each choice of a document after its text."""
+    prompts = [document["text"] + choice for choice in document["choices"]]
+    body = {"prompt": prompts, "max_tokens": 0, "echo": True, "logprobs": 0}
+    status, answer = server.call("POST", "/v1/completions", body)
+    assert status == 200
+    start = len(document["text"])
+    return [math.fsum(choice["logprobs"]["token_logprobs"][start:]) for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize(("num_concurrent", "batch_size"), [(4, 1), (1, 4)])
+def test_lm_eval__finds_the_log_probabilities_that_the_server_gives(
+    python: Path, server: Server, tokenizer: Path, tmp_path: Path, num_concurrent: int, batch_size: int
+) -> None:
+    model = {
+        "base_url": f"http://127.0.0.1:{server.port}/v1/completions", "model": "tiny",
+        "tokenizer": str(tokenizer), "tokenizer_backend": "huggingface", "tokenized_requests": False,
+        "num_concurrent": num_concurrent,
+    }  # fmt: skip
+    command = [
+        str(python), "-m", "lm_eval", "--model", "local-completions",
+        "--batch_size", str(batch_size), "--model_args", ",".join(f"{name}={value}" for name, value in model.items()),
+        "--tasks", "gru_serve_choice", "--include_path", str(TASK), "--log_samples", "--output_path", str(tmp_path),
+    ]  # fmt: skip
+    offline = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | offline
+    result = subprocess.run(
+        command, cwd=TASK.parents[2], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    samples = [json.loads(line) for line in next(tmp_path.rglob("samples_*.jsonl")).read_text().splitlines()]
+    assert len(samples) == len((TASK / "choices.jsonl").read_text().splitlines())
+    num_right = 0
+    for sample in samples:
+        expected = scores(server, sample["doc"])
+        assert [float(logprob) for logprob, _ in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-9)
+        num_right += expected.index(max(expected)) == sample["doc"]["answer"]
+    results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]["gru_serve_choice"]
+    assert results["acc,none"] == pytest.approx(num_right / len(samples))

@@ -1,0 +1,228 @@
+"""The real process: gunicorn on a real socket, and the real `openai` client."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+import pytest
+
+from service.store.model_store import ModelStore
+from tests.harness.server import BODY, SERVE, Server, ask, serving
+
+NUM_THREADS = 20  # the minimum for two texts that run and two that wait
+
+
+@pytest.fixture(scope="module")
+def environment(tiny_store: ModelStore) -> dict[str, str]:
+    return {
+        "GRU_SERVE_MODEL_STORE": str(tiny_store.root),
+        "GRU_SERVE_MODEL": "tiny",
+        "GRU_SERVE_REQUEST_TIMEOUT_S": "1",
+        "GRU_SERVE_MAX_BATCH": "2",
+        "GRU_SERVE_MAX_QUEUE": "2",
+        "GRU_SERVE_HTTP_THREADS": str(NUM_THREADS),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(environment: dict[str, str]) -> Iterator[Server]:
+    with serving(SERVE, environment) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_client__works_unchanged(client: openai.OpenAI, server: Server) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt="ROMEO:", max_tokens=50, seed=7, temperature=0.8, top_p=0.9, stop=["§"], user="me"
+    )
+    assert len(answer.choices[0].text) == 50
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage
+    assert answer.usage.total_tokens == 56
+    assert answer.choices[0].text == server.text(temperature=0.8, top_p=0.9)
+    own = client.completions.create(model="tiny", prompt="R", extra_body={"top_k": 1, "unknown_chars": "fold"})
+    assert own.usage
+    assert own.usage.completion_tokens == 16
+    assert [model.id for model in client.models.list()] == ["tiny@1"]
+    assert client.models.retrieve("tiny").id == "tiny@1"
+
+
+def test_openai_client__raises_its_own_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.completions.create(model="nope", prompt="a")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="tiny", prompt="a", suffix="b")
+    assert (bad.value.code, bad.value.param) == ("unsupported_value", "suffix")
+
+
+def test_requests_side_by_side__get_the_text_that_each_gets_alone(server: Server) -> None:
+    alone = {seed: server.text(seed=seed) for seed in range(4)}
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda seed: server.text(seed=seed % 4), range(40)))
+    assert together == [alone[seed % 4] for seed in range(40)]
+
+
+def test_restarted_server__gives_the_same_text(server: Server, environment: dict[str, str]) -> None:
+    with serving(SERVE, environment) as other:
+        assert other.text() == server.text()
+
+
+def test_gunicorn__can_serve_the_application_by_itself(server: Server, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "gunicorn", "service.web.app:create_app()", "-b", "127.0.0.1:0"]
+    with serving([*command, "--no-control-socket"], environment) as other:
+        assert other.text() == server.text()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_body_of_10_mb__gets_an_answer_and_no_reset(server: Server, chunked: bool, keep: bool) -> None:
+    connection = server.connect()
+    headers = {"Content-Type": "application/json"} | ({} if keep else {"Connection": "close"})
+    body = (b"x" * 10_000 for _ in range(1000)) if chunked else b"x" * 10_000_000
+    connection.request("POST", "/v1/completions", body, headers, encode_chunked=chunked)
+    response = connection.getresponse()
+    assert response.status == 413
+    assert json.loads(response.read())["error"]["code"] == "body_too_large"
+    if keep:
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+    connection.close()
+
+
+def test_body_of_unknown_length__is_read(server: Server) -> None:
+    connection = server.connect()
+    pieces = iter([json.dumps(BODY)[:10].encode(), json.dumps(BODY)[10:].encode()])
+    connection.request("POST", "/v1/completions", pieces, {"Content-Type": "application/json"}, encode_chunked=True)
+    answer = json.loads(connection.getresponse().read())
+    assert answer["choices"][0]["text"] == server.text()
+    connection.close()
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEAD + b"Content-Length: 100\r\n\r\n{",
+        HEAD + b"Content-Length: 5000000\r\n\r\nabc",
+        HEAD + b"Content-Length: 99999999999999999999999\r\n\r\nab",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZZ\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{",
+    ],
+)
+def test_stalled_and_malformed_bodies__are_refused_and_hold_no_thread(server: Server, data: bytes) -> None:
+    stalled = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
+    for connection in stalled:
+        connection.sendall(data)
+    answers = []
+    for connection in stalled:
+        answers.append(connection.recv(65_536)[:12])
+        connection.close()
+    assert set(answers) <= {b"HTTP/1.1 408", b"HTTP/1.1 413", b"HTTP/1.1 400"}
+    assert server.call("GET", "/healthz")[0] == 200
+
+
+def test_stalled_headers__hold_no_thread(server: Server) -> None:
+    stalled = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
+    for connection in stalled:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHo")
+    assert server.call("GET", "/healthz")[0] == 200
+    for connection in stalled:
+        assert connection.recv(100) == b""
+        connection.close()
+
+
+def test_clients_that_keep_their_side_open__delay_no_other(server: Server) -> None:
+    connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
+    for connection in connections:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    for connection in connections:
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    # If the server waited two seconds for each of them in turn, this would time out.
+    assert server.call("GET", "/healthz")[0] == 200
+    for connection in connections:
+        connection.close()
+
+
+def test_dripping_body__has_a_deadline_as_a_whole(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(HEAD + b"Content-Length: 1000\r\n\r\n")
+        began, answer = time.monotonic(), b""
+        connection.settimeout(0.2)
+        while not answer:
+            connection.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(100)
+            assert time.monotonic() - began < 20
+        assert answer.startswith(b"HTTP/1.1 408")
+
+
+def test_malformed_http__gets_an_answer_and_the_server_lives(server: Server) -> None:
+    for data in (
+        b"\x00" * 100,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(data + b"\r\n\r\n")
+            assert connection.recv(65_536).startswith((b"HTTP/1.1 4", b"HTTP/1.1 5"))
+    assert server.call("GET", "/healthz")[0] == 200
+
+
+def test_sigterm__lets_a_running_request_finish_and_exits_with_0(environment: dict[str, str]) -> None:
+    with serving(SERVE, environment) as server, contextlib.closing(server.connect()) as connection:
+        ask(connection, "POST", "/v1/completions", BODY | {"max_tokens": 8000, "stream": True})
+        response = connection.getresponse()  # the stream has begun
+        server.process.send_signal(signal.SIGTERM)
+        events = response.read().split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert sum(len(json.loads(event[6:])["choices"][0]["text"]) for event in events[:-2]) == 8000
+        assert server.process.wait(30) == 0
+        lines = [json.loads(line) for line in server.log]
+        assert {"event", "level", "timestamp", "logger"} <= set(lines[0])
+        assert any(line["event"] == "request" and line["status"] == 200 for line in lines)
+        assert "ROMEO" not in "".join(server.log)
+
+
+def test_sigterm__with_abandoned_texts_exits_with_0(environment: dict[str, str]) -> None:
+    with serving(SERVE, environment) as server:
+        for _ in range(4):
+            with server.open(BODY | {"max_tokens": 8000, "stream": True}) as connection:
+                assert connection.recv(1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+    assert {json.loads(line)["level"] for line in server.log} == {"info"}
+
+
+def test_taken_port__stops_the_start(server: Server, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "service", "serve", "--port", str(server.port)]
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "Address already in use" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_variable__stops_the_start(environment: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service", "serve"]
+    changed = os.environ | environment | {"GRU_SERVE_MAX_TOKEN": "7"}
+    result = subprocess.run(command, env=changed, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "GRU_SERVE_MAX_TOKEN is not a setting" in result.stderr
