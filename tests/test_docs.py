@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib.util
+import io
 import json
 import re
+import textwrap
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +33,11 @@ DOCUMENTS = [README, ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 UNLISTED_ROUTES = ["GET /", "GET /docs", "GET /metrics", "GET /openapi.json"]
 
 Operation = dict[str, Any]
+
+
+def relative(path: Path) -> str:
+    """A file's path from the root of the repository."""
+    return str(path.relative_to(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +75,35 @@ def test_examples__print_what_they_show(
         assert (tmp_path / "unit.png").stat().st_size > 10_000
 
 
+def test_readme__session_example_runs(server: Server) -> None:
+    block = re.search(r"^    from service\.client .*?(?=\n\n\S)", README.read_text(), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    code = textwrap.dedent(block[0]).replace("http://127.0.0.1:8000", f"http://127.0.0.1:{server.port}")
+    names: dict[str, Any] = {}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, names)
+    names["client"].close()
+    assert len(printed.getvalue()) == 200
+    assert (names["session"].position, names["other"].position, len(names["likely"])) == (6, 40, 3)
+    assert names["state"]
+
+
+def test_api__example_shows_the_servers_answer(server: Server) -> None:
+    text = API.read_text()
+    request = re.search(r"curl -s localhost:8000/v1/completions .*\n +-d '(.*)'\n\nreturns", text)
+    answer = re.search(r"^```json\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert request is not None
+    assert answer is not None
+    call = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/completions", request[1].encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(call, timeout=30) as response:
+        found = json.load(response)
+    shown = json.loads(answer[1])
+    assert found | {"id": "", "created": 0} == shown | {"id": "", "created": 0}
+    assert f"```\nROMEO:{shown['choices'][0]['text']}\n```" in text
+
+
 # The README and the index
 
 
@@ -101,7 +139,7 @@ def test_glossary__has_each_word_once_in_alphabetical_order() -> None:
 # Links, commands, paths
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name if path.parent == DOCS else f"/{path.name}")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_links__resolve(document: Path) -> None:
     for target, anchor in links(document):
         assert target.exists(), f"{document.name} links to {target}, which does not exist"
@@ -116,7 +154,7 @@ def test_anchors__follow_githubs_rule(tmp_path: Path) -> None:
     assert anchors(page) == {"a-b-c", "post-v1x-y---it_s", "a-b-c-1"}
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name if path.parent == DOCS else f"/{path.name}")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_commands__named_in_code_exist(document: Path) -> None:
     code = "\n".join(code_of(document))
     makefile = (ROOT / "Makefile").read_text()
@@ -128,7 +166,7 @@ def test_commands__named_in_code_exist(document: Path) -> None:
         assert importlib.util.find_spec(module) is not None, f"{document.name}: python -m {module}"
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "LOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path.name != "LOG.md"], ids=relative)
 def test_paths__named_in_code_exist(document: Path) -> None:
     for path in set(re.findall(r"\b(?:service|tests|benchmarks|deploy)/[\w./-]*\w", "\n".join(code_of(document)))):
         assert (ROOT / path).exists(), f"{document.name}: {path}"
@@ -150,7 +188,7 @@ def test_settings__are_tabled_in_settings_md_only() -> None:
         assert document == SETTINGS or not tabled, f"{document.name} tables {tabled}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name if path.parent == DOCS else f"/{path.name}")
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_settings__named_anywhere_exist(document: Path) -> None:
     known = {f"GRU_SERVE_{name.upper()}" for name in Settings.model_fields}
     assert set(re.findall(r"GRU_SERVE_[A-Z_]*[A-Z]", document.read_text())) <= known
