@@ -1,5 +1,5 @@
-# The server as an image. The first stage compiles the step and gathers the libraries in a virtual environment; the second
-# has that, the model store and Python, and neither a compiler nor, unless it is asked for, torch.
+# The server as an image. The first stage compiles the kernel and installs the libraries in a virtual environment. The second
+# stage contains that environment, the model store and Python, but no compiler, and torch only on request.
 #
 #   docker build -t gru-serve .
 #   docker build -t gru-serve:train --build-arg WITH_TORCH=1 .      # for `gru-serve train` and the torch stepper
@@ -10,11 +10,11 @@ RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 
-# An environment at the place where it will be: its scripts name their interpreter by its whole path.
+# The environment has its final path already, because its scripts contain the full path of their interpreter.
 RUN python -m venv --without-pip /opt/gru-serve
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_PYTHON=/opt/gru-serve/bin/python
 
-# The libraries first and by themselves: they change less often than the code.
+# The libraries are a layer of their own, because they change less often than the code.
 WORKDIR /src
 COPY pyproject.toml constraints.txt ./
 RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' > libraries.txt \
@@ -30,7 +30,7 @@ RUN if [ "$WITH_TORCH" = 1 ]; then \
 
 COPY setup.py README.md LICENSE ./
 COPY service service
-# Without the kernel it would take torch, so an image without it is not to be built by mistake.
+# Fails the build if the kernel is missing: the server would then need torch, which the image does not contain.
 RUN pip install -q --no-deps . \
  && cd / && /opt/gru-serve/bin/python -c 'from service.engine.native.binding import variants; assert variants(), "the kernel was not compiled"'
 
@@ -45,12 +45,12 @@ LABEL org.opencontainers.image.title="gru-serve" \
       org.opencontainers.image.version="$VERSION" \
       org.opencontainers.image.revision="$REVISION"
 
-# A number that no user of the host is likely to have, and no home: nothing is ever written.
+# A user id that no user of the host is likely to have, and no home, because the server never writes a file.
 RUN groupadd --gid 10001 gru-serve \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin gru-serve
 
 COPY --from=build /opt/gru-serve /opt/gru-serve
-# The shipped models. Mount a store of your own here, read-only, or name another place in GRU_SERVE_MODEL_STORE.
+# The shipped models. Mount a store of your own here, read-only, or name another directory in GRU_SERVE_MODEL_STORE.
 COPY model_store /srv/model_store
 
 ENV PATH=/opt/gru-serve/bin:$PATH \
