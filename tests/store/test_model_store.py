@@ -189,7 +189,7 @@ def test_readers_see_whole_versions_while_writers_write(store: ModelStore) -> No
 def test_kill_9_at_100_random_moments_of_publishing_leaves_whole_versions_only(store: ModelStore) -> None:
     config = tiny_config(num_units=64)
     helper = subprocess.Popen(
-        [sys.executable, "-m", "tests.publish_forever", str(store.root), json.dumps(config.model_dump())],
+        [sys.executable, "-m", "tests.store.publish_forever", str(store.root), json.dumps(config.model_dump())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
