@@ -26,7 +26,7 @@ ALLOWED = {
     "client": set(),
     "errors": set(),
     "periodic": set(),
-    "settings": set(),
+    "settings": {"model"},  # the names of precisions
     "__init__": set(),
 }
 # The places that build the parts may know the settings too.
