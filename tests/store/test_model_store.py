@@ -298,7 +298,8 @@ def test_publish__tolerates_a_staging_directory_that_its_writer_removes_meanwhil
     publish_tiny(store)
     staging = store.root / "tiny" / ".staging-other"
     staging.mkdir()
-    os_open, removed = os.open, []
+    os_open = os.open
+    removed: list[str] = []
 
     def open_after_removal(path: str, flags: int, mode: int = 0o777) -> int:
         if str(path) == str(staging) and not removed:
