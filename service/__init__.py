@@ -1,7 +1,7 @@
 """gru-serve: a REST service that generates text with a GRU character model.
 
-A token is a character. Every character is turned, with the hidden state before it, into one new hidden state: that is
-the whole network, and everything here is about doing it correctly, quickly and for many texts at once.
+A token is a character. For each character the network turns the hidden state into the next one; that one small vector
+is all it remembers of a text. The packages here compute it exactly, for many texts at once, and serve it over HTTP.
 """
 
 __version__ = "0.1.0"

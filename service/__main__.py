@@ -1,4 +1,4 @@
-"""The `gru-serve` command line. No logic of its own: each command parses, calls and prints."""
+"""The `gru-serve` command line. Each command is in a module of `service/commands`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.errors import GruServeError, InvalidSettings
 
 
 class _Group(click.Group):
-    """Turns our errors into one line on standard error and exit code 1; click itself exits with 2 for bad usage."""
+    """Prints errors of the project in one line: exit code 2 for wrong settings, as for wrong usage, and 1 otherwise."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

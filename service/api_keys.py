@@ -1,6 +1,6 @@
-"""API keys: whose name a key stands for. What is kept are hashes: who reads them can't ask for anything.
+"""API keys: which name a key belongs to. Only SHA-256 digests are stored, so reading them gives nobody access.
 
-May not: know of HTTP.
+May not: know HTTP, or import anything of this project but errors.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ log = structlog.get_logger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
-_MAX_ENTRIES = 1000  # each is compared with every request's key
+_MAX_ENTRIES = 1000  # every request's key is compared with each of them
 _MAX_FILE_BYTES = 2**18
-_LOOK_S = 1.0  # how often the file is looked at, at most
+_CHECK_INTERVAL_S = 1.0  # the file is read at most this often
 _KEY_BYTES = 32
 _VARIABLE, _FILE_VARIABLE = "GRU_SERVE_API_KEYS", "GRU_SERVE_API_KEYS_FILE"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """digest: SHA-256 of the key. Several entries may have one name: an old key and its successor."""
+    """A key that the server accepts."""
 
-    name: str
-    digest: bytes
+    name: str  # the owner; several entries may share it, such as an old key and its successor
+    digest: bytes  # SHA-256 of the key
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A random key, and the entry by which a server knows it. Raises InvalidValue."""
+    """Return a new random key and the `name:digest` entry that makes a server accept it. Raises InvalidValue."""
     if not _NAME.fullmatch(name):
         raise InvalidValue("a key's name has 1 to 64 letters, digits, dots, underscores or hyphens", param="name")
     key = f"gru-{secrets.token_urlsafe(_KEY_BYTES)}"
@@ -47,58 +47,66 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 def read_keys(listed: str, path: Path | None) -> ApiKeys | None:
-    """The keys of entries separated by commas and of a file; None: neither is given. Raises InvalidSettings."""
+    """Return the keys of comma-separated entries and of a file, or None if neither is given. Raises InvalidSettings."""
     if not listed and path is None:
         return None
-    return ApiKeys(_entries(listed.split(","), _VARIABLE) if listed else (), path)
+    return ApiKeys(_parse_entries(listed.split(","), _VARIABLE) if listed else (), path)
 
 
 class ApiKeys:
-    """Tells whose a key is. Safe for any number of threads.
+    """Finds the owner of a key. Any number of threads may use it.
 
-    The file, one entry a line and comments after #, is read again once it has changed; if it is no good then, what was
-    read before stays in force. clock: seconds, of any beginning.
+    The file has one entry a line, and comments after #. It is read again when its content changes; if the new content
+    is unusable, the entries read before stay valid.
     """
 
     def __init__(
         self, listed: tuple[Entry, ...], path: Path | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises InvalidSettings if the file is no good, or an entry has two names."""
+        """Read the file.
+
+        Args:
+            listed: entries that are always valid.
+            path: the file with more entries, or None.
+            clock: seconds since any fixed moment.
+
+        Raises:
+            InvalidSettings: the file is unusable, or two names have the same key.
+        """
         self._listed, self._path, self._clock = listed, path, clock
-        self._content = _content(path)
-        self._entries = self._read(self._content)
-        self._looked_at = clock()
-        self._looking = threading.Lock()
+        self._content = _read_file(path)
+        self._entries = self._parse(self._content)
+        self._checked_at = clock()
+        self._reloading = threading.Lock()
 
     def owner_of(self, key: str) -> str | None:
-        """The name that a key stands for; None: it is not known. Takes as long for one as for the other."""
-        self._look()
+        """Return the name that a key belongs to, or None for an unknown key. Takes the same time for every key."""
+        self._reload_if_changed()
         digest, name = hashlib.sha256(key.encode(errors="replace")).digest(), None
         for entry in self._entries:
             if hmac.compare_digest(entry.digest, digest):
                 name = entry.name
         return name
 
-    def _look(self) -> None:
-        """Take over what has changed in the file."""
-        if self._path is None or self._clock() - self._looked_at < _LOOK_S:
+    def _reload_if_changed(self) -> None:
+        if self._path is None or self._clock() - self._checked_at < _CHECK_INTERVAL_S:
             return
-        if not self._looking.acquire(blocking=False):
-            return  # somebody does: nobody else is to wait for a slow disk
+        if not self._reloading.acquire(blocking=False):
+            return  # another thread reloads; this request must not wait for a slow disk
         try:
-            # The content and not its time: two writes may have one, and a mounted secret is a chain of links.
-            content = _content(self._path)
+            # Content is compared, not mtime: two writes may share a timestamp, and mounted secrets are chains of links.
+            content = _read_file(self._path)
             if content != self._content:
                 self._content = content
-                self._entries = self._read(content)
+                self._entries = self._parse(content)
                 log.info("API keys read again", num_keys=len(self._entries))
         except InvalidSettings as error:
-            log.error("API keys not read: the old ones stay in force", error=error.message)
+            log.error("API keys not read: the previous ones stay valid", error=error.message)
         finally:
-            self._looked_at = self._clock()
-            self._looking.release()
+            self._checked_at = self._clock()
+            self._reloading.release()
 
-    def _read(self, content: bytes | None) -> tuple[Entry, ...]:
+    def _parse(self, content: bytes | None) -> tuple[Entry, ...]:
         if self._path is None:
             return self._listed
         if content is None:
@@ -106,14 +114,14 @@ class ApiKeys:
         if len(content) > _MAX_FILE_BYTES:
             raise InvalidSettings(f"{_FILE_VARIABLE}: over {_MAX_FILE_BYTES} bytes", param="api_keys_file")
         lines = content.decode(errors="replace").splitlines()
-        entries = _entries((line.partition("#")[0] for line in lines), _FILE_VARIABLE)
+        entries = _parse_entries((line.partition("#")[0] for line in lines), _FILE_VARIABLE)
         if not entries:
-            raise InvalidSettings(f"{_FILE_VARIABLE}: holds no entry", param="api_keys_file")
-        return _checked((*self._listed, *entries), _FILE_VARIABLE)
+            raise InvalidSettings(f"{_FILE_VARIABLE}: contains no entry", param="api_keys_file")
+        return _check_entries((*self._listed, *entries), _FILE_VARIABLE)
 
 
-def _content(path: Path | None) -> bytes | None:
-    """None: it can't be read."""
+def _read_file(path: Path | None) -> bytes | None:
+    """Return the file's content, at most one byte more than is accepted, or None if it can't be read."""
     if path is None:
         return None
     try:
@@ -123,8 +131,11 @@ def _content(path: Path | None) -> bytes | None:
         return None
 
 
-def _entries(parts: Iterable[str], variable: str) -> tuple[Entry, ...]:
-    """Entries of texts, of which empty ones are none. No message quotes one: somebody may have put a key there."""
+def _parse_entries(parts: Iterable[str], variable: str) -> tuple[Entry, ...]:
+    """Parse `name:sha256-hex` entries and skip empty parts.
+
+    Error messages never quote an entry, because somebody may have put a key there by mistake.
+    """
     entries = []
     for number, part in enumerate(parts, 1):
         name, _, digest = (word.strip() for word in part.partition(":"))
@@ -136,14 +147,14 @@ def _entries(parts: Iterable[str], variable: str) -> tuple[Entry, ...]:
                 param=variable.removeprefix("GRU_SERVE_").lower(),
             )
         entries.append(Entry(name, bytes.fromhex(digest)))
-    return _checked(tuple(entries), variable)
+    return _check_entries(tuple(entries), variable)
 
 
-def _checked(entries: tuple[Entry, ...], variable: str) -> tuple[Entry, ...]:
+def _check_entries(entries: tuple[Entry, ...], variable: str) -> tuple[Entry, ...]:
     names: dict[bytes, str] = {}
     if len(entries) > _MAX_ENTRIES:
         raise InvalidSettings(f"{variable}: more than {_MAX_ENTRIES} entries")
     for entry in entries:
         if names.setdefault(entry.digest, entry.name) != entry.name:
-            raise InvalidSettings(f"{variable}: one key under two names, {names[entry.digest]} and {entry.name}")
+            raise InvalidSettings(f"{variable}: the same key has two names, {names[entry.digest]} and {entry.name}")
     return entries

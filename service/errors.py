@@ -1,225 +1,304 @@
-"""The tree of errors. Every error that a caller can cause has a stable `code`; no HTTP status appears here.
+"""Every error that this project raises on purpose, as a tree by category.
 
-A message says what was wrong, where, and what to do. `param` names the input that caused it, where there is one.
+    GruServeError
+    ├── InvalidRequest              the request itself is wrong; sending it again can't help
+    │   ├── InvalidValue            out_of_range
+    │   │   └── UnknownCharacters   unknown_characters
+    │   └── InvalidState            invalid_state
+    │       ├── StateExpired        state_expired
+    │       └── StateModelMismatch  state_model_mismatch
+    ├── AccessDenied                the caller may not do this
+    │   ├── InvalidApiKey           invalid_api_key
+    │   └── Forbidden               forbidden
+    ├── NotFound                    the thing named in the request doesn't exist
+    │   ├── ModelNotFound           model_not_found
+    │   └── SessionNotFound         session_not_found
+    ├── Gone                        the thing existed, and was discarded for good
+    │   ├── SessionGone             session_gone
+    │   └── PositionGone            position_gone
+    ├── Conflict                    the request doesn't fit what the session or its model is now
+    │   ├── SessionExists           session_exists
+    │   ├── SessionBusy             session_busy
+    │   ├── SessionLost             session_lost
+    │   ├── RevisionConflict        revision_conflict
+    │   ├── PositionConflict        position_conflict
+    │   ├── NoRun                   no_run
+    │   ├── RunTakenOver            run_taken_over
+    │   └── ModelChanged            model_changed
+    ├── LimitReached                too much work is open already; try again later
+    │   ├── Overloaded              overloaded
+    │   └── TooManyStreams          too_many_streams
+    ├── Unavailable                 a part of the service can't work at present
+    │   ├── NotReady                not_ready
+    │   ├── Draining                draining
+    │   ├── EngineFailed            engine_failed
+    │   ├── InvalidArtifact         invalid_artifact
+    │   ├── StoreError              store_error
+    │   └── StoreUnavailable        session_store_unavailable
+    ├── OutcomeUnknown              outcome_unknown: nobody knows whether the operation took effect
+    └── OperatorError               raised at startup and by commands, never by a request
+        ├── InvalidSettings         invalid_settings
+        ├── InvalidCharset          invalid_charset
+        ├── InvalidCorpus           invalid_corpus
+        ├── InvalidCheckpoint       invalid_checkpoint
+        ├── TrainingDiverged        training_diverged
+        └── MissingLibrary          missing_library
+
+Only classes with a code are raised; a category exists to be caught. A code is part of the API and never changes. This
+module doesn't know HTTP: `service/web/error_responses.py` maps each category to a status.
+
+A message says what is wrong, where, and what to do about it.
 """
 
 from __future__ import annotations
 
 
 class GruServeError(Exception):
-    """The root: something failed in a way that we foresaw and can explain."""
+    """The root of all errors that the project raises on purpose and can explain."""
 
     code = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = param  # the request field or option that caused the error, None if no single one did
 
 
-class InvalidValue(GruServeError):
-    """A value lies outside what is accepted; `param` names it."""
+class InvalidRequest(GruServeError):
+    """Category: the request itself is wrong; sending it again unchanged can't help."""
+
+
+class InvalidValue(InvalidRequest):
+    """A value is outside the accepted range or form; `param` names it."""
 
     code = "out_of_range"
 
 
 class UnknownCharacters(InvalidValue):
-    """A text holds characters that the model's charset lacks."""
+    """A text contains characters that the model's charset lacks."""
 
     code = "unknown_characters"
 
 
-class InvalidCharset(GruServeError):
-    """A sequence of characters can't serve as a charset."""
-
-    code = "invalid_charset"
-
-
-class InvalidArtifact(GruServeError):
-    """A model version on disk is damaged, incomplete or not what its manifest and config say."""
-
-    code = "invalid_artifact"
-
-
-class ModelNotFound(GruServeError):
-    """No model, version or alias of that name is in the store."""
-
-    code = "model_not_found"
-
-
-class StoreError(GruServeError):
-    """The model store refused an operation; its contents are unchanged."""
-
-    code = "store_error"
-
-
-class InvalidCorpus(GruServeError):
-    """A text file can't be trained or evaluated on."""
-
-    code = "invalid_corpus"
-
-
-class InvalidCheckpoint(GruServeError):
-    """A training checkpoint can't be written, or can't be resumed."""
-
-    code = "invalid_checkpoint"
-
-
-class TrainingDiverged(GruServeError):
-    """A training run came to a loss that is not a finite number."""
-
-    code = "training_diverged"
-
-
-class InvalidSettings(GruServeError):
-    """An environment variable or an option of the service has a value that it can't start with."""
-
-    code = "invalid_settings"
-
-
-class MissingLibrary(GruServeError):
-    """Something was asked for that takes a library which is not installed."""
-
-    code = "missing_library"
-
-
-class SessionNotFound(GruServeError):
-    """There is no session of that id, or it is another owner's."""
-
-    code = "session_not_found"
-
-
-class SessionGone(GruServeError):
-    """The session was there, and expired or was evicted."""
-
-    code = "session_gone"
-
-
-class SessionExists(GruServeError):
-    """There is a session of that id, and it was created otherwise."""
-
-    code = "session_exists"
-
-
-class SessionBusy(GruServeError):
-    """Another operation on the session is under way."""
-
-    code = "session_busy"
-
-
-class RevisionConflict(GruServeError):
-    """The session was changed by somebody else meanwhile."""
-
-    code = "revision_conflict"
-
-
-class SessionLost(GruServeError):
-    """The store has lost what was saved of the session last; what it has left is older than what was acknowledged."""
-
-    code = "session_lost"
-
-
-class StoreUnavailable(GruServeError):
-    """The session store can't be reached; nothing was done, or it is harmless to do it again."""
-
-    code = "session_store_unavailable"
-
-
-class OutcomeUnknown(GruServeError):
-    """The session store didn't answer: what was asked for may have been done."""
-
-    code = "outcome_unknown"
-
-
-class PositionConflict(GruServeError):
-    """The text is not as long as the caller thinks; `position` is how long it is."""
-
-    code = "position_conflict"
-
-    def __init__(self, message: str, position: int, *, param: str | None = "position") -> None:
-        super().__init__(message, param=param)
-        self.position = position
-
-
-class PositionGone(GruServeError):
-    """The session once held the text there, and no longer does."""
-
-    code = "position_gone"
-
-
-class NoRun(GruServeError):
-    """The session has no continuation that could be taken up again."""
-
-    code = "no_run"
-
-
-class RunTakenOver(GruServeError):
-    """Another connection has taken up the continuation; this one gets no more of it."""
-
-    code = "run_taken_over"
-
-
-class ModelChanged(GruServeError):
-    """The model version of a session is no longer there, or no longer the same."""
-
-    code = "model_changed"
-
-
-class InvalidState(GruServeError):
-    """A portable state is damaged, forged, or signed with a key that is not known here."""
+class InvalidState(InvalidRequest):
+    """A portable state is damaged, forged, or signed with a key that this server doesn't have."""
 
     code = "invalid_state"
 
 
 class StateExpired(InvalidState):
-    """A portable state was good until a moment that has passed."""
+    """A portable state is past its expiry time."""
 
     code = "state_expired"
 
 
 class StateModelMismatch(InvalidState):
-    """A portable state belongs to another model, or to another arithmetic."""
+    """A portable state was made by another model, or by the same model with other arithmetic."""
 
     code = "state_model_mismatch"
 
 
-class InvalidApiKey(GruServeError):
-    """The request has no key, or one that is not known."""
+class AccessDenied(GruServeError):
+    """Category: the caller may not do this."""
+
+
+class InvalidApiKey(AccessDenied):
+    """The request has no API key, or one that the server doesn't know."""
 
     code = "invalid_api_key"
 
 
-class Forbidden(GruServeError):
-    """The caller may not do this."""
+class Forbidden(AccessDenied):
+    """The caller is known, and may not use this route."""
 
     code = "forbidden"
 
 
-class TooManyStreams(GruServeError):
-    """The caller has as many streams open as one may have."""
-
-    code = "too_many_streams"
+class NotFound(GruServeError):
+    """Category: the thing named in the request doesn't exist."""
 
 
-class Overloaded(GruServeError):
-    """Every place is taken and the queue is full."""
+class ModelNotFound(NotFound):
+    """The model store has no model, version or alias of that name."""
+
+    code = "model_not_found"
+
+
+class SessionNotFound(NotFound):
+    """No session has that id, or it belongs to another owner."""
+
+    code = "session_not_found"
+
+
+class Gone(GruServeError):
+    """Category: the thing existed, and was discarded for good."""
+
+
+class SessionGone(Gone):
+    """The session existed, and expired or was evicted."""
+
+    code = "session_gone"
+
+
+class PositionGone(Gone):
+    """The session's text once reached back to that position, and no longer does: its beginning was dropped."""
+
+    code = "position_gone"
+
+
+class Conflict(GruServeError):
+    """Category: the request doesn't fit what the session or its model is now."""
+
+
+class SessionExists(Conflict):
+    """A session with that id exists already, and was created with other parameters."""
+
+    code = "session_exists"
+
+
+class SessionBusy(Conflict):
+    """Another operation on the session is in progress."""
+
+    code = "session_busy"
+
+
+class SessionLost(Conflict):
+    """The session store lost the newest saved record of the session; the one it has is older than what clients saw."""
+
+    code = "session_lost"
+
+
+class RevisionConflict(Conflict):
+    """Another operation changed the session between this one's read and its write."""
+
+    code = "revision_conflict"
+
+
+class PositionConflict(Conflict):
+    """The caller expects a text of another length than the session has."""
+
+    code = "position_conflict"
+
+    def __init__(self, message: str, position: int, *, param: str | None = "position") -> None:
+        super().__init__(message, param=param)
+        self.position = position  # the session's actual length in characters
+
+
+class NoRun(Conflict):
+    """The session has no run that could be resumed."""
+
+    code = "no_run"
+
+
+class RunTakenOver(Conflict):
+    """Another connection resumed the run, so this connection receives no more of it."""
+
+    code = "run_taken_over"
+
+
+class ModelChanged(Conflict):
+    """The model version that a session uses was deleted, or its files or arithmetic changed."""
+
+    code = "model_changed"
+
+
+class LimitReached(GruServeError):
+    """Category: too much work is open already; the same request may succeed later."""
+
+
+class Overloaded(LimitReached):
+    """Every place in the batch is taken and the queue is full."""
 
     code = "overloaded"
 
 
-class EngineFailed(GruServeError):
-    """The engine's thread has died, is stuck in a step or is being ended: nothing will be computed by it."""
+class TooManyStreams(LimitReached):
+    """The caller has the largest allowed number of streams open."""
 
-    code = "engine_failed"
+    code = "too_many_streams"
 
 
-class NotReady(GruServeError):
-    """The service is starting, draining or lacks a part that it needs."""
+class Unavailable(GruServeError):
+    """Category: a part of the service can't work at present; nothing is wrong with the request."""
+
+
+class NotReady(Unavailable):
+    """The service is starting or draining, or a part that it needs is missing."""
 
     code = "not_ready"
 
 
-class Draining(GruServeError):
-    """The process is going away and does this no more, or not to its end; another one can."""
+class Draining(Unavailable):
+    """The process is shutting down and doesn't start or finish this work; another replica can."""
 
     code = "draining"
+
+
+class EngineFailed(Unavailable):
+    """The engine can't compute: its thread died, is stuck in a step or is being closed."""
+
+    code = "engine_failed"
+
+
+class InvalidArtifact(Unavailable):
+    """The files of a model version are damaged, incomplete, or contradict their manifest or config."""
+
+    code = "invalid_artifact"
+
+
+class StoreError(Unavailable):
+    """The model store can't carry out an operation. Published versions are unchanged."""
+
+    code = "store_error"
+
+
+class StoreUnavailable(Unavailable):
+    """The session store can't be reached. Nothing was done, or doing it again is harmless."""
+
+    code = "session_store_unavailable"
+
+
+class OutcomeUnknown(GruServeError):
+    """The session store received an operation and didn't answer, so it may or may not have taken effect."""
+
+    code = "outcome_unknown"
+
+
+class OperatorError(GruServeError):
+    """Category: raised at startup and by commands, for the person who runs them; never by a request."""
+
+
+class InvalidSettings(OperatorError):
+    """An environment variable or option of the service is unknown or has an unusable value."""
+
+    code = "invalid_settings"
+
+
+class InvalidCharset(OperatorError):
+    """A sequence of characters can't serve as a model's charset."""
+
+    code = "invalid_charset"
+
+
+class InvalidCorpus(OperatorError):
+    """A text file can't be used for training or evaluation."""
+
+    code = "invalid_corpus"
+
+
+class InvalidCheckpoint(OperatorError):
+    """A training checkpoint can't be written, or can't be resumed."""
+
+    code = "invalid_checkpoint"
+
+
+class TrainingDiverged(OperatorError):
+    """The loss of a training run became infinite or not a number."""
+
+    code = "training_diverged"
+
+
+class MissingLibrary(OperatorError):
+    """A command needs an optional library that is not installed."""
+
+    code = "missing_library"

@@ -1,6 +1,6 @@
-"""A thread that does something every few seconds.
+"""A thread that calls a function every few seconds.
 
-May not: know what it does; it gets a function.
+May not: import anything of this project; what it calls is passed to it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 
 class PeriodicThread:
-    """Calls `work` every `interval_s` seconds on a daemon thread of its own, until it is closed.
+    """Calls `work` every `interval_s` seconds on its own daemon thread, until it is closed.
 
-    If `work` returns something true, there is more to do, and it is called again at once. It has to handle its own
-    errors, because an exception that leaves it ends the thread.
+    If `work` returns something true, it has more to do and is called again at once. It must handle its own errors: an
+    exception that it raises ends the thread.
     """
 
     def __init__(self, name: str, interval_s: float, work: Callable[[], object]) -> None:
@@ -23,7 +23,7 @@ class PeriodicThread:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread. A call of `work` that has begun is finished first."""
+        """End the thread, after the current call of `work` if there is one. Blocks until it has ended."""
         self._closing.set()
         self._thread.join()
 

@@ -1,4 +1,8 @@
-"""Settings: the only reader of the environment. Read once at start; a bad or unknown variable stops the start."""
+"""The settings of the service, and the only code that reads environment variables.
+
+They are read once at startup. An unusable value or an unknown `GRU_SERVE_` variable stops the start with an error that
+names the variable, and never shows the value of a secret.
+"""
 
 from __future__ import annotations
 
@@ -12,135 +16,157 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import InvalidSettings
+from service.model.quantize import IntegerPrecision
 
 PREFIX = "GRU_SERVE_"
 _MIN_KEY_CHARS = 16
-SPARE_THREADS = 16  # HTTP threads that completions never occupy: health checks and refusals stay prompt
+SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
 class Settings(BaseSettings):
-    """What the service can be told, as `GRU_SERVE_<NAME>` or `gru-serve serve --<name>`."""
+    """Every setting of the service: variable `GRU_SERVE_<NAME>`, option `gru-serve serve --<name>`."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     model_store: Path = Field(Path("model_store"), description="directory of the model store")
-    model: str = Field("shakespeare", description="model that is loaded at start and used by requests that name none")
-    max_models: int = Field(4, ge=1, le=1000, description="model versions kept loaded; the least recently used goes")
-    precision: Literal["auto", "int8", "int4"] = Field(
-        "auto", description="integers of the recurrent weights; auto: the fewest bits that cost the model nothing"
+    model: str = Field("shakespeare", description="default model: loaded at startup, used by requests that name none")
+    max_models: int = Field(
+        4, ge=1, le=1000, description="model versions loaded at a time; one more evicts the least recently used"
+    )
+    precision: Literal["auto", IntegerPrecision] = Field(
+        "auto", description="integer type of the recurrent weights; auto: what the model's training found sufficient"
     )
     kernel: Literal["auto", "native", "torch"] = Field(
         "auto",
-        description="what computes: the kernel in C++, or torch, with the same results; auto: C++ if it is there",
+        description="implementation of the network: native (C++) or torch, with identical results; "
+        "auto: native if it is installed",
     )
-    engine_threads: int = Field(0, ge=0, le=256, description="cores that the engine computes with; 0: all but one")
-    max_batch: int = Field(256, ge=1, le=65_536, description="texts that are stepped side by side")
-    max_queue: int = Field(256, ge=0, le=65_536, description="texts that wait for a place; more are refused (429)")
+    engine_threads: int = Field(0, ge=0, le=256, description="CPU cores that an engine uses; 0: all but one")
+    max_batch: int = Field(256, ge=1, le=65_536, description="texts that a model computes at the same time")
+    max_queue: int = Field(
+        256, ge=0, le=65_536, description="texts that may wait for a place in the batch; more are refused (429)"
+    )
     prefix_cache_bytes: int = Field(
-        2**26, ge=0, le=2**40, description="memory for the states after prompts, of each model; 0: no cache"
+        2**26, ge=0, le=2**40, description="memory per model for caching the states after prompts; 0: no cache"
     )
-    stall_s: float = Field(30.0, gt=0, le=3600, description="seconds after which a step counts as stuck (not ready)")
+    stall_s: float = Field(
+        30.0, gt=0, le=3600, description="seconds after which a computing step counts as stuck and readiness fails"
+    )
     http_threads: int = Field(
-        0, ge=0, le=131_072, description="requests answered side by side; 0: as many as fit batch and queue, and some"
+        0,
+        ge=0,
+        le=131_072,
+        description=f"requests handled at the same time; 0: max_batch + max_queue + {SPARE_THREADS}",
     )
-    max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters a request may generate")
-    max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest prompt, in characters")
-    max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest request body")
+    max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters that one request may generate")
+    max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest accepted prompt, in characters")
+    max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest accepted request body")
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(
-        20, ge=1, le=3600, description="seconds after which a client that reads nothing is dropped"
+        20, ge=1, le=3600, description="seconds after which a client that reads nothing is disconnected"
     )
-    drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests get to finish at shutdown")
+    drain_s: int = Field(30, ge=0, le=3600, description="seconds that running requests may take at shutdown")
     drain_notice_s: float = Field(
-        0.0, ge=0, le=3600, description="of these, seconds that a balancer gets to notice, also when nothing is running"
+        0.0,
+        ge=0,
+        le=3600,
+        description="part of drain_s during which the process stays up even if idle, so that balancers notice",
     )
     session_store: SecretStr = Field(
         SecretStr("memory://"),
-        description="where sessions are kept: memory://, or redis://[user:password@]host:port/db, which several "
-        "replicas share and which outlives them",
+        description="where sessions are stored: memory://, or redis://[user:password@]host:port/db, which replicas "
+        "share and which survives their restarts",
     )
     session_ttl_s: float = Field(
-        3600.0, ge=1, le=2_592_000, description="seconds a session lives after its last use, if it says nothing else"
+        3600.0, ge=1, le=2_592_000, description="seconds after its last use until a session expires, by default"
     )
     max_sessions: int = Field(
         1_000_000,
         ge=1,
         le=100_000_000,
-        description="sessions kept in memory; more push out the least recently used idle one",
+        description="sessions held in memory; one more evicts the least recently used idle session",
     )
     max_session_bytes: int = Field(
         2**30,
         ge=2**24,
         le=2**44,
-        description="memory for all sessions, or with Redis for those in use lately; more pushes out the least "
-        "recently used",
+        description="memory for sessions (with Redis: for cached ones); the least recently used are evicted above it",
     )
     session_text_chars: int = Field(
-        65_536, ge=1024, le=10_000_000, description="characters of its text that a session retains, at least"
+        65_536, ge=1024, le=10_000_000, description="most recent characters of its text that a session always retains"
     )
     session_checkpoint_chars: int = Field(
-        256, ge=16, le=65_536, description="characters between states kept on the way, for going back"
+        256,
+        ge=16,
+        le=65_536,
+        description="characters between the states that a session stores so that it can be rewound",
     )
     state_keys: SecretStr = Field(
         SecretStr(""),
-        description="secrets that sign portable states, separated by commas: the first signs, all are accepted; "
-        "none: a random one, and states end with the process",
+        description="comma-separated secrets for signing portable states: the first signs, all are accepted; "
+        "empty: a random secret, so states become invalid when the process ends",
     )
     api_keys: SecretStr = Field(
         SecretStr(""),
-        description="who may ask: entries name:sha256-hex, separated by commas, as `gru-serve keys new` prints them; "
-        "none here and no file: everybody",
+        description="accepted API keys: comma-separated name:sha256-hex entries, as `gru-serve keys new` prints them; "
+        "empty and no file: everybody has access",
     )
     api_keys_file: Path | None = Field(
-        None, description="file with such entries, one a line; read again when it changes"
+        None, description="file with more such entries, one a line; read again when it changes"
     )
     rate_limit: str = Field(
         "",
-        description="how often one key, or without keys one address, may start something: 600/minute; empty: no limit",
+        description="limit on POST and PUT requests for each API key (without keys: each address), such as 600/minute; "
+        "empty: no limit",
     )
     max_streams: int = Field(
-        0, ge=0, le=131_072, description="streams that one key, or without keys one address, may have open; 0: no limit"
+        0,
+        ge=0,
+        le=131_072,
+        description="open streams for each API key (without keys: each address); 0: no limit",
     )
     model_poll_s: float = Field(
-        30.0, ge=0, le=86_400, description="seconds between two looks for new model versions; 0: never"
+        30.0, ge=0, le=86_400, description="seconds between checks for new model versions; 0: never"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON lines")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level that is logged")
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="format of the log; auto: text on a terminal, JSON lines otherwise"
+    )
 
     @model_validator(mode="after")
-    def _threads_fit(self) -> Self:
-        least = self.max_batch + self.max_queue + SPARE_THREADS
-        if 0 < self.http_threads < least:
-            raise ValueError(f"http_threads has to be {least} at least, for max_batch, max_queue and what refuses more")
+    def _check_threads(self) -> Self:
+        min_threads = self.max_batch + self.max_queue + SPARE_THREADS
+        if 0 < self.http_threads < min_threads:
+            raise ValueError(f"http_threads must be at least {min_threads}: max_batch + max_queue + {SPARE_THREADS}")
         return self
 
     @model_validator(mode="after")
-    def _notice_fits(self) -> Self:
+    def _check_drain_notice(self) -> Self:
         if self.drain_notice_s > self.drain_s:
-            raise ValueError(f"drain_notice_s is part of drain_s, which is {self.drain_s}, and can't be longer")
+            raise ValueError(f"drain_notice_s is part of drain_s and can't be longer than it, {self.drain_s} s")
         return self
 
     @field_validator("session_store")
     @classmethod
-    def _store_is_known(cls, store: SecretStr) -> SecretStr:
+    def _check_session_store(cls, store: SecretStr) -> SecretStr:
         if urlsplit(store.get_secret_value()).scheme not in ("memory", "redis", "rediss", "unix"):
-            raise ValueError("has to begin with memory://, redis://, rediss:// or unix://")
+            raise ValueError("must begin with memory://, redis://, rediss:// or unix://")
         return store
 
     @field_validator("state_keys")
     @classmethod
-    def _keys_are_long(cls, keys: SecretStr) -> SecretStr:
+    def _check_state_keys(cls, keys: SecretStr) -> SecretStr:
         if any(len(key) < _MIN_KEY_CHARS for key in _split(keys)):
-            raise ValueError(f"each key has to have {_MIN_KEY_CHARS} characters at least")
+            raise ValueError(f"each key must have at least {_MIN_KEY_CHARS} characters")
         return keys
 
     @field_validator("rate_limit")
     @classmethod
-    def _is_a_rate(cls, rate: str) -> str:
+    def _check_rate_limit(cls, rate: str) -> str:
         if rate:
-            from limits import parse_many  # a tenth of a second, for those who need it
+            from limits import parse_many  # takes 0.1 s to import, so only if a limit is set
 
             try:
                 limits = parse_many(rate)
@@ -152,22 +178,22 @@ class Settings(BaseSettings):
 
     @property
     def state_key_list(self) -> list[str]:
-        """`state_keys`, one by one."""
+        """The single keys of `state_keys`."""
         return _split(self.state_keys)
 
     @property
     def num_http_threads(self) -> int:
-        """`http_threads`, worked out."""
+        """`http_threads`, or what 0 stands for."""
         return self.http_threads or self.max_batch + self.max_queue + SPARE_THREADS
 
     @property
-    def integer_precision(self) -> Literal["int8", "int4"] | None:
-        """`precision`; None: the model's own."""
+    def integer_precision(self) -> IntegerPrecision | None:
+        """`precision`, or None for the model's own."""
         return None if self.precision == "auto" else self.precision
 
     @property
     def num_engine_threads(self) -> int:
-        """`engine_threads`, worked out: HTTP needs a core too."""
+        """`engine_threads`, or what 0 stands for: one core is left for HTTP."""
         return self.engine_threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
@@ -176,7 +202,14 @@ def _split(keys: SecretStr) -> list[str]:
 
 
 def read_settings(**overrides: Any) -> Settings:
-    """The settings of the environment, with overrides from the command line. Raises InvalidSettings."""
+    """Return the settings of the environment.
+
+    Args:
+        overrides: values that take precedence over the environment, such as command-line options. None means not given.
+
+    Raises:
+        InvalidSettings: a value is unusable, or a `GRU_SERVE_` variable is not a setting.
+    """
     _refuse_unknown(os.environ)
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
@@ -194,4 +227,4 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
     if unknown:
-        raise InvalidSettings(f"{unknown[0]} is not a setting; there are: {', '.join(sorted(known))}")
+        raise InvalidSettings(f"{unknown[0]} is not a setting; the settings are: {', '.join(sorted(known))}")

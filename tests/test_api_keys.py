@@ -1,4 +1,4 @@
-"""API keys: entries, the file that changes while they are in use, and the command that makes them."""
+"""API keys: their entries, a file that changes while it is in use, and the command that makes keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from service.errors import InvalidSettings, InvalidValue
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that a test advances."""
 
     now = 0.0
 
@@ -29,7 +29,7 @@ def file_keys(path: Path, clock: Clock) -> ApiKeys:
     return ApiKeys((), path, clock)
 
 
-def test_a_key_is_known_by_its_hash() -> None:
+def test_owner_of__finds_a_key_by_its_digest() -> None:
     key, entry = new_key("alice")
     assert entry == f"alice:{hashlib.sha256(key.encode()).hexdigest()}"
     keys = read_keys(f" {entry.upper().replace('ALICE', 'alice')} , {new_key('bob')[1]},", None)
@@ -39,20 +39,20 @@ def test_a_key_is_known_by_its_hash() -> None:
         assert keys.owner_of(other) is None
 
 
-def test_keys_are_random_and_long() -> None:
+def test_new_key__is_random_and_has_256_bits() -> None:
     made = {new_key("a")[0] for _ in range(100)}
     assert len(made) == 100
-    assert min(map(len, made)) >= 43  # 256 bits
+    assert min(len(key.removeprefix("gru-")) for key in made) >= 43  # 256 bits, 6 a character
 
 
-def test_an_old_key_and_its_successor_have_one_owner() -> None:
+def test_owner_of__an_old_key_and_its_successor_have_the_same_owner() -> None:
     (old, old_entry), (new, new_entry) = new_key("alice"), new_key("alice")
     keys = read_keys(f"{old_entry},{new_entry}", None)
     assert keys
     assert (keys.owner_of(old), keys.owner_of(new)) == ("alice", "alice")
 
 
-def test_without_entries_and_file_there_are_no_keys() -> None:
+def test_read_keys__without_entries_and_file_gives_none() -> None:
     assert read_keys("", None) is None
 
 
@@ -63,7 +63,7 @@ DIGEST = "0" * 64
     "listed",
     ["alice", "alice:", f":{DIGEST}", f"a/b:{DIGEST}", f"{'a' * 65}:{DIGEST}", f"a:{DIGEST}0", "a:secret", ","],
 )
-def test_a_bad_entry_is_refused_and_not_quoted(listed: str, tmp_path: Path) -> None:
+def test_read_keys__refuses_a_bad_entry_without_quoting_it(listed: str, tmp_path: Path) -> None:
     if listed != ",":
         with pytest.raises(InvalidSettings, match="GRU_SERVE_API_KEYS: entry 1 is not name:sha256-hex") as error:
             read_keys(listed, None)
@@ -75,39 +75,47 @@ def test_a_bad_entry_is_refused_and_not_quoted(listed: str, tmp_path: Path) -> N
     assert "secret" not in error.value.message
 
 
-def test_one_key_under_two_names_is_refused() -> None:
-    with pytest.raises(InvalidSettings, match="two names, a and b"):
+def test_read_keys__refuses_a_key_with_two_names() -> None:
+    with pytest.raises(InvalidSettings, match="the same key has two names, a and b"):
         read_keys(f"a:{DIGEST},b:{DIGEST}", None)
     assert read_keys(f"a:{DIGEST},a:{DIGEST}", None)
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"\xff\xfe", b"x" * 300_000, b"\n".join(b"a:%064x" % n for n in range(1001))]
+    ("content", "reason"),
+    [
+        (None, "can't read"),
+        (b"", "contains no entry"),
+        (b"\xff\xfe", "entry 1 is not name:sha256-hex"),
+        (b"x" * 300_000, "over 262144 bytes"),
+        (b"\n".join(b"a:%064x" % n for n in range(1001)), "more than 1000 entries"),
+    ],
+    ids=["missing", "empty", "binary", "long", "many"],
 )
-def test_a_file_that_is_no_good_stops_the_start(tmp_path: Path, content: bytes | None) -> None:
+def test_read_keys__refuses_an_unusable_file_with_a_reason(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "keys"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InvalidSettings, match="GRU_SERVE_API_KEYS_FILE"):
+    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_API_KEYS_FILE: {reason}"):
         read_keys("", path)
 
 
-def test_the_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:
+def test_api_keys__reads_a_changed_file_again(tmp_path: Path) -> None:
     path, clock = tmp_path / "keys", Clock()
     (old, old_entry), (new, new_entry) = new_key("alice"), new_key("alice")
     path.write_text(f"{old_entry}  # until Friday\n")
     keys = file_keys(path, clock)
     before = path.stat()
     path.write_text(f"{new_entry}  # until Friday\n")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as fast as the clock of the file system
-    assert keys.owner_of(new) is None  # it is looked at once a second
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if both writes had the same timestamp
+    assert keys.owner_of(new) is None  # the file is checked once a second
     clock.now += 1
     assert keys.owner_of(new) == "alice"
     assert keys.owner_of(old) is None
 
 
 @pytest.mark.parametrize("content", [None, "", "nonsense\n", "alice:\n"])
-def test_a_file_that_has_become_bad_leaves_the_old_keys_in_force(tmp_path: Path, content: str | None) -> None:
+def test_api_keys__an_unusable_new_file_leaves_the_previous_keys_valid(tmp_path: Path, content: str | None) -> None:
     path, clock = tmp_path / "keys", Clock()
     (old, old_entry), (new, new_entry) = new_key("alice"), new_key("alice")
     path.write_text(old_entry)
@@ -120,13 +128,13 @@ def test_a_file_that_has_become_bad_leaves_the_old_keys_in_force(tmp_path: Path,
         for _ in range(3):
             clock.now += 1
             assert keys.owner_of(old) == "alice"
-    assert [(line["log_level"], "old ones stay" in line["event"]) for line in logs] == [("error", True)]  # said once
+    assert [(line["log_level"], "previous ones stay valid" in line["event"]) for line in logs] == [("error", True)]
     path.write_text(f"{old_entry}\n{new_entry}")
     clock.now += 1
     assert keys.owner_of(new) == "alice"
 
 
-def test_variable_and_file_count_together(tmp_path: Path) -> None:
+def test_read_keys__combines_variable_and_file(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     (one, one_entry), (other, other_entry) = new_key("alice"), new_key("bob")
     path.write_text(other_entry)
@@ -135,7 +143,7 @@ def test_variable_and_file_count_together(tmp_path: Path) -> None:
     assert (keys.owner_of(one), keys.owner_of(other)) == ("alice", "bob")
 
 
-def test_the_command_prints_a_key_and_its_entry() -> None:
+def test_keys_command__prints_a_key_and_its_entry() -> None:
     words = CliRunner().invoke(main, ["keys", "new", "alice"]).stdout.split()
     assert (words[0], words[2]) == ("key", "entry")
     keys = read_keys(words[3], None)
@@ -151,6 +159,6 @@ def test_the_command_prints_a_key_and_its_entry() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "a" * 65, "a:b", "é", "a\n"])
-def test_a_name_that_could_not_own_anything_is_refused(name: str) -> None:
+def test_new_key__refuses_an_unusable_name(name: str) -> None:
     with pytest.raises(InvalidValue):
         new_key(name)

@@ -42,7 +42,7 @@ def relative(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(SERVE, {"GRU_SERVE_LOG_LEVEL": "warning"}) as server:
+    with serving(SERVE, {}) as server:
         yield server
 
 

@@ -1,8 +1,7 @@
-"""Settings: read once, and a wrong one stops the start by name."""
+"""Settings: they are read once, and an unusable one stops the start with an error that names it."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pydantic
@@ -12,49 +11,66 @@ from service.errors import InvalidSettings
 from service.settings import Settings, read_settings
 
 
-def test_the_defaults() -> None:
+def test_settings__have_defaults() -> None:
     settings = read_settings()
     assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "shakespeare")
     assert settings.model_store == Path("model_store")
     assert settings.max_tokens == 8192
 
 
-def test_variables_set_and_flags_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings__options_take_precedence_over_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRU_SERVE_PORT", "9000")
     monkeypatch.setenv("GRU_SERVE_MAX_TOKENS", "7")
     settings = read_settings(port=9001, host=None)
     assert (settings.port, settings.max_tokens, settings.host) == (9001, 7, "127.0.0.1")
 
 
-def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings__an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRU_SERVE_PORT", "")
     assert read_settings().port == 8000
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PORT", "http"), ("PORT", "70000"), ("MAX_TOKENS", "0"), ("LOG_LEVEL", "x")]
+    ("name", "value"),
+    [
+        ("PORT", "http"),
+        ("PORT", "70000"),
+        ("MAX_TOKENS", "0"),
+        ("LOG_LEVEL", "x"),
+        ("PRECISION", "float32"),
+        ("RATE_LIMIT", "often"),
+        ("RATE_LIMIT", "0/minute"),
+    ],
 )
-def test_a_bad_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_settings__an_error_names_the_variable_and_its_value(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(f"GRU_SERVE_{name}", value)
-    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name}={value}"):
+    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name}={value}: "):
         read_settings()
 
 
-def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings__an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRU_SERVE_MAX_TOKEN", "7")
     with pytest.raises(InvalidSettings, match=r"GRU_SERVE_MAX_TOKEN is not a setting.*GRU_SERVE_MAX_TOKENS"):
         read_settings()
 
 
-def test_there_are_threads_for_all_texts_and_for_refusing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings__http_threads_suffice_for_all_texts_and_for_refusing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings(max_batch=10, max_queue=20).num_http_threads == 46
     monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "45")
-    with pytest.raises(InvalidSettings, match="http_threads has to be 46 at least"):
+    with pytest.raises(InvalidSettings, match="http_threads must be at least 46"):
         read_settings(max_batch=10, max_queue=20)
     assert read_settings(max_batch=10, max_queue=19).num_http_threads == 45
 
 
-def test_the_engine_has_a_core_and_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings__the_drain_notice_is_part_of_the_drain() -> None:
+    assert read_settings(drain_s=3, drain_notice_s=3.0).drain_notice_s == 3
+    with pytest.raises(InvalidSettings, match="drain_notice_s is part of drain_s"):
+        read_settings(drain_s=3, drain_notice_s=3.1)
+
+
+def test_settings__the_engine_leaves_one_core_for_http(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
     assert read_settings().num_engine_threads == 3
     assert read_settings(engine_threads=2).num_engine_threads == 2
@@ -62,17 +78,24 @@ def test_the_engine_has_a_core_and_leaves_one(monkeypatch: pytest.MonkeyPatch) -
     assert read_settings().num_engine_threads == 1
 
 
-def test_a_secret_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRU_SERVE_STATE_KEYS", "a long enough key, tooshort")
-    with pytest.raises(InvalidSettings, match="GRU_SERVE_STATE_KEYS") as error:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("STATE_KEYS", "a long enough key, confidential"), ("SESSION_STORE", "http://:confidential@host")],
+)
+def test_settings__an_error_never_shows_a_secret(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"GRU_SERVE_{name}", value)
+    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name}=...: ") as error:
         read_settings()
-    assert "tooshort" not in str(error.value)
+    assert "confidential" not in str(error.value)
+
+
+def test_settings__state_keys_are_split_and_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRU_SERVE_STATE_KEYS", "a long enough key, another long key,")
     settings = read_settings()
     assert settings.state_key_list == ["a long enough key", "another long key"]
     assert "long" not in repr(settings)
 
 
-def test_settings_are_frozen() -> None:
-    with pytest.raises((pydantic.ValidationError, dataclasses.FrozenInstanceError)):
+def test_settings__can_not_be_changed() -> None:
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]

@@ -74,7 +74,7 @@ def train_command(
         if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
             raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
         trainer = Trainer(text, settings, checkpoint)
-    store.prepare(name)  # an impossible name or a full disk is found out now, and not after hours of training
+    store.check_writable(name)  # an impossible name or a full disk is found out now, and not after hours of training
     click.echo(
         f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters of "
         f"{trainer.model.config.vocab_size} kinds, {trainer.total_steps:,} updates, "

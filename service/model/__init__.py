@@ -1,4 +1,11 @@
-"""What a GRU character model is: its characters, its network, its files.
+"""What a GRU character model is: its charset, its network in float32 and in integers, and the files of one version.
 
-May not: start threads, read a clock, know of HTTP, sessions, the model store's layout or training.
+- `charset`: characters <-> ids, and what happens to characters that a model doesn't know.
+- `config`: the sizes of a model, which determine the names and shapes of its weights.
+- `artifact`, `manifest`: reading and writing the files of a version. Nothing in them is ever executed.
+- `gru`, `folded`: the network in torch, float32. `gru` is the reference; `folded` reads one text faster.
+- `quantize`: the integers, scales and tables that the engine computes with.
+
+May not: start threads, read a clock, import the other packages, or know HTTP, sessions, training or how a model store
+is laid out.
 """

@@ -1,7 +1,7 @@
-"""One model version on disk: `config.json`, `model.safetensors`, `training.json`, a model card, and their manifest.
+"""The files of one model version: `config.json`, `model.safetensors`, `training.json`, a model card and their manifest.
 
-Reading trusts nothing: lengths and sums are checked against the manifest, then names, dtypes and shapes against the
-config, before a weight is copied anywhere. The formats are JSON and safetensors; nothing in them can be executed.
+Reading trusts none of them: lengths and SHA-256 sums are compared with the manifest, then names, dtypes and shapes with
+the config, before a weight is copied anywhere. The formats are JSON and safetensors; neither can contain code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,8 @@ from safetensors.numpy import save as save_safetensors
 from service.errors import InvalidArtifact
 from service.model.charset import Charset
 from service.model.config import ModelConfig
-from service.model.manifest import MANIFEST, Manifest, explain
+from service.model.manifest import MANIFEST, Manifest, describe_first_error
+from service.model.quantize import IntegerPrecision
 
 CONFIG, WEIGHTS, TRAINING, CARD = "config.json", "model.safetensors", "training.json", "README.md"
 _MAX_CONFIG_BYTES = 1024 * 1024
@@ -37,7 +38,7 @@ Tensors = dict[str, NDArray[np.float32]]
 
 
 class Losses(BaseModel):
-    """Losses of a model that its training measured; more of them may be there."""
+    """Losses that training measured. Only those that other code reads are declared; there may be more."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -45,34 +46,31 @@ class Losses(BaseModel):
 
 
 class TrainingFacts(BaseModel):
-    """What is known of a model's origin: `training.json`. It has no effect on what the model computes.
+    """The content of `training.json`: how the model was made. It doesn't affect what the model computes.
 
-    Only what others read is named here; trainers may add what they like.
+    Only what other code reads is declared; a trainer may add any field.
     """
 
     model_config = ConfigDict(extra="allow")
 
     published_at: int | None = Field(None, ge=0, lt=2**53, description="seconds since 1970")
     losses: Losses = Losses()
-    serving_precision: Literal["int8", "int4"] = "int8"
+    serving_precision: IntegerPrecision = "int8"  # what the trainer found sufficient, see choose_precision
     corpus: dict[str, str | int | float | None] = {}
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model version in memory. `tensors` are float32 by name, of the shapes in `config.tensor_shapes()`.
-
-    digest: SHA-256 over config and weights: equal digests compute the same function.
-    """
+    """The checked contents of a model version."""
 
     config: ModelConfig
-    tensors: Tensors
+    tensors: Tensors  # name -> float32 weights, with the shapes of `config.tensor_shapes()`
     training: TrainingFacts
-    digest: str
+    digest: str  # SHA-256 of config and weights: models with equal digests compute the same function
 
     @property
     def charset(self) -> Charset:
-        """The characters that the model knows."""
+        """The characters that the model knows, and their ids."""
         return Charset(self.config.charset)
 
 
@@ -83,7 +81,15 @@ def write_artifact(
     training: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
 ) -> None:
-    """Write a model version into an empty directory, the manifest last. The card belongs to `extra_files`."""
+    """Write the files of a model version into an empty directory, the manifest last.
+
+    Args:
+        directory: an existing, empty directory.
+        config: the model's sizes and charset.
+        tensors: float32 weights, with the names and shapes of `config.tensor_shapes()`.
+        training: the content of `training.json`, see TrainingFacts.
+        extra_files: name -> content of further files, such as the model card `README.md`.
+    """
     (directory / CONFIG).write_text(_json(config.model_dump()), encoding="utf-8")
     contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
     (directory / WEIGHTS).write_bytes(save_safetensors(contiguous))
@@ -94,33 +100,33 @@ def write_artifact(
 
 
 def read_artifact(directory: Path) -> Artifact:
-    """The model version in a directory, wholly checked. Raises InvalidArtifact, which says what is wrong and where."""
+    """Read a model version and check all of its files. Raises InvalidArtifact, which says what is wrong and where."""
     manifest = Manifest.read(directory)
     config = _read_config(directory, manifest)
     shapes = config.tensor_shapes()
-    where = directory / WEIGHTS
+    path = directory / WEIGHTS
     max_bytes = 4 * config.num_parameters + _MAX_HEADER_BYTES
-    data = manifest.read_file(directory, WEIGHTS, max_bytes, lambda file: _check_header(where, file, shapes))
+    data = manifest.read_file(directory, WEIGHTS, max_bytes, lambda file: _check_header(path, file, shapes))
     for name in sorted(set(manifest.files) - {CONFIG, WEIGHTS, TRAINING}):
         manifest.read_file(directory, name, _MAX_OTHER_BYTES)
     try:
         tensors: Tensors = load_safetensors(data)
     except (SafetensorError, ValueError) as error:
-        raise InvalidArtifact(f"{where} is not a safetensors file: {error}") from error
+        raise InvalidArtifact(f"{path} is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
-            raise InvalidArtifact(f"{where}: {name} holds a number that is not finite")
+            raise InvalidArtifact(f"{path}: {name} contains a number that is not finite")
     return Artifact(config, tensors, _read_training(directory, manifest), _digest(manifest))
 
 
 def read_description(directory: Path) -> tuple[ModelConfig, TrainingFacts, str]:
-    """Config, training facts and digest of a version without reading its weights. Raises InvalidArtifact."""
+    """Return config, training facts and digest of a version without reading its weights. Raises InvalidArtifact."""
     manifest = Manifest.read(directory)
     return _read_config(directory, manifest), _read_training(directory, manifest), _digest(manifest)
 
 
 def _digest(manifest: Manifest) -> str:
-    """SHA-256 over the sums of config and weights: what is computed, not how it is described."""
+    """Return the SHA-256 of the sums of config and weights, because they alone determine what the model computes."""
     sums = [manifest.files[name].sha256 if name in manifest.files else "" for name in (CONFIG, WEIGHTS)]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
@@ -130,7 +136,7 @@ def _read_config(directory: Path, manifest: Manifest) -> ModelConfig:
     try:
         return ModelConfig.model_validate_json(data)
     except ValidationError as error:
-        raise InvalidArtifact(f"{directory / CONFIG}: {explain(error)}") from error
+        raise InvalidArtifact(f"{directory / CONFIG}: {describe_first_error(error)}") from error
 
 
 def _read_training(directory: Path, manifest: Manifest) -> TrainingFacts:
@@ -138,41 +144,44 @@ def _read_training(directory: Path, manifest: Manifest) -> TrainingFacts:
     try:
         return TrainingFacts.model_validate_json(data)
     except ValidationError as error:
-        raise InvalidArtifact(f"{directory / TRAINING}: {explain(error)}") from error
+        raise InvalidArtifact(f"{directory / TRAINING}: {describe_first_error(error)}") from error
 
 
-def _check_header(where: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a safetensors header with what the config asks for, before any weight is read.
+def _check_header(path: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a safetensors header with the shapes of the config, before any weight is read.
 
-    The format: 8 bytes little-endian length, that many bytes of JSON {name: {dtype, shape, data_offsets}}, the data.
+    Format: 8 bytes with the header's length (little-endian), the header as JSON {name: {dtype, shape, data_offsets}},
+    the data.
     """
     num_bytes = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if num_bytes < 8 or length > min(_MAX_HEADER_BYTES, num_bytes - 8):
-        raise InvalidArtifact(f"{where} is not a safetensors file: its header would be {length} bytes long")
+        raise InvalidArtifact(f"{path} is not a safetensors file: its header would be {length} bytes long")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
-        raise InvalidArtifact(f"{where} is not a safetensors file: its header is not JSON") from error
+        raise InvalidArtifact(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise InvalidArtifact(f"{where} is not a safetensors file: its header is no JSON object")
+        raise InvalidArtifact(f"{path} is not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     if missing := sorted(set(shapes) - set(header)):
-        raise InvalidArtifact(f"{where}: tensor {missing[0]} is missing")
+        raise InvalidArtifact(f"{path}: tensor {missing[0]} is missing")
     if foreign := sorted(set(header) - set(shapes)):
-        raise InvalidArtifact(f"{where}: tensor {foreign[0][:80]} does not belong to this model")
+        raise InvalidArtifact(f"{path}: tensor {foreign[0][:80]} is not part of this model")
     for name, shape in shapes.items():
         entry = header[name]
         if not isinstance(entry, dict):
-            raise InvalidArtifact(f"{where}: the header's entry for {name} is not an object")
+            raise InvalidArtifact(f"{path}: the header's entry for {name} is not an object")
         if entry.get("dtype") != "F32":
-            raise InvalidArtifact(f"{where}: {name} has the dtype {str(entry.get('dtype'))[:20]}, the config says F32")
+            raise InvalidArtifact(
+                f"{path}: {name} has the dtype {str(entry.get('dtype'))[:20]}, the config requires F32"
+            )
         if entry.get("shape") != list(shape):
             found = str(entry.get("shape"))[:60]
-            raise InvalidArtifact(f"{where}: {name} has the shape {found}, the config says {list(shape)}")
+            raise InvalidArtifact(f"{path}: {name} has the shape {found}, the config requires {list(shape)}")
     expected = 4 * sum(math.prod(shape) for shape in shapes.values())
     if num_bytes - 8 - length != expected:
-        raise InvalidArtifact(f"{where}: {num_bytes - 8 - length} bytes of weights, the config asks for {expected}")
+        raise InvalidArtifact(f"{path}: {num_bytes - 8 - length} bytes of weights, the config requires {expected}")
 
 
 def _json(value: Mapping[str, Any]) -> str:

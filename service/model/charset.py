@@ -1,7 +1,7 @@
 """Characters <-> ids, and what happens to characters that a model doesn't know.
 
-Text is normalised to Unicode NFC before anything else, so that a letter and its accent written as one code point or as
-two are the same text. A character is one code point of the normalised text; its id is its place in the charset.
+Text is normalised to Unicode NFC first, so an accented letter is the same text whether it is written as one code point
+or as two. A character is one code point of the normalised text; its id is its index in the charset.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from service.arrays import Ids
 from service.errors import InvalidCharset, UnknownCharacters
 
-UnknownChars = Literal["error", "fold", "drop"]
+UnknownChars = Literal["error", "fold", "drop"]  # what to do with unknown characters, see Charset.encode
 
 MAX_CHARSET = 65_536
-_FEW = 8
-_MAX_NAMED = 10  # unknown characters named in one error: enough to act on, whatever the text's length
+_SHORT = 8  # characters up to which a text is encoded without numpy
+_MAX_NAMED = 10  # unknown characters that an error names at most
 
-# Nearest plain spelling of characters that Unicode's compatibility decomposition leaves alone. Several spellings: the
-# first that the charset can write is taken.
+# Plain spellings of characters that Unicode's compatibility decomposition doesn't change, nearest first. Folding takes
+# the first spelling whose characters are all in the charset.
 _SINGLE_QUOTE, _DOUBLE_QUOTE = ("'", "’", "`"), ('"', "''", "'")
 _DASH = ("-", "–", "—")
 _SPELLINGS: dict[str, tuple[str, ...]] = {
@@ -42,27 +42,28 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 
 
 class Charset:
-    """The characters a model knows; the id of a character is its index in `characters`."""
+    """The characters that a model knows; the id of a character is its index in `characters`."""
 
     def __init__(self, characters: str) -> None:
+        """Raises InvalidCharset if a character occurs twice or can't occur in NFC text."""
         if not characters:
             raise InvalidCharset("a charset needs at least one character")
         if len(characters) > MAX_CHARSET:
             raise InvalidCharset(f"a charset holds at most {MAX_CHARSET} characters, not {len(characters)}")
         seen: set[str] = set()
-        for place, char in enumerate(characters):
+        for index, char in enumerate(characters):
             if char in seen:
-                raise InvalidCharset(f"character {describe(char)} stands twice in the charset, again at {place}")
+                raise InvalidCharset(f"character {describe(char)} occurs twice in the charset, again at {index}")
             if 0xD800 <= ord(char) <= 0xDFFF:
-                raise InvalidCharset(f"{describe(char)} at {place} is half a surrogate pair, not a character")
+                raise InvalidCharset(f"{describe(char)} at {index} is half a surrogate pair, not a character")
             if unicodedata.normalize("NFC", char) != char:
-                raise InvalidCharset(f"character {describe(char)} at {place} never occurs in NFC text")
+                raise InvalidCharset(f"character {describe(char)} at {index} never occurs in NFC text")
             seen.add(char)
         self.characters = characters
 
     @classmethod
     def from_corpus(cls, text: str) -> Charset:
-        """The charset of every character that occurs in `text` after NFC, in order of code points."""
+        """Return the charset of all characters of `text` after NFC, in the order of their code points."""
         return cls("".join(sorted(set(unicodedata.normalize("NFC", text)))))
 
     def __len__(self) -> int:
@@ -77,28 +78,32 @@ class Charset:
 
     @cached_property
     def _table(self) -> Ids:
-        """(highest code point + 2,) int64: code point -> id, -1 where there is none; the last entry is always -1."""
+        """(highest code point + 2,) int64: code point -> id, or -1 for an unknown one. The last entry is always -1."""
         points = _code_points(self.characters)
         table = np.full(int(points.max()) + 2, -1, dtype=np.int64)
         table[points] = np.arange(len(points))
         return table
 
     def encode(self, text: str, unknown: UnknownChars = "error") -> Ids:
-        """(n,) int64 ids of `text` after NFC.
+        """Return the (n,) int64 ids of `text` after NFC.
 
-        unknown: `error` raises UnknownCharacters, which names each unknown character with its position in the NFC
-        text; `fold` writes the nearest characters that are there (é as e, curly quotes straight, any dash as a hyphen)
-        and raises for what has none; `drop` leaves unknown characters out.
+        Args:
+            text: any text.
+            unknown: what to do with unknown characters. `error` refuses the text; `fold` replaces each by the nearest
+                known spelling (é by e, curly quotes by straight ones, any dash by a hyphen) and refuses the text if
+                one has none; `drop` leaves them out.
+
+        Raises:
+            UnknownCharacters: the text is refused; names the first unknown characters and their positions after NFC.
         """
-        if len(text) <= _FEW and text.isascii() and all(char in self._id_of for char in text):
-            return np.array(
-                [self._id_of[char] for char in text], np.int64
-            )  # a keystroke: the rest takes ten times as long
+        if len(text) <= _SHORT and text.isascii() and all(char in self._id_of for char in text):
+            # For a single keystroke this is ten times faster than the general case below.
+            return np.array([self._id_of[char] for char in text], np.int64)
         text = unicodedata.normalize("NFC", text)
         ids = self._look_up(text)
         if not (ids < 0).any():
             return ids
-        text = self._take_apart(text)
+        text = self._decompose(text)
         ids = self._look_up(text)
         if not (ids < 0).any():
             return ids
@@ -109,33 +114,35 @@ class Charset:
             ids = self._look_up(folded)
             if not (ids < 0).any():
                 return ids
-            # Positions are those of the text that came in, not of the folded one.
+            # The error gives positions in the text before folding, because that is what the caller knows.
             known = [char in self or self._nearest(char) is not None for char in text]
-            raise self._unknown(text, (place for place, ok in enumerate(known) if not ok), folded=True)
-        raise self._unknown(text, np.flatnonzero(ids < 0).tolist(), folded=False)
+            raise self._unknown_error(text, (position for position, ok in enumerate(known) if not ok), folded=True)
+        raise self._unknown_error(text, np.flatnonzero(ids < 0).tolist(), folded=False)
 
     def exact(self, text: str) -> Ids:
-        """(n,) int64 ids of just these n characters, without normalisation: of what `decode` gave. Raises
-        UnknownCharacters.
+        """Return the (n,) int64 ids of exactly these n characters, without normalisation. The inverse of `decode`.
+
+        Raises UnknownCharacters.
         """
         ids = self._look_up(text)
         if (ids < 0).any():
-            raise self._unknown(text, np.flatnonzero(ids < 0).tolist(), folded=False)
+            raise self._unknown_error(text, np.flatnonzero(ids < 0).tolist(), folded=False)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text whose ids these are. Raises IndexError for an id outside 0..V-1."""
+        """Return the text with these ids. Raises IndexError for an id outside 0..V-1."""
         indices = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
         if indices and min(indices) < 0:
             raise IndexError(f"no character has the id {min(indices)}")
         return "".join(map(self.characters.__getitem__, indices))
 
-    def _take_apart(self, text: str) -> str:
-        """The text with unknown characters as letter and marks where these are known: a model whose charset has them
-        writes such sequences, and has to be able to read what it wrote.
+    def _decompose(self, text: str) -> str:
+        """Replace unknown characters by their letter and combining marks, if the charset has these.
+
+        A model with such a charset generates letter and mark as two characters, and must be able to read them.
         """
-        apart = {char: unicodedata.normalize("NFD", char) for char in set(text) if char not in self}
-        return text.translate({ord(c): parts for c, parts in apart.items() if all(part in self for part in parts)})
+        parts_of = {char: unicodedata.normalize("NFD", char) for char in set(text) if char not in self}
+        return text.translate({ord(c): parts for c, parts in parts_of.items() if all(part in self for part in parts)})
 
     def _look_up(self, text: str) -> Ids:
         points = _code_points(text)
@@ -148,41 +155,41 @@ class Charset:
         return text.translate({ord(char): near for char, near in nearest.items() if near is not None})
 
     def _nearest(self, char: str) -> str | None:
-        """What `fold` writes for a character that isn't there, or None if nothing is near."""
+        """Return what `fold` writes for an unknown character, or None if no spelling of it is known."""
         for spelling in _spellings(char):
             if all(part in self for part in spelling):
                 return spelling
         return None
 
-    def _unknown(self, text: str, places: Iterable[int], *, folded: bool) -> UnknownCharacters:
-        places = list(places)
-        named = ", ".join(f"{describe(text[place])} at {place}" for place in places[:_MAX_NAMED])
-        more = f" and {len(places) - _MAX_NAMED} more" if len(places) > _MAX_NAMED else ""
-        what = "has no character near" if folded else "doesn't know"
+    def _unknown_error(self, text: str, positions: Iterable[int], *, folded: bool) -> UnknownCharacters:
+        positions = list(positions)
+        named = ", ".join(f"{describe(text[position])} at {position}" for position in positions[:_MAX_NAMED])
+        more = f" and {len(positions) - _MAX_NAMED} more" if len(positions) > _MAX_NAMED else ""
+        what = "knows no similar character to" if folded else "doesn't know"
         hint = 'use "drop" to leave them out' if folded else 'use "fold" for the nearest known ones or "drop"'
         return UnknownCharacters(f"the model {what} {named}{more}; {hint}")
 
 
 def describe(char: str) -> str:
-    """A character in a form that is safe in any log, header or terminal: 'é' (U+00E9)."""
+    """Return a character in a form that is safe in any log, header or terminal, such as 'é' (U+00E9)."""
     shown = f"'{char}' " if char.isprintable() else ""
     return f"{shown}(U+{ord(char):04X})" if shown else f"U+{ord(char):04X}"
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:
-    # Half surrogate pairs can arrive through JSON escapes; they are unknown characters, not a crash.
+    # JSON escapes can contain half surrogate pairs. They pass here, and are then unknown characters.
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def _spellings(char: str) -> Iterable[str]:
-    """Other ways to write a character, nearest first."""
+    """Yield other ways to write a character, nearest first."""
     yield from _SPELLINGS.get(char, ())
     category = unicodedata.category(char)
     if category == "Pd":
         yield from _DASH
     if category == "Zs":
         yield " "
-    # NFD keeps the script (Cyrillic yo -> ye), NFKD also undoes ligatures, full-width forms and superscripts.
+    # NFD stays in the script (Cyrillic yo -> ye); NFKD also resolves ligatures, full-width forms and superscripts.
     for form in ("NFD", "NFKD"):
         plain = "".join(part for part in unicodedata.normalize(form, char) if not unicodedata.combining(part))
         if plain != char:

@@ -1,4 +1,4 @@
-"""The configuration of one model: everything that fixes the names, shapes and dtypes of its weights."""
+"""The configuration of one model: everything that determines the names, shapes and dtypes of its weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _MAX_PARAMETERS = 2**28  # 1 GiB of float32
 
 
 class ModelConfig(BaseModel):
-    """A model's sizes and charset, as `config.json` holds them.
+    """A model's sizes and charset: the content of `config.json`.
 
-    The limits bound what a hostile file can make a loader allocate: they are far above what is useful.
+    The limits bound the memory that a malicious file can make a loader allocate. They are far above any useful size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -26,32 +26,32 @@ class ModelConfig(BaseModel):
     format: Literal[1] = 1
     architecture: Literal["embedding-gru-dense"] = "embedding-gru-dense"
     dtype: Literal["float32"] = "float32"
-    charset: str = Field(min_length=1, max_length=MAX_CHARSET)
-    embedding_dim: int = Field(ge=1, le=4096)
-    num_units: int = Field(ge=1, le=8192)
-    num_layers: int = Field(ge=1, le=8)
+    charset: str = Field(min_length=1, max_length=MAX_CHARSET)  # the V characters; the index of each is its id
+    embedding_dim: int = Field(ge=1, le=4096)  # E
+    num_units: int = Field(ge=1, le=8192)  # H
+    num_layers: int = Field(ge=1, le=8)  # L
 
     @field_validator("charset")
     @classmethod
-    def _is_a_charset(cls, value: str) -> str:
+    def _check_charset(cls, value: str) -> str:
         try:
             return Charset(value).characters
         except InvalidCharset as error:
             raise ValueError(error.message) from error
 
     @model_validator(mode="after")
-    def _is_not_too_large(self) -> Self:
+    def _check_num_parameters(self) -> Self:
         if self.num_parameters > _MAX_PARAMETERS:
             raise ValueError(f"{self.num_parameters} parameters, at most {_MAX_PARAMETERS} are accepted")
         return self
 
     @property
     def vocab_size(self) -> int:
-        """V, the number of characters that the model knows."""
+        """V: the number of characters that the model knows."""
         return len(self.charset)
 
     def tensor_shapes(self) -> dict[str, Shape]:
-        """Name -> shape of every weight, float32, in torch's convention (gates stacked in the order r, z, n)."""
+        """Return name -> shape of every weight. All are float32; gates are stacked r, z, n, as in torch."""
         vocab, units = self.vocab_size, self.num_units
         shapes: dict[str, Shape] = {"embedding.weight": (vocab, self.embedding_dim)}
         for layer in range(self.num_layers):
@@ -66,5 +66,5 @@ class ModelConfig(BaseModel):
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the weights hold together."""
+        """The number of weights, counted as single numbers."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())

@@ -1,8 +1,8 @@
-"""The network folded for reading one text, float32: what every character adds to the gates is looked up, not computed.
+"""The network in float32 for reading one text: the first layer's input gates are looked up instead of computed.
 
 The embedding and the product with the input weights depend on the character only, so both become one table
-`T[v] = E[v] @ W_ih.T + b_ih`, (V, 3H). What is left of a step is one product of the state with the recurrent weights, a
-few elementwise operations, and a new state. (A bias that is only ever added to another one goes into the table too.)
+`T[v] = E[v] @ W_ih.T + b_ih`, (V, 3H). A step is then one product of the state with the recurrent weights and a few
+elementwise operations. The table also contains the recurrent biases of r and z, which are only added to b_ih.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ from service.model.gru import GRUCharModel
 
 @dataclass(frozen=True)
 class _Layer:
-    """Weights of a layer, one of the first two set: the table of the first layer, the input weights of the others.
+    """Weights of one layer. Gates are stacked r, z, n."""
 
-    input_table (V, 3H), weight_ih (3H, H), bias (3H,): b_ih, and b_hh of r and z; weight_hh (3H, H); bias_hh (3H,):
-    zeros, and b_hn, which belongs inside the reset gate.
-    """
-
-    input_table: Tensor | None
-    weight_ih: Tensor | None
-    bias: Tensor
-    weight_hh: Tensor
-    bias_hh: Tensor
+    input_table: Tensor | None  # (V, 3H) in the first layer, None in the others
+    weight_ih: Tensor | None  # (3H, H) in the other layers, None in the first
+    bias: Tensor  # (3H,): b_ih, plus b_hh of r and z
+    weight_hh: Tensor  # (3H, H)
+    bias_hh: Tensor  # (3H,): zeros for r and z; b_hn, which the reset gate multiplies
 
 
 class FoldedGRU:
-    """A GRUCharModel for inference on one text at a time. Its weights are copies; it has no state of its own.
+    """A GRUCharModel for inference on one text at a time. It copies the weights, and stores no hidden state.
 
-    A step always does the same products with the same operands, so a text gives the same bits in whatever parts it is
-    scanned (on one kind of processor, with one number of threads).
+    Every step computes the same products with the same operands, so the states of a text are the same to the bit,
+    however it is split into scans. This holds for one processor type and one number of threads.
     """
 
     def __init__(self, model: GRUCharModel) -> None:
@@ -55,17 +51,22 @@ class FoldedGRU:
                 self._layers.append(_Layer(None, weight_ih, bias, weight_hh, bias_hh))
 
     def initial_hidden(self) -> Tensor:
-        """(L, H) float32 zeros: the state before the first character."""
+        """Return the state before the first character: (L, H) float32 zeros."""
         return torch.zeros(self.config.num_layers, self.config.num_units)
 
     @torch.inference_mode()
     def scan(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(n,) int64 ids and (L, H) hidden -> (n, H) state of the last layer after each character, (L, H) hidden after.
+        """Read characters.
 
-        Layer after layer, and in each of them character after character.
+        Args:
+            ids: (n,) int64 character ids.
+            hidden: (L, H) float32 state before them. It is not changed.
+
+        Returns:
+            (n, H) states of the last layer after each character, and the (L, H) state after all of them.
         """
         after = torch.empty_like(hidden)
-        states = ids  # what the next layer reads: characters, then the states of the layer below
+        states = ids  # the input of the next layer: characters at first, then the states of the layer below
         for index, layer in enumerate(self._layers):
             states = _scan_layer(layer, states, hidden[index])
             after[index] = states[-1] if len(states) else hidden[index]
@@ -73,12 +74,12 @@ class FoldedGRU:
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
-        """(n, H) states of the last layer -> (n, V) logits of the character after each."""
+        """Return the (n, V) logits of the next character after each of (n, H) last-layer states."""
         return torch.addmm(self.dense_bias, states, self.dense_weight.t())
 
 
 def _input_gates(layer: _Layer, inputs: Tensor) -> Iterator[Tensor]:
-    """What each input adds to the gates, (3H,) at a time."""
+    """Yield the (3H,) input gates of each input."""
     if layer.input_table is not None:
         for index in inputs.tolist():
             yield layer.input_table[index]
@@ -88,7 +89,7 @@ def _input_gates(layer: _Layer, inputs: Tensor) -> Iterator[Tensor]:
 
 
 def _scan_layer(layer: _Layer, inputs: Tensor, hidden: Tensor) -> Tensor:
-    """One layer over n steps: (n,) ids or (n, H) states of the layer below, (H,) hidden -> (n, H) states."""
+    """Run one layer: (n,) ids or (n, H) states of the layer below, and (H,) hidden -> (n, H) states."""
     units = hidden.shape[0]
     states = torch.empty(len(inputs), units)
     product = torch.empty(3 * units)

@@ -1,4 +1,4 @@
-"""The network in torch, float32: the reference that every faster form is measured against."""
+"""The network in torch, float32: the reference that every faster implementation is compared with."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from service.model.config import ModelConfig
 
 
 class GRUCharModel(nn.Module):
-    """Characters -> embedding (E) -> GRU (H units, L layers) -> dense over the V characters.
+    """Character -> embedding (E) -> GRU (H units, L layers) -> dense layer with the logits of all V characters.
 
-    One character at a time: each is turned, with the hidden state before it, into one new hidden state of H numbers a
-    layer. The gates are torch's, and Keras' with reset_after=True (Cho et al. 2014, the reset gate applied after the
-    recurrent product):
+    Each character changes the hidden state once; the state has H numbers per layer. The formula is that of Cho et al.
+    2014 with the reset gate applied after the recurrent product, as in torch, and in Keras with reset_after=True:
 
-        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        how much of the old state the candidate sees
-        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)        how much of the old state stays
-        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))     the candidate
-        h = (1 - z) * n + z * h                           the new state
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)        reset gate: how much of the old state the candidate uses
+        z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)        update gate: how much of the old state remains
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))     candidate
+        h = (1 - z) * n + z * h                           new state
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -34,18 +33,18 @@ class GRUCharModel(nn.Module):
 
     @classmethod
     def from_tensors(cls, config: ModelConfig, tensors: Mapping[str, NDArray[np.float32]]) -> GRUCharModel:
-        """The model with these weights, names and shapes as in `config.tensor_shapes()`."""
+        """Return the model with these weights, which have the names and shapes of `config.tensor_shapes()`."""
         model = cls(config)
         model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, strict=True)
         return model
 
     def initial_hidden(self, batch: int) -> Tensor:
-        """(L, B, H) zeros: the state before the first character."""
+        """Return the state before the first character: (L, B, H) zeros."""
         config = self.config
         return self.dense.weight.new_zeros(config.num_layers, batch, config.num_units)
 
     def forward(self, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T) int64 ids and (L, B, H) hidden -> (B, T, V) logits of the next character, (L, B, H) hidden after."""
+        """(B, T) int64 ids, (L, B, H) hidden -> (B, T, V) logits of the next characters, (L, B, H) hidden after."""
         embedded = self.embedding(ids)  # (B, T, E)
         states, hidden = self.gru(embedded, hidden)  # (B, T, H), (L, B, H)
         return self.dense(states), hidden

@@ -1,4 +1,4 @@
-"""The manifest of a model version: which files it has, how long they are, and their SHA-256 sums."""
+"""The manifest of a model version: the names, lengths and SHA-256 sums of its files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileEntry(BaseModel):
-    """Length and sum of one file."""
+    """Length and SHA-256 sum of one file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -34,17 +34,20 @@ class FileEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Every file of a version but the manifest itself. Stored in one canonical form, so that no byte of it is free."""
+    """The files of a version, except the manifest itself.
+
+    It is stored in one canonical form, so every changed byte is noticed, also in the manifest.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal[1] = 1
-    files: dict[str, FileEntry] = Field(max_length=_MAX_FILES)
-    sha256: Sha256
+    files: dict[str, FileEntry] = Field(max_length=_MAX_FILES)  # by name
+    sha256: Sha256  # sum of the entries in `files`
 
     @classmethod
     def of(cls, directory: Path) -> Manifest:
-        """The manifest of the files that lie in a directory now."""
+        """Make the manifest of the files that are in a directory now."""
         entries = {}
         for path in sorted(directory.iterdir()):
             data = path.read_bytes()
@@ -53,41 +56,50 @@ class Manifest(BaseModel):
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest in a directory; its files are those that it names. Raises InvalidArtifact."""
+        """Read a directory's manifest, and check that the directory has exactly the files that it lists.
+
+        The contents of these files are not read; see `read_file`. Raises InvalidArtifact.
+        """
         data = read_regular_file(directory / MANIFEST, _MAX_MANIFEST_BYTES)
         try:
             manifest = cls.model_validate_json(data)
         except ValidationError as error:
-            raise InvalidArtifact(f"{directory / MANIFEST}: {explain(error)}") from error
+            raise InvalidArtifact(f"{directory / MANIFEST}: {describe_first_error(error)}") from error
         if manifest.to_json().encode() != data:
-            raise InvalidArtifact(
-                f"{directory / MANIFEST} is not in its canonical form: it was changed by hand or damaged"
-            )
+            raise InvalidArtifact(f"{directory / MANIFEST} is not in canonical form: it was edited or damaged")
         if manifest.sha256 != _sum_of_sums(manifest.files):
-            raise InvalidArtifact(f"{directory / MANIFEST}: its own sum doesn't fit its entries")
+            raise InvalidArtifact(f"{directory / MANIFEST}: its own sum doesn't match its entries")
         try:
-            there = set(os.listdir(directory)) - {MANIFEST}
+            present = set(os.listdir(directory)) - {MANIFEST}
         except OSError as error:
             raise InvalidArtifact(f"can't read {directory}: {error.strerror}") from error
-        if missing := sorted(set(manifest.files) - there):
+        if missing := sorted(set(manifest.files) - present):
             raise InvalidArtifact(f"{directory}: {missing[0]} is missing")
-        if foreign := sorted(there - set(manifest.files)):
+        if foreign := sorted(present - set(manifest.files)):
             raise InvalidArtifact(f"{directory}: {foreign[0]} is not in the manifest")
         return manifest
 
     def to_json(self) -> str:
-        """The one form in which a manifest may be stored."""
+        """Return the canonical form, the only one in which a manifest is accepted."""
         return json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n"
 
     def read_file(
         self, directory: Path, name: str, max_bytes: int, check_start: Callable[[BinaryIO], object] | None = None
     ) -> bytes:
-        """A file's content, after its length and sum were found to be right. Raises InvalidArtifact.
+        """Return the content of a file, after checking its length and sum.
 
-        check_start: gets the open file before the whole of it is read, and may raise.
+        Args:
+            directory: where the manifest was read.
+            name: the file's name, which the manifest must contain.
+            max_bytes: the length above which the file is refused unread.
+            check_start: called with the open file before it is read as a whole, for example to check a header. It may
+                raise, and may leave the file at any position.
+
+        Raises:
+            InvalidArtifact: the file is missing, too long, not a regular file, or not what the manifest says.
         """
         if not _FILE_NAME.fullmatch(name) or name not in self.files:
-            raise InvalidArtifact(f"{directory}: the manifest names no file {name!r}")
+            raise InvalidArtifact(f"{directory}: the manifest has no file {name!r}")
         entry = self.files[name]
         if entry.num_bytes > max_bytes:
             raise InvalidArtifact(f"{directory / name}: {entry.num_bytes} bytes, at most {max_bytes} are accepted")
@@ -95,18 +107,23 @@ class Manifest(BaseModel):
         if len(data) != entry.num_bytes:
             raise InvalidArtifact(f"{directory / name}: {len(data)} bytes, the manifest says {entry.num_bytes}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise InvalidArtifact(f"{directory / name}: its SHA-256 sum is not the manifest's; the file was changed")
+            raise InvalidArtifact(
+                f"{directory / name}: its SHA-256 sum is not the one in the manifest; the file was changed"
+            )
         return data
 
 
 def read_regular_file(path: Path, max_bytes: int, check_start: Callable[[BinaryIO], object] | None = None) -> bytes:
-    """The content of a plain file of at most `max_bytes`; links, pipes and devices are refused unread."""
+    """Return the content of a regular file of at most `max_bytes`. Raises InvalidArtifact.
+
+    Links, pipes and devices are refused unread. For `check_start` see `Manifest.read_file`.
+    """
     try:
-        # O_NONBLOCK: a pipe that nobody writes to would be waited for.
+        # O_NONBLOCK, because opening a pipe would otherwise wait until somebody writes to it.
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise InvalidArtifact(f"{path} is not a plain file")
+                raise InvalidArtifact(f"{path} is not a regular file")
             if status.st_size > max_bytes:
                 raise InvalidArtifact(f"{path}: {status.st_size} bytes, at most {max_bytes} are expected")
             if check_start is not None:
@@ -115,12 +132,12 @@ def read_regular_file(path: Path, max_bytes: int, check_start: Callable[[BinaryI
             return file.read(max_bytes)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise InvalidArtifact(f"{path} is not a plain file") from error
+            raise InvalidArtifact(f"{path} is not a regular file") from error
         raise InvalidArtifact(f"can't read {path}: {error.strerror}") from error
 
 
-def explain(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line: where, and what."""
+def describe_first_error(error: ValidationError) -> str:
+    """Return the first error in one line: the field, and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place}: {first['msg']}" if place else first["msg"]

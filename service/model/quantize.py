@@ -1,7 +1,7 @@
-"""Float weights -> the integers, scales and table that the engine steps with.
+"""Float weights -> the integers, scales and table that the engine computes with.
 
-Everything here is the same number on every machine. A product of integers is exact in any order of summation, and what
-is not a product is done element by element; so equal weights give equal quantised weights, and equal texts after them.
+Every number is the same on every machine: integer products are exact in any order of summation, and everything else is
+elementwise. So equal weights give equal quantised weights, and these give equal texts.
 """
 
 from __future__ import annotations
@@ -18,60 +18,49 @@ from numpy.typing import NDArray
 from service.arrays import Float32, Float64
 from service.model.config import ModelConfig
 
-IntegerPrecision = Literal["int8", "int4"]
-Precision = Literal["float32", "int8", "int4"]
+IntegerPrecision = Literal["int8", "int4"]  # of the recurrent weights
+Precision = Literal["float32", IntegerPrecision]
 
-MAX_LOSS = 0.003  # nats a character that a serving precision may cost against float32
+MAX_ADDED_LOSS = 0.003  # nats per character by which a serving precision may be worse than float32
 
 _LARGEST: dict[IntegerPrecision, int] = {"int8": 127, "int4": 7}
-STATE_SCALE = 127  # a GRU's state lies in [-1, 1]: round(127 h) fills int8, without calibration
-_CLIPS = np.arange(40, 17, -1) / 40  # where to clip a row, as fractions of its largest weight: 1 ... 0.45
-_ROWS = 256  # quantised at a time: bounds the memory
+STATE_SCALE = 127  # a GRU's state is in [-1, 1], so round(127 h) uses all of int8 without calibration
+_CLIPS = np.arange(40, 17, -1) / 40  # where a row may be clipped, as fractions of its largest weight: 1 ... 0.45
+_ROWS = 256  # rows quantised at a time; limits the memory used
 
 Int8 = NDArray[np.int8]
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """Rows of integers. The product with round(127 x), times `scale`, plus `bias`, approximates W @ x + b.
+    """A linear layer in integers: scale * (weight @ round(127 x)) + bias approximates W @ x + b."""
 
-    weight: (rows, columns) int8, within +-127 (int8) or +-7 (int4); scale, bias: (rows,) float32.
-    """
-
-    weight: Int8
-    scale: Float32
-    bias: Float32
+    weight: Int8  # (rows, columns) int8, within +-127 for int8 and +-7 for int4
+    scale: Float32  # (rows,) float32
+    bias: Float32  # (rows,) float32
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """One GRU layer. Gates are stacked r, z, n.
+    """One GRU layer. Gates are stacked r, z, n."""
 
-    recurrent: (3H, H); its bias is zero but for b_hn, which belongs inside the reset gate.
-    inputs: (3H, H), of layers above the first, with all other biases; the first one has the table.
-    """
-
-    recurrent: QuantizedLinear
-    inputs: QuantizedLinear | None
+    recurrent: QuantizedLinear  # (3H, H); its bias is zero except b_hn, which the reset gate multiplies
+    inputs: QuantizedLinear | None  # (3H, H), with all other biases; None in the first layer, which uses the table
 
 
 @dataclass(frozen=True)
 class QuantizedGRU:
-    """A model as the engine steps it.
-
-    table: (V, 3H) float32, what each character adds to the gates of the first layer: E @ W_ih.T and every bias but
-    b_hn. dense: (V, H), int8 always: it is small.
-    """
+    """A model in the form that the engine computes with."""
 
     config: ModelConfig
-    precision: IntegerPrecision
-    table: Float32
+    precision: IntegerPrecision  # of the recurrent weights and the inputs of the upper layers
+    table: Float32  # (V, 3H) float32 input gates of the first layer: E @ W_ih.T plus all biases except b_hn
     layers: tuple[QuantizedLayer, ...]
-    dense: QuantizedLinear
+    dense: QuantizedLinear  # (V, H); always int8, because it is small
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every number in it: equal digests step equally."""
+        """SHA-256 of every number of the model: equal digests give equal states and probabilities."""
         total = hashlib.sha256(self.precision.encode())
         for array in self._arrays():
             total.update(f"{array.dtype.str}{array.shape}".encode())
@@ -83,14 +72,17 @@ class QuantizedGRU:
         return [self.table, *(getattr(linear, f.name) for linear in (*linears, self.dense) for f in fields(linear))]
 
 
-def enough(losses: Mapping[Precision, float]) -> IntegerPrecision:
-    """The smallest precision that costs at most MAX_LOSS, of losses by precision; int8 if none does."""
-    fits = losses["int4"] <= losses["float32"] + MAX_LOSS
-    return "int4" if fits else "int8"
+def choose_precision(losses: Mapping[Precision, float]) -> IntegerPrecision:
+    """Return int4 if its loss is at most MAX_ADDED_LOSS above that of float32, else int8.
+
+    `losses` are in nats per character, on the same text.
+    """
+    is_sufficient = losses["int4"] <= losses["float32"] + MAX_ADDED_LOSS
+    return "int4" if is_sufficient else "int8"
 
 
 def quantize(config: ModelConfig, tensors: Mapping[str, Float32], precision: IntegerPrecision) -> QuantizedGRU:
-    """A model of these weights (names and shapes as in `config.tensor_shapes()`) in integers."""
+    """Return the model with these float32 weights, named and shaped as in `config.tensor_shapes()`, in integers."""
     units = config.num_units
     layers = []
     table = np.empty((0, 3 * units), np.float32)
@@ -118,9 +110,13 @@ def _linear(weight: Float32, bias: Float64, precision: IntegerPrecision) -> Quan
 
 
 def quantize_rows(weight: Float32, largest: int) -> tuple[Int8, Float64]:
-    """(rows, columns) -> int8 integers within +-largest and (rows,) scales, integers * scale ~ weight.
+    """Quantise each row of a (rows, columns) matrix.
 
-    The scale of a row clips its largest weights where that makes the sum of squared errors least.
+    A row's scale may clip its largest weights: of the scales in `_CLIPS`, the one with the smallest sum of squared
+    errors is chosen.
+
+    Returns:
+        (rows, columns) int8 integers within +-largest and (rows,) float64 scales, so that integers * scale ~ weight.
     """
     integers = np.empty(weight.shape, np.int8)
     scales = np.empty(len(weight), np.float64)
@@ -132,7 +128,7 @@ def quantize_rows(weight: Float32, largest: int) -> tuple[Int8, Float64]:
 
 def _quantize_block(weight: Float64, largest: int) -> tuple[Int8, Float64]:
     peaks = np.abs(weight).max(axis=1, keepdims=True)
-    peaks[peaks == 0] = 1.0  # a row of zeros: any scale will do
+    peaks[peaks == 0] = 1.0  # a row of zeros can have any scale
     best_error = np.full((len(weight), 1), np.inf)
     best_scale, best = peaks / largest, np.zeros_like(weight)
     for clip in _CLIPS:
@@ -147,10 +143,11 @@ def _quantize_block(weight: Float64, largest: int) -> tuple[Int8, Float64]:
 
 
 def _exact_product(left: Float32, right: Float32) -> Float64:
-    """Product of left (n, k) and right.T (k, m) in float64, the same on every machine.
+    """Return left (n, k) @ right.T (k, m) in float64, the same on every machine.
 
-    Both are rounded to fixed point with so few bits that every sum of products is an integer below 2**53: exact,
-    whatever the order in which a BLAS adds. 22 bits for the usual 256 columns; float32 has 24.
+    Both are first rounded to fixed point, with few enough bits that every sum of products is an integer below 2**53.
+    Float64 represents these exactly, so the order in which a BLAS adds doesn't matter. For the usual 256 columns these
+    are 22 bits; float32 has 24.
     """
     bits = (53 - (left.shape[1] - 1).bit_length()) // 2
     (left_fixed, left_unit), (right_fixed, right_unit) = _fixed_point(left, bits), _fixed_point(right, bits)
@@ -158,8 +155,8 @@ def _exact_product(left: Float32, right: Float32) -> Float64:
 
 
 def _fixed_point(values: Float32, bits: int) -> tuple[Float64, float]:
-    """Integers of at most `bits` bits, as float64, and the power of two that they are multiples of."""
-    _, exponent = np.frexp(np.abs(values).max(initial=0.0))  # the largest is below 2**exponent
+    """Return integers of at most `bits` bits, as float64, and the unit, a power of two: integers * unit ~ values."""
+    _, exponent = np.frexp(np.abs(values).max(initial=0.0))  # the largest absolute value is below 2**exponent
     unit = 2.0 ** (int(exponent) - bits)
     limit = 2.0**bits
     return np.clip(np.rint(values.astype(np.float64) / unit), -limit, limit), unit

@@ -1,6 +1,6 @@
-"""Model versions in memory, each with its engine: loaded once, shared by all requests, the least recently used let go.
+"""Model versions in memory, each with its engine: loaded once, shared by all requests, evicted if little used.
 
-May not: know of HTTP.
+May not: know HTTP.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from service.arrays import Float16
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
@@ -25,40 +26,47 @@ from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from service.registry.version_resolver import VersionResolver
 from service.store.model_store import ModelStore, ModelVersion
 
-_REBASE = "feed it with rebase, which names another version, to read its text into that"
+_HINT = "to continue its text with another version, feed the session with `rebase`, which names that version"
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How engines are made. Each model has one of its own.
+    """How the engine of each loaded model is made."""
 
-    make_stepper: the implementation. precision: None takes what the version's training found to be enough. max_running,
-    max_waiting, stall_s: see Engine. prefix_cache_bytes: for states after prompts.
-    """
-
-    make_stepper: Callable[[QuantizedGRU], Stepper]
-    precision: IntegerPrecision | None = None
-    max_running: int = 256
-    max_waiting: int = 256
-    stall_s: float = 30.0
-    prefix_cache_bytes: int = 2**26
+    make_stepper: Callable[[QuantizedGRU], Stepper]  # the implementation that computes
+    precision: IntegerPrecision | None = None  # of the recurrent weights; None takes what each version recommends
+    max_running: int = 256  # see Engine
+    max_waiting: int = 256  # see Engine
+    stall_s: float = 30.0  # see Engine
+    prefix_cache_bytes: int = 2**26  # memory for states after prompts; 0 disables the cache
 
 
 class LoadedModel:
-    """A model version ready to generate. Any number of threads may use it."""
+    """A model version that is ready to generate. Any number of threads may use it."""
+
+    version: ModelVersion
+    charset: Charset
+    digest: str  # of the published config and float32 weights, see Artifact: which model it is
+    precision: IntegerPrecision  # of the recurrent weights as they are computed with
+    arithmetic: str  # SHA-256 of all quantised numbers and the arithmetic's VERSION: how it is computed
+    identity: str  # SHA-256 of digest and arithmetic: states computed under one identity are valid under it only
+    state_shape: tuple[int, int]  # (L, H)
+    gates: GateValues
+    embedding: Float16  # (V, E), for inspection only
+    prefixes: PrefixCache
+    engine: Engine
 
     def __init__(self, version: ModelVersion, artifact: Artifact, settings: EngineSettings) -> None:
         self.version = version
-        self.charset: Charset = artifact.charset
+        self.charset = artifact.charset
         self.digest = artifact.digest
-        self.precision: IntegerPrecision = settings.precision or artifact.training.serving_precision
+        self.precision = settings.precision or artifact.training.serving_precision
         quantized = quantize(artifact.config, artifact.tensors, self.precision)
         self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
-        # What has to be equal for a state of one to be a state of the other.
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
         self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
         self.gates = GateValues(quantized)
-        self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)  # (V, E), to be looked at
+        self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
             settings.make_stepper(quantized),
@@ -70,47 +78,84 @@ class LoadedModel:
 
     @property
     def fingerprint(self) -> str:
-        """What has to be equal for equal seeds to give equal text: the model, and each number of the arithmetic."""
+        """`system_fingerprint` in the API: equal fingerprints, seeds and requests give equal text.
+
+        It abbreviates digest, precision and arithmetic.
+        """
         return f"fp_{self.digest[:12]}_{self.precision}_{self.arithmetic[:12]}"
 
 
 class LoadedModels:
-    """Loads from a store on demand and keeps at most `max_models` versions. Safe for any number of threads."""
+    """The loaded versions, at most `max_models`. Loads from a store on demand. Any number of threads may use it."""
 
     def __init__(self, store: ModelStore, max_models: int, engine_settings: EngineSettings) -> None:
         self.store = store
         self._max_models = max_models
         self._engine_settings = engine_settings
-        self._models: OrderedDict[str, LoadedModel] = OrderedDict()
-        self._loading: dict[str, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
+        self._loading: dict[str, threading.Lock] = {}  # by full name, while a version is being loaded
+        self._lock = threading.Lock()  # guards the two above
         self.resolver = VersionResolver(store, self._load)
 
     def get(self, ref: str) -> LoadedModel:
-        """The model that `ref` means. Raises ModelNotFound, InvalidArtifact.
+        """Return the model that `ref` stands for, and load it if necessary.
 
-        What a name without a number means stays until `served` is refreshed: nobody waits for a new version. A version
-        that is loaded stays usable by whoever holds it, also after it was let go of here.
+        The first use of a name without a number resolves it in the store; later uses get the same version until
+        `resolver.refresh` switches the name. If that version was evicted and then deleted from the store, the name is
+        resolved again.
+
+        The caller may use the model for any time: an evicted model keeps working, and its engine's thread ends when it
+        has nothing left to do.
+
+        Raises:
+            ModelNotFound: the store has no such version.
+            InvalidArtifact: its files are damaged.
         """
-        served = self.resolver.get(ref)
+        resolved = self.resolver.get(ref)
         try:
-            model = self._load(served or self.store.resolve(ref))
+            model = self._load(resolved or self.store.resolve(ref))
         except (ModelNotFound, InvalidArtifact):
             version = self.store.resolve(ref)
-            if served in (None, version):
+            if resolved in (None, version):
                 raise
-            model = self._load(version)  # the other was let go of, and is no longer there
-        self.resolver.replace(ref, served, model.version)
+            model = self._load(version)  # the resolved version was evicted, and can't be loaded again
+        self.resolver.replace(ref, resolved, model.version)
         return model
 
     def resolve(self, ref: str) -> ModelVersion:
-        """The version that `ref` means, loaded or not. Raises ModelNotFound."""
+        """Return the version that `get` would use for `ref`, without loading it. Raises ModelNotFound."""
         return self.resolver.get(ref) or self.store.resolve(ref)
 
     def all(self) -> list[LoadedModel]:
-        """Those that are loaded."""
+        """Return the models that are loaded now, least recently used first."""
         with self._lock:
             return list(self._models.values())
+
+    def for_state(self, ref: str, identity: str) -> LoadedModel:
+        """Return the model that a state was computed with.
+
+        Args:
+            ref: the full name of the version, `name@number`.
+            identity: `LoadedModel.identity` of the model that computed the state.
+
+        Raises:
+            ModelChanged: the store no longer has the version, or it has another identity now.
+            InvalidArtifact: its files are damaged.
+        """
+        model = self._find(ref)
+        if model is None or model.identity != identity:
+            try:
+                model = self.get(ref)
+            except ModelNotFound as error:
+                raise ModelChanged(f"{ref}, the version of this session, no longer exists; {_HINT}") from error
+        if model.identity != identity:
+            raise ModelChanged(f"{ref} has changed since this session last used it; {_HINT}")
+        return model
+
+    def close(self) -> None:
+        """End all engines. Texts that they are working on fail with EngineFailed."""
+        for model in self.all():
+            model.engine.close()
 
     def _load(self, version: ModelVersion) -> LoadedModel:
         model = self._find(version.ref)
@@ -118,37 +163,21 @@ class LoadedModels:
             return model
         with self._lock:
             loading = self._loading.setdefault(version.ref, threading.Lock())
-        with loading:  # two requests for one version must not read it twice, and others must not wait for them
+        with loading:  # of two requests for one version, only the first loads it; other versions don't wait
             model = self._find(version.ref)
             if model is None:
                 model = LoadedModel(*self.store.load(version.ref), self._engine_settings)
-                self._keep(model)
+                self._insert(model)
         return model
-
-    def for_state(self, ref: str, identity: str) -> LoadedModel:
-        """The version that a state belongs to: as it is loaded, or as it is in the store. Raises ModelChanged."""
-        model = self._find(ref)
-        if model is None or model.identity != identity:
-            try:
-                model = self.get(ref)
-            except ModelNotFound as error:
-                raise ModelChanged(f"{ref}, which this session began with, is no longer there; {_REBASE}") from error
-        if model.identity != identity:
-            raise ModelChanged(f"{ref} is no longer what this session began with; {_REBASE}")
-        return model
-
-    def close(self) -> None:
-        """End all engines, and what they are at."""
-        for model in self.all():
-            model.engine.close()
 
     def _find(self, ref: str) -> LoadedModel | None:
+        """Return a loaded model by its full name, and mark it as used."""
         with self._lock:
             if ref in self._models:
                 self._models.move_to_end(ref)
             return self._models.get(ref)
 
-    def _keep(self, model: LoadedModel) -> None:
+    def _insert(self, model: LoadedModel) -> None:
         with self._lock:
             self._models[model.version.ref] = model
             self._loading.pop(model.version.ref, None)

@@ -1,6 +1,6 @@
-"""Which version a model's name means while the server runs: one that was loaded, until a newer one is.
+"""Which version a model's name stands for: the one it was first resolved to, until a newer version is loaded.
 
-May not: know of HTTP.
+May not: know HTTP.
 """
 
 from __future__ import annotations
@@ -20,48 +20,57 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Resolution:
-    """name: as callers say it. model: name@version that it means. failed: what it would mean, None: that can't be told;
-    and code: why it doesn't, None: it does.
-    """
+    """The version that a name stands for, and why it is not the newest one if the newest can't be loaded."""
 
-    name: str
-    model: str
-    failed: str | None = None
-    code: str | None = None
+    name: str  # as requests write it, such as `shakespeare` or `shakespeare@stable`
+    model: str  # full name of the version that requests get, such as `shakespeare@3`
+    failed: str | None = None  # full name of the version that should replace it; None if the store names none
+    code: str | None = None  # error code of the failed switch; None if `model` is what the store says
 
 
 class VersionResolver:
-    """The versions that names without a number mean, from their first use on. Safe for any number of threads.
+    """Remembers the version of each name that requests have used, and switches names to newer versions.
 
-    load: makes a version ready to be served; it may raise anything.
+    Full names such as `shakespeare@3` always stand for themselves and are not remembered. Any number of threads may
+    use it.
     """
 
     def __init__(self, store: ModelStore, load: Callable[[ModelVersion], object]) -> None:
+        """`load` makes a version ready for requests, or raises any exception if it can't."""
         self._store, self._load = store, load
         self._versions: dict[str, ModelVersion] = {}
-        self._failures: dict[str, Resolution] = {}  # of names that would mean another version, if it could be loaded
-        self._lock = threading.Lock()  # of the versions
-        self._refreshing = threading.Lock()
-        self.num_switched = self.num_failed = 0
+        self._failures: dict[str, Resolution] = {}  # by name, if its newest version can't be loaded
+        self._lock = threading.Lock()  # guards the versions
+        self._refreshing = threading.Lock()  # held during a refresh
+        self.num_switched = self.num_failed = 0  # switches of a name to another version that worked, and that didn't
 
     def get(self, ref: str) -> ModelVersion | None:
-        """What a name means; None: it was not asked for yet, or it is a version's full name."""
+        """Return the remembered version of a name, or None for a full name and a name not used before."""
         return self._versions.get(_name(ref))
 
-    def replace(self, ref: str, before: ModelVersion | None, version: ModelVersion) -> None:
-        """Let a name mean a version that is loaded, unless it has got another resolution than the one before."""
+    def replace(self, ref: str, expected: ModelVersion | None, version: ModelVersion) -> None:
+        """Remember `version`, which is loaded, for a name, if the name's remembered version is `expected`.
+
+        Does nothing otherwise, because another thread has switched the name meanwhile. Does nothing for a full name.
+        """
         with self._lock:
-            if ref != version.ref and self._versions.get(_name(ref)) == before:
+            if ref != version.ref and self._versions.get(_name(ref)) == expected:
                 self._versions[_name(ref)] = version
 
     def refresh(self, retry_failed: bool = True) -> list[Resolution]:
-        """Look what each name means now, and load that; then, and only if it can be loaded, it is served.
+        """Resolve every remembered name in the store again, load changed versions, and switch names to those that load.
 
-        retry_failed: try also what could not be loaded before. Takes as long as loading does. Raises Overloaded if another
-        thread is at it.
+        Loading happens on the calling thread; requests use the previous version until it is done. Errors are logged and
+        returned, never raised.
+
+        Args:
+            retry_failed: load a version again that failed to load before.
+
+        Raises:
+            Overloaded: another thread is refreshing.
         """
         if not self._refreshing.acquire(blocking=False):
-            raise Overloaded("a reload is under way: try again in a second")
+            raise Overloaded("a reload is in progress: try again in a second")
         try:
             with self._lock:
                 names = sorted(self._versions)
@@ -70,12 +79,12 @@ class VersionResolver:
             self._refreshing.release()
 
     def poll(self) -> None:
-        """Look for new versions once, for a PeriodicThread. Versions that failed to load are not tried again."""
-        with suppress(Overloaded):  # a reload by hand is under way, and does the same
+        """Refresh once, without retrying versions that failed before. A PeriodicThread calls this."""
+        with suppress(Overloaded):  # a refresh that an operator requested is in progress
             self.refresh(retry_failed=False)
 
     def resolutions(self) -> list[Resolution]:
-        """What each name means, without looking."""
+        """Return the resolution of every remembered name, sorted by name, without reading the store."""
         with self._lock:
             versions = sorted(self._versions.items())
         failures = [
@@ -84,28 +93,28 @@ class VersionResolver:
         return [replace(failure, model=ref) for ref, failure in failures]
 
     def _refresh(self, name: str, retry_failed: bool) -> Resolution:
-        served, failed = self._versions[name], self._failures.get(name)
+        current, failure = self._versions[name], self._failures.get(name)
         version = None
         try:
             version = self._store.resolve(name)
-            if failed is not None and failed.failed == version.ref and not retry_failed:
-                return failed
-            if version != served:
+            if failure is not None and failure.failed == version.ref and not retry_failed:
+                return failure
+            if version != current:
                 self._load(version)
-                self.replace(name, served, version)
+                self.replace(name, current, version)
                 self.num_switched += 1
-                log.info("another version is served", name=name, model=version.ref, before=served.ref)
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the old one goes on
-            return self._failed(Resolution(name, served.ref, version.ref if version else None, _code(error)), error)
+                log.info("switched to another version", name=name, model=version.ref, before=current.ref)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the current one must stay
+            return self._failed(Resolution(name, current.ref, version.ref if version else None, _code(error)), error)
         self._failures.pop(name, None)
         return Resolution(name, version.ref)
 
     def _failed(self, resolution: Resolution, error: Exception) -> Resolution:
         self.num_failed += 1
-        if self._failures.get(resolution.name) != resolution:  # a poll is not to say it twice a minute
+        if self._failures.get(resolution.name) != resolution:  # polling must not log the same failure every time
             reason = error.message if isinstance(error, GruServeError) else type(error).__name__
             log.error(
-                "a new version can't be served: the old one goes on",
+                "a new version can't be served: the previous one stays in use",
                 name=resolution.name,
                 model=resolution.failed,
                 served=resolution.model,

@@ -1,11 +1,11 @@
-"""The model store: `<root>/<name>/<version>/`, versions numbered from 1, each whole and never changed.
+"""The model store: `<root>/<name>/<version>/`. Versions are numbered from 1 and never change.
 
     model_store/shakespeare/1/...        one version: an artifact
-    model_store/shakespeare/store.json   aliases, and the highest number ever given out
-    model_store/shakespeare/.staging-*   a version being written; readers never look at it
+    model_store/shakespeare/store.json   aliases, and the highest number ever used
+    model_store/shakespeare/.staging-*   a version that is being written; readers ignore it
 
-A version appears by one `rename` of a directory that is complete and on disk, so a reader or a crash sees all of it or
-nothing. Writers of one name take turns by a lock that dies with its holder.
+A writer fills a staging directory, syncs it to disk and then renames it, so readers see a whole version or none, even
+after a crash. Writers of one name exclude each other with a file lock, which the system releases if its holder dies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _INDEX, _LATEST = "store.json", "latest"
 
 @dataclass(frozen=True, order=True)
 class ModelVersion:
-    """One published version; `ref` is its full name, such as `shakespeare@3`."""
+    """A published version."""
 
     name: str
     number: int
@@ -42,44 +42,44 @@ class ModelVersion:
 
     @property
     def ref(self) -> str:
-        """`name@number`, which always means this version."""
+        """Its full name, `name@number`, which never stands for another version."""
         return f"{self.name}@{self.number}"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a version is, and every alias that means it."""
+    """What is known about a version without reading its weights."""
 
     version: ModelVersion
     config: ModelConfig
     training: TrainingFacts
-    digest: str
-    aliases: list[str]
+    digest: str  # see Artifact.digest
+    aliases: list[str]  # all aliases of the version, sorted; `latest` is the first if it applies
 
 
 class _Index(BaseModel):
-    """What the store keeps of one name beside its versions."""
+    """The content of `store.json`."""
 
     model_config = ConfigDict(extra="forbid")
 
-    aliases: dict[str, int] = Field(default_factory=dict)
-    last_number: int = 0
+    aliases: dict[str, int] = Field(default_factory=dict)  # alias -> version number, without `latest`
+    last_number: int = 0  # the highest version number ever used, also by a deleted version
 
 
 class ModelStore:
-    """The models in one directory. Safe for any number of readers and writers, threads or processes."""
+    """The models in one directory. Any number of threads and processes may read and write at the same time."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def names(self) -> list[str]:
-        """Names that have at least one version. What can't be read is no name of a model."""
+        """Return the names that have at least one version, sorted. Unreadable directories are skipped."""
         with suppress(OSError):
             return sorted(e.name for e in os.scandir(self.root) if _NAME.fullmatch(e.name) and self.versions(e.name))
         return []
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """Versions of a name, oldest first; none if the name isn't there or can't be read."""
+        """Return the versions of a name, oldest first: none if the name doesn't exist or can't be read."""
         directory = self._directory(name)
         with suppress(OSError):
             numbers = sorted(
@@ -91,41 +91,53 @@ class ModelStore:
         return []
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version number, without `latest`, which every name has."""
+        """Return alias -> version number, without `latest`, which every name has. Raises StoreError."""
         return dict(self._read_index(name).aliases)
 
     def resolve(self, ref: str) -> ModelVersion:
-        """The version that `name`, `name@3`, `name@latest` or `name@alias` means. Raises ModelNotFound."""
-        name, at, wanted = ref.partition("@")
-        if not _NAME.fullmatch(name) or (at and not _NAME.fullmatch(wanted)):
-            raise ModelNotFound(f"{ref[:80]!r} is not a model's name: name, name@version or name@alias", param="model")
+        """Return the version that `name`, `name@3`, `name@latest` or `name@alias` stands for now.
+
+        Raises ModelNotFound, or StoreError if an alias can't be read.
+        """
+        name, at, selector = ref.partition("@")
+        if not _NAME.fullmatch(name) or (at and not _NAME.fullmatch(selector)):
+            raise ModelNotFound(
+                f"{ref[:80]!r} is not a model's name: write name, name@version or name@alias", param="model"
+            )
         versions = self.versions(name)
         if not versions:
             known = ", ".join(self.names()[:8]) or "none"
-            raise ModelNotFound(f"no model {name!r} is in the store; there are: {known}", param="model")
-        if not at or wanted == _LATEST:
+            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}", param="model")
+        if not at or selector == _LATEST:
             return versions[-1]
-        number = int(wanted) if _VERSION.fullmatch(wanted) else self.aliases(name).get(wanted)
+        number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
         for version in versions:
             if version.number == number:
                 return version
         known = ", ".join(str(version.number) for version in versions[-8:])
-        raise ModelNotFound(f"model {name!r} has no version or alias {wanted!r}; its versions: {known}", param="model")
+        raise ModelNotFound(
+            f"model {name!r} has no version or alias {selector!r}; its versions: {known}", param="model"
+        )
 
     def load(self, ref: str) -> tuple[ModelVersion, Artifact]:
-        """The version that `ref` means and its checked contents. Raises ModelNotFound, InvalidArtifact."""
+        """Return the version that `ref` stands for, and its checked contents. Raises ModelNotFound, InvalidArtifact."""
         version = self.resolve(ref)
         return version, read_artifact(version.path)
 
     def publish(self, name: str, write: Callable[[Path], None]) -> ModelVersion:
-        """Make a new version of what `write` puts into the empty directory that it is given.
+        """Publish the files that `write` puts into an empty directory, which it gets as its argument.
 
-        The version is read back and checked before it appears. Raises InvalidArtifact or StoreError, and then the store
-        is as it was. Concurrent publishers get different numbers; a number is never given out twice.
+        The files are read back and checked before the version appears. Concurrent publishers get different numbers,
+        and no number is ever used twice.
+
+        Raises:
+            InvalidArtifact: the files are not a valid version. The store is unchanged.
+            StoreError: the disk failed or the index is damaged. No version was published.
+            InvalidValue: `name` can't be a model's name.
         """
         directory = self._directory(name)
-        with _reporting(f"can't publish into {directory}"):
-            self._make(directory)
+        with _os_errors_as_store_errors(f"can't publish into {directory}"):
+            self._make_directory(directory)
             with staging_directory(directory) as staging:
                 write(staging)
                 read_artifact(staging)
@@ -134,25 +146,28 @@ class ModelStore:
                 fsync(staging)
                 with locked(directory):
                     index = self._read_index(name)
-                    there = [version.number for version in self.versions(name)]
-                    index.last_number = max([index.last_number, *there]) + 1
-                    # The number is spent before it is used: a crash in between skips it, never repeats it.
+                    existing = [version.number for version in self.versions(name)]
+                    index.last_number = max([index.last_number, *existing]) + 1
+                    # The number is recorded before it is used: a crash in between skips a number and repeats none.
                     self._write_index(directory, index)
                     final = directory / str(index.last_number)
                     staging.rename(final)
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
-    def prepare(self, name: str) -> None:
-        """Find out whether a version of `name` could be published. Raises InvalidValue, StoreError."""
+    def check_writable(self, name: str) -> None:
+        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory."""
         directory = self._directory(name)
-        with _reporting(f"can't publish into {directory}"):
-            self._make(directory)
+        with _os_errors_as_store_errors(f"can't publish into {directory}"):
+            self._make_directory(directory)
             with staging_directory(directory):
                 self._read_index(name)
 
     def describe(self, version: ModelVersion) -> Description:
-        """What a version is, without reading its weights. Raises ModelNotFound if it is gone, InvalidArtifact."""
+        """Return what is known about a version, without reading its weights.
+
+        Raises ModelNotFound if it was deleted, InvalidArtifact, or StoreError if the index is damaged.
+        """
         try:
             config, training, digest = read_description(version.path)
         except InvalidArtifact:
@@ -165,58 +180,68 @@ class ModelStore:
         return Description(version, config, training, digest, aliases)
 
     def verify(self, ref: str) -> ModelVersion:
-        """Check a version wholly, as loading does. Raises ModelNotFound, InvalidArtifact."""
+        """Check every file of a version, as loading does. Raises ModelNotFound, InvalidArtifact."""
         return self.load(ref)[0]
 
     def set_alias(self, name: str, alias: str, number: int) -> None:
-        """Let `name@alias` mean a version that is there."""
+        """Make `name@alias` stand for an existing version, instead of any other one.
+
+        Raises InvalidValue for an impossible name or alias, ModelNotFound, StoreError.
+        """
         if not _NAME.fullmatch(alias) or alias.isdigit() or alias == _LATEST:
-            raise InvalidValue(f"{alias[:80]!r} can't be an alias: letters, digits, . _ -, not a number, not latest")
+            raise InvalidValue(
+                f"{alias[:80]!r} can't be an alias: use letters, digits, . _ -; neither a number nor `latest`"
+            )
         directory = self._directory(name)
         self.resolve(f"{name}@{number}")
-        with _reporting(f"can't change aliases in {directory}"), locked(directory):
-            self.resolve(f"{name}@{number}")  # once more, now that nobody else can delete it
+        with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
+            self.resolve(f"{name}@{number}")  # again, now that no other writer can delete it
             index = self._read_index(name)
             index.aliases[alias] = number
             self._write_index(directory, index)
 
     def remove_alias(self, name: str, alias: str) -> None:
-        """Forget an alias. Raises ModelNotFound if there is none of that name."""
+        """Remove an alias. Raises ModelNotFound if it doesn't exist, StoreError."""
         directory = self._directory(name)
         if alias not in self.aliases(name):
             raise ModelNotFound(f"model {name!r} has no alias {alias!r}")
-        with _reporting(f"can't change aliases in {directory}"), locked(directory):
+        with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
             index = self._read_index(name)
             index.aliases.pop(alias, None)
             self._write_index(directory, index)
 
     def delete(self, ref: str) -> ModelVersion:
-        """Remove the version that `ref` means, which has to be a `name@number` that no alias points to."""
+        """Delete the version `ref`, which must be a `name@number` without aliases.
+
+        Raises ModelNotFound, or StoreError if it has an alias, is named by one, or can't be deleted.
+        """
         version = self.resolve(ref)
         if ref != version.ref:
-            raise StoreError(f"say which version to delete by its number: {version.ref}")
+            raise StoreError(f"name the version to delete by its number: {version.ref}")
         directory = self._directory(version.name)
-        with _reporting(f"can't delete {version.ref}"), locked(directory):
-            self.resolve(ref)  # once more, now that nobody else can delete it
+        with _os_errors_as_store_errors(f"can't delete {version.ref}"), locked(directory):
+            self.resolve(ref)  # again, now that no other writer can delete it
             index = self._read_index(version.name)
-            pointing = sorted(alias for alias, number in index.aliases.items() if number == version.number)
-            if pointing:
-                raise StoreError(f"{version.ref} is {version.name}@{pointing[0]}: move or remove that alias first")
+            aliases = sorted(alias for alias, number in index.aliases.items() if number == version.number)
+            if aliases:
+                raise StoreError(f"{version.ref} has the alias {version.name}@{aliases[0]}: move or remove that first")
             index.last_number = max(index.last_number, self.versions(version.name)[-1].number)
             self._write_index(directory, index)
             trash = directory / f"{TRASH}{version.number}"
-            version.path.rename(trash)  # gone for readers in one step, then removed at leisure
+            version.path.rename(trash)  # readers lose the whole version in one step; its files are removed after that
             fsync(directory)
             shutil.rmtree(trash)
         return version
 
     def _directory(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
-            raise InvalidValue(f"{name[:80]!r} can't be a model's name: up to 64 letters, digits, . _ -", param="name")
+            raise InvalidValue(
+                f"{name[:80]!r} can't be a model's name: use up to 64 letters, digits, . _ -", param="name"
+            )
         return self.root / name
 
-    def _make(self, directory: Path) -> None:
-        """Make a name's directory, on the disk before anything is in it."""
+    def _make_directory(self, directory: Path) -> None:
+        """Make a name's directory, and sync each new parent to disk."""
         new = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         for path in new:
@@ -230,7 +255,7 @@ class ModelStore:
             return _Index()
         except (OSError, ValidationError) as error:
             raise StoreError(
-                f"{path} is damaged: write aliases and last_number, the highest version there ever was, into it again"
+                f"{path} is damaged: restore its `aliases` and `last_number`, the highest version number ever used"
             ) from error
 
     def _write_index(self, directory: Path, index: _Index) -> None:
@@ -245,9 +270,9 @@ class ModelStore:
 
 
 @contextmanager
-def _reporting(what: str) -> Iterator[None]:
-    """A failing disk, full or read-only, as our error."""
+def _os_errors_as_store_errors(what_failed: str) -> Iterator[None]:
+    """Raise StoreError for an OSError of the block, such as of a full or read-only disk."""
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{what}: {error.strerror or error}") from error
+        raise StoreError(f"{what_failed}: {error.strerror or error}") from error

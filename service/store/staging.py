@@ -1,4 +1,4 @@
-"""Writing aside: a directory that is filled where nobody looks, and cleared away if its writer died.
+"""Staging directories: a version is written where readers don't look, and removed if its writer dies.
 
 May not: know what a model is.
 """
@@ -19,7 +19,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the only write lock of a name. It is a file lock: the system lets go of it if the holder dies."""
+    """Hold the write lock of a directory during the block; wait for it first. The system releases it if we die."""
     with (directory / _LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -27,47 +27,50 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def staging_directory(directory: Path) -> Iterator[Path]:
-    """A new directory to write a version into; removed at the end unless it was renamed away.
+    """Yield a new, empty directory to write a version into. It is removed after the block unless it was renamed.
 
-    It is locked as long as its writer lives, by which the next writer tells abandoned ones from those in use.
+    Its writer holds a lock on it. A staging directory without a lock is therefore abandoned, and the next writer
+    removes it.
     """
     with locked(directory):
         _remove_abandoned(directory)
         path = Path(tempfile.mkdtemp(prefix=STAGING, dir=directory))
         path.chmod(0o755)
-        held = os.open(path, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)
+        descriptor = os.open(path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield path
     finally:
-        # The lock goes last: while it is held nobody else removes the directory.
+        # The lock is released last: without it, another writer would remove the directory at the same time.
         shutil.rmtree(path, ignore_errors=True)
-        os.close(held)
+        os.close(descriptor)
 
 
 def _remove_abandoned(directory: Path) -> None:
+    """Remove what dead writers left. The caller holds the directory's lock."""
     for entry in list(os.scandir(directory)):
         if entry.name.startswith(TRASH):
             shutil.rmtree(entry.path, ignore_errors=True)
         elif entry.name.startswith(STAGING) and entry.is_dir(follow_symlinks=False):
             try:
-                held = os.open(entry.path, os.O_RDONLY)
+                descriptor = os.open(entry.path, os.O_RDONLY)
             except FileNotFoundError:
                 continue  # its writer has just removed it
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(entry.path, ignore_errors=True)
             except BlockingIOError:
-                pass  # its writer is at work
+                pass  # its writer is alive
             finally:
-                os.close(held)
+                os.close(descriptor)
         elif entry.name.startswith(STAGING):
-            os.unlink(entry.path)  # an index that never replaced the old one; writers of it hold our lock
+            os.unlink(entry.path)  # an unfinished index: its writer would hold the lock that we hold
 
 
 def fsync(path: Path) -> None:
-    held = os.open(path, os.O_RDONLY)
+    """Flush a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(held)
+        os.fsync(descriptor)
     finally:
-        os.close(held)
+        os.close(descriptor)

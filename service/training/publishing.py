@@ -16,7 +16,7 @@ from service.arrays import Ids
 from service.errors import StoreError
 from service.model.artifact import CARD, Tensors, write_artifact
 from service.model.config import ModelConfig
-from service.model.quantize import IntegerPrecision, Precision, enough
+from service.model.quantize import IntegerPrecision, Precision, choose_precision
 from service.store.model_store import ModelStore, ModelVersion
 from service.training.card import CURVE, loss_curve, model_card
 from service.training.corpus import Corpus
@@ -70,8 +70,8 @@ def publish_run(
     held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_ids.numpy()
     precisions: tuple[Precision, ...] = ("float32", "int8", "int4")
     losses = {precision: serving.loss(config, tensors, precision, ids, progress) for precision in precisions}
-    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, enough(losses), held_out))
-    facts["serving_precision"] = enough(losses)
+    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, choose_precision(losses), held_out))
+    facts["serving_precision"] = choose_precision(losses)
     facts["losses"] |= {
         "validation_nats_per_char": losses["float32"],
         "validation_bits_per_char": losses["float32"] / math.log(2),

@@ -1,4 +1,4 @@
-"""Errors at the web edge: the one table from code to HTTP status, and the one shape of an error's body."""
+"""Errors at the web edge: the table from category to HTTP status, and the shape of an error's body."""
 
 from __future__ import annotations
 
@@ -9,25 +9,44 @@ from flask import Flask, Response, jsonify
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
+from service import errors
 from service.errors import GruServeError, PositionConflict
 
 log = structlog.get_logger(__name__)
 
-STATUS = {
-    "out_of_range": 400, "unknown_characters": 400, "invalid_json": 400, "unknown_field": 400, "missing_field": 400,
-    "wrong_type": 400, "bad_request": 400, "unsupported_value": 400,
-    "incomplete_body": 408, "invalid_api_key": 401, "forbidden": 403,
-    "model_not_found": 404, "not_found": 404, "method_not_allowed": 405,
-    "body_too_large": 413, "unsupported_media_type": 415, "overloaded": 429,
-    "rate_limited": 429, "too_many_streams": 429,
-    "session_not_found": 404, "session_gone": 410, "position_gone": 410,
-    "session_exists": 409, "session_busy": 409, "revision_conflict": 409, "position_conflict": 409, "no_run": 409,
-    "run_taken_over": 409, "model_changed": 409, "session_lost": 409,
-    "invalid_state": 400, "state_expired": 400, "state_model_mismatch": 400,
-    "invalid_artifact": 503, "store_error": 503, "not_ready": 503, "draining": 503, "engine_failed": 503,
-    "client_gone": 499, "session_store_unavailable": 503, "outcome_unknown": 504,
-    "internal_error": 500,
+# The status of each category. The root's is the fallback, also for OperatorError, which no request causes.
+STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
+    errors.InvalidRequest: 400,
+    errors.InvalidApiKey: 401,  # the exception in AccessDenied: a valid key would help
+    errors.AccessDenied: 403,
+    errors.NotFound: 404,
+    errors.Conflict: 409,
+    errors.Gone: 410,
+    errors.LimitReached: 429,
+    errors.Unavailable: 503,
+    errors.OutcomeUnknown: 504,
+    GruServeError: 500,
+}
+# Codes that only this layer sends: they are about HTTP, its bodies and its schemas, and no exception has them.
+STATUS_OF_EDGE_CODE = {
+    "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
+    "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
+    "unsupported_media_type": 415, "rate_limited": 429, "client_gone": 499,
 }  # fmt: skip
+
+
+def status_of(kind: type[GruServeError]) -> int:
+    """Return the status of an error class: that of the nearest class above it in `STATUS_OF_CATEGORY`."""
+    return next(STATUS_OF_CATEGORY[parent] for parent in kind.__mro__ if parent in STATUS_OF_CATEGORY)
+
+
+# Every code that a response can carry, with its status. A category has no code of its own.
+STATUS = STATUS_OF_EDGE_CODE | {
+    kind.code: status_of(kind)
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, GruServeError) and "code" in vars(kind)
+    if not issubclass(kind, errors.OperatorError)
+}
 _CODE_OF_STATUS = {
     404: "not_found",
     405: "method_not_allowed",
@@ -55,8 +74,8 @@ def body_of(error: GruServeError) -> dict[str, Any]:
     if error.code in ("invalid_artifact", "store_error"):
         # Such messages name files of the server; the caller gets the kind, the log the place.
         public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
-        return error_body(public, error.code)
-    body = error_body(error.message, error.code, error.param)
+        return error_body(public, error.code, status=status_of(type(error)))
+    body = error_body(error.message, error.code, error.param, status_of(type(error)))
     if isinstance(error, PositionConflict):
         body["error"]["position"] = error.position
     return body
@@ -102,7 +121,7 @@ def register_error_handlers(app: Flask) -> None:
 
     @app.errorhandler(GruServeError)
     def _known(error: GruServeError) -> Response:
-        status = STATUS.get(error.code, 500)
+        status = status_of(type(error))
         if status >= 500 and error.code not in _EXPECTED:
             log.error("request failed", code=error.code, error=error.message)
         return _response(body_of(error), status)

@@ -1,12 +1,14 @@
-"""A model version on disk: what was written is read back, and nothing else is accepted."""
+"""The files of a model version: what was written is read back, and anything else is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,12 @@ def version(tmp_path: Path) -> Path:
 
 
 def seal(directory: Path) -> None:
-    """Write a manifest that fits the files, as someone who means harm would."""
+    """Write a manifest that matches the files, as an attacker would."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / MANIFEST).write_text(Manifest.of(directory).to_json())
 
 
-def test_what_was_written_is_read_back(version: Path) -> None:
+def test_read_artifact__returns_what_was_written(version: Path) -> None:
     artifact, config = read_artifact(version), tiny_config()
     assert artifact.config == config
     assert artifact.training == TrainingFacts()
@@ -45,7 +47,7 @@ def test_what_was_written_is_read_back(version: Path) -> None:
         assert artifact.tensors[name].dtype == np.float32
 
 
-def test_the_digest_is_of_config_and_weights_only(version: Path, tmp_path: Path) -> None:
+def test_digest__depends_on_config_and_weights_only(version: Path, tmp_path: Path) -> None:
     other = tmp_path / "2"
     other.mkdir()
     config = tiny_config()
@@ -57,7 +59,7 @@ def test_the_digest_is_of_config_and_weights_only(version: Path, tmp_path: Path)
     assert read_artifact(third).digest != read_artifact(version).digest
 
 
-def test_every_truncation_is_refused(version: Path) -> None:
+def test_read_artifact__refuses_truncated_files(version: Path) -> None:
     for path in sorted(version.iterdir()):
         data = path.read_bytes()
         lengths = {*range(0, len(data), 4096), len(data) - 1, *range(min(64, len(data)))}
@@ -69,7 +71,7 @@ def test_every_truncation_is_refused(version: Path) -> None:
     read_artifact(version)
 
 
-def test_2000_random_bit_flips_are_refused(version: Path) -> None:
+def test_read_artifact__refuses_2000_random_bit_flips(version: Path) -> None:
     chance, files = random.Random(7), sorted(version.iterdir())
     for number in range(2000):
         path = files[number % len(files)]
@@ -84,7 +86,7 @@ def test_2000_random_bit_flips_are_refused(version: Path) -> None:
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """Makes a directory when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,7 +96,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "training.json"])
-def test_a_pickle_under_a_safe_name_never_runs(version: Path, tmp_path: Path, name: str) -> None:
+def test_read_artifact__never_unpickles_a_file_with_a_trusted_name(version: Path, tmp_path: Path, name: str) -> None:
     (version / name).write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     seal(version)
     with pytest.raises(InvalidArtifact, match=name):
@@ -130,7 +132,10 @@ def rewrite_header(directory: Path, change: Callable[[dict[str, Any]], Any]) -> 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (change_tensors(lambda t: t.pop("dense.bias")), "dense.bias is missing"),
-    "foreign tensor": (change_tensors(lambda t: t.update(extra=np.zeros(1, np.float32))), "extra does not belong"),
+    "foreign tensor": (
+        change_tensors(lambda t: t.update(extra=np.zeros(1, np.float32))),
+        "extra is not part of this model",
+    ),
     "other dtype": (change_tensors(lambda t: t.update({"dense.bias": t["dense.bias"].astype(np.float64)})), "F64"),
     "other shape": (change_tensors(lambda t: t.update({"dense.bias": np.zeros(3, np.float32)})), "shape"),
     "transposed": (change_tensors(lambda t: t.update({"dense.weight": t["dense.weight"].T.copy()})), "shape"),
@@ -150,7 +155,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty weights": (lambda d: (d / WEIGHTS).write_bytes(b""), "not a safetensors file"),
     "huge header": (lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 64), "header"),
     "header no JSON": (lambda d: (d / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"{]"), "not JSON"),
-    "header a list": (lambda d: (d / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]"), "no JSON object"),
+    "header a list": (lambda d: (d / WEIGHTS).write_bytes((2).to_bytes(8, "little") + b"[]"), "not a JSON object"),
     "entry no object": (lambda d: rewrite_header(d, lambda h: h.update({"dense.bias": 3})), "not an object"),
     "overlapping data": (
         lambda d: rewrite_header(
@@ -163,58 +168,58 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "not a safetensors file",
     ),
     "trailing data": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes() + b"x" * 100), "bytes of weights"),
-    "enormous weights": (lambda d: os.truncate(d / WEIGHTS, 10**9), "bytes"),
+    "enormous weights": (lambda d: os.truncate(d / WEIGHTS, 10**9), "1000000000 bytes, at most"),
 }
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_with_a_fitting_manifest_are_refused_with_a_reason(version: Path, case: str) -> None:
+def test_read_artifact__refuses_hostile_files_with_a_reason(version: Path, case: str) -> None:
     spoil, reason = HOSTILE[case]
     spoil(version)
     if case == "enormous weights":
         manifest = json.loads((version / MANIFEST).read_text())
-        assert manifest["files"][WEIGHTS]["num_bytes"] < 10**9  # the old manifest: a billion zeros take long to sum
+        assert manifest["files"][WEIGHTS]["num_bytes"] < 10**9  # the manifest stays: summing 10**9 zeros takes long
     else:
         seal(version)
     with pytest.raises(InvalidArtifact, match=reason):
         read_artifact(version)
 
 
-def test_files_outside_the_manifest_are_refused(version: Path) -> None:
+def test_read_artifact__refuses_files_that_the_manifest_lacks(version: Path) -> None:
     (version / "extra.bin").write_bytes(b"")
     with pytest.raises(InvalidArtifact, match=r"extra\.bin is not in the manifest"):
         read_artifact(version)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG, MANIFEST])
-def test_links_are_not_followed(version: Path, tmp_path: Path, name: str) -> None:
+def test_read_artifact__follows_no_links(version: Path, tmp_path: Path, name: str) -> None:
     (version / name).rename(tmp_path / "elsewhere")
     (version / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InvalidArtifact, match="not a plain file"):
+    with pytest.raises(InvalidArtifact, match="not a regular file"):
         read_artifact(version)
 
 
-def test_a_pipe_is_not_waited_for(version: Path) -> None:
+def test_read_artifact__refuses_a_pipe_without_waiting(version: Path) -> None:
     (version / CONFIG).unlink()
     os.mkfifo(version / CONFIG)
-    with pytest.raises(InvalidArtifact, match="not a plain file"):
+    with pytest.raises(InvalidArtifact, match="not a regular file"):
         read_artifact(version)
 
 
-def test_a_missing_file_is_named(version: Path) -> None:
+def test_read_artifact__names_a_missing_file(version: Path) -> None:
     (version / WEIGHTS).unlink()
     with pytest.raises(InvalidArtifact, match=r"model\.safetensors is missing"):
         read_artifact(version)
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "", ".", "a/b"])
-def test_a_manifest_can_not_name_files_elsewhere(version: Path, name: str) -> None:
+def test_manifest__reads_no_file_outside_its_directory(version: Path, name: str) -> None:
     manifest = Manifest.read(version)
     entries = manifest.files | {name: manifest.files[CONFIG]}
     lines = "".join(f"{entries[key].sha256} {entries[key].num_bytes} {key}\n" for key in sorted(entries))
-    import hashlib
-
     forged = Manifest(files=entries, sha256=hashlib.sha256(lines.encode()).hexdigest())
     (version / MANIFEST).write_text(forged.to_json())
-    with pytest.raises(InvalidArtifact):
-        read_artifact(version)
+    with pytest.raises(InvalidArtifact, match=f"{re.escape(name)} is missing"):
+        Manifest.read(version)
+    with pytest.raises(InvalidArtifact, match=re.escape(f"has no file {name!r}")):
+        forged.read_file(version, name, 10**6)

@@ -1,4 +1,4 @@
-"""Characters <-> ids, and the three ways with characters that aren't known."""
+"""Characters <-> ids, and the three treatments of unknown characters."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from service.model.charset import Charset
 ASCII = Charset("".join(map(chr, range(32, 127))) + "\n")
 
 
-def test_a_corpus_gives_its_characters_in_order_of_code_points() -> None:
+def test_charset__from_corpus_has_its_characters_in_order_of_code_points() -> None:
     assert Charset.from_corpus("banana\n").characters == "\nabn"
 
 
-def test_composed_and_decomposed_spellings_are_one_character() -> None:
+def test_encode__composed_and_decomposed_spellings_are_one_character() -> None:
     charset = Charset.from_corpus("cafe\u0301")
     assert charset.characters == "acfé"
     assert charset.encode("e\u0301").tolist() == charset.encode("é").tolist() == [3]
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
-def test_any_text_survives_encoding_with_its_own_charset(text: str) -> None:
+def test_decode__inverts_encode_for_any_text_with_its_own_charset(text: str) -> None:
     charset = Charset.from_corpus(text)
     assert charset.decode(charset.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 @given(st.text(alphabet=st.characters(), max_size=50), st.sampled_from(["error", "fold", "drop"]))
-def test_no_text_breaks_an_encoder(text: str, unknown: str) -> None:
+def test_encode__any_text_gives_valid_ids_or_unknown_characters(text: str, unknown: str) -> None:
     try:
         ids = ASCII.encode(text, unknown)  # type: ignore[arg-type]
     except UnknownCharacters:
@@ -40,13 +40,13 @@ def test_no_text_breaks_an_encoder(text: str, unknown: str) -> None:
         assert all(0 <= index < len(ASCII) for index in ids.tolist())
 
 
-def test_error_names_each_unknown_character_with_its_position() -> None:
+def test_encode__the_error_names_each_unknown_character_with_its_position() -> None:
     with pytest.raises(UnknownCharacters, match=r"'é' \(U\+00E9\) at 1, '→' \(U\+2192\) at 3") as caught:
         ASCII.encode("aéb→c")
     assert caught.value.code == "unknown_characters"
 
 
-def test_error_names_at_most_ten() -> None:
+def test_encode__the_error_names_at_most_ten_characters() -> None:
     with pytest.raises(UnknownCharacters, match="and 990 more") as caught:
         ASCII.encode("é" * 1000)
     assert len(caught.value.message) < 500
@@ -72,39 +72,39 @@ def test_error_names_at_most_ten() -> None:
         ("tab\tbed", "tab bed"),
     ],
 )
-def test_fold_writes_the_nearest_character_that_is_there(text: str, folded: str) -> None:
+def test_fold__writes_the_nearest_known_spelling(text: str, folded: str) -> None:
     assert ASCII.decode(ASCII.encode(text, "fold")) == folded
 
 
-def test_fold_leaves_alone_what_is_known() -> None:
+def test_fold__keeps_known_characters() -> None:
     charset = Charset.from_corpus("é’e'")
     assert charset.decode(charset.encode("é’", "fold")) == "é’"
 
 
-def test_fold_keeps_the_script_and_falls_back_to_the_other_case() -> None:
+def test_fold__keeps_the_script_and_falls_back_to_the_other_case() -> None:
     assert Charset.from_corpus("де").decode(Charset.from_corpus("де").encode("дё", "fold")) == "де"
     upper = Charset.from_corpus("ABCE")
     assert upper.decode(upper.encode("abcé", "fold")) == "ABCE"
 
 
-def test_fold_refuses_what_has_nothing_near_and_counts_positions_in_the_given_text() -> None:
+def test_fold__the_error_gives_positions_in_the_text_before_folding() -> None:
     with pytest.raises(UnknownCharacters, match=r"'漢' \(U\+6F22\) at 2"):
         ASCII.encode("…é漢", "fold")
 
 
-def test_a_charset_of_letters_and_marks_reads_what_it_writes() -> None:
+def test_encode__a_charset_of_letters_and_marks_reads_what_it_writes() -> None:
     charset = Charset("ea\u0301")
     assert charset.encode("e\u0301a").tolist() == [0, 2, 1]
     assert charset.encode("\u00e9").tolist() == [0, 2]
 
 
-def test_line_breaks_become_spaces_where_there_are_no_lines() -> None:
+def test_fold__line_breaks_become_spaces_if_the_charset_has_none() -> None:
     line = Charset("ab ")
     for text in ("a\nb", "a\rb", "a\r\nb", "a\u2028b"):
         assert line.decode(line.encode(text, "fold")) == "a b"
 
 
-def test_drop_leaves_unknown_characters_out() -> None:
+def test_drop__leaves_unknown_characters_out() -> None:
     assert ASCII.decode(ASCII.encode("aéb\ud800c", "drop")) == "abc"
 
 
@@ -118,12 +118,20 @@ def test_drop_leaves_unknown_characters_out() -> None:
         ("x" * 70_000, "at most"),
     ],
 )
-def test_what_can_not_be_a_charset_is_refused(characters: str, fault: str) -> None:
+def test_charset__refuses_unusable_characters(characters: str, fault: str) -> None:
     with pytest.raises(InvalidCharset, match=fault):
         Charset(characters)
 
 
-def test_decode_refuses_ids_outside() -> None:
+def test_exact__encodes_without_normalising() -> None:
+    charset = Charset("ea\u0301é")
+    assert charset.encode("e\u0301").tolist() == [3]
+    assert charset.exact("e\u0301").tolist() == [0, 2]
+    with pytest.raises(UnknownCharacters, match=r"'x' \(U\+0078\) at 1"):
+        charset.exact("ex")
+
+
+def test_decode__refuses_ids_outside_the_charset() -> None:
     with pytest.raises(IndexError):
         ASCII.decode([-1])
     with pytest.raises(IndexError):

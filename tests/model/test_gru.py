@@ -1,4 +1,4 @@
-"""The network: the reference against its formula, the folded form against the reference."""
+"""The network: the reference equals its formula, and the folded network equals the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest) -> GRUCharModel:
 
 
 def step_by_formula(model: GRUCharModel, index: int, hidden: np.ndarray) -> np.ndarray:
-    """One character through all layers, float64, straight from the docstring. (L, H) -> (L, H)"""
+    """Return the (L, H) state after one character, in float64, by the formula in the docstring of GRUCharModel."""
 
     def sigmoid(a: Any) -> Any:
         return 1 / (1 + np.exp(-a))
@@ -43,7 +43,7 @@ def step_by_formula(model: GRUCharModel, index: int, hidden: np.ndarray) -> np.n
     return stacked
 
 
-def test_every_character_makes_one_new_state_by_the_formula(model: GRUCharModel) -> None:
+def test_gru__follows_the_formula_in_its_docstring(model: GRUCharModel) -> None:
     ids = torch.randint(0, model.config.vocab_size, (20,))
     hidden = np.zeros((model.config.num_layers, model.config.num_units))
     for index in ids.tolist():
@@ -52,7 +52,7 @@ def test_every_character_makes_one_new_state_by_the_formula(model: GRUCharModel)
     np.testing.assert_allclose(final[:, 0].detach().numpy(), hidden, atol=1e-6)
 
 
-def test_folded_equals_the_reference(model: GRUCharModel) -> None:
+def test_folded_gru__equals_the_reference(model: GRUCharModel) -> None:
     folded, ids = FoldedGRU(model), torch.randint(0, model.config.vocab_size, (50,))
     states, hidden = folded.scan(ids, folded.initial_hidden())
     logits, reference_hidden = model(ids[None], model.initial_hidden(1))
@@ -60,7 +60,7 @@ def test_folded_equals_the_reference(model: GRUCharModel) -> None:
     torch.testing.assert_close(hidden, reference_hidden[:, 0].detach(), atol=1e-6, rtol=0)
 
 
-def test_scanning_in_parts_gives_bit_for_bit_what_one_scan_gives(model: GRUCharModel) -> None:
+def test_folded_gru__scanning_in_parts_gives_the_same_bits_as_one_scan(model: GRUCharModel) -> None:
     folded, ids = FoldedGRU(model), torch.randint(0, model.config.vocab_size, (30,))
     _, whole = folded.scan(ids, folded.initial_hidden())
     hidden = folded.initial_hidden()
@@ -69,13 +69,13 @@ def test_scanning_in_parts_gives_bit_for_bit_what_one_scan_gives(model: GRUCharM
     assert torch.equal(hidden, whole)
 
 
-def test_folding_copies_the_weights(model: GRUCharModel) -> None:
+def test_folded_gru__does_not_change_the_weights_it_is_made_from(model: GRUCharModel) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     FoldedGRU(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_config_knows_every_weight(model: GRUCharModel) -> None:
+def test_config__lists_every_weight_with_its_shape(model: GRUCharModel) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == model.config.tensor_shapes()
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == model.config.num_parameters

@@ -76,7 +76,7 @@ def test_api_keys__change_while_the_server_runs(server: Server, keys: Path) -> N
         session = client.create("ROMEO:", seed=7)
         before = "".join(session.generate(max_tokens=20))
     keys.write_text(f"{OLD_ENTRY}\nalice:not-a-hash\n")
-    wait_until(lambda: knows(server, OLD) and bool(server.logged("API keys not read: the old ones stay in force")))
+    wait_until(lambda: knows(server, OLD) and bool(server.logged("API keys not read: the previous ones stay valid")))
     keys.write_text(f"{OLD_ENTRY}\n{NEW_ENTRY}\n")
     wait_until(lambda: knows(server, NEW))
     assert knows(server, OLD)
@@ -90,7 +90,7 @@ def test_api_keys__change_while_the_server_runs(server: Server, keys: Path) -> N
     with Client(url(server), api_key=BOB) as client, pytest.raises(ServerError) as missing:
         client.open(session.id)
     assert (missing.value.status, missing.value.code) == (404, "session_not_found")
-    assert len(server.logged("API keys not read: the old ones stay in force")) == 1
+    assert len(server.logged("API keys not read: the previous ones stay valid")) == 1
     log = "".join(server.log)
     assert not any(secret in log for secret in (OLD, NEW, BOB, session.id, "not-a-hash"))
     assert {line.get("key_name") for line in server.logged("request")} == {None, "alice", "bob"}

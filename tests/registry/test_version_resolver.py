@@ -1,4 +1,4 @@
-"""Which version a name means while the server runs."""
+"""Which version a name stands for while the server runs, and when it switches to another."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def damage(store: ModelStore, ref: str) -> None:
     (store.resolve(ref).path / "model.safetensors").write_bytes(b"")
 
 
-def test_a_name_keeps_its_meaning_until_it_is_looked_up_again(store: ModelStore, models: LoadedModels) -> None:
+def test_loaded_models__a_name_keeps_its_version_until_a_refresh(store: ModelStore, models: LoadedModels) -> None:
     store.set_alias("tiny", "stable", 1)
     assert models.get("tiny@stable").version.ref == "tiny@1"
     publish_tiny(store, seed=1)
@@ -54,7 +54,7 @@ def test_a_name_keeps_its_meaning_until_it_is_looked_up_again(store: ModelStore,
     assert models.resolver.num_switched == 3
 
 
-def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore, models: LoadedModels) -> None:
+def test_refresh__a_damaged_version_leaves_the_previous_one_in_use(store: ModelStore, models: LoadedModels) -> None:
     publish_tiny(store, seed=1)
     damage(store, "tiny@2")
     broken = Resolution("tiny", "tiny@1", "tiny@2", "invalid_artifact")
@@ -62,7 +62,7 @@ def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore, models: 
         for _ in range(3):
             assert models.resolver.refresh() == [broken]
     assert [line["event"] for line in logs if line["log_level"] == "error"] == [
-        "a new version can't be served: the old one goes on"
+        "a new version can't be served: the previous one stays in use"
     ]
     assert models.resolver.resolutions() == [broken]
     assert models.get("tiny").version.ref == "tiny@1"
@@ -72,19 +72,19 @@ def test_a_broken_version_leaves_the_old_one_serving(store: ModelStore, models: 
     assert models.resolver.refresh() == [Resolution("tiny", "tiny@3")] == models.resolver.resolutions()
 
 
-def test_polling_tries_a_broken_version_once_and_a_reload_every_time(store: ModelStore, models: LoadedModels) -> None:
+def test_refresh__tries_a_damaged_version_again_only_on_request(store: ModelStore, models: LoadedModels) -> None:
     publish_tiny(store, seed=1)
     weights = (store.resolve("tiny@2").path / "model.safetensors").read_bytes()
     damage(store, "tiny@2")
-    for again, num_failed in ((False, 1), (False, 1), (True, 2), (False, 2)):
-        models.resolver.refresh(again)
+    for retry_failed, num_failed in ((False, 1), (False, 1), (True, 2), (False, 2)):
+        models.resolver.refresh(retry_failed)
         assert models.resolver.num_failed == num_failed
     (store.resolve("tiny@2").path / "model.safetensors").write_bytes(weights)
     assert models.resolver.refresh() == [Resolution("tiny", "tiny@2")]
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError("a disk"), ValueError("a kernel")])
-def test_whatever_goes_wrong_the_old_version_stays(
+def test_refresh__any_error_leaves_the_previous_version_in_use(
     store: ModelStore, models: LoadedModels, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(_: str) -> None:
@@ -96,25 +96,27 @@ def test_whatever_goes_wrong_the_old_version_stays(
     assert models.get("tiny").version.ref == "tiny@1"
 
 
-def test_what_is_gone_from_the_store_is_served_from_memory(store: ModelStore, models: LoadedModels) -> None:
+def test_refresh__a_version_deleted_from_the_store_is_served_from_memory(
+    store: ModelStore, models: LoadedModels
+) -> None:
     store.root.rename(store.root.with_name("elsewhere"))
     assert models.resolver.refresh() == [Resolution("tiny", "tiny@1", None, "model_not_found")]
     assert models.get("tiny").version.ref == "tiny@1"
     with pytest.raises(ModelNotFound):
-        models.get("tiny@1")  # by its full name it is what the store has
+        models.get("tiny@1")  # a full name is looked up in the store
     with pytest.raises(ModelNotFound):
         models.get("other")
     store.root.with_name("elsewhere").rename(store.root)
     assert models.resolver.refresh() == [Resolution("tiny", "tiny@1")]
 
 
-def test_a_served_version_that_was_let_go_of_and_is_gone_gives_way_to_what_is_there(store: ModelStore) -> None:
+def test_loaded_models__a_name_whose_version_was_evicted_and_deleted_is_resolved_again(store: ModelStore) -> None:
     models = LoadedModels(store, 1, engine_settings())
     models.get("tiny")
     publish_tiny(store, "other")
     publish_tiny(store, seed=1)
-    models.get("other")  # tiny@1 goes
-    assert models.get("tiny").version.ref == "tiny@1"  # and is loaded again
+    models.get("other")  # evicts tiny@1
+    assert models.get("tiny").version.ref == "tiny@1"  # loads it again
     models.get("other")
     store.delete("tiny@1")
     assert models.get("tiny").version.ref == "tiny@2"
@@ -122,7 +124,7 @@ def test_a_served_version_that_was_let_go_of_and_is_gone_gives_way_to_what_is_th
     models.close()
 
 
-def test_nobody_waits_while_a_new_version_is_loaded(
+def test_refresh__requests_use_the_previous_version_while_a_new_one_loads(
     store: ModelStore, models: LoadedModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_tiny(store, seed=1)
@@ -140,25 +142,25 @@ def test_nobody_waits_while_a_new_version_is_loaded(
     assert models.get("tiny").version.ref == "tiny@1"
     assert models.resolve("tiny").ref == "tiny@1"
     with pytest.raises(Overloaded):
-        models.resolver.refresh()  # one at a time
+        models.resolver.refresh()  # only one thread refreshes at a time
     release.set()
     thread.join()
     assert models.get("tiny").version.ref == "tiny@2"
 
 
-def test_a_late_load_of_an_old_version_does_not_undo_a_newer_one(store: ModelStore) -> None:
-    served = VersionResolver(store, lambda _: None)
+def test_replace__a_slow_load_of_an_old_version_does_not_undo_a_switch(store: ModelStore) -> None:
+    resolver = VersionResolver(store, lambda _: None)
     old = store.resolve("tiny")
     publish_tiny(store, seed=1)
     new = store.resolve("tiny")
-    served.replace("tiny", None, new)
-    served.replace("tiny", None, old)  # who comes late saw no meaning either
-    assert served.get("tiny") == new
-    served.replace("tiny@1", None, old)
-    assert served.get("tiny@1") is None  # a full name means itself
+    resolver.replace("tiny", None, new)
+    resolver.replace("tiny", None, old)  # this thread, too, found no version remembered when it began
+    assert resolver.get("tiny") == new
+    resolver.replace("tiny@1", None, old)
+    assert resolver.get("tiny@1") is None  # a full name stands for itself and is not remembered
 
 
-def test_polling_finds_new_versions_and_ends(store: ModelStore, models: LoadedModels) -> None:
+def test_poll__switches_to_new_versions_and_passes_over_a_damaged_one(store: ModelStore, models: LoadedModels) -> None:
     with closing(PeriodicThread("polling", 0.01, models.resolver.poll)):
         publish_tiny(store, seed=1)
         wait_until(lambda: models.get("tiny").version.ref == "tiny@2")

@@ -1,6 +1,7 @@
-"""Run by test_store: publish versions until killed. Forks a publisher for every line on standard input, prints its id.
+"""A process of test_model_store: for every line on standard input, fork a publisher and print its process id.
 
-A fork takes a millisecond where a new interpreter takes half a second; this process has no threads.
+The publisher publishes versions until it is killed. Forking takes a millisecond, starting an interpreter half a second;
+forking is safe here because this process has no threads.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from service.store.model_store import ModelStore
 
 
 def main() -> None:
-    """Arguments: the store's directory and the model's config as JSON."""
+    """Command-line arguments: the store's directory, and the model's config as JSON."""
     root, config = Path(sys.argv[1]), ModelConfig.model_validate(json.loads(sys.argv[2]))
     tensors = {name: np.zeros(shape, np.float32) for name, shape in config.tensor_shapes().items()}
     for _ in sys.stdin:

@@ -1,4 +1,4 @@
-"""The model store: names resolve, versions appear whole or not at all, and never change."""
+"""The model store: names resolve, and versions appear whole or not at all and never change."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def store(tmp_path: Path) -> ModelStore:
     return ModelStore(tmp_path / "store")
 
 
-def test_an_empty_or_absent_store_has_no_models(store: ModelStore) -> None:
+def test_resolve__an_absent_store_has_no_models(store: ModelStore) -> None:
     assert store.names() == []
-    with pytest.raises(ModelNotFound, match="there are: none"):
+    with pytest.raises(ModelNotFound, match="it has: none"):
         store.resolve("any")
 
 
-def test_versions_are_numbered_from_one(store: ModelStore) -> None:
+def test_publish__numbers_the_versions_of_a_name_from_one(store: ModelStore) -> None:
     assert [publish_tiny(store), publish_tiny(store), publish_tiny(store, "other")] == ["tiny@1", "tiny@2", "other@1"]
     assert store.names() == ["other", "tiny"]
     assert [version.ref for version in store.versions("tiny")] == ["tiny@1", "tiny@2"]
 
 
-def test_names_numbers_latest_and_aliases_resolve(store: ModelStore) -> None:
+def test_resolve__finds_names_numbers_latest_and_aliases(store: ModelStore) -> None:
     for _ in range(3):
         publish_tiny(store)
     store.set_alias("tiny", "stable", 2)
@@ -56,7 +56,7 @@ def test_names_numbers_latest_and_aliases_resolve(store: ModelStore) -> None:
     ["", "@", "@1", "tiny@", "tiny@0", "tiny@9", "tiny@01", "tiny@-1", "tiny@1@1", "no", "../tiny", "tiny/1", ".", "..",
      "tiny@..", "tiny\x00", "tiny@" + "9" * 5000, "x" * 5000, "tiny@1\n", "\ud800"],
 )  # fmt: skip
-def test_what_is_not_there_is_not_found(store: ModelStore, ref: str) -> None:
+def test_resolve__refuses_every_other_name_in_a_short_message(store: ModelStore, ref: str) -> None:
     publish_tiny(store)
     with pytest.raises(ModelNotFound) as caught:
         store.resolve(ref)
@@ -64,19 +64,19 @@ def test_what_is_not_there_is_not_found(store: ModelStore, ref: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "x" * 65, "ä", "a b", "a@1"])
-def test_impossible_names_are_refused(store: ModelStore, name: str) -> None:
+def test_publish__refuses_impossible_names(store: ModelStore, name: str) -> None:
     with pytest.raises(InvalidValue):
         publish_tiny(store, name)
 
 
 @pytest.mark.parametrize("alias", ["latest", "3", "", "a/b", "../x", "x" * 65])
-def test_impossible_aliases_are_refused(store: ModelStore, alias: str) -> None:
+def test_set_alias__refuses_impossible_aliases(store: ModelStore, alias: str) -> None:
     publish_tiny(store)
     with pytest.raises(InvalidValue):
         store.set_alias("tiny", alias, 1)
 
 
-def test_an_alias_needs_a_version_that_is_there(store: ModelStore) -> None:
+def test_set_alias__needs_an_existing_version(store: ModelStore) -> None:
     publish_tiny(store)
     with pytest.raises(ModelNotFound):
         store.set_alias("tiny", "stable", 2)
@@ -84,7 +84,7 @@ def test_an_alias_needs_a_version_that_is_there(store: ModelStore) -> None:
         store.remove_alias("tiny", "stable")
 
 
-def test_a_number_is_never_given_out_twice(store: ModelStore) -> None:
+def test_publish__never_uses_a_number_twice(store: ModelStore) -> None:
     publish_tiny(store)
     publish_tiny(store)
     store.delete("tiny@2")
@@ -96,7 +96,7 @@ def test_a_number_is_never_given_out_twice(store: ModelStore) -> None:
     assert publish_tiny(store) == "tiny@4"
 
 
-def test_deleting_needs_the_number_and_no_alias(store: ModelStore) -> None:
+def test_delete__needs_the_number_and_no_alias(store: ModelStore) -> None:
     publish_tiny(store)
     store.set_alias("tiny", "stable", 1)
     for ref in ("tiny", "tiny@latest", "tiny@stable"):
@@ -107,7 +107,7 @@ def test_deleting_needs_the_number_and_no_alias(store: ModelStore) -> None:
     store.resolve("tiny@1")
 
 
-def test_a_version_that_would_not_load_is_not_published(store: ModelStore) -> None:
+def test_publish__refuses_a_version_that_would_not_load(store: ModelStore) -> None:
     def write(directory: Path) -> None:
         write_artifact(directory, tiny_config(), random_tensors(tiny_config()), {}, {})
         (directory / "config.json").write_text("{}")
@@ -118,7 +118,7 @@ def test_a_version_that_would_not_load_is_not_published(store: ModelStore) -> No
     assert [path.name for path in (store.root / "tiny").iterdir()] == [".lock"]
 
 
-def test_a_writer_that_fails_leaves_nothing(store: ModelStore) -> None:
+def test_publish__a_failing_writer_leaves_no_trace(store: ModelStore) -> None:
     publish_tiny(store)
 
     def write(directory: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_writer_that_fails_leaves_nothing(store: ModelStore) -> None:
     assert sorted(path.name for path in (store.root / "tiny").iterdir()) == [".lock", "1", "store.json"]
 
 
-def test_verify_finds_damage_that_listing_does_not_read(store: ModelStore) -> None:
+def test_verify__finds_damage_that_listing_does_not_see(store: ModelStore) -> None:
     publish_tiny(store)
     weights = store.resolve("tiny").path / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -141,7 +141,7 @@ def test_verify_finds_damage_that_listing_does_not_read(store: ModelStore) -> No
         store.verify("tiny")
 
 
-def test_a_damaged_index_is_an_error_and_not_a_reset(store: ModelStore) -> None:
+def test_index__a_damaged_one_is_an_error_and_is_not_replaced(store: ModelStore) -> None:
     publish_tiny(store)
     (store.root / "tiny" / "store.json").write_text("{")
     with pytest.raises(StoreError, match=r"store\.json"):
@@ -151,7 +151,7 @@ def test_a_damaged_index_is_an_error_and_not_a_reset(store: ModelStore) -> None:
     assert store.resolve("tiny@1").number == 1
 
 
-def test_concurrent_publishers_get_different_numbers(store: ModelStore) -> None:
+def test_publish__concurrent_threads_get_different_numbers(store: ModelStore) -> None:
     refs: list[str] = []
     threads = [threading.Thread(target=lambda: refs.append(publish_tiny(store))) for _ in range(8)]
     for thread in threads:
@@ -161,7 +161,7 @@ def test_concurrent_publishers_get_different_numbers(store: ModelStore) -> None:
     assert sorted(refs) == [f"tiny@{number}" for number in range(1, 9)]
 
 
-def test_concurrent_processes_get_different_numbers(store: ModelStore) -> None:
+def test_publish__concurrent_processes_get_different_numbers(store: ModelStore) -> None:
     publish = "print(c.publish_tiny(c.ModelStore(pathlib.Path(sys.argv[1]))))"
     code = f"import sys, pathlib, tests.harness.models as c\nfor _ in range(4): {publish}"
     command = [sys.executable, "-c", code, str(store.root)]
@@ -170,7 +170,7 @@ def test_concurrent_processes_get_different_numbers(store: ModelStore) -> None:
     assert sorted(int(ref.removeprefix("tiny@")) for ref in refs) == list(range(1, 13))
 
 
-def test_readers_see_whole_versions_while_writers_write(store: ModelStore) -> None:
+def test_publish__concurrent_readers_see_whole_versions_only(store: ModelStore) -> None:
     def write() -> None:
         for _ in range(15):
             publish_tiny(store)
@@ -183,10 +183,11 @@ def test_readers_see_whole_versions_while_writers_write(store: ModelStore) -> No
             store.verify(version.ref)
             seen = version.number
     writer.join()
+    assert seen, "no version was read while others were written"
     assert len(store.versions("tiny")) == 15
 
 
-def test_kill_9_at_100_random_moments_of_publishing_leaves_whole_versions_only(store: ModelStore) -> None:
+def test_publish__killed_at_100_random_moments_leaves_whole_versions_only(store: ModelStore) -> None:
     config = tiny_config(num_units=64)
     helper = subprocess.Popen(
         [sys.executable, "-m", "tests.store.publish_forever", str(store.root), json.dumps(config.model_dump())],
@@ -212,20 +213,20 @@ def test_kill_9_at_100_random_moments_of_publishing_leaves_whole_versions_only(s
         helper.stdin.close()
     for version in store.versions("m"):
         store.verify(version.ref)
-    assert interrupted > 10, "too few kills fell into the writing of a version for this test to mean anything"
-    # The next publisher clears away what the killed ones left, and goes on after every number they used.
+    assert interrupted > 10, "too few processes were killed while they wrote a version for this test to mean anything"
+    # The next publisher removes what the killed ones left, and its number is higher than any of theirs.
     number = store.versions("m")[-1].number if store.versions("m") else 0
     assert int(publish_tiny(store, "m").removeprefix("m@")) > number
     assert not [path for path in (store.root / "m").iterdir() if path.name.startswith((".staging", ".trash"))]
 
 
-def test_a_directory_without_manifest_is_no_model_that_loads(store: ModelStore) -> None:
+def test_load__refuses_a_directory_without_manifest(store: ModelStore) -> None:
     (store.root / "m" / "1").mkdir(parents=True)
     with pytest.raises(InvalidArtifact, match=MANIFEST):
         store.load("m")
 
 
-def test_other_things_in_the_store_are_ignored(store: ModelStore) -> None:
+def test_names__ignore_everything_that_is_not_a_version(store: ModelStore) -> None:
     publish_tiny(store)
     (store.root / "README.md").write_text("hello")
     (store.root / "tiny" / "notes").mkdir()
@@ -235,22 +236,24 @@ def test_other_things_in_the_store_are_ignored(store: ModelStore) -> None:
     assert [version.number for version in store.versions("tiny")] == [1]
 
 
-def test_reading_writes_nothing(store: ModelStore) -> None:
+def test_reading__writes_nothing(store: ModelStore) -> None:
     publish_tiny(store)
     store.set_alias("tiny", "stable", 1)
 
-    def everything() -> dict[str, int]:
+    def modification_times() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in [store.root, *store.root.rglob("*")]}
 
-    before = everything()
+    before = modification_times()
     store.load("tiny@stable")
     store.describe(store.resolve("tiny"))
     store.verify("tiny@1")
     assert store.names() == ["tiny"]
-    assert everything() == before
+    assert modification_times() == before
 
 
-def test_of_two_that_delete_one_version_the_second_is_told(store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete__of_two_concurrent_calls_the_second_finds_no_version(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish_tiny(store)
     resolve, calls = store.resolve, []
 
@@ -271,12 +274,12 @@ def test_of_two_that_delete_one_version_the_second_is_told(store: ModelStore, mo
     assert store.aliases("tiny") == {}
 
 
-def test_readers_of_versions_that_come_and_go_see_whole_ones_or_none(store: ModelStore) -> None:
-    def come_and_go() -> None:
+def test_describe__a_version_deleted_meanwhile_is_not_found(store: ModelStore) -> None:
+    def publish_and_delete() -> None:
         for _ in range(40):
             store.delete(publish_tiny(store))
 
-    writer = threading.Thread(target=come_and_go)
+    writer = threading.Thread(target=publish_and_delete)
     writer.start()
     seen = 0
     while writer.is_alive():
@@ -286,37 +289,43 @@ def test_readers_of_versions_that_come_and_go_see_whole_ones_or_none(store: Mode
             except ModelNotFound:
                 continue
     writer.join()
-    assert seen
+    assert seen, "no version was described while others were published and deleted"
 
 
-def test_an_abandoned_folder_that_vanishes_meanwhile_is_no_error(
+def test_publish__tolerates_a_staging_directory_that_its_writer_removes_meanwhile(
     store: ModelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish_tiny(store)
-    (store.root / "tiny" / ".staging-gone").mkdir()
+    staging = store.root / "tiny" / ".staging-other"
+    staging.mkdir()
     os_open = os.open
+    removed: list[str] = []
 
-    def gone(path: str, flags: int, mode: int = 0o777) -> int:
-        if str(path).endswith(".staging-gone"):
-            raise FileNotFoundError(path)
+    def open_after_removal(path: str, flags: int, mode: int = 0o777) -> int:
+        if str(path) == str(staging) and not removed:
+            removed.append(path)
+            staging.rmdir()
         return os_open(path, flags, mode)
 
-    monkeypatch.setattr("service.store.staging.os.open", gone)
+    monkeypatch.setattr("service.store.staging.os.open", open_after_removal)
     assert publish_tiny(store) == "tiny@2"
+    assert removed
 
 
-def test_a_store_that_can_not_be_written_to_says_so_beforehand(tmp_path: Path) -> None:
+def test_check_writable__refuses_what_publishing_would_refuse(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="Not a directory"):
-        ModelStore(tmp_path / "file").prepare("tiny")
-    ModelStore(tmp_path / "store").prepare("tiny")
+        ModelStore(tmp_path / "file").check_writable("tiny")
+    ModelStore(tmp_path / "store").check_writable("tiny")
     assert ModelStore(tmp_path / "store").names() == []
 
 
 @pytest.mark.parametrize(
     "facts", [{"losses": [1]}, {"losses": {"validation_nats_per_char": "x"}}, {"corpus": [1]}, {"published_at": -1}]
 )
-def test_facts_that_others_could_not_read_are_not_published(store: ModelStore, facts: dict[str, object]) -> None:
+def test_publish__refuses_training_facts_that_readers_could_not_read(
+    store: ModelStore, facts: dict[str, object]
+) -> None:
     config = tiny_config()
     with pytest.raises(InvalidArtifact, match=r"training\.json"):
         store.publish("tiny", lambda d: write_artifact(d, config, random_tensors(config), facts, {}))

@@ -1,0 +1,62 @@
+"""The periodic thread: it calls its function again and again, and ends when it is closed."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+
+from service.periodic import PeriodicThread
+
+NEVER_S = 3600.0
+
+
+def test_periodic_thread__calls_again_at_once_while_there_is_more_to_do() -> None:
+    results = iter([True, True, False])
+    begun, may_return, idle = threading.Event(), threading.Event(), threading.Event()
+    calls = []
+
+    def work() -> bool:
+        begun.set()
+        assert may_return.wait(10)
+        calls.append(threading.current_thread().name)
+        has_more = next(results)
+        if not has_more:
+            idle.set()
+        return has_more
+
+    with closing(PeriodicThread("worker", 0.001, work)) as thread:
+        assert begun.wait(10)
+        thread._interval_s = NEVER_S  # from now on only the result can cause another call
+        may_return.set()
+        assert idle.wait(10)
+    assert calls == ["worker"] * 3
+
+
+def test_periodic_thread__calls_again_after_the_interval() -> None:
+    calls = threading.Semaphore(0)
+    with closing(PeriodicThread("worker", 0.001, calls.release)):
+        for _ in range(3):
+            assert calls.acquire(timeout=10)
+
+
+def test_periodic_thread__closing_waits_for_the_current_call_and_makes_no_other() -> None:
+    begun, finish = threading.Event(), threading.Event()
+    num_finished = 0
+
+    def work() -> bool:
+        nonlocal num_finished
+        begun.set()
+        assert finish.wait(10)
+        num_finished += 1
+        return True
+
+    thread = PeriodicThread("worker", 0.001, work)
+    assert begun.wait(10)
+    closer = threading.Thread(target=thread.close)
+    closer.start()
+    assert thread._closing.wait(10)
+    assert closer.is_alive()
+    finish.set()
+    closer.join()
+    assert num_finished == 1
+    assert not any(alive.name == "worker" for alive in threading.enumerate())
