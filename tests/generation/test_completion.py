@@ -33,7 +33,7 @@ def finish(completion: Completion, flush_interval_s: float | None = None) -> dic
     """Text and scores of every choice."""
     texts: dict[int, str] = dict.fromkeys(range(len(completion.choices)), "")
     scores: dict[int, list[Scores]] = {index: [] for index in texts}
-    for item in completion.pieces(flush_interval_s, 5):
+    for item in completion.chunks(flush_interval_s, 5):
         assert item is not None
         choice, piece = item
         texts[choice.index] += piece.text
@@ -211,7 +211,7 @@ def test_cancelling_stops_everything(model: LoadedModel) -> None:
     completion = Completion(model, request(model, n=3, best_of=3, max_chars=10**6))
     completion.cancel()
     assert {choice.handle.wait().reason for choice in completion.choices} == {"cancelled"}
-    over: list[Choice] = [item[0] for item in completion.pieces(0.0, 1) if item is not None]
+    over: list[Choice] = [item[0] for item in completion.chunks(0.0, 1) if item is not None]
     assert {choice.index for choice in over} == {0, 1, 2}
 
 

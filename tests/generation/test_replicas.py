@@ -30,16 +30,15 @@ from service.errors import (
 )
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
-from service.sessions.session_store import Lease
+from service.sessions.session_store import Lease, Operation
 from service.sessions.transcript import Retention
-from service.sessions.watch import Operation
 from service.store.model_store import ModelStore
 from tests.conftest import engine_settings
 from tests.parts import RedisProcess, redis_process
@@ -62,7 +61,9 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
 
         def make(at: str = url) -> Replica:
             retention = Retention(16, 10_000)
-            store = RedisStore(RedisServer(at, settle_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
+            store = RedisStore(
+                RedisServer(at, recovery_window_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S
+            )
             ending.callback(store.close)
             models = LoadedModels(tiny_store, 1, engine_settings())
             ending.callback(models.close)
@@ -91,7 +92,7 @@ def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> Non
 def take(continuation: RunStream, num_chars: int = 10**9) -> str:
     """Its text, or the beginning of it, of at least so many characters."""
     text = ""
-    for piece in continuation.pieces(0.0, 20):
+    for piece in continuation.chunks(0.0, 20):
         text += piece.text if piece is not None else ""
         if len(text) >= num_chars:
             break
@@ -183,22 +184,22 @@ def test_a_feed_whose_answer_got_lost_is_not_done_twice(
     """It is asked for again on another connection. If somebody has gone on since, nobody can tell whether from it."""
     one, two = replicas(), replicas()
     create(one)
-    run = one[1]._server._run
+    run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_second: bool = False) -> Any:
-        answer = run(*arguments, is_second=is_second)
-        if not is_second:
+    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+        answer = run(*arguments, is_retry=is_retry)
+        if not is_retry:
             if someone_goes_on:
                 two[0].feeding.feed("", "a", FeedRequest("b"))
             raise errors.ConnectionError
         return answer
 
     with monkeypatch.context() as lost, ExitStack() as expecting:
-        lost.setattr(one[1]._server, "_run", lose)
+        lost.setattr(one[1]._server, "_run_script", lose)
         if someone_goes_on:
             error = OutcomeUnknown if position is None else StoreUnavailable
             expecting.enter_context(
-                pytest.raises(error, match="may have been done" if position is None else "harmless")
+                pytest.raises(error, match="may or may not have been done" if position is None else "safe")
             )
         one[0].feeding.feed("", "a", FeedRequest("a", position))
     if position is not None:
@@ -212,16 +213,16 @@ def test_a_run_whose_beginning_got_lost_can_be_asked_for_again(
     one, two = replicas(), replicas()
     request = replace(LONG, max_chars=50)
     create(one)
-    run = one[1]._server._run
+    run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_second: bool = False) -> Any:
-        run(*arguments, is_second=is_second)
+    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+        run(*arguments, is_retry=is_retry)
         raise errors.TimeoutError
 
     for replica, position in ((one, 6), (one, None)):
         with monkeypatch.context() as lost:
-            lost.setattr(one[1]._server, "_run", lose)
-            with pytest.raises(StoreUnavailable, match="harmless"):
+            lost.setattr(one[1]._server, "_run_script", lose)
+            with pytest.raises(StoreUnavailable, match="safe"):
                 replica[0].runs.generate("", "a", request, position)
         assert text_of(two) == "ROMEO:"
         until_it_works(one[1].check)
@@ -421,7 +422,7 @@ def test_what_nobody_can_put_back_is_never_served_in_an_older_state(
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feeding.feed("", "a", FeedRequest("ab"))
-    monkeypatch.setattr(replica[1]._renewer, "_putting_back", lambda key, _: ("load", key, "", "", 0, ""))
+    monkeypatch.setattr(replica[1]._renewer, "_restore_call", lambda key, _: ("load", key, "", "", 0, ""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()

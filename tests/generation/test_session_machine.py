@@ -31,8 +31,8 @@ from service.errors import GruServeError
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
 from service.generation.reading import stop_ids
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
@@ -386,7 +386,7 @@ class SessionMachine(RuleBasedStateMachine):
         there = self.texts[session_id]
         run = there.begin(replace(request, max_chars=30))
         continuation = self.sessions.runs.generate("", session_id, run.request, None)
-        pieces = continuation.pieces(0.0, 20)
+        pieces = continuation.chunks(0.0, 20)
         got = "".join(piece.text for piece, _ in zip(pieces, range(num_pieces), strict=False) if piece is not None)
         continuation.close()
         self.stopped(session_id, run)
@@ -421,7 +421,7 @@ class SessionMachine(RuleBasedStateMachine):
     def finish(self, session_id: str, continuation: RunStream, run: Ran, after: int) -> None:
         """Take everything after a position, and note what the run has to have been."""
         there = self.texts[session_id]
-        pieces = [piece for piece in continuation.pieces(0.0, 20) if piece is not None]
+        pieces = [piece for piece in continuation.chunks(0.0, 20) if piece is not None]
         got, position = "", after
         for piece in pieces:
             got, position = got + piece.text, position + len(piece.text)
@@ -606,7 +606,9 @@ class ReplicaMachine(SessionMachine):
         # Their leases outlast any clock, because nobody renews them in a test's time.
         prefix, caches = secrets.token_hex(8), (2**20, 20_000, 0)
         return [
-            RedisStore(RedisServer(REDIS_URL[0], settle_s=0), RETENTION.segment_chars, size, prefix, 10**6, self.clock)
+            RedisStore(
+                RedisServer(REDIS_URL[0], recovery_window_s=0), RETENTION.segment_chars, size, prefix, 10**6, self.clock
+            )
             for size in caches
         ]
 

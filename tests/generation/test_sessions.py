@@ -28,8 +28,8 @@ from service.errors import (
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
@@ -78,7 +78,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def drain(continuation: RunStream) -> str:
-    return "".join(piece.text for piece in continuation.pieces(0.0, 20) if piece is not None)
+    return "".join(piece.text for piece in continuation.chunks(0.0, 20) if piece is not None)
 
 
 def test_a_session_writes_what_a_completion_writes(bench: Bench) -> None:
@@ -86,7 +86,7 @@ def test_a_session_writes_what_a_completion_writes(bench: Bench) -> None:
     model = bench.models.get("tiny")
     for number, sampling in enumerate((PLAIN, SamplingSettings(0.5, repetition_penalty=1.4, presence_penalty=0.5))):
         request = CompletionRequest((model.charset.encode("ROMEO: what"),), 200, 7, sampling, stop=("zz",))
-        whole = "".join(item[1].text for item in Completion(model, request).pieces(None, 5) if item is not None)
+        whole = "".join(item[1].text for item in Completion(model, request).chunks(None, 5) if item is not None)
         bench.create(f"s{number}")
         bench.sessions.feeding.feed("", f"s{number}", FeedRequest(" what"))
         assert drain(bench.generate(f"s{number}", RunRequest(200, sampling, ("zz",)))) == whole
@@ -145,7 +145,7 @@ def test_a_run_that_nobody_reads_can_be_taken_over(bench: Bench) -> None:
     """Its thread may be stuck in sending to a connection that is half open: who takes over doesn't need it."""
     bench.create()
     first = bench.generate(request=RunRequest(3000, PLAIN))
-    pieces = first.pieces(0.0, 5)
+    pieces = first.chunks(0.0, 5)
     got = next(pieces)
     assert got is not None
     second = bench.sessions.runs.resume("", "a", got.position)
@@ -165,7 +165,7 @@ def test_one_who_waits_for_characters_hears_of_being_taken_over(bench: Bench) ->
 
     def wait() -> None:
         try:
-            heard.extend(first.pieces(None, 20))
+            heard.extend(first.chunks(None, 20))
         except RunTakenOver as error:
             heard.append(error.code)
 
@@ -187,7 +187,7 @@ def test_a_retried_generate_takes_over_its_first_attempt(bench: Bench) -> None:
     assert drain(bench.generate(request=request, position=6)) == whole  # over: told again
     assert bench.sessions.get("", "a").position == 2006
     with pytest.raises(RunTakenOver):
-        list(first.pieces(0.0, 5))
+        list(first.chunks(0.0, 5))
     with pytest.raises(PositionConflict) as error:
         bench.generate(request=RunRequest(2000, PLAIN, seed=8), position=6)
     assert error.value.position == 2006
@@ -195,9 +195,9 @@ def test_a_retried_generate_takes_over_its_first_attempt(bench: Bench) -> None:
 
 def interrupted(bench: Bench, run: RunStream, flush_interval_s: float | None = 0.0) -> str:
     """What a run says when all of them are interrupted after its first part, which nobody has to take."""
-    got, pieces = "", run.pieces(flush_interval_s, 0.001)
+    got, pieces = "", run.chunks(flush_interval_s, 0.001)
     first = next(pieces)
-    bench.sessions.runs.end_all(0.05)
+    bench.sessions.runs.interrupt_all(0.05)
     try:
         for piece in itertools.chain([first], pieces):
             got += piece.text if piece is not None else ""
@@ -230,15 +230,15 @@ def test_an_interrupted_run_that_is_wanted_whole_or_not_at_all_leaves_nothing(be
     assert interrupted(bench, run, flush_interval_s=None) == ""
     assert bench.text() == "ROMEO:"
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).pieces(None, 20) if piece)
+    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).chunks(None, 20) if piece)
     assert len(again) == 5000
 
 
 def test_a_run_that_begins_while_all_are_ended_is_interrupted(bench: Bench) -> None:
     bench.create()
-    bench.sessions.runs.end_all(0)
+    bench.sessions.runs.interrupt_all(0)
     with pytest.raises(Draining):
-        list(bench.generate().pieces(0.0, 20))
+        list(bench.generate().chunks(0.0, 20))
 
 
 def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:
@@ -252,7 +252,7 @@ def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:
     def take() -> None:
         text, over = "", False
         try:
-            for piece in bench.sessions.runs.resume("", "a", 6).pieces(0.0, 20):
+            for piece in bench.sessions.runs.resume("", "a", 6).chunks(0.0, 20):
                 text += piece.text if piece is not None else ""
             over = True
         except (RunTakenOver, SessionBusy):

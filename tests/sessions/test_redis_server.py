@@ -15,7 +15,7 @@ from tests.parts import free_port, redis_process
 
 def test_who_meets_a_server_that_was_just_started_refuses_until_others_have_put_back(tmp_path: Path) -> None:
     """From the first moment on: a replica that said to be ready and then wasn't would be sent requests meanwhile."""
-    with redis_process(tmp_path) as redis, closing(RedisServer(redis.url, settle_s=1)) as server:
+    with redis_process(tmp_path) as redis, closing(RedisServer(redis.url, recovery_window_s=1)) as server:
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             server.check()

@@ -34,7 +34,7 @@ SHAPE = (1, 16)
 
 def redis_store(request: pytest.FixtureRequest, clock: Clock, cache_bytes: int = 2**20) -> SessionStore:
     """One with sessions of its own. Its leases outlast any clock, because nobody renews them in a test's time."""
-    server = RedisServer(request.getfixturevalue("redis_url"), settle_s=0)
+    server = RedisServer(request.getfixturevalue("redis_url"), recovery_window_s=0)
     return RedisStore(server, 4096, cache_bytes, prefix=f"{secrets.token_hex(8)}*[", lease_s=10**7, clock=clock)
 
 
@@ -99,7 +99,7 @@ def test_a_long_text_can_be_gone_back_in_from_its_first_character(store: Session
     retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
     transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
     kept = {position: state(position) for position in retention.checkpoint_positions(begin, begin + len(text))}
-    created = store.create(session(transcript=transcript.extended(text, kept, retention)))
+    created = store.create(session(transcript=transcript.extend(text, kept, retention)))
     loaded = store.load("", "a")
     assert facts(loaded) == facts(created)
     for position in range(begin, begin + len(text) + 1, 77):
@@ -379,7 +379,7 @@ def test_forks_share_what_they_have_in_common(clock: Clock) -> None:
     store = memory(clock, max_sessions=2000)
     retention, text, hidden = Retention(), "x" * 60_000, np.zeros((1, 1024), np.float32)
     kept = {position: hidden.copy() for position in retention.checkpoint_positions(0, 60_000)}
-    draft = store.create(session("draft", transcript=Transcript().extended(text, kept, retention), hidden=hidden))
+    draft = store.create(session("draft", transcript=Transcript().extend(text, kept, retention), hidden=hidden))
     one = store.num_bytes
     assert one > 60_000 / 256 * 4096
     for number in range(1000):

@@ -22,7 +22,7 @@ def state(position: int) -> Float32:
 def grow(transcript: Transcript, text: str) -> Transcript:
     start = transcript.position
     kept = RETENTION.checkpoint_positions(start, start + len(text))
-    return transcript.extended(text, {position: state(position) for position in kept}, RETENTION)
+    return transcript.extend(text, {position: state(position) for position in kept}, RETENTION)
 
 
 @given(
