@@ -67,7 +67,7 @@ class SessionFeeder:
         return fed
 
     def _feed_cached_copy(self, owner: str, session_id: str, feed: FeedRequest) -> FeedResult | None:
-        """Feed with one exchange with the store. None if the cached copy is stale or unusable: use a lease then."""
+        """Feed with a single exchange with the store. None if the cached copy can't be used: use a lease then."""
         session = self._runs.cached_copy(owner, session_id, feed.position)
         if session is None or feed.rebase is not None:
             return None

@@ -161,10 +161,11 @@ class RunStream:
         self._position = run.start  # after the last character that the stop filter has let through
 
     def chunks(self, flush_interval_s: float | None, idle_s: float) -> Iterator[TextChunk | None]:
-        """Yield the text: the first part at once, then a part every flush_interval_s, or less often if the engine is busy.
+        """Yield the text: the first part at once, then a part every flush_interval_s.
 
-        If flush_interval_s is None, all generated characters are one part, at the end. Yields None when there was
-        nothing for idle_s, so that the caller can check whether its client is still connected.
+        If the engine is busy, parts are longer. If flush_interval_s is None, all generated characters are one part, at
+        the end. Yields None when there was nothing for idle_s, so that the caller can check whether its client is still
+        connected.
 
         Raises RunTakenOver, EngineFailed, and Draining after the last part of a run that was interrupted. The rest can
         be had elsewhere, by resuming after `resume_position`.

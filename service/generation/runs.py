@@ -197,7 +197,7 @@ class RunRegistry:
     def _start(
         self, lease: Lease, session: Session, run: Run, after: int, client_has_left: Callable[[], bool]
     ) -> RunStream:
-        """Start a run, or the rest of it, and save that it has started. If this fails, the caller releases the lease."""
+        """Start a run or the rest of one, and save that it has started. The caller releases the lease if this fails."""
         model, handle = self._submit(session, run)
         try:
             session = replace(session, run=run)
@@ -216,7 +216,7 @@ class RunRegistry:
         position: int | None,
         client_has_left: Callable[[], bool],
     ) -> RunStream | None:
-        """Start a run with one exchange with the store. None if the cached copy is stale or unusable: use a lease then."""
+        """Start a run with one exchange with the store. None if the cached copy can't be used: use a lease then."""
         session = self.cached_copy(owner, session_id, position)
         if session is None or request.matches_last_run(session, position):
             return None

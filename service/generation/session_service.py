@@ -45,7 +45,7 @@ class SessionService:
         return self._store.load(owner, session_id)
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """Return up to `limit` of the owner's sessions whose ids are greater than `after`, in the order of their ids."""
+        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
         return self._store.page(owner, after, limit)
 
     def text(self, owner: str, session_id: str, start: int | None, end: int | None) -> tuple[str, int, int]:

@@ -3,7 +3,8 @@
 A portable state is signed, so that only this service can make one. It is not encrypted, and a state reveals about as
 much of the text as a summary does.
 
-    <base64 of the payload>.<base64 of its HMAC-SHA-256>     payload = length of the header (4 bytes), header (JSON), state
+    <base64 of the payload>.<base64 of its HMAC-SHA-256>
+    payload = length of the header (4 bytes), header (JSON), state
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class OpenedState:
 
 
 class StateSealer:
-    """Signs states with the first of its keys, and accepts states signed with any of them. Safe for any number of threads."""
+    """Signs states with the first of its keys, and accepts those signed with any. Safe for any number of threads."""
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock

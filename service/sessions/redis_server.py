@@ -46,7 +46,7 @@ class RedisServer:
     def __init__(
         self, url: str, timeout_s: float = 0.4, recovery_window_s: float = 1.5, observer: StoreObserver | None = None
     ) -> None:
-        """Ping the server once, so that `check` is right from the beginning. Raises ValueError if the URL is invalid."""
+        """Ping the server once, so that `check` is right from the start. Raises ValueError if the URL is invalid."""
         self._recovery_window_s, self._observer = recovery_window_s, observer
         self._lock = threading.Lock()  # guards the following
         self._is_down = False
@@ -68,8 +68,8 @@ class RedisServer:
         self._renewer_client = client(self._identify)  # works during the recovery window too
         self._script = self._client.register_script(_SCRIPT)
         self._renewer_script = self._renewer_client.register_script(_SCRIPT)
-        # Clients with a connection each. Taking a connection from the pool for every call, where it is first checked for
-        # unread data, takes up to a third of the call's time in this process.
+        # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
+        # needs up to a third of the time that a call needs in this process.
         self._idle: list[Redis] = []
         with suppress(StoreUnavailable):
             self.ping()

@@ -27,10 +27,10 @@ class Lease:
 class SessionStore(Protocol):
     """Stores sessions by owner and id.
 
-    Sessions are values: a change becomes visible when it is saved, never before. A session expires `ttl_s` seconds after
-    its creation or after the last release of a lease. While it is leased it neither expires nor is evicted. For some
-    time the store remembers which sessions expired or were evicted, and raises SessionGone instead of SessionNotFound.
-    An owner's sessions don't exist for other owners.
+    Sessions are values: a change becomes visible when it is saved, never before. A session expires `ttl_s` seconds
+    after its creation or after the last release of a lease. While it is leased it neither expires nor is evicted. For
+    some time the store remembers which sessions expired or were evicted, and raises SessionGone instead of
+    SessionNotFound. An owner's sessions don't exist for other owners.
 
     Any number of threads may call. No call blocks for long. A store outside this process may raise StoreUnavailable in
     every method except `release`, and SessionLost in every method that loads a session whose last save it has lost.
@@ -92,7 +92,7 @@ class SessionStore(Protocol):
         ...
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """Return up to `limit` of the owner's sessions whose ids are greater than `after`, in the order of their ids."""
+        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
         ...
 
     def check(self) -> None:

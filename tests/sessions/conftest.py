@@ -1,4 +1,4 @@
-"""A clock that tests set."""
+"""A clock that tests set by hand."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 
 class Clock:
-    """Seconds since 1970, as long as nobody changes them."""
+    """Returns `now`, seconds since 1970, which changes only when a test changes it."""
 
     def __init__(self) -> None:
         self.now = 1_800_000_000.0
