@@ -294,6 +294,20 @@ def test_resume__takes_over_from_a_living_replica(replicas: Callable[[], Replica
     )
 
 
+def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable[[], Replica]) -> None:
+    """The taker repeats its lease request until the holder, at its next renewal, saves and releases in one exchange."""
+    one, two = replicas(), replicas()
+    create(one)
+    first = one[0].runs.generate("", "a", replace(LONG, max_chars=1_000_000), None)
+    position = 6 + len(take(first, 50))
+    with exchanges(one) as holder, exchanges(two) as taker:
+        second = two[0].runs.resume("", "a", position)
+    assert holder == ["save"]
+    assert len(taker) > 2
+    assert taker == ["lease"] * (len(taker) - 1) + ["save"]
+    second.close()
+
+
 def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Callable[[], Replica]) -> None:
     both = [replicas(), replicas()]
     create(both[0], text="")
