@@ -20,8 +20,8 @@ import pytest
 from pydantic import SecretStr
 
 from service.__main__ import main
-from service.settings import Settings
 from service.errors import GruServeError
+from service.settings import Settings
 from service.web.app import create_app
 from tests.harness.server import SERVE, Server, serving
 

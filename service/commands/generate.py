@@ -81,7 +81,7 @@ def generate_command(
     ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
     completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))
     try:
-        pieces = (item[1].text for item in completion.pieces(0.0, 1.0) if item is not None)
+        pieces = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
         if as_json:
             text = "".join(pieces)
             facts = {"model": loaded.version.ref, "seed": seed, "text": text}

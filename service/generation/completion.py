@@ -1,4 +1,4 @@
-"""From prompts to their continuations: encode, submit to the engine, yield text as it comes."""
+"""Completions of prompts: submit the prompts to the engine, and yield the generated text in chunks."""
 
 from __future__ import annotations
 
@@ -17,79 +17,81 @@ from service.generation.gathering import gathering_s
 from service.generation.reading import stop_ids
 from service.registry.loaded_models import LoadedModel
 
-__all__ = ["Choice", "Completion", "CompletionRequest", "Piece", "SamplingSettings"]
+__all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """What to continue, how far, how often and how.
+    """Which prompts to continue, and how."""
 
-    prompts: (n,) int64 ids each; each is continued as if it had been sent alone. best_of >= n continuations of each are
-    made, and the n with the highest mean log-probability kept, the best first. num_logprobs: report the log-probability
-    of every character, and of so many likeliest; None: not. echo: the prompt is part of the text, with its
-    log-probabilities if they are asked for.
-    """
-
-    prompts: tuple[Ids, ...]
-    max_chars: int
+    prompts: tuple[Ids, ...]  # (n,) int64 ids each; each prompt is continued as if it had been sent alone
+    max_chars: int  # to generate for each continuation
     seed: int
     sampling: SamplingSettings = PLAIN
-    stop: tuple[str, ...] = ()
-    n: int = 1
+    stop: tuple[str, ...] = ()  # strings that end a continuation; they are not part of its text
+    n: int = 1  # continuations to return for each prompt
+    # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
     best_of: int = 1
+    # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
+    # log-probabilities are returned.
     num_logprobs: int | None = None
-    echo: bool = False
+    echo: bool = False  # the prompt is part of the returned text, with its log-probabilities if those are returned
 
     @property
     def scores_prompt(self) -> bool:
-        """The prompt's characters need log-probabilities: every one has to be stepped."""
+        """Whether the prompt's characters need log-probabilities, so that every one must be stepped."""
         return self.echo and self.num_logprobs is not None
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Part of a continuation. scores: of its characters, NaN where nothing predicts one; None if not asked for."""
+class CompletionChunk:
+    """A part of a continuation's text."""
 
     text: str
+    # Of the text's characters. NaN for a first character, which nothing predicts. None if no scores are returned.
     scores: Scores | None = None
 
 
 class Choice:
-    """One continuation in the making. index: its place in the answer; num_generated: characters drawn so far."""
+    """One continuation of one prompt while it is generated."""
 
     def __init__(self, index: int, model: LoadedModel, request: CompletionRequest, prompt: Ids, handle: Handle) -> None:
-        self.index, self.prompt, self.handle = index, prompt, handle
-        self.num_generated = 0
+        self.index = index  # among all continuations of the request; those of one prompt follow one another
+        self.prompt, self.handle = prompt, handle
+        self.num_generated = 0  # characters
         self.mean_logprob = 0.0  # of the characters generated so far, if they are scored
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
         self._stop_filter = StopFilter(request.stop)
-        self._scores: list[Scores] = []  # of characters that were read or generated and not yet shown
+        self._scores: list[Scores] = []  # of characters that were read or generated, and not yet returned
         self._num_echoed = 0 if request.echo else len(prompt)
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why it ended."""
+        """Why the continuation ended."""
         return "stop" if self.handle.end is not None and self.handle.end.reason == "stop" else "length"
 
-    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> Piece | None:
-        """The next piece, waited for as by `Handle.read`; None: nothing yet. With the last one, it `is_over`."""
+    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> CompletionChunk | None:
+        """Return the next chunk, waiting as `Handle.read` does, or None if there is none yet.
+
+        After the last chunk, `is_over`. Raises EngineFailed.
+        """
         if self._num_echoed < len(self.prompt) and not self._request.scores_prompt:
-            return self._piece(self._echo(len(self.prompt)))
+            return self._chunk(self._echo(len(self.prompt)))
         parts = [self.handle.read(flush_interval_s, timeout_s)]
         end = self.handle.end
         if end is not None:
-            parts.append(self.handle.read(0.0))  # what came in between these two lines
-        shown = "".join(self._take_in(part) for part in parts if part is not None)
+            parts.append(self.handle.read(0.0))  # characters that arrived between these two lines
+        shown = "".join(self._process(part) for part in parts if part is not None)
         if end is not None:
             self.is_over = True
             shown += self._stop_filter.end(stopped=end.reason == "stop")
-            self._remember(end)
-        return self._piece(shown) if shown or self.is_over else None
+            self._cache_states(end)
+        return self._chunk(shown) if shown or self.is_over else None
 
-    def _take_in(self, part: StepResult) -> str:
-        """What may be shown of what the engine did."""
+    def _process(self, part: StepResult) -> str:
+        """Take over a result of the engine, and return the text that can be returned now."""
         shown = ""
         if part.prompt_scores is not None:
             if self._num_echoed == 0:
@@ -111,14 +113,14 @@ class Choice:
         self._num_echoed = min(start + num_chars, len(self.prompt))
         return self._model.charset.decode(self.prompt[start : self._num_echoed])
 
-    def _piece(self, shown: str) -> Piece:
+    def _chunk(self, shown: str) -> CompletionChunk:
         if not self._scores:
-            return Piece(shown)
+            return CompletionChunk(shown)
         scores = Scores.join(self._scores)
         self._scores = [scores.slice(len(shown), None)]
-        return Piece(shown, scores.slice(0, len(shown)))
+        return CompletionChunk(shown, scores.slice(0, len(shown)))
 
-    def _remember(self, end: End) -> None:
+    def _cache_states(self, end: End) -> None:
         prompt = self._model.charset.decode(self.prompt)
         for position, hidden in end.checkpoints.items():
             self._model.prefixes.put(prompt[:position], hidden)
@@ -127,19 +129,16 @@ class Choice:
 
 
 class Completion:
-    """All continuations of a request. Nothing is left to refuse when it is there: its texts are in the engine.
-
-    num_prompt, num_cached: characters of the prompts, and how many of them were known and not stepped again.
-    """
+    """All continuations of a request, submitted to the engine."""
 
     def __init__(self, model: LoadedModel, request: CompletionRequest) -> None:
-        """Raises Overloaded, EngineFailed."""
+        """Submit the request. Raises Overloaded, EngineFailed. After that, only a failing engine can end it early."""
         self.request = request
         self._engine = model.engine
-        self.num_prompt = sum(len(prompt) for prompt in request.prompts)
-        self.num_cached = 0
-        texts = [text for prompt in request.prompts for text in self._texts(model, prompt)]
-        handles = model.engine.submit(texts)
+        self.num_prompt = sum(len(prompt) for prompt in request.prompts)  # characters of all prompts
+        self.num_cached = 0  # those of them that the prefix cache saved from being stepped
+        requests = [text for prompt in request.prompts for text in self._requests(model, prompt)]
+        handles = model.engine.submit(requests)
         self.choices = [
             Choice(index, model, request, request.prompts[index // request.best_of], handle)
             for index, handle in enumerate(handles)
@@ -147,35 +146,35 @@ class Completion:
 
     @property
     def num_generated(self) -> int:
-        """Characters drawn so far, also those that are not shown."""
+        """Number of characters generated so far, including those that are not returned."""
         return sum(choice.num_generated for choice in self.choices)
 
-    def pieces(self, flush_interval_s: float | None, idle_s: float) -> Iterator[tuple[Choice, Piece] | None]:
-        """Pieces of all continuations as they come: the first of each at once, later ones gathered for flush_interval_s.
+    def chunks(self, flush_interval_s: float | None, idle_s: float) -> Iterator[tuple[Choice, CompletionChunk] | None]:
+        """Yield chunks of all continuations: the first of each at once, later ones every flush_interval_s.
 
-        A busy engine's texts are gathered for longer. flush_interval_s None: each in one piece, when it is over. None comes out
-        when there was nothing for idle_s: a chance to look whether anybody still listens. Not to be used with best_of >
-        n. Raises EngineFailed.
+        If the engine is busy, chunks are longer. If flush_interval_s is None, each continuation is one chunk, when it
+        is over. Yields None when there was nothing for idle_s, so that the caller can check whether its client is still
+        connected. Yields all best_of continuations; `chosen` then says which of them to return. Raises EngineFailed.
         """
         begun: set[int] = set()
         while open_choices := [choice for choice in self.choices if not choice.is_over]:
-            # The engine admits texts in their order and advances all alike: to wait for the first is to wait for all.
+            # The engine admits texts in their order and advances them together: waiting for the first one is enough.
             quiet = True
             for place, choice in enumerate(open_choices):
                 gather = flush_interval_s
                 if gather is not None:
                     later = gather and place == 0 and choice.index in begun
                     gather = gathering_s(self._engine, gather) if later else 0.0
-                piece = choice.read(gather, idle_s if place == 0 else 0.0)
-                if piece is not None:
+                chunk = choice.read(gather, idle_s if place == 0 else 0.0)
+                if chunk is not None:
                     begun.add(choice.index)
-                    yield choice, piece
-                quiet = quiet and piece is None and not choice.is_over
+                    yield choice, chunk
+                quiet = quiet and chunk is None and not choice.is_over
             if quiet:
                 yield None
 
     def chosen(self) -> list[tuple[Choice, ...]]:
-        """For each prompt its n continuations, when all are over."""
+        """Return the n continuations of each prompt, the best first if there are more. Valid when all are over."""
         size = self.request.best_of
         groups = [self.choices[start : start + size] for start in range(0, len(self.choices), size)]
         if size > self.request.n:
@@ -183,11 +182,11 @@ class Completion:
         return [tuple(group) for group in groups]
 
     def cancel(self) -> None:
-        """Stop what still runs. Harmless at any time."""
+        """Stop the continuations that are not over. Can be called at any time."""
         for choice in self.choices:
             choice.handle.cancel()
 
-    def _texts(self, model: LoadedModel, prompt: Ids) -> list[Request]:
+    def _requests(self, model: LoadedModel, prompt: Ids) -> list[Request]:
         request = self.request
         text = model.charset.decode(prompt)
         start, hidden = (0, None) if request.scores_prompt else model.prefixes.longest(text)

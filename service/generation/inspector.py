@@ -1,4 +1,4 @@
-"""What the network holds while it reads: the state after each character, and the gates that made it."""
+"""Inspecting: the network's state after each character of a text, and the gates that made it."""
 
 from __future__ import annotations
 
@@ -10,137 +10,133 @@ import numpy as np
 from service.arrays import Float16, Float32, Ids
 from service.engine.stepper import Distribution, Scores
 from service.errors import InvalidValue, UnknownCharacters
-from service.generation.positions import check_within
 from service.generation.reading import read, state_at
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session
 
 MAX_CHARS = 2048
-_MAX_NUMBERS = 2**23  # of states in one answer: a model of many layers of many units is looked at in shorter parts
-_SEGMENT_CHARS = 128  # read at a time: what the engine notes beside its steps is then the same for all lengths
+_MAX_NUMBERS = 2**23  # state values in one answer: large models answer for fewer characters at a time
+_SEGMENT_CHARS = 128  # read at a time, so that the engine's memory for checkpoints doesn't grow with the text
 
 
 @dataclass(frozen=True)
 class InspectionRequest:
-    """What to look at: a text, a text that goes on from a portable state, or a session.
+    """Which text to inspect: `text` alone, `text` after a portable `state`, or that of a `session`."""
 
-    start, end: of the characters whose states are wanted; None: from the first one, up to the last; of a session that
-    is longer than can be answered, the last ones. num_logprobs: log-probability of each character, and of so many
-    likeliest. seal: the state after `end` is wanted as a portable one.
-    """
-
-    model: str | None = None
+    model: str | None = None  # name, name@version or name@alias; not needed for a state or a session
     text: str | None = None
-    session: str | None = None
-    state: str | None = None
+    session: str | None = None  # id
+    state: str | None = None  # portable state, after which the text is read
+    # Positions of the first character to inspect, and after the last one. By default all characters of the text; of a
+    # session that is too long for one answer, the last ones.
     start: int | None = None
     end: int | None = None
-    gates: bool = False
-    embedding: bool = False
+    gates: bool = False  # return the gates
+    embedding: bool = False  # return the characters' embeddings
+    # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
+    # log-probabilities are returned.
     num_logprobs: int | None = None
-    seal: bool = False
+    seal: bool = False  # return the state after the last character as a portable state
 
 
 @dataclass(frozen=True)
 class InspectionResult:
-    """n characters, from position start on.
-
-    states: (n, L, H), after each of them; before: (L, H), before the first one. gates: reset, update and candidate,
-    (n, L, H) each. embedding: (n, E). scores: of the characters, from the states before them. next: what may follow the
-    last one. state: a portable one, after it.
-    """
+    """What the network computed for n characters from position `start` on."""
 
     model: LoadedModel
     start: int
-    text: str
-    before: Float16
-    states: Float16
-    gates: tuple[Float16, Float16, Float16] | None
-    embedding: Float16 | None
-    scores: Scores | None
-    next: Distribution | None
-    state: str | None
+    text: str  # the n characters
+    before: Float16  # (L, H), the state before the first character
+    states: Float16  # (n, L, H), the state after each character
+    gates: tuple[Float16, Float16, Float16] | None  # reset, update and candidate, (n, L, H) each
+    embedding: Float16 | None  # (n, E)
+    scores: Scores | None  # of each character, from the state before it
+    next: Distribution | None  # the characters that may follow the last one
+    state: str | None  # portable state after the last character
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where reading begins: (L, H) state at a position, and the characters that follow."""
+class _Start:
+    """Where reading starts, and the characters to read."""
 
     model: LoadedModel
-    hidden: Float32
+    hidden: Float32  # (L, H), the state at `position`
     position: int
-    ids: Ids
+    ids: Ids  # (n,), of the characters from `position` on
     seed: int
 
 
 class Inspector:
-    """Inspects. Safe for any number of threads; changes nothing.
+    """Inspects texts. Changes nothing. Safe for any number of threads.
 
-    load: the session of an owner and an id. Everything is computed from float32 and answered in float16.
+    All values are computed in float32 and returned in float16.
     """
 
     def __init__(self, models: LoadedModels, load: Callable[[str, str], Session], sealer: StateSealer) -> None:
+        """load: returns the session of an owner and an id."""
         self._models, self._load, self._sealer = models, load, sealer
 
-    def inspect(self, owner: str, asked: InspectionRequest) -> InspectionResult:
-        """Raises InvalidValue, UnknownCharacters, ModelNotFound, SessionNotFound, SessionGone, PositionConflict,
+    def inspect(self, owner: str, request: InspectionRequest) -> InspectionResult:
+        """Inspect a text.
+
+        Raises InvalidValue, UnknownCharacters, ModelNotFound, SessionNotFound, SessionGone, PositionConflict,
         PositionGone, ModelChanged, InvalidState, Overloaded, EngineFailed.
         """
-        if asked.session is None:
-            return self._looked_at(self._in_text(asked), asked)
-        return self._looked_at(self._in_session(owner, asked.session, asked), asked)
+        if request.session is None:
+            return self._inspect_from(self._in_text(request), request)
+        return self._inspect_from(self._in_session(owner, request.session, request), request)
 
-    def _in_session(self, owner: str, session_id: str, asked: InspectionRequest) -> _Place:
+    def _in_session(self, owner: str, session_id: str, request: InspectionRequest) -> _Start:
         session = self._load(owner, session_id)
         model = self._models.for_state(session.model, session.identity)
-        end = session.position if asked.end is None else asked.end
-        check_within(session, end, "to")
+        end = session.position if request.end is None else request.end
+        session.require_within(end, "to")
         first = max(session.transcript.start, end - _max_chars(model))
-        start = _checked(model, first if asked.start is None else asked.start, end)
-        ids = model.charset.exact(session.transcript.text(start, end))  # before anything is stepped: is it retained?
-        return _Place(model, state_at(model, session, start), start, ids, session.seed)
+        start = _check_range(model, first if request.start is None else request.start, end)
+        ids = model.charset.exact(session.transcript.text(start, end))  # raises PositionGone before anything is stepped
+        return _Start(model, state_at(model, session, start), start, ids, session.seed)
 
-    def _in_text(self, asked: InspectionRequest) -> _Place:
-        text, position, seed = asked.text or "", 0, 0
+    def _in_text(self, request: InspectionRequest) -> _Start:
+        text, position, seed = request.text or "", 0, 0
         if len(text) > MAX_CHARS:
-            raise InvalidValue(f"text: at most {MAX_CHARS} characters a call, not {len(text)}", param="text")
-        if asked.state is not None:
-            opened = self._sealer.open(asked.state)
+            raise InvalidValue(f"text: at most {MAX_CHARS} characters a request, not {len(text)}", param="text")
+        if request.state is not None:
+            opened = self._sealer.open(request.state)
             position, seed = opened.header.position, opened.header.seed
-            model = self._models.get(asked.model if asked.model is not None else opened.header.model)
+            model = self._models.get(request.model if request.model is not None else opened.header.model)
             hidden = opened.hidden(model.identity, model.state_shape)
         else:
-            model = self._models.get(asked.model or "")
+            model = self._models.get(request.model or "")
             hidden = model.engine.initial_hidden()
         try:
             ids = model.charset.encode(text)
         except UnknownCharacters as error:
             error.param = "text"
             raise
-        start = position if asked.start is None else asked.start
-        end = position + len(ids) if asked.end is None else asked.end
+        start = position if request.start is None else request.start
+        end = position + len(ids) if request.end is None else request.end
         if end > position + len(ids):
-            raise InvalidValue(f"to: {end} lies behind the end of the text, {position + len(ids)}", param="to")
+            raise InvalidValue(f"to: {end} is greater than the end of the text, {position + len(ids)}", param="to")
         if start < position:
-            raise InvalidValue(f"from: {start} lies before the beginning of the text, {position}", param="from")
-        _checked(model, start, end)
+            raise InvalidValue(f"from: {start} is less than the start of the text, {position}", param="from")
+        _check_range(model, start, end)
         if start > position:
             hidden = read(model, ids[: start - position], hidden, position)[0].hidden
-        return _Place(model, hidden, start, ids[start - position : end - position], seed)
+        return _Start(model, hidden, start, ids[start - position : end - position], seed)
 
-    def _looked_at(self, place: _Place, asked: InspectionRequest) -> InspectionResult:
-        model, hidden, count = place.model, place.hidden, len(place.ids)
+    def _inspect_from(self, origin: _Start, request: InspectionRequest) -> InspectionResult:
+        model, hidden, count = origin.model, origin.hidden, len(origin.ids)
         shape = (count, *model.state_shape)
         states = np.empty(shape, np.float16)
-        gates = tuple(np.empty(shape, np.float16) for _ in range(3)) if asked.gates else None
+        gates = tuple(np.empty(shape, np.float16) for _ in range(3)) if request.gates else None
         scores: list[Scores] = []
         for begin in range(0, count, _SEGMENT_CHARS):
             part = slice(begin, min(begin + _SEGMENT_CHARS, count))
-            ids, position = place.ids[part], place.position + begin
+            ids, position = origin.ids[part], origin.position + begin
             positions = tuple(range(position + 1, position + len(ids) + 1))
             end, scored = read(
-                model, ids, hidden, position, positions, asked.num_logprobs, after_another=begin > 0
+                model, ids, hidden, position, positions, request.num_logprobs, after_another=begin > 0
             )  # fmt: skip
             after = np.stack([end.checkpoints[at] for at in positions])  # (m, L, H)
             states[part] = after
@@ -151,26 +147,28 @@ class Inspector:
             if scored is not None:
                 scores.append(scored)
             hidden = end.hidden
-        position = place.position + count
+        position = origin.position + count
         following = None
-        if asked.num_logprobs is not None:
-            following = read(model, place.ids[:0], hidden, position, num_next=asked.num_logprobs, after_another=True)[0]
+        if request.num_logprobs is not None:
+            following = read(
+                model, origin.ids[:0], hidden, position, num_next=request.num_logprobs, after_another=True
+            )[0]
         return InspectionResult(
             model=model,
-            start=place.position,
-            text=model.charset.decode(place.ids),
-            before=place.hidden.astype(np.float16),
+            start=origin.position,
+            text=model.charset.decode(origin.ids),
+            before=origin.hidden.astype(np.float16),
             states=states,
             gates=(gates[0], gates[1], gates[2]) if gates is not None else None,
-            embedding=model.embedding[place.ids] if asked.embedding else None,
+            embedding=model.embedding[origin.ids] if request.embedding else None,
             scores=Scores.join(scores) if scores else None,
             next=following.next if following is not None else None,
-            state=self._sealed(place, position, hidden) if asked.seal else None,
+            state=self._seal(origin, position, hidden) if request.seal else None,
         )
 
-    def _sealed(self, place: _Place, position: int, hidden: Float32) -> str:
-        model = place.model
-        facts = {"model": model.version.ref, "identity": model.identity, "position": position, "seed": place.seed}
+    def _seal(self, origin: _Start, position: int, hidden: Float32) -> str:
+        model = origin.model
+        facts = {"model": model.version.ref, "identity": model.identity, "position": position, "seed": origin.seed}
         return self._sealer.seal(StateHeader(**facts, expires_at=None), hidden)  # type: ignore[arg-type]
 
 
@@ -179,12 +177,12 @@ def _max_chars(model: LoadedModel) -> int:
     return max(1, min(MAX_CHARS, _MAX_NUMBERS // (layers * units)))
 
 
-def _checked(model: LoadedModel, start: int, end: int) -> int:
-    """start, if there are not too many characters up to end. Raises InvalidValue."""
+def _check_range(model: LoadedModel, start: int, end: int) -> int:
+    """Return `start` if the range is valid and not too long. Raises InvalidValue."""
     if start > end:
-        raise InvalidValue(f"from: {start} lies behind the end, {end}", param="from")
+        raise InvalidValue(f"from: {start} is greater than to, {end}", param="from")
     if end - start > _max_chars(model):
         raise InvalidValue(
-            f"from: at most {_max_chars(model)} characters a call of this model, not {end - start}", param="from"
+            f"from: at most {_max_chars(model)} characters a request with this model, not {end - start}", param="from"
         )
     return start

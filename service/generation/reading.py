@@ -1,4 +1,4 @@
-"""Text into states: what completions and sessions have in common."""
+"""Reading text: the engine steps over characters and returns the state after them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from service.sessions.transcript import Transcript
 
 
 def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
-    """(n,) int64 ids of each stop string; one with a character that the model doesn't know can never be completed."""
+    """Return the (n,) int64 ids of each stop string. Strings with characters that the model lacks are left out.
+
+    Such a string can never be generated.
+    """
     normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
     return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
 
@@ -31,9 +34,9 @@ def read(
     *,
     after_another: bool = False,
 ) -> tuple[End, Scores | None]:
-    """Step the network over (n,) ids from a state; how it stands then, and the scores of the ids, if they are wanted.
+    """Step the network over (n,) ids from a state. Return the end, and the scores of the ids if num_logprobs is given.
 
-    The arguments mean what they mean in `Request` and `Engine.submit`. Raises Overloaded, EngineFailed.
+    The arguments are those of `Request` and `Engine.submit`. Raises Overloaded, EngineFailed.
     """
     request = Request(
         ids,
@@ -52,14 +55,14 @@ def read(
 
 
 def state_at(model: LoadedModel, session: Session, position: int) -> Float32:
-    """(L, H) state after so many characters of a session. Raises PositionGone, Overloaded, EngineFailed."""
+    """Return a session's (L, H) state at a position. Raises PositionGone, Overloaded, EngineFailed."""
     if position == session.position:
         return session.hidden
     return state_in(model, session.transcript, position)
 
 
 def state_in(model: LoadedModel, transcript: Transcript, position: int, *, after_another: bool = False) -> Float32:
-    """The same in a transcript: stepped from the nearest state that is kept."""
+    """Return a transcript's (L, H) state at a position, stepping from the nearest checkpoint. Raises as `state_at`."""
     start, hidden = transcript.nearest_checkpoint(position)
     if hidden is not None and start == position:
         return hidden

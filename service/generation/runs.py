@@ -1,13 +1,21 @@
-"""Continuations of sessions: begun, taken up again, and taken over from connections that are gone."""
+"""Continuations of sessions: how they start, are resumed, and are taken over from other connections.
+
+A run that was interrupted, for instance by the death of its server, can be generated again anywhere: the same model,
+state, settings and seed give the same characters.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from service.engine.request import Handle
+import numpy as np
+
+from service.engine.request import Handle, Request
+from service.engine.sampling_settings import SamplingSettings
+from service.engine.stop import completed
 from service.errors import (
     GruServeError,
     ModelChanged,
@@ -15,36 +23,60 @@ from service.errors import (
     PositionConflict,
     SessionBusy,
 )
-from service.generation.active_run import ActiveRun
-from service.generation.positions import check_position
-from service.generation.replay import remaining_request, replayed
-from service.generation.run_request import RunRequest
-from service.generation.run_stream import RunStream
+from service.generation.reading import stop_ids
+from service.generation.run_stream import ActiveRun, RunStream
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.outcome import repeatable
 from service.sessions.session import Run, Session
-from service.sessions.session_store import Lease, SessionStore
+from service.sessions.session_store import Lease, SessionStore, safe_to_retry
 from service.sessions.transcript import Retention
 
-_POLL_S = 0.01  # how often is looked whether runs are over
-_ATTEMPTS = 3  # to take a run over, when others try the same
+_POLL_S = 0.01  # between two checks whether all runs are over
+_ATTEMPTS = 3  # to take a session over while others try the same
+_NO_IDS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """How to continue a session."""
+
+    max_chars: int
+    sampling: SamplingSettings
+    stops: tuple[str, ...] = ()
+    seed: int | None = None  # None for the session's seed
+
+    def new_run(self, session: Session) -> Run:
+        """Return the run that this request starts at the end of a session."""
+        context = ""
+        if self.sampling.repetition_penalty != 1:
+            text = session.transcript.text(session.transcript.start, session.position)
+            context = "".join(sorted(set(text)))
+        return Run(session.position, self.max_chars, self._seed(session), self.sampling, self.stops, context)
+
+    def matches_last_run(self, session: Session, position: int | None) -> bool:
+        """Whether the session's last run was started by an equal request at this position."""
+        run, expected = session.run, (position, self.max_chars, self.sampling, self.stops, self._seed(session))
+        return run is not None and (run.start, run.max_chars, run.sampling, run.stops, run.seed) == expected
+
+    def _seed(self, session: Session) -> int:
+        return self.seed if self.seed is not None else session.seed
 
 
 class RunRegistry:
-    """The runs under way in this process, and how they begin and end. Safe for any number of threads."""
+    """Starts, resumes and ends runs, and knows the active runs of this process. Safe for any number of threads."""
 
     def __init__(self, models: LoadedModels, store: SessionStore, retention: Retention) -> None:
         self._models, self._store, self._retention = models, store, retention
-        self._live: dict[tuple[str, str], ActiveRun] = {}
-        self.are_ending = False
+        self._active: dict[tuple[str, str], ActiveRun] = {}  # by owner and id of the session
+        self.is_draining = False
 
     @contextmanager
-    def leased(self, owner: str, session_id: str, position: int | None = None) -> Iterator[Lease]:
-        """A session for one operation. Raises SessionBusy, SessionNotFound, SessionGone.
+    def lease(self, owner: str, session_id: str, position: int | None = None) -> Iterator[Lease]:
+        """Lease a session for one operation. Raises SessionBusy, SessionNotFound, SessionGone.
 
-        position: how far the caller has seen the text. A run that was cut before is drawn again up to there.
+        position: up to which the client has seen the text. The rest of an interrupted run is generated again up to
+        there; the lease's session then has more text than the stored one.
         """
-        lease = self._lease(owner, session_id)
+        lease = self._acquire_lease(owner, session_id)
         try:
             lease.session = self._replayed(lease.session, position)
             yield lease
@@ -59,29 +91,31 @@ class RunRegistry:
         position: int | None,
         client_has_left: Callable[[], bool] = lambda: False,
     ) -> RunStream:
-        """Continue a session, or, if position says that this was asked for before, take that up again.
+        """Continue a session. If an equal request started the last run at `position`, resume that run instead.
+
+        client_has_left: whether the client has closed its connection. Then another operation may stop the run.
 
         Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
         """
-        begun = self._begin_at_once(owner, session_id, request, position, client_has_left)
-        if begun is not None:
-            return begun
+        started = self._start_from_cache(owner, session_id, request, position, client_has_left)
+        if started is not None:
+            return started
         try:
-            lease = self._lease(owner, session_id)
+            lease = self._acquire_lease(owner, session_id)
         except SessionBusy:
-            if not request.made_last_of(self._store.load(owner, session_id), position):
+            if not request.matches_last_run(self._store.load(owner, session_id), position):
                 raise
             lease = self._take_over(owner, session_id)
         with self._released_on_failure(lease):
-            if request.made_last_of(lease.session, position):
-                return self._take_up(lease, position, client_has_left)
+            if request.matches_last_run(lease.session, position):
+                return self._resume(lease, position, client_has_left)
             session = self._replayed(lease.session, position)
-            check_position(session, position)
-            return self._begin(lease, session, request.run_of(session), session.position, client_has_left)
+            session.require_position(position)
+            return self._start(lease, session, request.new_run(session), session.position, client_has_left)
 
     def cached_copy(self, owner: str, session_id: str, position: int | None) -> Session | None:
-        """See SessionStore. None also if it is in use, or not as long as the caller says."""
-        session = self._store.cached_copy(owner, session_id) if (owner, session_id) not in self._live else None
+        """See SessionStore. None also if a run is active here, or if the copy isn't at `position`."""
+        session = self._store.cached_copy(owner, session_id) if (owner, session_id) not in self._active else None
         return session if session is not None and position in (None, session.position) else None
 
     def resume(
@@ -91,13 +125,13 @@ class RunRegistry:
         after: int | None,
         client_has_left: Callable[[], bool] = lambda: False,
     ) -> RunStream:
-        """The last run after a position, None: all of it; one that was cut goes on. Whoever has it now loses it.
+        """Stream the last run from `after` (default: its start), resuming it if it was interrupted.
 
-        Raises NoRun, PositionGone and what `generate` raises.
+        Takes it over from any other connection. Raises NoRun, PositionGone and the errors of `generate`.
         """
         lease = self._take_over(owner, session_id)
         with self._released_on_failure(lease):
-            return self._take_up(lease, after, client_has_left)
+            return self._resume(lease, after, client_has_left)
 
     @contextmanager
     def _released_on_failure(self, lease: Lease) -> Iterator[None]:
@@ -107,75 +141,74 @@ class RunRegistry:
             self._store.release(lease)
             raise
 
-    def _take_up(self, lease: Lease, after: int | None, client_has_left: Callable[[], bool]) -> RunStream:
-        """The last run after a position, from whoever had it."""
+    def _resume(self, lease: Lease, after: int | None, client_has_left: Callable[[], bool]) -> RunStream:
         session = lease.session
-        run, start = _resumable(session, after)
+        run, start = _resumable_run(session, after)
         if run.finish_reason is None:
-            return self._begin(lease, session, run, start, client_has_left)
+            return self._start(lease, session, run, start, client_has_left)
         self._store.release(lease)
         return RunStream(session, run, start, None)
 
-    def end_all(self, timeout_s: float) -> None:
-        """Interrupt all runs, also those that begin from now on; they can be taken up in another process.
+    def interrupt_all(self, timeout_s: float) -> None:
+        """Interrupt all runs, also those that start from now on. They can be resumed in another process.
 
-        Who takes from them saves them. Those of whom nobody has done so in time, because he waits for a client that
-        reads nothing, are saved here.
+        The thread that streams a run saves it. Runs whose thread is blocked on a slow client are saved here after
+        `timeout_s`.
         """
-        self.are_ending = True
-        for live in list(self._live.values()):
-            live.interrupt()
+        self.is_draining = True
+        for active in list(self._active.values()):
+            active.interrupt()
         deadline = time.monotonic() + timeout_s
-        while self._live and time.monotonic() < deadline:
+        while self._active and time.monotonic() < deadline:
             time.sleep(_POLL_S)
-        for live in list(self._live.values()):
-            with suppress(GruServeError):  # one that can't be saved is not to keep the others from it
-                live.stop()
+        for active in list(self._active.values()):
+            with suppress(GruServeError):  # the other runs must be saved all the same
+                active.stop()
 
     def _take_over(self, owner: str, session_id: str) -> Lease:
-        """The lease of a session whose run, if it has one, is stopped."""
+        """Stop the session's active run, if it has one in this process or another, and lease the session."""
         for _ in range(_ATTEMPTS):
-            live = self._live.get((owner, session_id))
-            if live is not None:
-                live.stop()
+            active = self._active.get((owner, session_id))
+            if active is not None:
+                active.stop()
             with suppress(SessionBusy):
                 return self._store.lease(owner, session_id, take_over=True)
         return self._store.lease(owner, session_id, take_over=True)
 
     def _replayed(self, session: Session, position: int | None) -> Session:
-        if position is None or position <= session.position or finished(session) is session.run:
+        if position is None or position <= session.position or session.finished_run is session.run:
             return session
         try:
             model = self._models.for_state(session.model, session.identity)
         except ModelChanged:
-            return session  # whoever needs the model meets this again
+            return session  # an operation that needs the model raises this again
         return replayed(model, session, position, self._retention)
 
-    def _lease(self, owner: str, session_id: str) -> Lease:
+    def _acquire_lease(self, owner: str, session_id: str) -> Lease:
         try:
             return self._store.lease(owner, session_id)
         except SessionBusy:
-            live = self._live.get((owner, session_id))
-            if live is None or not live.client_has_left():
+            active = self._active.get((owner, session_id))
+            if active is None or not active.client_has_left():
                 raise
-            live.stop()  # its thread has not noticed yet
+            active.stop()  # the thread that streams it has not noticed yet that the client has left
             return self._store.lease(owner, session_id)
 
-    def _begin(
+    def _start(
         self, lease: Lease, session: Session, run: Run, after: int, client_has_left: Callable[[], bool]
     ) -> RunStream:
-        """Let a run go on. On failure the lease is the caller's to release."""
+        """Start a run or the rest of one, and save that it has started. The caller releases the lease if this fails."""
         model, handle = self._submit(session, run)
         try:
             session = replace(session, run=run)
-            with repeatable():
+            with safe_to_retry():
                 session = replace(session, revision=self._store.save(lease, session))
         except BaseException:
             handle.cancel()
             raise
-        return self._watched(model, lease, session, run, handle, after, client_has_left)
+        return self._register(model, lease, session, run, handle, after, client_has_left)
 
-    def _begin_at_once(
+    def _start_from_cache(
         self,
         owner: str,
         session_id: str,
@@ -183,17 +216,17 @@ class RunRegistry:
         position: int | None,
         client_has_left: Callable[[], bool],
     ) -> RunStream | None:
-        """With one question to the store, if the session stands as it was seen last. None: go the long way."""
+        """Start a run with one exchange with the store. None if the cached copy can't be used: use a lease then."""
         session = self.cached_copy(owner, session_id, position)
-        if session is None or request.made_last_of(session, position):
+        if session is None or request.matches_last_run(session, position):
             return None
-        run = request.run_of(session)
+        run = request.new_run(session)
         try:
             model, handle = self._submit(session, run)
         except GruServeError:
-            return None  # of a session that others may have changed
+            return None  # the copy may be stale, and the error with it
         try:
-            with repeatable():
+            with safe_to_retry():
                 lease = self._store.compare_and_save(session, replace(session, run=run))
         except BaseException:
             handle.cancel()
@@ -201,15 +234,15 @@ class RunRegistry:
         if lease is None:
             handle.cancel()
             return None
-        return self._watched(model, lease, lease.session, run, handle, session.position, client_has_left)
+        return self._register(model, lease, lease.session, run, handle, session.position, client_has_left)
 
     def _submit(self, session: Session, run: Run) -> tuple[LoadedModel, Handle]:
-        """Let the engine generate what is left of a run."""
+        """Submit the rest of a run to the engine."""
         model = self._models.for_state(session.model, session.identity)
         request = remaining_request(model, session, run, self._retention, run.start + run.max_chars)
         return model, model.engine.submit([request])[0]
 
-    def _watched(
+    def _register(
         self,
         model: LoadedModel,
         lease: Lease,
@@ -219,34 +252,62 @@ class RunRegistry:
         after: int,
         client_has_left: Callable[[], bool],
     ) -> RunStream:
-        """A run that is saved and under way."""
-        live = ActiveRun(
-            model, self._store, self._retention, lease, session, run, handle, client_has_left, self._forget
+        """Register a run that is saved and submitted, and return its stream."""
+        active = ActiveRun(
+            model, self._store, self._retention, lease, session, run, handle, client_has_left, self._unregister
         )
-        lease.on_takeover = live.stop
-        self._live[session.owner, session.id] = live
-        if self.are_ending:
-            live.interrupt()
-        return RunStream(session, run, after, live)
+        lease.on_takeover = active.stop
+        self._active[session.owner, session.id] = active
+        if self.is_draining:
+            active.interrupt()
+        return RunStream(session, run, after, active)
 
-    def _forget(self, live: ActiveRun) -> None:
-        key = (live.session.owner, live.session.id)
-        if self._live.get(key) is live:
-            del self._live[key]
-
-
-def finished(session: Session) -> Run | None:
-    """Its last run, if it is over: one that was cut can't go on in a text that has changed."""
-    return session.run if session.run is not None and session.run.finish_reason is not None else None
+    def _unregister(self, active: ActiveRun) -> None:
+        key = (active.session.owner, active.session.id)
+        if self._active.get(key) is active:
+            del self._active[key]
 
 
-def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
-    """The last run, and after which position to tell it. Raises NoRun, PositionConflict, PositionGone."""
+def remaining_request(model: LoadedModel, session: Session, run: Run, retention: Retention, end: int) -> Request:
+    """Return the engine's request for the rest of a run, from the session's position up to `end`."""
+    generated = session.transcript.text(run.start, session.position)
+    return Request(
+        prompt=_NO_IDS,
+        max_chars=end - session.position,
+        seed=run.seed,
+        sampling=run.sampling,
+        stops=stop_ids(model.charset, run.stops),
+        hidden=session.hidden,
+        position=session.position,
+        history_prompt=model.charset.exact(run.context),
+        generated=model.charset.exact(generated),
+        checkpoint_positions=retention.checkpoint_positions(session.position, end),
+    )
+
+
+def replayed(model: LoadedModel, session: Session, position: int, retention: Retention) -> Session:
+    """Return the session as it was at a later position of its interrupted run, by generating the characters again.
+
+    Returns it unchanged if the run doesn't reach that position. Raises Overloaded, EngineFailed.
+    """
+    run = session.run
+    if run is None or run.finish_reason is not None or not session.position < position <= run.start + run.max_chars:
+        return session
+    handle = model.engine.submit([remaining_request(model, session, run, retention, position)])[0]
+    part, end = handle.read(None), handle.wait()
+    text = model.charset.decode(part.chars) if part is not None else ""
+    if end.position < position or completed(session.transcript.text(run.start, session.position) + text, run.stops):
+        return session
+    return replace(session, hidden=end.hidden, transcript=session.transcript.extend(text, end.checkpoints, retention))
+
+
+def _resumable_run(session: Session, after: int | None) -> tuple[Run, int]:
+    """Return the last run and the position from which it is sent. Raises NoRun, PositionConflict, PositionGone."""
     run = session.run
     if run is None:
-        raise NoRun("the session has no continuation to take up, or its text has been changed since")
+        raise NoRun("the session has no continuation to resume, or its text has been changed since")
     after = run.start if after is None else after
-    # One that was cut goes on, also from what was sent and not saved any more.
+    # An interrupted run can also be resumed after its saved end: those characters were sent before they were lost.
     end = run.end if run.end is not None else run.start + run.max_chars
     if after > end:
         raise PositionConflict(f"the continuation ends at position {end}, not {after}", end, param="after")

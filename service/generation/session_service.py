@@ -1,4 +1,4 @@
-"""What can be done with a session."""
+"""All operations on sessions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import replace
 from service.errors import InvalidValue
 from service.generation.creation import SessionCreator
 from service.generation.feeding import SessionFeeder
-from service.generation.positions import check_within
 from service.generation.reading import state_at
-from service.generation.runs import RunRegistry, finished
+from service.generation.runs import RunRegistry
 from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session
@@ -20,10 +19,11 @@ from service.sessions.transcript import Retention
 
 
 class SessionService:
-    """All that works on sessions; `creation`, `feeding` and `runs` do the rest. Safe for any number of threads.
+    """The operations on sessions, of which `creation`, `feeding` and `runs` have some. Safe for any number of threads.
 
-    Every method takes the owner of what it works on. All of them may raise SessionNotFound and SessionGone; those that
-    change something, or need it not to change, SessionBusy; those that step, ModelChanged, Overloaded, EngineFailed.
+    Every method takes the session's owner, and may raise SessionNotFound and SessionGone. Methods that change a session
+    or need it unchanged may raise SessionBusy; methods that compute may raise ModelChanged, Overloaded, EngineFailed.
+    A store outside the process adds StoreUnavailable, OutcomeUnknown, RevisionConflict and SessionLost.
     """
 
     def __init__(
@@ -41,48 +41,48 @@ class SessionService:
         self._models, self._store, self._sealer, self._clock = models, store, sealer, clock
 
     def get(self, owner: str, session_id: str) -> Session:
-        """As it was saved last."""
+        """Return the session as it was last saved."""
         return self._store.load(owner, session_id)
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """The owner's sessions in the order of their ids, those above `after`."""
+        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
         return self._store.page(owner, after, limit)
 
     def text(self, owner: str, session_id: str, start: int | None, end: int | None) -> tuple[str, int, int]:
-        """Retained text from start to end, None: all there is; and from where to where that is.
+        """Return the text from `start` (default: the first retained position) to `end` (default: the end), and both.
 
-        Raises PositionGone, PositionConflict.
+        Raises PositionGone, PositionConflict, InvalidValue.
         """
         session = self._store.load(owner, session_id)
         start = session.transcript.start if start is None else start
         end = session.position if end is None else end
         if start > end:
-            raise InvalidValue(f"from: {start} lies behind the end, {end}", param="from")
-        check_within(session, end, "to")
+            raise InvalidValue(f"from: {start} is greater than to, {end}", param="from")
+        session.require_within(end, "to")
         return session.transcript.text(start, end), start, end
 
     def delete(self, owner: str, session_id: str) -> None:
-        """Forget it."""
-        with self.runs.leased(owner, session_id) as lease:
+        """Delete the session."""
+        with self.runs.lease(owner, session_id) as lease:
             self._store.delete(lease)
 
     def rewind(self, owner: str, session_id: str, position: int) -> Session:
-        """Back to a retained position. Raises PositionConflict, PositionGone."""
-        with self.runs.leased(owner, session_id, position) as lease:
+        """Drop the text after a retained position, and return the session. Raises PositionConflict, PositionGone."""
+        with self.runs.lease(owner, session_id, position) as lease:
             session = lease.session
-            check_within(session, position)
+            session.require_within(position)
             if position < session.position:
                 model = self._models.for_state(session.model, session.identity)
                 hidden, transcript = state_at(model, session, position), session.transcript.truncate(position)
-                run = finished(session)
+                run = session.finished_run
                 run = run if run is not None and run.end is not None and run.end <= position else None
                 session = replace(session, hidden=hidden, transcript=transcript, run=run)
             self._store.save(lease, session, release=True)
             return session
 
     def export(self, owner: str, session_id: str, ttl_s: float | None) -> tuple[str, StateHeader]:
-        """A portable state, good for ttl_s seconds, None: without end; and what it says about itself."""
-        with self.runs.leased(owner, session_id) as lease:
+        """Return a portable state and its header. It expires after ttl_s seconds, or never if that is None."""
+        with self.runs.lease(owner, session_id) as lease:
             session = lease.session
             header = StateHeader(
                 model=session.model,

@@ -1,4 +1,20 @@
-"""Texts that stay open: what is known of each, by its id, and where it is kept.
+"""Sessions: texts that stay open between requests. This package holds their records and stores them.
 
-May not: know of HTTP, step a network, import torch.
+`Session` is the record of one text at one moment, `SessionStore` the contract of every store, `MemoryStore` the store
+of a single process and `RedisStore` the store that replicas share. `StateSealer` turns a state into signed text that a
+client can keep.
+
+This package must not know HTTP, run a network, or import torch. What is done with a session is decided in `generation`.
+
+How a session that one replica (A) has leased moves to another one (B):
+
+1. B calls `RedisStore.lease(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)
+   and answers "busy". B asks again every 30 ms, for at most twice the length of a lease; then it raises SessionBusy.
+2. The thread of A's `LeaseRenewer` renews each lease when a third of its length has passed. session.lua answers this
+   renewal with "takeover", because the flag is set.
+3. A's renewer calls `lease.on_takeover` on a new thread. Its owner saves the session and releases the lease in one
+   call, `save(release=True)`.
+4. The next call of B gets the lease, and the record unless B has that very save in its `SessionCache`.
+5. If A is dead, its lease ends by itself after `lease_s`; B then gets the record as A saved it last. If A was only
+   paused, its later saves raise RevisionConflict, because the lease now has B's token.
 """

@@ -1,4 +1,4 @@
-"""Sessions that were in use lately, up to so many bytes."""
+"""A cache of recently used sessions, limited by memory."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from dataclasses import dataclass
 
 from service.sessions.session import Session
 
-_SESSION_BYTES = 1024  # what a session takes beside its states, its text and its run
+_SESSION_BYTES = 1024  # memory of a session without its states, its text and its run
 
 
 @dataclass(frozen=True, slots=True)
 class CachedSession:
-    """A session as it was at one save. incarnation: of which creation it is, the younger the greater. nonce: of that save, by
-    which it is told from another of the same revision.
-    """
+    """A session as it was at one save."""
 
     session: Session
-    incarnation: bytes
-    nonce: bytes
+    incarnation: bytes  # identifies the creation of the session; that of a later creation is greater
+    nonce: bytes  # identifies the save: a store that lost data may assign a revision twice
 
 
 class SessionCache:
-    """The least recently used go first. Safe for any number of threads."""
+    """Evicts the least recently used sessions when they exceed `max_bytes`. Safe for any number of threads."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -34,14 +32,14 @@ class SessionCache:
         self._lock = threading.Lock()
 
     def get(self, key: str) -> CachedSession | None:
-        """What is known of a session."""
+        """Return the cached session, which may be stale, or None."""
         with self._lock:
             if key in self._sessions:
                 self._sessions.move_to_end(key)
             return self._sessions.get(key)
 
     def put(self, key: str, cached: CachedSession) -> None:
-        """Remember it, in place of what was known."""
+        """Cache a session, replacing an earlier copy."""
         with self._lock:
             self._forget(key)
             self._sessions[key] = cached
@@ -51,7 +49,7 @@ class SessionCache:
                 self.num_evicted += 1
 
     def forget(self, key: str) -> None:
-        """Harmless if nothing is known."""
+        """Remove a session if it is cached."""
         with self._lock:
             self._forget(key)
 
@@ -60,7 +58,7 @@ class SessionCache:
 
     @property
     def num_bytes(self) -> int:
-        """About how much memory they take."""
+        """Approximate memory of all cached sessions, in bytes."""
         return self._num_bytes
 
     def _forget(self, key: str) -> None:

@@ -1,8 +1,10 @@
-"""Portable states: a session's state as text that a client keeps, and any replica with the same key takes back.
+"""Portable states: a session's state as text. A client stores it, and any replica with the same key accepts it.
 
-Signed, so that nobody else can make one; not encrypted: a state tells what was read about as well as a summary does.
+A portable state is signed, so that only this service can make one. It is not encrypted, and a state reveals about as
+much of the text as a summary does.
 
-    <base64 of the payload>.<base64 of its HMAC-SHA-256>      payload = header's length (4 bytes), header (JSON), state
+    <base64 of the payload>.<base64 of its HMAC-SHA-256>
+    payload = length of the header (4 bytes), header (JSON), state
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from service.errors import InvalidState, StateExpired, StateModelMismatch
 
 _SALT = b"gru-serve portable state 1"
 _LENGTH = struct.Struct("<I")
-_DAMAGED = "the state is damaged, or was signed with a key that this server doesn't know"
+_DAMAGED = "the state is damaged, or is signed with a key that this server doesn't have"
 
 
 class StateHeader(BaseModel):
-    """What a portable state says about itself."""
+    """The part of a portable state that is JSON. The names are part of the format."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     model: str = Field(max_length=200, description="name@version")
-    identity: str = Field(max_length=64, description="what the model's numbers have to be: LoadedModel.identity")
+    identity: str = Field(max_length=64, description="LoadedModel.identity of the model that computed the state")
     position: int = Field(ge=0, lt=2**63)
     seed: int = Field(ge=-(2**63), lt=2**63)
     expires_at: float | None = Field(description="seconds since 1970")
@@ -41,28 +43,31 @@ class StateHeader(BaseModel):
 
 @dataclass(frozen=True)
 class OpenedState:
-    """A portable state whose signature and time are good. Its numbers are not looked at yet."""
+    """A portable state whose signature is valid and which has not expired. Its numbers are not yet checked."""
 
     header: StateHeader
-    data: bytes
+    data: bytes  # the (L, H) state, little-endian float32
 
     def hidden(self, identity: str, shape: tuple[int, ...]) -> Float32:
-        """(L, H) float32, for the model of this identity and this shape. Raises StateModelMismatch, InvalidState."""
+        """Return the (L, H) float32 state for the model with this identity and state shape.
+
+        Raises StateModelMismatch if another model computed it, and InvalidState if no GRU can have this state.
+        """
         if self.header.identity != identity:
             raise StateModelMismatch(
-                f"the state belongs to another {self.header.model}, or to another arithmetic, than this server has",
+                f"this server's {self.header.model} can't use the state: it has other weights, or another arithmetic",
                 param="state",
             )
         if len(self.data) != 4 * int(np.prod(shape)):
-            raise InvalidState("the state has not as many numbers as its model", param="state")
+            raise InvalidState("the state has the wrong size for its model", param="state")
         hidden = np.frombuffer(self.data, "<f4").reshape(shape).astype(np.float32)
-        if not (np.abs(hidden) <= 1).all():  # false for what is no number, too
-            raise InvalidState("the state holds what no state of a GRU can be", param="state")
+        if not (np.abs(hidden) <= 1).all():  # also refuses NaN
+            raise InvalidState("the state has values outside -1 to 1, which a GRU never has", param="state")
         return hidden
 
 
 class StateSealer:
-    """Signs states with the first of its keys and accepts those signed with any. Safe for any number of threads."""
+    """Signs states with the first of its keys, and accepts those signed with any. Safe for any number of threads."""
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -70,17 +75,17 @@ class StateSealer:
         self._signer = Signer(list(reversed(keys)), salt=_SALT, key_derivation="hmac", digest_method=hashlib.sha256)
 
     def seal(self, header: StateHeader, hidden: Float32) -> str:
-        """A state as text: about 6,000 characters for 1,024 units."""
+        """Return a state as signed text, about 6,000 characters for 1,024 units."""
         head = header.model_dump_json().encode()
         payload = _LENGTH.pack(len(head)) + head + hidden.astype("<f4").tobytes()
         return self._signer.sign(base64_encode(payload)).decode()
 
     def open(self, text: str) -> OpenedState:
-        """Check signature and time. Raises InvalidState, StateExpired."""
+        """Check the signature and the time of expiry. Raises InvalidState, StateExpired."""
         try:
             signed = text.encode("ascii")
             payload = base64_decode(self._signer.unsign(signed))
-            # The last character of a signature has two bits to spare: of all spellings only ours is accepted.
+            # Base64 ignores two bits of the last character of a signature. Accept only the spelling that we write.
             signature = signed.rpartition(b".")[2]
             if base64_encode(base64_decode(signature)) != signature:
                 raise InvalidState(_DAMAGED, param="state")
@@ -89,5 +94,5 @@ class StateSealer:
         except (BadData, ValueError, struct.error) as error:
             raise InvalidState(_DAMAGED, param="state") from error
         if header.expires_at is not None and header.expires_at <= self._clock():
-            raise StateExpired("the state was good for a limited time, which is over", param="state")
+            raise StateExpired("the state has expired", param="state")
         return OpenedState(header, payload[_LENGTH.size + length :])

@@ -1,6 +1,6 @@
 """A session as bytes, for stores outside the process.
 
-version (1 byte) | header's length (4 bytes) | header (JSON) | state | states on the way | text (UTF-8)
+version (1 byte) | length of the header (4 bytes) | header (JSON) | state | states of the checkpoints | text (UTF-8)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEAD = struct.Struct("<BI")
 
 
 class _Header(BaseModel):
-    """What a record says about what follows it. ends: the positions of the states on the way."""
+    """The part of the record that is JSON. The names are part of the format."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -29,21 +29,24 @@ class _Header(BaseModel):
     seed: int
     ttl_s: float
     created_at: float
-    shape: tuple[int, int] = Field(description="of each state: (L, H)")
-    start: int = Field(ge=0)
-    ends: list[int]
+    shape: tuple[int, int]  # (L, H), of each state
+    start: int = Field(ge=0)  # position of the first retained character
+    ends: list[int]  # positions of the checkpoints
     run: Run | None
-    origin: str | None
+    origin: str | None  # hexadecimal
 
 
 def encode(session: Session, segment_chars: int) -> bytes:
-    """All of a session but its owner, its id, its revision and its time of expiry.
+    """Return the record of a session: everything but its owner, id, revision and time of expiry.
 
-    Of the states on the way it has those at the ends of stretches, by which text is dropped: who goes back far steps
-    for longer after a session was read from here. At 4,096 characters a state takes a byte of the record for each.
+    Of the checkpoints, the record has only those at multiples of `segment_chars` (`Retention.segment_chars`). Going
+    back in a session that was loaded from a record therefore steps more characters. With one checkpoint of 4 KiB per
+    4,096 characters the checkpoints take as much space as the text.
     """
     transcript = session.transcript
-    segments = [one for one in transcript.segments if one.end <= transcript.start or not one.end % segment_chars]
+    segments = [
+        segment for segment in transcript.segments if segment.end <= transcript.start or not segment.end % segment_chars
+    ]
     header = _Header.model_construct(
         model=session.model,
         identity=session.identity,
@@ -58,14 +61,15 @@ def encode(session: Session, segment_chars: int) -> bytes:
     )
     head = header.model_dump_json().encode()
     states = [
-        np.ascontiguousarray(state, "<f4").tobytes() for state in (session.hidden, *(one.hidden for one in segments))
+        np.ascontiguousarray(state, "<f4").tobytes()
+        for state in (session.hidden, *(segment.hidden for segment in segments))
     ]
     text = transcript.text(transcript.start, transcript.position).encode()
     return b"".join([_HEAD.pack(_VERSION, len(head)), head, *states, text])
 
 
 def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: float) -> Session:
-    """The session that was encoded. Raises SessionLost if it was written by another version, or is damaged."""
+    """Return the session of a record. Raises SessionLost if the record is damaged or has another version's format."""
     try:
         version, length = _HEAD.unpack_from(data)
         if version != _VERSION:
@@ -79,7 +83,9 @@ def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: 
         text = data[begin + num_states * num_bytes :].decode()
         transcript = _transcript(header, states[1:], text)
     except (struct.error, ValueError, ValidationError) as error:
-        raise SessionLost("the session's record can't be read: it is damaged, or of another version") from error
+        raise SessionLost(
+            "the session's record is damaged, or another version of the service has written it"
+        ) from error
     return Session(
         id=session_id,
         owner=owner,
@@ -101,7 +107,7 @@ def _transcript(header: _Header, states: Float32, text: str) -> Transcript:
     begin, segments = header.start, []
     for end, state in zip(header.ends, states, strict=True):
         if end < begin or end > header.start + len(text):
-            raise ValueError("a state that lies outside its text")
+            raise ValueError("a checkpoint is outside the text")
         segments.append(Segment(text[begin - header.start : end - header.start], end, state))
         begin = end
     return Transcript(header.start, tuple(segments), text[begin - header.start :])

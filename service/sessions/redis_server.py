@@ -1,4 +1,7 @@
-"""A Redis server as a session store needs it: asked at once or not at all, and never after it lost what it knew."""
+"""Calls session.lua on a Redis server, quickly or not at all.
+
+Calls fail fast while Redis is down. After a restart of Redis they are refused until lost writes have been restored.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,40 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from service.errors import OutcomeUnknown, Overloaded, StoreUnavailable
-from service.sessions.watch import Operation, StoreWatch
+from service.sessions.session_store import Operation, StoreObserver
 
 log = structlog.get_logger(__name__)
 
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
-_AWAY = "sessions can't be had now, because their store can't be reached: try again in a second"
+_UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _UNKNOWN = (
-    "the session store didn't answer: what you asked for may have been done, or not. Ask where the session stands"
+    "the session store did not answer, so the operation may or may not have been done: read the session's position "
+    "before you repeat it"
 )
 
 
-class _Settling(errors.ConnectionError):
-    """The server has not been there for long."""
+class _InRecovery(errors.ConnectionError):
+    """A new connection is refused during the recovery window."""
 
 
 class RedisServer:
-    """RunRegistry `session.lua` on a server. Any number of threads may call; each call fails within about `timeout_s`.
+    """Calls session.lua. Any number of threads may call; each call fails within about `timeout_s`.
 
-    One that has failed makes the others fail at once, until `look` has found the server again. After a restart, which
-    may have lost the last writes, or a failover to another server, nobody is served for `settle_s`: meanwhile each
-    replica puts back what it wrote (`RedisStore`). It is asked once at the start, so that `check` is true from then on.
+    After a call has failed, all calls fail at once, until `ping` reaches the server again. A restart, or a failover to
+    another server, may have lost the last writes. All calls are refused from then until `recovery_window_s` after this
+    process has restored its own writes (`LeaseRenewer`), so that other replicas can restore theirs too.
     """
 
     def __init__(
-        self, url: str, timeout_s: float = 0.4, settle_s: float = 1.5, watch: StoreWatch | None = None
+        self, url: str, timeout_s: float = 0.4, recovery_window_s: float = 1.5, observer: StoreObserver | None = None
     ) -> None:
-        self._settle_s, self._watch = settle_s, watch
-        self._lock = threading.Lock()  # guards what follows
+        """Ping the server once, so that `check` is right from the start. Raises ValueError if the URL is invalid."""
+        self._recovery_window_s, self._observer = recovery_window_s, observer
+        self._lock = threading.Lock()  # guards the following
         self._is_down = False
-        self._run_id: bytes | None = None  # of the server's process
-        self._settled_at = 0.0  # monotonic
-        self._has_changed = False  # and what was written lately has not been put back
+        self._run_id: bytes | None = None  # identifies the server's process
+        self._recovered_at = 0.0  # monotonic time at which the recovery window ends
+        self._needs_restore = False  # another server process answers, and the last writes have not been restored in it
 
         def client(on_connect: Callable[[Any], None]) -> Redis:
             return Redis.from_url(
@@ -59,108 +64,115 @@ class RedisServer:
                 client_name="gru-serve",
             )
 
-        self._client = client(self._met)
-        self._own = client(self._greet)  # of the thread that puts back, which may call while others may not
-        self._script, self._own_script = self._client.register_script(_SCRIPT), self._own.register_script(_SCRIPT)
-        # Each with a connection: borrowing one from the client's pool for every call, which looks whether anything has
-        # come on it first, costs a process as much as a third of the call.
+        self._client = client(self._on_connect)
+        self._renewer_client = client(self._identify)  # works during the recovery window too
+        self._script = self._client.register_script(_SCRIPT)
+        self._renewer_script = self._renewer_client.register_script(_SCRIPT)
+        # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
+        # needs up to a third of the time that a call needs in this process.
         self._idle: list[Redis] = []
         with suppress(StoreUnavailable):
-            self.look()
+            self.ping()
 
     def call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
-        """Do one thing to one session; the script's answer.
+        """Run one operation on one session and return the script's answer.
 
-        Raises StoreUnavailable if nothing was done; OutcomeUnknown if a save may have been; Overloaded if there is no
-        room for a new session.
+        Raises StoreUnavailable if nothing was changed, OutcomeUnknown if a save may or may not have been done, and
+        Overloaded if Redis has no memory for a new session.
         """
         self.check()
         started = time.perf_counter()
         try:
             try:
-                return self._run(key, operation, *arguments)
-            except _Settling:
+                return self._run_script(key, operation, *arguments)
+            except _InRecovery:
                 raise
             except errors.ConnectionError:
-                self._drop_idle()  # that were kept since before a restart are broken too
-                answer = self._run(key, operation, *arguments, is_second=True)
+                self._close_idle()  # connections from before a restart are broken as well
+                answer = self._run_script(key, operation, *arguments, is_retry=True)
             if operation == "claim" and answer[0] == b"conflict":
-                raise OutcomeUnknown(_UNKNOWN)  # the first may have been done, and gone on from since
+                raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
             return answer
         except errors.OutOfMemoryError as error:
             log.error("the session store is full", error=str(error))
             raise (Overloaded if operation == "create" else StoreUnavailable)(
-                "the session store has no room: try again in a while"
+                "the session store is full: try again later"
             ) from error
         except errors.RedisError as error:
-            self._failed(error)
-            if self._watch is not None:
-                self._watch.failed(operation)
+            self._note_failure(error)
+            if self._observer is not None:
+                self._observer.count_failure(operation)
             is_unknown = operation in ("save", "claim") and isinstance(
                 error, errors.ConnectionError | errors.TimeoutError
             )
-            raise OutcomeUnknown(_UNKNOWN) if is_unknown else StoreUnavailable(_AWAY) from error
+            raise OutcomeUnknown(_UNKNOWN) if is_unknown else StoreUnavailable(_UNREACHABLE) from error
         finally:
-            if self._watch is not None:
-                self._watch.took(operation, time.perf_counter() - started)
+            if self._observer is not None:
+                self._observer.observe(operation, time.perf_counter() - started)
 
     def keys(self, pattern: str) -> Iterator[str]:
-        """All that match, in no order. Raises StoreUnavailable."""
+        """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
         self.check()
         try:
             for key in self._client.scan_iter(match=pattern, count=1000):
                 yield key.decode()
         except errors.RedisError as error:
-            self._failed(error)
-            raise StoreUnavailable(_AWAY) from error
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from error
 
     def check(self) -> None:
-        """Raises StoreUnavailable while sessions can't be had."""
-        if self._is_down or self._has_changed or time.monotonic() < self._settled_at:
-            raise StoreUnavailable(_AWAY)
+        """Raise StoreUnavailable while calls are refused."""
+        if self._is_down or self._needs_restore or time.monotonic() < self._recovered_at:
+            raise StoreUnavailable(_UNREACHABLE)
 
-    # What follows is for one thread, which looks after the server.
+    # The following methods are for the renewer's thread.
 
-    def look(self) -> bool:
-        """Ask whether it is there; true: it was restarted since `put_back` was called last. Raises StoreUnavailable."""
+    def ping(self) -> bool:
+        """Return whether lost writes have to be restored: the server's process is new since the last `mark_restored`.
+
+        Raises StoreUnavailable if the server doesn't answer.
+        """
         try:
-            self._own.ping()
+            self._renewer_client.ping()
         except errors.RedisError as error:
-            self._failed(error)
-            raise StoreUnavailable(_AWAY) from error
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from error
         with self._lock:
             if self._is_down:
                 log.info("the session store is back")
             self._is_down = False
-            return self._has_changed
+            return self._needs_restore
 
     def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
-        """Several calls (operation, key, argument, ...) on the way of one, also while others may not call."""
+        """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
+
+        Raises StoreUnavailable.
+        """
         try:
-            with self._own.pipeline(transaction=False) as pipeline:
+            with self._renewer_client.pipeline(transaction=False) as pipeline:
                 for operation, key, *arguments in calls:
-                    self._own_script(keys=[key], args=[operation, *arguments], client=pipeline)
+                    self._renewer_script(keys=[key], args=[operation, *arguments], client=pipeline)
                 answers: list[list[Any]] = pipeline.execute()
                 return answers
         except errors.RedisError as error:
-            self._failed(error)
-            raise StoreUnavailable(_AWAY) from error
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from error
 
-    def put_back(self) -> None:
-        """What was written lately is there again."""
+    def mark_restored(self) -> None:
+        """Note that this process has restored its writes. Calls are allowed again when the recovery window is over."""
         with self._lock:
-            self._settled_at = time.monotonic() + self._settle_s  # others may still be at it
-            self._has_changed = False
+            self._recovered_at = time.monotonic() + self._recovery_window_s  # other replicas may still be restoring
+            self._needs_restore = False
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
-        self._own.close()
+        self._renewer_client.close()
 
-    def _run(self, *arguments: Any, is_second: bool = False) -> list[Any]:
-        """The script, on a connection that no other thread has meanwhile. is_second: on one that is not broken."""
+    def _run_script(self, *arguments: Any, is_retry: bool = False) -> list[Any]:
+        """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
         try:
-            client = None if is_second else self._idle.pop()
+            client = None if is_retry else self._idle.pop()
         except IndexError:
             client = None
         if client is None:
@@ -173,16 +185,17 @@ class RedisServer:
         self._idle.append(client)
         return answer
 
-    def _drop_idle(self) -> None:
+    def _close_idle(self) -> None:
         with suppress(IndexError):
             while True:
                 client = self._idle.pop()
                 if client.connection is not None:
-                    client.connection.disconnect()  # type: ignore[no-untyped-call]  # the pool would give it out again
+                    # Disconnect first: `close` returns the connection to the pool, which would hand it out again.
+                    client.connection.disconnect()  # type: ignore[no-untyped-call]
                 client.close()
 
-    def _failed(self, error: errors.RedisError) -> None:
-        if isinstance(error, _Settling):
+    def _note_failure(self, error: errors.RedisError) -> None:
+        if isinstance(error, _InRecovery):
             return
         if isinstance(error, errors.ResponseError) and not isinstance(error, errors.ConnectionError):
             log.error("the session store refused a call", error=str(error)[:200])
@@ -192,29 +205,30 @@ class RedisServer:
                 log.error("the session store can't be reached", error=type(error).__name__)
             self._is_down = True
 
-    def _met(self, connection: Any) -> None:
-        """For each new connection of those who may be refused."""
-        self._greet(connection)
-        if self._has_changed or time.monotonic() < self._settled_at:
-            raise _Settling
+    def _on_connect(self, connection: Any) -> None:
+        """Prepare a new connection of `_client`. Raises _InRecovery during the recovery window."""
+        self._identify(connection)
+        if self._needs_restore or time.monotonic() < self._recovered_at:
+            raise _InRecovery
 
-    def _greet(self, connection: Any) -> None:
-        """For each new connection: which process is it that answers?"""
+    def _identify(self, connection: Any) -> None:
+        """Prepare a new connection, and find out whether the server's process is the one of earlier connections."""
         connection.on_connect()
         connection.send_command("INFO", "server")
-        facts = _facts(connection.read_response())
-        run_id = facts.get(b"run_id", b"")
-        # The difference of two times without their fractions: one second more than it is, in the worst case.
-        uptime_s = max(0.0, float(facts.get(b"uptime_in_seconds", "inf")) - 1)
+        info = _parse_info(connection.read_response())
+        run_id = info.get(b"run_id", b"")
+        # Redis counts whole seconds, so the uptime may be up to one second less than it says.
+        uptime_s = max(0.0, float(info.get(b"uptime_in_seconds", "inf")) - 1)
         with self._lock:
             if self._run_id not in (None, run_id):
                 log.warning("the session store was restarted, or another server has taken its place")
-                self._has_changed = True
-            elif self._run_id is None and uptime_s < self._settle_s:
-                self._settled_at = time.monotonic() + self._settle_s - uptime_s  # others may be putting back
+                self._needs_restore = True
+            elif self._run_id is None and uptime_s < self._recovery_window_s:
+                # The server was just started, and other replicas may be restoring their writes.
+                self._recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
             self._run_id = run_id
 
 
-def _facts(info: Any) -> dict[bytes, bytes]:
+def _parse_info(info: Any) -> dict[bytes, bytes]:
     lines = bytes(info).splitlines() if isinstance(info, bytes) else []
     return dict(line.split(b":", 1) for line in lines if b":" in line)

@@ -1,135 +1,164 @@
--- What is done to one session in Redis: each call is one operation, whole or not at all.
+-- The operations on one session in Redis. Each call is one operation, and atomic.
 --
--- KEYS[1]  the session, a hash:
---   r  revision: how often it was saved          n  nonce of that save, by which histories that parted are told apart
---   b  birth: when it was created, and a nonce   d  the record (record.py)
---   t  milliseconds that it lives after its last use
---   x  when it expires, if nobody has leased it  l  token of the lease  u  until when it is good  w  1: it is wanted
--- ARGV     operation, now, then what the operation needs. Times are milliseconds since 1970; now '': the server's clock.
--- Answers  a word, and what belongs to it.
+-- KEYS[1]  the session, a hash with these fields (replicas of the previous version read and write the same ones):
+--   r  revision: the number of saves
+--   n  nonce of the last save: after a loss of data a revision may be assigned twice, a nonce never is
+--   b  incarnation: the time of creation and a nonce; identifies the creation of this session
+--   d  the record (record.py)
+--   t  ttl: milliseconds that the session lives after its last use
+--   x  the time at which it expires unless it is leased
+--   l  token of the lease, '' without one
+--   u  the time at which the lease ends
+--   w  '1' if another process has requested a takeover
+-- ARGV     operation, now, then the operation's arguments. Times are milliseconds since 1970; now = '' stands for the
+--          server's clock, which is the same for all replicas.
+-- Returns  a word, then what belongs to it:
+--   ok        incarnation, revision, (load and lease: nonce,) time of expiry, (load and lease: record if it differs)
+--   missing   there is no such session           expired   it has expired, but the hash is still there
+--   lost      Redis has an older save than the caller knows of, or (renew) the lease is no longer the caller's
+--   exists, busy, conflict, takeover, unchanged   see the operation
+--
+-- The caller identifies the save that it knows by known_incarnation, known_revision and known_nonce; '' if by none.
 local key, op, now = KEYS[1], ARGV[1], tonumber(ARGV[2])
-local REMEMBERED_MS = 600000 -- so long an expired one is known to have been there
+local REMEMBERED_MS = 600000 -- an expired session's hash stays this long, to answer `expired` instead of `missing`
 
 local time = redis.call('TIME')
 now = now or time[1] * 1000 + math.floor(time[2] / 1000)
 
-local found = redis.call('HMGET', key, 'r', 'n', 't', 'x', 'l', 'u', 'w', 'b')
-local revision, nonce, ttl, expires = tonumber(found[1]), found[2], tonumber(found[3]), tonumber(found[4])
-local holder, is_leased, wanted = found[5], found[6] and tonumber(found[6]) > now, found[7]
-local birth = found[8] -- all of one length: the younger is the greater
-local is_gone = revision and not is_leased and expires <= now
+local fields = redis.call('HMGET', key, 'r', 'n', 't', 'x', 'l', 'u', 'w', 'b')
+local revision, nonce, ttl, expires = tonumber(fields[1]), fields[2], tonumber(fields[3]), tonumber(fields[4])
+local lease_token, is_leased = fields[5], fields[6] and tonumber(fields[6]) > now
+local takeover_requested = fields[7] == '1'
+local incarnation = fields[8] -- all have the same length, so a later creation compares as greater
+local is_expired = revision and not is_leased and expires <= now
 
 local function whole(number) return string.format('%.0f', number) end
 
--- Few commands and one for all fields: each one costs Redis as much as the rest of the script.
+-- One HSET for all fields: each command costs Redis as much as the rest of the script.
 local function set(...) redis.call('HSET', key, ...) end
 
-local function live_on(ms, ...) -- from now on for so long; sets other fields too
+local function extend_life(ms, ...) -- expire `ms` from now; sets other fields in the same command
   expires = now + ms
   set('x', whole(expires), ...)
   redis.call('PEXPIRE', key, whole(ms + REMEMBERED_MS))
 end
 
-local function write(new_revision, new_nonce, record, ms, new_holder, held_until)
-  live_on(ms, 'b', birth, 'r', whole(new_revision), 'n', new_nonce, 'd', record, 't', ms, 'l', new_holder, 'u', held_until)
+local function write(new_revision, new_nonce, record, ms, token, leased_until)
+  extend_life(ms, 'b', incarnation, 'r', whole(new_revision), 'n', new_nonce, 'd', record, 't', ms,
+    'l', token, 'u', leased_until)
 end
 
-local function save_next(new_nonce, record, ms, token, lease_ms) -- lease_ms '': and give the lease back
-  local is_held = lease_ms ~= ''
-  write(revision + 1, new_nonce, record, tonumber(ms), is_held and token or '', is_held and whole(now + lease_ms) or 0)
-  return {'ok', birth, whole(revision + 1), whole(expires)}
+local function saved()
+  return {'ok', incarnation, whole(revision), whole(expires)}
 end
 
-local function is_older(than_birth, than_revision)
-  return birth < than_birth or (birth == than_birth and revision < than_revision)
+local function save_next(new_nonce, record, ms, token, lease_ms) -- lease_ms = '': release the lease
+  local keeps_lease = lease_ms ~= ''
+  revision = revision + 1
+  write(revision, new_nonce, record, tonumber(ms), keeps_lease and token or '',
+    keeps_lease and whole(now + lease_ms) or 0)
+  return saved()
 end
 
--- Why it can't be had by one who has seen it at some save; nil if it can.
-local function refusal(seen_birth, seen_revision, seen_nonce)
-  if not revision then return 'none' end
-  if is_gone then return 'gone' end
-  if seen_birth == '' then return end
-  local is_other = birth == seen_birth and revision == seen_revision and nonce ~= seen_nonce
-  if is_other or is_older(seen_birth, seen_revision) then return 'lost' end
+local function is_older(than_incarnation, than_revision)
+  return incarnation < than_incarnation or (incarnation == than_incarnation and revision < than_revision)
 end
 
-local function tell(seen_nonce) -- the record, to one who doesn't have it
-  local facts = {'ok', birth, whole(revision), nonce, whole(expires)}
-  if nonce ~= seen_nonce then facts[6] = redis.call('HGET', key, 'd') end
-  return facts
+-- Why the session can't be given to a caller who knows this save; nil if it can.
+local function why_unavailable(known_incarnation, known_revision, known_nonce)
+  if not revision then return 'missing' end
+  if is_expired then return 'expired' end
+  if known_incarnation == '' then return end
+  local has_diverged = incarnation == known_incarnation and revision == known_revision and nonce ~= known_nonce
+  if has_diverged or is_older(known_incarnation, known_revision) then return 'lost' end
+end
+
+local function loaded(known_nonce) -- the record is left out if the caller has it
+  local answer = {'ok', incarnation, whole(revision), nonce, whole(expires)}
+  if nonce ~= known_nonce then answer[6] = redis.call('HGET', key, 'd') end
+  return answer
 end
 
 local operations = {}
 
+-- exists: there is a session with this id. With the nonce of this very call it is the caller's, whose first attempt
+-- was done and whose answer was lost.
 function operations.create(new_nonce, record, ms)
-  if revision and not is_gone and nonce ~= new_nonce then return {'exists'} end
-  birth = string.format('%016.0f', time[1] * 1e6 + time[2]) .. new_nonce
+  if revision and not is_expired and nonce ~= new_nonce then return {'exists'} end
+  incarnation = string.format('%016.0f', time[1] * 1e6 + time[2]) .. new_nonce
   redis.call('DEL', key)
-  write(1, new_nonce, record, tonumber(ms), '', 0)
-  return {'ok', birth, '1', whole(expires)}
+  revision = 1
+  write(revision, new_nonce, record, tonumber(ms), '', 0)
+  return saved()
 end
 
-function operations.load(seen_birth, seen_revision, seen_nonce)
-  local refused = refusal(seen_birth, tonumber(seen_revision), seen_nonce)
-  return refused and {refused} or tell(seen_nonce)
+function operations.load(known_incarnation, known_revision, known_nonce)
+  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
+  return reason and {reason} or loaded(known_nonce)
 end
 
-function operations.lease(seen_birth, seen_revision, seen_nonce, token, ms, is_wanted)
-  local refused = refusal(seen_birth, tonumber(seen_revision), seen_nonce)
-  if refused then return {refused} end
-  if is_leased and holder ~= token then
-    if is_wanted == '1' then set('w', '1') end
+-- busy: another caller has the lease. take_over = '1' asks it to release.
+function operations.lease(known_incarnation, known_revision, known_nonce, token, ms, take_over)
+  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
+  if reason then return {reason} end
+  if is_leased and lease_token ~= token then
+    if take_over == '1' then set('w', '1') end
     return {'busy'}
   end
   set('l', token, 'u', whole(now + ms), 'w', '')
-  return tell(seen_nonce)
+  return loaded(known_nonce)
 end
 
--- Lease and save in one, by one who has seen the last save.
-function operations.claim(seen_birth, seen_revision, seen_nonce, token, new_nonce, record, ms, lease_ms)
-  if revision and nonce == new_nonce then return {'ok', birth, whole(revision), whole(expires)} end -- the answer got lost
-  local is_other = refusal(seen_birth, tonumber(seen_revision), seen_nonce) or nonce ~= seen_nonce
-  if is_other or is_leased then return {'conflict'} end
-  if wanted == '1' then set('w', '') end
+-- Compare and save, and lease, in one call. conflict: the save that the caller knows is not the last one, or the
+-- session is leased.
+function operations.claim(known_incarnation, known_revision, known_nonce, token, new_nonce, record, ms, lease_ms)
+  if revision and nonce == new_nonce then return saved() end -- done by a first attempt whose answer was lost
+  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
+  if reason or nonce ~= known_nonce or is_leased then return {'conflict'} end
+  if takeover_requested then set('w', '') end
   return save_next(new_nonce, record, ms, token, lease_ms)
 end
 
-function operations.save(token, expected, new_nonce, record, ms, lease_ms)
-  if revision and nonce == new_nonce then return {'ok', birth, whole(revision), whole(expires)} end -- the answer got lost
-  if not revision or holder ~= token or revision ~= tonumber(expected) then return {'conflict'} end
+-- conflict: the lease is not the caller's, or the session has another revision than the caller expects.
+function operations.save(token, expected_revision, new_nonce, record, ms, lease_ms)
+  if revision and nonce == new_nonce then return saved() end -- done by a first attempt whose answer was lost
+  if not revision or lease_token ~= token or revision ~= tonumber(expected_revision) then return {'conflict'} end
   return save_next(new_nonce, record, ms, token, lease_ms)
 end
 
--- A lease that nobody else has taken is good again, even if it had run out; again: also one that the server has lost.
-function operations.renew(token, expected, ms, again)
-  local is_free = again == '1' and not is_leased and revision == tonumber(expected)
-  if not revision or (holder ~= token and not is_free) then return {'lost'} end
-  live_on(ttl, 'l', token, 'u', whole(now + ms))
-  return {wanted == '1' and 'wanted' or 'ok'}
+-- Renew a lease, also one that has ended and that nobody else has taken; after a restart = '1' also one that the server
+-- has lost. takeover: it is renewed, and another process has requested it.
+function operations.renew(token, expected_revision, ms, after_restart)
+  local is_free = after_restart == '1' and not is_leased and revision == tonumber(expected_revision)
+  if not revision or (lease_token ~= token and not is_free) then return {'lost'} end
+  extend_life(ttl, 'l', token, 'u', whole(now + ms))
+  return {takeover_requested and 'takeover' or 'ok'}
 end
 
 function operations.release(token)
-  if revision and holder == token then live_on(ttl, 'l', '', 'u', 0) end
+  if revision and lease_token == token then extend_life(ttl, 'l', '', 'u', 0) end
   return {'ok'}
 end
 
+-- conflict: the lease is not the caller's.
 function operations.delete(token)
-  if revision and holder ~= token then return {'conflict'} end
+  if revision and lease_token ~= token then return {'conflict'} end
   redis.call('DEL', key)
   return {'ok'}
 end
 
--- After a restart that lost the last writes: put back what was saved, unless somebody went on from it.
-function operations.restore(lost_birth, lost_revision, lost_nonce, record, ms)
-  if revision and not is_older(lost_birth, tonumber(lost_revision)) then return {'there'} end
-  birth = lost_birth
+-- After a restart that lost the last writes: write a save again. unchanged: Redis has this save or a later one.
+function operations.restore(lost_incarnation, lost_revision, lost_nonce, record, ms)
+  if revision and not is_older(lost_incarnation, tonumber(lost_revision)) then return {'unchanged'} end
+  incarnation = lost_incarnation
   write(tonumber(lost_revision), lost_nonce, record, tonumber(ms), '', 0)
   return {'ok'}
 end
 
--- The same for what was deleted, or is no longer known: an older revision must not come back.
-function operations.drop(lost_birth, lost_revision)
-  if not revision or not is_older(lost_birth, lost_revision + 1) then return {'there'} end
+-- After such a restart, for a session that was deleted or whose last save is not cached any more: an older revision
+-- must not be served again. unchanged: Redis has nothing, or a later save.
+function operations.drop(lost_incarnation, lost_revision)
+  if not revision or not is_older(lost_incarnation, lost_revision + 1) then return {'unchanged'} end
   redis.call('DEL', key)
   return {'ok'}
 end

@@ -1,4 +1,4 @@
-"""The record of a session: a text with its state."""
+"""The record of a session: a text together with the network's state after it."""
 
 from __future__ import annotations
 
@@ -7,60 +7,70 @@ from dataclasses import dataclass
 from service.arrays import Float32
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
+from service.errors import PositionConflict
 from service.sessions.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One continuation that was asked for, under way or over: enough to go on with it, or to tell it again.
+    """One continuation of a session's text: all that is needed to generate the rest of it, or to generate it again.
 
-    start: the position it began at. max_chars: how many it may generate. stops: strings that end it, which are not part
-    of the text. context: the characters before it that repetition_penalty takes for the prompt, each once.
-    finish_reason, end: why and where it ended; None while it has not. One that was cut has not.
+    A run that was interrupted is unfinished, and can be resumed. The field names are part of the stored record.
     """
 
-    start: int
-    max_chars: int
+    start: int  # the position at which it began
+    max_chars: int  # generates at most this many characters
     seed: int
     sampling: SamplingSettings
-    stops: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()  # strings that end the run; they don't become part of the text
+    # The distinct characters of the text before the run, which repetition_penalty treats as the prompt. Empty if the
+    # sampling settings have no such penalty.
     context: str = ""
-    finish_reason: FinishReason | None = None
-    end: int | None = None
+    finish_reason: FinishReason | None = None  # None while the run is unfinished
+    end: int | None = None  # the position at which it ended; None while it is unfinished
 
     @property
     def num_bytes(self) -> int:
-        """About how much memory it takes."""
+        """Approximate memory in bytes."""
         return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Session:
-    """A text that stays open, at one moment. Saving it stores another moment.
+    """A session as it was at one save. It never changes; every save stores a new one."""
 
-    hidden: (L, H) float32, the state after the whole text, not to be written to. model: name@version; identity: what
-    its numbers have to be for the state to mean anything (`LoadedModel.identity`). seed: draws its characters, unless a
-    run brings its own. ttl_s: seconds it lives after its last use. created_at, expires_at: seconds since 1970.
-    run: the last one, as long as the text it made is there. origin: hash of what it was created from, by which a
-    repeated creation is known; None: it can't be repeated. revision: how often it was saved. Neither id nor owner may
-    have a slash in it.
-    """
-
-    id: str
-    owner: str
-    model: str
-    identity: str
-    seed: int
-    ttl_s: float
-    created_at: float
-    expires_at: float
-    hidden: Float32
+    id: str  # contains no slash
+    owner: str  # contains no slash; empty if the service has no API keys
+    model: str  # name@version
+    identity: str  # `LoadedModel.identity` of the model that computed `hidden`; no other model can use the state
+    seed: int  # used for every run that doesn't have its own seed
+    ttl_s: float  # lifetime in seconds after the last use
+    created_at: float  # seconds since 1970
+    expires_at: float  # seconds since 1970
+    hidden: Float32  # (L, H), the state after the whole text; must not be written to
     transcript: Transcript
-    run: Run | None = None
-    origin: bytes | None = None
-    revision: int = 0
+    run: Run | None = None  # the last run; None if there was none, or if its text was changed since
+    origin: bytes | None = None  # hash of the request that created it; None if that request can't be repeated
+    revision: int = 0  # number of saves
 
     @property
     def position(self) -> int:
-        """Characters consumed."""
+        """Number of characters read and generated so far."""
         return self.transcript.position
+
+    @property
+    def finished_run(self) -> Run | None:
+        """The last run if it is finished. An unfinished run can't be resumed once the text has changed."""
+        return self.run if self.run is not None and self.run.finish_reason is not None else None
+
+    def require_position(self, position: int | None) -> None:
+        """Raise PositionConflict unless the session is at this position. None accepts any."""
+        if position is not None and position != self.position:
+            raise PositionConflict(f"the text has {self.position} characters, not {position}", self.position)
+
+    def require_within(self, position: int, param: str = "position") -> None:
+        """Raise PositionConflict, naming `param`, if a position is after the end of the text."""
+        if position > self.position:
+            raise PositionConflict(
+                f"the text has {self.position} characters, not {position}", self.position, param=param
+            )

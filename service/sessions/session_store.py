@@ -1,91 +1,130 @@
-"""Where sessions are kept: the contract between what works on them and what stores them."""
+"""The contract between the operations on sessions and the place where sessions are stored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from service.errors import OutcomeUnknown, StoreUnavailable
 from service.sessions.session import Session
+
+# The values of a metric's label: "claim" is `compare_and_save`, "renew" the renewal of a lease.
+Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "page"]
 
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """The right to change a session, until it is released. session: as it was when the lease was taken. on_takeover: to
-    be called, on a thread of its own, when another process wants the session, or has it already.
-    """
+    """The exclusive right to change a session, from `lease` until `release`."""
 
-    session: Session
+    session: Session  # as it was when the lease was taken
+    # Called on a thread of its own when another process requests the session, or has already taken it over. The holder
+    # then saves and releases. None if the holder is not notified.
     on_takeover: Callable[[], None] | None = None
 
 
 class SessionStore(Protocol):
-    """Sessions by owner and id. Values go in and come out: nobody sees a change before it is saved.
+    """Stores sessions by owner and id.
 
-    A session lives `ttl_s` seconds after its last lease was released, or after its creation. One that is leased neither
-    expires nor is evicted. Of one that expired or was evicted the store remembers for a while that it was there. The
-    session of one owner doesn't exist for another. Any number of threads may call; none waits for long. One that keeps
-    sessions elsewhere may raise StoreUnavailable in every method but `release`, and SessionLost wherever a session is
-    loaded whose last save it has lost.
+    Sessions are values: a change becomes visible when it is saved, never before. A session expires `ttl_s` seconds
+    after its creation or after the last release of a lease. While it is leased it neither expires nor is evicted. For
+    some time the store remembers which sessions expired or were evicted, and raises SessionGone instead of
+    SessionNotFound. An owner's sessions don't exist for other owners.
+
+    Any number of threads may call. No call blocks for long. A store outside this process may raise StoreUnavailable in
+    every method except `release`, and SessionLost in every method that loads a session whose last save it has lost.
     """
 
     def create(self, session: Session) -> Session:
-        """Keep a new one, as revision 1, with `created_at` and `expires_at` set.
+        """Store a new session and return it with `revision` 1 and with `created_at` and `expires_at` set.
 
-        Raises SessionExists, and Overloaded if there is no room that idle sessions could make.
+        Raises SessionExists if the id is in use, and Overloaded if evicting every idle session would not make room.
         """
         ...
 
     def load(self, owner: str, session_id: str) -> Session:
-        """As it was saved last. It may be leased to somebody. Raises SessionNotFound, SessionGone."""
+        """Return the session as it was last saved, also while it is leased. Raises SessionNotFound, SessionGone."""
         ...
 
     def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:
-        """Reserve it, and load it. Raises SessionBusy if it is reserved, SessionNotFound, SessionGone.
+        """Lease the session and load it. Raises SessionBusy if it is leased; SessionNotFound, SessionGone.
 
-        take_over: another process that has it is asked to give it up, and waited for.
+        take_over: if another process has the lease, ask that process to release it and wait. Raises SessionBusy if it
+        doesn't do so in time.
         """
         ...
 
     def cached_copy(self, owner: str, session_id: str) -> Session | None:
-        """As this process saw it last, without asking: good for nothing but `compare_and_save`. None: not known.
+        """Return a cached, possibly stale copy. Use it only for `compare_and_save`.
 
-        Also None where asking takes no time.
+        None if there is no copy, or if loading is so cheap that the store has no cache.
         """
         ...
 
     def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
-        """Reserve and save it in one exchange; the lease, whose session is as it was saved.
+        """Replace `session`, a `cached_copy`, by `changed` in one exchange. The session is leased afterwards.
 
-        session: what `cached_copy` gave. None: it doesn't stand so any more, or is reserved, and nothing has changed.
-        release: as of `save`.
+        Returns the lease with the saved session. Returns None and changes nothing if the copy was stale or the session
+        is leased. A store outside this process raises OutcomeUnknown if the save may or may not have happened.
+
+        release: release the lease as part of the same exchange.
         """
         ...
 
     def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
-        """Keep its new state, if `session.revision` is the one that is kept; the new revision, one higher.
+        """Save the leased session and return its new revision, which is one higher.
 
-        release: and give the lease back. Raises RevisionConflict, also if the lease is not, or no longer, valid; then
-        nothing has changed.
+        Raises RevisionConflict and changes nothing if `session.revision` is not the stored one, or if the lease has
+        been released or lost. A store outside this process raises OutcomeUnknown if the save may or may not have
+        happened.
+
+        release: release the lease as part of the same exchange.
         """
         ...
 
     def release(self, lease: Lease) -> None:
-        """Give it back, which counts as use. Harmless if that was done."""
+        """Release the lease. This counts as a use of the session. Does nothing if the lease is already released."""
         ...
 
     def delete(self, lease: Lease) -> None:
-        """Forget it, as if it had never been. Raises RevisionConflict if the lease is not valid."""
+        """Delete the leased session; it is then unknown. Raises RevisionConflict if the lease was released or lost."""
         ...
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """The owner's, in the order of ids, those above `after`: `limit` at most."""
+        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
         ...
 
     def check(self) -> None:
-        """Raises StoreUnavailable while sessions can't be had."""
+        """Raise StoreUnavailable while the store can't be used."""
         ...
 
     def close(self) -> None:
-        """End its threads, and close its connections."""
+        """End the store's threads and close its connections."""
         ...
+
+
+class StoreObserver(Protocol):
+    """Receives the duration and the failures of exchanges with a store outside this process. Called by any thread."""
+
+    def observe(self, operation: Operation, duration_s: float) -> None:
+        """Record the duration of an exchange, whatever its result was."""
+        ...
+
+    def count_failure(self, operation: Operation) -> None:
+        """Count an exchange in which the store was unreachable or didn't answer in time."""
+        ...
+
+
+@contextmanager
+def safe_to_retry(is_idempotent: bool = True) -> Iterator[None]:
+    """Map an unknown outcome to "safe to retry" for an idempotent write: StoreUnavailable replaces OutcomeUnknown.
+
+    A write is idempotent if it changes no text, or if its request names the position at which the text belongs.
+    """
+    try:
+        yield
+    except OutcomeUnknown as error:
+        if not is_idempotent:
+            raise
+        raise StoreUnavailable("the session store did not answer; repeating the request is safe: try again") from error

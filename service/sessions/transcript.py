@@ -1,4 +1,4 @@
-"""The text of a session as far as it is retained, with states on the way from which any place in it is soon stepped."""
+"""The retained text of a session, with checkpoints: states from which any retained position is reached in few steps."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from service.errors import PositionGone
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """A stretch of text and the state after it; sessions that were forked from one another share them.
-
-    end: the position after it. hidden: (L, H) float32, not to be written to.
-    """
+    """A part of a text that ends at a checkpoint. Sessions that were forked from one another share segments."""
 
     text: str
-    end: int
-    hidden: Float32
+    end: int  # the position after the text
+    hidden: Float32  # (L, H), the state at `end`; must not be written to
 
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """How much is kept. checkpoint_chars: from one state on the way to the next, and so the most that has to be stepped
-    again to come to a position. max_chars: of a session's text; at least so many, and less than a stretch more.
-    """
+    """How much of a session's text is retained, and how densely it has checkpoints."""
 
+    # Distance between two checkpoints. At most this many characters are stepped again to reach a retained position.
     checkpoint_chars: int = 256
+    # At least the last `max_chars` characters are retained, and fewer than `max_chars + segment_chars`.
     max_chars: int = 65_536
 
     @property
     def segment_chars(self) -> int:
-        """By how much text is dropped, and from one of the states that stores outside the process keep to the next:
-        where a text begins must not depend on where it was kept meanwhile. 4,096 unless the text is short.
+        """Text is dropped in units of this size, which is also the distance between the checkpoints in a stored record.
+
+        Both are the same number so that the place where a text begins doesn't depend on the store that it was in.
+        It is 4,096 characters with the default settings, and less if `max_chars` is small.
         """
         return self.checkpoint_chars * max(1, min(16, self.max_chars // self.checkpoint_chars // 4))
 
     def checkpoint_positions(self, start: int, end: int) -> tuple[int, ...]:
-        """Positions above start, up to end, whose states a text that grows from start to end needs."""
+        """Return the checkpoints, in rising order, that a text needs when it grows from `start` to `end`.
+
+        They are greater than `start` and at most `end`. Text that will be dropped at once gets none.
+        """
         every = self.checkpoint_chars
         first = max(start, end - self.max_chars - self.segment_chars) // every + 1
         return tuple(range(first * every, end + 1, every))
@@ -47,28 +49,26 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """A text, of which the characters from position `start` on are retained. It never changes: changes make another.
-
-    segments: one after the other; the first one may lie before start, for its state alone. Where there is none, the
-    state at `start` is the zero state. tail: what follows the last segment.
-    """
+    """An immutable text of which the characters from position `start` on are retained."""
 
     start: int = 0
+    # Adjacent segments. The first one may end at `start`: then it contributes only the state there. If no segment ends
+    # at `start`, the state there is the zero state.
     segments: tuple[Segment, ...] = ()
-    tail: str = ""
+    tail: str = ""  # the text after the last segment
 
     @classmethod
     def from_state(cls, position: int, hidden: Float32) -> Transcript:
-        """One of which no character is known, only the (L, H) state after `position` of them."""
+        """Return a transcript without any retained text, for an (L, H) state at a position."""
         return cls(position, (Segment("", position, hidden),))
 
     @property
     def position(self) -> int:
-        """Characters consumed."""
+        """Number of characters read and generated so far."""
         return self._tail_start + len(self.tail)
 
     def text(self, start: int, end: int) -> str:
-        """The characters from start up to end <= position. Raises PositionGone."""
+        """Return the characters from `start` to `end` <= position. Raises PositionGone if `start` isn't retained."""
         self._check(start)
         first = bisect_right(self.segments, start, key=_end)
         last = bisect_left(self.segments, end, key=_end) + 1
@@ -79,31 +79,37 @@ class Transcript:
         return "".join(parts)[start - begin : end - begin]
 
     def nearest_checkpoint(self, position: int) -> tuple[int, Float32 | None]:
-        """The last place up to `position` whose (L, H) state is known, and the state; None: the zero state.
+        """Return the last checkpoint up to `position`, and the (L, H) state there; None is the zero state.
 
-        Raises PositionGone.
+        Raises PositionGone if `position` isn't retained.
         """
         self._check(position)
-        place = bisect_right(self.segments, position, key=_end)
-        return (self.segments[place - 1].end, self.segments[place - 1].hidden) if place else (self.start, None)
+        num_before = bisect_right(self.segments, position, key=_end)
+        if not num_before:
+            return self.start, None
+        return self.segments[num_before - 1].end, self.segments[num_before - 1].hidden
 
-    def extended(self, text: str, states: Mapping[int, Float32], retention: Retention) -> Transcript:
-        """With more text. states: position -> (L, H) after it, of all that `retention` names; they are kept."""
+    def extend(self, text: str, states: Mapping[int, Float32], retention: Retention) -> Transcript:
+        """Return a transcript with more text, from which text that needn't be retained any more is dropped.
+
+        states: (L, H) by position, for all of `retention.checkpoint_positions`. The transcript keeps the arrays.
+        """
         segments, begin = [*self.segments], self._tail_start
         tail, end = self.tail + text, self.position + len(text)
-        for border in (border for border in sorted(states) if border <= end):
-            segments.append(Segment(tail[: border - begin], border, states[border]))
-            tail, begin = tail[border - begin :], border
-        # A segment that only its state is needed of makes what lies before it superfluous.
-        num_gone = bisect_right(segments, end - retention.max_chars, key=_end)
-        while num_gone and segments[num_gone - 1].end % retention.segment_chars:
-            num_gone -= 1
-        if num_gone:
-            return Transcript(max(self.start, segments[num_gone - 1].end), tuple(segments[num_gone - 1 :]), tail)
+        for checkpoint in (checkpoint for checkpoint in sorted(states) if checkpoint <= end):
+            segments.append(Segment(tail[: checkpoint - begin], checkpoint, states[checkpoint]))
+            tail, begin = tail[checkpoint - begin :], checkpoint
+        # The last dropped segment stays in the tuple: its state is the one at the new start.
+        num_dropped = bisect_right(segments, end - retention.max_chars, key=_end)
+        while num_dropped and segments[num_dropped - 1].end % retention.segment_chars:
+            num_dropped -= 1
+        if num_dropped:
+            start = max(self.start, segments[num_dropped - 1].end)
+            return Transcript(start, tuple(segments[num_dropped - 1 :]), tail)
         return Transcript(self.start, tuple(segments) if len(segments) > len(self.segments) else self.segments, tail)
 
     def truncate(self, position: int) -> Transcript:
-        """Only what lies before a retained position. Raises PositionGone."""
+        """Return the transcript up to a retained position. Raises PositionGone if it isn't retained."""
         begin, _ = self.nearest_checkpoint(position)
         num_segments = bisect_right(self.segments, position, key=_end)
         return Transcript(self.start, self.segments[:num_segments], self.text(begin, position))

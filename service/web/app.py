@@ -20,8 +20,8 @@ from service.periodic import PeriodicThread
 from service.registry.loaded_models import EngineSettings, LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
+from service.sessions.session_store import StoreObserver
 from service.sessions.transcript import Retention
-from service.sessions.watch import StoreWatch
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.store.model_store import ModelStore
 from service.web.access import register_access
@@ -116,7 +116,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     if settings.model_poll_s:
         ending.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
     app.extensions["gru_serve"] = ending
-    drain.on_interrupt(lambda: sessions.runs.end_all(INTERRUPT_S / 2))
+    drain.on_interrupt(lambda: sessions.runs.interrupt_all(INTERRUPT_S / 2))
     drain.on_interrupt(models.close)  # after the runs: those of sessions are saved, and completions get an error
     app.extensions["gru_serve_drain"] = drain  # for the process around it
     log.info(
@@ -134,7 +134,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
 
 
 def _session_store(
-    settings: Settings, retention: Retention, watch: StoreWatch, ending: ExitStack
+    settings: Settings, retention: Retention, observer: StoreObserver, ending: ExitStack
 ) -> MemoryStore | RedisStore:
     url = settings.session_store.get_secret_value()
     if url.startswith("memory:"):
@@ -146,7 +146,7 @@ def _session_store(
     from service.sessions.redis_store import RedisStore
 
     try:
-        store = RedisStore(RedisServer(url, watch=watch), retention.segment_chars, settings.max_session_bytes)
+        store = RedisStore(RedisServer(url, observer=observer), retention.segment_chars, settings.max_session_bytes)
     except ValueError as error:
         raise InvalidSettings(f"GRU_SERVE_SESSION_STORE: {error}", param="session_store") from error
     ending.callback(store.close)

@@ -13,7 +13,7 @@ from flask import Response
 
 from service.engine.stepper import Scores
 from service.errors import GruServeError
-from service.generation.completion import Completion, Piece
+from service.generation.completion import Completion, CompletionChunk
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.web import schemas
@@ -39,8 +39,8 @@ class CompletionAnswer:
     def whole(self, client_has_left: Callable[[], bool]) -> Response:
         """The answer when everything is generated. Raises EngineFailed."""
         completion = self._completion
-        pieces: list[list[Piece]] = [[] for _ in completion.choices]
-        for item in completion.pieces(None, IDLE_S):
+        pieces: list[list[CompletionChunk]] = [[] for _ in completion.choices]
+        for item in completion.chunks(None, IDLE_S):
             if item is not None:
                 pieces[item[0].index].append(item[1])
             elif client_has_left():
@@ -67,7 +67,7 @@ class CompletionAnswer:
         num_shown = [0] * len(completion.choices)
         ending = "left"
         try:
-            for item in completion.pieces(FLUSH_INTERVAL_S, IDLE_S):
+            for item in completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
                 if item is None:
                     if client_has_left():
                         return

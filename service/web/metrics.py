@@ -32,7 +32,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class StoreMetrics:
-    """Implements `StoreWatch`: how long a session store takes, and how often it can't be had."""
+    """Implements `StoreObserver`: how long a session store takes, and how often it can't be had."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seconds = Histogram(
@@ -43,12 +43,12 @@ class StoreMetrics:
             f"{PREFIX}session_store_errors", "Exchanges that failed.", ["operation"], registry=registry
         )
 
-    def took(self, operation: str, duration_s: float) -> None:
-        """See StoreWatch."""
+    def observe(self, operation: str, duration_s: float) -> None:
+        """See StoreObserver."""
         self._seconds.labels(operation).observe(duration_s)
 
-    def failed(self, operation: str) -> None:
-        """See StoreWatch."""
+    def count_failure(self, operation: str) -> None:
+        """See StoreObserver."""
         self._errors.labels(operation).inc()
 
 

@@ -50,7 +50,7 @@ def feed_answer(fed: FeedResult) -> Response:
 
 def whole_run(continuation: RunStream, client_has_left: Callable[[], bool]) -> Response:
     """The answer when everything is generated. Raises RunTakenOver, EngineFailed, Draining."""
-    for piece in continuation.pieces(None, IDLE_S):
+    for piece in continuation.chunks(None, IDLE_S):
         if piece is None and client_has_left():
             return error_response("the client has closed the connection", "client_gone")
     answer = {"text": continuation.text} | _facts(continuation)
@@ -61,7 +61,7 @@ def run_events(continuation: RunStream, client_has_left: Callable[[], bool]) -> 
     """Server-sent events, each with the position after it as its id; None is a moment of silence."""
     started, ending, num_chars = time.perf_counter(), "left", 0
     try:
-        for piece in continuation.pieces(FLUSH_INTERVAL_S, IDLE_S):
+        for piece in continuation.chunks(FLUSH_INTERVAL_S, IDLE_S):
             if piece is None:
                 if client_has_left():
                     return

@@ -14,8 +14,8 @@ from werkzeug.exceptions import MethodNotAllowed
 from service.errors import InvalidValue
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels

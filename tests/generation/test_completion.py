@@ -1,4 +1,4 @@
-"""Completions: a function of model, text, settings, seed and position, however they are asked for and delivered."""
+"""Completions: the text depends on model, prompt, settings, seed and position, not on how it is requested or sent."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def request(model: LoadedModel, *prompts: str, **changes: Any) -> CompletionRequ
 
 
 def finish(completion: Completion, flush_interval_s: float | None = None) -> dict[int, tuple[str, Scores | None]]:
-    """Text and scores of every choice."""
+    """Return the text and the scores of every choice."""
     texts: dict[int, str] = dict.fromkeys(range(len(completion.choices)), "")
     scores: dict[int, list[Scores]] = {index: [] for index in texts}
-    for item in completion.pieces(flush_interval_s, 5):
+    for item in completion.chunks(flush_interval_s, 5):
         assert item is not None
         choice, piece = item
         texts[choice.index] += piece.text
@@ -47,36 +47,36 @@ def text(model: LoadedModel, *prompts: str, **changes: Any) -> str:
     return finish(Completion(model, request(model, *prompts, **changes)))[0][0]
 
 
-def test_a_text_is_fixed_by_its_seed(model: LoadedModel) -> None:
+def test_seed__determines_the_text(model: LoadedModel) -> None:
     one, same, other = (text(model, seed=seed) for seed in (7, 7, 8))
     assert one == same
     assert one != other
     assert len(one) == 30
 
 
-def test_a_continuation_of_the_continuation_is_the_longer_continuation(model: LoadedModel) -> None:
+def test_completion__of_a_completion_is_the_longer_completion(model: LoadedModel) -> None:
     whole = text(model)
     for cut in (1, 11, 29):
         assert text(model, "ROMEO:" + whole[:cut], max_chars=30 - cut) == whole[cut:]
 
 
-def test_an_empty_prompt_is_continued_from_the_zero_state(model: LoadedModel) -> None:
+def test_prompt__may_be_empty(model: LoadedModel) -> None:
     assert len(text(model, "")) == 30
 
 
-def test_greedy_is_the_same_for_every_seed(model: LoadedModel) -> None:
+def test_temperature_0__gives_the_same_text_for_every_seed(model: LoadedModel) -> None:
     assert len({text(model, sampling=SamplingSettings(temperature=0), seed=seed) for seed in range(3)}) == 1
 
 
 @pytest.mark.parametrize("flush_interval_s", [None, 0.0, 0.002])
-def test_however_it_is_gathered_it_is_the_same_text(model: LoadedModel, flush_interval_s: float | None) -> None:
+def test_flush_interval__does_not_change_the_text(model: LoadedModel, flush_interval_s: float | None) -> None:
     whole = text(model, max_chars=500)
     completion = Completion(model, request(model, max_chars=500))
     assert finish(completion, flush_interval_s)[0][0] == whole
     assert completion.num_generated == 500
 
 
-def test_the_prefix_cache_changes_no_bit(tiny_store: ModelStore) -> None:
+def test_prefix_cache__changes_no_bit(tiny_store: ModelStore) -> None:
     prompts = ["ROMEO:", "ROMEO: what", "ROMEO: what light", "", "R", "ROMEO: what light"]
     how = {"num_logprobs": 3, "sampling": SamplingSettings(top_k=8, repetition_penalty=1.3)}
     results, cached = [], []
@@ -95,7 +95,7 @@ def test_the_prefix_cache_changes_no_bit(tiny_store: ModelStore) -> None:
     assert cached == [[0] * 6, [len(prompt) for prompt in prompts]]
 
 
-def test_an_extended_prompt_steps_only_what_is_new(model: LoadedModel) -> None:
+def test_prefix_cache__saves_stepping_a_known_beginning(model: LoadedModel) -> None:
     whole = text(model)
     completion = Completion(model, request(model, "ROMEO:" + whole + " I"))
     finish(completion)
@@ -103,7 +103,7 @@ def test_an_extended_prompt_steps_only_what_is_new(model: LoadedModel) -> None:
     assert completion.num_prompt == 38
 
 
-def test_a_stop_string_ends_the_text_before_it(model: LoadedModel) -> None:
+def test_stop__ends_the_text_before_the_string(model: LoadedModel) -> None:
     whole = text(model)
     stop = whole[10:13]
     for stops in ((stop,), ("§", stop), (stop[1:], stop)):
@@ -115,7 +115,7 @@ def test_a_stop_string_ends_the_text_before_it(model: LoadedModel) -> None:
     assert unmatched.choices[0].finish_reason == "length"
 
 
-def test_characters_of_a_stop_string_are_drawn_and_never_shown_with_their_scores(model: LoadedModel) -> None:
+def test_stop__returns_no_scores_of_the_string(model: LoadedModel) -> None:
     whole = text(model)
     made = Completion(model, request(model, stop=(whole[10:13],), num_logprobs=2))
     shown, scores = finish(made, 0.0)[0]
@@ -124,13 +124,13 @@ def test_characters_of_a_stop_string_are_drawn_and_never_shown_with_their_scores
     assert made.num_generated == len(shown) + 3
 
 
-def test_several_prompts_get_what_each_gets_alone(model: LoadedModel) -> None:
+def test_prompts__get_the_text_that_each_gets_alone(model: LoadedModel) -> None:
     prompts = ["ROMEO:", "", "JULIET: O", "ROMEO:"]
     together = finish(Completion(model, request(model, *prompts)))
     assert [together[index][0] for index in range(4)] == [text(model, prompt) for prompt in prompts]
 
 
-def test_several_continuations_differ_and_the_first_is_the_only_one_of_a_single_request(model: LoadedModel) -> None:
+def test_n__gives_different_texts_the_first_as_with_n_1(model: LoadedModel) -> None:
     texts = finish(Completion(model, request(model, "ROMEO:", "I", n=4, best_of=4)))
     assert len({texts[index][0] for index in range(8)}) == 8
     assert texts[0][0] == text(model)
@@ -138,7 +138,7 @@ def test_several_continuations_differ_and_the_first_is_the_only_one_of_a_single_
     assert finish(Completion(model, request(model, n=4, best_of=4)))[2] == texts[2]
 
 
-def test_a_prompt_for_several_continuations_is_read_once(tiny_store: ModelStore) -> None:
+def test_n__reads_the_prompt_once(tiny_store: ModelStore) -> None:
     steps = 0
     with loaded_model(tiny_store, prefix_cache_bytes=0) as model:
         advance = model.engine._stepper.advance
@@ -155,7 +155,7 @@ def test_a_prompt_for_several_continuations_is_read_once(tiny_store: ModelStore)
     assert steps == 180 + 5 * 2
 
 
-def test_the_best_are_those_with_the_highest_mean_logprob(model: LoadedModel) -> None:
+def test_best_of__chooses_the_highest_mean_logprob(model: LoadedModel) -> None:
     every = Completion(model, request(model, n=6, best_of=6, num_logprobs=0))
     scores = {index: float(scored.chosen.mean()) for index, (_, scored) in finish(every).items() if scored is not None}
     ranked = sorted(scores, key=lambda index: -scores[index])
@@ -166,7 +166,7 @@ def test_the_best_are_those_with_the_highest_mean_logprob(model: LoadedModel) ->
     assert best.num_generated == 180
 
 
-def test_an_echo_begins_with_the_prompt_and_scores_it(model: LoadedModel) -> None:
+def test_echo__returns_and_scores_the_prompt(model: LoadedModel) -> None:
     plain = text(model)
     assert text(model, echo=True) == "ROMEO:" + plain
     shown, scores = finish(Completion(model, request(model, echo=True, num_logprobs=4)), 0.0)[0]
@@ -180,12 +180,12 @@ def test_an_echo_begins_with_the_prompt_and_scores_it(model: LoadedModel) -> Non
     assert read_scores.chosen[1:].tobytes() == scores.chosen[1:].tobytes()
 
 
-def test_an_empty_echo_of_nothing_is_empty(model: LoadedModel) -> None:
+def test_echo__of_an_empty_prompt_is_empty(model: LoadedModel) -> None:
     assert finish(Completion(model, request(model, "", echo=True, num_logprobs=1, max_chars=0)))[0] == ("", None)
     assert text(model, "", echo=True, max_chars=0) == ""
 
 
-def test_threads_side_by_side_get_what_each_gets_alone(model: LoadedModel) -> None:
+def test_threads__get_the_text_that_each_gets_alone(model: LoadedModel) -> None:
     alone = {seed: text(model, seed=seed, max_chars=100) for seed in range(6)}
     together: dict[int, str] = {}
 
@@ -200,22 +200,22 @@ def test_threads_side_by_side_get_what_each_gets_alone(model: LoadedModel) -> No
     assert together == alone
 
 
-def test_more_than_fit_are_refused_whole(tiny_store: ModelStore) -> None:
+def test_overload__refuses_the_whole_request(tiny_store: ModelStore) -> None:
     with loaded_model(tiny_store, max_running=2, max_waiting=1) as model:
         with pytest.raises(Overloaded):
             Completion(model, request(model, n=4, best_of=4))
         assert len(finish(Completion(model, request(model, n=3, best_of=3)))) == 3
 
 
-def test_cancelling_stops_everything(model: LoadedModel) -> None:
+def test_cancel__stops_all_choices(model: LoadedModel) -> None:
     completion = Completion(model, request(model, n=3, best_of=3, max_chars=10**6))
     completion.cancel()
     assert {choice.handle.wait().reason for choice in completion.choices} == {"cancelled"}
-    over: list[Choice] = [item[0] for item in completion.pieces(0.0, 1) if item is not None]
+    over: list[Choice] = [item[0] for item in completion.chunks(0.0, 1) if item is not None]
     assert {choice.index for choice in over} == {0, 1, 2}
 
 
-def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: Path) -> None:
+def test_models__are_loaded_once_and_evicted_least_recently_used_first(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     for name in ("a", "b", "c"):
         publish_tiny(store, name)
@@ -225,19 +225,19 @@ def test_models_are_loaded_once_and_the_least_recently_used_goes(tmp_path: Path)
     b = models.get("b")
     assert models.get("a@latest") is a
     before = text(b)
-    models.get("c")  # b goes
+    models.get("c")  # evicts b
     assert models.get("a") is a
-    assert text(b) == before  # and serves whoever still holds it
+    assert text(b) == before  # a request that has b can still use it
     assert models.get("b") is not b
     publish_tiny(store, "a", seed=1)
-    assert models.get("a") is a  # nobody waits for a new version
+    assert models.get("a") is a  # requests don't look for a new version
     models.resolver.refresh()
     assert models.get("a").version.ref == "a@2"
     assert models.get("a@1").digest == a.digest
     models.close()
 
 
-def test_a_slow_load_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models__can_be_used_while_another_one_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = ModelStore(tmp_path)
     for name in ("small", "big"):
         publish_tiny(store, name)
@@ -262,7 +262,7 @@ def test_a_slow_load_holds_up_nobody_else(tmp_path: Path, monkeypatch: pytest.Mo
     assert loads == ["big@1"]
 
 
-def test_the_fingerprint_names_model_and_arithmetic(tiny_store: ModelStore, tmp_path: Path) -> None:
+def test_fingerprint__depends_on_model_and_arithmetic(tiny_store: ModelStore, tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store, seed=5)
     prints = set()
@@ -274,7 +274,7 @@ def test_the_fingerprint_names_model_and_arithmetic(tiny_store: ModelStore, tmp_
     assert len(prints) == 3
 
 
-def test_the_precision_is_the_versions_own_unless_another_is_set(tmp_path: Path) -> None:
+def test_precision__is_the_versions_own_unless_set(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     with loaded_model(store) as model:

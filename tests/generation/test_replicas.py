@@ -1,4 +1,4 @@
-"""Replicas that share a Redis server: sessions go from one to another, and nothing is lost, doubled or changed."""
+"""Replicas that share a Redis server: sessions move between them, and nothing is lost, repeated or changed."""
 
 from __future__ import annotations
 
@@ -30,16 +30,15 @@ from service.errors import (
 )
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
-from service.sessions.session_store import Lease
+from service.sessions.session_store import Lease, Operation
 from service.sessions.transcript import Retention
-from service.sessions.watch import Operation
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
@@ -56,13 +55,15 @@ def url(redis_url: str) -> str:
 
 @pytest.fixture
 def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]]:
-    """Makes replicas of one deployment."""
+    """Return a function that makes replicas of one deployment."""
     prefix = secrets.token_hex(8)
     with ExitStack() as ending:
 
         def make(at: str = url) -> Replica:
             retention = Retention(16, 10_000)
-            store = RedisStore(RedisServer(at, settle_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
+            store = RedisStore(
+                RedisServer(at, recovery_window_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S
+            )
             ending.callback(store.close)
             models = LoadedModels(tiny_store, 1, engine_settings())
             ending.callback(models.close)
@@ -89,9 +90,9 @@ def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> Non
 
 
 def take(continuation: RunStream, num_chars: int = 10**9) -> str:
-    """Its text, or the beginning of it, of at least so many characters."""
+    """Return the text of a stream, or as soon as there are num_chars characters, its beginning."""
     text = ""
-    for piece in continuation.pieces(0.0, 20):
+    for piece in continuation.chunks(0.0, 20):
         text += piece.text if piece is not None else ""
         if len(text) >= num_chars:
             break
@@ -108,13 +109,13 @@ def text_of(replica: Replica, session_id: str = "a") -> str:
 
 
 def dies(replica: Replica) -> None:
-    """What its process would no longer do: renew leases, save, release."""
+    """Keep a replica from renewing its leases, saving and releasing, as if its process were dead."""
     store = replica[1]
     store._renewer.close()
     store._server.call = lambda *_: (_ for _ in ()).throw(StoreUnavailable("dead"))  # type: ignore[method-assign]
 
 
-def test_each_sees_what_the_others_did(replicas: Callable[[], Replica]) -> None:
+def test_replicas__see_each_others_saves(replicas: Callable[[], Replica]) -> None:
     one, two = replicas(), replicas()
     create(one)
     for number in range(20):
@@ -134,41 +135,41 @@ def test_each_sees_what_the_others_did(replicas: Callable[[], Replica]) -> None:
 
 @contextmanager
 def exchanges(replica: Replica) -> Iterator[list[Operation]]:
-    """What is asked of the store meanwhile."""
-    server, asked = replica[1]._server, []
+    """Return the list to which the operations of the replica's store are appended during the block."""
+    server, operations = replica[1]._server, []
     call = server.call
 
     def listen(operation: Operation, key: str, *arguments: Any) -> list[Any]:
-        asked.append(operation)
+        operations.append(operation)
         return call(operation, key, *arguments)
 
     server.call = listen  # type: ignore[method-assign]
-    yield asked
+    yield operations
     server.call = call  # type: ignore[method-assign]
 
 
-def test_what_was_seen_last_is_not_asked_for_again(replicas: Callable[[], Replica]) -> None:
+def test_cached_copy__saves_exchanges_with_redis(replicas: Callable[[], Replica]) -> None:
     one, two = replicas(), replicas()
     create(one)
-    with exchanges(one) as asked:
+    with exchanges(one) as operations:
         one[0].feeding.feed("", "a", FeedRequest("to be "))
-        assert asked == ["claim"]
+        assert operations == ["claim"]
         first = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 12))
-        assert asked == ["claim", "claim", "save"]
-    with exchanges(two) as asked:  # it has not seen it
+        assert operations == ["claim", "claim", "save"]
+    with exchanges(two) as operations:  # it has no cached copy
         two[0].feeding.feed("", "a", FeedRequest("x", 32))
-        assert asked == ["lease", "save"]
-    with exchanges(one) as asked:  # what it has seen is no longer so
+        assert operations == ["lease", "save"]
+    with exchanges(one) as operations:  # its cached copy is stale
         one[0].feeding.feed("", "a", FeedRequest("y"))
-        assert asked == ["claim", "lease", "save"]
+        assert operations == ["claim", "lease", "save"]
     two[0].feeding.feed("", "a", FeedRequest("z"))
-    with exchanges(one) as asked:
+    with exchanges(one) as operations:
         second = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 35))
-        assert asked == ["lease", "save", "save"]  # not as long as the caller says
+        assert operations == ["lease", "save", "save"]  # its cached copy is not at the caller's position
     two[0].feeding.feed("", "a", FeedRequest("z"))
-    with exchanges(one) as asked:
+    with exchanges(one) as operations:
         third = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), None))
-        assert asked == ["claim", "lease", "save", "save"]
+        assert operations == ["claim", "lease", "save", "save"]
     text = f"ROMEO:to be {first}xyz{second}z"
     assert text_of(one) == text_of(two) == text + third
     create(one, "alone", text)
@@ -177,28 +178,28 @@ def test_what_was_seen_last_is_not_asked_for_again(replicas: Callable[[], Replic
 
 @pytest.mark.parametrize("position", [None, 6])
 @pytest.mark.parametrize("someone_goes_on", [False, True])
-def test_a_feed_whose_answer_got_lost_is_not_done_twice(
+def test_feed__whose_answer_was_lost_is_not_done_twice(
     replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch, someone_goes_on: bool, position: int | None
 ) -> None:
-    """It is asked for again on another connection. If somebody has gone on since, nobody can tell whether from it."""
+    """It is tried again on another connection. If another replica has saved since, the outcome is unknown."""
     one, two = replicas(), replicas()
     create(one)
-    run = one[1]._server._run
+    run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_second: bool = False) -> Any:
-        answer = run(*arguments, is_second=is_second)
-        if not is_second:
+    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+        answer = run(*arguments, is_retry=is_retry)
+        if not is_retry:
             if someone_goes_on:
                 two[0].feeding.feed("", "a", FeedRequest("b"))
             raise errors.ConnectionError
         return answer
 
     with monkeypatch.context() as lost, ExitStack() as expecting:
-        lost.setattr(one[1]._server, "_run", lose)
+        lost.setattr(one[1]._server, "_run_script", lose)
         if someone_goes_on:
             error = OutcomeUnknown if position is None else StoreUnavailable
             expecting.enter_context(
-                pytest.raises(error, match="may have been done" if position is None else "harmless")
+                pytest.raises(error, match="may or may not have been done" if position is None else "safe")
             )
         one[0].feeding.feed("", "a", FeedRequest("a", position))
     if position is not None:
@@ -206,22 +207,22 @@ def test_a_feed_whose_answer_got_lost_is_not_done_twice(
     assert text_of(two) == ("ROMEO:ab" if someone_goes_on else "ROMEO:a")
 
 
-def test_a_run_whose_beginning_got_lost_can_be_asked_for_again(
+def test_generate__whose_start_was_lost_can_be_repeated(
     replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = replicas(), replicas()
     request = replace(LONG, max_chars=50)
     create(one)
-    run = one[1]._server._run
+    run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_second: bool = False) -> Any:
-        run(*arguments, is_second=is_second)
+    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+        run(*arguments, is_retry=is_retry)
         raise errors.TimeoutError
 
     for replica, position in ((one, 6), (one, None)):
         with monkeypatch.context() as lost:
-            lost.setattr(one[1]._server, "_run", lose)
-            with pytest.raises(StoreUnavailable, match="harmless"):
+            lost.setattr(one[1]._server, "_run_script", lose)
+            with pytest.raises(StoreUnavailable, match="safe"):
                 replica[0].runs.generate("", "a", request, position)
         assert text_of(two) == "ROMEO:"
         until_it_works(one[1].check)
@@ -231,7 +232,7 @@ def test_a_run_whose_beginning_got_lost_can_be_asked_for_again(
     assert text == uninterrupted(two, request)
 
 
-def test_what_a_dead_replica_sent_is_drawn_again(replicas: Callable[[], Replica]) -> None:
+def test_resume__generates_again_what_a_dead_replica_sent(replicas: Callable[[], Replica]) -> None:
     one, two = replicas(), replicas()
     whole = uninterrupted(one)
     create(one)
@@ -245,8 +246,8 @@ def test_what_a_dead_replica_sent_is_drawn_again(replicas: Callable[[], Replica]
 
 
 @pytest.mark.parametrize("operation", ["feed", "rewind", "fork", "generate"])
-def test_so_it_is_for_whoever_goes_on_otherwise(replicas: Callable[[], Replica], operation: str) -> None:
-    """Nobody has to take up the stream first: the position that a client names tells how far it came."""
+def test_operations__continue_from_what_a_dead_replica_sent(replicas: Callable[[], Replica], operation: str) -> None:
+    """The stream need not be resumed first: the client's position says how far it was sent."""
     one, two = replicas(), replicas()
     create(one)
     continuation = one[0].runs.generate("", "a", LONG, None)
@@ -271,8 +272,8 @@ def test_so_it_is_for_whoever_goes_on_otherwise(replicas: Callable[[], Replica],
     continuation.close()
 
 
-def test_a_living_replica_gives_a_stream_up(replicas: Callable[[], Replica]) -> None:
-    """The balancer has sent the client elsewhere: it takes the stream along, from wherever it has come to."""
+def test_resume__takes_over_from_a_living_replica(replicas: Callable[[], Replica]) -> None:
+    """The balancer has sent the client to another replica, which continues after the client's position."""
     one, two = replicas(), replicas()
     request = replace(LONG, max_chars=1_000_000)
     create(one)
@@ -293,7 +294,21 @@ def test_a_living_replica_gives_a_stream_up(replicas: Callable[[], Replica]) -> 
     )
 
 
-def test_of_simultaneous_writes_one_wins(replicas: Callable[[], Replica]) -> None:
+def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable[[], Replica]) -> None:
+    """The taker repeats its lease request until the holder, at its next renewal, saves and releases in one exchange."""
+    one, two = replicas(), replicas()
+    create(one)
+    first = one[0].runs.generate("", "a", replace(LONG, max_chars=1_000_000), None)
+    position = 6 + len(take(first, 50))
+    with exchanges(one) as holder, exchanges(two) as taker:
+        second = two[0].runs.resume("", "a", position)
+    assert holder == ["save"]
+    assert len(taker) > 2
+    assert taker == ["lease"] * (len(taker) - 1) + ["save"]
+    second.close()
+
+
+def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Callable[[], Replica]) -> None:
     both = [replicas(), replicas()]
     create(both[0], text="")
     barrier, rounds = threading.Barrier(2), 1000
@@ -321,11 +336,11 @@ def test_of_simultaneous_writes_one_wins(replicas: Callable[[], Replica]) -> Non
     assert both[0][0].get("", "serial").hidden.tobytes() == both[1][0].get("", "a").hidden.tobytes()
 
 
-def test_who_lost_the_lease_cant_write(replicas: Callable[[], Replica]) -> None:
+def test_save__is_refused_after_the_lease_was_lost(replicas: Callable[[], Replica]) -> None:
     (_, one), (sessions, two) = replicas(), replicas()
     sessions.creation.create("", NewSession("a", "tiny", "x", seed=7))
     slept = one.lease("", "a")
-    one._renewer.close()  # it is paused for longer than the lease is good for
+    one._renewer.close()  # it is paused for longer than a lease lasts
     time.sleep(2 * LEASE_S)
     lease = two.lease("", "a")
     two.save(lease, replace(lease.session, seed=8), release=True)
@@ -335,26 +350,26 @@ def test_who_lost_the_lease_cant_write(replicas: Callable[[], Replica]) -> None:
     assert one.load("", "a").seed == two.load("", "a").seed == 8
 
 
-def test_a_lease_is_kept_for_as_long_as_it_is_held(replicas: Callable[[], Replica]) -> None:
+def test_lease__lasts_until_it_is_released(replicas: Callable[[], Replica]) -> None:
     (_, one), (_, two) = replicas(), replicas()
     create((_, one))
-    wanted = threading.Event()
+    requested = threading.Event()
     lease = one.lease("", "a")
-    lease.on_takeover = wanted.set
+    lease.on_takeover = requested.set
     time.sleep(4 * LEASE_S)
     with pytest.raises(SessionBusy):
         two.lease("", "a")
-    assert not wanted.is_set()
+    assert not requested.is_set()
     got: list[Lease] = []
     other = threading.Thread(target=lambda: got.append(two.lease("", "a", take_over=True)))
     other.start()
-    assert wanted.wait(10)
+    assert requested.wait(10)
     one.release(lease)
     other.join()
     two.release(got[0])
 
 
-# The server goes away and comes back
+# Redis fails and restarts
 
 
 @pytest.fixture
@@ -363,7 +378,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
         yield process
 
 
-def test_without_a_server_sessions_cant_be_had(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
+def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica))
     continuation = replica[0].runs.generate("", "a", LONG, None)
@@ -386,8 +401,8 @@ def test_without_a_server_sessions_cant_be_had(replicas: Callable[..., Replica],
     assert got + rest == uninterrupted(replica)
 
 
-def test_what_a_restart_lost_is_put_back(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
-    """Killed at once after the writes, with nothing of them on disk: who wrote them still has them."""
+def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
+    """Redis is killed right after the writes, which are not yet on disk: the replica that wrote them restores them."""
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica, "deleted"))
     create(replica)
@@ -408,20 +423,20 @@ def test_what_a_restart_lost_is_put_back(replicas: Callable[..., Replica], own_r
     assert text_of(replica, "new") == "ROMEO:"
     with pytest.raises(GruServeError, match="no such session"):
         replica[0].get("", "deleted")
-    with pytest.raises(SessionBusy):  # it is still reserved
+    with pytest.raises(SessionBusy):  # it is still leased
         replicas(own_redis.url)[1].lease("", "new")
     replica[1].save(lease, replace(lease.session, seed=8), release=True)
     assert replica[0].get("", "new").seed == 8
 
 
-def test_what_nobody_can_put_back_is_never_served_in_an_older_state(
+def test_restart__never_serves_an_older_save_than_was_acknowledged(
     replicas: Callable[..., Replica], own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feeding.feed("", "a", FeedRequest("ab"))
-    monkeypatch.setattr(replica[1]._renewer, "_putting_back", lambda key, _: ("load", key, "", "", 0, ""))
+    monkeypatch.setattr(replica[1]._renewer, "_restore_call", lambda key, _: ("load", key, "", "", 0, ""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()

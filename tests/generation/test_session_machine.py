@@ -1,4 +1,4 @@
-"""Any operations on sessions against the obvious model: a dict of texts, replayed from zero in one batch."""
+"""Random sequences of operations on sessions, compared with a simple model: a dict of texts, stepped from zero."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from service.errors import GruServeError
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
 from service.generation.reading import stop_ids
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
@@ -67,20 +67,20 @@ RUNS = st.builds(
 
 
 def start_of(position: int) -> int:
-    """Where a text of this length begins, of which no more is retained than has to be."""
+    """Return the first retained position of a text of this length, if no more is retained than necessary."""
     return (position - RETENTION.max_chars) // RETENTION.segment_chars * RETENTION.segment_chars
 
 
 @dataclass
 class Ran:
-    """A run. before: the text it began after; context: what was retained of that. end, reason: None unless over."""
+    """A run as the simple model knows it."""
 
-    before: str
-    context: str
+    before: str  # the whole text before the run
+    context: str  # the retained part of it
     request: RunRequest
     seed: int
     text: str = ""
-    reason: str | None = None
+    reason: str | None = None  # None while it is unfinished
 
     @property
     def start(self) -> int:
@@ -93,9 +93,9 @@ class Ran:
 
 @dataclass
 class Text:
-    """What the obvious model knows of a session. whole: its text from zero."""
+    """A session as the simple model knows it."""
 
-    whole: str
+    whole: str  # its text from position 0
     start: int
     seed: int
     expires_at: float
@@ -128,7 +128,7 @@ class Text:
 
 @dataclass
 class World:
-    """What all machines share: loading a model for each would take longer than what they test."""
+    """What all machines share: loading a model for each one would take longer than its test."""
 
     models: LoadedModels
     clock: Clock = field(default_factory=Clock)
@@ -169,14 +169,14 @@ class SessionMachine(RuleBasedStateMachine):
         self.model = self.models.get("tiny")
         self.all_stores = self.stores()
         self.replicas = [self.replica(store) for store in self.all_stores]
-        self.texts: dict[str, Text] = {}  # the least recently used first, but for open ones
+        self.texts: dict[str, Text] = {}  # the least recently used first, except for open ones
         self.open: dict[str, tuple[RunStream, Ran]] = {}
         self.gone: set[str] = set()
         self.ran: list[Ran] = []
         self.num_created = 0
 
     def stores(self) -> Sequence[SessionStore]:
-        """Those that share sessions."""
+        """Return stores that share their sessions."""
         return [MemoryStore(self.max_sessions, 10**7, self.clock)]
 
     def replica(self, store: SessionStore) -> SessionService:
@@ -185,7 +185,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @property
     def sessions(self) -> SessionService:
-        """Each is as good as the others."""
+        """The service for the next operation: each replica in turn."""
         self.replicas.append(self.replicas.pop(0))
         return self.replicas[0]
 
@@ -197,13 +197,13 @@ class SessionMachine(RuleBasedStateMachine):
         text.expires_at = self.clock.now + TTL_S
 
     def fate(self, session_id: str, *, needs_lease: bool = True) -> str | None:
-        """The code of the error that the session's absence or use makes."""
+        """Return the code of the error that an operation on this session must raise, or None."""
         if session_id not in self.texts:
             return "session_gone" if session_id in self.gone else "session_not_found"
         return "session_busy" if needs_lease and session_id in self.open else None
 
     def admit(self, session_id: str, text: Text) -> str | None:
-        """A new session; what happens to others."""
+        """Add a new session to the simple model, evicting another if necessary. Return the expected error."""
         if len(self.texts) == self.max_sessions:
             idle = [other for other in self.texts if other not in self.open]
             if not idle:
@@ -216,7 +216,7 @@ class SessionMachine(RuleBasedStateMachine):
         return None
 
     def further(self, session_id: str, num_chars: int) -> str | None:
-        """What a run that was cut goes on with, from the beginning of its text; None: not so far, or there is none."""
+        """Return the next num_chars characters of an interrupted run, or None if it hasn't as many or there is none."""
         run = self.texts[session_id].run
         if run is None or run.reason is not None or len(run.text) + num_chars > run.request.max_chars:
             return None
@@ -228,7 +228,7 @@ class SessionMachine(RuleBasedStateMachine):
         return more if len(run.text) + num_chars <= num_whole else None
 
     def replayed(self, ran: Ran) -> Request:
-        """A run from the first character of its text on."""
+        """Return the engine's request for a run, from the first character of its text."""
         encode = self.model.charset.exact
         return Request(
             encode(ran.before),
@@ -241,7 +241,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @contextmanager
     def fails(self, code: str | None) -> Iterator[None]:
-        """The block raises the error of this code; None: nothing."""
+        """Assert that the block raises an error with this code, or no error if it is None."""
         found = None
         try:
             yield
@@ -249,7 +249,7 @@ class SessionMachine(RuleBasedStateMachine):
             found = error.code
         assert found == code
 
-    # Sessions come and go
+    # Creating, deleting, expiring
 
     @rule(target=ids, text=TEXTS, seed=SEEDS, name=st.none() | st.sampled_from("abcd"))
     def create(self, text: str, seed: int, name: str | None) -> Any:
@@ -289,7 +289,7 @@ class SessionMachine(RuleBasedStateMachine):
         for store in self.all_stores:
             while sweep and isinstance(store, MemoryStore) and store.sweep(2):
                 pass
-        if not sweep:  # what nobody has swept is found out by who asks for it; eviction must not see it before that
+        if not sweep:  # an unswept session expires when it is read; before that, eviction would count it
             for session_id in self.gone:
                 with self.fails(self.fate(session_id, needs_lease=False)):
                     self.sessions.get("", session_id)
@@ -301,7 +301,7 @@ class SessionMachine(RuleBasedStateMachine):
         with self.fails("session_not_found"):
             self.sessions.runs.resume("another", session_id, None)
 
-    # SessionFeeder
+    # Feeding
 
     @rule(session_id=ids, text=TEXTS, says=st.booleans())
     def feed(self, session_id: str, text: str, says: bool) -> None:
@@ -359,7 +359,7 @@ class SessionMachine(RuleBasedStateMachine):
         code = self.fate(session_id)
         position = self.texts[session_id].position if says and session_id in self.texts else None
         if code == "session_busy" and says:
-            return  # it may be taken over: see resume
+            return  # it may take the run over: see resume
         with self.fails(code):
             continuation = self.sessions.runs.generate("", session_id, request, position)
             there = self.texts[session_id]
@@ -370,7 +370,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids)
     def generate_again(self, session_id: str) -> None:
-        """With the position where the last run began, and what it was asked for: nothing is generated twice."""
+        """Repeat the request of the last run with its position: nothing is generated twice."""
         there = self.texts.get(session_id)
         if there is None or there.run is None or session_id in self.open or there.run.start < there.start:
             return
@@ -386,7 +386,7 @@ class SessionMachine(RuleBasedStateMachine):
         there = self.texts[session_id]
         run = there.begin(replace(request, max_chars=30))
         continuation = self.sessions.runs.generate("", session_id, run.request, None)
-        pieces = continuation.pieces(0.0, 20)
+        pieces = continuation.chunks(0.0, 20)
         got = "".join(piece.text for piece, _ in zip(pieces, range(num_pieces), strict=False) if piece is not None)
         continuation.close()
         self.stopped(session_id, run)
@@ -396,8 +396,8 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids, back=st.integers(-3, 40))
     def resume(self, session_id: str, back: int) -> None:
         code = self.fate(session_id, needs_lease=False)
-        if session_id in self.open:  # it is taken over
-            self.settle(session_id)
+        if session_id in self.open:  # resume takes it over
+            self.close(session_id)
         there = self.texts.get(session_id)
         after: int | None = None
         if there is not None and there.run is not None:
@@ -419,9 +419,9 @@ class SessionMachine(RuleBasedStateMachine):
             self.use(session_id)
 
     def finish(self, session_id: str, continuation: RunStream, run: Ran, after: int) -> None:
-        """Take everything after a position, and note what the run has to have been."""
+        """Read a stream after a position to its end, and note the run in the simple model or compare it."""
         there = self.texts[session_id]
-        pieces = [piece for piece in continuation.pieces(0.0, 20) if piece is not None]
+        pieces = [piece for piece in continuation.chunks(0.0, 20) if piece is not None]
         got, position = "", after
         for piece in pieces:
             got, position = got + piece.text, position + len(piece.text)
@@ -439,7 +439,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert (continuation.text, continuation.finish_reason) == (run.text, run.reason)
 
     def stopped(self, session_id: str, run: Ran) -> None:
-        """The run was cut, or had just ended: the session tells where."""
+        """Note a run that was stopped, or had just ended, at the position at which the session is."""
         there, session = self.texts[session_id], self.sessions.get("", session_id)
         assert session.run is not None
         text = session.transcript.text(run.start, session.position)
@@ -448,7 +448,7 @@ class SessionMachine(RuleBasedStateMachine):
         run.text, run.reason, there.run = text, session.run.finish_reason, run
         self.ran.append(run)
 
-    # An open run: the session is in use
+    # Open runs: the session is leased
 
     @rule(session_id=ids, request=RUNS)
     def open_run(self, session_id: str, request: RunRequest) -> None:
@@ -459,15 +459,15 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids)
     def close_run(self, session_id: str) -> None:
         if session_id in self.open:
-            self.settle(session_id)
+            self.close(session_id)
             self.use(session_id)
 
-    def settle(self, session_id: str) -> None:
+    def close(self, session_id: str) -> None:
         continuation, run = self.open.pop(session_id)
         continuation.close()
         self.stopped(session_id, run)
 
-    # Going elsewhere
+    # Rewinding, forking, exporting
 
     @rule(session_id=ids, back=st.integers(-2, 60))
     def rewind(self, session_id: str, back: int) -> None:
@@ -547,12 +547,12 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(exported=consumes(states))
     def lose(self, exported: object) -> None:
-        """A state that nobody needs any more."""
+        """Forget an exported state."""
 
-    # What holds at any time
+    # Invariants
 
     @invariant()
-    def everything_is_as_long_as_it_should_be(self) -> None:
+    def texts_match(self) -> None:
         for session_id, text in getattr(self, "texts", {}).items():
             session = self.sessions.get("", session_id)
             if session_id in self.open:
@@ -576,9 +576,9 @@ class SessionMachine(RuleBasedStateMachine):
                 store.close()
 
     def replay(self) -> None:
-        """Every text from zero, and every run from the first character of its text."""
+        """Compare every session, and every run, with its text stepped from the zero state."""
         for session_id in list(self.open):
-            self.settle(session_id)
+            self.close(session_id)
         encode = self.model.charset.exact
         sessions = [(self.sessions.get("", session_id), text) for session_id, text in self.texts.items()]
         replays = [Request(encode(text.whole), 0, 0) for _, text in sessions]
@@ -598,21 +598,22 @@ class SessionMachine(RuleBasedStateMachine):
 
 
 class ReplicaMachine(SessionMachine):
-    """Three replicas, each operation on another one; all that they share is a Redis server."""
+    """Three replicas that share only a Redis server. Each operation is done by another one."""
 
     max_sessions = 10**6
 
     def stores(self) -> Sequence[SessionStore]:
-        # Their leases outlast any clock, because nobody renews them in a test's time.
+        # Very long leases: the tests' clock jumps, and no lease is renewed according to it.
         prefix, caches = secrets.token_hex(8), (2**20, 20_000, 0)
+        servers = [RedisServer(REDIS_URL[0], recovery_window_s=0) for _ in caches]
         return [
-            RedisStore(RedisServer(REDIS_URL[0], settle_s=0), RETENTION.segment_chars, size, prefix, 10**6, self.clock)
-            for size in caches
+            RedisStore(server, RETENTION.segment_chars, cache_bytes, prefix, 10**6, self.clock)
+            for server, cache_bytes in zip(servers, caches, strict=True)
         ]
 
     @property
     def sessions(self) -> SessionService:
-        """Who generates has it; a take-over between processes needs time that passes (test_replicas.py)."""
+        """While a run is open, always the same replica: takeovers need real time (test_replicas.py)."""
         return super().sessions if not self.open else self.replicas[0]
 
 
@@ -621,10 +622,10 @@ SETTINGS = settings(
 )
 
 
-def test_sessions_are_what_the_obvious_model_says() -> None:
+def test_sessions__match_the_simple_model() -> None:
     run_state_machine_as_test(SessionMachine, settings=settings(SETTINGS, max_examples=NUM_RUNS))
 
 
 @pytest.mark.usefixtures("with_redis")
-def test_so_are_those_of_replicas() -> None:
+def test_replicas__match_the_simple_model() -> None:
     run_state_machine_as_test(ReplicaMachine, settings=settings(SETTINGS, max_examples=NUM_RUNS // 5))

@@ -1,4 +1,4 @@
-"""SessionService: what operations at once, models that vanish and clients that leave do to them: as little as possible."""
+"""SessionService: simultaneous operations, vanishing models, clients that leave, and takeovers harm no session."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from service.errors import (
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.creation import NewSession
 from service.generation.feeding import FeedRequest
-from service.generation.run_request import RunRequest
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRequest
 from service.generation.session_service import SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
@@ -42,7 +42,7 @@ LONG = RunRequest(5000, PLAIN)
 
 
 class Bench:
-    """Sessions over a store of models of its own."""
+    """A SessionService with its own stores of models and sessions."""
 
     def __init__(self, root: Path, max_models: int = 2) -> None:
         self.models_on_disk = ModelStore(root)
@@ -65,7 +65,7 @@ class Bench:
         return self.sessions.text("", session_id, None, None)[0]
 
     def replayed(self, text: str, model: str = "tiny") -> bytes:
-        """The state after a text, stepped from zero."""
+        """Return the state after a text, stepped from the zero state."""
         session, _ = self.sessions.creation.create("", NewSession(None, model, text))
         return session.hidden.tobytes()
 
@@ -78,22 +78,22 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def drain(continuation: RunStream) -> str:
-    return "".join(piece.text for piece in continuation.pieces(0.0, 20) if piece is not None)
+    return "".join(piece.text for piece in continuation.chunks(0.0, 20) if piece is not None)
 
 
-def test_a_session_writes_what_a_completion_writes(bench: Bench) -> None:
-    """Same text, seed and settings: the same characters, also for settings that look back on the prompt."""
+def test_generate__writes_the_text_of_a_completion(bench: Bench) -> None:
+    """Same text, seed and settings give the same characters, also with settings that depend on the prompt."""
     model = bench.models.get("tiny")
     for number, sampling in enumerate((PLAIN, SamplingSettings(0.5, repetition_penalty=1.4, presence_penalty=0.5))):
         request = CompletionRequest((model.charset.encode("ROMEO: what"),), 200, 7, sampling, stop=("zz",))
-        whole = "".join(item[1].text for item in Completion(model, request).pieces(None, 5) if item is not None)
+        whole = "".join(item[1].text for item in Completion(model, request).chunks(None, 5) if item is not None)
         bench.create(f"s{number}")
         bench.sessions.feeding.feed("", f"s{number}", FeedRequest(" what"))
         assert drain(bench.generate(f"s{number}", RunRequest(200, sampling, ("zz",)))) == whole
 
 
-def test_eight_writers_at_one_position(bench: Bench) -> None:
-    """Each round one wins and the rest hear of a conflict; the text is what the winners wrote, one after the other."""
+def test_feed__succeeds_for_one_of_eight_writers_at_one_position(bench: Bench) -> None:
+    """In each round one succeeds and the others get a conflict. The text is what the successful ones wrote."""
     num_writers, num_rounds = 8, 1000
     bench.create(text="")
     outcomes: list[list[str]] = [[] for _ in range(num_rounds)]
@@ -121,7 +121,7 @@ def test_eight_writers_at_one_position(bench: Bench) -> None:
     assert bench.state() == bench.replayed(bench.text())
 
 
-def test_an_operation_under_way_refuses_others_at_once(bench: Bench) -> None:
+def test_run__makes_other_operations_busy(bench: Bench) -> None:
     bench.create()
     run = bench.generate()
     others: list[Any] = [
@@ -141,11 +141,11 @@ def test_an_operation_under_way_refuses_others_at_once(bench: Bench) -> None:
             found.close()
 
 
-def test_a_run_that_nobody_reads_can_be_taken_over(bench: Bench) -> None:
-    """Its thread may be stuck in sending to a connection that is half open: who takes over doesn't need it."""
+def test_resume__takes_over_a_run_that_nobody_reads(bench: Bench) -> None:
+    """The thread that streams it may be blocked on a half-open connection, and is not needed for the takeover."""
     bench.create()
     first = bench.generate(request=RunRequest(3000, PLAIN))
-    pieces = first.pieces(0.0, 5)
+    pieces = first.chunks(0.0, 5)
     got = next(pieces)
     assert got is not None
     second = bench.sessions.runs.resume("", "a", got.position)
@@ -158,14 +158,14 @@ def test_a_run_that_nobody_reads_can_be_taken_over(bench: Bench) -> None:
     assert bench.state() == bench.state("b")
 
 
-def test_one_who_waits_for_characters_hears_of_being_taken_over(bench: Bench) -> None:
+def test_resume__raises_in_a_thread_that_waits_for_the_run(bench: Bench) -> None:
     bench.create()
     first = bench.generate(request=RunRequest(8000, PLAIN))
     heard: list[object] = []
 
     def wait() -> None:
         try:
-            heard.extend(first.pieces(None, 20))
+            heard.extend(first.chunks(None, 20))
         except RunTakenOver as error:
             heard.append(error.code)
 
@@ -177,27 +177,27 @@ def test_one_who_waits_for_characters_hears_of_being_taken_over(bench: Bench) ->
     assert heard == ["run_taken_over"]
 
 
-def test_a_retried_generate_takes_over_its_first_attempt(bench: Bench) -> None:
+def test_generate__repeated_takes_over_its_first_attempt(bench: Bench) -> None:
     bench.create()
     request = RunRequest(2000, PLAIN)
     first = bench.generate(request=request, position=6)
     again = bench.generate(request=request, position=6)
     whole = drain(again)
     assert len(whole) == 2000
-    assert drain(bench.generate(request=request, position=6)) == whole  # over: told again
+    assert drain(bench.generate(request=request, position=6)) == whole  # finished: sent again from the record
     assert bench.sessions.get("", "a").position == 2006
     with pytest.raises(RunTakenOver):
-        list(first.pieces(0.0, 5))
+        list(first.chunks(0.0, 5))
     with pytest.raises(PositionConflict) as error:
         bench.generate(request=RunRequest(2000, PLAIN, seed=8), position=6)
     assert error.value.position == 2006
 
 
 def interrupted(bench: Bench, run: RunStream, flush_interval_s: float | None = 0.0) -> str:
-    """What a run says when all of them are interrupted after its first part, which nobody has to take."""
-    got, pieces = "", run.pieces(flush_interval_s, 0.001)
+    """Interrupt all runs after the first chunk of this one, and return what it sent until Draining."""
+    got, pieces = "", run.chunks(flush_interval_s, 0.001)
     first = next(pieces)
-    bench.sessions.runs.end_all(0.05)
+    bench.sessions.runs.interrupt_all(0.05)
     try:
         for piece in itertools.chain([first], pieces):
             got += piece.text if piece is not None else ""
@@ -207,8 +207,8 @@ def interrupted(bench: Bench, run: RunStream, flush_interval_s: float | None = 0
 
 
 @pytest.mark.parametrize("stops", [(), ("eqqq",), ("aqqq", "oqqq", " qqq")])
-def test_an_interrupted_run_goes_on_elsewhere(bench: Bench, stops: tuple[str, ...]) -> None:
-    """Also where the last characters may become a stop string, which is not to be shown."""
+def test_interrupt_all__lets_a_run_be_resumed_elsewhere(bench: Bench, stops: tuple[str, ...]) -> None:
+    """Also if the last characters may be the beginning of a stop string, which must not be sent."""
     request = RunRequest(8000, PLAIN, stops)
     bench.create()
     whole = drain(bench.generate(request=request))
@@ -224,25 +224,25 @@ def test_an_interrupted_run_goes_on_elsewhere(bench: Bench, stops: tuple[str, ..
     assert got + drain(elsewhere.runs.resume("", "a", run.resume_position)) == whole
 
 
-def test_an_interrupted_run_that_is_wanted_whole_or_not_at_all_leaves_nothing(bench: Bench) -> None:
+def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> None:
     bench.create()
     run = bench.generate(request=RunRequest(8000, PLAIN), position=6)
     assert interrupted(bench, run, flush_interval_s=None) == ""
     assert bench.text() == "ROMEO:"
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).pieces(None, 20) if piece)
+    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).chunks(None, 20) if piece)
     assert len(again) == 5000
 
 
-def test_a_run_that_begins_while_all_are_ended_is_interrupted(bench: Bench) -> None:
+def test_interrupt_all__interrupts_a_run_that_starts_later(bench: Bench) -> None:
     bench.create()
-    bench.sessions.runs.end_all(0)
+    bench.sessions.runs.interrupt_all(0)
     with pytest.raises(Draining):
-        list(bench.generate().pieces(0.0, 20))
+        list(bench.generate().chunks(0.0, 20))
 
 
-def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:
-    """Whoever comes last has the text; nobody gets a character twice or a gap."""
+def test_resume__by_several_at_once_repeats_and_skips_nothing(bench: Bench) -> None:
+    """The last one to take over gets the whole text. The others get a beginning of it."""
     bench.create()
     whole = drain(bench.generate(request=RunRequest(3000, PLAIN)))
     bench.sessions.rewind("", "a", 6)
@@ -252,7 +252,7 @@ def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:
     def take() -> None:
         text, over = "", False
         try:
-            for piece in bench.sessions.runs.resume("", "a", 6).pieces(0.0, 20):
+            for piece in bench.sessions.runs.resume("", "a", 6).chunks(0.0, 20):
                 text += piece.text if piece is not None else ""
             over = True
         except (RunTakenOver, SessionBusy):
@@ -270,8 +270,8 @@ def test_two_who_resume_at_once_both_end_in_order(bench: Bench) -> None:
     assert bench.text() == "ROMEO:" + whole
 
 
-def test_a_client_that_has_gone_holds_nobody_up(bench: Bench) -> None:
-    """Its connection is closed, but the thread that would notice is busy: the next operation does it."""
+def test_feed__stops_the_run_of_a_client_that_has_left(bench: Bench) -> None:
+    """The client's connection is closed, but the thread that streams to it has not noticed yet."""
     bench.create()
     gone = threading.Event()
     run = bench.sessions.runs.generate("", "a", LONG, None, gone.is_set)
@@ -285,8 +285,8 @@ def test_a_client_that_has_gone_holds_nobody_up(bench: Bench) -> None:
     assert bench.state() == bench.replayed(bench.text())
 
 
-def test_a_run_that_ends_by_a_stop_string_stands_before_it(bench: Bench) -> None:
-    """In the full engine too: the text that leaves gives its place to the steps that lead back."""
+def test_stop__leaves_the_session_before_the_string(bench: Bench) -> None:
+    """Also if the engine is full: the steps back to that position use the place of the text that just ended."""
     bench.create()
     whole = drain(bench.generate(request=RunRequest(400, PLAIN)))
     for stop in (whole[200:203], whole[10], whole[300:340]):
@@ -298,7 +298,7 @@ def test_a_run_that_ends_by_a_stop_string_stands_before_it(bench: Bench) -> None
         assert bench.state() == bench.replayed(bench.text())
 
 
-def test_overload_leaves_a_session_as_it_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overload__leaves_the_session_unchanged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.create()
     before = bench.state()
 
@@ -318,7 +318,7 @@ def test_overload_leaves_a_session_as_it_was(bench: Bench, monkeypatch: pytest.M
     assert len(drain(bench.generate(request=RunRequest(10, PLAIN)))) == 10
 
 
-def test_an_engine_that_dies_leaves_a_session_that_can_be_used(bench: Bench) -> None:
+def test_engine_failure__leaves_the_session_usable(bench: Bench) -> None:
     bench.create()
     run = bench.generate(request=RunRequest(8000, PLAIN))
     bench.models.get("tiny").engine.close()
@@ -328,10 +328,10 @@ def test_an_engine_that_dies_leaves_a_session_that_can_be_used(bench: Bench) -> 
     bench.store.release(bench.store.lease("", "a"))
 
 
-# Models that go
+# Models that vanish
 
 
-def test_a_session_finishes_on_its_version_while_that_is_loaded(bench: Bench) -> None:
+def test_session__keeps_its_version_while_that_is_loaded(bench: Bench) -> None:
     bench.create()
     twin = bench.sessions.creation.fork("", "a", "b", None, None)[0]
     whole = drain(bench.generate("b", RunRequest(50, PLAIN)))
@@ -345,7 +345,7 @@ def test_a_session_finishes_on_its_version_while_that_is_loaded(bench: Bench) ->
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp_path: Path, how: str) -> None:
+def test_rebase__continues_a_session_whose_version_vanished(tmp_path: Path, how: str) -> None:
     bench = Bench(tmp_path, max_models=1)
     try:
         bench.create(text="ROMEO: the first of many words, of which there are enough")
@@ -354,7 +354,7 @@ def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp
         shutil.rmtree(bench.models_on_disk.root / "tiny" / "1")
         if how == "replaced":
             shutil.copytree(bench.models_on_disk.root / "tiny" / "2", bench.models_on_disk.root / "tiny" / "1")
-        bench.models.get("tiny@2")  # and the first one isn't loaded any more
+        bench.models.get("tiny@2")  # evicts the first one
         calls: list[Any] = [
             lambda: bench.sessions.feeding.feed("", "a", FeedRequest("a")),
             lambda: bench.generate(),
@@ -374,7 +374,7 @@ def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp
         assert fed.position == position + 5
         assert bench.sessions.get("", "a").model == "tiny@2"
         assert bench.state() == bench.replayed(bench.text(), "tiny@2")
-        # Repeated, it is not done again; and going back works in the new version too.
+        # A repetition changes nothing; and rewinding works in the new version too.
         assert (
             bench.sessions.feeding.feed("", "a", FeedRequest(" more", position, rebase="tiny@2")).position
             == position + 5
@@ -385,7 +385,7 @@ def test_a_version_that_is_gone_is_said_so_and_the_text_goes_over_to_another(tmp
         bench.models.close()
 
 
-def test_a_text_goes_over_without_its_last_run_if_that_was_cut(bench: Bench) -> None:
+def test_rebase__forgets_an_interrupted_run(bench: Bench) -> None:
     bench.create()
     bench.generate(request=RunRequest(8000, PLAIN)).close()
     publish_tiny(bench.models_on_disk, seed=1)
@@ -396,7 +396,7 @@ def test_a_text_goes_over_without_its_last_run_if_that_was_cut(bench: Bench) -> 
     assert error.value.code == "no_run"
 
 
-def test_a_model_that_lacks_a_character_of_the_text_is_refused_and_nothing_lost(bench: Bench) -> None:
+def test_rebase__to_a_model_that_lacks_a_character_changes_nothing(bench: Bench) -> None:
     publish_tiny(bench.models_on_disk, "other", charset="abc")
     bench.create()
     before = bench.state()
@@ -405,11 +405,11 @@ def test_a_model_that_lacks_a_character_of_the_text_is_refused_and_nothing_lost(
     assert (bench.state(), bench.sessions.get("", "a").model) == (before, "tiny@1")
 
 
-# Carried away
+# Portable states
 
 
-def test_a_state_goes_on_elsewhere_to_the_bit(bench: Bench, tmp_path: Path) -> None:
-    """On another replica with the same model and key, which has never heard of the session."""
+def test_export__continues_elsewhere_to_the_bit(bench: Bench, tmp_path: Path) -> None:
+    """The other replica has the same model and key, and doesn't know the session."""
     elsewhere = Bench(tmp_path / "elsewhere")
     try:
         bench.create()
@@ -427,7 +427,7 @@ def test_a_state_goes_on_elsewhere_to_the_bit(bench: Bench, tmp_path: Path) -> N
         elsewhere.models.close()
 
 
-def test_a_state_is_refused_by_another_model(bench: Bench) -> None:
+def test_create__refuses_the_state_of_another_model(bench: Bench) -> None:
     publish_tiny(bench.models_on_disk, "other", seed=3)
     bench.create()
     state, _ = bench.sessions.export("", "a", None)
@@ -438,7 +438,7 @@ def test_a_state_is_refused_by_another_model(bench: Bench) -> None:
 # Forks
 
 
-def test_a_thousand_forks_cost_a_state_each_and_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fork__costs_a_state_and_no_step(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.create(text="a draft of some length " * 40)
     before = bench.store.num_bytes
 
@@ -454,7 +454,7 @@ def test_a_thousand_forks_cost_a_state_each_and_no_step(bench: Bench, monkeypatc
     assert len(texts) == 20
 
 
-def test_a_fork_has_the_same_past_and_the_same_future(bench: Bench) -> None:
+def test_fork__has_the_same_past_and_future(bench: Bench) -> None:
     bench.create()
     whole = drain(bench.generate(request=RunRequest(100, PLAIN)))
     for position in (6, 7, 21, 22, 106):

@@ -1,4 +1,4 @@
-"""A clock that tests set."""
+"""A clock that tests set by hand."""
 
 from __future__ import annotations
 

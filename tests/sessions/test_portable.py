@@ -1,4 +1,4 @@
-"""Portable states: what was sealed opens, to the bit; nothing else does."""
+"""Portable states: a sealed state opens and is identical to the bit; a changed one is refused."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ HIDDEN = np.linspace(-1, 1, 16, dtype=np.float32).reshape(1, 16)
     position=st.integers(0, 2**53),
     seed=st.integers(-(2**63), 2**63 - 1),
 )
-def test_what_was_sealed_opens_to_the_bit(hidden: np.ndarray, position: int, seed: int) -> None:
+def test_open__returns_the_sealed_state_to_the_bit(hidden: np.ndarray, position: int, seed: int) -> None:
     header = HEADER.model_copy(update={"position": position, "seed": seed})
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(header, hidden))
     assert opened.header == header
     assert opened.hidden(header.identity, (2, 8)).tobytes() == hidden.tobytes()
 
 
-def test_the_first_key_signs_and_all_are_accepted() -> None:
+def test_sealer__signs_with_its_first_key_and_accepts_all() -> None:
     rotated = StateSealer([NEW, OLD])
     for sealer in (StateSealer([OLD]), rotated):
         rotated.open(sealer.seal(HEADER, HIDDEN))
@@ -41,7 +41,7 @@ def test_the_first_key_signs_and_all_are_accepted() -> None:
         StateSealer([OLD]).open(rotated.seal(HEADER, HIDDEN))
 
 
-def test_it_is_good_until_the_moment_that_was_asked_for(clock: Clock) -> None:
+def test_open__refuses_a_state_once_it_has_expired(clock: Clock) -> None:
     sealer = StateSealer([NEW], clock)
     sealed = sealer.seal(HEADER.model_copy(update={"expires_at": clock.now + 60}), HIDDEN)
     clock.now += 59.999
@@ -51,13 +51,13 @@ def test_it_is_good_until_the_moment_that_was_asked_for(clock: Clock) -> None:
         sealer.open(sealed)
 
 
-def test_its_size_is_what_it_should_be() -> None:
+def test_seal__makes_less_than_6000_characters_of_1024_units() -> None:
     sealed = StateSealer([NEW]).seal(HEADER, np.zeros((1, 1024), np.float32))
     assert 5_500 < len(sealed) < 6_000
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf, 1.0000001, -2.0])
-def test_numbers_that_no_state_has_are_refused(number: float) -> None:
+def test_hidden__refuses_values_that_no_gru_has(number: float) -> None:
     hidden = HIDDEN.copy()
     hidden[0, 3] = number
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, hidden))
@@ -65,7 +65,7 @@ def test_numbers_that_no_state_has_are_refused(number: float) -> None:
         opened.hidden(HEADER.identity, (1, 16))
 
 
-def test_another_model_or_size_is_refused() -> None:
+def test_hidden__refuses_another_model_or_size() -> None:
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, HIDDEN))
     with pytest.raises(StateModelMismatch):
         opened.hidden("cd" * 32, (1, 16))
@@ -74,8 +74,8 @@ def test_another_model_or_size_is_refused() -> None:
             opened.hidden(HEADER.identity, shape)
 
 
-def test_nothing_that_was_changed_opens() -> None:
-    """20,000 changes of every kind, all refused: also the spare bits of base64, which change no byte of it."""
+def test_open__refuses_every_changed_state() -> None:
+    """20,000 changes of every kind are refused, also of the unused bits of base64, which change no decoded byte."""
     chance = random.Random(1)
     sealer = StateSealer([NEW])
     good = sealer.seal(HEADER, HIDDEN)

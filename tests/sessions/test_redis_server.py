@@ -1,4 +1,4 @@
-"""A Redis server that is met for the first time."""
+"""The first contact with a Redis server."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.harness.programs import free_port
 from tests.harness.redis_process import redis_process
 
 
-def test_who_meets_a_server_that_was_just_started_refuses_until_others_have_put_back(tmp_path: Path) -> None:
-    """From the first moment on: a replica that said to be ready and then wasn't would be sent requests meanwhile."""
-    with redis_process(tmp_path) as redis, closing(RedisServer(redis.url, settle_s=1)) as server:
+def test_check__refuses_a_server_that_was_just_started_until_others_have_restored(tmp_path: Path) -> None:
+    """It refuses from the first moment on: a replica that was ready for a moment would be sent requests."""
+    with redis_process(tmp_path) as redis, closing(RedisServer(redis.url, recovery_window_s=1)) as server:
         began = time.monotonic()
         with pytest.raises(StoreUnavailable):
             server.check()
@@ -24,6 +24,6 @@ def test_who_meets_a_server_that_was_just_started_refuses_until_others_have_put_
         server.check()
 
 
-def test_a_server_that_is_not_there_is_known_to_be_away_at_once() -> None:
+def test_check__refuses_at_once_if_no_server_listens() -> None:
     with closing(RedisServer(f"redis://127.0.0.1:{free_port()}/0")) as server, pytest.raises(StoreUnavailable):
         server.check()

@@ -1,4 +1,4 @@
-"""The session store's contract: one suite for every implementation. Add it to STORES."""
+"""The contract of session stores: one suite for all implementations. Add a new one to STORES."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ SHAPE = (1, 16)
 
 
 def redis_store(request: pytest.FixtureRequest, clock: Clock, cache_bytes: int = 2**20) -> SessionStore:
-    """One with sessions of its own. Its leases outlast any clock, because nobody renews them in a test's time."""
-    server = RedisServer(request.getfixturevalue("redis_url"), settle_s=0)
+    """Return a store with its own sessions. Its leases are very long: the tests' clock jumps, and none is renewed."""
+    server = RedisServer(request.getfixturevalue("redis_url"), recovery_window_s=0)
     return RedisStore(server, 4096, cache_bytes, prefix=f"{secrets.token_hex(8)}*[", lease_s=10**7, clock=clock)
 
 
@@ -43,6 +43,11 @@ STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
     "redis": redis_store,
     "redis without its cache": lambda request, clock: redis_store(request, clock, cache_bytes=0),
 }
+CACHING_STORES = {"redis"}  # those whose `cached_copy` returns copies
+
+
+# For what needs a `cached_copy`; test_cached_copy__is_none_in_a_store_without_a_cache is about the other stores.
+caching = pytest.mark.parametrize("store", CACHING_STORES, indirect=True)
 
 
 @pytest.fixture(params=STORES)
@@ -65,14 +70,14 @@ def session(session_id: str = "a", **changes: Any) -> Session:
 
 
 def facts(one: Session) -> list[Any]:
-    """Everything of a session but its states on the way, comparable."""
+    """Return everything of a session but its checkpoints, comparable."""
     transcript = [one.transcript.start, one.transcript.text(one.transcript.start, one.position)]
     names = ("id", "owner", "model", "identity", "seed", "ttl_s", "created_at", "expires_at", "run", "origin")
     return [*(getattr(one, name) for name in names), one.revision, one.hidden.tobytes(), *transcript]
 
 
-def on_the_way(one: Session) -> set[tuple[int, bytes]]:
-    """The states that a session has for going back."""
+def checkpoints(one: Session) -> set[tuple[int, bytes]]:
+    """Return the positions and states of a session's checkpoints."""
     return {(segment.end, segment.hidden.tobytes()) for segment in one.transcript.segments}
 
 
@@ -83,23 +88,23 @@ def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Sessio
     return store.load("", session_id)
 
 
-def test_what_was_created_is_loaded(store: SessionStore, clock: Clock) -> None:
+def test_load__returns_what_was_created(store: SessionStore, clock: Clock) -> None:
     run = Run(3, 10, -5, replace(PLAIN, temperature=0.5), ("ab",), "xyz", "stop", 6)
     transcript = Transcript(2, (Segment("ab", 4, state(0.1)),), "cd")
     created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", transcript=transcript))
     assert (created.created_at, created.expires_at, created.revision) == (clock.now, clock.now + 90.5, 1)
     loaded = store.load("", "a")
     assert facts(loaded) == facts(created)
-    assert on_the_way(loaded) <= on_the_way(created)
+    assert checkpoints(loaded) <= checkpoints(created)
 
 
 @pytest.mark.parametrize("begin", [0, 500, 70_000])
-def test_a_long_text_can_be_gone_back_in_from_its_first_character(store: SessionStore, begin: int) -> None:
-    """A store may keep fewer states on the way than a session had. Those that it keeps belong where they are."""
+def test_load__returns_a_long_text_with_checkpoints_from_its_first_character(store: SessionStore, begin: int) -> None:
+    """A store may drop checkpoints, but at most so many that 4,096 characters are stepped again."""
     retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
     transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
     kept = {position: state(position) for position in retention.checkpoint_positions(begin, begin + len(text))}
-    created = store.create(session(transcript=transcript.extended(text, kept, retention)))
+    created = store.create(session(transcript=transcript.extend(text, kept, retention)))
     loaded = store.load("", "a")
     assert facts(loaded) == facts(created)
     for position in range(begin, begin + len(text) + 1, 77):
@@ -108,14 +113,14 @@ def test_a_long_text_can_be_gone_back_in_from_its_first_character(store: Session
         assert hidden is None if start == 0 else hidden is not None and hidden.tobytes() == state(start).tobytes()
 
 
-def test_an_id_is_taken_once(store: SessionStore) -> None:
+def test_create__refuses_an_id_in_use(store: SessionStore) -> None:
     store.create(session())
     with pytest.raises(SessionExists):
         store.create(session(seed=8))
     assert store.load("", "a").seed == 7
 
 
-def test_owners_dont_see_one_another(store: SessionStore) -> None:
+def test_owners__do_not_see_one_anothers_sessions(store: SessionStore) -> None:
     store.create(session(owner="one", seed=1))
     store.create(session(owner="two", seed=2))
     store.create(session(owner="", seed=3))
@@ -128,8 +133,8 @@ def test_owners_dont_see_one_another(store: SessionStore) -> None:
     assert [len(store.page(owner, "", 9)) for owner in ("one", "two", "", "three")] == [0, 1, 1, 0]
 
 
-def test_values_go_in_and_come_out(store: SessionStore) -> None:
-    """Nobody who holds a session sees what others do to it, and what they do to its array changes nothing."""
+def test_sessions__are_values(store: SessionStore) -> None:
+    """A loaded session doesn't change with the stored one, nor the stored one with the array it was made from."""
     hidden = state(0.25)
     created = store.create(session(hidden=hidden))
     loaded = store.load("", "a")
@@ -141,7 +146,7 @@ def test_values_go_in_and_come_out(store: SessionStore) -> None:
     assert store.load("", "a").position == 7
 
 
-def test_saving_needs_the_lease_and_the_revision(store: SessionStore) -> None:
+def test_save__needs_the_lease_and_the_revision(store: SessionStore) -> None:
     first = store.create(session())
     lease = store.lease("", "a")
     assert store.save(lease, replace(first, seed=8)) == first.revision + 1
@@ -156,68 +161,100 @@ def test_saving_needs_the_lease_and_the_revision(store: SessionStore) -> None:
     other = store.lease("", "a")
     with pytest.raises(RevisionConflict):
         store.save(lease, replace(second, seed=9))
-    store.release(lease)  # it was given back: harmless, and not the other one's
+    store.release(lease)  # already released: does nothing, and leaves the other lease alone
     with pytest.raises(SessionBusy):
         store.lease("", "a")
     store.release(other)
     assert facts(store.load("", "a")) == facts(second)
 
 
-def test_a_claim_reserves_and_saves_what_stands_as_it_was_seen(store: SessionStore, clock: Clock) -> None:
+def cached(store: SessionStore) -> Session:
+    copy = store.cached_copy("", "a")
+    assert copy is not None
+    return copy
+
+
+def test_compare_and_save__refuses_a_session_that_is_no_cached_copy(store: SessionStore) -> None:
     store.create(session())
-    seen = store.cached_copy("", "a")
-    if seen is None:  # asking takes no time, or nothing is kept to claim by
-        assert store.compare_and_save(store.load("", "a"), session(seed=8)) is None
-        assert store.load("", "a").seed == 7
-        return
-    lease = store.compare_and_save(seen, replace(seen, seed=8))
+    for one in (session(), replace(store.load("", "a"))):
+        assert store.compare_and_save(one, replace(one, seed=8)) is None
+    assert store.load("", "a").seed == 7
+
+
+@pytest.mark.parametrize("store", sorted(STORES.keys() - CACHING_STORES), indirect=True)
+def test_cached_copy__is_none_in_a_store_without_a_cache(store: SessionStore) -> None:
+    store.create(session())
+    store.load("", "a")
+    assert store.cached_copy("", "a") is None
+
+
+@caching
+def test_compare_and_save__saves_and_leases_a_current_copy(store: SessionStore) -> None:
+    store.create(session())
+    copy = cached(store)
+    lease = store.compare_and_save(copy, replace(copy, seed=8))
     assert lease is not None
     assert facts(lease.session) == facts(store.load("", "a"))
-    assert (lease.session.seed, lease.session.revision) == (8, seen.revision + 1)
-
-    def refused() -> bool:
-        before, now = (store.cached_copy("", "a"), store.load("", "a"))
-        attempts = [store.compare_and_save(one, replace(one, seed=9)) for one in (seen, now, before) if one is not None]
-        assert facts(store.load("", "a")) == facts(now)
-        return attempts == [None] * len(attempts)
-
-    assert refused()  # it is reserved
-    assert store.save(lease, replace(lease.session, seed=10)) == seen.revision + 2
+    assert (lease.session.seed, lease.session.revision) == (8, copy.revision + 1)
+    assert store.save(lease, replace(lease.session, seed=10)) == copy.revision + 2
     store.release(lease)
-    freed = store.cached_copy("", "a")
-    assert freed is not None
-    given_back = store.compare_and_save(freed, replace(freed, seed=11), release=True)
-    assert given_back is not None
+    assert store.load("", "a").seed == 10
+
+
+@caching
+def test_compare_and_save__refuses_every_copy_of_a_leased_session(store: SessionStore) -> None:
+    store.create(session())
+    stale = cached(store)
+    assert store.compare_and_save(stale, replace(stale, seed=8)) is not None
+    before = store.load("", "a")
+    for copy in (stale, before, cached(store)):
+        assert store.compare_and_save(copy, replace(copy, seed=9)) is None
+    assert facts(store.load("", "a")) == facts(before)
+
+
+@caching
+def test_compare_and_save__can_release_in_the_same_exchange(store: SessionStore, clock: Clock) -> None:
+    store.create(session())
+    copy = cached(store)
+    released = store.compare_and_save(copy, replace(copy, seed=11), release=True)
+    assert released is not None
     with pytest.raises(RevisionConflict):
-        store.save(given_back, replace(given_back.session, seed=12))
-    assert store.compare_and_save(freed, replace(freed, seed=13)) is None
+        store.save(released, replace(released.session, seed=12))
+    assert store.compare_and_save(copy, replace(copy, seed=13)) is None  # it is stale now
     assert (store.load("", "a").seed, store.load("", "a").expires_at) == (11, clock() + 60)
-    last = store.cached_copy("", "a")
-    assert last is not None
+
+
+@caching
+def test_compare_and_save__refuses_an_expired_session(store: SessionStore, clock: Clock) -> None:
+    store.create(session())
+    copy = cached(store)
     clock.now += 60
-    assert store.compare_and_save(last, replace(last, seed=14)) is None
+    assert store.compare_and_save(copy, replace(copy, seed=14)) is None
     with pytest.raises(SessionGone):
         store.load("", "a")
+
+
+@caching
+def test_compare_and_save__refuses_a_deleted_session(store: SessionStore) -> None:
     store.create(session())
-    again = store.cached_copy("", "a")
-    assert again is not None
+    copy = cached(store)
     store.delete(store.lease("", "a"))
-    assert store.compare_and_save(again, replace(again, seed=15)) is None
+    assert store.compare_and_save(copy, replace(copy, seed=15)) is None
     with pytest.raises(SessionNotFound):
         store.load("", "a")
 
 
-def test_one_lease_at_a_time(store: SessionStore) -> None:
+def test_lease__is_exclusive(store: SessionStore) -> None:
     store.create(session())
     lease = store.lease("", "a")
     with pytest.raises(SessionBusy):
         store.lease("", "a")
-    assert store.load("", "a").seed == 7  # reading needs none
+    assert store.load("", "a").seed == 7  # loading needs no lease
     store.release(lease)
     store.release(store.lease("", "a"))
 
 
-def test_of_many_who_reach_for_it_one_gets_it(store: SessionStore) -> None:
+def test_lease__goes_to_one_of_many_threads(store: SessionStore) -> None:
     store.create(session())
     got: list[Lease] = []
     barrier = threading.Barrier(8)
@@ -242,7 +279,7 @@ def test_of_many_who_reach_for_it_one_gets_it(store: SessionStore) -> None:
     assert len(got) == 50
 
 
-def test_it_lives_to_the_second(store: SessionStore, clock: Clock) -> None:
+def test_session__expires_at_its_time(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
     clock.now += 59.9
     store.load("", "a")
@@ -257,7 +294,7 @@ def test_it_lives_to_the_second(store: SessionStore, clock: Clock) -> None:
     assert store.load("", "a").seed == 9
 
 
-def test_use_lets_it_live_on_and_reading_does_not(store: SessionStore, clock: Clock) -> None:
+def test_session__lives_longer_when_used_but_not_when_read(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
     clock.now += 59
     store.release(store.lease("", "a"))
@@ -270,7 +307,7 @@ def test_use_lets_it_live_on_and_reading_does_not(store: SessionStore, clock: Cl
         store.load("", "a")
 
 
-def test_what_is_leased_never_expires(store: SessionStore, clock: Clock) -> None:
+def test_session__never_expires_while_leased(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
     lease = store.lease("", "a")
     for _ in range(100):
@@ -285,7 +322,7 @@ def test_what_is_leased_never_expires(store: SessionStore, clock: Clock) -> None
         store.load("", "a")
 
 
-def test_what_is_deleted_has_never_been(store: SessionStore) -> None:
+def test_delete__makes_the_session_unknown(store: SessionStore) -> None:
     store.create(session())
     lease = store.lease("", "a")
     store.delete(lease)
@@ -295,7 +332,7 @@ def test_what_is_deleted_has_never_been(store: SessionStore) -> None:
             call("", "a")
 
 
-def test_pages_are_in_the_order_of_ids(store: SessionStore) -> None:
+def test_page__is_in_the_order_of_ids(store: SessionStore) -> None:
     for session_id in ("b", "B", "a", "ab", "z", "-"):
         store.create(session(session_id))
     ids = [one.id for one in store.page("", "", 99)]
@@ -305,7 +342,7 @@ def test_pages_are_in_the_order_of_ids(store: SessionStore) -> None:
     assert store.page("", "z", 9) == []
 
 
-# Only of the store in memory
+# The memory store only
 
 
 def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> MemoryStore:
@@ -313,7 +350,7 @@ def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> Memor
 
 
 def outcome(store: MemoryStore, session_id: str) -> str | None:
-    """The code of the error of loading it."""
+    """Return the code of the error that loading the session raises, or None."""
     try:
         store.load("", session_id)
     except GruServeError as error:
@@ -321,13 +358,13 @@ def outcome(store: MemoryStore, session_id: str) -> str | None:
     return None
 
 
-def test_the_least_recently_used_idle_one_makes_room(clock: Clock) -> None:
+def test_memory_store__evicts_the_least_recently_used_idle_session(clock: Clock) -> None:
     store = memory(clock)
     for session_id in "abc":
         store.create(session(session_id))
     store.release(store.lease("", "a"))
     held = store.lease("", "b")
-    store.create(session("d"))  # c is the one: a was used since, b is in use
+    store.create(session("d"))  # evicts c: a was used after it, b is leased
     assert [outcome(store, one) for one in "abcd"] == [None, None, "session_gone", None]
     store.create(session("e"))
     assert outcome(store, "a") == "session_gone"
@@ -341,7 +378,7 @@ def test_the_least_recently_used_idle_one_makes_room(clock: Clock) -> None:
     assert outcome(store, "b") == "session_gone"
 
 
-def test_bytes_are_bounded_too(clock: Clock) -> None:
+def test_memory_store__limits_its_bytes(clock: Clock) -> None:
     store = memory(clock, max_sessions=10**6, max_bytes=10**6)
     for number in range(3000):
         store.create(session(f"s{number}"))
@@ -350,11 +387,11 @@ def test_bytes_are_bounded_too(clock: Clock) -> None:
     store.load("", "s2999")
     with pytest.raises(Overloaded):
         store.create(session("large", hidden=np.zeros((1, 300_000), np.float32)))
-    store.load("", "s2999")  # which cost nobody anything
+    store.load("", "s2999")  # nothing was evicted for it
 
 
-def test_what_a_run_was_asked_for_counts(clock: Clock) -> None:
-    """A thousand biases and four long stop strings are more than the state."""
+def test_memory_store__counts_the_settings_of_a_run(clock: Clock) -> None:
+    """A thousand biases and four long stop strings take more memory than the state."""
     store = memory(clock)
     store.create(session("a"))
     before = store.num_bytes
@@ -365,7 +402,7 @@ def test_what_a_run_was_asked_for_counts(clock: Clock) -> None:
     assert store.num_bytes == before
 
 
-def test_one_that_grows_pushes_idle_ones_out_and_not_itself(clock: Clock) -> None:
+def test_memory_store__evicts_idle_sessions_for_one_that_grows(clock: Clock) -> None:
     store = memory(clock, max_bytes=50_000)
     for session_id in "ab":
         store.create(session(session_id))
@@ -374,12 +411,12 @@ def test_one_that_grows_pushes_idle_ones_out_and_not_itself(clock: Clock) -> Non
     assert store.load("", "b").position == 48_000
 
 
-def test_forks_share_what_they_have_in_common(clock: Clock) -> None:
-    """A thousand forks of a long draft cost a state each, and give back all of it."""
+def test_memory_store__counts_shared_segments_once(clock: Clock) -> None:
+    """A thousand forks of a long draft take one state each, and free all of their memory."""
     store = memory(clock, max_sessions=2000)
     retention, text, hidden = Retention(), "x" * 60_000, np.zeros((1, 1024), np.float32)
     kept = {position: hidden.copy() for position in retention.checkpoint_positions(0, 60_000)}
-    draft = store.create(session("draft", transcript=Transcript().extended(text, kept, retention), hidden=hidden))
+    draft = store.create(session("draft", transcript=Transcript().extend(text, kept, retention), hidden=hidden))
     one = store.num_bytes
     assert one > 60_000 / 256 * 4096
     for number in range(1000):
@@ -391,7 +428,7 @@ def test_forks_share_what_they_have_in_common(clock: Clock) -> None:
     assert (len(store), store.num_bytes) == (0, 0)
 
 
-def test_a_sweep_takes_what_is_due_a_slice_at_a_time(clock: Clock) -> None:
+def test_sweep__deletes_expired_sessions_up_to_its_limit(clock: Clock) -> None:
     store = memory(clock, max_sessions=1000)
     for number in range(300):
         store.create(session(f"s{number}", ttl_s=10 + number % 3))
@@ -408,8 +445,8 @@ def test_a_sweep_takes_what_is_due_a_slice_at_a_time(clock: Clock) -> None:
     assert store.num_bytes == 0
 
 
-def test_a_clock_that_jumps_forgets_nobody(clock: Clock) -> None:
-    """Neither does one that is set back."""
+def test_sweep__finds_all_sessions_after_the_clock_jumped(clock: Clock) -> None:
+    """Forwards or backwards."""
     store = memory(clock)
     store.create(session("a", ttl_s=100))
     clock.now += 50
@@ -422,7 +459,7 @@ def test_a_clock_that_jumps_forgets_nobody(clock: Clock) -> None:
     assert store.num_bytes == 0
 
 
-def test_states_of_different_shapes_live_side_by_side(clock: Clock) -> None:
+def test_memory_store__has_states_of_different_shapes(clock: Clock) -> None:
     store = memory(clock)
     store.create(session("a"))
     store.create(session("b", hidden=np.full((2, 8), 0.1, np.float32)))

@@ -1,4 +1,4 @@
-"""Transcripts: whatever is appended and cut, text and states are those of the positions they are asked for."""
+"""Transcripts: after any appending and truncating, text and checkpoints belong to their positions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ RETENTION = Retention(checkpoint_chars=4, max_chars=32)
 
 
 def state(position: int) -> Float32:
-    """A state that tells its position."""
+    """Return a state that contains its position."""
     return np.full((1, 2), position, np.float32)
 
 
 def grow(transcript: Transcript, text: str) -> Transcript:
     start = transcript.position
     kept = RETENTION.checkpoint_positions(start, start + len(text))
-    return transcript.extended(text, {position: state(position) for position in kept}, RETENTION)
+    return transcript.extend(text, {position: state(position) for position in kept}, RETENTION)
 
 
 @given(
     begin=st.none() | st.integers(0, 30),
     steps=st.lists(st.text("abcdefgh", max_size=30) | st.integers(0, 20), max_size=12),
 )
-def test_text_and_states_are_found_at_their_positions(begin: int | None, steps: list[str | int]) -> None:
+def test_transcript__has_text_and_checkpoints_at_their_positions(begin: int | None, steps: list[str | int]) -> None:
     whole = "x" * (begin or 0)
     transcript = Transcript() if begin is None else Transcript.from_state(begin, state(begin))
     for step in steps:
@@ -56,7 +56,7 @@ def test_text_and_states_are_found_at_their_positions(begin: int | None, steps: 
                 transcript.nearest_checkpoint(transcript.start - 1)
 
 
-def test_a_text_retains_what_it_should_and_little_more() -> None:
+def test_extend__retains_max_chars_and_less_than_a_segment_more() -> None:
     transcript = Transcript()
     for _ in range(1000):
         transcript = grow(transcript, "abc")
@@ -67,7 +67,7 @@ def test_a_text_retains_what_it_should_and_little_more() -> None:
         assert len(transcript.segments) <= 1 + num_retained // RETENTION.checkpoint_chars + 1
 
 
-def test_a_long_text_asks_only_for_states_that_are_retained() -> None:
+def test_checkpoint_positions__names_only_those_that_will_be_retained() -> None:
     kept = Retention(256, 65_536).checkpoint_positions(10, 1_000_000)
     assert len(kept) <= 258 + 16
     assert kept[0] > 1_000_000 - 65_536 - 4096
@@ -75,7 +75,7 @@ def test_a_long_text_asks_only_for_states_that_are_retained() -> None:
     assert Retention(256, 1000).checkpoint_positions(255, 512) == (256, 512)
 
 
-def test_one_character_more_shares_everything_before_it() -> None:
+def test_extend__shares_the_segments_before_it() -> None:
     one = grow(Transcript(), "abcdefghij")
     two = grow(one, "k")
     assert two.segments is one.segments

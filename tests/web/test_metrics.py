@@ -188,8 +188,8 @@ def test_two_applications_count_apart(fresh: FlaskClient, tmp_path: Path) -> Non
 def test_what_a_store_tells_is_shown() -> None:
     metrics = Metrics()
     assert isinstance(metrics.store, StoreMetrics)
-    metrics.store.took("save", 0.003)
-    metrics.store.failed("lease")
+    metrics.store.observe("save", 0.003)
+    metrics.store.count_failure("lease")
     registry = metrics.registry
     assert registry.get_sample_value("gru_serve:session_store_seconds_sum", {"operation": "save"}) == 0.003
     assert registry.get_sample_value("gru_serve:session_store_errors_total", {"operation": "lease"}) == 1

@@ -150,7 +150,7 @@ def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
 def test_an_unforeseen_error_shows_no_traceback(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(completion.Completion, "pieces", lambda *_: 1 / 0)
+    monkeypatch.setattr(completion.Completion, "chunks", lambda *_: 1 / 0)
     client.application.config["PROPAGATE_EXCEPTIONS"] = False
     with caplog.at_level(logging.ERROR):
         response = client.post("/v1/completions", json={"prompt": "a"})
