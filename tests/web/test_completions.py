@@ -157,7 +157,7 @@ def test_a_failure_in_a_stream_is_its_last_event(client: FlaskClient, monkeypatc
     def fail(*_: object, **__: object) -> None:
         raise EngineFailed("the engine has failed")
 
-    monkeypatch.setattr(Handle, "take", fail)
+    monkeypatch.setattr(Handle, "read", fail)
     text = client.post("/v1/completions", json=GOOD | {"stream": True}).text
     assert text.startswith("event: error\ndata: {")
     assert json.loads(text.split("data: ")[1])["error"]["code"] == "engine_failed"
