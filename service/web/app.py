@@ -98,7 +98,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
     app.register_api(completions_blueprint(models, settings.model, limits, admission))
-    closing = ExitStack()  # ends the threads of the application; whoever built it has to close it
+    closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, closing)
     closing.callback(models.close)

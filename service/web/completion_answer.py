@@ -40,7 +40,7 @@ class CompletionAnswer:
     def whole(self, client_has_left: Callable[[], bool]) -> Response:
         """Wait until everything is generated, and return one JSON answer. Raises EngineFailed.
 
-        Return the error `client_gone`, which nobody receives, once `client_has_left()` is true.
+        If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
         """
         completion = self._completion
         pieces: list[list[Piece]] = [[] for _ in completion.choices]

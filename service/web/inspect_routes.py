@@ -27,11 +27,14 @@ def inspect_blueprint(inspector: Inspector, default_model: str, admission: Admis
     blueprint = APIBlueprint("inspect", __name__, abp_tags=[Tag(name="inspect")], abp_responses=errors)
     inspections = AdmissionLimit(_MAX_INSPECTIONS)
 
-    @blueprint.post("/v1/inspect", summary="Look into the network", responses={"200": schemas.InspectAnswer})
+    @blueprint.post(
+        "/v1/inspect", summary="Inspect the states of the network", responses={"200": schemas.InspectAnswer}
+    )
     def inspect(body: schemas.InspectBody) -> Response:
-        """Read a text, or part of a session's text, and return the hidden state after each character. Change nothing.
+        """Read a text, or part of a session's text, and return the hidden state after each character.
 
-        One call covers at most 2,048 characters, and fewer if the model has more than 4,096 units in all its layers.
+        The session is not changed. One call covers at most 2,048 characters, and fewer if the model has more than 4,096
+        units in all its layers.
         """
         inspection_request = _inspection_request(body, default_model)
         with admission, inspections:

@@ -79,7 +79,7 @@ class InspectAnswer(BaseModel):
     model: str = Field(description="name@version")
     start: int = Field(alias="from", description="position of the first character")
     end: int = Field(alias="to", description="position after the last character")
-    text: str = Field(description="the n characters, as the model read them: in Unicode normal form NFC")
+    text: str = Field(description="the n characters as the model read them, after Unicode normalisation")
     dtype: Literal["float16"] = "float16"
     byte_order: Literal["little"] = "little"
     order: str = Field("character, layer (the first reads the embedding), unit; the last one varies fastest")

@@ -57,7 +57,9 @@ class StreamOptions(Body):
     include_usage: bool = Field(
         False, description="send one more event before `[DONE]`, with the usage and without choices"
     )
-    include_obfuscation: Annotated[bool, only(False)] = False
+    include_obfuscation: Annotated[bool, only(False)] = Field(
+        False, description="accepted for compatibility with OpenAI's clients; only false is supported"
+    )
 
 
 class SamplingBody(Body):
@@ -127,8 +129,8 @@ class CompletionBody(SamplingBody):
     user: str | None = Field(
         None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
     )
-    suffix: Annotated[str | None, only(None)] = (
-        None  # part of OpenAI's API; these models can't take text after the gap into account
+    suffix: Annotated[str | None, only(None)] = Field(
+        None, description="not supported: the models can't take text after the gap into account"
     )
 
 
@@ -143,7 +145,8 @@ class Logprobs(BaseModel):
         description="log-probability of each character; null for the first character of a text, which nothing predicts"
     )
     top_logprobs: list[dict[str, float] | None] | None = Field(
-        description="for each position, the log-probabilities of the most likely characters and of the chosen one"
+        description="for each position, the log-probabilities of the most likely characters and of the chosen one; "
+        "null if `logprobs` is 0"
     )
     text_offset: list[int] = Field(description="position of each character in the text")
 
@@ -163,9 +166,11 @@ class Choice(BaseModel):
 class Usage(BaseModel):
     """Number of characters that were read and generated."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="characters of the prompts; 0 in a session")
+    completion_tokens: int = Field(
+        description="characters generated; in a completion also those that are not returned, such as a stop string"
+    )
+    total_tokens: int = Field(description="the sum of both")
     prompt_tokens_details: PromptTokensDetails = Field(default_factory=lambda: PromptTokensDetails())
 
 
@@ -189,7 +194,9 @@ class CompletionAnswer(BaseModel):
         "same text"
     )
     choices: list[Choice]
-    usage: Usage | None = Field(description="null in a stream, except in the event before `[DONE]`")
+    usage: Usage | None = Field(
+        description="null in a stream, except in the event before `[DONE]` that `include_usage` requests"
+    )
 
 
 class ModelMeta(BaseModel):

@@ -56,7 +56,7 @@ def feed_answer(result: FeedResult) -> Response:
 def run_answer(stream: RunStream, client_has_left: Callable[[], bool]) -> Response:
     """Wait until a run ends, and return one JSON answer. Raises RunTakenOver, EngineFailed, Draining.
 
-    Return the error `client_gone`, which nobody receives, once `client_has_left()` is true.
+    If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
     """
     for piece in stream.pieces(None, IDLE_S):
         if piece is None and client_has_left():

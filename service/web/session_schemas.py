@@ -234,7 +234,9 @@ class GenerateAnswer(BaseModel):
 class StateAnswer(BaseModel):
     """A portable state. Any server with the same state key and the same model can continue from it."""
 
-    state: str = Field(description="hidden state, position and seed, signed. To be sent unchanged")
+    state: str = Field(
+        description="signed text with the hidden state, the position and the seed; send it back unchanged"
+    )
     model: str = Field(description="name@version")
     position: int
     seed: int

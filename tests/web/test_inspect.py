@@ -69,8 +69,8 @@ def states_of(model: LoadedModel, text: str) -> NDArray[np.float32]:
     """(n + 1, L, H) from the engine, stepped over the whole text: the state before it and after each character."""
     positions = tuple(range(1, len(text) + 1))
     handle = model.engine.submit([Request(model.charset.encode(text), 0, 0, checkpoint_positions=positions)])[0]
-    kept = handle.wait().checkpoints
-    return np.stack([model.engine.initial_hidden(), *(kept[at] for at in positions)])
+    checkpoints = handle.wait().checkpoints
+    return np.stack([model.engine.initial_hidden(), *(checkpoints[position] for position in positions)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "deep"])
