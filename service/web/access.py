@@ -1,4 +1,4 @@
-"""Who asks: every request needs a key, once there are any, unless its view says that it is open to all."""
+"""Access control: once API keys are configured, every route needs one, except the routes marked as open to all."""
 
 from __future__ import annotations
 
@@ -17,48 +17,54 @@ View = TypeVar("View", bound=Callable[..., Any])
 
 
 def open_to_all(view: View) -> View:
-    """Mark a view that needs no key. It goes below the decorator that registers the view."""
+    """Mark a view that needs no key. Write this decorator below the one that registers the view."""
     setattr(view, _OPEN, True)
     return view
 
 
 def is_open(app: Flask, endpoint: str | None) -> bool:
-    """Whether an endpoint needs no key. What is not there needs one: nobody else is to learn what there is."""
+    """Return whether an endpoint needs no key.
+
+    A path without a route needs one too: without a key nobody can find out which routes exist.
+    """
     return getattr(app.view_functions.get(endpoint or ""), _OPEN, False)
 
 
 def register_access(app: Flask, keys: ApiKeys | None) -> None:
-    """Let nobody in without a key. keys: None opens everything to everybody."""
+    """Refuse requests without a valid API key. If `keys` is None, every route is open to everyone."""
 
     @app.before_request
-    def _admit() -> None:
+    def _check_key() -> None:
         g.owner = ""
         if keys is None or is_open(app, request.endpoint):
             return
-        given = request.authorization
-        token = given.token if given is not None and given.type == "bearer" else None
+        authorization = request.authorization
+        token = authorization.token if authorization is not None and authorization.type == "bearer" else None
         if not token:
-            raise InvalidApiKey("a key is needed: send it as `Authorization: Bearer ...`")
+            raise InvalidApiKey("an API key is required: send it as `Authorization: Bearer ...`")
         name = keys.owner_of(token)
         if name is None:
-            raise InvalidApiKey("this key is not known here: it was mistyped, or has been replaced")
+            raise InvalidApiKey("this API key is not known here: it has a typo, or it was replaced")
         g.owner = name
         structlog.contextvars.bind_contextvars(key_name=name)
 
 
 def current_owner() -> str:
-    """The owner of what the current request works on: its key's name; without keys everybody is the same one."""
+    """Return the owner of the sessions that the current request can use: the name of its key.
+
+    Without API keys all requests have the same owner, "".
+    """
     owner: str = g.get("owner", "")
     return owner
 
 
 def client_key() -> str:
-    """Whose share of the server the current request uses: its key's, or else that of the address it comes from."""
+    """Return the client that the current request counts against in limits: its key's name, or else its address."""
     return f"key/{current_owner()}" if current_owner() else f"address/{_network(request.remote_addr or '')}"
 
 
 def is_local() -> bool:
-    """Whether the current request comes from this machine, and not through a proxy on it."""
+    """Return whether the current request was sent from this machine, and not forwarded by a proxy on it."""
     if "X-Forwarded-For" in request.headers or "Forwarded" in request.headers:
         return False
     try:
@@ -68,17 +74,17 @@ def is_local() -> bool:
     return address.is_loopback
 
 
-def _network(address: str) -> str:
-    """An IPv6 caller has 2**64 addresses to ask from, so they count as one."""
+def _network(text: str) -> str:
+    """Return an IPv4 address, or the /64 network of an IPv6 address: one client has all 2**64 addresses of it."""
     try:
-        found = _address(address)
+        address = _address(text)
     except ValueError:
         return "unknown"
-    return str(found) if found.version == 4 else str(ipaddress.ip_network((found, 64), strict=False))
+    return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Raises ValueError."""
-    found = ipaddress.ip_address(text)
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return mapped or found
+    """Parse an address; one that maps IPv4 into IPv6 becomes IPv4. Raises ValueError."""
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

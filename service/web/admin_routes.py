@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from service.errors import Forbidden
 from service.registry.version_resolver import Resolution, VersionResolver
@@ -13,42 +13,46 @@ from service.web.schemas import ERRORS, Body, ErrorAnswer
 
 
 class ReloadBody(Body):
-    """Nothing is to be said: `{}`."""
+    """An empty object: `{}`."""
 
 
 class ServedName(BaseModel):
-    """What a name means. failed, code: the version that it should mean, and why it doesn't; null: all is well."""
+    """A model name, and the version that requests for it get."""
 
-    name: str
-    model: str
-    failed: str | None
-    code: str | None
+    name: str = Field(description="the name, as clients send it in `model`")
+    model: str = Field(description="name@version that is served under this name")
+    failed: str | None = Field(
+        description="name@version that should be served but can't be loaded; null if there is none, or if the store "
+        "can't say which"
+    )
+    code: str | None = Field(description="code of the error that keeps a newer version from being served, or null")
 
 
 class ReloadAnswer(BaseModel):
-    """Every name that was asked for since the start."""
+    """Every model name that was requested since the server started."""
 
     data: list[ServedName]
 
 
-def admin_blueprint(served: VersionResolver) -> APIBlueprint:
-    """What who runs the server may do."""
+def admin_blueprint(resolver: VersionResolver) -> APIBlueprint:
+    """The routes for operators of the server."""
     responses = ERRORS | {"403": ErrorAnswer}
     blueprint = APIBlueprint("admin", __name__, abp_tags=[Tag(name="admin")], abp_responses=responses)
 
     @blueprint.post("/admin/reload", summary="Serve new model versions", responses={"200": ReloadAnswer})
-    def reload(body: ReloadBody) -> Response:  # noqa: ARG001 - the schema that refuses everything else
-        """Load the version that each name means now. One that can't be loaded leaves the old one serving.
+    def reload(body: ReloadBody) -> Response:  # noqa: ARG001 - the schema refuses every field
+        """Look up each model name in the store again, and load the version that it refers to now.
 
-        Needs a key; where there are none, it has to come from this machine.
+        If a version can't be loaded, the previous one stays in service. Needs an API key. On a server without API keys
+        the request has to be sent from the server's own machine.
         """
         if not current_owner() and not is_local():
-            raise Forbidden("without API keys this is open to the server's own machine only")
-        answer = ReloadAnswer(data=[_shown(resolution) for resolution in served.refresh()])
+            raise Forbidden("this server has no API keys, so it accepts this request only from its own machine")
+        answer = ReloadAnswer(data=[_served_name(resolution) for resolution in resolver.refresh()])
         return Response(answer.model_dump_json(), mimetype="application/json")
 
     return blueprint
 
 
-def _shown(resolution: Resolution) -> ServedName:
+def _served_name(resolution: Resolution) -> ServedName:
     return ServedName(name=resolution.name, model=resolution.model, failed=resolution.failed, code=resolution.code)

@@ -1,4 +1,4 @@
-"""How many requests may hold a thread while the engine works for them, and how many streams one caller may have."""
+"""Admission: limits on the requests that wait for an engine, and on the streams of one client."""
 
 from __future__ import annotations
 
@@ -10,42 +10,52 @@ from service.errors import Overloaded, TooManyStreams
 
 
 class AdmissionLimit:
-    """So many, shared by everything that waits for an engine: what is left of the threads answers the rest.
+    """Limits the requests that hold a thread while they wait for an engine, so that some threads stay free.
 
-    max_streams: of one caller at a time; 0: as many as there are places.
+    As a context manager it admits one request that is not a stream. Any thread may use it.
     """
 
-    def __init__(self, num_places: int, max_streams: int = 0) -> None:
-        self._semaphore = threading.BoundedSemaphore(num_places)
-        self._max_streams = max_streams
-        self._streams: Counter[str] = Counter()
-        self._lock = threading.Lock()  # of the streams
+    def __init__(self, max_requests: int, max_streams_per_client: int = 0) -> None:
+        """Admit `max_requests` at the same time, streams included. `max_streams_per_client` 0 sets no limit."""
+        self._semaphore = threading.BoundedSemaphore(max_requests)
+        self._max_streams_per_client = max_streams_per_client
+        self._streams: Counter[str] = Counter()  # open streams of each client key
+        self._lock = threading.Lock()  # guards _streams
 
-    def acquire(self, stream_key: str | None = None) -> None:
-        """stream_key: whose stream it is for, if it is for one. Raises Overloaded, TooManyStreams."""
+    def acquire(self, streaming_client: str | None = None) -> None:
+        """Admit a request, or refuse it at once.
+
+        Args:
+            streaming_client: Client key that the stream counts against. None if the request is not a stream.
+
+        Raises:
+            Overloaded: Too many requests are admitted already.
+            TooManyStreams: The client has too many open streams.
+        """
         if not self._semaphore.acquire(blocking=False):
-            raise Overloaded("the server is answering as many requests as it can: try again in a second")
-        if stream_key is None:
+            raise Overloaded("the server is handling as many requests as it can: try again in a second")
+        if streaming_client is None:
             return
+        limit = self._max_streams_per_client
         with self._lock:
-            if not self._max_streams or self._streams[stream_key] < self._max_streams:
-                self._streams[stream_key] += 1
+            if not limit or self._streams[streaming_client] < limit:
+                self._streams[streaming_client] += 1
                 return
         self._semaphore.release()
-        raise TooManyStreams(f"{self._max_streams} streams are open already: close one, or wait until one has ended")
+        raise TooManyStreams(f"you have {limit} open streams, which is the limit: close one, or wait until one ends")
 
-    def release(self, stream_key: str | None = None) -> None:
-        """To be called once for each that was taken, with the same stream_key."""
-        if stream_key is not None:
+    def release(self, streaming_client: str | None = None) -> None:
+        """Undo one successful `acquire`, which was called with the same `streaming_client`."""
+        if streaming_client is not None:
             with self._lock:
-                self._streams[stream_key] -= 1
-                if not self._streams[stream_key]:
-                    del self._streams[stream_key]
+                self._streams[streaming_client] -= 1
+                if not self._streams[streaming_client]:
+                    del self._streams[streaming_client]
         self._semaphore.release()
 
     @property
     def num_streams(self) -> int:
-        """Streams that are open."""
+        """Open streams of all clients."""
         with self._lock:
             return self._streams.total()
 

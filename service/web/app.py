@@ -1,4 +1,4 @@
-"""`create_app`: the only place where the parts of the service are built and joined."""
+"""`create_app` builds the parts of the service and connects them. No other module does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from service.web.admin_routes import admin_blueprint
 from service.web.admission import AdmissionLimit
 from service.web.collector import ServiceCollector
 from service.web.completion_routes import CompletionLimits, completions_blueprint
-from service.web.docs import docs_blueprint
 from service.web.drain import INTERRUPT_S, Drain
 from service.web.error_responses import register_error_handlers, validation_error_response
 from service.web.guard import register_body_check, register_guard
@@ -38,7 +37,7 @@ from service.web.inspect_routes import inspect_blueprint
 from service.web.logs import configure_logs
 from service.web.metrics import Metrics, register_metrics
 from service.web.model_routes import models_blueprint
-from service.web.page import page_blueprint
+from service.web.pages import docs_blueprint, page_blueprint
 from service.web.rate_limit import register_rate_limit
 from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
 from service.web.session_routes import SessionLimits, sessions_blueprint
@@ -48,9 +47,10 @@ if TYPE_CHECKING:
 
 
 def create_app(settings: Settings | None = None) -> OpenAPI:
-    """The WSGI application, with its default model loaded. Without settings they are read from the environment.
+    """Build the WSGI application and load its default model.
 
-    Raises InvalidSettings, ModelNotFound or InvalidArtifact if it can't serve.
+    `settings` None reads them from the environment. Raises InvalidSettings, ModelNotFound or InvalidArtifact if the
+    service can't be started with them.
     """
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
@@ -74,7 +74,9 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         validation_error_model=ErrorAnswer,
         validation_error_callback=validation_error_response,
         doc_ui=False,
-        security_schemes={"key": {"type": "http", "scheme": "bearer", "description": "where keys are configured"}},
+        security_schemes={
+            "key": {"type": "http", "scheme": "bearer", "description": "Required if API keys are configured."}
+        },
         openapi_extensions={"security": [{"key": []}, {}]},
         static_folder=None,
     )
@@ -96,13 +98,13 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
     app.register_api(completions_blueprint(models, settings.model, limits, admission))
-    ending = ExitStack()  # for those who build the application and have to end its threads: the engines' first
+    closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
-    store = _session_store(settings, retention, metrics.store, ending)
-    ending.callback(models.close)
+    store = _session_store(settings, retention, metrics.store, closing)
+    closing.callback(models.close)
     sealer = StateSealer(_state_keys(settings))
     sessions = SessionService(models, store, sealer, settings.session_ttl_s, retention)
-    # All that a run generates has to be retained until it is over, and the stop string that ends it.
+    # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, admission))
@@ -114,11 +116,11 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     app.register_blueprint(page_blueprint())
     metrics.registry.register(ServiceCollector(models, store, admission, kernel.name))
     if settings.model_poll_s:
-        ending.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
-    app.extensions["gru_serve"] = ending
+        closing.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
+    app.extensions["gru_serve"] = closing
     drain.on_interrupt(lambda: sessions.runs.interrupt_all(INTERRUPT_S / 2))
-    drain.on_interrupt(models.close)  # after the runs: those of sessions are saved, and completions get an error
-    app.extensions["gru_serve_drain"] = drain  # for the process around it
+    drain.on_interrupt(models.close)  # last, because saving the runs needs the engines; completions get an error
+    app.extensions["gru_serve_drain"] = drain  # for the gunicorn worker
     log.info(
         "model loaded",
         model=model.version.ref,
@@ -129,19 +131,19 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         engine_threads=settings.num_engine_threads,
     )
     if keys is None and not _is_loopback(settings.host):
-        log.warning("no API keys: everybody who reaches this address may ask", host=settings.host)
+        log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)
     return app
 
 
 def _session_store(
-    settings: Settings, retention: Retention, observer: StoreObserver, ending: ExitStack
+    settings: Settings, retention: Retention, observer: StoreObserver, closing: ExitStack
 ) -> MemoryStore | RedisStore:
     url = settings.session_store.get_secret_value()
     if url.startswith("memory:"):
         memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
-        ending.callback(PeriodicThread("sweeper", 1.0, memory.sweep).close)
+        closing.callback(PeriodicThread("sweeper", 1.0, memory.sweep).close)
         return memory
-    # Imported here: who keeps sessions in memory starts without it.
+    # Imported here, so that a server with sessions in memory starts without the redis library.
     from service.sessions.redis_server import RedisServer
     from service.sessions.redis_store import RedisStore
 
@@ -149,7 +151,7 @@ def _session_store(
         store = RedisStore(RedisServer(url, observer=observer), retention.segment_chars, settings.max_session_bytes)
     except ValueError as error:
         raise InvalidSettings(f"GRU_SERVE_SESSION_STORE: {error}", param="session_store") from error
-    ending.callback(store.close)
+    closing.callback(store.close)
     return store
 
 
@@ -163,7 +165,7 @@ def _state_keys(settings: Settings) -> list[str]:
     keys = settings.state_key_list
     if not keys:
         structlog.get_logger(__name__).warning(
-            "no GRU_SERVE_STATE_KEYS: portable states are signed with a key that ends with this process"
+            "no GRU_SERVE_STATE_KEYS: portable states are signed with a random key and expire with this process"
         )
         keys = [secrets.token_hex(32)]
     return keys

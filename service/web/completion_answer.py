@@ -1,4 +1,4 @@
-"""A completion in OpenAI's shape: whole, or as a stream of events."""
+"""The answer to a completion in OpenAI's shape: one JSON document, or a stream of events."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ log = structlog.get_logger(__name__)
 
 
 class CompletionAnswer:
-    """A completion in OpenAI's shape, whole or as events."""
+    """The answer to one completion, in OpenAI's shape."""
 
     def __init__(self, model: LoadedModel, completion: Completion) -> None:
         self._charset, self._completion = model.charset, completion
-        self._facts = {
+        # The fields that are the same in every event of a stream.
+        self._common_fields = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -37,7 +38,10 @@ class CompletionAnswer:
         }
 
     def whole(self, client_has_left: Callable[[], bool]) -> Response:
-        """The answer when everything is generated. Raises EngineFailed."""
+        """Wait until everything is generated, and return one JSON answer. Raises EngineFailed.
+
+        If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
+        """
         completion = self._completion
         pieces: list[list[CompletionChunk]] = [[] for _ in completion.choices]
         for item in completion.chunks(None, IDLE_S):
@@ -55,16 +59,19 @@ class CompletionAnswer:
             choices.append(
                 schemas.Choice(index=index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
             )
-        answer = schemas.CompletionAnswer(**self._facts, choices=choices, usage=self._usage())
+        answer = schemas.CompletionAnswer(**self._common_fields, choices=choices, usage=self._usage())
         return Response(answer.model_dump_json(), mimetype="application/json")
 
     def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Iterator[bytes | None]:
-        """Server-sent events; None is a moment of silence."""
-        # Put together by hand: of a busy stream's time, a fifth would go into dumping what is the same in every event.
-        head = json.dumps(self._facts)[:-1]
+        """Yield server-sent events, and None whenever there was nothing to send for `IDLE_S`.
+
+        `with_usage` adds an event with the usage before `[DONE]`. An error becomes the last event.
+        """
+        # The JSON is assembled by hand: to dump the common fields in every event took a fifth of a busy stream's time.
+        head = json.dumps(self._common_fields)[:-1]
         tail = ', "usage": null}' if with_usage else "}"
         completion, started = self._completion, time.perf_counter()
-        num_shown = [0] * len(completion.choices)
+        num_sent = [0] * len(completion.choices)  # characters, of each choice
         ending = "left"
         try:
             for item in completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
@@ -75,8 +82,8 @@ class CompletionAnswer:
                     continue
                 choice, piece = item
                 index, text = choice.index, json.dumps(piece.text)
-                logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_shown[index])
-                num_shown[index] += len(piece.text)
+                logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_sent[index])
+                num_sent[index] += len(piece.text)
                 reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
                 scores = logprobs.model_dump_json() if logprobs is not None else "null"
                 yield event(
@@ -109,19 +116,24 @@ class CompletionAnswer:
         )
 
     def _no_scores(self) -> schemas.Logprobs | None:
-        asked = self._completion.request.num_logprobs is not None
-        return schemas.Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[]) if asked else None
+        """Return the log-probabilities of an empty text, or None if none were requested."""
+        if self._completion.request.num_logprobs is None:
+            return None
+        return schemas.Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
 
 
 def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int) -> schemas.Logprobs | None:
-    """Scores of a text's characters. offset: the place of its first one in the choice's text."""
+    """Return the log-probabilities of a text's characters in OpenAI's shape, or None without scores.
+
+    `offset` is the position of the text's first character in the whole text.
+    """
     if scores is None:
         return None
     chosen = [None if math.isnan(value) else value for value in scores.chosen.tolist()]
     tops: list[dict[str, float] | None] = []
     if scores.top_ids.shape[1]:
         for char, value, ids, values in zip(text, chosen, scores.top_ids.tolist(), scores.top.tolist(), strict=True):
-            top = {charset.characters[at]: logprob for at, logprob in zip(ids, values, strict=True)}
+            top = {charset.characters[char_id]: logprob for char_id, logprob in zip(ids, values, strict=True)}
             tops.append(None if value is None else top | {char: value})
     return schemas.Logprobs(
         tokens=list(text),

@@ -1,4 +1,8 @@
-"""What every request passes before its view: an id, and limits on what it may send. And what every answer carries."""
+"""Steps before and after every route.
+
+Before it, a request gets an id, is refused if the process drains, and has its body read. After it, the answer gets its
+headers and its line in the log.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +20,30 @@ from service.web.error_responses import error_response
 
 log = structlog.get_logger(__name__)
 
-HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # others are made up by the caller
+HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DISCARD_BYTES = 32 * 1024 * 1024
-_CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages have one of their own
+_CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
 def register_guard(app: Flask, drain: Drain) -> None:
-    """Give each request an id, and refuse it if the server is about to end; finish answers with headers and one log
-    line.
-    """
+    """Give each request an id, refuse new work while draining, and give each answer its headers and one log line."""
 
     @app.before_request
     def _identify() -> None:
         g.started = time.perf_counter()
-        given = request.headers.get("X-Request-Id", "")
-        g.request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        sent_id = request.headers.get("X-Request-Id", "")
+        g.request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=g.request_id)
 
     @app.before_request
     def _refuse_new_work() -> Response | None:
-        if not drain.has_begun or _costs_nothing() or request.routing_exception is not None:
+        if not drain.has_begun or _is_cheap() or request.routing_exception is not None:
             return None
-        return error_response("the server is draining: send it again, to another one or in a second", "draining")
+        return error_response(
+            "the server is draining before it exits: retry in a second, or on another server", "draining"
+        )
 
     @app.after_request
     def _finish(response: Response) -> Response:
@@ -49,7 +53,9 @@ def register_guard(app: Flask, drain: Drain) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers.setdefault("Content-Security-Policy", _CSP)
-        is_check = request.path in ("/healthz", "/readyz") and response.status_code == 200  # many a second
+        is_check = (
+            request.path in ("/healthz", "/readyz") and response.status_code == 200
+        )  # they arrive several times a second
         (log.debug if is_check else log.info)(
             "request",
             method=request.method if request.method in HTTP_METHODS else "*",
@@ -61,8 +67,11 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
 
 def register_body_check(app: Flask, max_body_bytes: int) -> None:
-    """Read bodies before they are validated; to be registered after what refuses a request without reading it."""
-    # One more byte than allowed, by which a body of unknown length (chunked) shows that it is too long.
+    """Read and parse the body of each request before the route validates it.
+
+    Register it after everything that refuses requests without reading their bodies.
+    """
+    # One byte more than allowed, so that a body of unknown length (chunked) can be seen to be too long.
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
 
     @app.before_request
@@ -70,25 +79,29 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
         if request.method not in ("POST", "PUT", "PATCH") or request.routing_exception is not None:
             return None
         if request.content_encoding not in (None, "", "identity"):
-            return error_response("send the body uncompressed", "unsupported_media_type")
+            return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
         if (request.content_length or 0) > max_body_bytes:
             return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         if request.mimetype != "application/json":
-            return error_response("send JSON, with Content-Type: application/json", "unsupported_media_type")
-        g.body_was_read = True  # or tried to
+            return error_response(
+                "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
+            )
+        g.body_was_read = True  # also if reading fails
         try:
             if len(request.get_data()) > max_body_bytes:
                 _discard_body()
                 return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
-            # A malformed chunk, a client that stalls or has gone: each server's parser raises exceptions of its own.
-            log.info("body not read", error=type(error).__name__)  # its message may quote the body
-            return error_response("the body did not arrive whole and in time", "incomplete_body")
+            # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
+            log.info("body not read", error=type(error).__name__)  # the message may quote the body
+            return error_response(
+                "the body was incomplete or did not arrive in time: send the request again", "incomplete_body"
+            )
         try:
-            # Parsed here once; the validation behind takes what Flask keeps of it.
+            # Parsed once: Flask caches the result, and the validation after this takes it from there.
             body = request.get_json()
         except RecursionError:
-            return error_response("the body is not usable JSON: it is nested too deeply", "invalid_json")
+            return error_response("the body is nested too deeply", "invalid_json")
         except HTTPException as error:
             return error_response(f"the body is not JSON: {error.__cause__ or error.description}", "invalid_json")
         if not isinstance(body, dict):
@@ -97,25 +110,26 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
 
 
 def _logged_path(app: Flask) -> str:
-    """Without what the caller put into it: who knows a session's id may use it."""
+    """Return the path without anything that the client chose: a session's id alone may be enough to use the session."""
     if request.url_rule is not None:
         return request.url_rule.rule
-    # No route, or not with this method: the words of our routes may be told, all others are starred out.
+    # No route, or not with this method: the words of known routes are logged, and all others become "*".
     words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
 
 
-def _costs_nothing() -> bool:
-    """Whether the request neither changes nor computes anything: health, metrics, what is there to read."""
+def _is_cheap() -> bool:
+    """Return whether the request only reads what is stored, such as health, metrics or a session's text."""
     rule = request.url_rule.rule if request.url_rule is not None else ""
     return request.method in ("GET", "HEAD", "OPTIONS") and not rule.endswith(("/generate", "/state"))
 
 
 def _discard_body() -> None:
-    """Read and drop what is left of the body, up to a limit: a client that is still sending when the connection is
-    closed sees a reset instead of its refusal.
+    """Read and drop the rest of the body, up to a limit.
+
+    If the connection were closed while the client still sends, the client would see a reset instead of the error.
     """
-    stream, left = request.environ["wsgi.input"], _DISCARD_BYTES
-    with suppress(Exception):  # the client stalls, has gone or sends nonsense: it is refused all the same
-        while left > 0 and (chunk := stream.read(min(65_536, left))):
-            left -= len(chunk)
+    stream, remaining = request.environ["wsgi.input"], _DISCARD_BYTES
+    with suppress(Exception):  # the client stalls, disconnects or sends a malformed body: it is refused all the same
+        while remaining > 0 and (chunk := stream.read(min(65_536, remaining))):
+            remaining -= len(chunk)

@@ -16,24 +16,27 @@ from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQue
 def health_blueprint(
     models: LoadedModels, default_model: str, store: SessionStore, drain: Drain, kernel: str
 ) -> APIBlueprint:
-    """The two questions a supervisor asks: is the process alive, and may it get requests? kernel: what computes."""
+    """The routes for supervisors and balancers. `kernel` names what computes the steps."""
     blueprint = APIBlueprint("health", __name__, abp_tags=[Tag(name="health")])
 
-    @blueprint.get("/healthz", summary="The process answers", responses={"200": HealthAnswer})
+    @blueprint.get("/healthz", summary="Check that the process answers", responses={"200": HealthAnswer})
     @open_to_all
     def healthz() -> Response:
-        """Answer, always."""
+        """Answer 200 as long as the process runs."""
         return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
 
-    @blueprint.get("/readyz", summary="Requests can be served", responses={"200": ReadyAnswer, "503": ErrorAnswer})
+    @blueprint.get(
+        "/readyz", summary="Check that requests can be served", responses={"200": ReadyAnswer, "503": ErrorAnswer}
+    )
     @open_to_all
     def readyz(query: ReadyQuery) -> Response:
-        """Answer 200 if the default model is there, its engine steps, sessions can be had and it stays; or 503.
+        """Answer 200 if the default model is loaded, its engine works, the session store is reachable and the server is
+        not draining. Otherwise answer 503.
 
-        With `part=completions` sessions don't count: completions go on without their store.
+        With `part=completions` the session store is not checked, because completions don't need it.
         """
         if drain.has_begun:
-            raise NotReady("the server is draining: it finishes what it has and ends")
+            raise NotReady("the server is draining: it finishes open requests and exits")
         try:
             models.get(default_model).engine.check()
         except GruServeError as error:

@@ -1,4 +1,4 @@
-"""POST /v1/inspect: the numbers that the network holds while it reads."""
+"""POST /v1/inspect: the hidden states of the network while it reads a text."""
 
 from __future__ import annotations
 
@@ -18,35 +18,38 @@ from service.web.admission import AdmissionLimit
 from service.web.completion_answer import logprobs_of
 from service.web.schemas import ERRORS, ErrorAnswer
 
-_AT_ONCE = 4  # answers have tens of megabytes each while they are made
+_MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
 
 
 def inspect_blueprint(inspector: Inspector, default_model: str, admission: AdmissionLimit) -> APIBlueprint:
-    """The resource, over these models and sessions."""
+    """The route of inspections."""
     errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
     blueprint = APIBlueprint("inspect", __name__, abp_tags=[Tag(name="inspect")], abp_responses=errors)
-    large = AdmissionLimit(_AT_ONCE)
+    inspections = AdmissionLimit(_MAX_INSPECTIONS)
 
-    @blueprint.post("/v1/inspect", summary="Look into the network", responses={"200": schemas.InspectAnswer})
+    @blueprint.post(
+        "/v1/inspect", summary="Inspect the states of the network", responses={"200": schemas.InspectAnswer}
+    )
     def inspect(body: schemas.InspectBody) -> Response:
-        """Read a text, or part of a session's, and answer the state after each character. Nothing is changed.
+        """Read a text, or part of a session's text, and return the hidden state after each character.
 
-        At most 2,048 characters a call (fewer of a model with more than 4,096 units in all its layers).
+        The session is not changed. One call covers at most 2,048 characters, and fewer if the model has more than 4,096
+        units in all its layers.
         """
-        asked = _asked(body, default_model)
-        with admission, large:
-            return _answer(inspector.inspect(current_owner(), asked))
+        inspection_request = _inspection_request(body, default_model)
+        with admission, inspections:
+            return _answer(inspector.inspect(current_owner(), inspection_request))
 
     return blueprint
 
 
-def _asked(body: schemas.InspectBody, default_model: str) -> InspectionRequest:
+def _inspection_request(body: schemas.InspectBody, default_model: str) -> InspectionRequest:
     if (body.text is None) == (body.session is None):
-        raise InvalidValue("text: give a text or a session, one of the two", param="text")
+        raise InvalidValue("text: give either a text or a session", param="text")
     if body.session is not None and body.model is not None:
-        raise InvalidValue("model: not with a session, which has one of its own", param="model")
+        raise InvalidValue("model: not allowed with a session, because the session has a model already", param="model")
     if body.session is not None and body.state is not None:
-        raise InvalidValue("state: only with a text", param="state")
+        raise InvalidValue("state: only allowed with a text", param="state")
     return InspectionRequest(
         model=body.model if body.model is not None or body.state is not None else default_model,
         text=body.text,
@@ -61,32 +64,32 @@ def _asked(body: schemas.InspectBody, default_model: str) -> InspectionRequest:
     )
 
 
-def _answer(found: InspectionResult) -> Response:
-    characters, following = found.model.charset.characters, found.next
-    scores = logprobs_of(found.text, found.scores, found.model.charset, found.start)
-    # Without the schema's objects: they would copy what is large.
+def _answer(result: InspectionResult) -> Response:
+    characters, next_characters = result.model.charset.characters, result.next
+    scores = logprobs_of(result.text, result.scores, result.model.charset, result.start)
+    # A plain dict and not the schema's objects, which would copy the large arrays.
     answer = {
         "object": "inspection",
-        "model": found.model.version.ref,
-        "from": found.start,
-        "to": found.start + len(found.text),
-        "text": found.text,
+        "model": result.model.version.ref,
+        "from": result.start,
+        "to": result.start + len(result.text),
+        "text": result.text,
         "dtype": "float16",
         "byte_order": "little",
         "order": schemas.InspectAnswer.model_fields["order"].default,
-        "before": _numbers(found.before),
-        "states": _numbers(found.states),
+        "before": _numbers(result.before),
+        "states": _numbers(result.states),
         "gates": None,
-        "embedding": _numbers(found.embedding) if found.embedding is not None else None,
+        "embedding": _numbers(result.embedding) if result.embedding is not None else None,
         "logprobs": scores.model_dump() if scores is not None else None,
         "next": None,
-        "state": found.state,
+        "state": result.state,
     }
-    if found.gates is not None:
-        answer["gates"] = dict(zip(("reset", "update", "candidate"), map(_numbers, found.gates), strict=True))
-    if following is not None:
-        pairs = zip(following.ids.tolist(), following.logprobs.tolist(), strict=True)
-        answer["next"] = [{"char": characters[at], "logprob": logprob} for at, logprob in pairs]
+    if result.gates is not None:
+        answer["gates"] = dict(zip(("reset", "update", "candidate"), map(_numbers, result.gates), strict=True))
+    if next_characters is not None:
+        pairs = zip(next_characters.ids.tolist(), next_characters.logprobs.tolist(), strict=True)
+        answer["next"] = [{"char": characters[char_id], "logprob": logprob} for char_id, logprob in pairs]
     return Response(to_json(answer), mimetype="application/json")
 
 

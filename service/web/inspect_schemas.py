@@ -1,4 +1,7 @@
-"""The bodies of POST /v1/inspect and its answer."""
+"""The body of POST /v1/inspect, and of its answer.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
 
 from __future__ import annotations
 
@@ -21,59 +24,74 @@ class InspectBody(Body):
     model: str | None = Field(
         None,
         max_length=200,
-        description="name, name@version or name@alias; none: that of the state, or the default. Not with a session, "
-        "which has one of its own",
+        description="name, name@version or name@alias; default: the model of `state`, or else the server's default "
+        "model. Not allowed with `session`",
     )
-    text: str | None = Field(None, description="the text to read: at most 2,048 characters")
-    session: SessionId | None = Field(None, description="instead of a text: a session, which is not changed")
+    text: str | None = Field(None, description="text to read: at most 2,048 characters")
+    session: SessionId | None = Field(
+        None, description="id of a session to read instead of a text. The session is not changed"
+    )
     state: str | None = Field(
-        None, max_length=MAX_STATE_CHARS, description="a portable state, behind which the text is read"
+        None, max_length=MAX_STATE_CHARS, description="portable state after which the text is read"
     )
     start: Position | None = Field(
-        None, alias="from", description="the first character whose state is wanted; none: the first of all, of a "
-        "session the 2,048th before the end"
-    )  # fmt: skip
-    end: Position | None = Field(None, alias="to", description="behind the last one; none: the end of the text")
-    gates: bool = Field(False, description="the gates of every step too, and the candidates")
-    embedding: bool = Field(False, description="the row of the embedding of every character too")
-    logprobs: int | None = Field(
-        None, ge=0, le=20, description="log-probability of each character, and of so many likeliest ones"
+        None,
+        alias="from",
+        description="position of the first character to return the state of; default: the first of the text, or the "
+        "2,048th from the end of a session",
     )
-    portable: bool = Field(False, description="the state behind the last character as a portable one too")
+    end: Position | None = Field(
+        None, alias="to", description="position after the last character; default: the end of the text"
+    )
+    gates: bool = Field(False, description="also return the gates and candidates of every step")
+    embedding: bool = Field(False, description="also return the embedding of every character")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="return the log-probability of each character, and of this many most likely characters at each "
+        "position",
+    )
+    portable: bool = Field(False, description="also return a portable state after the last character")
 
 
 class NumbersAnswer(BaseModel):
-    """Numbers in the dtype and order that the answer names."""
+    """An array of numbers, in the dtype, byte order and order of axes that the answer states."""
 
     shape: list[int]
-    data: str = Field(description="base64")
+    data: str = Field(description="the numbers in base64")
 
 
 class GatesAnswer(BaseModel):
-    """Of every character: new state = (1 - update) * candidate + update * state before."""
+    """Gates of each step. New state = (1 - update) * candidate + update * previous state."""
 
-    reset: NumbersAnswer = Field(description="between 0 and 1: how much of the state before the candidate sees")
-    update: NumbersAnswer = Field(description="between 0 and 1: how much of the state before stays")
-    candidate: NumbersAnswer = Field(description="between -1 and 1: what takes the place of the rest")
+    reset: NumbersAnswer = Field(description="0 to 1: how much of the previous state goes into the candidate")
+    update: NumbersAnswer = Field(description="0 to 1: how much of the previous state remains")
+    candidate: NumbersAnswer = Field(description="-1 to 1: what replaces the rest of the previous state")
 
 
 class InspectAnswer(BaseModel):
-    """What the network held while it read n characters; with L layers of H units."""
+    """The states of a network with L layers of H units, E-dimensional embeddings, while it reads n characters."""
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     object: Literal["inspection"] = "inspection"
     model: str = Field(description="name@version")
     start: int = Field(alias="from", description="position of the first character")
-    end: int = Field(alias="to", description="position behind the last one")
-    text: str = Field(description="these n characters, as the model read them")
+    end: int = Field(alias="to", description="position after the last character")
+    text: str = Field(description="the n characters as the model read them, after Unicode normalisation")
     dtype: Literal["float16"] = "float16"
     byte_order: Literal["little"] = "little"
     order: str = Field("character, layer (the first reads the embedding), unit; the last one varies fastest")
     before: NumbersAnswer = Field(description="(L, H): the state before the first character")
     states: NumbersAnswer = Field(description="(n, L, H): the state after each character")
-    gates: GatesAnswer | None = Field(description="(n, L, H) each")
-    embedding: NumbersAnswer | None = Field(description="(n, E): the row of each character")
-    logprobs: Logprobs | None = Field(description="of each character, from the state before it; text_offset: position")
-    next: list[NextCharacter] | None = Field(description="what may follow the last character, the likeliest first")
-    state: str | None = Field(description="a portable state, behind the last character")
+    gates: GatesAnswer | None = Field(description="(n, L, H) each, if requested")
+    embedding: NumbersAnswer | None = Field(description="(n, E): the embedding of each character, if requested")
+    logprobs: Logprobs | None = Field(
+        description="log-probability of each character after the state before it, if requested; `text_offset` is its "
+        "position"
+    )
+    next: list[NextCharacter] | None = Field(
+        description="possible next characters after the last one, the most likely first, if `logprobs` is set"
+    )
+    state: str | None = Field(description="portable state after the last character, if requested")

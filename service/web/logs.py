@@ -1,6 +1,7 @@
-"""Logs: one event a line on standard error, ours and gunicorn's in one format. No text of a user, no key.
+"""Logging: one event per line on standard error, with gunicorn's events in the same format.
 
-Messages of exceptions and of gunicorn may quote what a caller has sent: neither is logged as it comes.
+No line holds a user's text, a session's id or a key. Messages of exceptions and of gunicorn can quote what a client
+sent, so the former are left out and the latter are shortened.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
 
 
 class Unquoted(logging.Filter):
-    """Leaves of gunicorn's lines what can't come from a request."""
+    """Removes from gunicorn's log records what a client may have sent."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Cut the record; it is logged all the same."""
+        """Shorten the record where needed, and let it pass."""
         message = str(record.msg)
         if message.startswith("Invalid request from ip="):
             address, _, reason = message.partition(": ")
@@ -42,14 +43,14 @@ class Unquoted(logging.Filter):
 
 
 def unquoted_traceback(exc_info: _ExcInfo) -> str:
-    """Where an exception and its causes came from, and their types, without their messages."""
+    """Return the traceback of an exception and its causes, with their types but without their messages."""
     return "".join(_traceback_parts(exc_info[1]))
 
 
 def _traceback_parts(error: BaseException) -> Iterator[str]:
-    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if before is not None:
-        yield from _traceback_parts(before)
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if cause is not None:
+        yield from _traceback_parts(cause)
         yield "and then\n"
     yield from traceback.format_tb(error.__traceback__)
     yield f"{type(error).__module__}.{type(error).__qualname__}\n"
@@ -82,13 +83,13 @@ def _log_config(level: str, log_format: str) -> dict[str, Any]:
         "filters": {"unquoted": {"()": Unquoted}},
         "loggers": {
             "gunicorn.error": {"propagate": True, "handlers": [], "filters": ["unquoted"]},
-            "flask-limiter": {"level": "WARNING"},  # that a limit was reached is in the request's line
+            "flask-limiter": {"level": "WARNING"},  # the line of a refused request says so already
         },
     }
 
 
 def configure_logs(level: str, log_format: str) -> None:
-    """Set up logging for this process."""
+    """Configure logging for this process."""
     logging.config.dictConfig(_log_config(level, log_format))
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -1,4 +1,4 @@
-"""GET /metrics: what happened at the web's edge is counted here, the rest is read where it is when somebody asks."""
+"""GET /metrics. Answers and streams are counted and timed here; `collector` reads the metrics of the other parts."""
 
 from __future__ import annotations
 
@@ -23,24 +23,28 @@ _FIRST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _GAP_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _REQUEST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STORE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-# Events that bring no characters: pings, ends, errors.
+# How events that carry no text begin: pings, the end of a completion, errors.
 _WITHOUT_TEXT = (b":", b"data: [DONE]", b"event: error")
-_SESSION_DONE, _SESSION_MOVES, _HEAD_BYTES = b"\nevent: done\n", b"\nevent: reconnect\n", 64
+# The last event of a session's stream has its id on the first line, so its kind is searched for in its first bytes.
+_SESSION_DONE, _SESSION_RECONNECT, _HEAD_BYTES = b"\nevent: done\n", b"\nevent: reconnect\n", 64
 
-# Else each counter and histogram has a series more, with the time of its incarnation.
+# Without this, each counter and histogram gets another series with the time at which it was created.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class StoreMetrics:
-    """Implements `StoreObserver`: how long a session store takes, and how often it can't be had."""
+    """Implements `StoreObserver`: times the calls to a session store, and counts those that fail."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._seconds = Histogram(
-            f"{PREFIX}session_store_seconds", "Exchanges with the session store.", ["operation"],
+            f"{PREFIX}session_store_seconds", "Duration of calls to the session store.", ["operation"],
             buckets=_STORE_S, registry=registry,
         )  # fmt: skip
         self._errors = Counter(
-            f"{PREFIX}session_store_errors", "Exchanges that failed.", ["operation"], registry=registry
+            f"{PREFIX}session_store_errors",
+            "Calls to the session store that got no answer.",
+            ["operation"],
+            registry=registry,
         )
 
     def observe(self, operation: str, duration_s: float) -> None:
@@ -53,45 +57,46 @@ class StoreMetrics:
 
 
 class Metrics:
-    """The metrics of one application. registry: collectors of other parts may be registered there."""
+    """The metrics of one application. Collectors of other parts can be added to `registry`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.store = StoreMetrics(self.registry)
         self._requests = Counter(
-            f"{PREFIX}http_requests", "Answers.", ["method", "route", "status"], registry=self.registry
+            f"{PREFIX}http_requests", "Answers to HTTP requests.", ["method", "route", "status"], registry=self.registry
         )
         self._latency = Histogram(
-            f"{PREFIX}e2e_request_latency_seconds", "From a request to the end of its answer, if that is no error.",
+            f"{PREFIX}e2e_request_latency_seconds", "Time from a request to the end of its answer. Errors don't count.",
             ["route"], buckets=_REQUEST_S, registry=self.registry,
         )  # fmt: skip
-        # Their children, because to find one by its labels takes longer than to count.
+        # The children of these metrics by their labels. prometheus_client takes longer to find a child than to count.
         self._answers: dict[tuple[str, str, int], Counter] = {}
         self._durations: dict[str, Histogram] = {}
         self._first = Histogram(
-            f"{PREFIX}time_to_first_token_seconds", "From a request for a stream to its first characters.",
+            f"{PREFIX}time_to_first_token_seconds", "Time from a request for a stream to its first characters.",
             buckets=_FIRST_S, registry=self.registry,
         )  # fmt: skip
         self._gaps = Histogram(
             f"{PREFIX}inter_token_latency_seconds",
-            "Between two events of a stream; each brings all characters since the last.",
+            "Time between two events of a stream; each event carries all characters since the previous one.",
             buckets=_GAP_S, registry=self.registry,
         )  # fmt: skip
 
     def count(self, response: Response) -> Response:
-        """Count an answer; a stream is timed on its way."""
-        asked: Request = request._get_current_object()  # type: ignore[attr-defined]  # each look through it costs 1 us
-        # Patterns of routes and not paths: a caller is not to make up labels.
-        route = asked.url_rule.rule if asked.url_rule is not None else "none"
-        method = asked.method if asked.method in HTTP_METHODS else "other"
+        """Count an answer. If it is a stream, its events are timed while they are sent."""
+        # The request itself, because each access through Flask's proxy costs 1 us.
+        current: Request = request._get_current_object()  # type: ignore[attr-defined]
+        # The pattern of the route and not the path: clients must not be able to create series.
+        route = current.url_rule.rule if current.url_rule is not None else "none"
+        method = current.method if current.method in HTTP_METHODS else "other"
         status, began = response.status_code, g.get("started") or time.perf_counter()
         counter = self._answers.get((method, route, status))
         if counter is None:
             counter = self._answers[method, route, status] = self._requests.labels(method, route, status)
         counter.inc()
         if response.mimetype == "text/event-stream":
-            # What is taken up again comes from the past: only a new text has a first character.
+            # A resumed stream (GET) begins with text that was generated earlier, so it has no time to first token.
             chunks: Iterable[bytes] = response.response  # type: ignore[assignment]
             response.response = self._timed(chunks, began, is_new=method == "POST")
             response.call_on_close(lambda: self._duration(route).observe(time.perf_counter() - began))
@@ -109,7 +114,7 @@ class Metrics:
         last: float | None = None
         for chunk in chunks:
             head = chunk[:_HEAD_BYTES]
-            if not head.startswith(_WITHOUT_TEXT) and _SESSION_DONE not in head and _SESSION_MOVES not in head:
+            if not head.startswith(_WITHOUT_TEXT) and _SESSION_DONE not in head and _SESSION_RECONNECT not in head:
                 now = time.perf_counter()
                 if last is not None:
                     self._gaps.observe(now - last)
@@ -120,7 +125,7 @@ class Metrics:
 
 
 def register_metrics(app: Flask, metrics: Metrics) -> None:
-    """Count every answer of the application, and show the counts."""
+    """Count every answer of the application, and serve the metrics at /metrics."""
     blueprint = Blueprint("metrics", __name__)
 
     @blueprint.get("/metrics")

@@ -1,4 +1,4 @@
-"""How often one caller may start something."""
+"""The rate limit: how often one client may start work."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from flask_limiter import Limiter, RequestLimit
 from service.web.access import client_key
 from service.web.error_responses import error_response
 
-_STORAGE_TIMEOUT_S = 0.1  # of each step of an exchange; then this process counts alone until the storage is back
+_STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
 _STARTING = ("POST", "PUT")
 
 
 def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> None:
-    """Refuse starts above a rate such as `600/minute`, or several separated by semicolons; empty: none.
+    """Refuse requests that start work more often than `rate` allows.
 
-    A start is a request that makes the engine work: POST and PUT, all counted together. storage_url: where they are
-    counted; redis:// counts for all replicas.
+    All POST and PUT requests of a client count together; other methods don't count. `rate` is a rate such as
+    `600/minute`, or several separated by semicolons; empty sets no limit. `storage_url` says where requests are
+    counted: `memory://` counts those of this process, `redis://...` those of all replicas.
     """
     if not rate:
         return
@@ -41,18 +42,18 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
         app=app,
         application_limits=[rate],
         application_limits_exempt_when=lambda: request.method not in _STARTING,
-        strategy="sliding-window-counter",  # two numbers a caller, whatever the rate
+        strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
         storage_uri=storage_url,
         storage_options=options,
         in_memory_fallback_enabled=is_shared,
-        # Requests that are under way when the storage goes may not find the fallback yet: they are let through.
+        # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
         swallow_errors=True,
         on_breach=_refusal,
     )
 
 
 def _refusal(breached: RequestLimit) -> Response:
-    after_s = max(1, math.ceil(breached.reset_at - time.time()))
-    response = error_response(f"at most {breached.limit}: try again in {after_s} s", "rate_limited")
-    response.headers["Retry-After"] = str(after_s)
+    retry_after_s = max(1, math.ceil(breached.reset_at - time.time()))
+    response = error_response(f"the rate limit is {breached.limit}: try again in {retry_after_s} s", "rate_limited")
+    response.headers["Retry-After"] = str(retry_after_s)
     return response

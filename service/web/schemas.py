@@ -1,4 +1,7 @@
-"""The bodies of requests and answers: validation, `/openapi.json` and `/docs` all come from here."""
+"""The bodies of requests and answers. Validation, `/openapi.json` and `/docs` are generated from these classes.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,9 @@ from service.engine.stepper import FinishReason
 from service.errors import InvalidValue
 from service.model.charset import Charset, UnknownChars
 
-MAX_CHOICES = 128  # prompts x continuations that one request may ask for
+MAX_CHOICES = 128  # prompts x continuations in one request
 _SEED_LIMIT = 2**63
-_HARD_MAX_TOKENS = 10_000_000  # the schema's bound; the configured GRU_SERVE_MAX_TOKENS is checked beside it
+_HARD_MAX_TOKENS = 10_000_000  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
 MAX_STOP_CHARS = 256
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -26,10 +29,10 @@ SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
 
 
 def only(value: object) -> WrapValidator:
-    """A validator that takes this value of a type and says of every other that it isn't supported."""
+    """Return a validator that accepts only this value, and refuses others of its type with `unsupported_value`."""
 
-    def check(given: object, parse: ValidatorFunctionWrapHandler) -> object:
-        if parse(given) != value:
+    def check(sent: object, parse: ValidatorFunctionWrapHandler) -> object:
+        if parse(sent) != value:
             shown = json.dumps(value)
             raise PydanticCustomError("unsupported_value", "only {shown} is supported", {"shown": shown})
         return value
@@ -38,24 +41,28 @@ def only(value: object) -> WrapValidator:
 
 
 class Body(BaseModel):
-    """A request body: no unknown fields, no conversions between types, no infinite numbers."""
+    """A request body. It allows no unknown fields, no conversion between types and no infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, body: Any) -> Any:
-        # OpenAI's clients may send null for what has a default.
+        # OpenAI's clients may send null for a field that has a default.
         if isinstance(body, dict):
             return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
         return body
 
 
 class StreamOptions(Body):
-    """Options of a stream."""
+    """Options of a streamed answer."""
 
-    include_usage: bool = Field(False, description="one more event before [DONE], with the usage and no choice")
-    include_obfuscation: Annotated[bool, only(False)] = False
+    include_usage: bool = Field(
+        False, description="send one more event before `[DONE]`, with the usage and without choices"
+    )
+    include_obfuscation: Annotated[bool, only(False)] = Field(
+        False, description="accepted for compatibility with OpenAI's clients; only false is supported"
+    )
 
 
 class SamplingBody(Body):
@@ -119,61 +126,88 @@ class CompletionBody(SamplingBody):
     )
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
-        description="the text to continue, or several"
+        description="the text to continue, or a list of texts"
     )
     model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; none: the server's default model"
+        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
     )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="continuations of each prompt")
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of continuations of each prompt")
     best_of: int | None = Field(
-        None, ge=1, le=MAX_CHOICES, description="make so many, answer the n likeliest a character; none: n"
+        None,
+        ge=1,
+        le=MAX_CHOICES,
+        description="number of continuations to generate for each prompt, of which the `n` with the highest mean "
+        "log-probability per character are returned. Default: `n`",
     )
-    echo: bool = Field(False, description="the answer's text begins with the prompt")
+    echo: bool = Field(False, description="begin the text of each choice with the prompt")
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="log-probability of each character, and of so many likeliest ones"
+        None,
+        ge=0,
+        le=20,
+        description="return the log-probability of each character, and of this many most likely characters at each "
+        "position",
     )
-    stream: bool = Field(False, description="answer with server-sent events, as characters are generated")
-    stream_options: StreamOptions | None = Field(None, description="only with stream")
+    stream: bool = Field(False, description="send the text as server-sent events while it is generated")
+    stream_options: StreamOptions | None = Field(None, description="only allowed with `stream`")
     unknown_chars: UnknownChars = Field(
-        "error", description="what happens to characters of the prompt that the model doesn't know"
+        "error",
+        description="what to do with characters of the prompt that the model doesn't know: refuse the request "
+        "(`error`), replace them by similar ones (`fold`) or leave them out (`drop`)",
     )
-    user: str | None = Field(None, max_length=256, description="accepted for OpenAI's clients; has no effect")
-    suffix: Annotated[str | None, only(None)] = None  # of OpenAI's API; this model only writes onwards
+    user: str | None = Field(
+        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
+    )
+    suffix: Annotated[str | None, only(None)] = Field(
+        None, description="not supported: the models can't take text after the gap into account"
+    )
 
 
 class Logprobs(BaseModel):
-    """Log-probabilities of a choice's characters: nats, under the model's own distribution, before any setting."""
+    """Log-probabilities of a text's characters, in nats.
 
-    tokens: list[str]
-    token_logprobs: list[float | None] = Field(description="null: nothing predicts the first character of a text")
-    top_logprobs: list[dict[str, float] | None] | None = Field(
-        description="the likeliest characters, and the chosen one"
+    They are those of the model itself, before temperature, penalties and other sampling settings.
+    """
+
+    tokens: list[str] = Field(description="the characters")
+    token_logprobs: list[float | None] = Field(
+        description="log-probability of each character; null for the first character of a text, which nothing predicts"
     )
-    text_offset: list[int]
+    top_logprobs: list[dict[str, float] | None] | None = Field(
+        description="for each position, the log-probabilities of the most likely characters and of the chosen one; "
+        "null if `logprobs` is 0"
+    )
+    text_offset: list[int] = Field(description="position of each character in the text")
 
 
 class Choice(BaseModel):
     """One continuation."""
 
-    index: int
+    index: int = Field(description="number of the choice; the choices of one prompt follow each other")
     text: str
     logprobs: Logprobs | None = None
-    finish_reason: FinishReason | None = Field(description="null: more is to come, in a stream")
+    finish_reason: FinishReason | None = Field(
+        description="why the text ended: `stop` after a stop string, `length` at `max_tokens`; null in events of a "
+        "stream that are followed by more text"
+    )
 
 
 class Usage(BaseModel):
-    """Characters read and written."""
+    """Number of characters that were read and generated."""
 
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    prompt_tokens: int = Field(description="characters of the prompts; 0 in a session")
+    completion_tokens: int = Field(
+        description="characters generated; in a completion also those that are not returned, such as a stop string"
+    )
+    total_tokens: int = Field(description="the sum of both")
     prompt_tokens_details: PromptTokensDetails = Field(default_factory=lambda: PromptTokensDetails())
 
 
 class PromptTokensDetails(BaseModel):
-    """How the prompt was read."""
+    """Details about reading the prompts."""
 
-    cached_tokens: int = Field(0, description="characters whose state was remembered and not stepped again")
+    cached_tokens: int = Field(
+        0, description="characters of the prompts that were not computed again, because their hidden state was cached"
+    )
 
 
 class CompletionAnswer(BaseModel):
@@ -182,23 +216,28 @@ class CompletionAnswer(BaseModel):
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int = Field(description="seconds since 1970")
-    model: str = Field(description="name@version that answered")
-    system_fingerprint: str = Field(description="equal fingerprints and equal seeds give equal texts")
+    model: str = Field(description="name@version of the model that generated the text")
+    system_fingerprint: str = Field(
+        description="identifies model and arithmetic: with the same fingerprint, the same request and seed give the "
+        "same text"
+    )
     choices: list[Choice]
-    usage: Usage | None = Field(description="null: in a stream, before its last event")
+    usage: Usage | None = Field(
+        description="null in a stream, except in the event before `[DONE]` that `include_usage` requests"
+    )
 
 
 class ModelMeta(BaseModel):
-    """What a model is."""
+    """Properties of a model version."""
 
-    charset: str = Field(description="every character it knows, in the order of their ids")
-    embedding_dim: int
-    num_units: int
+    charset: str = Field(description="all characters that the model knows, in the order of their ids")
+    embedding_dim: int = Field(description="size of the vector that represents a character")
+    num_units: int = Field(description="units of each layer")
     num_layers: int
     num_parameters: int
-    digest: str = Field(description="SHA-256 over config and weights")
-    aliases: list[str] = Field(description="names that mean this version: name@alias")
-    validation_loss: float | None = Field(description="nats a character on held-out text, if known")
+    digest: str = Field(description="SHA-256 of config and weights")
+    aliases: list[str] = Field(description="aliases of this version; it can be requested as name@alias")
+    validation_loss: float | None = Field(description="nats per character on held-out text; null if unknown")
 
 
 class ModelAnswer(BaseModel):
@@ -206,34 +245,36 @@ class ModelAnswer(BaseModel):
 
     id: str = Field(examples=["shakespeare@1"])
     object: Literal["model"] = "model"
-    created: int = Field(description="when it was published, seconds since 1970; 0: not known")
+    created: int = Field(description="time of publication, in seconds since 1970; 0 if unknown")
     owned_by: str = "gru-serve"
     meta: ModelMeta
 
 
 class ModelsAnswer(BaseModel):
-    """Every version in the store."""
+    """All versions in the model store."""
 
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
 
 
 class ModelPath(BaseModel):
-    """Path of /v1/models/{id}."""
+    """Path parameters of /v1/models/{id}."""
 
     id: str = Field(max_length=200, description="name, name@version or name@alias")
 
 
 class ReadyQuery(BaseModel):
-    """Of /readyz."""
+    """Query parameters of /readyz."""
 
     model_config = ConfigDict(extra="forbid")
 
-    part: Literal["all", "completions"] = Field("all", description="what has to be ready")
+    part: Literal["all", "completions"] = Field(
+        "all", description="what to check: everything, or only what completions need"
+    )
 
 
 class HealthAnswer(BaseModel):
-    """The process answers."""
+    """The process runs."""
 
     status: Literal["ok"]
 
@@ -243,8 +284,8 @@ class ReadyAnswer(BaseModel):
 
     status: Literal["ready"]
     kernel: str = Field(
-        description="what computes: a variant of the step in C++, named for its instructions, or torch; no part of "
-        "`system_fingerprint`, because all give the same bits",
+        description="what computes the steps: a variant of the C++ kernel, named after its instruction set, or torch. "
+        "It is not part of `system_fingerprint`, because all variants give the same bits",
         examples=["avx512vnni"],
     )
 
@@ -252,15 +293,17 @@ class ReadyAnswer(BaseModel):
 class ErrorObject(BaseModel):
     """What went wrong."""
 
-    message: str
+    message: str = Field(description="what is wrong, in words; the wording may change")
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
-    param: str | None = Field(description="the field that caused it")
-    code: str = Field(description="stable name of the error")
-    position: int | None = Field(None, description="of a position_conflict: how long the text is; else not there")
+    param: str | None = Field(description="the field, parameter or header that caused the error; null if it was none")
+    code: str = Field(description="name of the error; names don't change")
+    position: int | None = Field(
+        None, description="length of the session's text; only present if `code` is `position_conflict`"
+    )
 
 
 class ErrorAnswer(BaseModel):
-    """Body of every answer that is not a success."""
+    """Body of every error answer."""
 
     error: ErrorObject
 

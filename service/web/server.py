@@ -1,4 +1,4 @@
-"""The gunicorn process around the application: settings, logging and shutdown are ours."""
+"""The gunicorn process around the application. Settings, logging and shutdown are this service's own."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from service.web.logs import configure_logs
 from service.web.worker import worker_with_deadlines
 
 _SHM = "/dev/shm"  # noqa: S108
-_EXIT_S = 8  # after the time to drain, before the process is killed: it has to close what it has and to end
-_KEEPALIVE_S = 75  # above the idle time after which balancers close: they, not we, end an idle connection
+_EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
+_KEEPALIVE_S = 75  # longer than balancers keep idle connections, so that they and not this server close them
 
 
 class _Logs(Logger):
-    """gunicorn's own events through our logging; requests are logged by the application, with their ids."""
+    """Sends gunicorn's own events to the service's log. The application logs requests, with their ids."""
 
     def setup(self, cfg: Any) -> None:  # noqa: ARG002
         """Leave handlers and levels to `configure_logs`."""
         self.error_log.propagate = True
 
     def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
-        """Nothing: see above."""
+        """Do nothing: the application logs requests."""
 
 
 class Server(BaseApplication):
@@ -36,24 +36,24 @@ class Server(BaseApplication):
         super().__init__()
 
     def load_config(self) -> None:
-        """Give gunicorn its configuration; it reads no file, no variable and no argument of its own."""
+        """Configure gunicorn. It reads no configuration file, environment variable or argument of its own."""
         configure_logs(self.settings.log_level, self.settings.log_format)
         for name, value in gunicorn_config(self.settings).items():
             self.cfg.set(name, value)
 
     def load(self) -> Any:
-        """Build the WSGI application (gunicorn calls this in the worker)."""
+        """Build the WSGI application. gunicorn calls this in the worker."""
         from service.web.app import create_app
 
         return create_app(self.settings)
 
 
 def gunicorn_config(settings: Settings) -> dict[str, Any]:
-    """Gunicorn's settings, by its own names."""
+    """Return gunicorn's settings, under gunicorn's names."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return {
         "bind": f"{host}:{settings.port}",
-        "workers": 1,  # batches and states live in one process; more capacity is more replicas
+        "workers": 1,  # batches and sessions live in one process; for more capacity, run more replicas
         "worker_class": worker_with_deadlines(
             settings.request_timeout_s, settings.send_timeout_s, settings.num_http_threads - SPARE_THREADS // 2
         ),
@@ -61,9 +61,9 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
         "worker_connections": settings.num_http_threads + 1000,
         "keepalive": _KEEPALIVE_S,
         "graceful_timeout": settings.drain_s + _EXIT_S,
-        "timeout": 120,  # of the worker's main loop, not of a request; covers loading the model
+        "timeout": 120,  # of the worker's main loop, not of a request; loading the model has to fit into it
         "control_socket_disable": True,  # it would be created in a home directory that may be read-only
-        "worker_tmp_dir": _SHM if os.access(_SHM, os.W_OK) else None,  # in memory: a heartbeat a second
+        "worker_tmp_dir": _SHM if os.access(_SHM, os.W_OK) else None,  # in memory: it gets a heartbeat every second
         "logger_class": _Logs,
         "proc_name": "gru-serve",
     }

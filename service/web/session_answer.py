@@ -1,4 +1,4 @@
-"""Answers about sessions: JSON, and the events of a stream."""
+"""Answers about sessions: JSON documents, and the events of a stream."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 
 def session_answer(session: Session) -> schemas.SessionAnswer:
-    """How a session stands."""
+    """Describe a session."""
     return schemas.SessionAnswer(
         id=session.id,
         model=session.model,
@@ -37,31 +37,43 @@ def session_answer(session: Session) -> schemas.SessionAnswer:
     )
 
 
-def feed_answer(fed: FeedResult) -> Response:
-    """Position and distribution after a feed; with log-probabilities if they were asked for."""
-    characters = fed.model.charset.characters
-    ids, logprobs = (fed.next.ids.tolist(), fed.next.logprobs.tolist()) if fed.next is not None else ([], [])
-    # Without the schema's objects: this is asked for at every keystroke, and they would take as long as the network.
-    after = [{"char": characters[at], "logprob": logprob} for at, logprob in zip(ids, logprobs, strict=True)]
-    scores = logprobs_of(fed.text, fed.scores, fed.model.charset, fed.position - len(fed.text))
-    answer = {"position": fed.position, "next": after, "logprobs": scores.model_dump() if scores is not None else None}
+def feed_answer(result: FeedResult) -> Response:
+    """Answer a feed: the new position, the next characters, and the log-probabilities if they were requested."""
+    characters = result.model.charset.characters
+    ids, logprobs = (result.next.ids.tolist(), result.next.logprobs.tolist()) if result.next is not None else ([], [])
+    # Plain dicts and not the schema's objects. A client may feed at every keystroke, and the objects would take as long
+    # as the network does.
+    next_chars = [{"char": characters[char_id], "logprob": value} for char_id, value in zip(ids, logprobs, strict=True)]
+    scores = logprobs_of(result.text, result.scores, result.model.charset, result.position - len(result.text))
+    answer = {
+        "position": result.position,
+        "next": next_chars,
+        "logprobs": scores.model_dump() if scores is not None else None,
+    }
     return Response(to_json(answer), mimetype="application/json")
 
 
-def whole_run(continuation: RunStream, client_has_left: Callable[[], bool]) -> Response:
-    """The answer when everything is generated. Raises RunTakenOver, EngineFailed, Draining."""
-    for piece in continuation.chunks(None, IDLE_S):
+def run_answer(stream: RunStream, client_has_left: Callable[[], bool]) -> Response:
+    """Wait until a run ends, and return one JSON answer. Raises RunTakenOver, EngineFailed, Draining.
+
+    If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
+    """
+    for piece in stream.chunks(None, IDLE_S):
         if piece is None and client_has_left():
             return error_response("the client has closed the connection", "client_gone")
-    answer = {"text": continuation.text} | _facts(continuation)
+    answer = {"text": stream.text} | _final_fields(stream)
     return Response(json.dumps(answer), mimetype="application/json")
 
 
-def run_events(continuation: RunStream, client_has_left: Callable[[], bool]) -> Iterator[bytes | None]:
-    """Server-sent events, each with the position after it as its id; None is a moment of silence."""
+def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Iterator[bytes | None]:
+    """Yield server-sent events, and None whenever there was nothing to send for `IDLE_S`.
+
+    The id of an event is the position after its text, so a client can resume from it. The last event is `done`;
+    `reconnect` if the process drains, so that the client resumes on another server; or `error`.
+    """
     started, ending, num_chars = time.perf_counter(), "left", 0
     try:
-        for piece in continuation.chunks(FLUSH_INTERVAL_S, IDLE_S):
+        for piece in stream.chunks(FLUSH_INTERVAL_S, IDLE_S):
             if piece is None:
                 if client_has_left():
                     return
@@ -69,16 +81,16 @@ def run_events(continuation: RunStream, client_has_left: Callable[[], bool]) -> 
                 continue
             num_chars += len(piece.text)
             yield event(json.dumps({"text": piece.text}), "text", piece.position)
-        yield event(json.dumps(_facts(continuation)), "done", continuation.position)
+        yield event(json.dumps(_final_fields(stream)), "done", stream.position)
         ending = "done"
     except Draining:
-        ending, position = "reconnect", continuation.resume_position
+        ending, position = "reconnect", stream.resume_position
         yield event(json.dumps({"position": position}), "reconnect", position)
     except GruServeError as error:
         ending = error.code
         yield event(json.dumps(body_of(error)), "error")
     finally:
-        continuation.close()
+        stream.close()
         log.info(
             "session stream ended",
             ending=ending,
@@ -87,13 +99,13 @@ def run_events(continuation: RunStream, client_has_left: Callable[[], bool]) -> 
         )
 
 
-def _facts(continuation: RunStream) -> dict[str, object]:
-    """What is known of a continuation when it is over."""
-    num_chars = len(continuation.text)
+def _final_fields(stream: RunStream) -> dict[str, object]:
+    """Return the fields of the answer, or of the event `done`, that describe a run that has ended."""
+    num_chars = len(stream.text)
     usage = Usage(prompt_tokens=0, completion_tokens=num_chars, total_tokens=num_chars)
     return {
-        "finish_reason": continuation.finish_reason,
-        "position": continuation.position,
+        "finish_reason": stream.finish_reason,
+        "position": stream.position,
         "usage": usage.model_dump(),
-        "sha256": continuation.sha256,
+        "sha256": stream.sha256,
     }

@@ -1,4 +1,4 @@
-"""/v1/sessions: texts that stay open."""
+"""/v1/sessions: texts whose hidden state the server keeps, so that they can be continued."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ from service.web import session_schemas as schemas
 from service.web.access import client_key, current_owner
 from service.web.admission import AdmissionLimit
 from service.web.schemas import ERRORS, ErrorAnswer
-from service.web.session_answer import feed_answer, run_events, session_answer, whole_run
-from service.web.sse import client_watch, stream_response
+from service.web.session_answer import feed_answer, run_answer, run_events, session_answer
+from service.web.sse import client_monitor, stream_response
 
 _ERRORS = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
 
 
 @dataclass(frozen=True)
 class SessionLimits:
-    """max_tokens: of one continuation. max_text_chars: of text in one request."""
+    """Limits of one request."""
 
-    max_tokens: int
-    max_text_chars: int
+    max_tokens: int  # characters that a run may generate
+    max_text_chars: int  # characters of the text that a request may bring
 
 
 def sessions_blueprint(
     sessions: SessionService, models: LoadedModels, default_model: str, limits: SessionLimits, admission: AdmissionLimit
 ) -> APIBlueprint:
-    """The resource, over these sessions and within these limits."""
+    """The routes of sessions."""
     blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
 
     def create(session_id: str | None, body: schemas.CreateBody) -> Response:
         _check_length(body.text, limits)
         model = body.model if body.model is not None or body.state is not None else default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
-        with admission, _naming("text"):
+        with admission, _blaming("text"):
             session, is_new = sessions.creation.create(current_owner(), new)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
     def create_anywhere(body: schemas.CreateBody) -> Response:
-        """Open a text under a random id, and read what it begins with."""
+        """Create a session under a random id, and read its initial text."""
         return create(None, body)
 
     @blueprint.put(
@@ -62,51 +62,61 @@ def sessions_blueprint(
         responses={"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
     )
     def create_here(path: schemas.SessionPath, body: schemas.CreateBody) -> Response:
-        """Open a text. To repeat it with the same body changes nothing, and answers 200 instead of 201."""
+        """Create a session, and read its initial text.
+
+        Repeating the request with the same body changes nothing, and answers 200 instead of 201.
+        """
         return create(path.id, body)
 
-    @blueprint.get("/v1/sessions", summary="Your sessions", responses={"200": schemas.SessionsAnswer})
+    @blueprint.get("/v1/sessions", summary="List your sessions", responses={"200": schemas.SessionsAnswer})
     def index(query: schemas.PageQuery) -> Response:
-        """List sessions in the order of their ids."""
-        found = sessions.page(current_owner(), query.after, query.limit + 1)
-        data = [session_answer(session) for session in found[: query.limit]]
-        return _json(schemas.SessionsAnswer(data=data, has_more=len(found) > query.limit))
+        """List your sessions in the order of their ids, in pages."""
+        page = sessions.page(current_owner(), query.after, query.limit + 1)
+        data = [session_answer(session) for session in page[: query.limit]]
+        return _json(schemas.SessionsAnswer(data=data, has_more=len(page) > query.limit))
 
-    @blueprint.get("/v1/sessions/<id>", summary="A session", responses={"200": schemas.SessionAnswer})
+    @blueprint.get("/v1/sessions/<id>", summary="Show a session", responses={"200": schemas.SessionAnswer})
     def show(path: schemas.SessionPath) -> Response:
-        """Tell how a session stands. While a continuation is under way: how it stood before."""
+        """Describe a session. While text is being generated, describe it as it was before."""
         return _json(session_answer(sessions.get(current_owner(), path.id)))
 
-    @blueprint.delete("/v1/sessions/<id>", summary="Forget a session", responses={"204": None})
+    @blueprint.delete("/v1/sessions/<id>", summary="Delete a session", responses={"204": None})
     def forget(path: schemas.SessionPath) -> Response:
-        """Delete a session with everything about it."""
+        """Delete a session with its text and its state."""
         sessions.delete(current_owner(), path.id)
         return Response(status=204)
 
-    @blueprint.get("/v1/sessions/<id>/text", summary="Its text", responses={"200": schemas.TextAnswer})
+    @blueprint.get("/v1/sessions/<id>/text", summary="Read a session's text", responses={"200": schemas.TextAnswer})
     def text(path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
-        """Read the transcript, as far as it is retained."""
-        found, start, end = sessions.text(current_owner(), path.id, query.start, query.end)
-        return _json(schemas.TextAnswer(text=found, start=start, end=end))
+        """Return the session's text, or a part of it. Only the most recent text is retained."""
+        content, start, end = sessions.text(current_owner(), path.id, query.start, query.end)
+        return _json(schemas.TextAnswer(text=content, start=start, end=end))
 
-    @blueprint.post("/v1/sessions/<id>/feed", summary="More text", responses={"200": schemas.FeedAnswer})
+    @blueprint.post("/v1/sessions/<id>/feed", summary="Append text to a session", responses={"200": schemas.FeedAnswer})
     def feed(path: schemas.SessionPath, body: schemas.FeedBody) -> Response:
-        """Step the network over the text, character by character; answer what may come next.
+        """Read more text into the session, and answer the characters that are likely to follow.
 
-        Text that the session has at this position already is not stepped again: a feed may be repeated.
+        A feed with a `position` can be repeated: if the session holds this text there already, the answer is the same
+        and nothing is read twice.
         """
         _check_length(body.text, limits)
-        asked = FeedRequest(body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase)
-        with admission, _naming("text"):
-            return feed_answer(sessions.feeding.feed(current_owner(), path.id, asked))
+        feed_request = FeedRequest(
+            body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
+        )
+        with admission, _blaming("text"):
+            return feed_answer(sessions.feeding.feed(current_owner(), path.id, feed_request))
 
-    @blueprint.post("/v1/sessions/<id>/generate", summary="Continue it", responses={"200": schemas.GenerateAnswer})
+    @blueprint.post(
+        "/v1/sessions/<id>/generate", summary="Continue a session's text", responses={"200": schemas.GenerateAnswer}
+    )
     def generate(path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
-        """Draw characters that become part of the text.
+        """Generate characters, which become part of the session's text. This is called a run.
 
-        With `stream`: server-sent events `text`, each with the position after it as its id, and at the end `done`; or
-        `reconnect`, if the server goes away: to be taken up behind its id.
-        With `position`, a continuation that was asked for before is taken up, not begun again.
+        With `stream` the answer is a stream of server-sent events. The id of each event `text` is the position after
+        its text. The last event is `done`, or `reconnect` if the server shuts down: then resume the stream from its id.
+
+        With `position` the request can be repeated: a run that the same request began there is resumed, not started
+        again.
         """
         if not 0 < body.max_tokens <= limits.max_tokens:
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
@@ -115,73 +125,82 @@ def sessions_blueprint(
             session = sessions.get(current_owner(), path.id)
             return models.for_state(session.model, session.identity).charset
 
-        asked = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
-        stream_key = client_key() if body.stream else None
-        admission.acquire(stream_key)
+        run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
+        streaming_client = client_key() if body.stream else None
+        admission.acquire(streaming_client)
         try:
-            watch = client_watch()
-            continuation = sessions.runs.generate(current_owner(), path.id, asked, body.position, watch)
+            client_has_left = client_monitor()
+            stream = sessions.runs.generate(current_owner(), path.id, run_request, body.position, client_has_left)
         except BaseException:
-            admission.release(stream_key)
+            admission.release(streaming_client)
             raise
-        return deliver(continuation, stream_key)
+        return deliver(stream, streaming_client)
 
     @blueprint.get(
         "/v1/sessions/<id>/generate",
-        summary="Take a broken stream up again",
+        summary="Resume a stream",
         responses={"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
     )
     def resume(path: schemas.SessionPath, query: schemas.ResumeQuery) -> Response:
-        """Stream every character of the last continuation after a position, once and in order: those that are there,
-        then live. It goes on with the settings it was begun with; a connection that still has it loses it.
-        """
-        if request.method == "HEAD":  # Flask takes it for a GET, and it would take the stream from who has it
-            raise MethodNotAllowed(valid_methods=["GET", "POST"])
-        stream_key = client_key()
-        admission.acquire(stream_key)
-        try:
-            continuation = sessions.runs.resume(current_owner(), path.id, _last_event_id(query.after), client_watch())
-        except BaseException:
-            admission.release(stream_key)
-            raise
-        return deliver(continuation, stream_key)
+        """Stream the last run from a position on: first the characters that were generated already, then new ones.
 
-    def deliver(continuation: RunStream, stream_key: str | None) -> Response:
-        """stream_key: whose place it takes as a stream; None: it is no stream."""
+        A run that was interrupted is continued with its original settings. If another connection still streams the run,
+        that connection gets an error and this one takes over.
+        """
+        if request.method == "HEAD":  # Flask would handle it as GET, which takes the stream from its connection
+            raise MethodNotAllowed(valid_methods=["GET", "POST"])
+        streaming_client = client_key()
+        admission.acquire(streaming_client)
+        try:
+            stream = sessions.runs.resume(current_owner(), path.id, _resume_position(query.after), client_monitor())
+        except BaseException:
+            admission.release(streaming_client)
+            raise
+        return deliver(stream, streaming_client)
+
+    def deliver(stream: RunStream, streaming_client: str | None) -> Response:
+        """Answer with a run: as a stream if there is a `streaming_client`, else as one JSON document."""
 
         def close() -> None:
             try:
-                continuation.close()
+                stream.close()
             finally:
-                admission.release(stream_key)
+                admission.release(streaming_client)
 
-        if stream_key is not None:
-            return stream_response(run_events(continuation, client_watch()), close)
+        if streaming_client is not None:
+            return stream_response(run_events(stream, client_monitor()), close)
         try:
-            return whole_run(continuation, client_watch())
+            return run_answer(stream, client_monitor())
         finally:
             close()
 
-    @blueprint.post("/v1/sessions/<id>/rewind", summary="Go back", responses={"200": schemas.SessionAnswer})
+    @blueprint.post(
+        "/v1/sessions/<id>/rewind", summary="Go back to an earlier position", responses={"200": schemas.SessionAnswer}
+    )
     def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
-        """Forget the text behind a retained position; the session stands there as if it had never gone on."""
+        """Delete the text after a retained position. The session is then as it was at that position."""
         with admission:
             return _json(session_answer(sessions.rewind(current_owner(), path.id, body.position)))
 
     @blueprint.post(
         "/v1/sessions/<id>/fork",
-        summary="Branch off",
+        summary="Copy a session",
         responses={"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
     )
     def fork(path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
-        """Make a new session with the same past and, unless another seed is given, the same future."""
+        """Create a session with the same text. Unless another seed is given, its continuations are the same, too."""
         with admission:
             session, is_new = sessions.creation.fork(current_owner(), path.id, body.id, body.position, body.seed)
         return _json(session_answer(session), 201 if is_new else 200)
 
-    @blueprint.get("/v1/sessions/<id>/state", summary="Carry it away", responses={"200": schemas.StateAnswer})
+    @blueprint.get(
+        "/v1/sessions/<id>/state", summary="Export a session's state", responses={"200": schemas.StateAnswer}
+    )
     def state(path: schemas.SessionPath, query: schemas.StateQuery) -> Response:
-        """Hand out the state as text, signed. It holds the state, the seed and the position, not the transcript."""
+        """Return a portable state, from which a new session can be created on any server with the same state key.
+
+        It is signed text with the hidden state, the seed and the position. It doesn't contain the session's text.
+        """
         sealed, header = sessions.export(current_owner(), path.id, query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
@@ -190,8 +209,8 @@ def sessions_blueprint(
 
 
 @contextmanager
-def _naming(param: str) -> Iterator[None]:
-    """Name the field that unknown characters were found in."""
+def _blaming(param: str) -> Iterator[None]:
+    """Name `param` as the cause of an InvalidValue that is raised inside the block and names none."""
     try:
         yield
     except InvalidValue as error:
@@ -205,14 +224,16 @@ def _check_length(text: str, limits: SessionLimits) -> None:
         raise InvalidValue(f"text: at most {limits.max_text_chars} characters, not {len(text)}", param="text")
 
 
-def _last_event_id(after: int | None) -> int | None:
-    """The header, which browsers send by themselves, or else the query's position."""
-    given = request.headers.get("Last-Event-ID")
-    if given is None:
+def _resume_position(after: int | None) -> int | None:
+    """Return the position in the header Last-Event-ID, which browsers send by themselves, or else `after`."""
+    event_id = request.headers.get("Last-Event-ID")
+    if event_id is None:
         return after
-    if not (given.isascii() and given.isdecimal() and len(given) <= 16):
-        raise InvalidValue("Last-Event-ID: not the id of one of our events", param="Last-Event-ID")
-    return int(given)
+    if not (event_id.isascii() and event_id.isdecimal() and len(event_id) <= 16):
+        raise InvalidValue(
+            "Last-Event-ID: must be the id of an event of this stream, which is a position", param="Last-Event-ID"
+        )
+    return int(event_id)
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:

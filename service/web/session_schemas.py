@@ -1,4 +1,7 @@
-"""The bodies of requests and answers about sessions. A token is a character; a position counts characters."""
+"""The bodies of requests and answers about sessions. A token is a character; a position counts characters.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,23 @@ from service.web.schemas import Body, Logprobs, SamplingBody, Usage
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
 MAX_STATE_CHARS = 1_000_000
-_MAX_POSITION = 2**53  # what JSON numbers hold everywhere
+_UNKNOWN_CHARS = (
+    "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
+    "ones (`fold`) or leave them out (`drop`)"
+)
+_POSITION = (
+    "length of the session's text before this request, as far as you know. If that is wrong, the request is refused "
+    "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
+    "Default: the end of the text"
+)
+_MAX_POSITION = 2**53  # every client reads JSON integers up to this one exactly
 
 SessionId = Annotated[
     str,
     Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._~-]{0,127}$",
-        description="1 to 128 letters, digits, and . _ ~ - behind the first; who knows it can use the session",
+        description="1 to 128 characters: letters, digits and `. _ ~ -`, the first a letter or digit. On a server "
+        "without API keys, anyone who knows the id can use the session",
     ),
 ]
 Position = Annotated[int, Field(ge=0, le=_MAX_POSITION)]
@@ -32,15 +45,27 @@ class CreateBody(Body):
     model_config = ConfigDict(json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "seed": 7}})
 
     model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; none: that of the state, or the default"
+        None,
+        max_length=200,
+        description="name, name@version or name@alias; default: the model of `state`, or else the server's default "
+        "model",
     )
-    text: str = Field("", description="what the session begins with, or goes on with after the state")
-    unknown_chars: UnknownChars = Field("error", description="what happens to characters that the model doesn't know")
-    seed: Seed | None = Field(None, description="draws every character; none: that of the state, or a random one")
+    text: str = Field("", description="text that the session begins with; with `state`, text to read after that state")
+    unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+    seed: Seed | None = Field(
+        None, description="seed of the session's random numbers; default: the seed of `state`, or else a random one"
+    )
     ttl_s: float | None = Field(
-        None, ge=1, le=_MAX_TTL_S, description="seconds it lives after its last use; none: the server's default"
+        None,
+        ge=1,
+        le=_MAX_TTL_S,
+        description="time to live: seconds after its last use until the session expires; default: the server's setting",
     )
-    state: str | None = Field(None, max_length=MAX_STATE_CHARS, description="a portable state to begin with")
+    state: str | None = Field(
+        None,
+        max_length=MAX_STATE_CHARS,
+        description="a portable state to begin from, as a session's `/state` returns it",
+    )
 
 
 class FeedBody(Body):
@@ -48,15 +73,21 @@ class FeedBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": {"text": "What light", "position": 6}})
 
-    text: str = Field(description="what comes next; nothing: only the distribution of the next character is asked for")
-    position: Position | None = Field(None, description="how long the session's text is, as far as you know")
+    text: str = Field(description="text to append; if it is empty, the answer has only the next characters")
+    position: Position | None = Field(None, description=_POSITION)
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="log-probability of each character fed, and of so many likeliest ones"
+        None,
+        ge=0,
+        le=20,
+        description="return the log-probability of each fed character, and of this many most likely characters at each "
+        "position",
     )
-    num_next: int = Field(100, ge=0, le=1000, description="how many of the likeliest next characters to answer with")
-    unknown_chars: UnknownChars = Field("error", description="what happens to characters that the model doesn't know")
+    num_next: int = Field(100, ge=0, le=1000, description="number of most likely next characters to return")
+    unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
     rebase: str | None = Field(
-        None, max_length=200, description="another model or version, into which the retained text is read first"
+        None,
+        max_length=200,
+        description="another model or version to move the session to: it reads the session's retained text first",
     )
 
 
@@ -65,28 +96,30 @@ class GenerateBody(SamplingBody):
 
     model_config = ConfigDict(json_schema_extra={"example": {"max_tokens": 200, "temperature": 0.8, "stream": True}})
 
-    position: Position | None = Field(None, description="how long the session's text is, as far as you know")
-    stream: bool = Field(False, description="answer with server-sent events, as characters are generated")
+    position: Position | None = Field(None, description=_POSITION)
+    stream: bool = Field(False, description="send the text as server-sent events while it is generated")
 
 
 class RewindBody(Body):
     """Body of POST /v1/sessions/{id}/rewind."""
 
-    position: Position = Field(description="how many characters are to be left")
+    position: Position = Field(description="number of characters to keep")
 
 
 class ForkBody(Body):
     """Body of POST /v1/sessions/{id}/fork."""
 
-    id: SessionId | None = Field(None, description="of the new session; none: a random one")
-    position: Position | None = Field(None, description="how many characters of the text it gets; none: all")
-    seed: Seed | None = Field(None, description="none: the same, and so the same future")
+    id: SessionId | None = Field(None, description="id of the new session; default: a random one")
+    position: Position | None = Field(None, description="number of characters of the text to copy; default: all")
+    seed: Seed | None = Field(
+        None, description="seed of the new session; default: the same seed, and so the same continuations"
+    )
 
 
 class SessionPath(BaseModel):
-    """Path of everything about one session."""
+    """Path parameters of the routes of one session."""
 
-    # With pydantic's own engine, and 32 threads, this took 7 % of a feed's time.
+    # With pydantic's own regex engine and 32 threads, matching the id took 7 % of the time of a feed.
     model_config = ConfigDict(regex_engine="python-re")
 
     id: SessionId
@@ -97,31 +130,41 @@ class _Query(BaseModel):
 
 
 class PageQuery(_Query):
-    """Query of GET /v1/sessions."""
+    """Query parameters of GET /v1/sessions."""
 
-    after: str = Field("", max_length=128, description="the last id of the page before")
-    limit: int = Field(100, ge=1, le=1000)
+    after: str = Field(
+        "", max_length=128, description="return the sessions after this id, such as the last id of the previous page"
+    )
+    limit: int = Field(100, ge=1, le=1000, description="number of sessions to return at most")
 
 
 class TextQuery(_Query):
-    """Query of GET /v1/sessions/{id}/text."""
+    """Query parameters of GET /v1/sessions/{id}/text."""
 
-    start: Position | None = Field(None, alias="from", description="none: the first that is retained")
-    end: Position | None = Field(None, alias="to", description="none: the end")
+    start: Position | None = Field(
+        None, alias="from", description="position of the first character; default: the first that is retained"
+    )
+    end: Position | None = Field(
+        None, alias="to", description="position after the last character; default: the end of the text"
+    )
 
 
 class ResumeQuery(_Query):
-    """Query of GET /v1/sessions/{id}/generate."""
+    """Query parameters of GET /v1/sessions/{id}/generate."""
 
     after: Position | None = Field(
-        None, description="the last position you have; none: the continuation's start. The header Last-Event-ID wins"
+        None,
+        description="position after the last character that you have; default: the start of the run. The header "
+        "`Last-Event-ID` takes precedence",
     )
 
 
 class StateQuery(_Query):
-    """Query of GET /v1/sessions/{id}/state."""
+    """Query parameters of GET /v1/sessions/{id}/state."""
 
-    ttl_s: float | None = Field(None, gt=0, le=100 * _MAX_TTL_S, description="seconds it is good for; none: for ever")
+    ttl_s: float | None = Field(
+        None, gt=0, le=100 * _MAX_TTL_S, description="seconds until the state expires; default: it never expires"
+    )
 
 
 class SessionAnswer(BaseModel):
@@ -130,20 +173,24 @@ class SessionAnswer(BaseModel):
     id: str
     object: Literal["session"] = "session"
     model: str = Field(description="name@version")
-    position: int = Field(description="characters that it has consumed: the length of its text")
+    position: int = Field(
+        description="number of characters that the session has read or generated: the length of its text"
+    )
     seed: int
-    ttl_s: float
+    ttl_s: float = Field(description="time to live: seconds after its last use until it expires")
     created_at: float = Field(description="seconds since 1970")
-    expires_at: float = Field(description="the same; moves with every use but reading. In use it doesn't expire")
-    text_from: int = Field(description="the first position from which its text is retained")
+    expires_at: float = Field(
+        description="seconds since 1970. Every use except reading moves it; a session in use doesn't expire"
+    )
+    text_from: int = Field(description="position of the first character that is retained; text before it is deleted")
 
 
 class SessionsAnswer(BaseModel):
-    """A page of sessions, in the order of their ids."""
+    """One page of sessions, in the order of their ids."""
 
     object: Literal["list"] = "list"
     data: list[SessionAnswer]
-    has_more: bool
+    has_more: bool = Field(description="whether there are sessions after the last one of this page")
 
 
 class TextAnswer(BaseModel):
@@ -152,40 +199,45 @@ class TextAnswer(BaseModel):
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
 
     text: str
-    start: int = Field(alias="from")
-    end: int = Field(alias="to")
+    start: int = Field(alias="from", description="position of the first character")
+    end: int = Field(alias="to", description="position after the last character")
 
 
 class NextCharacter(BaseModel):
-    """A character that may come next."""
+    """A possible next character."""
 
     char: str
-    logprob: float
+    logprob: float = Field(description="its log-probability, in nats")
 
 
 class FeedAnswer(BaseModel):
-    """How a session stands after it was fed."""
+    """The result of a feed."""
 
-    position: int = Field(description="behind what was fed")
-    next: list[NextCharacter] = Field(description="what may come there, the likeliest first")
-    logprobs: Logprobs | None = Field(description="of what was fed; text_offset is its position in the session")
+    position: int = Field(description="position after the fed text")
+    next: list[NextCharacter] = Field(description="possible next characters, the most likely first")
+    logprobs: Logprobs | None = Field(
+        description="log-probabilities of the fed characters, if requested; `text_offset` is their position in the "
+        "session"
+    )
 
 
 class GenerateAnswer(BaseModel):
-    """A continuation. In a stream the event `done` has these fields but `text`."""
+    """The result of a run. In a stream, the event `done` has these fields except `text`."""
 
     text: str
-    finish_reason: FinishReason
-    position: int = Field(description="behind the last character generated")
+    finish_reason: FinishReason = Field(description="`stop` after a stop string, `length` at `max_tokens`")
+    position: int = Field(description="position after the last generated character")
     usage: Usage
-    sha256: str = Field(description="of all that was generated, in UTF-8, in hexadecimal digits")
+    sha256: str = Field(description="SHA-256 of the generated text in UTF-8, in hexadecimal digits")
 
 
 class StateAnswer(BaseModel):
-    """A portable state: whoever has it can go on from it on any server with the same key and the same model."""
+    """A portable state. Any server with the same state key and the same model can continue from it."""
 
-    state: str
-    model: str
+    state: str = Field(
+        description="signed text with the hidden state, the position and the seed; send it back unchanged"
+    )
+    model: str = Field(description="name@version")
     position: int
     seed: int
-    expires_at: float | None
+    expires_at: float | None = Field(description="seconds since 1970; null if it never expires")

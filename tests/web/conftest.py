@@ -1,4 +1,4 @@
-"""The application over a small model, in process."""
+"""An application with a small model, in the process of the test."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from tests.harness.application import client_of
 
 @pytest.fixture(scope="module")
 def client(tiny_store: ModelStore) -> Iterator[FlaskClient]:
-    """A client of an application with small limits."""
+    """A client of an application with small limits, shared by the tests of a module."""
     settings = Settings(
         model_store=tiny_store.root, model="tiny", max_tokens=500, max_prompt_chars=1000, max_body_bytes=65_536
     )
     handlers, level = list(logging.root.handlers), logging.root.level
     with client_of(settings) as client:
-        client.post(
-            "/v1/completions", json={"prompt": "z", "max_tokens": 1}
-        )  # the engine's thread starts with its work
+        # A first request, because the engine's thread starts with its first work.
+        client.post("/v1/completions", json={"prompt": "z", "max_tokens": 1})
         yield client
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)

@@ -1,4 +1,4 @@
-"""Who may ask: closed by default once there are keys, sessions belong to their key's name."""
+"""Access control: with API keys every route needs one by default, and sessions belong to the name of their key."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def bearer(key: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def closed(tiny_store: ModelStore) -> Iterator[FlaskClient]:
-    """A client of an application that has keys; it sends none by itself."""
+    """A client of an application with API keys. The client sends none by itself."""
     with client_of(Settings(model_store=tiny_store.root, model="tiny", api_keys=ENTRIES)) as client:
         client.post("/v1/completions", json={"prompt": "z", "max_tokens": 1}, headers=bearer(ALICE))
         yield client
 
 
-def test_every_route_but_health_and_the_page_needs_a_key(closed: FlaskClient) -> None:
-    """Every rule of the application, with every method, by what it answers."""
-    found = []
+def test_routes__except_health_and_the_page_need_a_key(closed: FlaskClient) -> None:
+    """Call every route with every method and no key, and see which ones answer."""
+    answered = []
     for rule in closed.application.url_map.iter_rules():
         asset = "page.css" if rule.endpoint == "page.part" else "docs.js"
         path = rule.rule.replace("<id>", "a").replace("<path:asset>", asset)
@@ -48,13 +48,13 @@ def test_every_route_but_health_and_the_page_needs_a_key(closed: FlaskClient) ->
                 status = answer.status_code
             assert status in (200, 401), (method, path)
             if status == 200:
-                found.append((method, path))
-    paths = {path for _, path in found}
+                answered.append((method, path))
+    paths = {path for _, path in answered}
     assert paths == {"/healthz", "/readyz", "/", "/page/page.css"}
 
 
 @pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/docs/../x", "/healthz/", "/healthz?x=/v1"])
-def test_what_is_not_there_is_not_told_either(closed: FlaskClient, path: str) -> None:
+def test_unknown_path__without_a_key_is_not_revealed(closed: FlaskClient, path: str) -> None:
     assert closed.get(path).status_code == (200 if path.startswith("/healthz?") else 401)
     assert closed.get("/nope", headers=bearer(ALICE)).status_code == 404
     assert closed.delete("/healthz").status_code == 401
@@ -67,7 +67,7 @@ def test_what_is_not_there_is_not_told_either(closed: FlaskClient, path: str) ->
      f"Bearer {ALICE_ENTRY.partition(':')[2]}", "Bearer \xff\xfe", "Bearer " + "x" * 5000, f"Bearer {ALICE} {BOB}"],
     ids=count(),
 )  # fmt: skip
-def test_without_a_known_key_nothing_is_done(closed: FlaskClient, header: str | None) -> None:
+def test_request__without_a_known_key_is_refused(closed: FlaskClient, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     response = closed.post("/v1/completions", json={"prompt": "a"}, headers=headers)
     assert response.status_code == 401
@@ -78,11 +78,11 @@ def test_without_a_known_key_nothing_is_done(closed: FlaskClient, header: str | 
 
 
 @pytest.mark.parametrize("header", [f"bearer {ALICE}", f"BEARER {ALICE}", f"Bearer  {ALICE} ".rstrip()], ids=count())
-def test_the_scheme_may_be_written_in_any_case(closed: FlaskClient, header: str) -> None:
+def test_authorization__accepts_the_scheme_in_any_case(closed: FlaskClient, header: str) -> None:
     assert closed.get("/v1/models", headers={"Authorization": header}).status_code == 200
 
 
-def test_a_body_is_not_read_of_who_may_not_ask(closed: FlaskClient) -> None:
+def test_request__without_a_key_is_refused_before_its_body_is_read(closed: FlaskClient) -> None:
     response = closed.post("/v1/completions", data=b"{", content_type="application/json")
     assert response.status_code == 401
     assert closed.post("/v1/completions", data=b"{", headers=bearer(ALICE)).status_code == 415
@@ -102,22 +102,22 @@ CALLS = [
 
 
 @pytest.mark.parametrize(("method", "what", "body"), CALLS)
-def test_a_session_is_not_there_for_another_key(
+def test_session__of_another_owner_is_not_found(
     closed: FlaskClient, method: str, what: str, body: dict[str, object] | None
 ) -> None:
-    """Anothers' session answers as one that was never there."""
-    made = closed.post("/v1/sessions", json={"text": "ROMEO:"}, headers=bearer(ALICE)).get_json()["id"]
+    """For another owner, a session looks exactly like one that never existed."""
+    created = closed.post("/v1/sessions", json={"text": "ROMEO:"}, headers=bearer(ALICE)).get_json()["id"]
     answers = [
         closed.open(f"/v1/sessions/{name}{what}", method=method, json=body, headers=bearer(BOB))
-        for name in (made, "f" * 32)
+        for name in (created, "f" * 32)
     ]
     assert [answer.status_code for answer in answers] == [404, 404]
     assert answers[0].get_json() == answers[1].get_json()
     assert answers[0].get_json()["error"]["code"] == "session_not_found"
-    assert closed.get(f"/v1/sessions/{made}", headers=bearer(ALICE_2)).status_code == 200  # the same owner
+    assert closed.get(f"/v1/sessions/{created}", headers=bearer(ALICE_2)).status_code == 200  # the same owner
 
 
-def test_two_owners_may_use_one_id_and_see_their_own_only(closed: FlaskClient) -> None:
+def test_session__id_can_be_used_by_two_owners_who_see_only_their_own(closed: FlaskClient) -> None:
     for key, text in ((ALICE, "ROMEO:"), (BOB, "JULIET")):
         assert closed.put("/v1/sessions/mine", json={"text": text}, headers=bearer(key)).status_code == 201
     for key, text in ((ALICE_2, "ROMEO:"), (BOB, "JULIET")):
@@ -126,7 +126,7 @@ def test_two_owners_may_use_one_id_and_see_their_own_only(closed: FlaskClient) -
     assert [session["id"] for session in bobs] == ["mine"]
 
 
-def test_a_new_route_is_closed_unless_it_says_otherwise() -> None:
+def test_new_route__needs_a_key_unless_marked_open() -> None:
     app = Flask(__name__)
     register_guard(app, Drain(0, 0))
     register_access(app, read_keys(ALICE_ENTRY, None))
@@ -147,19 +147,19 @@ def test_a_new_route_is_closed_unless_it_says_otherwise() -> None:
     assert client.get("/new", headers=bearer(ALICE)).text == "new"
 
 
-def test_only_health_and_the_page_are_open(closed: FlaskClient) -> None:
+def test_is_open__holds_only_for_health_and_the_page(closed: FlaskClient) -> None:
     app = closed.application
-    open_ones = {name for name in app.view_functions if is_open(app, name)}
-    assert open_ones == {"health.healthz", "health.readyz", "page.page", "page.part"}
+    open_endpoints = {name for name in app.view_functions if is_open(app, name)}
+    assert open_endpoints == {"health.healthz", "health.readyz", "page.page", "page.part"}
 
 
-def test_without_keys_everything_is_open_and_a_key_is_no_harm(client: FlaskClient) -> None:
+def test_server_without_keys__is_open_and_ignores_keys(client: FlaskClient) -> None:
     assert client.get("/v1/models").status_code == 200
     assert client.get("/v1/models", headers=bearer("whatever")).status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "is_same"),
+    ("first", "second", "is_same"),
     [
         ("10.0.0.1", "10.0.0.2", False),
         ("10.0.0.1", "::ffff:10.0.0.1", True),
@@ -168,12 +168,14 @@ def test_without_keys_everything_is_open_and_a_key_is_no_harm(client: FlaskClien
         ("", "nonsense", True),
     ],
 )
-def test_without_keys_an_address_is_a_party(client: FlaskClient, one: str, other: str, is_same: bool) -> None:
-    parties = []
-    for address in (one, other):
+def test_client_key__without_api_keys_is_the_address_or_ipv6_network(
+    client: FlaskClient, first: str, second: str, is_same: bool
+) -> None:
+    keys = []
+    for address in (first, second):
         with client.application.test_request_context(environ_base={"REMOTE_ADDR": address}):
-            parties.append(client_key())
-    assert (parties[0] == parties[1]) == is_same
+            keys.append(client_key())
+    assert (keys[0] == keys[1]) == is_same
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_without_keys_an_address_is_a_party(client: FlaskClient, one: str, other
         ("127.0.0.1", {"Forwarded": "for=10.0.0.1"}, False),
     ],
 )
-def test_what_comes_from_this_machine(
+def test_is_local__accepts_only_direct_loopback_connections(
     client: FlaskClient, address: str, headers: dict[str, str], expected: bool
 ) -> None:
     with client.application.test_request_context(environ_base={"REMOTE_ADDR": address}, headers=headers):
@@ -199,7 +201,7 @@ def test_what_comes_from_this_machine(
 @pytest.mark.parametrize(
     ("host", "warns"), [("0.0.0.0", True), ("127.0.0.1", False), ("localhost", False), ("::1", False)]
 )
-def test_a_server_that_everybody_may_reach_and_use_says_so(
+def test_server_without_keys__on_a_public_address_logs_a_warning(
     tiny_store: ModelStore, host: str, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for keys in (SecretStr(""), ENTRIES):

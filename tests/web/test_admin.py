@@ -1,4 +1,4 @@
-"""POST /admin/reload, and what requests get meanwhile."""
+"""POST /admin/reload, and the versions that requests get before and after it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ AUTHORISED = {"Authorization": f"Bearer {KEY}"}
 
 
 def settings(store: Path, keys: str = "") -> Settings:
-    """Nothing is polled for."""
+    """Settings without polling for new versions."""
     return Settings(model_store=store, model="tiny", model_poll_s=0, api_keys=SecretStr(keys))
 
 
 def completed_by(client: FlaskClient, **body: object) -> str:
+    """The version that answers a completion."""
     answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1} | body)
     assert answer.status_code == 200, answer.text
     model: str = answer.get_json()["model"]
     return model
 
 
-def test_a_broken_version_leaves_the_old_one_serving_and_ready(tmp_path: Path) -> None:
+def test_reload__of_a_broken_version_keeps_serving_the_old_one(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     with client_of(settings(tmp_path)) as client:
@@ -49,7 +50,7 @@ def test_a_broken_version_leaves_the_old_one_serving_and_ready(tmp_path: Path) -
         assert client.put("/v1/sessions/a", json={}).get_json()["model"] == "tiny@1"
 
 
-def test_sessions_keep_the_version_they_began_with(tmp_path: Path) -> None:
+def test_session__keeps_its_version_after_a_reload(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     with client_of(settings(tmp_path)) as client:
@@ -66,7 +67,7 @@ def test_sessions_keep_the_version_they_began_with(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "2001:db8::1", ""])
-def test_without_keys_only_this_machine_may_reload(client: FlaskClient, address: str) -> None:
+def test_reload__without_keys_is_allowed_from_this_machine_only(client: FlaskClient, address: str) -> None:
     refused = client.post("/admin/reload", json={}, environ_base={"REMOTE_ADDR": address})
     assert refused.status_code == 403
     assert refused.get_json()["error"]["code"] == "forbidden"
@@ -75,15 +76,15 @@ def test_without_keys_only_this_machine_may_reload(client: FlaskClient, address:
     assert client.post("/admin/reload", json={}, environ_base={"REMOTE_ADDR": "::1"}).status_code == 200
 
 
-def test_with_keys_a_key_is_needed_from_wherever_it_comes(tmp_path: Path) -> None:
+def test_reload__with_keys_needs_a_key_from_any_address(tmp_path: Path) -> None:
     publish_tiny(ModelStore(tmp_path))
     with client_of(settings(tmp_path, ENTRY)) as client:
         assert client.post("/admin/reload", json={}).status_code == 401
-        far = {"REMOTE_ADDR": "10.0.0.1"}
-        assert client.post("/admin/reload", json={}, headers=AUTHORISED, environ_base=far).status_code == 200
+        remote = {"REMOTE_ADDR": "10.0.0.1"}
+        assert client.post("/admin/reload", json={}, headers=AUTHORISED, environ_base=remote).status_code == 200
 
 
-def test_a_reload_takes_nothing_but_an_empty_object(client: FlaskClient) -> None:
+def test_reload__accepts_only_an_empty_json_object(client: FlaskClient) -> None:
     assert client.post("/admin/reload", json={"model": "x"}).status_code == 400
-    assert client.post("/admin/reload", data=b"").status_code == 415  # no page of another site can send it
+    assert client.post("/admin/reload", data=b"").status_code == 415  # so a page of another site can't send it
     assert client.get("/admin/reload").status_code == 405

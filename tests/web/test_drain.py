@@ -1,4 +1,4 @@
-"""The plan of a shutdown, on a clock of its own; and what an application that drains refuses."""
+"""The schedule of a drain, on a fake clock; and the requests that a draining application refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.harness.wait import wait_until
 
 
 class Clock:
-    """Time that passes when told to."""
+    """A clock that only the test advances."""
 
     now = 1000.0
 
@@ -24,14 +24,14 @@ class Clock:
         return self.now
 
 
-def test_nothing_is_cut_before_it_begins() -> None:
+def test_drain__before_it_begins_interrupts_nothing() -> None:
     drain = Drain(30, 0, Clock())
     assert not drain.has_begun
     assert not drain.should_interrupt(0)
     assert not drain.is_overdue
 
 
-def test_who_has_nothing_to_do_goes_when_everybody_could_notice() -> None:
+def test_drain__without_open_requests_ends_after_the_notice_time() -> None:
     clock = Clock()
     drain = Drain(30, 5, clock)
     drain.begin()
@@ -43,7 +43,7 @@ def test_who_has_nothing_to_do_goes_when_everybody_could_notice() -> None:
     assert not drain.should_interrupt(1)
 
 
-def test_work_has_nearly_all_the_time() -> None:
+def test_drain__interrupts_open_requests_shortly_before_its_end() -> None:
     clock = Clock()
     drain = Drain(30, 5, clock)
     drain.begin()
@@ -57,7 +57,7 @@ def test_work_has_nearly_all_the_time() -> None:
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_at_once_is_at_once(begun: bool) -> None:
+def test_drain__at_once_interrupts_immediately(begun: bool) -> None:
     clock = Clock()
     drain = Drain(30, 5, clock)
     if begun:
@@ -65,16 +65,16 @@ def test_at_once_is_at_once(begun: bool) -> None:
         clock.now += 1
     drain.begin(at_once=True)
     assert drain.should_interrupt(1)
-    assert not drain.is_overdue  # what is cut off can still be saved
+    assert not drain.is_overdue  # time remains to save the interrupted runs
     clock.now += INTERRUPT_S
     assert drain.is_overdue
 
 
-def test_what_ends_work_is_called_in_order_and_one_failure_stops_no_other() -> None:
-    drain, called, hold = Drain(30, 0), [], threading.Event()
+def test_interrupt__runs_callbacks_in_order_and_continues_after_a_failure() -> None:
+    drain, called, may_fail = Drain(30, 0), [], threading.Event()
 
     def fail() -> None:
-        hold.wait(20)
+        may_fail.wait(20)
         called.append("first")
         raise OSError("the disk is gone")
 
@@ -84,14 +84,14 @@ def test_what_ends_work_is_called_in_order_and_one_failure_stops_no_other() -> N
     drain.interrupt(0)
     drain.interrupt(0)
     assert not drain.is_interrupted
-    hold.set()
+    may_fail.set()
     wait_until(lambda: drain.is_interrupted)
     assert called == ["first", "second"]
 
 
 @pytest.fixture
 def draining(tiny_store: ModelStore) -> Iterator[FlaskClient]:
-    """A client of an application that has a session `a`, and drains."""
+    """A client of a draining application that has a session `a`."""
     with client_of(Settings(model_store=tiny_store.root, model="tiny")) as client:
         assert client.put("/v1/sessions/a", json={"text": "ROMEO:"}).status_code == 201
         client.application.extensions["gru_serve_drain"].begin()
@@ -102,7 +102,7 @@ def draining(tiny_store: ModelStore) -> Iterator[FlaskClient]:
     ("method", "path", "body"),
     [
         ("POST", "/v1/completions", {"prompt": "a"}),
-        ("POST", "/v1/completions", {"nonsense": "refused all the same: nobody looks at it"}),
+        ("POST", "/v1/completions", {"nonsense": "the body is not validated"}),
         ("PUT", "/v1/sessions/b", {"text": "a"}),
         ("POST", "/v1/sessions", {}),
         ("POST", "/v1/sessions/a/feed", {"text": "a"}),
@@ -114,26 +114,28 @@ def draining(tiny_store: ModelStore) -> Iterator[FlaskClient]:
         ("DELETE", "/v1/sessions/a", None),
     ],
 )
-def test_work_is_refused_and_nothing_is_done(draining: FlaskClient, method: str, path: str, body: object) -> None:
+def test_draining_server__refuses_work_and_changes_nothing(
+    draining: FlaskClient, method: str, path: str, body: object
+) -> None:
     answer = draining.open(path, method=method, json=body)
     assert answer.status_code == 503
     assert answer.json
     assert answer.json["error"]["code"] == "draining"
     assert int(answer.headers["Retry-After"]) >= 1
-    shown = draining.get("/v1/sessions/a").json
-    assert shown
-    assert shown["position"] == 6
+    session = draining.get("/v1/sessions/a").json
+    assert session
+    assert session["position"] == 6
     assert draining.get("/v1/sessions/b").status_code == 404
 
 
 @pytest.mark.parametrize(
     "path", ["/healthz", "/v1/models", "/v1/sessions", "/v1/sessions/a", "/v1/sessions/a/text", "/openapi.json"]
 )
-def test_what_costs_nothing_is_answered(draining: FlaskClient, path: str) -> None:
+def test_draining_server__answers_requests_that_only_read(draining: FlaskClient, path: str) -> None:
     assert draining.get(path).status_code == 200
 
 
-def test_it_is_not_ready(draining: FlaskClient) -> None:
+def test_draining_server__is_not_ready(draining: FlaskClient) -> None:
     answer = draining.get("/readyz")
     assert answer.status_code == 503
     assert answer.json

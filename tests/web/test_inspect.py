@@ -1,4 +1,4 @@
-"""/v1/inspect: the engine's own numbers, whatever they are asked by; and a clear refusal of everything else."""
+"""POST /v1/inspect: the engine's own numbers for texts, sessions and states, and errors that name the bad field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
 from tests.harness.application import client_of, ok, refused
-from tests.harness.models import loaded_model, publish_tiny, random_tensors, tiny_config
+from tests.harness.models import TINY_CHARSET, loaded_model, publish_tiny, random_tensors, tiny_config
 
 TEXT = "ROMEO: what light is it, Juliet?\nTell me of all that was and will be. " * 4  # longer than a segment
 DEEP: dict[str, Any] = {"num_layers": 3, "num_units": 24}
@@ -33,10 +33,11 @@ DEEP: dict[str, Any] = {"num_layers": 3, "num_units": 24}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """With `tiny`, with `deep`, whose states move, and with `large`: too large for 2,048 states in one answer."""
+    """Models: `tiny`; `deep`, of 3 layers; `accents`, which knows é; `large`, whose 2,048 states exceed one answer."""
     store = ModelStore(tmp_path_factory.mktemp("inspect"))
     publish_tiny(store)
     publish_tiny(store, "deep", **DEEP)
+    publish_tiny(store, "accents", charset=TINY_CHARSET + "\u00e9")
     publish_tiny(store, "large", num_units=600, num_layers=8, embedding_dim=1)
     return store
 
@@ -53,24 +54,26 @@ def client(store: ModelStore) -> Iterator[FlaskClient]:
 
 
 def inspect(client: FlaskClient, **body: Any) -> dict[str, Any]:
-    found: dict[str, Any] = ok(client.post("/v1/inspect", json=body))
-    return found
+    """The answer to an inspection."""
+    answer: dict[str, Any] = ok(client.post("/v1/inspect", json=body))
+    return answer
 
 
 def array(answer: dict[str, Any]) -> NDArray[np.float16]:
+    """The array in a part of an answer."""
     return np.frombuffer(base64.b64decode(answer["data"]), "<f2").reshape(answer["shape"])
 
 
 def states_of(model: LoadedModel, text: str) -> NDArray[np.float32]:
-    """(n + 1, L, H), from the engine: before the text and after each character, stepped in one piece."""
+    """(n + 1, L, H) from the engine, stepped over the whole text: the state before it and after each character."""
     positions = tuple(range(1, len(text) + 1))
     handle = model.engine.submit([Request(model.charset.encode(text), 0, 0, checkpoint_positions=positions)])[0]
-    kept = handle.wait().checkpoints
-    return np.stack([model.engine.initial_hidden(), *(kept[at] for at in positions)])
+    checkpoints = handle.wait().checkpoints
+    return np.stack([model.engine.initial_hidden(), *(checkpoints[position] for position in positions)])
 
 
 @pytest.mark.parametrize("name", ["tiny", "deep"])
-def test_states_are_the_engines_to_the_bit(client: FlaskClient, store: ModelStore, name: str) -> None:
+def test_states__equal_the_engines_bit_for_bit(client: FlaskClient, store: ModelStore, name: str) -> None:
     answer = inspect(client, model=name, text=TEXT)
     with loaded_model(store, name, precision="int8") as model:
         states = states_of(model, TEXT)
@@ -82,7 +85,7 @@ def test_states_are_the_engines_to_the_bit(client: FlaskClient, store: ModelStor
 
 
 @pytest.mark.parametrize("kernel", ["native", "torch"])
-def test_states_are_the_same_whatever_computes(store: ModelStore, kernel: str, client: FlaskClient) -> None:
+def test_states__are_the_same_for_every_kernel(store: ModelStore, kernel: str, client: FlaskClient) -> None:
     from service.engine.native.binding import variants
 
     if kernel == "native" and not variants():
@@ -90,13 +93,13 @@ def test_states_are_the_same_whatever_computes(store: ModelStore, kernel: str, c
     settings = Settings(model_store=store.root, model="deep", precision="int8", kernel=kernel)
     app = create_app(settings)
     try:
-        theirs = inspect(app.test_client(), text=TEXT, gates=True)
+        other = inspect(app.test_client(), text=TEXT, gates=True)
     finally:
         app.extensions["gru_serve"].close()
-    assert theirs == inspect(client, model="deep", text=TEXT, gates=True)
+    assert other == inspect(client, model="deep", text=TEXT, gates=True)
 
 
-def test_parts_of_a_text_are_parts_of_the_whole(client: FlaskClient) -> None:
+def test_range__is_a_part_of_the_whole_answer(client: FlaskClient) -> None:
     whole = inspect(client, text=TEXT, gates=True, logprobs=3, embedding=True)
     states, update = array(whole["states"]), array(whole["gates"]["update"])
     for start, end in ((0, len(TEXT)), (0, 1), (5, 9), (100, 270), (len(TEXT), len(TEXT)), (7, 7)):
@@ -114,7 +117,7 @@ def test_parts_of_a_text_are_parts_of_the_whole(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "deep"])
-def test_gates_make_the_states_and_are_those_of_the_reference(client: FlaskClient, name: str) -> None:
+def test_gates__give_the_states_and_match_the_reference_model(client: FlaskClient, name: str) -> None:
     answer = inspect(client, model=name, text=TEXT, gates=True)
     gates = {kind: array(values).astype(np.float64) for kind, values in answer["gates"].items()}
     after = array(answer["states"]).astype(np.float64)
@@ -133,8 +136,8 @@ def test_gates_make_the_states_and_are_those_of_the_reference(client: FlaskClien
             inputs = torch.from_numpy(after[:, layer].copy())
 
 
-def test_gates_are_those_that_the_engine_stepped_with(store: ModelStore) -> None:
-    """Bit for bit in float32: the engine's own last lines, from these gates, make the engine's next states."""
+def test_gates__equal_those_that_the_engine_used(store: ModelStore) -> None:
+    """Bit for bit in float32: the last lines of the engine's step, applied to these gates, give its next states."""
     for name in ("tiny", "deep"):
         for precision in ("int8", "int4"):
             with loaded_model(store, name, precision=precision) as model:
@@ -144,7 +147,7 @@ def test_gates_are_those_that_the_engine_stepped_with(store: ModelStore) -> None
             assert (((before - candidate) * update + candidate) == after).all()
 
 
-def test_products_too_large_for_float32_are_exact() -> None:
+def test_gate_products__too_large_for_float32_are_exact() -> None:
     from service.engine.gate_values import _Product
 
     config = tiny_config(num_units=1152, embedding_dim=1)
@@ -158,7 +161,7 @@ def test_products_too_large_for_float32_are_exact() -> None:
     assert (_Product(linear)(states) == exact).all()
 
 
-def test_values_are_what_advance_uses() -> None:
+def test_gate_values__equal_those_that_advance_uses() -> None:
     config = tiny_config(num_units=40)
     recurrent = quantize(config, random_tensors(config), "int8").layers[0].recurrent
     random = np.random.default_rng(0)
@@ -171,31 +174,31 @@ def test_values_are_what_advance_uses() -> None:
     assert (hidden == expected).all()
 
 
-def test_a_session_answers_as_its_text_does(client: FlaskClient) -> None:
+def test_session__gives_the_same_answer_as_its_text(client: FlaskClient) -> None:
     path = "/v1/sessions/inspected"
     ok(client.put(path, json={"text": TEXT[:50], "seed": 7}), 201)
     written = ok(client.post(f"{path}/generate", json={"max_tokens": 200}))["text"]
     text = TEXT[:50] + written
     fields = {"gates": True, "logprobs": 2, "embedding": True}
-    whole, found = inspect(client, text=text, **fields), inspect(client, session="inspected", **fields)
-    assert found == whole
+    answer = inspect(client, session="inspected", **fields)
+    assert answer == inspect(client, text=text, **fields)
     for start, end in ((0, 10), (33, 71), (249, 250)):
         part = {"from": start, "to": end}
         assert inspect(client, session="inspected", **fields, **part) == inspect(client, text=text, **fields, **part)
-    drawn = ok(client.post(f"{path}/feed", json={"text": "", "num_next": 2}))["next"]
-    assert found["next"] == drawn
+    next_characters = ok(client.post(f"{path}/feed", json={"text": "", "num_next": 2}))["next"]
+    assert answer["next"] == next_characters
     assert ok(client.get(path))["position"] == 250
 
 
-def test_scores_are_those_of_a_feed(client: FlaskClient) -> None:
+def test_logprobs__equal_those_of_a_feed(client: FlaskClient) -> None:
     ok(client.put("/v1/sessions/scored", json={"seed": 7}), 201)
     fed = ok(client.post("/v1/sessions/scored/feed", json={"text": TEXT, "logprobs": 4}))["logprobs"]
     assert inspect(client, text=TEXT, logprobs=4)["logprobs"] == fed
     assert math.isfinite(fed["token_logprobs"][0])
 
 
-def test_a_portable_state_goes_on_where_another_call_ended(client: FlaskClient) -> None:
-    """How a stream is followed: each call reads only what is new."""
+def test_portable_state__continues_where_another_call_ended(client: FlaskClient) -> None:
+    """This is how a client follows a stream: each call reads only the new characters."""
     whole = inspect(client, text=TEXT, gates=True, portable=True)
     state, parts = None, []
     for start in range(0, len(TEXT), 60):
@@ -212,30 +215,37 @@ def test_a_portable_state_goes_on_where_another_call_ended(client: FlaskClient) 
     assert array(part["states"]).tobytes() == array(inspect(client, text=TEXT + "And he")["states"])[-4:-1].tobytes()
 
 
-def test_embeddings_are_rows_of_the_table(client: FlaskClient) -> None:
+def test_embeddings__are_rows_of_the_embedding_table(client: FlaskClient) -> None:
     table = random_tensors(tiny_config())["embedding.weight"].astype(np.float16)
     answer = inspect(client, text="ROMEO:", embedding=True)
     assert array(answer["embedding"]).tobytes() == table[_ids("ROMEO:")].tobytes()
 
 
-def test_a_text_is_read_in_its_normal_form(client: FlaskClient) -> None:
-    refused(client.post("/v1/inspect", json={"text": "Rome\u0301o"}), 400, "unknown_characters", "text")
+def test_text__is_read_in_its_normal_form(client: FlaskClient) -> None:
+    """An e and its accent are read as one character, which only the model `accents` knows."""
+    decomposed, composed = "Rome\u0301o", "Rom\u00e9o"
+    answer = inspect(client, model="accents", text=decomposed, gates=True)
+    assert (answer["text"], answer["to"]) == (composed, 5)
+    assert answer["states"]["shape"][0] == 5
+    assert answer == inspect(client, model="accents", text=composed, gates=True)
+    error = refused(client.post("/v1/inspect", json={"text": decomposed}), 400, "unknown_characters", "text")
+    assert "(U+00E9) at 3" in error["message"]
 
 
-def test_what_is_too_long_is_refused_and_what_fits_is_not(client: FlaskClient) -> None:
-    longest = ("a" * inspector.MAX_CHARS)[: inspector.MAX_CHARS]
+def test_range__up_to_the_limit_is_answered_and_above_it_refused(client: FlaskClient) -> None:
+    longest = "a" * inspector.MAX_CHARS
     assert inspect(client, text=longest)["states"]["shape"] == [2048, 1, 16]
     refused(client.post("/v1/inspect", json={"text": longest + "a"}), 400, "out_of_range", "text")
     ok(client.put("/v1/sessions/long", json={"text": longest + "bc", "seed": 1}), 201)
     answer = inspect(client, session="long")
     assert (answer["from"], answer["to"]) == (2, 2050)
     refused(client.post("/v1/inspect", json={"session": "long", "from": 1}), 400, "out_of_range", "from")
-    # What a model's states take is bounded too, not only their number.
+    # The size of all states together is limited, too, not only their number.
     refused(client.post("/v1/inspect", json={"model": "large", "text": "a" * 1800}), 400, "out_of_range", "from")
     assert inspect(client, model="large", text="a" * 1800, **{"from": 1790})["states"]["shape"] == [10, 8, 600]
 
 
-def test_text_that_is_not_retained_is_gone(client: FlaskClient) -> None:
+def test_range__before_the_retained_text_is_gone(client: FlaskClient) -> None:
     ok(client.put("/v1/sessions/old", json={"text": "a" * 2000, "seed": 1}), 201)
     for _ in range(3):
         ok(client.post("/v1/sessions/old/feed", json={"text": "b" * 1000}))
@@ -275,37 +285,37 @@ def test_text_that_is_not_retained_is_gone(client: FlaskClient) -> None:
         ({"text": 5}, 400, "wrong_type", "text"),
     ],
 )
-def test_what_makes_no_sense_is_refused(
+def test_bad_request__is_refused_and_names_its_field(
     client: FlaskClient, body: dict[str, Any], status: int, code: str, param: str | None
 ) -> None:
     refused(client.post("/v1/inspect", json=body), status, code, param)
 
 
-def test_a_state_of_another_model_and_a_place_before_it_are_refused(client: FlaskClient) -> None:
+def test_portable_state__refuses_another_model_and_a_position_before_it(client: FlaskClient) -> None:
     state = inspect(client, text="ROMEO:", portable=True)["state"]
     wrong = client.post("/v1/inspect", json={"text": "a", "state": state, "model": "deep"})
     refused(wrong, 400, "state_model_mismatch", "state")
     refused(client.post("/v1/inspect", json={"text": "a", "state": state, "from": 3}), 400, "out_of_range", "from")
 
 
-def test_a_place_behind_the_end_of_a_session_is_a_conflict(client: FlaskClient) -> None:
+def test_position__after_the_end_of_a_session_is_a_conflict(client: FlaskClient) -> None:
     ok(client.put("/v1/sessions/short", json={"text": "abc", "seed": 1}), 201)
     error = refused(client.post("/v1/inspect", json={"session": "short", "to": 9}), 409, "position_conflict", "to")
     assert error["position"] == 3
 
 
-def test_a_session_is_its_owners_alone(store: ModelStore) -> None:
+def test_session__of_another_owner_is_not_found(store: ModelStore) -> None:
     (alice, one), (bob, two) = new_key("alice"), new_key("bob")
     settings = Settings(model_store=store.root, model="tiny", api_keys=SecretStr(f"{one},{two}"))
     with client_of(settings) as client:
-        ours, theirs = ({"Authorization": f"Bearer {key}"} for key in (alice, bob))
-        ok(client.put("/v1/sessions/hers", json={"text": "abc", "seed": 1}, headers=ours), 201)
-        assert ok(client.post("/v1/inspect", json={"session": "hers"}, headers=ours))["text"] == "abc"
-        refused(client.post("/v1/inspect", json={"session": "hers"}, headers=theirs), 404, "session_not_found")
+        hers, his = ({"Authorization": f"Bearer {key}"} for key in (alice, bob))
+        ok(client.put("/v1/sessions/hers", json={"text": "abc", "seed": 1}, headers=hers), 201)
+        assert ok(client.post("/v1/inspect", json={"session": "hers"}, headers=hers))["text"] == "abc"
+        refused(client.post("/v1/inspect", json={"session": "hers"}, headers=his), 404, "session_not_found")
         assert client.post("/v1/inspect", json={"text": "abc"}).status_code == 401
 
 
-def test_the_description_tells_of_it(client: FlaskClient) -> None:
+def test_openapi__describes_inspect(client: FlaskClient) -> None:
     described = ok(client.get("/openapi.json"))
     body = described["components"]["schemas"]["InspectBody"]["properties"]
     assert {"model", "text", "session", "from", "to", "gates", "logprobs"} <= set(body)
@@ -320,7 +330,7 @@ def _ids(text: str) -> NDArray[np.int64]:
 def _gates(
     model: GRUCharModel, layer: int, inputs: torch.Tensor, before: torch.Tensor
 ) -> dict[str, NDArray[np.float64]]:
-    """The definition, in float64: (n, E or H) inputs, (n, H) states before."""
+    """The definition of the gates, in float64, from (n, E or H) inputs and the (n, H) states before each character."""
     weight_ih, weight_hh, bias_ih, bias_hh = model.gru.all_weights[layer]
     (ir, iz, i_n), (hr, hz, hn) = (
         (inputs @ weight_ih.T + bias_ih).chunk(3, 1),

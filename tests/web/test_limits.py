@@ -1,4 +1,4 @@
-"""How often one caller may start something, and how many streams it may have."""
+"""The rate limit of a client, and the limits on open streams and concurrent requests."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_starts_above_the_rate_are_refused_until_later(tiny_store: ModelStore) -> None:
+def test_rate_limit__refuses_posts_and_puts_above_the_rate(tiny_store: ModelStore) -> None:
     settings = Settings(model_store=tiny_store.root, model="tiny", api_keys=ENTRIES, rate_limit="4/day")
     with client_of(settings) as client:
 
@@ -47,7 +47,7 @@ def test_starts_above_the_rate_are_refused_until_later(tiny_store: ModelStore) -
             return client.post(path, json={"prompt": "a"}, headers=bearer(key)).status_code
 
         assert client.put("/v1/sessions/a", json={}, headers=bearer(ALICE)).status_code == 201
-        assert started(ALICE_2, "/v1/sessions/a/feed") == 400  # a start for all that; and both keys are alice's
+        assert started(ALICE_2, "/v1/sessions/a/feed") == 400  # counts all the same, and both keys are alice's
         assert [started(ALICE) for _ in range(3)] == [200, 200, 429]
         refused = client.put("/v1/sessions/b", json={}, headers=bearer(ALICE_2))
         assert refused.status_code == 429
@@ -57,32 +57,32 @@ def test_starts_above_the_rate_are_refused_until_later(tiny_store: ModelStore) -
         )
         assert 1 <= int(refused.headers["Retry-After"]) <= 86_401
         for path in ("/v1/sessions/a", "/v1/models", "/healthz", "/metrics", "/v1/sessions/a/text"):
-            assert client.get(path, headers=bearer(ALICE)).status_code == 200  # to read is not to start
-        assert client.get("/v1/sessions/a/generate", headers=bearer(ALICE)).status_code == 409  # nor to take up again
+            assert client.get(path, headers=bearer(ALICE)).status_code == 200  # reading doesn't count
+        assert client.get("/v1/sessions/a/generate", headers=bearer(ALICE)).status_code == 409  # nor does resuming
         assert client.delete("/v1/sessions/a", headers=bearer(ALICE)).status_code == 204
         assert started(BOB) == 200
-        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401  # counts for nobody
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 401  # counts for no client
 
 
 @pytest.mark.parametrize("rate", ["often", "10", "0/minute", "-1/second", "10/fortnight"])
-def test_a_bad_rate_stops_the_start(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+def test_rate_setting__that_is_invalid_stops_the_server_start(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     monkeypatch.setenv("GRU_SERVE_RATE_LIMIT", rate)
     with pytest.raises(InvalidSettings, match="GRU_SERVE_RATE_LIMIT"):
         read_settings()
 
 
 @pytest.mark.parametrize("rate", ["600/minute", "10 per second", "10/second;100/minute"])
-def test_good_rates(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
+def test_rate_setting__accepts_several_notations(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     monkeypatch.setenv("GRU_SERVE_RATE_LIMIT", rate)
     assert read_settings().rate_limit == rate
 
 
-# The counts of several replicas, in a real Redis
+# Several replicas that count in one real Redis
 
 
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """A redis-server of the test's own, and its port."""
+    """A redis-server for this test alone, and its port."""
     command = shutil.which("redis-server")
     if command is None:
         assert os.environ.get("CI") != "true", "redis-server is not installed"
@@ -102,6 +102,7 @@ def redis_server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]
 
 
 def answers(port: int) -> bool:
+    """Whether Redis answers on a port."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"PING\r\n")
@@ -112,7 +113,7 @@ def answers(port: int) -> bool:
 
 @dataclass(frozen=True)
 class Replica:
-    """Called, it asks for a start and gives the status of the answer."""
+    """A small application. Calling it sends a request that counts, and returns the status of the answer."""
 
     client: FlaskClient
     limiter: Any
@@ -123,7 +124,7 @@ class Replica:
 
 @contextmanager
 def replica(rate: str, port: int) -> Iterator[Replica]:
-    """An application that does nothing but to be limited."""
+    """An application with one route and a rate limit."""
     app = Flask(__name__)
     register_guard(app, Drain(0, 0))
     register_rate_limit(app, rate, f"redis://127.0.0.1:{port}/0")
@@ -138,20 +139,20 @@ def replica(rate: str, port: int) -> Iterator[Replica]:
     limiter.storage.storage.close()
 
 
-def test_replicas_count_together_and_each_alone_while_redis_is_gone(
+def test_rate_limit__is_shared_by_replicas_and_per_replica_without_redis(
     redis_server: tuple[subprocess.Popen[bytes], int],
 ) -> None:
     process, port = redis_server
-    with replica("3/day", port) as one, replica("3/day", port) as other:
-        assert [one(), other(), one(), other(), one()] == [200, 200, 200, 429, 429]
+    with replica("3/day", port) as first, replica("3/day", port) as second:
+        assert [first(), second(), first(), second(), first()] == [200, 200, 200, 429, 429]
         process.kill()
         process.wait(10)
-        assert [one(), one(), one(), one()] == [200, 200, 200, 429]
-        assert other() == 200
+        assert [first(), first(), first(), first()] == [200, 200, 200, 429]
+        assert second() == 200
 
 
-def test_a_redis_that_does_not_answer_holds_nobody_up(redis_server: tuple[subprocess.Popen[bytes], int]) -> None:
-    """A stopped process takes connections and never answers: without a time-out the first start would never end."""
+def test_rate_limit__with_an_unresponsive_redis_falls_back(redis_server: tuple[subprocess.Popen[bytes], int]) -> None:
+    """A stopped process accepts connections and never answers: without a timeout the first request would never end."""
     process, port = redis_server
     with replica("4/day", port) as start:
         assert start() == 200
@@ -159,8 +160,8 @@ def test_a_redis_that_does_not_answer_holds_nobody_up(redis_server: tuple[subpro
         assert [start() for _ in range(5)] == [200, 200, 200, 200, 429]
 
 
-def test_the_time_a_start_may_wait_for_redis_is_bounded() -> None:
-    with replica("4/day", 1) as start:  # nobody listens there
+def test_rate_limit__waits_for_redis_for_a_limited_time() -> None:
+    with replica("4/day", 1) as start:  # nothing listens on this port
         assert start() == 200
         options = start.limiter.storage.storage.connection_pool.connection_kwargs
         assert options["socket_timeout"] == options["socket_connect_timeout"] == 0.1
@@ -177,7 +178,7 @@ def capped(tiny_store: ModelStore) -> Iterator[FlaskClient]:
         yield client
 
 
-def test_a_caller_has_so_many_streams_and_others_have_theirs(capped: FlaskClient) -> None:
+def test_stream_limit__counts_the_streams_of_each_client(capped: FlaskClient) -> None:
     def begin(key: str) -> object:
         return capped.post("/v1/completions", json=STREAM, headers=bearer(key), buffered=False)
 
@@ -192,7 +193,7 @@ def test_a_caller_has_so_many_streams_and_others_have_theirs(capped: FlaskClient
     assert capped.get("/v1/sessions/s/generate", headers=bearer(ALICE)).status_code == 429
     assert capped.post("/v1/sessions/s/generate", json={"max_tokens": 5}, headers=bearer(ALICE)).status_code == 200
     whole = capped.post("/v1/completions", json=STREAM | {"stream": False}, headers=bearer(ALICE))
-    assert whole.status_code == 200  # it is no stream
+    assert whole.status_code == 200  # it is not a stream
     others = capped.post("/v1/completions", json=STREAM, headers=bearer(BOB))
     assert others.text.endswith("[DONE]\n\n")
     others.close()
@@ -200,8 +201,8 @@ def test_a_caller_has_so_many_streams_and_others_have_theirs(capped: FlaskClient
         stream.close()  # type: ignore[attr-defined]
 
 
-def test_a_stream_gives_its_place_back_however_it_ends(capped: FlaskClient) -> None:
-    """Run to its end, left before and after its first event, refused, failed at its start, taken up again."""
+def test_stream_limit__is_released_however_a_stream_ends(capped: FlaskClient) -> None:
+    """Streams that end, that are closed before or after their first event, refused, failed at the start, resumed."""
     assert capped.put("/v1/sessions/s", json={"text": "a"}, headers=bearer(ALICE)).status_code == 201
     for _ in range(3):
         done = capped.post("/v1/completions", json=STREAM, headers=bearer(ALICE))
@@ -229,20 +230,20 @@ def test_a_stream_gives_its_place_back_however_it_ends(capped: FlaskClient) -> N
         stream.close()
 
 
-def test_places_and_streams_are_counted_apart() -> None:
-    admission = AdmissionLimit(3, max_streams=1)
+def test_admission_limit__counts_requests_and_streams() -> None:
+    admission = AdmissionLimit(3, max_streams_per_client=1)
     admission.acquire("a")
     with pytest.raises(TooManyStreams):
         admission.acquire("a")
     admission.acquire("b")
     assert admission.num_streams == 2
-    admission.acquire()  # the refused one holds no place
+    admission.acquire()  # the refused stream doesn't count as a request
     with pytest.raises(Overloaded):
         admission.acquire("c")
-    for stream_key in ("a", "b", None):
-        admission.release(stream_key)
+    for streaming_client in ("a", "b", None):
+        admission.release(streaming_client)
     assert admission.num_streams == 0
-    free = AdmissionLimit(3)
+    unlimited = AdmissionLimit(3)
     for _ in range(3):
-        free.acquire("a")
-    assert free.num_streams == 3
+        unlimited.acquire("a")
+    assert unlimited.num_streams == 3

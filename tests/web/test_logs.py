@@ -1,4 +1,4 @@
-"""What is logged, and what never is."""
+"""What is logged, and what must never be logged."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ SECRETS = (PROMPT, "Romeo", SESSION, KEY, KEY[4:], ENTRY.partition(":")[2])
 
 @pytest.fixture
 def logged() -> io.StringIO:
-    """What the application logs."""
+    """The text that the application logs."""
     return io.StringIO()
 
 
 @pytest.fixture
 def closed(tiny_store: ModelStore, logged: io.StringIO) -> Iterator[FlaskClient]:
-    """An application with keys, which logs all it can."""
+    """A client of an application with API keys that logs at the level debug."""
     settings = Settings(
         model_store=tiny_store.root, model="tiny", api_keys=SecretStr(ENTRY), log_format="json", log_level="debug"
     )
     with client_of(settings) as client:
         client.application.config["PROPAGATE_EXCEPTIONS"] = False
-        (handler,) = [one for one in logging.root.handlers if isinstance(one, logging.StreamHandler)]
+        (handler,) = [handler for handler in logging.root.handlers if isinstance(handler, logging.StreamHandler)]
         handler.setStream(logged)
         yield client
         logging.root.removeHandler(handler)
 
 
-def test_a_line_names_the_key_and_does_not_hold_it(closed: FlaskClient, logged: io.StringIO) -> None:
+def test_log_line__has_the_name_of_the_key(closed: FlaskClient, logged: io.StringIO) -> None:
     stream = closed.post("/v1/completions", json={"prompt": "a", "stream": True}, headers=AUTHORISED)
     stream.get_data()
     stream.close()
@@ -61,10 +61,10 @@ def test_a_line_names_the_key_and_does_not_hold_it(closed: FlaskClient, logged: 
     assert lines[0]["request_id"] == lines[1]["request_id"]
 
 
-def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
+def test_log__never_has_a_prompt_a_key_or_the_id_of_a_session(
     closed: FlaskClient, logged: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every route with every method, rightly, wrongly and without a route, and errors that nobody foresaw."""
+    """Call every route with every method: valid, invalid, on unknown paths, and with an unexpected exception."""
     secret = {"text": PROMPT, "prompt": PROMPT, "seed": 7, "max_tokens": 3, "position": 3, "id": f"{SESSION}2"}
     fields = {
         "/v1/completions": ("prompt", "max_tokens"), "/v1/sessions": ("text",), "/v1/sessions/<id>": ("text",),
@@ -73,7 +73,7 @@ def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
     }  # fmt: skip
     statuses: set[int] = set()
 
-    def ask(method: str, path: str, **how: object) -> None:
+    def send(method: str, path: str, **how: object) -> None:
         response = closed.open(path, method=method, **how)  # type: ignore[arg-type]
         response.get_data()
         response.close()
@@ -81,21 +81,21 @@ def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
 
     for rule in sorted(closed.application.url_map.iter_rules(), key=lambda rule: rule.rule):
         path = rule.rule.replace("<id>", SESSION).replace("<path:asset>", SESSION)
-        right = {name: secret[name] for name in fields.get(rule.rule, ())}
-        # One that ends the session comes after those that need it.
+        valid = {name: secret[name] for name in fields.get(rule.rule, ())}
+        # DELETE is last, because the other methods need the session.
         for method in sorted({*(rule.methods or ()), "PATCH", "PROPFIND"}, key=lambda name: (name == "DELETE", name)):
-            ask(method, path, json=right)
-            ask(method, path, json=right, headers=AUTHORISED)
-            ask(method, path, json=right | {"stream": True}, headers=AUTHORISED)
-            ask(method, path, json=secret | {"unknown": PROMPT}, headers=AUTHORISED)
-            ask(method, path, data=f'{{"prompt": "{PROMPT}"', content_type="application/json", headers=AUTHORISED)
-            ask(method, f"{path}/{PROMPT}/{SESSION}", json=right, headers=AUTHORISED)
-            ask(method, f"{path}?after={PROMPT}&to={SESSION}", json=right, headers=AUTHORISED)
-            ask(method, path, json=right, headers={"Authorization": f"Bearer {KEY}x", "X-Request-Id": PROMPT})
-    ask(SESSION.upper(), "/healthz", headers=AUTHORISED)
-    ask("PUT", f"/v1/sessions/{SESSION}", json={"text": PROMPT, "seed": 7}, headers=AUTHORISED)
-    ask("POST", f"/v1/sessions/{SESSION}/feed", json={"text": PROMPT + "§"}, headers=AUTHORISED)
-    ask("POST", f"/v1/sessions/{SESSION}/feed", json={"text": PROMPT, "position": 9}, headers=AUTHORISED)
+            send(method, path, json=valid)
+            send(method, path, json=valid, headers=AUTHORISED)
+            send(method, path, json=valid | {"stream": True}, headers=AUTHORISED)
+            send(method, path, json=secret | {"unknown": PROMPT}, headers=AUTHORISED)
+            send(method, path, data=f'{{"prompt": "{PROMPT}"', content_type="application/json", headers=AUTHORISED)
+            send(method, f"{path}/{PROMPT}/{SESSION}", json=valid, headers=AUTHORISED)
+            send(method, f"{path}?after={PROMPT}&to={SESSION}", json=valid, headers=AUTHORISED)
+            send(method, path, json=valid, headers={"Authorization": f"Bearer {KEY}x", "X-Request-Id": PROMPT})
+    send(SESSION.upper(), "/healthz", headers=AUTHORISED)
+    send("PUT", f"/v1/sessions/{SESSION}", json={"text": PROMPT, "seed": 7}, headers=AUTHORISED)
+    send("POST", f"/v1/sessions/{SESSION}/feed", json={"text": PROMPT + "§"}, headers=AUTHORISED)
+    send("POST", f"/v1/sessions/{SESSION}/feed", json={"text": PROMPT, "position": 9}, headers=AUTHORISED)
 
     def fail(*_: object) -> None:
         try:
@@ -104,7 +104,7 @@ def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
             raise ValueError(f"{PROMPT} {KEY}") from error
 
     monkeypatch.setattr(Completion, "chunks", fail)
-    ask("POST", "/v1/completions", json={"prompt": PROMPT}, headers=AUTHORISED)
+    send("POST", "/v1/completions", json={"prompt": PROMPT}, headers=AUTHORISED)
     assert statuses >= {200, 201, 204, 400, 401, 404, 405, 409, 500}
     text = logged.getvalue()
     assert len(text.splitlines()) > 300
@@ -113,7 +113,7 @@ def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
     unforeseen = [line for line in map(json.loads, text.splitlines()) if line["event"] == "unforeseen error"]
     trace = unforeseen[-1]["exception"]
     assert trace.index("builtins.KeyError") < trace.index("and then") < trace.index("builtins.ValueError")
-    assert 'in fail\n    raise KeyError(("alice", SESSION))' in trace  # the place, as the source has it
+    assert 'in fail\n    raise KeyError(("alice", SESSION))' in trace  # the line of source code
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_no_line_holds_a_prompt_a_key_or_the_id_of_a_session(
         ("INFO", "Listening at: %s (%s)", ("http://127.0.0.1:1", 7), "Listening at: http://127.0.0.1:1 (7)"),
     ],
 )  # fmt: skip
-def test_of_gunicorns_lines_only_what_can_not_be_a_secret_is_left(
+def test_gunicorn_log_line__loses_what_a_client_may_have_sent(
     level: str, message: str, arguments: tuple[object, ...], expected: str
 ) -> None:
     record = logging.LogRecord("gunicorn.error", getattr(logging, level), "", 0, message, arguments, None)
@@ -137,7 +137,7 @@ def test_of_gunicorns_lines_only_what_can_not_be_a_secret_is_left(
     assert record.getMessage() == expected
 
 
-def test_text_for_terminals_has_no_messages_of_exceptions_either(
+def test_text_log__has_no_messages_of_exceptions(
     tiny_store: ModelStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:

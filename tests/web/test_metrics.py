@@ -1,4 +1,4 @@
-"""GET /metrics: parsed as Prometheus parses it, and held against what was done."""
+"""GET /metrics, parsed by Prometheus' own parser and compared with the requests that were sent."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ def fresh(tmp_path: Path) -> Iterator[FlaskClient]:
 
 
 def scrape(client: FlaskClient) -> dict[str, list[tuple[Labels, float]]]:
-    """Name of a series -> labels and value of each sample."""
+    """All samples as a dict: name of the series -> labels and value of each of its samples."""
     response = client.get("/metrics")
     assert response.status_code == 200
     assert response.content_type.startswith("text/plain; version=")
-    found: dict[str, list[tuple[Labels, float]]] = {}
+    samples: dict[str, list[tuple[Labels, float]]] = {}
     for family in text_string_to_metric_families(response.text):
         assert family.documentation
         assert family.type != "unknown"
         for sample in family.samples:
-            found.setdefault(sample.name.removeprefix("gru_serve:"), []).append((sample.labels, sample.value))
-    return found
+            samples.setdefault(sample.name.removeprefix("gru_serve:"), []).append((sample.labels, sample.value))
+    return samples
 
 
 def value(client: FlaskClient, series: str, /, **labels: str) -> float:
-    """Sum of the samples with these labels; they have to be there."""
+    """Sum of the samples of a series that have these labels. Fails if there is none."""
     values = [number for has, number in scrape(client)[series] if labels.items() <= has.items()]
     assert values, series
     return sum(values)
 
 
-def test_characters_and_continuations_are_counted(fresh: FlaskClient) -> None:
+def test_engine_metrics__count_characters_and_continuations(fresh: FlaskClient) -> None:
     fresh.post("/v1/completions", json={"prompt": "ROMEO:", "max_tokens": 50, "seed": 7, "n": 3, "best_of": 3})
     assert value(fresh, "generation_tokens_total", model_name="tiny@1") == 150
     assert value(fresh, "prompt_tokens_total", model_name="tiny@1") == 6  # read once for all three
@@ -76,8 +76,8 @@ def test_characters_and_continuations_are_counted(fresh: FlaskClient) -> None:
     assert value(fresh, "open_streams") == 0
 
 
-def test_feeds_of_a_character_are_counted_too(fresh: FlaskClient) -> None:
-    """They are stepped by the thread that asks, not by the engine's."""
+def test_engine_metrics__count_feeds_of_one_character(fresh: FlaskClient) -> None:
+    """A feed of one character is stepped by the thread of the request, not by the engine's."""
     fresh.put("/v1/sessions/a", json={"text": "R"})
     for _ in range(5):
         fresh.post("/v1/sessions/a/feed", json={"text": "a"})
@@ -85,35 +85,35 @@ def test_feeds_of_a_character_are_counted_too(fresh: FlaskClient) -> None:
     assert value(fresh, "batch_size_count") == value(fresh, "tick_seconds_count") == 6
     assert value(fresh, "batch_size_bucket", le="1.0") == 6
     assert value(fresh, "tick_seconds_sum") > 0
-    assert sum(number for _, number in scrape(fresh)["request_success_total"]) == 0  # nothing was to be generated
+    assert sum(number for _, number in scrape(fresh)["request_success_total"]) == 0  # a feed generates nothing
 
 
-def test_answers_are_counted_by_route_and_status_and_nobody_makes_up_labels(fresh: FlaskClient) -> None:
-    secret = "an-id-that-is-nobodys-business"
+def test_http_requests__are_labelled_by_route_and_never_by_path(fresh: FlaskClient) -> None:
+    secret = "an-id-that-is-secret"
     fresh.put(f"/v1/sessions/{secret}", json={"text": "R"})
     fresh.get(f"/v1/sessions/{secret}")
     fresh.get(f"/v1/sessions/{secret}x")
     for path in (f"/{secret}", f"/v1/sessions/{secret}/nothing"):
         fresh.get(path)
     fresh.open("/healthz", method=secret.upper())
-    one = "/v1/sessions/<id>"
-    assert value(fresh, "http_requests_total", method="PUT", route=one, status="201") == 1
-    assert value(fresh, "http_requests_total", method="GET", route=one, status="200") == 1
-    assert value(fresh, "http_requests_total", method="GET", route=one, status="404") == 1
+    route = "/v1/sessions/<id>"
+    assert value(fresh, "http_requests_total", method="PUT", route=route, status="201") == 1
+    assert value(fresh, "http_requests_total", method="GET", route=route, status="200") == 1
+    assert value(fresh, "http_requests_total", method="GET", route=route, status="404") == 1
     assert value(fresh, "http_requests_total", method="GET", route="none", status="404") == 2
     assert value(fresh, "http_requests_total", method="other", route="none", status="405") == 1
-    assert value(fresh, "e2e_request_latency_seconds_count", route=one) == 2
+    assert value(fresh, "e2e_request_latency_seconds_count", route=route) == 2
     assert secret not in fresh.get("/metrics").text.lower()
 
 
-def test_streams_are_timed_by_event(fresh: FlaskClient) -> None:
+def test_stream_latencies__are_measured_per_event_with_text(fresh: FlaskClient) -> None:
     for _ in range(2):
         stream = fresh.post("/v1/completions", json={"prompt": "R", "max_tokens": 400, "stream": True})
         events = [block for block in stream.text.split("\n\n") if block]
         stream.close()
     assert value(fresh, "time_to_first_token_seconds_count") == 2
     first_gaps = value(fresh, "inter_token_latency_seconds_count")
-    assert first_gaps >= len(events) - 2  # of the second stream alone; its end brings no characters
+    assert first_gaps >= len(events) - 2  # the gaps of the second stream alone, whose [DONE] has no text
     assert value(fresh, "e2e_request_latency_seconds_count", route="/v1/completions") == 2
     fresh.put("/v1/sessions/a", json={"text": "R"})
     run = fresh.post("/v1/sessions/a/generate", json={"max_tokens": 400, "stream": True})
@@ -124,10 +124,10 @@ def test_streams_are_timed_by_event(fresh: FlaskClient) -> None:
     again = fresh.get("/v1/sessions/a/generate")
     assert "event: done" in again.text
     again.close()
-    assert value(fresh, "time_to_first_token_seconds_count") == 3  # what is told again has no first character
+    assert value(fresh, "time_to_first_token_seconds_count") == 3  # a resumed stream has no time to first token
 
 
-def test_sessions_are_counted_and_those_that_are_pushed_out(fresh: FlaskClient) -> None:
+def test_session_metrics__count_sessions_and_evictions(fresh: FlaskClient) -> None:
     for name in "abc":
         fresh.put(f"/v1/sessions/{name}", json={"text": "R"})
     assert value(fresh, "sessions") == 2
@@ -136,7 +136,7 @@ def test_sessions_are_counted_and_those_that_are_pushed_out(fresh: FlaskClient) 
     assert value(fresh, "session_expirations_total") == 0
 
 
-def test_what_runs_is_told(fresh: FlaskClient, tmp_path: Path) -> None:
+def test_info_metrics__name_version_kernel_and_served_models(fresh: FlaskClient, tmp_path: Path) -> None:
     assert scrape(fresh)["build_info"] == [({"version": __version__, "kernel": "torch"}, 1)]
     ((labels, one),) = scrape(fresh)["model_info"]
     digest = fresh.get("/v1/models/tiny").get_json()["meta"]["digest"]
@@ -154,29 +154,29 @@ def test_what_runs_is_told(fresh: FlaskClient, tmp_path: Path) -> None:
     assert {labels["model_name"] for labels, _ in scrape(fresh)["num_requests_running"]} == {"tiny@1", "tiny@2"}
 
 
-def test_every_metric_is_in_the_docs_and_the_other_way_round(fresh: FlaskClient) -> None:
-    """Also the type and the labels."""
+def test_docs__list_exactly_the_metrics_that_exist(fresh: FlaskClient) -> None:
+    """The types and labels, too."""
     rows = re.findall(r"^\| `([a-z0-9_:]+)` \| (\w+)(?:, 1)? \| ([a-z_, ]*)\|", DOCS, re.MULTILINE)
-    shown = {
+    documented = {
         name: (kind, {label.strip() for label in labels.split(",") if label.strip()}) for name, kind, labels in rows
     }
-    assert len(shown) == len(rows)
+    assert len(documented) == len(rows)
     live: dict[str, tuple[str, set[str]]] = {}
     stream = fresh.post("/v1/completions", json={"prompt": "R", "stream": True})
     stream.get_data()
     stream.close()
     fresh.application.extensions["gru_serve_metrics"].store.took("load", 0.001)
     fresh.application.extensions["gru_serve_metrics"].store.failed("load")
-    fresh.get("/metrics")  # is itself counted from the second time on
+    fresh.get("/metrics")  # a scrape counts itself, so it is in the next one
     for family in text_string_to_metric_families(fresh.get("/metrics").text):
         assert family.samples, family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
         name = family.name + ("_total" if family.type == "counter" else "")
         live[name] = (family.type, labels)
-    assert shown == live
+    assert documented == live
 
 
-def test_two_applications_count_apart(fresh: FlaskClient, tmp_path: Path) -> None:
+def test_two_applications__have_separate_metrics(fresh: FlaskClient, tmp_path: Path) -> None:
     with client_of(Settings(model_store=tmp_path, model="tiny")) as other:
         for _ in range(3):
             other.get("/healthz")
@@ -185,7 +185,7 @@ def test_two_applications_count_apart(fresh: FlaskClient, tmp_path: Path) -> Non
     assert value(fresh, "http_requests_total", route="/healthz") == 1
 
 
-def test_what_a_store_tells_is_shown() -> None:
+def test_store_metrics__are_in_the_registry() -> None:
     metrics = Metrics()
     assert isinstance(metrics.store, StoreMetrics)
     metrics.store.observe("save", 0.003)
@@ -195,20 +195,20 @@ def test_what_a_store_tells_is_shown() -> None:
     assert registry.get_sample_value("gru_serve:session_store_errors_total", {"operation": "lease"}) == 1
 
 
-def test_buckets_hold_what_prometheus_says_they_do() -> None:
-    """A bound belongs to its bucket, and each bucket counts those below it too."""
+def test_add_buckets__makes_cumulative_buckets() -> None:
+    """A value equal to a bound counts in its bucket, and each bucket includes the smaller ones."""
     buckets = Buckets((1, 2.5, 4))
     for number in (0.5, 1, 1.5, 2.5, 4, 4.5, 100):
         buckets.add(number)
     family = HistogramMetricFamily("h", "h", labels=["x"])
     add_buckets(family, ["y"], buckets)
 
-    class One:
+    class Collector:
         def collect(self) -> Iterator[HistogramMetricFamily]:
             yield family
 
     registry = CollectorRegistry()
-    registry.register(One())
+    registry.register(Collector())
     counted = {
         bound: registry.get_sample_value("h_bucket", {"x": "y", "le": bound}) for bound in ("1.0", "2.5", "4.0", "+Inf")
     }

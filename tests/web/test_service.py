@@ -1,4 +1,4 @@
-"""The other routes, what every answer carries, and what happens when something is wrong inside."""
+"""Models, health, pages and the OpenAPI description; the headers of every answer; and errors inside the server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 import re
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import unquote
 
+import flask_openapi_swagger
 import pytest
 from flask.testing import FlaskClient
 
@@ -21,8 +23,10 @@ from service.web.error_responses import STATUS
 from tests.harness.application import client_of
 from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
+SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
 
-def test_models_are_listed_in_openais_shape(client: FlaskClient) -> None:
+
+def test_models__are_listed_in_openais_shape(client: FlaskClient) -> None:
     answer = client.get("/v1/models").get_json()
     assert answer["object"] == "list"
     (model,) = answer["data"]
@@ -37,38 +41,38 @@ def test_models_are_listed_in_openais_shape(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("ref", ["tiny", "tiny@1", "tiny@latest"])
-def test_a_model_is_shown_by_any_of_its_names(client: FlaskClient, ref: str) -> None:
+def test_model__is_found_under_each_of_its_names(client: FlaskClient, ref: str) -> None:
     assert client.get(f"/v1/models/{ref}").get_json()["id"] == "tiny@1"
 
 
-def test_an_unknown_model_is_not_found(client: FlaskClient) -> None:
+def test_unknown_model__is_not_found(client: FlaskClient) -> None:
     response = client.get("/v1/models/nope")
     assert response.status_code == 404
     assert response.get_json()["error"]["code"] == "model_not_found"
 
 
-def test_health(client: FlaskClient) -> None:
+def test_health__answers_ok_and_the_kernel(client: FlaskClient) -> None:
     assert client.get("/healthz").get_json() == {"status": "ok"}
     assert client.get("/readyz").get_json() == {"status": "ready", "kernel": choose_kernel("auto", 1).name}
 
 
-def test_unknown_routes_and_methods_answer_in_the_same_shape(client: FlaskClient) -> None:
+def test_unknown_route_or_method__gets_an_error_in_the_common_shape(client: FlaskClient) -> None:
     missing, wrong = client.get("/nope"), client.get("/v1/completions")
     assert (missing.status_code, missing.get_json()["error"]["code"]) == (404, "not_found")
     assert (wrong.status_code, wrong.get_json()["error"]["code"]) == (405, "method_not_allowed")
     assert "POST" in wrong.headers["Allow"]
 
 
-def test_the_description_covers_every_route_and_the_schemas_limits(client: FlaskClient) -> None:
+def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClient) -> None:
     description = client.get("/openapi.json").get_json()
     assert description["openapi"] == "3.1.1"
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
-    assert description["security"] == [{"key": []}, {}]  # with a key, or where there are none without
-    one = "/v1/sessions/{id}"
+    assert description["security"] == [{"key": []}, {}]  # a key, or nothing on a server without keys
+    session = "/v1/sessions/{id}"
     sessions = {
         "/v1/sessions",
-        one,
-        *(f"{one}/{what}" for what in ("text", "feed", "generate", "rewind", "fork", "state")),
+        session,
+        *(f"{session}/{name}" for name in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
     others = {"/v1/completions", "/v1/inspect", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
     assert set(description["paths"]) == sessions | others
@@ -81,7 +85,7 @@ def test_the_description_covers_every_route_and_the_schemas_limits(client: Flask
         assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
 
 
-def test_the_docs_page_takes_nothing_from_another_host(client: FlaskClient) -> None:
+def test_docs_page__loads_nothing_from_another_host(client: FlaskClient) -> None:
     page = client.get("/docs")
     assert page.status_code == 200
     sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
@@ -94,11 +98,13 @@ def test_the_docs_page_takes_nothing_from_another_host(client: FlaskClient) -> N
     assert "<script>" not in page.text
     assert "'unsafe-inline'" not in page.headers["Content-Security-Policy"].split("style-src")[0]
     page.close()
-    assert client.get("/docs/../schemas.py").status_code == 404
-    assert client.get("/docs/%2e%2e/docs.py").status_code == 404
+    # Files outside the folder of Swagger UI. They exist, so only the check of the path refuses them.
+    for path in ("../../__init__.py", "%2e%2e/%2e%2e/__init__.py", "js/../../../__init__.py"):
+        assert (SWAGGER / unquote(path)).exists()
+        assert client.get(f"/docs/{path}").status_code == 404
 
 
-def test_the_page_takes_nothing_from_another_host_and_nothing_inline(client: FlaskClient) -> None:
+def test_playground__loads_nothing_from_another_host_and_nothing_inline(client: FlaskClient) -> None:
     with closing(client.get("/")) as page:
         policy = page.headers["Content-Security-Policy"]
         assert "unsafe" not in policy
@@ -106,24 +112,24 @@ def test_the_page_takes_nothing_from_another_host_and_nothing_inline(client: Fla
         assert not re.search(r"<style|style=|\son[a-z]+=|<script>", page.text)
         sources = re.findall(r'(?:src|href)="([^"]+)"', page.text)
     pending = [source for source in sources if source.startswith("page/")]
-    found = set()
+    loaded = set()
     while pending:
         source = pending.pop()
-        if source in found:
+        if source in loaded:
             continue
-        found.add(source)
+        loaded.add(source)
         with closing(client.get(f"/{source}")) as part:
             assert part.status_code == 200
             assert part.headers["Content-Security-Policy"] == policy
             assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", part.text)
             pending += [f"page/{name}" for name in re.findall(r'from "\./([^"]+)"', part.text)]
     folder = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page"
-    assert {path.name for path in folder.iterdir()} == {name.removeprefix("page/") for name in found} | {"page.html"}
+    assert {path.name for path in folder.iterdir()} == {name.removeprefix("page/") for name in loaded} | {"page.html"}
     assert client.get("/page/../docs.html").status_code == 404
     assert client.get("/page/%2e%2e/docs.html").status_code == 404
 
 
-def test_every_answer_has_a_request_id_and_safe_headers(client: FlaskClient) -> None:
+def test_answer__has_a_request_id_and_security_headers(client: FlaskClient) -> None:
     for path in ("/healthz", "/nope"):
         response = client.get(path)
         assert re.fullmatch(r"[0-9a-f]{16}", response.headers["X-Request-Id"])
@@ -133,7 +139,7 @@ def test_every_answer_has_a_request_id_and_safe_headers(client: FlaskClient) -> 
         assert client.get("/healthz", headers={"X-Request-Id": forged}).headers["X-Request-Id"] != forged
 
 
-def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
+def test_log__has_one_line_per_request_and_no_text_of_the_user(
     client: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -147,7 +153,7 @@ def test_the_log_has_one_line_a_request_and_no_text_of_the_user(
     assert "Juliet" not in everything
 
 
-def test_an_unforeseen_error_shows_no_traceback(
+def test_unexpected_exception__is_logged_and_not_shown_to_the_client(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(completion.Completion, "chunks", lambda *_: 1 / 0)
@@ -161,7 +167,7 @@ def test_an_unforeseen_error_shows_no_traceback(
     assert "unforeseen error" in caplog.text
 
 
-def test_a_full_server_says_when_to_come_back(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_server__answers_429_with_retry_after(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     from service.engine.engine import Engine
     from service.errors import Overloaded
 
@@ -175,7 +181,7 @@ def test_a_full_server_says_when_to_come_back(client: FlaskClient, monkeypatch: 
     assert response.get_json()["error"]["type"] == "rate_limit_error"
 
 
-def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Path) -> None:
+def test_damaged_version__is_unavailable_without_revealing_its_path(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     publish_tiny(store, "other")
@@ -190,13 +196,13 @@ def test_a_damaged_version_is_unavailable_and_its_place_is_not_told(tmp_path: Pa
         assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
 
 
-def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
+def test_readiness__fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     publish_tiny(store, "other")
     with client_of(Settings(model_store=tmp_path, model="tiny", max_models=1)) as client:
         store.delete("tiny@1")
-        assert client.get("/readyz").status_code == 200  # it is in memory
+        assert client.get("/readyz").status_code == 200  # the model is in memory
         assert client.post("/v1/completions", json={"prompt": "a", "model": "other"}).status_code == 200
         response = client.get("/readyz")
         assert response.status_code == 503
@@ -205,7 +211,7 @@ def test_readiness_fails_while_the_default_model_can_not_be_used(tmp_path: Path)
         assert client.get("/healthz").status_code == 200
 
 
-def test_odd_things_in_the_store_break_nothing(tmp_path: Path) -> None:
+def test_model_store__with_unusable_entries_still_serves_the_others(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     publish_tiny(store, "other")
@@ -218,7 +224,7 @@ def test_odd_things_in_the_store_break_nothing(tmp_path: Path) -> None:
         assert str(tmp_path) not in client.get("/v1/models/other").text
 
 
-def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
+def test_new_version__is_served_after_a_reload(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
     with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
@@ -232,7 +238,7 @@ def test_a_new_version_is_served_without_a_restart(tmp_path: Path) -> None:
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@2"
 
 
-def test_without_its_model_the_application_does_not_start(tmp_path: Path) -> None:
+def test_create_app__without_its_model_fails(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no model 'tiny'"):
         create_app(Settings(model_store=tmp_path, model="tiny"))
 
@@ -248,7 +254,7 @@ def test_every_code_of_an_error_that_can_reach_the_web_has_a_status() -> None:
     assert {kind.code for kind in kinds} - set(STATUS) == elsewhere
 
 
-def test_when_the_engine_has_failed_requests_and_readiness_say_so(
+def test_failed_engine__fails_requests_and_readiness(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = ModelStore(tmp_path)

@@ -1,4 +1,4 @@
-"""/v1/sessions over HTTP: the shapes of answers, and a clear refusal of everything else."""
+"""/v1/sessions over HTTP: the shapes of answers, and errors that name the bad field."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NUM_STATES = int(os.environ.get("BAD_STATES", "3000"))
 
 @pytest.fixture
 def session(client: FlaskClient) -> str:
-    """A new session with a text; its path."""
+    """The path of a new session, whose text is `ROMEO:`."""
     response = client.post("/v1/sessions", json={"text": "ROMEO:", "seed": 7})
     assert response.status_code == 201, response.text
     return f"/v1/sessions/{response.get_json()['id']}"
@@ -39,17 +39,17 @@ def events(response: Any) -> list[tuple[int | None, str, dict[str, Any]]]:
     assert response.status_code == 200, response.text
     assert response.mimetype == "text/event-stream"
     assert response.headers["X-Accel-Buffering"] == "no"
-    found = []
+    parsed = []
     for block in response.text.split("\n\n")[:-1]:
         if block.startswith(":"):
             continue
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         number = int(fields["id"]) if "id" in fields else None
-        found.append((number, fields["event"], json.loads(fields["data"])))
-    return found
+        parsed.append((number, fields["event"], json.loads(fields["data"])))
+    return parsed
 
 
-def test_a_session_tells_how_it_stands(client: FlaskClient) -> None:
+def test_session__is_created_described_and_deleted(client: FlaskClient) -> None:
     answer = ok(client.put("/v1/sessions/mine", json={"text": "ROMEO:", "seed": 7, "ttl_s": 90}), 201)
     created = answer.pop("created_at")
     assert answer.pop("expires_at") == pytest.approx(created + 90)
@@ -70,14 +70,14 @@ def test_a_session_tells_how_it_stands(client: FlaskClient) -> None:
     refused(client.delete("/v1/sessions/mine"), 404, "session_not_found")
 
 
-def test_ids_and_seeds_are_made_where_none_is_given(client: FlaskClient) -> None:
+def test_ids_and_seeds__are_random_by_default(client: FlaskClient) -> None:
     answers = [ok(client.post("/v1/sessions", json={}), 201) for _ in range(5)]
     assert len({answer["id"] for answer in answers}) == len({answer["seed"] for answer in answers}) == 5
     assert all(len(answer["id"]) == 32 for answer in answers)  # 128 bits
-    assert all(0 <= answer["seed"] < 2**53 for answer in answers)  # a browser's numbers hold it
+    assert all(0 <= answer["seed"] < 2**53 for answer in answers)  # JavaScript's numbers represent it exactly
 
 
-def test_sessions_are_listed_in_pages(client: FlaskClient) -> None:
+def test_sessions__are_listed_in_pages(client: FlaskClient) -> None:
     for number in range(5):
         ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
     first = ok(client.get("/v1/sessions?after=page&limit=2"))
@@ -87,24 +87,24 @@ def test_sessions_are_listed_in_pages(client: FlaskClient) -> None:
     assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
 
 
-def test_feeding_answers_what_may_come_next(client: FlaskClient, session: str) -> None:
+def test_feed__returns_the_distribution_of_the_next_character(client: FlaskClient, session: str) -> None:
     answer = ok(client.post(f"{session}/feed", json={"text": " what", "position": 6}))
     assert answer["position"] == 11
     assert answer["logprobs"] is None
     likelihoods = [entry["logprob"] for entry in answer["next"]]
     assert likelihoods == sorted(likelihoods, reverse=True)
-    assert sum(math.exp(value) for value in likelihoods) == pytest.approx(1)  # every character of this model
+    assert sum(math.exp(value) for value in likelihoods) == pytest.approx(1)  # of all characters that the model knows
     scored = ok(client.post(f"{session}/feed", json={"text": "a", "logprobs": 2, "num_next": 3}))
     assert len(scored["next"]) == 3
     assert scored["logprobs"]["tokens"] == ["a"]
     assert scored["logprobs"]["text_offset"] == [11]
     expected = next(entry["logprob"] for entry in answer["next"] if entry["char"] == "a")
     assert scored["logprobs"]["token_logprobs"] == [expected]
-    asked = ok(client.post(f"{session}/feed", json={"text": "", "num_next": 3}))
-    assert asked == {"position": 12, "next": scored["next"], "logprobs": None}
+    empty = ok(client.post(f"{session}/feed", json={"text": "", "num_next": 3}))
+    assert empty == {"position": 12, "next": scored["next"], "logprobs": None}
 
 
-def test_a_feed_may_be_repeated_and_a_stale_one_is_told_the_position(client: FlaskClient, session: str) -> None:
+def test_feed__repeated_at_its_position_gets_the_same_answer(client: FlaskClient, session: str) -> None:
     body = {"text": " what", "position": 6, "logprobs": 1}
     first = ok(client.post(f"{session}/feed", json=body))
     assert ok(client.post(f"{session}/feed", json=body)) == first
@@ -120,7 +120,7 @@ def test_a_feed_may_be_repeated_and_a_stale_one_is_told_the_position(client: Fla
     assert ok(client.get(f"{session}/text")) == {"text": "ROMEO: what light", "from": 0, "to": 17}
 
 
-def test_text_is_read_in_part(client: FlaskClient, session: str) -> None:
+def test_text__is_read_in_parts(client: FlaskClient, session: str) -> None:
     assert ok(client.get(f"{session}/text?from=1&to=4")) == {"text": "OME", "from": 1, "to": 4}
     assert ok(client.get(f"{session}/text?from=6"))["text"] == ""
     refused(client.get(f"{session}/text?from=5&to=2"), 400, "out_of_range", "from")
@@ -129,10 +129,10 @@ def test_text_is_read_in_part(client: FlaskClient, session: str) -> None:
     refused(client.get(f"{session}/text?start=1"), 400, "unknown_field", "start")
 
 
-def test_what_is_generated_becomes_part_of_the_text(client: FlaskClient, session: str) -> None:
-    asked = {"max_tokens": 50, "temperature": 0.8}
-    answer = ok(client.post(f"{session}/generate", json=asked))
-    completion = ok(client.post("/v1/completions", json={"prompt": "ROMEO:", "seed": 7} | asked))
+def test_generate__appends_to_the_text_of_the_session(client: FlaskClient, session: str) -> None:
+    body = {"max_tokens": 50, "temperature": 0.8}
+    answer = ok(client.post(f"{session}/generate", json=body))
+    completion = ok(client.post("/v1/completions", json={"prompt": "ROMEO:", "seed": 7} | body))
     assert answer["text"] == completion["choices"][0]["text"]
     assert answer["sha256"] == hashlib.sha256(answer["text"].encode()).hexdigest()
     assert (answer["position"], answer["finish_reason"]) == (56, "length")
@@ -140,7 +140,7 @@ def test_what_is_generated_becomes_part_of_the_text(client: FlaskClient, session
     assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:" + answer["text"]
 
 
-def test_a_stream_counts_its_characters(client: FlaskClient, session: str) -> None:
+def test_stream__has_positions_as_ids_and_resumes_from_each(client: FlaskClient, session: str) -> None:
     found = events(client.post(f"{session}/generate", json={"max_tokens": 300, "stream": True}))
     position = 6
     for number, kind, data in found[:-1]:
@@ -157,7 +157,7 @@ def test_a_stream_counts_its_characters(client: FlaskClient, session: str) -> No
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
 
-    # Taken up again, at any place, by query or by the header that browsers send.
+    # Resume at any position, by the query or by the header that browsers send.
     for after in (6, 7, 100, 305, 306):
         for how in ({"query_string": {"after": after}}, {"headers": {"Last-Event-ID": str(after)}}):
             again = events(client.get(f"{session}/generate", **how))
@@ -168,7 +168,7 @@ def test_a_stream_counts_its_characters(client: FlaskClient, session: str) -> No
     assert events(client.get(f"{session}/generate"))[0][2]["text"] == text
 
 
-def test_what_can_not_be_taken_up(client: FlaskClient, session: str) -> None:
+def test_resume__without_a_run_or_at_a_bad_position_is_refused(client: FlaskClient, session: str) -> None:
     refused(client.get(f"{session}/generate?after=6"), 409, "no_run")
     ok(client.post(f"{session}/generate", json={"max_tokens": 10}))
     assert refused(client.get(f"{session}/generate?after=17"), 409, "position_conflict", "after")["position"] == 16
@@ -178,13 +178,13 @@ def test_what_can_not_be_taken_up(client: FlaskClient, session: str) -> None:
     refused(client.get("/v1/sessions/nobody/generate?after=6"), 404, "session_not_found")
 
 
-def test_to_ask_for_the_head_takes_no_stream_from_anybody(client: FlaskClient, session: str) -> None:
+def test_head__does_not_take_over_a_stream(client: FlaskClient, session: str) -> None:
     stream = client.post(f"{session}/generate", json={"max_tokens": 500, "stream": True})
     assert client.head(f"{session}/generate").status_code == 405
     assert b"event: done" in stream.data
 
 
-def test_a_stop_string_is_not_sent_and_not_part_of_the_text(client: FlaskClient, session: str) -> None:
+def test_stop__is_not_sent_and_not_part_of_the_text(client: FlaskClient, session: str) -> None:
     whole = ok(client.post(f"{session}/generate", json={"max_tokens": 80}))["text"]
     ok(client.post(f"{session}/rewind", json={"position": 6}))
     stop = whole[40:43]
@@ -196,7 +196,7 @@ def test_a_stop_string_is_not_sent_and_not_part_of_the_text(client: FlaskClient,
     assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:" + before
 
 
-def test_going_back_and_branching_off(client: FlaskClient, session: str) -> None:
+def test_rewind_and_fork__give_the_same_continuation_with_the_same_seed(client: FlaskClient, session: str) -> None:
     whole = ok(client.post(f"{session}/generate", json={"max_tokens": 60}))["text"]
     fork = ok(client.post(f"{session}/fork", json={"id": "branch", "position": 20, "seed": 9}), 201)
     assert (fork["id"], fork["position"], fork["seed"]) == ("branch", 20, 9)
@@ -211,14 +211,14 @@ def test_going_back_and_branching_off(client: FlaskClient, session: str) -> None
     assert refused(client.post(f"{session}/fork", json={"position": 99}), 409, "position_conflict", "position")
 
 
-def test_a_state_is_carried_away(client: FlaskClient, session: str) -> None:
+def test_portable_state__continues_as_its_session_does(client: FlaskClient, session: str) -> None:
     answer = ok(client.get(f"{session}/state"))
     assert (answer["model"], answer["position"], answer["seed"], answer["expires_at"]) == ("tiny@1", 6, 7, None)
-    there = ok(client.post("/v1/sessions", json={"state": answer["state"]}), 201)
-    assert (there["position"], there["text_from"], there["seed"]) == (6, 6, 7)
-    path = f"/v1/sessions/{there['id']}"
-    asked = {"max_tokens": 40}
-    assert ok(client.post(f"{path}/generate", json=asked)) == ok(client.post(f"{session}/generate", json=asked))
+    copy = ok(client.post("/v1/sessions", json={"state": answer["state"]}), 201)
+    assert (copy["position"], copy["text_from"], copy["seed"]) == (6, 6, 7)
+    path = f"/v1/sessions/{copy['id']}"
+    body = {"max_tokens": 40}
+    assert ok(client.post(f"{path}/generate", json=body)) == ok(client.post(f"{session}/generate", json=body))
     refused(client.post(f"{path}/rewind", json={"position": 5}), 410, "position_gone")
     refused(client.get(f"{path}/text?from=5"), 410, "position_gone")
     ok(client.post("/v1/sessions", json={"state": answer["state"], "model": "tiny", "text": "abc", "seed": 1}), 201)
@@ -226,10 +226,10 @@ def test_a_state_is_carried_away(client: FlaskClient, session: str) -> None:
     refused(client.post("/v1/sessions", json={"state": limited["state"]}), 400, "state_expired", "state")
 
 
-def test_no_bad_state_is_taken(tiny_store: ModelStore) -> None:
-    """Changed ones, those of another key, model, size or time, impossible ones. BAD_STATES=100000 for a long run."""
+def test_portable_state__that_is_bad_is_refused(tiny_store: ModelStore) -> None:
+    """Altered states; states of another key, model, size or time; impossible ones. BAD_STATES=100000 tests more."""
     chance, keys = random.Random(1), [key.strip() for key in KEYS.split(",")]
-    ours, foreign = StateSealer(keys), StateSealer(["the key of somebody else"])
+    ours, foreign = StateSealer(keys), StateSealer(["the key of another server"])
     settings = Settings(model_store=tiny_store.root, model="tiny", state_keys=KEYS, log_level="error")
     with client_of(settings) as client:
         ok(client.put("/v1/sessions/a", json={"text": "ROMEO:"}), 201)
@@ -248,19 +248,19 @@ def test_no_bad_state_is_taken(tiny_store: ModelStore) -> None:
         expected = {
             (400, "invalid_state"), (400, "state_model_mismatch"), (400, "state_expired"), (404, "model_not_found")
         }  # fmt: skip
-        found = set()
+        refusals = set()
         for _ in range(NUM_STATES):
             bad = chance.choice(makers)()
             if bad != good:
                 response = client.post("/v1/sessions", json={"state": bad})
-                found.add((response.status_code, response.get_json()["error"]["code"]))
-        assert found == expected
+                refusals.add((response.status_code, response.get_json()["error"]["code"]))
+        assert refusals == expected
         assert len(ok(client.get("/v1/sessions"))["data"]) == 1
 
 
 @pytest.fixture
 def replicas(tiny_store: ModelStore) -> Iterator[list[FlaskClient]]:
-    """Servers with keys: two that share one, one that doesn't."""
+    """Three servers. The first two share a state key, the third has a random one."""
     with ExitStack() as stack:
         clients = []
         for keys in (KEYS, KEYS.split(",")[1], ""):
@@ -270,14 +270,14 @@ def replicas(tiny_store: ModelStore) -> Iterator[list[FlaskClient]]:
         yield clients
 
 
-def test_keys_are_shared_and_rotated(replicas: list[FlaskClient]) -> None:
-    one, two, three = replicas
-    created = ok(two.post("/v1/sessions", json={"text": "ROMEO:"}), 201)
-    old = ok(two.get(f"/v1/sessions/{created['id']}/state"))["state"]
-    there = ok(one.post("/v1/sessions", json={"state": old}), 201)
-    new = ok(one.get(f"/v1/sessions/{there['id']}/state"))["state"]
-    refused(two.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
-    refused(three.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
+def test_state_keys__are_shared_between_servers_and_rotated(replicas: list[FlaskClient]) -> None:
+    first, second, third = replicas
+    created = ok(second.post("/v1/sessions", json={"text": "ROMEO:"}), 201)
+    old = ok(second.get(f"/v1/sessions/{created['id']}/state"))["state"]
+    copy = ok(first.post("/v1/sessions", json={"state": old}), 201)
+    new = ok(first.get(f"/v1/sessions/{copy['id']}/state"))["state"]
+    refused(second.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
+    refused(third.post("/v1/sessions", json={"state": new}), 400, "invalid_state", "state")
 
 
 BAD = [
@@ -325,7 +325,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("method", "path", "body", "status", "code", "param"), BAD)
-def test_bad_input_is_named_and_changes_nothing(
+def test_bad_input__is_refused_and_changes_nothing(
     client: FlaskClient, session: str, method: str, path: str, body: Any, status: int, code: str, param: str | None
 ) -> None:
     path = "/v1/sessions" + path.replace("/S", "/" + session.rsplit("/", 1)[1])
@@ -333,20 +333,20 @@ def test_bad_input_is_named_and_changes_nothing(
     assert ok(client.get(session))["position"] == 6
 
 
-def test_characters_are_folded_or_dropped_on_request(client: FlaskClient, session: str) -> None:
+def test_unknown_chars__are_folded_or_dropped_on_request(client: FlaskClient, session: str) -> None:
     assert ok(client.post(f"{session}/feed", json={"text": "é—", "unknown_chars": "fold"}))["position"] == 8
     assert ok(client.post(f"{session}/feed", json={"text": "é—a", "unknown_chars": "drop"}))["position"] == 9
     assert ok(client.get(f"{session}/text"))["text"] == "ROMEO:e-a"
 
 
-def test_ids_stay_out_of_the_log(client: FlaskClient, session: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_log__does_not_have_session_ids(client: FlaskClient, session: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         ok(client.get(session))
     assert session.rsplit("/", 1)[1] not in caplog.text
     assert "/v1/sessions/<id>" in caplog.text
 
 
-def test_a_full_house_refuses_new_ones_only_if_all_are_in_use(tiny_store: ModelStore) -> None:
+def test_full_store__refuses_new_sessions_only_if_all_are_in_use(tiny_store: ModelStore) -> None:
     endless = 10_000_000
     settings = Settings(
         model_store=tiny_store.root, model="tiny", max_sessions=2, max_tokens=endless, session_text_chars=endless
@@ -356,8 +356,8 @@ def test_a_full_house_refuses_new_ones_only_if_all_are_in_use(tiny_store: ModelS
             ok(client.put(f"/v1/sessions/{name}", json={}), 201)
         error = refused(client.get("/v1/sessions/a"), 410, "session_gone")
         assert "evicted" in error["message"]
-        asked = {"max_tokens": endless - 2000, "stream": True}
-        streams = [client.post(f"/v1/sessions/{name}/generate", json=asked) for name in ("b", "c")]
+        body = {"max_tokens": endless - 2000, "stream": True}
+        streams = [client.post(f"/v1/sessions/{name}/generate", json=body) for name in ("b", "c")]
         refused(client.put("/v1/sessions/d", json={}), 429, "overloaded")
         refused(client.post("/v1/sessions/b/feed", json={"text": "a"}), 409, "session_busy")
         for stream in streams:
@@ -365,7 +365,7 @@ def test_a_full_house_refuses_new_ones_only_if_all_are_in_use(tiny_store: ModelS
         ok(client.put("/v1/sessions/d", json={}), 201)
 
 
-def test_text_that_is_no_longer_retained(tiny_store: ModelStore) -> None:
+def test_position__before_the_retained_text_is_gone(tiny_store: ModelStore) -> None:
     settings = Settings(model_store=tiny_store.root, model="tiny", session_text_chars=1024, session_checkpoint_chars=64)
     with client_of(settings) as client:
         ok(client.put("/v1/sessions/a", json={"text": "abc" * 500}), 201)

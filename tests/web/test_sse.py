@@ -1,4 +1,4 @@
-"""Server-sent events: their framing, and a comment where there is silence."""
+"""Server-sent events: their framing, and the pings during silence."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from service.web.sse import _with_pings, event
 
 
-def test_an_event_is_a_line_of_data_and_an_empty_one() -> None:
+def test_event__is_framed_with_its_kind_and_data() -> None:
     assert event('{"a": "é"}') == 'data: {"a": "é"}\n\n'.encode()
     assert event("{}", "error") == b"event: error\ndata: {}\n\n"
 
 
-def test_long_silence_is_filled_with_comments_and_short_silence_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream__sends_pings_during_long_silence_only(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([0.0, 5.0, 11.0, 12.0, 15.0, 23.0, 23.5])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
-    #                       at 5  at 11 (and spoken at 12)  at 15  at 23 (and spoken at 23.5)
+    # The clock is read when the stream begins (0), at each silence (5, 11, 15, 23) and after each ping (12, 23.5).
     assert list(_with_pings(iter([None, None, None, None]))) == [b": ping\n\n"] * 2
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     assert list(_with_pings(iter([b"a", None, b"b"]))) == [b"a", b"b"]

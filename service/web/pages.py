@@ -1,0 +1,72 @@
+"""The pages for browsers: the playground at /, and the API documentation at /docs and /openapi.json.
+
+No page loads anything from another host, and no page has a script inline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flask_openapi_swagger
+from flask import Blueprint, Response, current_app, jsonify, send_from_directory
+
+from service.web.access import open_to_all
+
+_STATIC = Path(__file__).parent / "static"
+_PLAYGROUND = _STATIC / "page"
+_SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
+_SAME_HOST = "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+# Trusted types keep scripts from turning text into markup.
+_PLAYGROUND_CSP = (
+    f"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; {_SAME_HOST}; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+# Swagger UI sets inline styles.
+_DOCS_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; " + _SAME_HOST
+)
+
+
+def page_blueprint() -> Blueprint:
+    """The playground. It needs no API key, because it asks its user for one when a request is refused."""
+    blueprint = Blueprint("page", __name__)
+
+    @blueprint.get("/")
+    @open_to_all
+    def page() -> Response:
+        return _playground_file("page.html")
+
+    @blueprint.get("/page/<path:asset>")
+    @open_to_all
+    def part(asset: str) -> Response:
+        return _playground_file(asset)
+
+    return blueprint
+
+
+def docs_blueprint() -> Blueprint:
+    """The OpenAPI description, and Swagger UI to read it with."""
+    blueprint = Blueprint("docs", __name__)
+
+    @blueprint.get("/openapi.json")
+    def description() -> Response:
+        return jsonify(current_app.api_doc)  # type: ignore[attr-defined]
+
+    @blueprint.get("/docs")
+    def page() -> Response:
+        response = send_from_directory(_STATIC, "docs.html")
+        response.headers["Content-Security-Policy"] = _DOCS_CSP
+        return response
+
+    @blueprint.get("/docs/<path:asset>")
+    def assets(asset: str) -> Response:
+        return send_from_directory(_STATIC if asset == "docs.js" else _SWAGGER, asset)
+
+    return blueprint
+
+
+def _playground_file(name: str) -> Response:
+    # max_age=0: browsers ask again each time, and get 304 unless the file has changed.
+    response = send_from_directory(_PLAYGROUND, name, max_age=0)
+    response.headers["Content-Security-Policy"] = _PLAYGROUND_CSP
+    return response
