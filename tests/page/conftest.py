@@ -1,4 +1,4 @@
-"""A real browser, and a server of the shipped model."""
+"""Fixtures: a real browser, a server of the shipped model, and the page opened in both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.page.screen import Screen
 from tests.parts import program
 from tests.serving import SERVE, Server, serving
 
-# As root the browser has no sandbox of its own; the rest keeps it from looking for its maker.
+# Chromium refuses to run as root with its sandbox. The other flags stop requests to its maker's servers.
 FLAGS = ["--no-sandbox", "--disable-quic", "--disable-background-networking", "--disable-component-update"]
 FLAGS += ["--disable-sync", "--no-first-run"]
 STORE = Path(__file__).parent.parent.parent / "model_store"
@@ -26,7 +26,7 @@ OpenPage = Callable[..., Screen]
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, or another that is installed."""
+    """The Chromium that the CHROMIUM variable names; by default Debian's."""
     path = program(os.environ.get("CHROMIUM", "chromium"))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
@@ -53,10 +53,10 @@ def client(url: str) -> Iterator[Client]:
 
 @pytest.fixture
 def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
-    """Opens the page, in a context of its own; what it should never have done fails the test."""
+    """Return a function that opens the page in a new browser context. The test fails if a page had any problem."""
     screens: list[Screen] = []
 
-    def opened(at: str = url, is_ready: bool = True, **options: Any) -> Screen:
+    def open_in_new_context(at: str = url, is_ready: bool = True, **options: Any) -> Screen:
         context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
         screen = Screen(context.new_page(), at)
         screens.append(screen)
@@ -67,7 +67,7 @@ def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
             screen.page.goto(at + "/")
         return screen
 
-    yield opened
+    yield open_in_new_context
     for screen in screens:
         screen.page.context.close()
     assert [problem for screen in screens for problem in screen.problems] == []

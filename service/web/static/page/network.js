@@ -77,7 +77,7 @@ export class Network extends EventTarget {
     for (const id of GRIDS) paintCells(byId(id), grids[id], columns, this.#scale);
     paintCells(byId("embedding"), details?.embedding ?? null, Math.ceil(embedding / 8), this.#scale, LARGEST_EMBEDDING);
     setText("glyph", step ? visible(step.char) : "·");
-    setText("char-said", step ? `${describe(step.char)}: number ${charset.index(step.char) + 1} of the ${charset.size} characters that this model knows.` : NO_CHARACTER);
+    setText("char-said", step ? `${describe(step.char)}: number ${charset.index(step.char) + 1} of the model's ${charset.size} characters.` : NO_CHARACTER);
     this.#paintBars(step);
     this.#paintUnit(grids, columns);
   }
@@ -106,8 +106,8 @@ export class Network extends EventTarget {
     outline.style.width = `${100 / columns}%`;
     outline.style.height = `${100 / rows}%`;
     if (GRIDS.some((id) => !grids[id])) return setText("sum", `Unit ${unit}`);
-    const [before, , candidate, update, state] = GRIDS.map((id) => formatNumber(float16Value(grids[id][unit])));
-    setText("sum", `Unit ${unit}: (1 − update) · candidate + update · before = (1 − ${update}) · ${candidate} + ${update} · ${before} = ${state}`);
+    const [old, , candidate, update, state] = GRIDS.map((id) => formatNumber(float16Value(grids[id][unit])));
+    setText("sum", `Unit ${unit}: (1 − update) · candidate + update · old = (1 − ${update}) · ${candidate} + ${update} · ${old} = ${state}`);
   }
 
   #unitAt({ currentTarget: canvas, offsetX, offsetY }) {
