@@ -73,7 +73,7 @@ def watched(browser: Browser, page: Page, field: str, seconds: float) -> CachedS
     return CachedSession(
         frames / lasted,
         recorded.longest_task_ms[1],
-        max(wall for _, wall in recorded.answers_ms()),
+        max(wall for _, wall in recorded.key_latencies_ms()),
         sum(task.get("tdur", 0) for task in recorded.tasks) / 1e6 / lasted,
     )
 
@@ -86,7 +86,7 @@ def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seco
         screen.wait_for("() => document.querySelectorAll('.column').length === 2")
         screen.type("ROMEO:")
         line.chars_per_s = None
-        screen.go_on(max_tokens=num_before - 6, seed=7)
+        screen.generate(max_tokens=num_before - 6, seed=7)
         screen.page.fill("#unit", "181")
         assert len(screen.levels) == num_before
         line.chars_per_s = rate

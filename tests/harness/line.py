@@ -1,4 +1,4 @@
-"""The network between a page and a server, which can be slow and can be cut."""
+"""A proxy between a page and a server, which can slow streams down and break connections."""
 
 from __future__ import annotations
 
@@ -13,35 +13,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 SLOW = 500  # characters a second
-PIECE_CHARS = 4  # of an event of a slow line
+PIECE_CHARS = 4  # characters in one event of a slowed stream
 HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length", "server", "date"}
 
 
 class Line(ThreadingHTTPServer):
-    """Forwards every request to a server. chars_per_s: of streams; None: as they come.
+    """Forwards every request to a server.
 
-    Streams of a slow line arrive in pieces of a few characters, each with the position behind it.
+    If `chars_per_s` is set, streams arrive at that speed: each text event is split into events of a few characters, and
+    each of these has the position after its own text as its id.
     """
 
     def __init__(self, server_port: int, chars_per_s: float | None = None) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.server_port_behind, self.chars_per_s = server_port, chars_per_s
+        self.upstream_port = server_port
+        self.chars_per_s = chars_per_s  # speed of streams; None if they are not slowed down
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.is_interrupted = False
-        self.ended = threading.Event()
+        self.ended = threading.Event()  # set at the end, so that no stream waits any longer
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
 
-    def cut(self) -> None:
-        """End what is under way, and let nothing through."""
+    def interrupt(self) -> None:
+        """Break all connections and refuse new ones."""
         self.is_interrupted = True
         with self._lock:
             for connection in self._open:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def mend(self) -> None:
-        """Let requests through again."""
+    def restore(self) -> None:
+        """Accept connections again."""
         self.is_interrupted = False
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
@@ -49,7 +51,7 @@ class Line(ThreadingHTTPServer):
 
     @contextmanager
     def tracked(self, connection: socket.socket) -> Iterator[None]:
-        """Within, the connection ends when the line is cut."""
+        """Register a connection for the duration of the block, so that `interrupt` can break it."""
         with self._lock:
             self._open.add(connection)
         try:
@@ -59,12 +61,12 @@ class Line(ThreadingHTTPServer):
                 self._open.discard(connection)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A page that goes away is no error."""
+        """Ignore errors: a page that is closed breaks its connections."""
 
 
 @contextmanager
 def line_to(server_port: int, chars_per_s: float | None = None) -> Iterator[Line]:
-    """A line, and its threads."""
+    """Run a line to a server on this port."""
     line = Line(server_port, chars_per_s)
     thread = threading.Thread(target=line.serve_forever, args=(0.05,))
     thread.start()
@@ -72,7 +74,7 @@ def line_to(server_port: int, chars_per_s: float | None = None) -> Iterator[Line
         yield line
     finally:
         line.ended.set()
-        line.cut()
+        line.interrupt()
         line.shutdown()
         line.server_close()
         thread.join()
@@ -83,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        upstream = http.client.HTTPConnection("127.0.0.1", self.server.server_port_behind, timeout=60)
+        upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream_port, timeout=60)
         with self.server.tracked(self.connection), suppress(OSError, http.client.HTTPException):
             try:
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in HOP_HEADERS}
@@ -92,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 upstream.close()
 
-    do_GET = do_POST = do_PUT = do_DELETE = _forward  # noqa: N815 - the base's names
+    do_GET = do_POST = do_PUT = do_DELETE = _forward  # noqa: N815 - names of the base class
 
     def _answer(self, response: http.client.HTTPResponse) -> None:
         self.send_response(response.status)
@@ -107,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(response.read())
 
     def _paced(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
-        """The stream's events, and those of text in pieces, each at its time."""
+        """Yield the stream's events. Text events are split and delayed to keep the speed."""
         due = time.monotonic()
         block = b""
         while line := response.readline():
@@ -127,5 +129,5 @@ class _Handler(BaseHTTPRequestHandler):
                     yield f"id: {position}\nevent: text\ndata: {json.dumps({'text': piece})}\n\n".encode()
             block = b""
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's parameter
-        """Tests' output is for tests."""
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - name of the base class
+        """Log nothing: requests would clutter the output of the tests."""

@@ -1,4 +1,4 @@
-"""What a user sees of the page and does on it."""
+"""Drives the page as a user does, and reads what the screen shows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from playwright.sync_api import Dialog, Page, expect
 
 from service.client import Client
 
-# The text of a column: of its lines, without what is typed and not sent, and without what came from a file.
+# The text of a column: of its lines, without unencodable characters and without text that was loaded from a file.
 _TEXT = """column => [...column.querySelectorAll(".text > div:not(.past)")].map(
   line => [...line.childNodes].filter(node => node.nodeType === 3).map(node => node.data).join("")).join("")"""
 _LENGTH = "length => Array.from((%s)(document.querySelector('.column.active'))).length %s length"
-# What has happened so far is drawn with the next frame.
+# The page draws pending changes in the next frame.
 _FRAME = "() => new Promise(requestAnimationFrame)"
-# The window's place of a character: of the middle of its box.
+# The middle of a character's box, in window coordinates.
 _PLACE = """([column, index]) => {
   for (const line of column.querySelectorAll(".text > div:not(.past)")) {
     const node = [...line.childNodes].find(node => node.nodeType === 3);
@@ -32,67 +32,67 @@ _PLACE = """([column, index]) => {
     return [box.x + box.width / 2, box.y + box.height / 2];
   }
 }"""
-# Every character's level of colour, 0 to 16, of the active column; -1: none.
+# The colour level of every character in the active column: 0 to 16, or -1 for no colour.
 _LEVELS = """() => {
-  const found = [], starts = new Map();
+  const levels = [], starts = new Map();
   for (const line of document.querySelectorAll(".column.active .text > div:not(.past)")) {
     const node = [...line.childNodes].find(node => node.nodeType === 3);
-    starts.set(node, found.length);
-    for (const char of node.data) found.push(-1);
+    starts.set(node, levels.length);
+    for (const char of node.data) levels.push(-1);
   }
   for (let level = 0; level < 17; level++) {
     for (const range of CSS.highlights.get(`level-${level}`)) {
       const start = starts.get(range.startContainer);
       if (start === undefined) continue;
-      for (let i = range.startOffset; i < range.endOffset; i++) found[start + i] = level;
+      for (let i = range.startOffset; i < range.endOffset; i++) levels[start + i] = level;
     }
   }
-  return found;
+  return levels;
 }"""
 
-CachedSession = TypeVar("CachedSession")
+Value = TypeVar("Value")
 
 
-def comes_to(read: Callable[[], CachedSession], expected: CachedSession) -> None:
-    """Read what the page shows until it is what is expected, for 10 s: a server was asked, or a frame is to come."""
+def comes_to(read: Callable[[], Value], expected: Value) -> None:
+    """Read a value of the page until it is the expected one. Fails after 10 s."""
     deadline = time.monotonic() + 10
-    while (found := read()) != expected and time.monotonic() < deadline:
+    while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert found == expected
+    assert value == expected
 
 
 @dataclass
 class Screen:
-    """A page in the browser. problems: what it should never do, as it happened. refusals: what a server or a line that
-    was cut did to it, as the console says it.
-    """
+    """A page in the browser. Methods act on the active column unless they say otherwise."""
 
     page: Page
     url: str
+    # What the page must never do: script errors, dialogs, requests to other hosts, violations of the content policy.
     problems: list[str] = field(default_factory=list)
+    # Requests that failed, because the server refused them or the connection was broken; as the console reports them.
     refusals: list[str] = field(default_factory=list)
 
     def listen(self) -> None:
-        """Note errors, what the policy refuses, and requests to other hosts."""
+        """Start collecting problems and refusals."""
         page = self.page
         page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
-        page.on("dialog", self._was_asked)
-        page.on("request", lambda request: self._asked(request.url))
-        page.on("console", lambda message: self._said(message.type, message.text))
+        page.on("dialog", self._on_dialog)
+        page.on("request", lambda request: self._on_request(request.url))
+        page.on("console", lambda message: self._on_console(message.type, message.text))
         page.add_init_script(
             "addEventListener('securitypolicyviolation', "
             "event => console.error(`policy: ${event.violatedDirective} ${event.blockedURI}`))"
         )
 
-    def _was_asked(self, dialog: Dialog) -> None:
+    def _on_dialog(self, dialog: Dialog) -> None:
         self.problems.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
-    def _asked(self, url: str) -> None:
+    def _on_request(self, url: str) -> None:
         if not url.startswith((self.url + "/", "blob:")):
             self.problems.append(f"request: {url}")
 
-    def _said(self, kind: str, text: str) -> None:
+    def _on_console(self, kind: str, text: str) -> None:
         if text.startswith("Failed to load resource"):
             self.refusals.append(text)
         elif kind in ("error", "warning"):
@@ -104,54 +104,54 @@ class Screen:
         return self.is_ready()
 
     def is_ready(self) -> Screen:
-        """Wait until it can be used."""
+        """Wait until the page can be used."""
         self.page.wait_for_selector("body.ready")
         return self
 
     @property
     def text(self) -> str:
-        """Of the active column."""
+        """The text of the active column."""
         self.page.evaluate(_FRAME)
-        found: str = self.page.eval_on_selector(".column.active", _TEXT)
-        return found
+        text: str = self.page.eval_on_selector(".column.active", _TEXT)
+        return text
 
     @property
     def texts(self) -> list[str]:
-        """Of all columns, from left to right."""
+        """The texts of all columns, from left to right."""
         self.page.evaluate(_FRAME)
         return [column.evaluate(_TEXT) for column in self.page.query_selector_all(".column")]
 
     def shows(self, text: str) -> None:
-        """The active column's text is, or becomes, this one."""
+        """Wait until the active column shows this text."""
         comes_to(lambda: self.text, text)
 
     def shows_texts(self, texts: list[str]) -> None:
-        """All columns' texts are, or become, these."""
+        """Wait until the columns show these texts."""
         comes_to(lambda: self.texts, texts)
 
     def shows_levels(self, levels: list[int]) -> None:
-        """The colours of the active column's text are, or become, these."""
+        """Wait until the characters of the active column have these colour levels."""
         comes_to(lambda: self.levels, levels)
 
     def wait_for_length(self, length: int, comparison: str = "===") -> None:
-        """Wait until the active column shows so many characters."""
+        """Wait until the number of characters shown is equal to `length`, or compares to it as `comparison` says."""
         self.page.wait_for_function(_LENGTH % (_TEXT, comparison), arg=length, timeout=60_000)
 
     def wait_for(self, condition: str, arg: Any = None) -> None:
-        """Wait for a condition in the page's own words."""
+        """Wait for a condition, which is a JavaScript function."""
         self.page.wait_for_function(condition, arg=arg, timeout=60_000)
 
     def type(self, text: str) -> None:
-        """Into the active column."""
+        """Type a text, key by key."""
         self.page.locator(".column.active textarea").press_sequentially(text)
 
     def set(self, **fields: object) -> None:
-        """How to go on: max_tokens, temperature, top_p, top_k, seed."""
+        """Fill in fields of the settings: max_tokens, temperature, top_p, top_k, seed."""
         for name, value in fields.items():
             self.page.fill(f"#settings [name={name}]", str(value))
 
-    def go_on(self, **fields: object) -> None:
-        """Press Continue, and wait until all of it is there."""
+    def generate(self, **fields: object) -> None:
+        """Fill in settings, press Continue, and wait until the whole continuation is shown."""
         self.set(**fields)
         length = len(self.text) + int(self.page.input_value("#settings [name=max_tokens]"))
         self.page.click("#go")
@@ -159,47 +159,47 @@ class Screen:
         self.wait_until_still()
 
     def wait_until_still(self) -> None:
-        """No stream is shown any more."""
+        """Wait until no text is being generated."""
         expect(self.page.locator("#go")).to_have_text("Continue", timeout=60_000)
 
     def place(self, index: int) -> tuple[float, float]:
-        """The window's place of a character of the active column: the middle of its box."""
+        """Scroll a character into view and return the middle of its box in window coordinates."""
         x, y = self.page.evaluate(_PLACE, [self.page.query_selector(".column.active"), index])
         return x, y
 
     def click_char(self, index: int) -> None:
-        """Click a character of the active column."""
+        """Click a character."""
         self.page.mouse.click(*self.place(index))
 
     def wait_for_units(self) -> None:
-        """Every character of the active column has been read by the inspector, and one is shown."""
+        """Wait until the page shows the step of a character."""
         self.wait_for("() => !document.querySelector('#glyph').textContent.includes('·')")
 
     @property
     def levels(self) -> list[int]:
-        """Of every character's colour, once all have one."""
+        """The colour level of every character, once all have one."""
         self.wait_for(f"() => ({_LEVELS})().every(level => level >= 0)")
-        found: list[int] = self.page.evaluate(_LEVELS)
-        return found
+        levels: list[int] = self.page.evaluate(_LEVELS)
+        return levels
 
     @property
     def session_id(self) -> str:
-        """Of the active column."""
+        """The session of the active column, once the page has stored the shown text for a reload."""
         condition = f"""() => {{
-          const all = JSON.parse(sessionStorage.getItem("gru-serve.texts"));
-          const one = all?.branches[all.active];
-          return one?.text === ({_TEXT})(document.querySelector(".column.active")) && one.id;
+          const stored = JSON.parse(sessionStorage.getItem("gru-serve.texts"));
+          const branch = stored?.branches[stored.active];
+          return branch?.text === ({_TEXT})(document.querySelector(".column.active")) && branch.id;
         }}"""
-        found: str = self.page.wait_for_function(condition).json_value()
-        return found
+        session_id: str = self.page.wait_for_function(condition).json_value()
+        return session_id
 
 
 def continued(client: Client, text: str, num_chars: int, seed: int, **fields: object) -> str:
-    """The API's answer: a text and its continuation."""
+    """Return a text with the continuation that the API generates."""
     session = client.create(text)
     return text + "".join(session.generate(num_chars, seed=seed, **fields))
 
 
 def stored(client: Client, screen: Screen) -> str:
-    """What the server has of the active text."""
+    """Return the text that the server has in the session of the active column."""
     return client.open(screen.session_id).text()

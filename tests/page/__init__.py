@@ -1,1 +1,1 @@
-"""The page in a real browser: what a user does, and what the screen shows."""
+"""Tests of the page in a real browser: they do what a user does and check what the screen shows."""

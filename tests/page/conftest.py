@@ -1,4 +1,4 @@
-"""A real browser, and a server of the shipped model."""
+"""Fixtures: a real browser, a server of the shipped model, and the page opened in both."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def client(url: str) -> Iterator[Client]:
 
 @pytest.fixture
 def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
-    """Opens the page, in a context of its own; what it should never have done fails the test."""
+    """Return a function that opens the page in a new browser context. The test fails if a page had any problem."""
     screens: list[Screen] = []
 
-    def opened(at: str = url, is_ready: bool = True, **options: Any) -> Screen:
+    def open_in_new_context(at: str = url, is_ready: bool = True, **options: Any) -> Screen:
         context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
         screen = Screen(context.new_page(), at)
         screens.append(screen)
@@ -54,7 +54,7 @@ def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
             screen.page.goto(at + "/")
         return screen
 
-    yield opened
+    yield open_in_new_context
     for screen in screens:
         screen.page.context.close()
     assert [problem for screen in screens for problem in screen.problems] == []

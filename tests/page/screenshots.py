@@ -1,4 +1,4 @@
-"""The pictures of the page in the docs: `python -m tests.page.screenshots`."""
+"""Takes the screenshots of the page for the docs: `python -m tests.page.screenshots`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DESKTOP = {"viewport": {"width": 1360, "height": 1010}}
 
 
 def draw(browser: Browser, url: str, name: str, options: dict[str, Any]) -> None:
-    """Two branches of a text, coloured by a unit, one character of it looked at."""
+    """Take a screenshot of two branches of a text, coloured by a unit, with the cursor on a character."""
     with browser.new_context(**options) as context:
         screen = Screen(context.new_page(), url).load()
         screen.type("ROMEO:")
-        screen.go_on(max_tokens=300, seed=7)
+        screen.generate(max_tokens=300, seed=7)
         screen.page.fill("#unit", "181")
         if "is_mobile" not in options:
             screen.click_char(63)
             screen.page.click(".column.active .fork")
             screen.wait_for("() => document.querySelectorAll('.column').length === 2")
-            screen.go_on(max_tokens=180, seed=21)
+            screen.generate(max_tokens=180, seed=21)
             screen.page.fill("#settings [name=max_tokens]", "300")
         screen.click_char(30)
         screen.wait_for("() => document.querySelectorAll('#bars .drawn').length === 1")
@@ -36,7 +36,7 @@ def draw(browser: Browser, url: str, name: str, options: dict[str, Any]) -> None
 
 
 def main() -> None:
-    """Light, dark, and as wide as a phone."""
+    """Take the screenshots in light colours, in dark colours and at the width of a phone."""
     with chromium() as browser, serving(SERVE, ENVIRONMENT) as server:
         url = f"http://127.0.0.1:{server.port}"
         draw(browser, url, "page.png", {"color_scheme": "light"} | DESKTOP)

@@ -1,4 +1,4 @@
-"""Text is text: markup, other directions and marks that join are shown, and nothing of them runs."""
+"""Hostile text (markup, right-to-left scripts, combining marks) is shown as plain text and never executed."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from service.client import Client
 from tests.harness.browser import ENVIRONMENT, OpenPage
 from tests.harness.server import SERVE, Server, serving
 
-# Markup, entities, Hebrew with its points, Arabic, letters with marks that no composed letter exists for, one that is
-# composed, characters beyond U+FFFF, marks that turn the direction around.
+# Markup, entities, Hebrew with vowel points, Arabic, letters with combining marks for which no composed letter exists,
+# composed letters, characters beyond U+FFFF, and control characters that change the direction of text.
 LINES = [
     "<script>alert(1)</script> & <img src=x onerror=alert(2)>",
     "&lt;b&gt; &amp; \"'`javascript:alert(3)",
@@ -27,7 +27,7 @@ CORPUS = "\n".join(LINES) + "\n"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Serves a model that was trained on such text."""
+    """A server of a small model that was trained on these lines."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "corpus.txt").write_text(CORPUS * 60, encoding="utf-8")
     command = [sys.executable, "-m", "service", "train", "--corpus", "corpus.txt", "--name", "hostile"]
@@ -40,22 +40,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> None:
+def test_hostile_text__is_shown_as_plain_text(open_page: OpenPage, client: Client) -> None:
     screen = open_page()
     for line in LINES:
         screen.page.keyboard.insert_text(line)
         screen.page.keyboard.press("Enter")
     screen.shows(CORPUS)
-    screen.go_on(max_tokens=1500, temperature=0.8, seed=3)
+    screen.generate(max_tokens=1500, temperature=0.8, seed=3)
     session = client.create(CORPUS)
     whole = CORPUS + "".join(session.generate(1500, temperature=0.8, seed=3))
     screen.shows(whole)
-    made = whole[len(CORPUS) :]
-    assert any(tag in made for tag in ("<script", "<img", "</"))  # it has learnt what it was to learn
-    assert any("\u0590" <= char <= "\u06ff" for char in made)
-    assert any("\u0300" <= char <= "\u036f" for char in made)
+    generated = whole[len(CORPUS) :]
+    # The model was trained well enough to generate each kind of hostile text.
+    assert any(tag in generated for tag in ("<script", "<img", "</"))
+    assert any("\u0590" <= char <= "\u06ff" for char in generated)
+    assert any("\u0300" <= char <= "\u036f" for char in generated)
 
-    # Every character can be looked at and parted from, those that join with what stands before them too.
+    # The cursor can be on any character and a branch can begin after it, also if it joins with the character before it.
     mark = CORPUS.index("\u0307")
     screen.page.locator(".column.active textarea").press("Home")
     for _ in range(mark):
@@ -64,7 +65,7 @@ def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> N
     screen.page.click(".column.active .fork")
     expect(screen.page.locator(".column")).to_have_count(2)
     screen.shows(CORPUS[: mark + 1])
-    screen.go_on(max_tokens=50, temperature=1, seed=4)
+    screen.generate(max_tokens=50, temperature=1, seed=4)
     session = client.create(CORPUS[: mark + 1])
     screen.shows(CORPUS[: mark + 1] + "".join(session.generate(50, seed=4)))
     screen.page.check("#colouring [value=surprise]")
@@ -72,27 +73,27 @@ def test_hostile_text_is_shown_as_text(open_page: OpenPage, client: Client) -> N
 
     content = screen.page.evaluate("() => document.querySelectorAll('.text script, .text img, .text b').length")
     assert content == 0
-    assert screen.page.locator("h3", has_text="parted at").count() == 1
-    assert screen.refusals == []  # beside what every test's end looks for: errors, dialogs, other hosts, the policy
+    assert screen.page.locator("h3", has_text="Branch at").count() == 1
+    assert screen.refusals == []  # `open_page` checks the problems: errors, dialogs, other hosts, policy violations
 
 
-def test_a_server_sends_names_and_messages_that_are_text_too(open_page: OpenPage, tmp_path: Path) -> None:
+def test_file_name__with_markup_is_shown_as_plain_text(open_page: OpenPage, tmp_path: Path) -> None:
     screen = open_page()
-    hostile = "<img src=x onerror=alert(1)>"
-    (tmp_path / f"{hostile}.json".replace("/", "_")).write_text("no")
-    screen.page.set_input_files("#file", tmp_path / f"{hostile}.json")
-    expect(screen.page.locator("#trouble")).to_contain_text(hostile)
+    path = tmp_path / "<img src=x onerror=alert(1)>.json"
+    path.write_text("no state")
+    screen.page.set_input_files("#file", path)
+    expect(screen.page.locator("#trouble")).to_contain_text(path.name)
     assert screen.page.locator("#trouble img").count() == 0
 
 
-def test_a_letter_typed_with_its_mark_is_the_composed_one(open_page: OpenPage, client: Client) -> None:
-    """As the service reads it: the model knows \u00e9 as one character."""
+def test_typing__composes_a_letter_with_its_mark_as_the_service_does(open_page: OpenPage, client: Client) -> None:
+    """The model knows \u00e9 as one character, and q with a dot above as two."""
     screen = open_page()
     screen.page.keyboard.insert_text("t\u00e9 t")
     screen.page.keyboard.insert_text("q")
     screen.page.keyboard.insert_text("\u0307")
     screen.shows("t\u00e9 tq\u0307")
-    screen.go_on(max_tokens=30, seed=4)
+    screen.generate(max_tokens=30, seed=4)
     session = client.create("t\u00e9 tq\u0307")
     screen.shows("t\u00e9 tq\u0307" + "".join(session.generate(30, seed=4)))
     assert client.open(screen.session_id).text() == screen.text

@@ -1,4 +1,4 @@
-"""The page for those who see it badly, use no mouse, or have a phone."""
+"""Accessibility: contrast and names of elements, use by keyboard alone, and the width of a phone."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from tests.harness.browser import PHONE, OpenPage
 from tests.harness.screen import Screen
 
 
-def findings(screen: Screen) -> str:
-    """What axe calls serious or critical, and where."""
+def serious_violations(screen: Screen) -> str:
+    """The violations that axe rates serious or critical, with the elements that cause them, as JSON."""
     response = Axe().run(screen.page).response
     assert response["passes"]
-    serious = [found for found in response["violations"] if found["impact"] in ("serious", "critical")]
-    return json.dumps([(found["id"], [node["html"] for node in found["nodes"]]) for found in serious], indent=1)
+    serious = [violation for violation in response["violations"] if violation["impact"] in ("serious", "critical")]
+    return json.dumps([(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in serious], indent=1)
 
 
 @pytest.mark.parametrize("options", [{"color_scheme": "light"}, {"color_scheme": "dark"}, PHONE])
-def test_axe_finds_nothing_serious(open_page: OpenPage, options: dict[str, object]) -> None:
+def test_axe__finds_no_serious_violation(open_page: OpenPage, options: dict[str, object]) -> None:
     screen = open_page(**options)
-    assert findings(screen) == "[]"
+    assert serious_violations(screen) == "[]"
     screen.type("ROMEO:")
-    screen.go_on(max_tokens=200, seed=7)
+    screen.generate(max_tokens=200, seed=7)
     screen.click_char(30)
     screen.page.click(".column.active .fork")
     expect(screen.page.locator(".column")).to_have_count(2)
     screen.page.keyboard.insert_text("ß")
     screen.page.fill("#unit", "181")
     expect(screen.page.locator("#ranking td button").first).to_be_visible()
-    assert findings(screen) == "[]"
+    assert serious_violations(screen) == "[]"
     screen.page.evaluate("() => document.getElementById('key').showModal()")
-    assert findings(screen) == "[]"
+    assert serious_violations(screen) == "[]"
 
 
-def test_everything_is_reached_by_keyboard(open_page: OpenPage) -> None:
+def test_keyboard__reaches_every_control(open_page: OpenPage) -> None:
     screen = open_page()
     screen.page.keyboard.type("ROMEO:")
     screen.shows("ROMEO:")
@@ -45,9 +45,9 @@ def test_everything_is_reached_by_keyboard(open_page: OpenPage) -> None:
     for _ in range(80):
         screen.page.keyboard.press("Tab")
         names.add(screen.page.evaluate("() => document.activeElement.id || document.activeElement.className"))
-    for wanted in ("model", "go", "save", "open", "new", "play", "back", "forth", "speed", "unit", "close", "fork"):
-        assert wanted in names, (wanted, names)
-    # Going back without a mouse: to a place with the arrow keys, then Tab and Enter.
+    for name in ("model", "go", "save", "open", "new", "play", "back", "forth", "speed", "unit", "close", "fork"):
+        assert name in names, (name, names)
+    # Rewind without a mouse: move the cursor with the arrow keys, then press the focused button.
     screen.page.locator(".column textarea").focus()
     for _ in range(3):
         screen.page.keyboard.press("ArrowLeft")
@@ -58,11 +58,11 @@ def test_everything_is_reached_by_keyboard(open_page: OpenPage) -> None:
     expect(screen.page.locator(".column textarea")).to_be_focused()
 
 
-def test_a_phone_needs_no_scrolling_sideways(open_page: OpenPage) -> None:
+def test_phone__needs_no_horizontal_scrolling(open_page: OpenPage) -> None:
     screen = open_page(**PHONE)
     screen.page.tap(".text")
     screen.page.keyboard.insert_text("ROMEO:")
-    screen.go_on(max_tokens=300, seed=7)
+    screen.generate(max_tokens=300, seed=7)
     width = screen.page.evaluate("() => document.documentElement.scrollWidth")
     assert width == 390
     for name in ("#go", "#model", "#play", "#state", "#unit", "#save"):

@@ -1,4 +1,4 @@
-"""The pictures show the engine's numbers: of the character that is looked at, and of the unit that is chosen."""
+"""The drawings show the engine's numbers: of the character under the cursor and of the chosen unit."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _PIXELS = """id => { const canvas = document.getElementById(id);
 
 
 def scale(scheme: str = "light") -> list[NDArray[np.int64]]:
-    """The style sheet's colours of -1, 0 and 1."""
-    found = re.findall(r"--(?:cold|zero|warm): #([0-9a-f]{6})", CSS.read_text())
+    """The colours of -1, 0 and 1 in the style sheet."""
+    codes = re.findall(r"--(?:cold|zero|warm): #([0-9a-f]{6})", CSS.read_text())
     first = 0 if scheme == "light" else 3
-    return [np.array([int(code[at : at + 2], 16) for at in (0, 2, 4)]) for code in found[first : first + 3]]
+    return [np.array([int(code[at : at + 2], 16) for at in (0, 2, 4)]) for code in codes[first : first + 3]]
 
 
 def colours(values: NDArray[np.float16], scheme: str = "light", largest: float = 1) -> NDArray[np.int64]:
-    """(n, 3): what the page paints for numbers; it rounds them to 257 steps."""
+    """(n, 3): the colours that the page paints for numbers. It rounds them to 257 steps."""
     cold, zero, warm = scale(scheme)
     steps = np.floor((np.clip(values.astype(np.float64) / largest, -1, 1) + 1) / 2 * 256 + 0.5)
     parts = (2 * steps / 256 - 1)[:, None]
@@ -45,28 +45,28 @@ def colours(values: NDArray[np.float16], scheme: str = "light", largest: float =
 
 
 def pixels(screen: Screen, name: str) -> NDArray[np.int64]:
-    """(cells, 3) of a grid; empty ones left out."""
-    found = np.array(screen.page.evaluate(_PIXELS, name)).reshape(-1, 4)
-    return found[found[:, 3] > 0, :3]
+    """(cells, 3): the colours of a grid's cells, without the unused cells at its end."""
+    rgba = np.array(screen.page.evaluate(_PIXELS, name)).reshape(-1, 4)
+    return rgba[rgba[:, 3] > 0, :3]
 
 
-def named(char: str) -> str:
-    """As the page writes a character that would be blank."""
+def visible(char: str) -> str:
+    """The form in which the page shows a character; blanks get a symbol."""
     return {"\n": "⏎", " ": "␣"}.get(char, char)
 
 
-def shows(screen: Screen, name: str, expected: NDArray[np.int64]) -> None:
-    """A picture is, or becomes, this one."""
+def expect_pixels(screen: Screen, name: str, expected: NDArray[np.int64]) -> None:
+    """Wait until a grid has these colours."""
     comes_to(lambda: pixels(screen, name).tolist(), expected.tolist())
 
 
 def percentages(rows: Locator) -> list[str]:
-    """Of the bars' first 11."""
+    """The percentages of the first 11 bars."""
     return [row.split("\n")[-1].split(" ←")[0] for row in rows.all_inner_texts()[:11]]
 
 
-def look_at(screen: Screen, index: int) -> None:
-    """Click a character, and wait until its step is shown."""
+def show_step(screen: Screen, index: int) -> None:
+    """Click a character and wait until its step is shown."""
     screen.click_char(index)
     expect(screen.page.locator(".column.active .place p")).to_contain_text(f" {index + 1} of ")
     screen.wait_for("() => document.getElementById('update').getContext('2d').getImageData(0, 0, 1, 1).data[3] === 255")
@@ -76,16 +76,16 @@ def look_at(screen: Screen, index: int) -> None:
 def screen(open_page: OpenPage) -> Screen:
     screen = open_page()
     screen.type("ROMEO:")
-    screen.go_on(max_tokens=NUM_CHARS - 6, seed=7)
+    screen.generate(max_tokens=NUM_CHARS - 6, seed=7)
     return screen
 
 
-def test_every_picture_shows_the_numbers_of_the_character_that_is_clicked(screen: Screen, client: Client) -> None:
+def test_grids__show_the_numbers_of_the_clicked_character(screen: Screen, client: Client) -> None:
     seen = client.inspect(screen.text, gates=True, embedding=True, logprobs=20)
     states = np.asarray(seen.states)[:, 0]
     before = np.concatenate([np.asarray(seen.before), states[:-1]])
     for place in PLACES:
-        look_at(screen, place)
+        show_step(screen, place)
         for name, values in {
             "state": states[place],
             "before": before[place],
@@ -93,30 +93,29 @@ def test_every_picture_shows_the_numbers_of_the_character_that_is_clicked(screen
             "update": np.asarray(seen.update)[place, 0],
             "candidate": np.asarray(seen.candidate)[place, 0],
         }.items():
-            shows(screen, name, colours(values))
+            expect_pixels(screen, name, colours(values))
         embedding = np.asarray(seen.embedding)[place]
-        shows(screen, "embedding", colours(embedding, largest=0.25))
-        expect(screen.page.locator("#glyph")).to_have_text(named(screen.text[place]))
+        expect_pixels(screen, "embedding", colours(embedding, largest=0.25))
+        expect(screen.page.locator("#glyph")).to_have_text(visible(screen.text[place]))
 
 
-def test_the_bars_are_the_distribution_and_what_came_is_marked(screen: Screen, client: Client) -> None:
+def test_bars__show_the_distribution_and_mark_the_character_that_follows(screen: Screen, client: Client) -> None:
     text = screen.text
     seen = client.inspect(text, logprobs=20)
     rows = screen.page.locator("#bars li:visible")
     for place in (0, 40):
-        look_at(screen, place)
+        show_step(screen, place)
         top = sorted(seen.top_logprobs[place + 1].items(), key=lambda pair: -pair[1])
         expect(rows).to_have_count(12)
         expected = [f"{100 * math.exp(logprob):.1f} %" for _, logprob in top[:11]]
         comes_to(lambda: percentages(rows), expected)
-        if text[place + 1] in dict(top):
-            expect(screen.page.locator("#bars li.drawn b")).to_have_text(named(text[place + 1]))
-    look_at(screen, NUM_CHARS - 1)
+        expect(screen.page.locator("#bars li.drawn b")).to_have_text(visible(text[place + 1]))
+    show_step(screen, NUM_CHARS - 1)
     expect(screen.page.locator("#bars li.drawn")).to_have_count(0)
-    expect(screen.page.locator("#bars li b").first).to_have_text(named(seen.next[0][0]))
+    expect(screen.page.locator("#bars li b").first).to_have_text(visible(seen.next[0][0]))
 
 
-def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen: Screen, client: Client) -> None:
+def test_unit__when_clicked_colours_the_text_and_shows_its_sum(screen: Screen, client: Client) -> None:
     unit = 7 * 32 + 5
     box = screen.page.locator("#state").bounding_box()
     assert box
@@ -126,16 +125,16 @@ def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen:
     expected = np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist()
     screen.shows_levels(expected)
 
-    look_at(screen, 40)
+    show_step(screen, 40)
     value = f"{values[40]:.2f}".replace("-", "−")
     expect(screen.page.locator("#sum")).to_have_text(re.compile(rf"^Unit {unit}:.*{value}\D*$", re.DOTALL))
-    said = screen.page.inner_text("#sum").replace("−", "-")
-    update, candidate, update_again, before, after = map(float, re.findall(r"-?\d+\.\d\d", said))
+    shown = screen.page.inner_text("#sum").replace("−", "-")
+    update, candidate, update_again, before, after = map(float, re.findall(r"-?\d+\.\d\d", shown))
     assert update == update_again
     assert after == round(values[40], 2)
-    assert abs((1 - update) * candidate + update * before - after) < 0.03  # of rounded numbers
+    assert abs((1 - update) * candidate + update * before - after) < 0.03  # the page rounds each number
 
-    # Typing and erasing change only the colours of what changed.
+    # After erasing and typing, the changed characters get the colours of their new values.
     screen.page.locator(".column textarea").press("Backspace")
     screen.type("x")
     text = screen.text
@@ -148,10 +147,10 @@ def test_a_clicked_unit_colours_the_text_by_its_values_and_shows_its_sum(screen:
     screen.wait_for("() => [...Array(17).keys()].every(level => !CSS.highlights.get(`level-${level}`).size)")
 
 
-def test_the_colours_are_painted_on_lines_that_were_there_and_on_new_ones(screen: Screen) -> None:
-    """Behind spaces, of which nothing else is painted: paper, under a colour of up to 62 %."""
+def test_colours__are_painted_on_old_and_new_lines(screen: Screen) -> None:
+    """Checks the pixels of spaces, which have no glyph: the paper's colour, mixed with up to 62 % of the level's."""
     screen.page.fill("#unit", "181")
-    screen.go_on(max_tokens=100, seed=9)
+    screen.generate(max_tokens=100, seed=9)
     levels, text = screen.levels, screen.text
     styles = "name => getComputedStyle(document.documentElement).getPropertyValue(name)"
     paper = np.array([int(screen.page.evaluate(styles, "--paper")[at : at + 2], 16) for at in (1, 3, 5)])
@@ -169,34 +168,34 @@ def test_the_colours_are_painted_on_lines_that_were_there_and_on_new_ones(screen
     assert len(seen) > 4
 
 
-def test_surprise_colours_the_text_by_log_probabilities(screen: Screen, client: Client) -> None:
+def test_surprise__colours_the_text_by_log_probabilities(screen: Screen, client: Client) -> None:
     screen.page.check("#colouring [value=surprise]")
     logprobs = np.array(client.inspect(screen.text, logprobs=0).logprobs)
     expected = np.floor((np.minimum(1, -logprobs / 6) + 1) / 2 * 16 + 0.5).astype(int).tolist()
     screen.shows_levels(expected)
 
 
-def test_the_ranking_names_units_by_their_correlation(screen: Screen, client: Client) -> None:
+def test_ranking__lists_the_units_with_the_highest_correlation(screen: Screen, client: Client) -> None:
     text = screen.text
-    row = screen.page.locator("#ranking tr", has_text="how far the line has come")
+    row = screen.page.locator("#ranking tr", has_text="length of the line so far")
     button = row.locator("button").first
     expect(button).to_be_visible()
     states = np.asarray(client.inspect(text).states)[:, 0].astype(np.float64)
-    # After a newline the line has come no further than 0; the text's first character is the first of its line.
-    column, columns = 0, []
+    # The length is 0 after a newline and 1 after the first character of the text.
+    length, lengths = 0, []
     for char in text:
-        column = 0 if char == "\n" else column + 1
-        columns.append(column)
-    together = np.array([np.corrcoef(unit, columns)[0, 1] if unit.std() > 1e-3 else 0 for unit in states.T])
-    best = int(np.argmax(np.abs(together)))
+        length = 0 if char == "\n" else length + 1
+        lengths.append(length)
+    correlations = np.array([np.corrcoef(unit, lengths)[0, 1] if unit.std() > 1e-3 else 0 for unit in states.T])
+    best = int(np.argmax(np.abs(correlations)))
     screen.wait_for(f"() => document.querySelector('#ranking td button').textContent.startsWith('{best} (')")
-    assert abs(float(button.inner_text().split("(")[1].rstrip(")").replace("−", "-")) - together[best]) < 0.006
+    assert abs(float(button.inner_text().split("(")[1].rstrip(")").replace("−", "-")) - correlations[best]) < 0.006
     button.click()
     assert screen.page.input_value("#unit") == str(best)
     assert screen.page.is_checked("#colouring [value=unit]")
 
 
-def test_arrow_keys_and_the_player_step_through_the_text(screen: Screen) -> None:
+def test_cursor__follows_arrow_keys_buttons_and_player(screen: Screen) -> None:
     place = screen.page.locator(".column.active .place p")
     field = screen.page.locator(".column.active textarea")
     expect(place).to_contain_text(f"{NUM_CHARS} of {NUM_CHARS}")
@@ -225,7 +224,7 @@ def test_arrow_keys_and_the_player_step_through_the_text(screen: Screen) -> None
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """Models of other shapes."""
+    """A store with models of other shapes: one with three layers, one with few characters."""
     store = ModelStore(tmp_path_factory.mktemp("models"))
     publish_tiny(store)
     publish_tiny(store, "deep", num_layers=3, num_units=24)
@@ -239,7 +238,7 @@ def models_url(store: ModelStore) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.port}"
 
 
-def test_a_text_is_read_into_another_model_and_its_layers_are_shown(open_page: OpenPage, models_url: str) -> None:
+def test_model__when_changed_reads_the_text_and_shows_its_layers(open_page: OpenPage, models_url: str) -> None:
     screen = open_page(models_url)
     screen.type("a cab")
     screen.page.select_option("#model", "deep@1")
@@ -247,22 +246,22 @@ def test_a_text_is_read_into_another_model_and_its_layers_are_shown(open_page: O
     expect(screen.page.locator(".num-units").first).to_have_text("24")
     with Client(models_url) as client:
         states = np.asarray(client.inspect("a cab", model="deep").states)
-        look_at(screen, 3)
+        show_step(screen, 3)
         for layer in (3, 1):
             screen.page.select_option("#layer", label=str(layer))
-            shows(screen, "state", colours(states[3, layer - 1]))
-        screen.go_on(max_tokens=40, seed=1)
+            expect_pixels(screen, "state", colours(states[3, layer - 1]))
+        screen.generate(max_tokens=40, seed=1)
         session = client.create("a cab", model="deep")
         screen.shows("a cab" + "".join(session.generate(40, seed=1)))
         text = screen.text
-        # A model that lacks some of its characters can't take it over: nothing changes.
+        # A model that doesn't know all characters of the text can't read it: nothing changes.
         screen.page.select_option("#model", "poor@1")
         expect(screen.page.locator("#trouble")).to_contain_text("doesn't know")
         expect(screen.page.locator("#model")).to_have_value("deep@1")
         screen.shows(text)
 
 
-def test_an_empty_text_takes_any_model(open_page: OpenPage, models_url: str) -> None:
+def test_model__can_be_any_for_an_empty_text(open_page: OpenPage, models_url: str) -> None:
     screen = open_page(models_url)
     screen.page.select_option("#model", "poor@1")
     expect(screen.page.locator(".column")).to_have_count(1)
@@ -270,17 +269,17 @@ def test_an_empty_text_takes_any_model(open_page: OpenPage, models_url: str) -> 
     screen.page.locator(".column textarea").wait_for()
     screen.type("abba")
     screen.shows("abba")
-    screen.go_on(max_tokens=20)
+    screen.generate(max_tokens=20)
     assert set(screen.text) <= set("ab c")
 
 
-def test_in_the_dark_the_grid_has_other_colours(open_page: OpenPage, client: Client) -> None:
+def test_grids__follow_the_colour_scheme(open_page: OpenPage, client: Client) -> None:
     screen = open_page(color_scheme="dark")
     screen.type("ROMEO:")
-    screen.go_on(max_tokens=10, seed=1)
-    look_at(screen, 9)
+    screen.generate(max_tokens=10, seed=1)
+    show_step(screen, 9)
     states = np.asarray(client.inspect(screen.text).states)[:, 0]
-    shows(screen, "state", colours(states[9], "dark"))
+    expect_pixels(screen, "state", colours(states[9], "dark"))
     screen.page.emulate_media(color_scheme="light")
     screen.wait_for("() => matchMedia('(prefers-color-scheme: light)').matches")
-    shows(screen, "state", colours(states[9]))
+    expect_pixels(screen, "state", colours(states[9]))

@@ -1,15 +1,15 @@
-// Calls to the service: with the key, repeated where that may help, and streams of events.
+// HTTP calls to the service: adds the API key, retries calls that may succeed later, reads event streams.
 
-const KEY = "gru-serve.key"; // in the session's storage only: it ends with the tab
-const TRY_AGAIN = new Set([429, 502, 503, 504]);
+const KEY = "gru-serve.key"; // in sessionStorage only, so that the key is deleted when the tab is closed
+const RETRYABLE_STATUSES = new Set([429, 502, 503, 504]);
 const FIRST_PAUSE_MS = 100;
 const LONGEST_PAUSE_MS = 2000;
-const PATIENCE_MS = 60_000; // with a server that answers, and refuses
+const GIVE_UP_AFTER_MS = 60_000; // while the server answers but refuses; an unreachable server is retried without end
 
-/** What the server refused. */
+/** An error response of the service. */
 export class ApiError extends Error {
   constructor(status, error) {
-    super(error.message ?? "the answer is not this service's");
+    super(error.message ?? "The response does not come from gru-serve.");
     this.status = status;
     this.code = error.code ?? null;
     this.param = error.param ?? null;
@@ -17,6 +17,7 @@ export class ApiError extends Error {
   }
 }
 
+/** Resolve after `ms` milliseconds. Rejects with the signal's reason if it is aborted first. */
 export const pause = (ms, signal) =>
   new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, ms);
@@ -26,18 +27,22 @@ export const pause = (ms, signal) =>
     });
   });
 
-/** A server. askKey: resolves to a key that somebody entered. onTrouble(message, or null when it is over). */
+/**
+ * A client of the service.
+ * askKey(message): asks the user for an API key and resolves to it.
+ * onProblem(message): a call is failing and is retried; null once a call succeeds.
+ */
 export class Api {
   #askKey;
-  #onTrouble;
-  #asking = null;
+  #onProblem;
+  #keyPrompt = null; // the promise of the key dialog while it is open
 
-  constructor(askKey, onTrouble) {
+  constructor(askKey, onProblem) {
     this.#askKey = askKey;
-    this.#onTrouble = onTrouble;
+    this.#onProblem = onProblem;
   }
 
-  /** One call that may be repeated; the JSON of its answer. Throws ApiError, or the signal's reason. */
+  /** Send a request that is safe to repeat and return the JSON of its response. Throws ApiError or the signal's reason. */
   async call(method, path, body, signal) {
     for (;;) {
       const response = await this.#send(method, path, body, {}, signal);
@@ -45,12 +50,15 @@ export class Api {
         return response.status === 204 ? null : await response.json();
       } catch (error) {
         if (signal?.aborted) throw signal.reason;
-        await pause(FIRST_PAUSE_MS, signal); // the answer was cut: ask once more
+        await pause(FIRST_PAUSE_MS, signal); // the connection broke before the whole response arrived: repeat the request
       }
     }
   }
 
-  /** Events {id, kind, data} of a stream, up to the last whole one, also if it is cut. Throws ApiError. */
+  /**
+   * Yield the events {id, kind, data} of a stream. If the connection breaks, the generator ends after the last complete
+   * event. Throws ApiError or the signal's reason.
+   */
   async *events(method, path, body, headers, signal) {
     const response = await this.#send(method, path, body, headers, signal);
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -60,7 +68,7 @@ export class Api {
       try {
         part = await reader.read();
       } catch {
-        return; // cut: whoever reads takes it up again
+        return; // the connection broke: the caller resumes the stream
       }
       if (part.done) return;
       const blocks = (rest + part.value).split("\n\n");
@@ -74,8 +82,8 @@ export class Api {
 
   async #send(method, path, body, headers, signal) {
     const started = performance.now();
-    for (let wait = FIRST_PAUSE_MS; ; wait = Math.min(2 * wait, LONGEST_PAUSE_MS)) {
-      let least = 0;
+    for (let backoff = FIRST_PAUSE_MS; ; backoff = Math.min(2 * backoff, LONGEST_PAUSE_MS)) {
+      let retryAfterMs = 0;
       try {
         const response = await fetch(path, {
           method,
@@ -85,37 +93,37 @@ export class Api {
           cache: "no-store",
         });
         if (response.ok) {
-          this.#onTrouble(null);
+          this.#onProblem(null);
           return response;
         }
         const error = new ApiError(response.status, (await response.json().catch(() => ({}))).error ?? {});
         if (error.status === 401) {
-          await this.#newKey(error.message);
+          await this.#replaceKey(error.message);
           continue;
         }
-        const mayPass = TRY_AGAIN.has(error.status) || error.code === "session_busy";
-        if (!mayPass || performance.now() - started > PATIENCE_MS) throw error;
-        least = 1000 * Number(response.headers.get("Retry-After") ?? 0);
-        if (error.code !== "session_busy") this.#onTrouble(`${error.message} Trying again …`);
+        const isRetryable = RETRYABLE_STATUSES.has(error.status) || error.code === "session_busy";
+        if (!isRetryable || performance.now() - started > GIVE_UP_AFTER_MS) throw error;
+        retryAfterMs = 1000 * Number(response.headers.get("Retry-After") ?? 0);
+        if (error.code !== "session_busy") this.#onProblem(`${error.message} Trying again …`);
       } catch (error) {
         if (signal?.aborted) throw signal.reason;
         if (error instanceof ApiError) throw error;
-        this.#onTrouble("The server can't be reached. Trying again …");
+        this.#onProblem("The server can't be reached. Trying again …");
       }
-      await pause(Math.max(wait, least), signal);
+      await pause(Math.max(backoff, retryAfterMs), signal);
     }
   }
 
-  #headers(more) {
-    const headers = { "Content-Type": "application/json", ...more };
+  #headers(extra) {
+    const headers = { "Content-Type": "application/json", ...extra };
     const key = sessionStorage.getItem(KEY);
     if (key) headers.Authorization = `Bearer ${key}`;
     return headers;
   }
 
-  /** Several calls may meet the refusal at the same time: one question is asked. */
-  async #newKey(message) {
-    this.#asking ??= this.#askKey(message).finally(() => (this.#asking = null));
-    sessionStorage.setItem(KEY, await this.#asking);
+  /** Ask the user for a key. Calls that are refused at the same time share one dialog. */
+  async #replaceKey(message) {
+    this.#keyPrompt ??= this.#askKey(message).finally(() => (this.#keyPrompt = null));
+    sessionStorage.setItem(KEY, await this.#keyPrompt);
   }
 }

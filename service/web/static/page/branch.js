@@ -1,51 +1,52 @@
-// One text: a session on the server, and what of it the server doesn't have yet.
+// One text on the page: a session on the server, plus the changes that have not reached the server yet.
 
 import { ApiError, pause } from "./api.js";
 
-const GOES_ON = new Set(["engine_failed", "not_ready", "draining", "overloaded"]); // in a stream: take it up again
-const GONE = new Set([404, 410]);
-const BATCH_CHARS = 8192;
+const RESUMABLE_CODES = new Set(["engine_failed", "not_ready", "draining", "overloaded"]); // of errors in a stream
+const SESSION_LOST_STATUSES = new Set([404, 410]);
+const MAX_FEED_CHARS = 8192;
+const RESUME_PAUSE_MS = 50;
 
 export const randomId = () =>
   Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 /**
- * chars: the text's code points from position `first` on, those that were typed and not sent among them. sent: up to
- * which position the server has them. Dispatches `text` (detail: first index that changed), `run`, `sent`, `note`.
+ * Dispatches `text` (detail: the first index of `chars` that changed), `run` (generating started or ended), `synced` (a
+ * synchronisation with the server ended) and `message` (detail: a message for the user).
  */
 export class Branch extends EventTarget {
-  chars = [];
-  past = ""; // text before `first`, known from a file
-  settle = null; // a position that the server's text is to be taken back to
+  chars = []; // code points from position `start` on, including those that the server doesn't have yet
+  past = ""; // text before `start`, for display only; it comes from a file
+  rewindTo = null; // position to which the server's text must be rewound; null if none
   #api;
-  #flying = 0; // up to here it is on its way
-  #working = null;
-  #run = null;
+  #inFlightEnd = 0; // position after the characters of the current feed request
+  #syncing = null; // the promise of the synchronisation that is under way
+  #run = null; // the AbortController of the stream that is being read
 
-  /** model: {id, charset}. facts: the service's of its session. */
-  constructor(api, model, name, facts) {
+  /** model: of Models. session: the service's description of the session. */
+  constructor(api, model, name, session) {
     super();
     this.#api = api;
     this.model = model;
     this.name = name;
-    this.#take(facts);
+    this.#adopt(session);
   }
 
-  /** A new session. fields: of the API's call. */
+  /** Create a session. fields: the body of the API's call. */
   static async create(api, models, name, fields = {}) {
-    const facts = await api.call("PUT", `v1/sessions/${randomId()}`, fields);
-    return new Branch(api, await models.get(facts.model), name, facts);
+    const session = await api.call("PUT", `v1/sessions/${randomId()}`, fields);
+    return new Branch(api, await models.get(session.model), name, session);
   }
 
-  #take(facts) {
-    this.id = facts.id;
-    this.seed = facts.seed;
-    this.first = facts.text_from;
-    this.sent = facts.position;
+  #adopt(session) {
+    this.id = session.id;
+    this.seed = session.seed;
+    this.start = session.text_from; // position of chars[0]
+    this.serverEnd = session.position; // position up to which the server has the characters
   }
 
   get end() {
-    return this.first + this.chars.length;
+    return this.start + this.chars.length;
   }
 
   get path() {
@@ -56,215 +57,225 @@ export class Branch extends EventTarget {
     return this.#run !== null;
   }
 
-  get #isBehind() {
-    return this.settle !== null || (this.end > this.sent && !this.isRunning);
+  get #isServerBehind() {
+    return this.rewindTo !== null || (this.end > this.serverEnd && !this.isRunning);
   }
 
-  /** What a reload needs to go on. */
-  get saved() {
-    const { id, name, past, first, seed, sent, settle, isRunning } = this;
-    return { id, name, past, first, seed, sent, settle, isRunning, model: this.model.id, text: this.chars.join("") };
+  /** What a reload of the page needs. The field names are a stored format: a tab may be reloaded after an upgrade. */
+  get snapshot() {
+    const { id, name, past, seed, isRunning } = this;
+    const positions = { first: this.start, sent: this.serverEnd, settle: this.rewindTo };
+    return { id, name, past, seed, ...positions, isRunning, model: this.model.id, text: this.chars.join("") };
   }
 
-  /** The text of before a reload: what the server doesn't have is given to it, and a stream is taken up. */
-  static async restore(api, model, saved) {
-    const facts = { id: saved.id, seed: saved.seed, text_from: saved.first, position: saved.sent };
-    const branch = new Branch(api, model, saved.name, facts);
-    branch.past = saved.past;
-    branch.settle = saved.settle;
-    branch.chars = Array.from(saved.text);
-    await branch.work();
-    if (saved.isRunning) branch.#start("GET");
+  /** Return the branch of a snapshot, after sending the server what it lacks. Resumes the stream that was running. */
+  static async restore(api, model, snapshot) {
+    const session = { id: snapshot.id, seed: snapshot.seed, text_from: snapshot.first, position: snapshot.sent };
+    const branch = new Branch(api, model, snapshot.name, session);
+    branch.past = snapshot.past;
+    branch.rewindTo = snapshot.settle;
+    branch.chars = Array.from(snapshot.text);
+    await branch.sync();
+    if (snapshot.isRunning) branch.#startStream("GET");
     return branch;
   }
 
-  /** Take over the server's text. */
+  /** Replace the text by the server's. */
   async #fetch() {
-    this.#take(await this.#api.call("GET", this.path));
+    this.#adopt(await this.#api.call("GET", this.path));
     const answer = await this.#api.call("GET", `${this.path}/text`);
-    this.first = answer.from;
+    this.start = answer.from;
     this.chars = Array.from(answer.text);
-    this.sent = answer.to;
-    this.settle = null;
-    this.#changed(0);
+    this.serverEnd = answer.to;
+    this.rewindTo = null;
+    this.#textChanged(0);
   }
 
-  /** Add what was typed; it may join with what waits. All of it has to be known to the model. */
+  /**
+   * Append a text. It is composed together with the characters that are not sent yet, because a mark may join with the
+   * letter before it. The model must know all of its characters.
+   */
   append(text) {
     this.stop();
-    const firm = Math.max(this.settle ?? Math.max(this.sent, this.#flying), this.first) - this.first;
-    const before = this.chars.slice(firm);
-    const chars = this.model.charset.read(before.join("") + text);
-    this.chars.length = firm;
+    const sentEnd = Math.max(this.rewindTo ?? Math.max(this.serverEnd, this.#inFlightEnd), this.start) - this.start;
+    const unsent = this.chars.slice(sentEnd);
+    const chars = this.model.charset.read(unsent.join("") + text);
+    this.chars.length = sentEnd;
     for (const char of chars) this.chars.push(char);
-    const isSame = before.every((char, i) => char === chars[i]);
-    this.#changed(isSame ? firm + before.length : firm);
-    this.work();
+    const isUnchanged = unsent.every((char, i) => char === chars[i]);
+    this.#textChanged(isUnchanged ? sentEnd + unsent.length : sentEnd);
+    this.sync();
   }
 
-  /** Only what lies before a position is left. */
+  /** Remove the text from a position on. */
   rewind(position) {
     this.stop();
     if (position >= this.end) return;
-    this.chars.length = position - this.first;
-    if (position < Math.max(this.sent, this.#flying)) this.settle = Math.min(position, this.settle ?? position);
-    this.#changed(this.chars.length);
-    this.work();
+    this.chars.length = position - this.start;
+    if (position < Math.max(this.serverEnd, this.#inFlightEnd)) this.rewindTo = Math.min(position, this.rewindTo ?? position);
+    this.#textChanged(this.chars.length);
+    this.sync();
   }
 
-  /** A new session with the same text up to a position. */
+  /** Return a branch with a new session, which has the text up to a position. */
   async fork(position, name) {
     this.stop();
-    await this.work();
-    const facts = await this.#api.call("POST", `${this.path}/fork`, { id: randomId(), position });
-    const other = new Branch(this.#api, this.model, name, facts);
+    await this.sync();
+    const session = await this.#api.call("POST", `${this.path}/fork`, { id: randomId(), position });
+    const other = new Branch(this.#api, this.model, name, session);
     other.past = this.past;
-    other.first = this.first;
-    other.chars = this.chars.slice(0, position - this.first);
+    other.start = this.start;
+    other.chars = this.chars.slice(0, position - this.start);
     return other;
   }
 
-  /** Read the text into another model. Throws ApiError: nothing is changed. */
+  /** Let another model read the text. Throws ApiError and changes nothing if it can't. */
   async rebase(model) {
     this.stop();
-    await this.work();
-    const body = { text: "", position: this.sent, rebase: model.id, num_next: 0 };
+    await this.sync();
+    const body = { text: "", position: this.serverEnd, rebase: model.id, num_next: 0 };
     await this.#api.call("POST", `${this.path}/feed`, body);
     this.model = model;
     await this.#fetch();
   }
 
-  /** {state, position, model, seed}: a portable one. */
-  async state() {
+  /** Return {state, position, model, seed}: the session's signed state, from which any server with its key can continue. */
+  async portableState() {
     this.stop();
-    await this.work();
+    await this.sync();
     return this.#api.call("GET", `${this.path}/state`);
   }
 
-  async forget() {
+  /** Delete the session on the server. */
+  async delete() {
     this.stop();
-    await this.#working;
+    await this.#syncing;
     await this.#api.call("DELETE", this.path);
   }
 
-  /** Bring the server to where the text is; resolves when it is there. Only one such work goes on at a time. */
-  work() {
-    if (!this.#isBehind && !this.#working) return Promise.resolve();
-    this.#working ??= this.#bring().then((isDone) => {
-      this.#working = null;
-      if (isDone) return this.work(); // with what has come in since
+  /** Send the server what it lacks; resolves when it has everything. At most one synchronisation runs at a time. */
+  sync() {
+    if (!this.#isServerBehind && !this.#syncing) return Promise.resolve();
+    this.#syncing ??= this.#sendChanges().then((isDone) => {
+      this.#syncing = null;
+      if (isDone) return this.sync(); // sends what was typed meanwhile
     });
-    return this.#working;
+    return this.#syncing;
   }
 
-  async #bring() {
+  async #sendChanges() {
     try {
-      while (this.#isBehind) await (this.settle === null ? this.#feed() : this.#takeBack());
+      while (this.#isServerBehind) await (this.rewindTo === null ? this.#feed() : this.#rewindServer());
       return true;
     } catch (error) {
       return await this.#recover(error);
     } finally {
-      this.#flying = 0;
-      this.dispatchEvent(new Event("sent"));
+      this.#inFlightEnd = 0;
+      this.dispatchEvent(new Event("synced"));
     }
   }
 
-  async #takeBack() {
-    const position = this.settle;
+  async #rewindServer() {
+    const position = this.rewindTo;
     await this.#api.call("POST", `${this.path}/rewind`, { position });
-    this.sent = position;
-    if (this.settle === position) this.settle = null;
+    this.serverEnd = position;
+    if (this.rewindTo === position) this.rewindTo = null;
   }
 
   async #feed() {
-    const start = this.sent - this.first;
-    const batch = this.chars.slice(start, start + BATCH_CHARS);
-    this.#flying = this.sent + batch.length;
-    const body = { text: batch.join(""), position: this.sent, num_next: 0 };
+    const from = this.serverEnd - this.start;
+    const batch = this.chars.slice(from, from + MAX_FEED_CHARS);
+    this.#inFlightEnd = this.serverEnd + batch.length;
+    const body = { text: batch.join(""), position: this.serverEnd, num_next: 0 };
     const { position } = await this.#api.call("POST", `${this.path}/feed`, body);
-    if (position !== this.#flying) throw new Error("The server counts this text's characters otherwise.");
-    this.sent = position;
+    if (position !== this.#inFlightEnd) throw new Error("The server and this page disagree on the length of the text.");
+    this.serverEnd = position;
   }
 
-  /** Whether there is a session again, which only lacks text; else the text is what the server has, if it has one. */
+  /**
+   * Handle an error of a call. If the server lost the session and the page has the whole text, create a new, empty session
+   * with the same seed and return true: the text can be sent again. Otherwise show the error, replace the text by the
+   * server's if there is one, and return false.
+   */
   async #recover(error) {
     try {
-      if (!GONE.has(error.status) || this.first > 0) {
-        this.#note(error.message);
+      if (!SESSION_LOST_STATUSES.has(error.status) || this.start > 0) {
+        this.#showMessage(error.message);
         await this.#fetch();
         return false;
       }
       const body = { model: this.model.id, seed: this.seed };
-      this.#take(await this.#api.call("PUT", `v1/sessions/${randomId()}`, body));
-      this.settle = null;
-      this.#note("The server had forgotten this text, and reads it again.");
+      this.#adopt(await this.#api.call("PUT", `v1/sessions/${randomId()}`, body));
+      this.rewindTo = null;
+      this.#showMessage("The server no longer had this text, so the page sends it again.");
       return true;
-    } catch (again) {
-      this.#note(again.message);
+    } catch (nextError) {
+      this.#showMessage(nextError.message);
       return false;
     }
   }
 
-  /** Let it go on. settings: fields of the API's generate. */
+  /** Generate a continuation. settings: fields of the API's generate call. */
   async generate(settings) {
-    await this.work();
-    if (!this.isRunning) this.#start("POST", { ...settings, stream: true, position: this.sent });
+    await this.sync();
+    if (!this.isRunning) this.#startStream("POST", { ...settings, stream: true, position: this.serverEnd });
   }
 
-  /** The text stands where it is shown; what the server may have generated beyond is taken back. */
+  /** Stop generating. The text ends where the page shows it; what the server generated after that is rewound. */
   stop() {
     if (!this.isRunning) return;
     this.#run.abort();
     this.#run = null;
-    this.settle = Math.min(this.sent, this.settle ?? this.sent);
+    this.rewindTo = Math.min(this.serverEnd, this.rewindTo ?? this.serverEnd);
     this.dispatchEvent(new Event("run"));
-    this.work();
+    this.sync();
   }
 
-  async #start(method, body) {
+  /** Read a stream to its end and resume it whenever the connection breaks. */
+  async #startStream(method, body) {
     const run = (this.#run = new AbortController());
     this.dispatchEvent(new Event("run"));
     try {
-      let events = this.#api.events(method, `${this.path}/generate`, body, this.#after(method), run.signal);
-      while (!(await this.#follow(events, run))) {
-        await pause(50, run.signal);
-        events = this.#api.events("GET", `${this.path}/generate`, undefined, this.#after("GET"), run.signal);
+      let events = this.#api.events(method, `${this.path}/generate`, body, this.#resumeHeaders(method), run.signal);
+      while (!(await this.#readStream(events, run))) {
+        await pause(RESUME_PAUSE_MS, run.signal);
+        events = this.#api.events("GET", `${this.path}/generate`, undefined, this.#resumeHeaders("GET"), run.signal);
       }
     } catch (error) {
-      if (run.signal.aborted) return; // who stopped it has seen to the rest
+      if (run.signal.aborted) return; // stop() has already cleaned up
       await this.#recover(error);
     }
     if (this.#run === run) this.#run = null;
     this.dispatchEvent(new Event("run"));
-    this.work();
+    this.sync();
   }
 
-  #after(method) {
-    return method === "GET" ? { "Last-Event-ID": String(this.sent) } : {};
+  #resumeHeaders(method) {
+    return method === "GET" ? { "Last-Event-ID": String(this.serverEnd) } : {};
   }
 
-  /** Take in the events of a stream; whether it came to its end. */
-  async #follow(events, run) {
+  /** Append the text of a stream's events. Returns whether the run is done; false if the stream must be resumed. */
+  async #readStream(events, run) {
     for await (const { id, kind, data } of events) {
       run.signal.throwIfAborted();
       if (kind === "done") return true;
-      if (kind === "error" && !GOES_ON.has(data.error.code)) throw new ApiError(200, data.error);
+      if (kind === "error" && !RESUMABLE_CODES.has(data.error.code)) throw new ApiError(200, data.error);
       if (kind !== "text") return false;
       const chars = Array.from(data.text);
-      const fresh = chars.slice(Math.max(0, chars.length - (id - this.sent)));
+      const fresh = chars.slice(Math.max(0, chars.length - (id - this.serverEnd)));
       for (const char of fresh) this.chars.push(char);
-      this.sent = id;
-      if (fresh.length) this.#changed(this.chars.length - fresh.length);
+      this.serverEnd = id;
+      if (fresh.length) this.#textChanged(this.chars.length - fresh.length);
     }
     run.signal.throwIfAborted();
     return false;
   }
 
-  #changed(from) {
+  #textChanged(from) {
     this.dispatchEvent(new CustomEvent("text", { detail: from }));
   }
 
-  #note(message) {
-    this.dispatchEvent(new CustomEvent("note", { detail: message }));
+  #showMessage(message) {
+    this.dispatchEvent(new CustomEvent("message", { detail: message }));
   }
 }

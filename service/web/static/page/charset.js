@@ -1,27 +1,30 @@
-// What of a text a model knows. Positions count code points, as the service does.
+// The characters that a model knows, and how the page names a character. Positions count code points, as in the service.
 
-/** The characters of a model. */
+/** The charset of a model. */
 export class Charset {
-  #numbers;
+  #indices;
 
   constructor(characters) {
-    this.#numbers = new Map(Array.from(characters, (char, number) => [char, number]));
+    this.#indices = new Map(Array.from(characters, (char, index) => [char, index]));
   }
 
   get size() {
-    return this.#numbers.size;
+    return this.#indices.size;
   }
 
   has(char) {
-    return this.#numbers.has(char);
+    return this.#indices.has(char);
   }
 
-  /** The row of the embedding that is a character's. */
-  number(char) {
-    return this.#numbers.get(char);
+  /** The index of a character, which is also its row in the embedding table. */
+  index(char) {
+    return this.#indices.get(char);
   }
 
-  /** The code points of a text as the service reads them: composed, or taken apart where only the parts are known. */
+  /**
+   * Return the code points that the service reads from a text. It composes letters with their marks (NFC); a composed
+   * character that the model doesn't know is decomposed (NFD) if the model knows all its parts.
+   */
   read(text) {
     return Array.from(text.normalize("NFC")).flatMap((char) => {
       if (this.has(char)) return [char];
@@ -30,30 +33,33 @@ export class Charset {
     });
   }
 
-  /** {known, rest}: the code points up to the first one that is not known, and what follows. */
+  /** Return {known, rest}: the code points before the first one that the model doesn't know, and those from it on. */
   split(text) {
     const chars = this.read(text);
     const end = chars.findIndex((char) => !this.has(char));
     return end < 0 ? { known: chars, rest: [] } : { known: chars.slice(0, end), rest: chars.slice(end) };
   }
 
-  /** How many of these characters the service reads as just these, if it gets them alone: it composes what it gets. */
-  countRead(chars) {
-    const isSame = this.read(chars.join("")).every((char, i) => char === chars[i]);
-    const joins = isSame ? -1 : chars.findIndex((char, i) => i > 0 && /[\p{M}\u1160-\u11FF]/u.test(char));
-    return joins < 0 ? chars.length : joins;
+  /**
+   * Return how many of these characters can be sent in one request. The service composes the text of a request, so a
+   * request must end before a mark that would join with the character before it.
+   */
+  countSendable(chars) {
+    const isUnchanged = this.read(chars.join("")).every((char, i) => char === chars[i]);
+    const firstMark = isUnchanged ? -1 : chars.findIndex((char, i) => i > 0 && /[\p{M}\u1160-\u11FF]/u.test(char));
+    return firstMark < 0 ? chars.length : firstMark;
   }
 }
 
-const SHOWN = { "\n": "⏎", " ": "␣", "\t": "⇥" };
+const VISIBLE = { "\n": "⏎", " ": "␣", "\t": "⇥" };
 
-/** A character by itself, so that it can be seen. */
-export function shown(char) {
-  if (char in SHOWN) return SHOWN[char];
+/** A visible form of a character: blanks get a symbol, combining marks a dotted circle. */
+export function visible(char) {
+  if (char in VISIBLE) return VISIBLE[char];
   return /\p{M}/u.test(char) ? `◌${char}` : char;
 }
 
-/** The same with its number: é (U+00E9). */
-export function named(char) {
-  return `${shown(char)} (U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")})`;
+/** The visible form with the code point: é (U+00E9). */
+export function describe(char) {
+  return `${visible(char)} (U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")})`;
 }

@@ -1,209 +1,205 @@
-// One branch on the page: its text, what is typed into it, and the place that is looked at.
+// One branch on the screen: its text, the field to type into, the cursor, and the buttons of the column.
 
-import { named } from "./charset.js";
+import { describe } from "./charset.js";
 import { TextView } from "./textview.js";
 
-// Any change of any highlight makes the browser paint all of them anew. A text that grows by itself may lag by so much.
+// Any change of a highlight makes the browser repaint all of them. While a text grows, they lag by at most this time.
 const HIGHLIGHT_MS = 100;
-const MOVES = { ArrowLeft: -1, ArrowRight: 1 };
+const ARROW_STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
-/** Dispatches `active`, `close`, `fork` (detail: how many characters it gets), `look`. */
+/** Dispatches `activate`, `close`, `fork` (detail: how many characters to copy) and `change` (it needs rendering). */
 export class Column extends EventTarget {
-  cursor = null; // index of the character that is looked at; null: the last one that was read
-  rest = []; // what was typed and can't be sent: it begins with a character that the model doesn't know
+  cursor = null; // index of the character under the cursor; null: the cursor follows the last character read
+  unencodable = []; // typed characters that can't be sent: from the first one that the model doesn't know
   #parts;
   #view;
-  #dirty = 0; // the first index that is to be shown anew; Infinity: none
+  #dirtyFrom = 0; // first index that needs rendering; Infinity if none
   #isComposing = false;
   #highlightedAt = -Infinity; // performance.now()
-  #later = null; // a timer, if there is something to be highlighted
+  #highlightTimer = null;
 
-  constructor(template, branch, watch) {
+  constructor(template, branch, inspector) {
     super();
-    [this.branch, this.watch] = [branch, watch];
+    this.branch = branch;
+    this.inspector = inspector;
     this.element = template.content.firstElementChild.cloneNode(true);
     const find = (selector) => this.element.querySelector(selector);
     this.#parts = {
-      name: find("h3"), text: find(".text"), unknown: find(".unknown"), place: find(".place p"),
+      name: find("h3"), text: find(".text"), warning: find(".unknown"), place: find(".place p"),
       rewind: find(".rewind"), fork: find(".fork"), close: find(".close"),
-      rest: document.createElement("mark"), typing: document.createElement("textarea"),
+      unencodable: document.createElement("mark"), field: document.createElement("textarea"),
     };
     this.#buildText();
-    this.#parts.rewind.addEventListener("click", () => this.rewind(this.#shown + 1));
-    this.#parts.fork.addEventListener("click", () => this.#tell("fork", this.#shown + 1));
-    this.#parts.close.addEventListener("click", () => this.#tell("close"));
-    this.element.addEventListener("focusin", () => this.#tell("active"));
-    branch.addEventListener("text", ({ detail }) => this.#textChanged(detail));
+    this.#parts.rewind.addEventListener("click", () => this.rewind(this.cursorIndex + 1));
+    this.#parts.fork.addEventListener("click", () => this.#emit("fork", this.cursorIndex + 1));
+    this.#parts.close.addEventListener("click", () => this.#emit("close"));
+    this.element.addEventListener("focusin", () => this.#emit("activate"));
+    branch.addEventListener("text", ({ detail }) => this.#onTextChange(detail));
   }
 
   #buildText() {
-    const { text, typing, rest, name, close } = this.#parts;
+    const { text, field, unencodable, name, close } = this.#parts;
     name.textContent = this.branch.name;
-    close.setAttribute("aria-label", `Forget: ${this.branch.name}`);
+    close.setAttribute("aria-label", `Delete: ${this.branch.name}`);
     const past = text.appendChild(document.createElement("div"));
     past.className = "past";
     past.textContent = this.branch.past;
-    Object.assign(typing, { rows: 1, spellcheck: false, autocapitalize: "off", autocomplete: "off", placeholder: "Type here" });
-    typing.setAttribute("aria-label", `Add to: ${this.branch.name}`);
-    this.#view = new TextView(text, [rest, typing]);
-    typing.addEventListener("compositionstart", () => (this.#isComposing = true));
-    typing.addEventListener("compositionend", () => {
+    Object.assign(field, { rows: 1, spellcheck: false, autocapitalize: "off", autocomplete: "off", placeholder: "Type here" });
+    field.setAttribute("aria-label", `Type into: ${this.branch.name}`);
+    this.#view = new TextView(text, [unencodable, field]);
+    field.addEventListener("compositionstart", () => (this.#isComposing = true));
+    field.addEventListener("compositionend", () => {
       this.#isComposing = false;
-      this.#takeTyped();
+      this.#readField();
     });
-    typing.addEventListener("input", () => this.#takeTyped());
-    typing.addEventListener("keydown", (event) => this.#pressed(event));
-    text.addEventListener("click", (event) => this.#clicked(event));
+    field.addEventListener("input", () => this.#readField());
+    field.addEventListener("keydown", (event) => this.#onKey(event));
+    text.addEventListener("click", (event) => this.#onClick(event));
   }
 
-  #tell(kind, detail) {
+  #emit(kind, detail) {
     this.dispatchEvent(new CustomEvent(kind, { detail }));
   }
 
   focus() {
-    this.#parts.typing.focus({ preventScroll: true });
+    this.#parts.field.focus({ preventScroll: true });
   }
 
-  #textChanged(from) {
-    this.#dirty = Math.min(this.#dirty, from);
+  #onTextChange(from) {
+    this.#dirtyFrom = Math.min(this.#dirtyFrom, from);
     if (this.cursor !== null && this.cursor >= this.branch.chars.length) this.cursor = null;
-    this.#tell("look");
+    this.#emit("change");
   }
 
-  #takeTyped() {
-    const { typing } = this.#parts;
-    if (this.#isComposing || !typing.value) return;
-    const text = this.rest.join("") + typing.value;
-    typing.value = "";
+  #readField() {
+    const { field } = this.#parts;
+    if (this.#isComposing || !field.value) return;
+    const text = this.unencodable.join("") + field.value;
+    field.value = "";
     this.type(text);
   }
 
-  /** Add a text to the end. What the model doesn't know is shown and not sent, nor is anything behind it. */
+  /** Append a text. From the first character on that the model doesn't know, it is shown but not sent. */
   type(text) {
     const { known, rest } = this.branch.model.charset.split(text);
-    this.rest = rest;
+    this.unencodable = rest;
     this.cursor = null;
     if (known.length) this.branch.append(known.join(""));
-    this.#tell("look");
+    this.#emit("change");
   }
 
-  #pressed(event) {
+  #onKey(event) {
     if (this.#isComposing || event.ctrlKey || event.metaKey || event.altKey) return;
-    const { typing } = this.#parts;
-    if (typing.value) return;
-    if (event.key === "Backspace") this.#eraseOne();
-    else if (event.key in MOVES) this.step(MOVES[event.key]);
-    else if (event.key === "Home") this.look(0);
-    else if (event.key === "End" || event.key === "Escape") this.look(null);
+    if (this.#parts.field.value) return;
+    if (event.key === "Backspace") this.#eraseLast();
+    else if (event.key in ARROW_STEPS) this.step(ARROW_STEPS[event.key]);
+    else if (event.key === "Home") this.moveTo(0);
+    else if (event.key === "End" || event.key === "Escape") this.moveTo(null);
     else return;
     event.preventDefault();
   }
 
-  #eraseOne() {
-    if (this.rest.length) {
-      this.rest.pop();
-      this.#tell("look");
+  #eraseLast() {
+    if (this.unencodable.length) {
+      this.unencodable.pop();
+      this.#emit("change");
     } else if (this.branch.chars.length) {
       this.rewind(this.branch.chars.length - 1);
     }
   }
 
-  #clicked({ clientX, clientY }) {
-    if (!getSelection().isCollapsed) return; // somebody marks text to copy it
-    const index = this.#view.at(clientX, clientY);
-    if (index !== null && index < this.branch.chars.length) this.look(index);
+  #onClick({ clientX, clientY }) {
+    if (!getSelection().isCollapsed) return; // the user selects text to copy it
+    const index = this.#view.indexAt(clientX, clientY);
+    if (index !== null && index < this.branch.chars.length) this.moveTo(index);
     this.focus();
   }
 
-  /** Only so many characters are left. */
+  /** Keep the first `length` characters and remove the others. */
   rewind(length) {
-    this.rest = [];
+    this.unencodable = [];
     this.cursor = null;
-    this.branch.rewind(this.branch.first + length);
-    this.#tell("look");
+    this.branch.rewind(this.branch.start + length);
+    this.#emit("change");
     this.focus();
   }
 
-  /** Look at a character; null: always at the last one. */
-  look(index) {
+  /** Move the cursor to a character; null: to the end, which it then follows. */
+  moveTo(index) {
     this.cursor = index;
-    this.#tell("look");
+    this.#emit("change");
   }
 
-  /** To the next character, or one before. False: there is none. */
+  /** Move the cursor by some characters. Returns false if there is no character there. */
   step(by) {
-    const next = this.#shown + by;
+    const next = this.cursorIndex + by;
     if (next < 0 || next >= this.branch.chars.length) return false;
-    this.look(next);
+    this.moveTo(next);
     return true;
   }
 
-  /** The index that is looked at; -1: there is nothing. */
-  get #shown() {
-    return this.cursor ?? Math.min(this.watch.known, this.branch.chars.length) - 1;
+  /** Index of the character under the cursor, also where the cursor follows the end; -1 if there is none. */
+  get cursorIndex() {
+    return this.cursor ?? Math.min(this.inspector.numRead, this.branch.chars.length) - 1;
   }
 
-  get shown() {
-    return this.#shown;
-  }
-
-  /** Bring the page to where the branch is. valueOf: index -> the number that colours its character, or null. */
-  render(isActive, valueOf) {
+  /** Show the current state of the branch. valueAt: index -> the value that colours a character; null for no colours. */
+  render(isActive, valueAt) {
     const { chars } = this.branch;
-    if (this.#dirty < Infinity) this.#view.update(chars, this.#dirty);
-    this.#dirty = Infinity;
+    if (this.#dirtyFrom < Infinity) this.#view.update(chars, this.#dirtyFrom);
+    this.#dirtyFrom = Infinity;
     if (this.#mayHighlight()) {
-      if (valueOf) this.#view.paint(valueOf, Math.min(this.watch.known, chars.length));
-      if (isActive) this.#view.mark(this.#shown, this.cursor !== null);
+      if (valueAt) this.#view.paint(valueAt, Math.min(this.inspector.numRead, chars.length));
+      if (isActive) this.#view.markCursor(this.cursorIndex, this.cursor !== null);
     }
-    this.#say();
+    this.#renderStatus();
   }
 
-  /** False: it is too early, and will be drawn again in time. */
+  /** Whether highlights may change now. If it is too early, a timer asks for another rendering. */
   #mayHighlight() {
     const wait = this.cursor === null ? this.#highlightedAt + HIGHLIGHT_MS - performance.now() : 0;
     if (wait > 0) {
-      this.#later ??= setTimeout(() => {
-        this.#later = null;
-        this.#tell("look");
+      this.#highlightTimer ??= setTimeout(() => {
+        this.#highlightTimer = null;
+        this.#emit("change");
       }, wait);
       return false;
     }
-    clearTimeout(this.#later);
-    this.#later = null;
+    clearTimeout(this.#highlightTimer);
+    this.#highlightTimer = null;
     this.#highlightedAt = performance.now();
     return true;
   }
 
-  /** Take the colours off: they mean something else now. */
+  /** Remove the colours, because their meaning has changed. */
   unpaint() {
     this.#view.unpaint();
     this.#highlightedAt = -Infinity;
   }
 
-  #say() {
-    const { rest, unknown, place, rewind, fork, typing } = this.#parts;
+  #renderStatus() {
+    const { unencodable, warning, place, rewind, fork, field } = this.#parts;
     const { branch } = this;
-    const [index, count] = [this.#shown, branch.chars.length];
-    set(rest, this.rest.join(""));
-    const [first] = this.rest;
-    set(unknown, first ? `${branch.model.id} doesn't know ${named(first)}: it is not sent, nor what follows. Backspace removes it.` : "");
+    const [index, count] = [this.cursorIndex, branch.chars.length];
+    setText(unencodable, this.unencodable.join(""));
+    const [first] = this.unencodable;
+    setText(warning, first ? `${branch.model.id} doesn't know ${describe(first)}. From this character on, nothing is sent. Press Backspace to delete it.` : "");
     const isEmpty = count === 0 && !branch.past;
-    typing.classList.toggle("empty", isEmpty && !first);
-    const at = index >= 0 ? `${named(branch.chars[index])}, ${branch.first + index + 1} of ${branch.end}` : "Nothing is read yet";
-    set(place, `${at} · seed ${branch.seed}`);
+    field.classList.toggle("empty", isEmpty && !first);
+    const where = index >= 0 ? `${describe(branch.chars[index])}, ${branch.start + index + 1} of ${branch.end}` : "No character read yet";
+    setText(place, `${where} · seed ${branch.seed}`);
     rewind.disabled = fork.disabled = index < 0;
     if (!rewind.disabled) rewind.disabled = index === count - 1;
   }
 
   remove() {
-    clearTimeout(this.#later);
+    clearTimeout(this.#highlightTimer);
     this.#view.unpaint();
-    if (this.element.classList.contains("active")) TextView.unmark();
+    if (this.element.classList.contains("active")) TextView.clearCursor();
     this.element.remove();
   }
 }
 
-function set(element, text) {
+function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,29 +1,29 @@
-// The models that the server has.
+// The models that the server offers.
 
 import { Charset } from "./charset.js";
 
-const read = ({ id, meta }) => ({
+const parse = ({ id, meta }) => ({
   id, charset: new Charset(meta.charset), units: meta.num_units, layers: meta.num_layers, embedding: meta.embedding_dim,
 });
 
-/** Models {id, charset, units, layers, embedding} by name@version. */
+/** Loads and caches models {id, charset, units, layers, embedding}. An id is name@version. */
 export class Models {
   #api;
-  #known = new Map();
+  #cache = new Map();
 
   constructor(api) {
     this.#api = api;
   }
 
-  /** The ids of all of them. */
+  /** Return the ids of all models. */
   async list() {
     const { data } = await this.#api.call("GET", "v1/models");
-    for (const found of data) this.#known.set(found.id, read(found));
+    for (const entry of data) this.#cache.set(entry.id, parse(entry));
     return data.map(({ id }) => id);
   }
 
   async get(id) {
-    if (!this.#known.has(id)) this.#known.set(id, read(await this.#api.call("GET", `v1/models/${id}`)));
-    return this.#known.get(id);
+    if (!this.#cache.has(id)) this.#cache.set(id, parse(await this.#api.call("GET", `v1/models/${id}`)));
+    return this.#cache.get(id);
   }
 }

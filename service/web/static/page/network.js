@@ -1,45 +1,50 @@
-// The pictures of one step: a character and the state before it become the new state.
+// Draws one step of the network: the character, its embedding, the gates, the hidden states and the probabilities.
 
-import { named, shown } from "./charset.js";
-import { columnsOf, digits, float, paintCells, readScale } from "./numbers.js";
+import { describe, visible } from "./charset.js";
+import { float16Value, formatNumber, gridColumns, paintCells, readColourScale } from "./numbers.js";
 
 const NUM_BARS = 12;
+const LARGEST_EMBEDDING = 0.25; // absolute value that gets the last colour; embeddings are smaller than states
 const GRIDS = ["before", "reset", "candidate", "update", "state"];
+const NO_CHARACTER = "The network reads one character at a time.";
+const NO_UNIT = "Choose a unit to see how its new value is computed.";
 const byId = (id) => document.getElementById(id);
 
-/** Dispatches `unit` (detail: its number) when one is clicked, `layer`. */
+/** Dispatches `unit` (detail: the number of the unit that was clicked) and `layer` (detail: the layer that was chosen). */
 export class Network extends EventTarget {
-  unit = null;
-  layer = 0;
+  unit = null; // the chosen unit
+  layer = 0; // the layer that is shown
   #model = null;
-  #seen = null;
-  #scale = readScale();
+  #step = null;
+  #scale = readColourScale();
   #bars = Array.from({ length: NUM_BARS }, () => makeBar(byId("bars")));
 
   constructor() {
     super();
     for (const id of GRIDS) {
-      byId(id).addEventListener("click", (event) => this.#tell("unit", this.#unitAt(event)));
-      byId(id).addEventListener("pointermove", (event) => this.#sayUnit(event));
+      byId(id).addEventListener("click", (event) => this.#emit("unit", this.#unitAt(event)));
+      byId(id).addEventListener("pointermove", (event) => this.#showUnitNumber(event));
     }
-    byId("layer").addEventListener("change", (event) => this.#tell("layer", Number(event.target.value)));
+    byId("layer").addEventListener("change", (event) => this.#emit("layer", Number(event.target.value)));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-      this.#scale = readScale();
+      this.#scale = readColourScale();
       this.#paint();
     });
   }
 
-  #tell(kind, detail) {
+  #emit(kind, detail) {
     if (detail !== null) this.dispatchEvent(new CustomEvent(kind, { detail }));
   }
 
-  /** model: {units, layers, embedding, charset}. */
-  use(model) {
+  /** Show steps of this model from now on. */
+  setModel(model) {
     if (model === this.#model) return;
     this.#model = model;
-    const say = (name, count) => document.querySelectorAll(name).forEach((place) => (place.textContent = count.toLocaleString("en")));
-    say(".num-units", model.units);
-    say(".num-embedding", model.embedding);
+    const fill = (selector, count) => {
+      for (const element of document.querySelectorAll(selector)) element.textContent = count.toLocaleString("en");
+    };
+    fill(".num-units", model.units);
+    fill(".num-embedding", model.embedding);
     byId("unit").max = model.units - 1;
     this.layer = model.layers - 1;
     const options = Array.from({ length: model.layers }, (_, layer) => new Option(layer + 1, layer, false, layer === this.layer));
@@ -49,58 +54,60 @@ export class Network extends EventTarget {
     this.show(null);
   }
 
-  /** seen: {char, following, before, after, details, next, largest}: of Watch.look, or null. */
-  show(seen) {
-    this.#seen = seen;
+  /** Show a step: {char, following} with the fields of Inspector.get; null to clear everything. */
+  show(step) {
+    this.#step = step;
     this.#paint();
   }
 
-  #of(bits) {
+  #ofLayer(bits) {
     const { units } = this.#model;
     return bits?.subarray(this.layer * units, (this.layer + 1) * units) ?? null;
   }
 
   #paint() {
     if (!this.#model) return;
-    const [seen, { units, embedding, charset }] = [this.#seen, this.#model];
-    const details = seen?.details;
-    const columns = columnsOf(units);
-    const bits = {
-      before: seen?.before, reset: details?.reset, candidate: details?.candidate, update: details?.update, state: seen?.after,
+    const [step, { units, embedding, charset }] = [this.#step, this.#model];
+    const details = step?.details;
+    const columns = gridColumns(units);
+    const allLayers = {
+      before: step?.before, reset: details?.reset, candidate: details?.candidate, update: details?.update, state: step?.after,
     };
-    for (const id of GRIDS) paintCells(byId(id), this.#of(bits[id]), columns, this.#scale);
-    paintCells(byId("embedding"), details?.embedding ?? null, Math.ceil(embedding / 8), this.#scale, 0.25);
-    set("glyph", seen ? shown(seen.char) : "·");
-    set("char-said", seen ? `${named(seen.char)}: number ${charset.number(seen.char) + 1} of the ${charset.size} that this model knows.` : "One character is read at a time.");
-    this.#paintBars(seen);
-    this.#paintUnit(Object.fromEntries(GRIDS.map((id) => [id, this.#of(bits[id])])), columns);
+    const grids = Object.fromEntries(GRIDS.map((id) => [id, this.#ofLayer(allLayers[id])]));
+    for (const id of GRIDS) paintCells(byId(id), grids[id], columns, this.#scale);
+    paintCells(byId("embedding"), details?.embedding ?? null, Math.ceil(embedding / 8), this.#scale, LARGEST_EMBEDDING);
+    setText("glyph", step ? visible(step.char) : "·");
+    setText("char-said", step ? `${describe(step.char)}: number ${charset.index(step.char) + 1} of the model's ${charset.size} characters.` : NO_CHARACTER);
+    this.#paintBars(step);
+    this.#paintUnit(grids, columns);
   }
 
-  #paintBars(seen) {
-    const all = seen?.next ?? [];
-    const rows = all.slice(0, NUM_BARS);
-    const drawn = seen?.following;
-    if (drawn !== undefined && !rows.some(([char]) => char === drawn)) {
-      const found = all.find(([char]) => char === drawn);
-      if (found) rows[NUM_BARS - 1] = found;
+  /** Show the most likely next characters. The one that follows in the text is always among them if it is known. */
+  #paintBars(step) {
+    const distribution = step?.next ?? [];
+    const rows = distribution.slice(0, NUM_BARS);
+    const following = step?.following;
+    if (following !== undefined && !rows.some(([char]) => char === following)) {
+      const entry = distribution.find(([char]) => char === following);
+      if (entry) rows[NUM_BARS - 1] = entry;
     }
-    this.#bars.forEach((bar, i) => bar(rows[i], rows[i]?.[0] === drawn));
+    this.#bars.forEach((fill, i) => fill(rows[i], rows[i]?.[0] === following));
   }
 
-  /** The chosen unit's place in the grid, and how its number came about. */
-  #paintUnit(bits, columns) {
+  /** Outline the chosen unit in the grid of the new state, and show how its value was computed. */
+  #paintUnit(grids, columns) {
     const { unit } = this;
     const rows = Math.ceil(this.#model.units / columns);
-    const frame = byId("chosen");
-    frame.hidden = unit === null;
-    if (unit === null) return set("sum", "Choose a unit to see its sum.");
-    frame.style.left = `${(100 * (unit % columns)) / columns}%`;
-    frame.style.top = `${(100 * Math.floor(unit / columns)) / rows}%`;
-    frame.style.width = `${100 / columns}%`;
-    frame.style.height = `${100 / rows}%`;
-    if (GRIDS.some((id) => !bits[id])) return set("sum", `Unit ${unit}`);
-    const [before, , candidate, update, state] = GRIDS.map((id) => float(bits[id][unit]));
-    set("sum", `Unit ${unit}: (1 − update) · candidate + update · before = (1 − ${digits(update)}) · ${digits(candidate)} + ${digits(update)} · ${digits(before)} = ${digits(state)}`);
+    const outline = byId("chosen");
+    outline.hidden = unit === null;
+    if (unit === null) return setText("sum", NO_UNIT);
+    outline.style.left = `${(100 * (unit % columns)) / columns}%`;
+    outline.style.top = `${(100 * Math.floor(unit / columns)) / rows}%`;
+    outline.style.width = `${100 / columns}%`;
+    outline.style.height = `${100 / rows}%`;
+    if (GRIDS.some((id) => !grids[id])) return setText("sum", `Unit ${unit}`);
+    const [old, , candidate, update, state] = GRIDS.map((id) => formatNumber(float16Value(grids[id][unit])));
+    setText("sum", `Unit ${unit}: (1 − update) · candidate + update · old = (1 − ${update}) · ${candidate} + ${update} · ${old} = ${state}`);
   }
 
   #unitAt({ currentTarget: canvas, offsetX, offsetY }) {
@@ -110,27 +117,27 @@ export class Network extends EventTarget {
     return column >= 0 && column < canvas.width && unit >= 0 && unit < (this.#model?.units ?? 0) ? unit : null;
   }
 
-  #sayUnit(event) {
+  #showUnitNumber(event) {
     const unit = this.#unitAt(event);
     event.currentTarget.title = unit === null ? "" : `unit ${unit}`;
   }
 }
 
-/** One row of the distribution; a function that fills it. */
+/** Append a row for one character of the distribution. Returns the function that fills the row. */
 function makeBar(list) {
   const row = list.appendChild(document.createElement("li"));
   const [char, bar, share] = ["b", "i", "span"].map((name) => row.appendChild(document.createElement(name)));
-  return (entry, isDrawn) => {
+  return (entry, isFollowing) => {
     row.hidden = !entry;
     if (!entry) return;
-    char.textContent = shown(entry[0]);
+    char.textContent = visible(entry[0]);
     bar.style.width = `${50 * entry[1]}%`;
-    share.textContent = `${(100 * entry[1]).toFixed(1)} %${isDrawn ? " ← came" : ""}`;
-    row.classList.toggle("drawn", isDrawn);
+    share.textContent = `${(100 * entry[1]).toFixed(1)} %${isFollowing ? " ← actual" : ""}`;
+    row.classList.toggle("drawn", isFollowing);
   };
 }
 
-function set(id, text) {
+function setText(id, text) {
   const element = byId(id);
   if (element.textContent !== text) element.textContent = text;
 }

@@ -1,8 +1,8 @@
-// Going through the text by itself, so many characters a second.
+// Steps through a text automatically, at a chosen speed.
 
-/** step: () -> whether there was another character. Dispatches `playing` when it begins or ends. */
+/** step(): moves to the next character and returns whether there was one. Dispatches `change` on play and pause. */
 export class Player extends EventTarget {
-  speed = 8;
+  speed = 8; // characters per second
   #step;
   #frame = null;
 
@@ -26,13 +26,13 @@ export class Player extends EventTarget {
       this.#frame = requestAnimationFrame(next);
     };
     this.#frame = requestAnimationFrame(next);
-    this.dispatchEvent(new Event("playing"));
+    this.dispatchEvent(new Event("change"));
   }
 
   pause() {
     if (!this.isPlaying) return;
     cancelAnimationFrame(this.#frame);
     this.#frame = null;
-    this.dispatchEvent(new Event("playing"));
+    this.dispatchEvent(new Event("change"));
   }
 }

@@ -1,38 +1,39 @@
-// Which units go most with what: correlations over a text, computed in pieces so that the page goes on answering.
+// Finds the units that correlate with features of a text. It computes in slices, so that the page stays responsive.
 
-import { float } from "./numbers.js";
+import { float16Value } from "./numbers.js";
 
-const MAX_CHARS = 4096; // the last ones
-const PIECE_MS = 6;
+const MAX_CHARS = 4096; // of the text's end
+const SLICE_MS = 6;
 const NUM_UNITS = 3;
 
 const isLetter = (char) => /\p{L}/u.test(char);
 const isVowel = (char) => "aeiouyAEIOUY".includes(char.normalize("NFD")[0]);
 
-/** What a text may have after each character: (chars, i, the number at i - 1) -> a number. */
+/** Features of a text after each character, by the name that the page shows: (chars, i, value at i - 1) -> value at i. */
 const FEATURES = {
-  "how far the line has come": (chars, i, last) => (chars[i] === "\n" ? 0 : last + 1),
-  "the beginning of a line": (chars, i) => Number(chars[i] === "\n"),
-  "the name of who speaks": (chars, i, last) => {
+  "length of the line so far": (chars, i, last) => (chars[i] === "\n" ? 0 : last + 1),
+  "start of a line": (chars, i) => Number(chars[i] === "\n"),
+  "inside a speaker's name": (chars, i, last) => {
     if (i === 0) return Number(isLetter(chars[0]));
     if (chars[i] === "\n") return Number(chars[i - 1] === "\n");
     return chars[i - 1] === ":" ? 0 : last;
   },
-  "how long the word is so far": (chars, i, last) => (isLetter(chars[i]) ? last + 1 : 0),
-  "the end of a word": (chars, i) => Number(i > 0 && !isLetter(chars[i]) && isLetter(chars[i - 1])),
-  "the end of a sentence": (chars, i) => Number(".!?".includes(chars[i])),
-  "a capital letter": (chars, i) => Number(/\p{Lu}/u.test(chars[i])),
-  "a vowel": (chars, i) => Number(isVowel(chars[i])),
+  "length of the word so far": (chars, i, last) => (isLetter(chars[i]) ? last + 1 : 0),
+  "end of a word": (chars, i) => Number(i > 0 && !isLetter(chars[i]) && isLetter(chars[i - 1])),
+  "end of a sentence": (chars, i) => Number(".!?".includes(chars[i])),
+  "capital letter": (chars, i) => Number(/\p{Lu}/u.test(chars[i])),
+  "vowel": (chars, i) => Number(isVowel(chars[i])),
 };
 
 /**
- * [[name, [[unit, correlation], ...]], ...]: the units of a layer that follow each feature most closely.
- * states[i]: float16 bits of all layers after character i. signal: gives up. Throws its reason.
+ * Return [[feature name, [[unit, correlation], ...]], ...]: for each feature the units of a layer with the largest absolute
+ * Pearson correlation. Features that don't vary in this text are left out.
+ * states[i]: float16 bits of all layers after character i. signal: aborts the computation, which then throws its reason.
  */
-export async function ranked(chars, states, units, layer, signal) {
+export async function rankUnits(chars, states, units, layer, signal) {
   const [end, names] = [Math.min(chars.length, states.length), Object.keys(FEATURES)];
   const values = names.map(() => 0);
-  const sums = { unit: new Float64Array(units), square: new Float64Array(units) };
+  const [unitSums, unitSquares] = [new Float64Array(units), new Float64Array(units)];
   const products = names.map(() => new Float64Array(units));
   const [featureSums, featureSquares] = [names.map(() => 0), names.map(() => 0)];
   let count = 0;
@@ -45,14 +46,14 @@ export async function ranked(chars, states, units, layer, signal) {
       featureSums[f] += value;
       featureSquares[f] += value * value;
     });
-    const present = values.flatMap((value, f) => (value ? [[value, products[f]]] : []));
+    const nonzero = values.flatMap((value, f) => (value ? [[value, products[f]]] : []));
     for (let unit = 0, at = layer * units; unit < units; unit++, at++) {
-      const number = float(states[i][at]);
-      sums.unit[unit] += number;
-      sums.square[unit] += number * number;
-      for (const [value, product] of present) product[unit] += value * number;
+      const activation = float16Value(states[i][at]);
+      unitSums[unit] += activation;
+      unitSquares[unit] += activation * activation;
+      for (const [value, product] of nonzero) product[unit] += value * activation;
     }
-    if (performance.now() - started < PIECE_MS) continue;
+    if (performance.now() - started < SLICE_MS) continue;
     await new Promise((resolve) => setTimeout(resolve));
     signal.throwIfAborted();
     started = performance.now();
@@ -60,11 +61,11 @@ export async function ranked(chars, states, units, layer, signal) {
   return names.flatMap((name, f) => {
     const spread = featureSquares[f] - featureSums[f] ** 2 / count;
     if (count < 2 || spread < 1e-9) return [];
-    const all = Array.from(products[f], (product, unit) => {
-      const ownSpread = sums.square[unit] - sums.unit[unit] ** 2 / count;
-      return ownSpread < 1e-6 ? 0 : (product - (featureSums[f] * sums.unit[unit]) / count) / Math.sqrt(spread * ownSpread);
+    const correlations = Array.from(products[f], (product, unit) => {
+      const unitSpread = unitSquares[unit] - unitSums[unit] ** 2 / count;
+      return unitSpread < 1e-6 ? 0 : (product - (featureSums[f] * unitSums[unit]) / count) / Math.sqrt(spread * unitSpread);
     });
-    const best = all.map((r, unit) => [unit, r]).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+    const best = correlations.map((r, unit) => [unit, r]).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
     return [[name, best.slice(0, NUM_UNITS)]];
   });
 }

@@ -1,33 +1,34 @@
-// A text on the page. Every line but the last is an element of its own, so that what is added lays out one line again.
-// Colours and the cursor are highlights: they are painted over the text and change no element and no layout.
+// Shows a growing text with its colours and cursor. Every line is an element, so appended text lays out only the last line
+// again. Colours and cursor are CSS custom highlights, which change neither elements nor layout.
 
-export const LEVELS = 17; // of colours, from -1 to 1
+const NUM_LEVELS = 17; // of colours, from -1 to 1
 
 const highlight = (name) => {
-  const found = new Highlight();
-  CSS.highlights.set(name, found);
-  return found;
+  const created = new Highlight();
+  CSS.highlights.set(name, created);
+  return created;
 };
-const levels = Array.from({ length: LEVELS }, (_, level) => highlight(`level-${level}`));
+const levels = Array.from({ length: NUM_LEVELS }, (_, level) => highlight(`level-${level}`));
 const cursor = highlight("cursor");
 cursor.priority = 1;
 
-/** -1 .. 1 -> the number of a highlight; null: none. */
-export const levelOf = (value) =>
-  Number.isNaN(value) ? null : Math.round(((Math.max(-1, Math.min(1, value)) + 1) / 2) * (LEVELS - 1));
+/** The colour level of a value from -1 to 1; null, which is no colour, for NaN. */
+const levelOf = (value) =>
+  Number.isNaN(value) ? null : Math.round(((Math.max(-1, Math.min(1, value)) + 1) / 2) * (NUM_LEVELS - 1));
 
-/** Fills an element. Places are indices of code points in the whole text. Text becomes text, never markup. */
+/** Fills an element with text, which is never parsed as markup. Indices count the code points of the whole text. */
 export class TextView {
   #root;
-  #tail; // the element of the last line, in which `end` (what a text is typed into) follows the text
-  #lines; // {start, count, node}: the last one is the tail's
-  #painted = []; // {from, to, level, range}, in their order
-  #paintedTo = 0;
+  #tail; // the element of the last line: its text, then the trailing elements
+  #lines; // {start, count, node}: index of the first character, number of characters, text node
+  #painted = []; // {from, to, level, range} in the order of the text
+  #paintedTo = 0; // characters before this index have their colours
 
-  constructor(root, end) {
+  /** trailing: elements that follow the last line's text, such as the field to type into. */
+  constructor(root, trailing) {
     this.#root = root;
     this.#tail = root.appendChild(document.createElement("div"));
-    this.#tail.append(...end);
+    this.#tail.append(...trailing);
     this.#lines = [this.#newLine(0)];
   }
 
@@ -36,7 +37,7 @@ export class TextView {
     return last.start + last.count;
   }
 
-  /** Show chars from an index on anew; what lies before it stays as it is. */
+  /** Show the text `chars`, which has changed from the index `from` on. Scrolls along if the end was visible. */
   update(chars, from) {
     const isAtEnd = this.#root.scrollHeight - this.#root.scrollTop - this.#root.clientHeight < 60;
     this.#truncate(Math.min(from, this.#length));
@@ -47,7 +48,7 @@ export class TextView {
       line.node.appendData(chars.slice(at, end).join(""));
       line.count += end - at;
       at = end;
-      if (newline >= 0) this.#close(line);
+      if (newline >= 0) this.#finishLine(line);
     }
     if (isAtEnd) this.#root.scrollTop = this.#root.scrollHeight;
   }
@@ -58,8 +59,8 @@ export class TextView {
     return { start, count: 0, node };
   }
 
-  /** The node moves, and with it what is painted on it. */
-  #close(line) {
+  /** Give a line that ends with a newline its own element. Its text node moves there, and its highlights with it. */
+  #finishLine(line) {
     const element = document.createElement("div");
     element.append(line.node);
     this.#tail.before(element);
@@ -81,16 +82,16 @@ export class TextView {
     line.count = length - line.start;
   }
 
-  /** Colour what has no colour yet, up to an index. valueOf: index -> -1 to 1, NaN: none. */
-  paint(valueOf, end) {
+  /** Colour the characters before `end` that have no colour yet. valueAt: index -> a value from -1 to 1, or NaN. */
+  paint(valueAt, end) {
     for (let at = this.#paintedTo; at < end; ) {
       const line = this.#lineOf(at);
       const last = Math.min(end, line.start + line.count);
-      const level = levelOf(valueOf(at));
+      const level = levelOf(valueAt(at));
       let next = at + 1;
-      while (next < last && levelOf(valueOf(next)) === level) next++;
+      while (next < last && levelOf(valueAt(next)) === level) next++;
       if (level !== null) {
-        const range = this.#range(line, at, next);
+        const range = this.#staticRange(line, at, next);
         levels[level].add(range);
         this.#painted.push({ from: at, to: next, level, range });
       }
@@ -112,55 +113,51 @@ export class TextView {
     }
   }
 
-  /** Mark one character. follow: bring it into sight. */
-  mark(index, follow) {
+  /** Show the cursor on a character. follow: scroll the character into view. */
+  markCursor(index, follow) {
     cursor.clear();
     if (index < 0 || index >= this.#length) return;
     const line = this.#lineOf(index);
-    cursor.add(this.#range(line, index, index + 1));
+    cursor.add(this.#staticRange(line, index, index + 1));
     if (!follow) return;
-    const [box, all] = [this.box(index), this.#root.getBoundingClientRect()];
-    if (box.top < all.top) this.#root.scrollTop += box.top - all.top - 8;
-    if (box.bottom > all.bottom) this.#root.scrollTop += box.bottom - all.bottom + 8;
+    const [box, view] = [this.#liveRange(line, index).getBoundingClientRect(), this.#root.getBoundingClientRect()];
+    if (box.top < view.top) this.#root.scrollTop += box.top - view.top - 8;
+    if (box.bottom > view.bottom) this.#root.scrollTop += box.bottom - view.bottom + 8;
   }
 
-  static unmark() {
+  static clearCursor() {
     cursor.clear();
   }
 
-  /** The index of the character under a point of the window; null: there is none. */
-  at(x, y) {
-    const caret = document.caretPositionFromPoint?.(x, y) ?? fromRange(document.caretRangeFromPoint?.(x, y));
+  /** Return the index of the character at a point of the window, or null if there is none. */
+  indexAt(x, y) {
+    const caret = document.caretPositionFromPoint?.(x, y) ?? toCaretPosition(document.caretRangeFromPoint?.(x, y));
     const line = this.#lines.find(({ node }) => node === caret?.offsetNode);
     if (!line) return null;
     const offset = Array.from(line.node.data.slice(0, caret.offset)).length;
-    // A caret stands between two characters: it is the one whose box is under the point.
+    // The caret is between two characters: choose the one whose box contains the point.
     for (const index of [line.start + offset, line.start + offset - 1]) {
       if (index < line.start || index >= line.start + line.count) continue;
-      const boxes = Array.from(this.#live(line, index).getClientRects());
+      const boxes = Array.from(this.#liveRange(line, index).getClientRects());
       if (boxes.some((box) => box.left <= x && x <= box.right && box.top <= y && y <= box.bottom)) return index;
     }
     return line.count ? Math.min(line.start + offset, line.start + line.count - 1) : null;
   }
 
-  /** The place of a character in the window. */
-  box(index) {
-    return this.#live(this.#lineOf(index), index).getBoundingClientRect();
-  }
-
-  #live(line, index) {
+  /** A range of one character. Only a live range has boxes; highlights use static ones, which are cheaper. */
+  #liveRange(line, index) {
     const range = document.createRange();
     range.setStart(line.node, this.#offset(line, index));
     range.setEnd(line.node, this.#offset(line, index + 1));
     return range;
   }
 
-  #range(line, from, to) {
+  #staticRange(line, from, to) {
     const [startOffset, endOffset] = [this.#offset(line, from), this.#offset(line, to)];
     return new StaticRange({ startContainer: line.node, endContainer: line.node, startOffset, endOffset });
   }
 
-  /** In the units of a text node: characters beyond U+FFFF have two. */
+  /** The offset of a character in its text node, in UTF-16 units: characters beyond U+FFFF have two. */
   #offset(line, index) {
     const offset = index - line.start;
     if (line.node.length === line.count) return offset;
@@ -178,4 +175,4 @@ export class TextView {
   }
 }
 
-const fromRange = (range) => range && { offsetNode: range.startContainer, offset: range.startOffset };
+const toCaretPosition = (range) => range && { offsetNode: range.startContainer, offset: range.startOffset };
