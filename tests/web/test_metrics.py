@@ -165,8 +165,8 @@ def test_every_metric_is_in_the_docs_and_the_other_way_round(fresh: FlaskClient)
     stream = fresh.post("/v1/completions", json={"prompt": "R", "stream": True})
     stream.get_data()
     stream.close()
-    fresh.application.extensions["gru_serve_metrics"].store.took("load", 0.001)
-    fresh.application.extensions["gru_serve_metrics"].store.failed("load")
+    fresh.application.extensions["gru_serve_metrics"].store.observe("load", 0.001)
+    fresh.application.extensions["gru_serve_metrics"].store.count_failure("load")
     fresh.get("/metrics")  # is itself counted from the second time on
     for family in text_string_to_metric_families(fresh.get("/metrics").text):
         assert family.samples, family.name
