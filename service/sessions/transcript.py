@@ -23,7 +23,8 @@ class Segment:
 class Retention:
     """How much of a session's text is retained, and how densely it has checkpoints."""
 
-    # Distance between two checkpoints. At most this many characters are stepped again to reach a retained position.
+    # Distance between two checkpoints. At most this many characters are stepped again to reach a retained position, or
+    # `segment_chars` if the session was read from a record.
     checkpoint_chars: int = 256
     # At least the last `max_chars` characters are retained, and fewer than `max_chars + segment_chars`.
     max_chars: int = 65_536
