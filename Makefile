@@ -15,12 +15,12 @@ test-deploy: setup ; TEST_DEPLOY=1 $(BIN)/pytest -s tests/deploy
 lint: setup ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
-bench: setup ; for it in train decode roofline http; do $(BIN)/python -m benchmarks.$$it || exit 1; done
+bench: setup ; $(BIN)/python -m benchmarks
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
 	for peer in onnxruntime tensorflow; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
 clean: ; rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
-# The kernel's tests on a build that stops at the first access outside its memory and at undefined behaviour.
+# Runs the kernel's tests on a build that aborts at the first memory error or undefined behaviour.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all
 PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(name)))
 kernel-asan: setup
@@ -28,13 +28,13 @@ kernel-asan: setup
 	cd $(ASAN) && find . -name '*.so' -delete && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py
 
-# torch comes first and alone: only it is looked up on the CPU index, once, so an index that can't be reached costs a
-# moment, and the wheel may then come from wherever pip is configured to look.
+# torch is installed first and alone, so that pip queries the CPU index only once and only for torch. If that index can't
+# be reached, this fails quickly, and pip takes the wheel from the index that it is configured with.
 $(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv $(VENV)
 ifeq ($(shell uname -s),Linux)
 	$(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)"
 endif
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from service.engine.native.binding import variants; print("kernel:", ", ".join(variants()) or "torch. The faster one in C++ was not compiled: it takes a C++17 compiler")'
+	@$(BIN)/python -c 'from service.engine.native.binding import variants; print("kernel:", ", ".join(variants()) or "torch; the faster kernel was not compiled because there is no C++17 compiler")'
 	touch $@

@@ -1,4 +1,4 @@
-"""The part of the build that pyproject.toml can't express: the kernel, compiled where a C++17 compiler is."""
+"""The part of the build that pyproject.toml can't express: the kernel, compiled if there is a C++17 compiler."""
 
 from glob import glob
 
@@ -12,8 +12,9 @@ setup(
             "service.engine.native._kernel",
             sources=[f"{SOURCES}/kernel.cpp"],
             depends=sorted(glob(f"{SOURCES}/*.h") + glob(f"{SOURCES}/*.inc")),
-            # -ffp-contract=off: fused multiply-adds would give other bits than other processors do. The other two
-            # options change no result: nobody looks at errno or at floating-point exceptions.
+            # -ffp-contract=off, because fused multiply-adds would give other results than processors without them.
+            # -fno-math-errno and -fno-trapping-math change no result, because the kernel reads neither errno nor
+            # floating-point exceptions.
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
@@ -29,7 +30,7 @@ setup(
                 "-g0",
             ],
             extra_link_args=["-pthread"],
-            optional=True,  # without it the torch stepper serves
+            optional=True,  # without the kernel the torch stepper serves
         )
     ]
 )

@@ -1,4 +1,4 @@
-"""What a user would write instead of installing the service: forty lines of torch, float32."""
+"""The baseline: what a user would write instead of installing the service, in forty lines of torch and float32."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from service.model.config import ModelConfig
 
 
 class FortyLines(nn.Module):
-    """Generates with torch's own modules, one text or a batch of them.
+    """Generates one text, or a batch of texts, with torch's own modules.
 
-    In its favour: no gradients, no copy of a character to Python while it runs, nothing turned into text.
+    It is given every advantage: it computes no gradients, copies no character to Python while it runs, and converts
+    nothing to text. Raises ValueError for a model with more than one GRU layer.
     """
 
     def __init__(self, config: ModelConfig, tensors: Tensors) -> None:
         if config.num_layers != 1:
-            raise ValueError(f"the baseline has one GRU layer, the model has {config.num_layers}")
+            raise ValueError(f"the baseline has one GRU layer, but the model has {config.num_layers}")
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.gru = nn.GRUCell(config.embedding_dim, config.num_units)
@@ -27,7 +28,13 @@ class FortyLines(nn.Module):
 
     @torch.inference_mode()
     def generate(self, chars: Tensor, hidden: Tensor, num_chars: int) -> tuple[Tensor, Tensor]:
-        """(B,) int64 last characters and (B, H) hidden before them -> (B, num_chars) what follows, (B, H) hidden."""
+        """Return the next characters (B, num_chars) int64 and the hidden state (B, H) after them.
+
+        Args:
+            chars: (B,) int64, the last character of each text.
+            hidden: (B, H), the state before it.
+            num_chars: how many characters to generate for each text.
+        """
         generated = []
         for _ in range(num_chars):
             hidden = self.gru(self.embedding(chars), hidden)  # (B, H)

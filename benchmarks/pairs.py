@@ -1,4 +1,4 @@
-"""Ways of doing the same, timed in turns, so that a machine that slows down slows all of them."""
+"""Measuring alternatives in turns, so that a machine that slows down slows all of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Measure = TypeVar("Measure")
 
 @dataclass(frozen=True)
 class Pair:
-    """Median seconds a call of either, and the ratios baseline / candidate of the rounds."""
+    """The times of a baseline and of a candidate."""
 
-    baseline_s: float
-    candidate_s: float
-    ratios: list[float]
+    baseline_s: float  # median seconds a call
+    candidate_s: float  # median seconds a call
+    ratios: list[float]  # baseline / candidate, in each round
 
     @property
     def ratio(self) -> float:
-        """How many times faster the candidate is: the median of the rounds."""
+        """How many times as fast the candidate is: the median of the rounds."""
         return statistics.median(self.ratios)
 
     def __str__(self) -> str:
@@ -31,9 +31,12 @@ class Pair:
 
 
 def in_turns(measures: Sequence[Callable[[], Measure]], rounds: int) -> list[list[Measure]]:
-    """What each measure returns in each round: one list a measure. A first round doesn't count."""
-    found = [[measure() for measure in measures] for _ in range(rounds + 1)][1:]
-    return [list(values) for values in zip(*found, strict=True)]
+    """Call all measures once in every round. Return a list for each measure, with its value of every round.
+
+    A warm-up round before them is not counted.
+    """
+    results = [[measure() for measure in measures] for _ in range(rounds + 1)][1:]
+    return [list(values) for values in zip(*results, strict=True)]
 
 
 def time_in_turns(
@@ -43,7 +46,7 @@ def time_in_turns(
     baseline_calls: int = 1,
     candidate_calls: int = 1,
 ) -> Pair:
-    """Call either `..._calls` times a round, after one round that doesn't count."""
+    """Time both functions in turns, each with its number of calls in a round, after a warm-up round."""
 
     def seconds(call: Callable[[], object], calls: int) -> float:
         began = time.perf_counter()
@@ -51,8 +54,8 @@ def time_in_turns(
             call()
         return (time.perf_counter() - began) / calls
 
-    first, second = in_turns(
+    baseline_s, candidate_s = in_turns(
         [lambda: seconds(baseline, baseline_calls), lambda: seconds(candidate, candidate_calls)], rounds
     )
-    ratios = [one / other for one, other in zip(first, second, strict=True)]
-    return Pair(statistics.median(first), statistics.median(second), ratios)
+    ratios = [slow / fast for slow, fast in zip(baseline_s, candidate_s, strict=True)]
+    return Pair(statistics.median(baseline_s), statistics.median(candidate_s), ratios)

@@ -1,12 +1,15 @@
-"""The kernel against what the machine allows, torch, the forty lines, and other libraries. Characters/s.
+"""Compares the kernel with what the machine allows, with torch, and with other libraries, in characters/s.
 
     python -m benchmarks.roofline [--json FILE] [--threads 2] [--rounds 7] [--peers ""] [--sweep] [--plot FILE]
 
-One text is limited by the time to read the recurrent weights, 256 texts by multiply-adds. Products alone are counted as
-if each were a character, so that all can be compared. Everything runs in turns, with the shipped model's weights.
-TensorFlow (the tutorial's loop) and ONNX Runtime do so in processes of their own, from environments that the first run
-makes (`peers/.venv-<name>`, 2.3 GB in all); who can't be installed is skipped.
---sweep: the kernel over numbers of texts and of units too; --plot: draw that (needs matplotlib).
+The speed of one text is limited by the time to read the recurrent weights, that of 256 texts by multiply-adds. "Product
+alone" runs only the recurrent products and counts each as a character, so that it can be compared. All candidates run
+in turns with the weights of the shipped model.
+
+TensorFlow (with the loop of its tutorial) and ONNX Runtime run in processes of their own. The first run creates their
+environments, `peers/.venv-<name>`, of 2.3 GB together. A library that can't be installed is skipped.
+
+--sweep also measures the kernel over numbers of texts and of units; --plot draws that and needs matplotlib.
 """
 
 from __future__ import annotations
@@ -14,26 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.contestants import (
+from benchmarks.candidates import (
     BASELINE,
-    Contestant,
+    Candidate,
     Measured,
     Shipped,
     baseline_turn,
-    best_baseline,
-    compete,
+    compare,
     stepper_turn,
 )
 from benchmarks.decode import parse
-from benchmarks.peers.contestants import PEERS, peer_contestants
+from benchmarks.peers.comparison import PEERS, peer_candidates
 from benchmarks.peers.environment import Skipped
 from benchmarks.sweep import plot, sweep
 from benchmarks.table import machine, rows_of_json, spread, summary, table
@@ -47,33 +50,43 @@ PRECISIONS: tuple[IntegerPrecision, ...] = ("int8", "int4")
 
 
 def main() -> None:
-    """Print the table and how the targets are met."""
-    parser = argparse.ArgumentParser(description="the kernel against what the machine allows")
-    parser.add_argument("--sweep", action="store_true", help="the kernel over numbers of texts and units too")
-    parser.add_argument("--peers", type=_names, default=",".join(PEERS), help="libraries to compare with")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the sweep, as PNG or SVG")
+    """Measure, and print a table and the ratios beside their targets."""
+    parser = argparse.ArgumentParser(
+        description="Compare the kernel with what the machine allows and with other libraries, in characters/s."
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also measure the kernel over numbers of texts and of units"
+    )
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        default=",".join(PEERS),
+        help=f"libraries to compare with; may be empty  [{','.join(PEERS)}]",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure the sweep and draw it as PNG or SVG")
     options = parse(parser, rows="1,256")
     shipped = Shipped.load(options.model, options.model_store, "int8")
     models = {p: quantize(shipped.artifact.config, shipped.artifact.tensors, p) for p in PRECISIONS}
     kernel = NativeStepper(models["int8"]).variant
-    about = machine() | {"threads": options.threads, "model": shipped.ref, "kernel": kernel}
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    conditions = machine() | {"threads": options.threads, "model": shipped.ref, "kernel": kernel}
+    print(", ".join(f"{name} {value}" for name, value in conditions.items()))
     threads = sorted({1, options.threads})
     with ExitStack() as stack:
-        them, skipped = contestants(shipped, models, threads), dict[str, str]()
+        compared, skipped = candidates(shipped, models, threads), dict[str, str]()
         for name in options.peers:
             try:
-                them += peer_contestants(stack, name, shipped, (1, MANY), threads)
+                compared += peer_candidates(stack, name, shipped, (1, MANY), threads)
             except Skipped as reason:
                 skipped[name] = str(reason)
-                print(f"{name} skipped: {reason}")
+                print(f"{name} is skipped: {reason}")
         try:
-            measured = compete(them, options.rounds, options.seconds)
+            measured = compare(compared, options.rounds, options.seconds)
         except Skipped as reason:
-            raise SystemExit(f"a library has ended; leave it out with --peers: {reason}") from reason
+            raise SystemExit(f"the process of a library has ended; leave it out with --peers: {reason}") from reason
     print(table(measured))
-    targets = [_judge(measured, *target) for target in _targets(options.threads, {m.what for m in measured})]
-    document: dict[str, Any] = {"machine": about, "measured": rows_of_json(measured), "targets": targets}
+    names = {m.what for m in measured}
+    targets = [_report(measured, target) for target in _targets(options.threads) if target.against in names]
+    document: dict[str, Any] = {"machine": conditions, "measured": rows_of_json(measured), "targets": targets}
     document |= {"skipped": skipped, "peers": _against_peers(measured)}
     if options.sweep or options.plot:
         document["sweep"] = points = sweep(
@@ -85,11 +98,11 @@ def main() -> None:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def contestants(
+def candidates(
     shipped: Shipped, models: dict[IntegerPrecision, QuantizedGRU], threads: Sequence[int]
-) -> list[Contestant]:
-    """Everybody, with one text and with 256."""
-    found = []
+) -> list[Candidate]:
+    """Return all candidates except other libraries, each with one text and with 256."""
+    compared = []
     reference, forty_lines = TorchStepper(models["int8"]), shipped.forty_lines()
     for rows in (1, MANY):
         for precision, model in models.items():
@@ -97,24 +110,24 @@ def contestants(
                 stepper = NativeStepper(model, number)
                 if number == 1:
                     what = PRODUCT.format(precision)
-                    found.append(Contestant(what, rows, 1, product_turn(stepper, model.config.num_units, rows)))
-                found.append(Contestant(f"kernel, {precision}", rows, number, stepper_turn(stepper, rows, number)))
+                    compared.append(Candidate(what, rows, 1, product_turn(stepper, model.config.num_units, rows)))
+                compared.append(Candidate(f"kernel, {precision}", rows, number, stepper_turn(stepper, rows, number)))
         for number in threads:
-            found.append(Contestant(INT_MM, rows, number, int_mm_turn(models["int8"], rows, number)))
-            found.append(Contestant(TORCH, rows, number, stepper_turn(reference, rows, number)))
-            found.append(Contestant(BASELINE, rows, number, baseline_turn(forty_lines, rows, number)))
-    return found
+            compared.append(Candidate(INT_MM, rows, number, int_mm_turn(models["int8"], rows, number)))
+            compared.append(Candidate(TORCH, rows, number, stepper_turn(reference, rows, number)))
+            compared.append(Candidate(BASELINE, rows, number, baseline_turn(forty_lines, rows, number)))
+    return compared
 
 
 def product_turn(stepper: NativeStepper, units: int, rows: int) -> Callable[[float], float]:
-    """The kernel's recurrent product and nothing else."""
+    """Return a turn that computes only the kernel's recurrent products."""
     states = np.random.default_rng(0).integers(-127, 128, (rows, units)).astype(np.int8)
     repeats = max(1, 256 // rows)
     return _repeat(lambda: stepper.recurrent_products(states, repeats=repeats), rows * repeats)
 
 
 def int_mm_turn(model: QuantizedGRU, rows: int, threads: int) -> Callable[[float], float]:
-    """Torch's product of the same integers, in the layout that is the faster one."""
+    """Return a turn that computes the product of the same integers with torch, in the faster memory layout."""
     weight = torch.from_numpy(model.layers[0].recurrent.weight)
     right = weight.t() if rows == 1 else weight.t().contiguous()
     states = torch.randint(-127, 128, (rows, model.config.num_units), dtype=torch.int8)
@@ -133,70 +146,86 @@ def int_mm_turn(model: QuantizedGRU, rows: int, threads: int) -> Callable[[float
 
 
 def _repeat(call: Callable[[], object], chars: int) -> Callable[[float], float]:
-    """A turn of calls that stand for so many characters each."""
+    """Return a turn that repeats a call which counts as `chars` characters."""
 
     def turn(seconds: float) -> float:
-        done, began = 0, time.perf_counter()
+        num_chars, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds:
             call()
-            done += chars
-        return done / elapsed
+            num_chars += chars
+        return num_chars / elapsed
 
     return turn
 
 
-Target = tuple[str, int, int, str, int, int | None, float]  # who, rows, threads, against whom, rows, threads, at least
+@dataclass(frozen=True)
+class Target:
+    """A ratio of speeds that a candidate should reach against another one with the same number of rows."""
+
+    what: str
+    rows: int
+    threads: int
+    against: str
+    against_threads: int | None  # None compares with the faster number of threads
+    at_least: float
+
+    def __str__(self) -> str:
+        number = f"{self.rows} row{'s' * (self.rows > 1)}, {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{self.what}, {number} >= {self.at_least:.2f} x {self.against}"
 
 
-def _targets(threads: int, there: Collection[str]) -> list[Target]:
-    """Those that can be judged with who is there. Threads None: against the better number of threads."""
-    targets = [
-        ("kernel, int8", 1, 1, PRODUCT.format("int8"), 1, 1, 1 / 1.2),
-        ("kernel, int8", 1, 1, BASELINE, 1, None, 40),
-        ("kernel, int4", 1, 1, PRODUCT.format("int8"), 1, 1, 1 / 0.85),
-        ("kernel, int4", 1, 1, BASELINE, 1, None, 55),
-        ("kernel, int4", 1, threads, BASELINE, 1, None, 85),
-        ("kernel, int4", 1, threads, "onnxruntime", 1, threads, 8),
-        ("kernel, int8", MANY, threads, INT_MM, MANY, threads, 0.6),
-        ("kernel, int4", MANY, threads, INT_MM, MANY, threads, 0.6),
-        ("kernel, int8", MANY, threads, TORCH, MANY, None, 1.5),
-        ("kernel, int8", MANY, threads, BASELINE, MANY, None, 4),
+def _targets(threads: int) -> list[Target]:
+    product = PRODUCT.format("int8")
+    return [
+        Target("kernel, int8", 1, 1, product, 1, 1 / 1.2),
+        Target("kernel, int8", 1, 1, BASELINE, None, 40),
+        Target("kernel, int4", 1, 1, product, 1, 1 / 0.85),
+        Target("kernel, int4", 1, 1, BASELINE, None, 55),
+        Target("kernel, int4", 1, threads, BASELINE, None, 85),
+        Target("kernel, int4", 1, threads, "onnxruntime", threads, 8),
+        Target("kernel, int8", MANY, threads, INT_MM, threads, 0.6),
+        Target("kernel, int4", MANY, threads, INT_MM, threads, 0.6),
+        Target("kernel, int8", MANY, threads, TORCH, None, 1.5),
+        Target("kernel, int8", MANY, threads, BASELINE, None, 4),
     ]
-    return [target for target in targets if target[3] in there]
 
 
-def _judge(measured: Sequence[Measured], *target: *Target) -> dict[str, Any]:
-    """Print one target; the same for JSON."""
-    who, rows, threads, whom, its_rows, its_threads, at_least = target
-    mine = next(m for m in measured if (m.what, m.rows, m.threads) == (who, rows, threads))
-    its = [m for m in measured if (m.what, m.rows) == (whom, its_rows) and its_threads in (None, m.threads)]
-    ratios = mine.ratios(best_baseline(measured, rows) if whom == BASELINE else max(its, key=lambda m: m.rate))
-    number = f"{rows} row{'s' * (rows > 1)}, {threads} thread{'s' * (threads > 1)}"
-    what = f"{who}, {number} >= {at_least:.2f} x {whom}"
-    print(f"target {what}: {spread(ratios)}")
-    return {"target": what, "at_least": at_least, "ratio": summary(ratios)}
+def _report(measured: Sequence[Measured], target: Target) -> dict[str, Any]:
+    """Print the ratio that was measured for a target, and return it for JSON."""
+    candidate = next(m for m in measured if (m.what, m.rows, m.threads) == (target.what, target.rows, target.threads))
+    others = [
+        m
+        for m in measured
+        if (m.what, m.rows) == (target.against, target.rows) and target.against_threads in (None, m.threads)
+    ]
+    ratios = candidate.ratios(max(others, key=lambda m: m.rate))
+    print(f"target {target}: {spread(ratios)}")
+    return {"target": str(target), "at_least": target.at_least, "ratio": summary(ratios)}
 
 
 def _against_peers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """Print how many times as fast as each library the kernel is, either at its better number of threads."""
+    """Print how many times as fast as each library the kernel is, both with their faster number of threads.
+
+    Return the same for JSON.
+    """
 
     def best(what: str, rows: int) -> Measured:
         return max((m for m in measured if (m.what, m.rows) == (what, rows)), key=lambda m: m.rate)
 
-    found = []
+    comparisons = []
     for peer, rows in sorted({(m.what, m.rows) for m in measured if m.what in PEERS}):
-        for mine in (best(f"kernel, {precision}", rows) for precision in PRECISIONS):
-            ratios = mine.ratios(best(peer, rows))
-            print(f"{mine.what}, {rows} row{'s' * (rows > 1)}: {spread(ratios)} times as fast as {peer}")
-            found.append({"peer": peer, "rows": rows, "what": mine.what, "ratio": summary(ratios)})
-    return found
+        for kernel in (best(f"kernel, {precision}", rows) for precision in PRECISIONS):
+            ratios = kernel.ratios(best(peer, rows))
+            print(f"{kernel.what}, {rows} row{'s' * (rows > 1)}: {spread(ratios)} times as fast as {peer}")
+            comparisons.append({"peer": peer, "rows": rows, "what": kernel.what, "ratio": summary(ratios)})
+    return comparisons
 
 
 def _names(text: str) -> list[str]:
-    """An option's libraries, separated by commas."""
+    """Parse an option: names of libraries, separated by commas."""
     names = [name for name in text.split(",") if name]
     if unknown := [name for name in names if name not in PEERS]:
-        raise argparse.ArgumentTypeError(f"not known: {', '.join(unknown)}; known: {', '.join(PEERS)}")
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(PEERS)}")
     return names
 
 

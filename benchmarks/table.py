@@ -1,4 +1,4 @@
-"""Results as a table, and as JSON; the machine that they were measured on."""
+"""Results as a table and as JSON, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -11,40 +11,43 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import BASELINE, Measured, best_baseline
+from benchmarks.candidates import BASELINE, Measured, best_baseline
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
+    """Describe the machine that the figures depend on."""
     return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
 
 
 def table(measured: Sequence[Measured]) -> str:
-    """A line a contestant. The ratio is to the baseline with as many rows, at its better number of threads."""
+    """Return a table with a line for each candidate.
+
+    The ratio is to the baseline with the same number of rows and with its faster number of threads.
+    """
     lines = [f"{'what':<28}{'rows':>5}{'threads':>9}{'characters/s':>14}{'min..max':>20}   times {BASELINE}"]
-    for one in measured:
-        ratios = one.ratios(best_baseline(measured, one.rows))
-        between = f"{min(one.rates):,.0f}..{max(one.rates):,.0f}"
-        lines.append(f"{one.what:<28}{one.rows:>5}{one.threads:>9}{one.rate:>14,.0f}{between:>20}   {spread(ratios)}")
+    for m in measured:
+        ratios = m.ratios(best_baseline(measured, m.rows))
+        span = f"{min(m.rates):,.0f}..{max(m.rates):,.0f}"
+        lines.append(f"{m.what:<28}{m.rows:>5}{m.threads:>9}{m.rate:>14,.0f}{span:>20}   {spread(ratios)}")
     return "\n".join(lines)
 
 
 def rows_of_json(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """The numbers of the table."""
+    """Return the numbers of the table for JSON."""
     return [
-        {"what": one.what, "rows": one.rows, "threads": one.threads, "chars_per_s": summary(one.rates)}
-        | {"ratio": summary(one.ratios(best_baseline(measured, one.rows)))}
-        for one in measured
+        {"what": m.what, "rows": m.rows, "threads": m.threads, "chars_per_s": summary(m.rates)}
+        | {"ratio": summary(m.ratios(best_baseline(measured, m.rows)))}
+        for m in measured
     ]
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and largest."""
+    """Return median, minimum and maximum for JSON."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def spread(ratios: Sequence[float]) -> str:
-    """The same for people."""
+    """Return median, minimum and maximum as text, such as `2.05 (1.87..2.31)`."""
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
 
 

@@ -1,9 +1,10 @@
-"""Training speed: our updates against the same model through `nn.GRU` + autograd + AdamW, in characters/s.
+"""Compares an update of `gru-serve train` with one of `nn.GRU`, autograd and AdamW, in characters/s.
 
     python -m benchmarks.train [--rounds 7] [--threads 2]
 
-Both read batches of 64 x 128 characters of the tutorial's sizes. The baseline is plain: float32, no dropout, no
-averaging. Ours is a whole update of `gru-serve train` with its defaults: dropout, gradient clipping, averaged weights.
+Both train a model of the tutorial's sizes on batches of 64 x 128 characters. The baseline is plain: float32, without
+dropout and averaged weights. The update of `gru-serve train` has its defaults: dropout, gradient clipping and averaged
+weights.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ ALPHABET = (string.ascii_letters + " .,;:'!?-&$3\n")[:65]
 
 
 def main() -> None:
-    """Print the gradient's error and the ratios."""
-    parser = argparse.ArgumentParser(description="characters/s of training against nn.GRU with autograd")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
+    """Print the error of the gradient, and the speeds and their ratios."""
+    parser = argparse.ArgumentParser(description="Compare training with nn.GRU and autograd, in characters/s.")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds  [7]")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch  [2]")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    print(f"largest difference of a gradient to autograd's, float64: {gradient_error():.1e}")
+    print(f"largest difference between a gradient and autograd's, in float64: {gradient_error():.1e}")
     chance = random.Random(1)
     corpus = Corpus("random", "".join(chance.choices(ALPHABET, k=4 * CHARS)), "0" * 64)
     print(f"batch {BATCH} x {STEPS} steps, {len(set(corpus.text))} characters, {options.threads} threads")
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 class Baseline:
-    """An update as a tutorial writes it. Call it for one."""
+    """A plain training loop, as a tutorial would write it. Each call makes one update."""
 
     def __init__(self, config: ModelConfig, window: torch.Tensor) -> None:
         self.model = GRUCharModel(config)
@@ -78,19 +79,22 @@ class Baseline:
 
 
 def gradient_error() -> float:
-    """Largest absolute difference of any weight's gradient between ours and autograd's, float64, small sizes."""
+    """Return the largest absolute difference between any gradient of `WindowLoss` and autograd's.
+
+    Both are computed in float64, with a small model.
+    """
     config = ModelConfig(charset=ALPHABET, embedding_dim=32, num_units=96, num_layers=2)
     model = GRUCharModel(config).double()
     initialise(model, 1)
     window = torch.randint(0, config.vocab_size, (33, 8), generator=torch.Generator().manual_seed(1))
     losses, _ = WindowLoss(model, torch.float64)(window, model.initial_hidden(8))
     losses.mean().backward()
-    mine = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+    gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
     model.zero_grad()
     logits, _ = model(window[:-1].t(), model.initial_hidden(8))
     F.cross_entropy(logits.transpose(1, 2), window[1:].t()).backward()
-    theirs = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    return max(float((one - other).abs().max()) for one, other in zip(mine, theirs, strict=True))
+    expected = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    return max(float((mine - theirs).abs().max()) for mine, theirs in zip(gradients, expected, strict=True))
 
 
 if __name__ == "__main__":

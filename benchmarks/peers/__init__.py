@@ -1,4 +1,5 @@
-"""The same model in other libraries, each in an environment of its own.
+"""The same model in other libraries, which run in processes and virtual environments of their own.
 
-The workers, and `weights`, are executed there: they may import no torch and nothing of `service`.
+`onnxruntime_worker`, `tensorflow_worker`, `worker` and `weights` run in these environments. They may import neither
+torch nor anything of `service`, because neither is installed there.
 """

@@ -1,4 +1,4 @@
-"""Virtual environments of other libraries."""
+"""The virtual environments of other libraries."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ _INSTALL_S = 1800
 
 
 class Skipped(Exception):
-    """A library can't take part; the message says why."""
+    """A library can't be compared with. The message says why."""
 
 
 def environment(name: str) -> Path:
-    """The interpreter of `.venv-<name>`, which is made at the first call from the pinned requirements. Raises Skipped.
+    """Return the Python interpreter of `.venv-<name>`. The first call installs the pinned requirements in it.
 
-    A copy of the requirements marks what is complete, so a change of them or a failed attempt makes it install again.
+    A copy of the requirements is written when the installation is complete. If it is missing or differs, because an
+    attempt failed or the requirements changed, they are installed again. Raises Skipped if that fails.
     """
     requirements = _HERE / f"requirements-{name}.txt"
     folder = _HERE / f".venv-{name}"
@@ -27,7 +28,7 @@ def environment(name: str) -> Path:
         return python
     print(f"installing {name} into {folder.name}", file=sys.stderr)
     pip = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10"]
-    # The requirements name everything that is installed, so nothing else is to come along.
+    # --no-deps, because the requirements already list all dependencies.
     for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "--no-deps", "-r", str(requirements)]):
         _run(command)
     installed.write_text(requirements.read_text())
@@ -45,7 +46,7 @@ def _run(command: list[str]) -> None:
 
 
 def reason(text: str) -> str:
-    """The line by which a failed program says why: the last one with an error in it, or else the last."""
+    """Return the line of a failed program's output that says why: the last with "error" in it, or else the last."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() and not line.startswith(" ")]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["it failed without a message"])[-1]

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the GRU operator in float32, sampling in numpy.
+"""ONNX Runtime: the GRU operator in float32, with sampling in numpy.
 
 python -m benchmarks.peers.onnxruntime_worker DIRECTORY THREADS
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-# Not in our environment, so without types.
+# Not installed in the development environment, so mypy does not know its types.
 import onnxruntime  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -24,7 +24,7 @@ Ids = NDArray[np.int64]
 
 
 class OnnxRuntime(Worker):
-    """A graph of one step, and the loop around it."""
+    """A graph that computes one step, and a loop that calls it."""
 
     def __init__(self, weights: Weights, threads: int) -> None:
         self._charset, self._units = weights.charset, weights.recurrent.shape[1]
@@ -54,7 +54,7 @@ class OnnxRuntime(Worker):
         return generate
 
     def _step(self, chars: Ids, hidden: Float32) -> tuple[Float32, Float32]:
-        """(B,) ids and (1, B, H) hidden -> (B, V) logits, (1, B, H) hidden."""
+        """Step over (B,) ids from the state (1, B, H). Return logits (B, V) and the new state (1, B, H)."""
         logits, after = self._session.run(["logits", "after"], {"chars": chars[None], "hidden": hidden})
         return logits, after
 
@@ -70,7 +70,11 @@ class OnnxRuntime(Worker):
 
 
 def step_graph(weights: Weights) -> Any:
-    """One step: chars (1, B) int64, hidden (1, B, H) -> logits (B, V), after (1, B, H)."""
+    """Return the graph of one step.
+
+    Its inputs are chars (1, B) int64 and hidden (1, B, H). Its outputs are logits (B, V) and after (1, B, H), the new
+    state.
+    """
     vocab, units = weights.dense.shape
     constants = {
         "embedding": weights.embedding,

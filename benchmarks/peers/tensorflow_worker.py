@@ -1,9 +1,9 @@
-"""TensorFlow: the model of the tutorial "Text generation with an RNN" and its one-step loop.
+"""TensorFlow: the model and the one-step loop of the tutorial "Text generation with an RNN".
 
 python -m benchmarks.peers.tensorflow_worker DIRECTORY THREADS
 
-What the tutorial does for each character is done here too: strings in, look-up, embedding, GRU and dense layer, a mask
-over "[UNK]", `tf.random.categorical`, look-up, strings out, in one `tf.function`.
+As in the tutorial, one `tf.function` does everything for a character: it looks up the ids of strings, computes the
+embedding, the GRU and the dense layer, masks "[UNK]", draws with `tf.random.categorical` and looks up the strings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# Not in our environment, so without types.
+# Not installed in the development environment, so mypy does not know its types.
 import tensorflow as tf  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from benchmarks.peers.weights import Float32, Weights
@@ -23,7 +23,7 @@ from benchmarks.peers.worker import Worker
 
 
 class TensorFlow(Worker):
-    """The tutorial's layers with our weights; "[UNK]" is character 0 and has zeros."""
+    """The tutorial's layers with the weights of a model version. "[UNK]" is character 0, and its weights are zero."""
 
     def __init__(self, weights: Weights, threads: int) -> None:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
@@ -37,7 +37,7 @@ class TensorFlow(Worker):
         self._embedding = layers.Embedding(vocab + 1, weights.embedding.shape[1])
         self._gru = layers.GRU(units, return_sequences=True, return_state=True)
         self._dense = layers.Dense(vocab + 1)
-        self._call(tf.zeros((1, 1), tf.int64), None)  # makes the variables
+        self._call(tf.zeros((1, 1), tf.int64), None)  # creates the variables
         self._embedding.set_weights([_with_unknown(weights.embedding)])
         self._gru.set_weights([weights.inputs.T, weights.recurrent.T, weights.bias])
         self._dense.set_weights([_with_unknown(weights.dense).T, _with_unknown(weights.dense_bias)])
@@ -60,7 +60,7 @@ class TensorFlow(Worker):
         return generate
 
     def _call(self, ids: Any, states: Any) -> tuple[Any, Any]:
-        """(B, T) ids -> (B, T, V + 1) logits and states."""
+        """Return the logits (B, T, V + 1) and the states after the ids (B, T)."""
         embedded = self._embedding(ids)
         if states is None:
             states = self._gru.get_initial_state(tf.shape(embedded)[0])
@@ -76,7 +76,7 @@ class TensorFlow(Worker):
 
 
 def _with_unknown(weight: Float32) -> Float32:
-    """One more row of zeros, the first."""
+    """Insert a row of zeros before the first."""
     return np.concatenate([np.zeros_like(weight[:1]), weight])
 
 

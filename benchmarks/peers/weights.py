@@ -1,4 +1,4 @@
-"""A model version's weights for libraries that stack the gates as z, r, n; torch stacks r, z, n."""
+"""The weights of a model version, for libraries that stack the gates as z, r, n. torch stacks them as r, z, n."""
 
 from __future__ import annotations
 
@@ -15,26 +15,22 @@ Float32 = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Weights:
-    """A model with one GRU layer; all float32, gates in the order z, r, n.
-
-    embedding: (V, E). inputs: (3H, E), recurrent: (3H, H), bias: (2, 3H), that of inputs and the recurrent one.
-    dense: (V, H), dense_bias: (V,).
-    """
+    """The weights of a model with one GRU layer, with the gates in the order z, r, n."""
 
     charset: str
-    embedding: Float32
-    inputs: Float32
-    recurrent: Float32
-    bias: Float32
-    dense: Float32
-    dense_bias: Float32
+    embedding: Float32  # (V, E)
+    inputs: Float32  # (3H, E)
+    recurrent: Float32  # (3H, H)
+    bias: Float32  # (2, 3H): of the input gates, and of the hidden gates
+    dense: Float32  # (V, H)
+    dense_bias: Float32  # (V,)
 
     @classmethod
     def read(cls, directory: Path) -> Weights:
-        """Those in `config.json` and `model.safetensors`."""
+        """Read `config.json` and `model.safetensors`. Raises ValueError for a model with more than one layer."""
         config = json.loads((directory / "config.json").read_text())
         if config["num_layers"] != 1:
-            raise ValueError(f"only models with one layer, not {config['num_layers']}")
+            raise ValueError(f"the model has {config['num_layers']} layers; only models with one layer can be compared")
         tensors = load_file(directory / "model.safetensors")
         names = ("gru.weight_ih_l0", "gru.weight_hh_l0", "gru.bias_ih_l0", "gru.bias_hh_l0")
         inputs, recurrent, bias, recurrent_bias = (_update_gate_first(tensors[name]) for name in names)

@@ -1,7 +1,8 @@
-"""The far side of a comparison: a process that waits for its turn, generates for a while, and tells how fast.
+"""The process of another library: it waits for a turn, generates for a while, and reports its speed.
 
-One JSON document a line. On standard input first {"text": ...}, answered by the logits after it; then
-{"rows": ..., "seconds": ...} for each turn, answered by {"chars_per_s": ...}. The end of the input ends it.
+It reads a JSON document from each line of standard input and answers with a line on standard output. The first
+document is {"text": ...}, answered with {"logits": ...} after the text. Each turn is {"rows": ..., "seconds": ...},
+answered with {"chars_per_s": ...}. The process ends when its input ends.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-_STEPS = 8  # between two looks at the clock
+_STEPS = 8  # characters of each text between two readings of the clock
 
 
 class Worker(ABC):
-    """A library that steps the model."""
+    """The model in another library."""
 
     @abstractmethod
     def logits(self, text: str) -> list[float]:
-        """(V,) logits of what follows the text, read from the zero state."""
+        """Return the logits (V,) after a text that is read from the zero state."""
 
     @abstractmethod
     def generator(self, num_rows: int) -> Callable[[], object]:
-        """A function that generates one character for each of the texts."""
+        """Return a function that generates one character for each of `num_rows` texts."""
 
     def serve(self) -> None:
-        """Answer until the input ends."""
+        """Answer the documents on standard input until it ends."""
         _answer({"logits": self.logits(json.loads(sys.stdin.readline())["text"])})
         generators: dict[int, Callable[[], object]] = {}
         for line in sys.stdin:

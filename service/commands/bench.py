@@ -16,7 +16,7 @@ from service.commands.options import FiniteRange, json_option, model_store_optio
 if TYPE_CHECKING:
     from service.engine.stepper import Stepper
 
-_ROUNDS = 10  # of each measurement
+_ROUNDS = 10  # for each number of rows
 _MAX_ROWS = 65_536
 
 
@@ -26,12 +26,23 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int
 
 
 @click.command("bench")
-@click.option("--model", default=None, help="name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
+@click.option("--model", default=None, help="Model as name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
 @click.option(
-    "--rows", "numbers_of_rows", callback=_numbers, default="1,8,64,256", help="Texts side by side.  [1,8,64,256]"
+    "--rows",
+    "numbers_of_rows",
+    callback=_numbers,
+    default="1,8,64,256",
+    help="Numbers of texts that are generated side by side.  [1,8,64,256]",
 )
-@click.option("--seconds", type=FiniteRange(0, 3600, min_open=True), default=2.0, help="For each number of rows.  [2]")
-@click.option("--threads", type=click.IntRange(1, 256), default=None, help="[the setting GRU_SERVE_ENGINE_THREADS]")
+@click.option(
+    "--seconds", type=FiniteRange(0, 3600, min_open=True), default=2.0, help="Seconds for each number of rows.  [2]"
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Engine threads.  [the setting GRU_SERVE_ENGINE_THREADS]",
+)
 @model_store_option
 @json_option
 def bench_command(
@@ -42,7 +53,7 @@ def bench_command(
     model_store: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure how many characters a second this machine generates, without HTTP, and what a text takes in memory.
+    """Measure how many characters a second this machine generates without HTTP, and the memory that a text takes.
 
     Example: gru-serve bench --rows 1,64 --seconds 1
     """
@@ -63,28 +74,31 @@ def bench_command(
     if not as_json:
         click.echo(f"{version.ref} in {precision} on {kernel.name}, {threads} of {facts['cores']} cores")
         click.echo(f"loaded in {facts['load_s']:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
-        click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'of each text':>15}")
+        click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'for each text':>15}")
     facts["rates"] = []
     for num_rows in numbers_of_rows:
         click.echo(f"measuring {num_rows} row{'s' * (num_rows > 1)} for {seconds:g} s", err=True)
         rates = measure(stepper, num_rows, seconds)
-        rate, least, most = statistics.median(rates), min(rates), max(rates)
-        facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": least, "max": most})
+        rate, slowest, fastest = statistics.median(rates), min(rates), max(rates)
+        facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": slowest, "max": fastest})
         if not as_json:
-            between = f"{least:,.0f}..{most:,.0f}"
-            click.echo(f"{num_rows:>6}{rate:>15,.0f}{between:>22}{rate / num_rows:>15,.0f}")
+            span = f"{slowest:,.0f}..{fastest:,.0f}"
+            click.echo(f"{num_rows:>6}{rate:>15,.0f}{span:>22}{rate / num_rows:>15,.0f}")
     if as_json:
         click.echo(json.dumps(facts, indent=1))
 
 
 def measure(stepper: Stepper, num_rows: int, seconds: float) -> list[float]:
-    """Characters/s of all rows together, in rounds that take `seconds` together after one that doesn't count."""
+    """Return the characters/s of all rows together for each of the rounds, which take `seconds` in total.
+
+    A warm-up round before them is not counted.
+    """
     texts = Texts(stepper, num_rows)
     return [texts.chars_per_s(seconds / _ROUNDS) for _ in range(_ROUNDS + 1)][1:]
 
 
 class Texts:
-    """Texts without an end that are advanced side by side, at the engine's pace."""
+    """Endless texts that a stepper generates side by side, with as many characters a call as the engine would take."""
 
     def __init__(self, stepper: Stepper, num_rows: int) -> None:
         import numpy as np
@@ -93,11 +107,11 @@ class Texts:
         from service.engine.stepper import Row
 
         self._stepper, self._pace = stepper, Pace()
-        nothing = np.empty(0, np.int64)
-        self._rows = [Row(stepper.initial_hidden(), 0, nothing, 2**62, seed) for seed in range(num_rows)]
+        empty_prompt = np.empty(0, np.int64)
+        self._rows = [Row(stepper.initial_hidden(), 0, empty_prompt, 2**62, seed) for seed in range(num_rows)]
 
     def chars_per_s(self, seconds: float) -> float:
-        """Generate for so long, one call at least."""
+        """Generate for `seconds`, in at least one call, and return the characters/s of all texts together."""
         began, total, elapsed = time.perf_counter(), 0, 0.0
         while elapsed < seconds:
             num_chars = self._pace.num_chars(len(self._rows))

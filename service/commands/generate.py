@@ -61,7 +61,7 @@ def generate_command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue a text here, without a server, printing as it goes. The same as POST /v1/completions answers.
+    """Continue a text without a server, printing it as it is generated. Gives the text of POST /v1/completions.
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
@@ -72,7 +72,7 @@ def generate_command(
     from service.settings import read_settings
 
     if "" in stop:
-        raise click.BadParameter("a stop string can't be empty", param_hint="--stop")
+        raise click.BadParameter("a stop string must not be empty", param_hint="--stop")
     settings = read_settings()
     kernel = choose_kernel(settings.kernel, num_threads=1)  # one text: a second core would mostly wait for the first
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)

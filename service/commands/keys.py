@@ -11,16 +11,17 @@ from service.commands.options import json_option
 
 @click.group("keys")
 def keys_group() -> None:
-    """Make API keys."""
+    """Create API keys."""
 
 
 @keys_group.command("new")
 @click.argument("name")
 @json_option
 def new_command(name: str, as_json: bool) -> None:
-    """Print a random key, for its user, and its entry, for GRU_SERVE_API_KEYS or the file. Nothing keeps the key.
+    """Print a new random key and its entry. The key is for its user; it is stored nowhere.
 
-    Sessions belong to the NAME: a new key of the same name finds those of the old one.
+    The entry is for the server: add it to GRU_SERVE_API_KEYS or to GRU_SERVE_API_KEYS_FILE. Sessions belong to NAME, so
+    a new key of the same name has access to the sessions of the old one.
 
     Example: gru-serve keys new alice
     """

@@ -14,7 +14,7 @@ from service.errors import GruServeError, InvalidArtifact
 
 @click.group("models")
 def models_group() -> None:
-    """List, inspect and manage the versions in a model store."""
+    """List, show, verify, alias and delete the versions in a model store."""
 
 
 @models_group.command("list")
@@ -45,7 +45,7 @@ def list_command(model_store: Path | None, as_json: bool) -> None:
 @model_store_option
 @json_option
 def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
-    """Show one version: its sizes, charset, origin and losses.
+    """Show one version: its sizes, charset, training text and losses.
 
     Example: gru-serve models show shakespeare@1
     """
@@ -73,42 +73,42 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
 @model_store_option
 @json_option
 def verify_command(model: str | None, model_store: Path | None, as_json: bool) -> None:
-    """Check one version, or all of them: every sum, name, shape and number. Exit code 1 if one is damaged.
+    """Check the checksums, names, shapes and numbers of one version or of all. Exits with 1 if one is damaged.
 
     Example: gru-serve models verify shakespeare@1
     """
     store = open_store(model_store)
     versions = [store.resolve(model)] if model else [v for name in store.names() for v in store.versions(name)]
-    found = []
+    results = []
     for version in versions:
         try:
             store.verify(version.ref)
-            found.append({"model": version.ref, "error": None})
+            results.append({"model": version.ref, "error": None})
         except InvalidArtifact as error:
-            found.append({"model": version.ref, "error": error.message})
+            results.append({"model": version.ref, "error": error.message})
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        click.echo(json.dumps(results, indent=1))
     else:
-        for row in found:
+        for row in results:
             click.echo(f"{row['model']:<24} {row['error'] or 'ok'}")
-    if any(row["error"] for row in found):
+    if any(row["error"] for row in results):
         raise click.exceptions.Exit(1)
 
 
 @models_group.command("alias")
 @click.argument("model")
 @click.argument("alias")
-@click.option("--remove", is_flag=True, help="Forget the alias; MODEL is then the bare name.")
+@click.option("--remove", is_flag=True, help="Remove the alias; MODEL is then the name without a version.")
 @model_store_option
 def alias_command(model: str, alias: str, remove: bool, model_store: Path | None) -> None:
-    """Let name@ALIAS mean a version, or forget it.
+    """Set an alias: name@ALIAS then means the version MODEL. With --remove, remove the alias.
 
     Example: gru-serve models alias shakespeare@1 stable
     """
     store = open_store(model_store)
     if remove:
         store.remove_alias(model, alias)
-        click.echo(f"{model}@{alias} is gone")
+        click.echo(f"{model}@{alias} is removed")
     else:
         version = store.resolve(model)
         store.set_alias(version.name, alias, version.number)
@@ -117,17 +117,17 @@ def alias_command(model: str, alias: str, remove: bool, model_store: Path | None
 
 @models_group.command("delete")
 @click.argument("model")
-@click.option("--yes", is_flag=True, help="Don't ask.")
+@click.option("--yes", is_flag=True, help="Delete without asking.")
 @model_store_option
 def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
-    """Delete one version, named as name@number. Its number is not used again.
+    """Delete one version, given as name@number. Its number is never used again.
 
     Example: gru-serve models delete shakespeare@1
     """
     store = open_store(model_store)
     version = store.resolve(model)
     if model != version.ref:
-        raise click.UsageError(f"say which version to delete by its number: {version.ref}")
+        raise click.UsageError(f"give the version to delete by its number, such as {version.ref}")
     if not yes:
         click.confirm(f"Delete {version.ref} at {version.path}?", abort=True)
     store.delete(model)

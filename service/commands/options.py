@@ -1,4 +1,4 @@
-"""Options that several commands share, and options made from a pydantic model's fields."""
+"""Options that several commands share, options generated from a pydantic model, and the store that they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers; click's own also takes nan, which lies in every range."""
+    """A range of finite numbers. click's own FloatRange also accepts nan, because no comparison with nan fails."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number: float = super().convert(value, param, ctx)
@@ -27,21 +27,24 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def model_store_option(command: Command) -> Command:
-    """`--model-store DIR`; None means the setting's value."""
+    """Add the option `--model-store DIR`. The command gets None if it is not given."""
     return click.option(
-        "--model-store", type=click.Path(path_type=Path), help="Directory of the model store  [./model_store]"
+        "--model-store",
+        type=click.Path(path_type=Path),
+        help="Directory of the model store.  [the setting GRU_SERVE_MODEL_STORE]",
     )(command)
 
 
 def json_option(command: Command) -> Command:
-    """`--json`: one JSON document on standard output."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+    """Add the option `--json`, with which a command prints one JSON document on standard output."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
 
 def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
-    """An option for every field of a model, with the field's description and default. Not given: None.
+    """Add an option for every field of a pydantic model, with the field's description and default as its help.
 
-    Secrets have none: everybody on a machine sees the command lines of everybody's processes.
+    The command gets None for an option that is not given. Secrets get no option, because every user of a machine can
+    read the command lines of all processes.
     """
 
     def decorate(command: Command) -> Command:
@@ -62,14 +65,17 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     return decorate
 
 
-def open_store(model_store: Path | None, *, make: bool = False) -> Any:
-    """The model store at the option's place, or at the setting's. Raises StoreError if nothing is there."""
+def open_store(model_store: Path | None, *, create: bool = False) -> Any:
+    """Open the model store in the directory of the option, or else of the setting GRU_SERVE_MODEL_STORE.
+
+    Raises StoreError if the directory does not exist, unless `create` allows a store that is only about to be created.
+    """
     from service.errors import StoreError
     from service.settings import read_settings
     from service.store.model_store import ModelStore
 
     root = model_store if model_store is not None else read_settings().model_store
-    if not root.is_dir() and not make:
+    if not root.is_dir() and not create:
         raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
     return ModelStore(root)
 

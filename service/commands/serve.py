@@ -15,7 +15,7 @@ from service.settings import Settings, read_settings
 def serve_command(**options: Any) -> None:
     """Serve the models of a store over HTTP.
 
-    Every option can also be set as GRU_SERVE_<OPTION>; the option wins.
+    Every option can also be given as an environment variable GRU_SERVE_<OPTION>. The option takes precedence.
 
     Example: gru-serve serve --port 8000 --model shakespeare
     """
@@ -25,7 +25,7 @@ def serve_command(**options: Any) -> None:
     from service.engine.kernels import check_kernel
     from service.web.server import Server
 
-    # What can't be served is told here, in one line, and not by a worker that dies at its start.
+    # Checked before the server starts, so that a mistake is reported in one line and not by a crashing worker.
     check_kernel(settings.kernel)
     read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     open_store(settings.model_store).verify(settings.model)

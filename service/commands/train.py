@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.eval import measure
-from service.commands.libraries import require_torch
+from service.commands.eval import char_bar, measure, require_torch
 from service.commands.options import field_options, model_store_option, open_store
 from service.errors import GruServeError
 from service.training.hyperparameters import Hyperparameters
@@ -26,11 +25,15 @@ _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 
 
 @click.command("train")
-@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="UTF-8 text to train on.")
-@click.option("--name", required=True, help="Name in the model store; a new version of it is published.")
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="File of the run.  [checkpoints/NAME.safetensors]")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint, with its settings.")
-@click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint of an unfinished run.")
+@click.option(
+    "--corpus", required=True, type=click.Path(path_type=Path), help="File with the text to train on, in UTF-8."
+)
+@click.option("--name", required=True, help="Name of the model; a new version is published.")
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="File of the checkpoint.  [checkpoints/NAME.safetensors]"
+)
+@click.option("--resume", is_flag=True, help="Continue the run of the checkpoint, with its settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint of an unfinished run.")
 @model_store_option
 @field_options(Hyperparameters)
 def train_command(
@@ -44,8 +47,8 @@ def train_command(
 ) -> None:
     """Train a model on a text and publish it.
 
-    Every evaluation writes a checkpoint. Ctrl-C stops after the current update, writes one too and publishes the best
-    model so far; `--resume` goes on as if nothing had happened.
+    Every evaluation writes a checkpoint. Ctrl-C stops after the current update, writes a checkpoint and publishes the
+    best model so far. `--resume` continues the run with the same result as if it had not been stopped.
 
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
@@ -53,13 +56,12 @@ def train_command(
 
     import torch
 
-    from service.commands.progress import char_bar
     from service.training.checkpoint import read_state
     from service.training.corpus import read_corpus
     from service.training.publishing import publish_run
     from service.training.trainer import Trainer
 
-    store = open_store(model_store, make=True)
+    store = open_store(model_store, create=True)
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
     text = read_corpus(corpus)
     given = {key: value for key, value in options.items() if value is not None}
@@ -74,43 +76,47 @@ def train_command(
         if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
             raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
         trainer = Trainer(text, settings, checkpoint)
-    store.check_writable(name)  # an impossible name or a full disk is found out now, and not after hours of training
+    store.check_writable(name)  # so that an invalid name or a full disk fails now and not after hours of training
     click.echo(
         f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters of "
-        f"{trainer.model.config.vocab_size} kinds, {trainer.total_steps:,} updates, "
+        f"{trainer.model.config.vocab_size} of them distinct, {trainer.total_steps:,} updates, "
         f"{trainer.settings.threads} threads",
         err=True,
     )
     with _StopOnInterrupt() as interrupt, _Bar(trainer) as bar:
         failure = _run(trainer, bar, interrupt.is_set)
     if trainer.state.best_step is None:
-        raise failure or _Interrupted(f"stopped before the first evaluation; {checkpoint} goes on with --resume")
+        raise failure or _Interrupted(
+            f"stopped before the first evaluation, so nothing is published; continue {checkpoint} with --resume"
+        )
 
-    torch.set_num_threads(1)  # reading one text is faster on one core than on two
+    torch.set_num_threads(1)  # a single text is measured faster on one core than on two
     command, ended = _command(corpus, name, trainer.settings), _ended(trainer, failure)
     try:
-        with char_bar(3 * (len(trainer.validation_ids) - 1), description="measuring the best") as measuring:
+        with char_bar(3 * (len(trainer.validation_ids) - 1), description="measuring the best weights") as measuring:
             version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
     except KeyboardInterrupt:
-        raise _Interrupted(f"not published; {checkpoint} goes on, and publishes, with --resume") from None
-    click.echo(f"published {version.ref} at {version.path}; its card is {version.path / 'README.md'}")
+        raise _Interrupted(f"stopped before the model was published; continue {checkpoint} with --resume") from None
+    click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
     if failure:
         raise failure
     if not trainer.state.finished:
-        raise _Interrupted(f"stopped before the end: this is the best so far; {checkpoint} goes on with --resume")
+        raise _Interrupted(
+            f"stopped before the end; the best model so far is published; continue {checkpoint} with --resume"
+        )
 
 
 class _Interrupted(click.ClickException):
-    """The run was stopped by hand; nothing is lost."""
+    """The user stopped the run. Its checkpoint can be resumed."""
 
-    exit_code = 130  # what shells report for a command ended by Ctrl-C
+    exit_code = 130  # what shells report for a command that Ctrl-C ended
 
     def show(self, file: Any = None) -> None:  # noqa: ARG002
         click.echo(self.message, err=True)
 
 
 def _run(trainer: Trainer, bar: Progress, stopped: Callable[[], bool]) -> GruServeError | None:
-    """Train; what made it fail, if something did: then too the best weights are there to publish."""
+    """Train. Return the error if training failed, because the best weights so far can still be published."""
     try:
         trainer.run(bar, stopped)
     except GruServeError as error:
@@ -119,25 +125,30 @@ def _run(trainer: Trainer, bar: Progress, stopped: Callable[[], bool]) -> GruSer
 
 
 def _ended(trainer: Trainer, failure: GruServeError | None) -> str:
+    """Say how the run ended, for the model card."""
     if failure:
         return f"failed: {failure.message}"
     if not trainer.state.finished:
         return "stopped by hand"
-    return "finished" if trainer.state.step >= trainer.total_steps else "stopped early: no better evaluation came"
+    return (
+        "finished"
+        if trainer.state.step >= trainer.total_steps
+        else "stopped early: the validation loss no longer improved"
+    )
 
 
 class _StopOnInterrupt:
-    """While entered, the first Ctrl-C asks the run to stop; a second one acts as ever."""
+    """Context in which the first Ctrl-C sets an event and a second one raises KeyboardInterrupt as usual."""
 
     def __enter__(self) -> threading.Event:
         self._event = threading.Event()
         self._before = signal.getsignal(signal.SIGINT)
 
-        def ask(_number: int, _frame: FrameType | None) -> None:
-            self._event.set()  # and nothing is printed: the signal may have come in the midst of printing
+        def request_stop(_number: int, _frame: FrameType | None) -> None:
+            self._event.set()  # prints nothing, because the signal may have interrupted a print
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGINT, request_stop)
         return self._event
 
     def __exit__(self, *_: object) -> None:
@@ -145,13 +156,11 @@ class _StopOnInterrupt:
 
 
 class _Bar:
-    """Progress on standard error: characters, characters/s, time left, losses; a line for every evaluation."""
+    """Shows a progress bar with the losses on standard error, and a line for every evaluation."""
 
     def __init__(self, trainer: Trainer) -> None:
-        from service.commands.progress import char_bar
-
         settings = trainer.settings
-        self._chars = settings.batch_size * settings.sequence_length
+        self._chars = settings.batch_size * settings.sequence_length  # of an update
         self._bar = char_bar(trainer.total_steps * self._chars, trainer.state.step * self._chars)
         self._loss: float | None = None
         self._validation = ""
@@ -163,13 +172,13 @@ class _Bar:
         self._bar.close()
 
     def updated(self, _step: int, loss: float) -> None:
-        """Show an update; its loss smoothed over about 20 of them."""
+        """Show the progress after an update, with the loss smoothed over about 20 updates."""
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         self._bar.set_postfix_str(f"loss {self._loss:.3f}{self._validation}", refresh=False)
         self._bar.update(self._chars)
 
     def evaluated(self, point: Any, is_best: bool) -> None:
-        """Leave a line about an evaluation."""
+        """Print a line about an evaluation."""
         self._validation = f", validation {point.validation_loss:.4f}"
         self._bar.write(
             f"epoch {point.epoch:6.2f}  update {point.step:6}  training {point.training_loss:.4f}  "
@@ -179,6 +188,7 @@ class _Bar:
 
 
 def _settings(given: dict[str, Any]) -> Hyperparameters:
+    """Return the hyperparameters of the given options. Raises click.BadParameter."""
     from pydantic import ValidationError
 
     try:
@@ -190,14 +200,20 @@ def _settings(given: dict[str, Any]) -> Hyperparameters:
 
 
 def _refuse_changes(settings: Hyperparameters, given: dict[str, Any]) -> None:
+    """Raise click.UsageError if a given option differs from the settings of the run that is resumed."""
     for key, value in given.items():
         if getattr(settings, key) != value:
             option = "--" + key.replace("_", "-")
-            raise click.UsageError(f"{option} {value}: the run that is resumed has {getattr(settings, key)}")
+            raise click.UsageError(
+                f"{option} {value} can't be changed: the run that is resumed has {getattr(settings, key)}"
+            )
 
 
 def _command(corpus: Path, name: str, settings: Hyperparameters) -> str:
-    """A command that repeats the run: the file's name without its folder, and every setting that isn't a default."""
+    """Return a command that repeats the run.
+
+    It names the corpus without its folder and gives every setting that differs from its default.
+    """
     words = ["gru-serve", "train", "--corpus", corpus.name, "--name", name]
     for key, field in Hyperparameters.model_fields.items():
         if getattr(settings, key) != field.default:
@@ -206,7 +222,7 @@ def _command(corpus: Path, name: str, settings: Hyperparameters) -> str:
 
 
 class _Serving:
-    """Measures and samples as the engine would; see `publishing.Serving`."""
+    """Measures and samples with the arithmetic of the engine. Implements `publishing.Serving`."""
 
     def loss(self, config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
         return measure(config, tensors, precision, ids, progress)

@@ -1,4 +1,9 @@
-"""Text -> trained model -> published version.
+"""Trains a model on a text and publishes it as a version in the model store.
 
-May not: serve, know of HTTP or sessions, read the environment. Nothing here is imported by the running service.
+`corpus` reads the text, `Trainer` trains and writes checkpoints, `publish_run` measures the best weights and publishes
+them with a model card. The result depends only on the corpus, the hyperparameters (which include the seed and the
+number of threads) and the torch build.
+
+This package may import `model` and `store`. It may not serve requests, know HTTP, sessions or the engine, or read the
+environment. The running service imports nothing from here.
 """

@@ -1,4 +1,4 @@
-"""A model card: where a model comes from, how well it predicts, how to make it again."""
+"""The model card: which text a model was trained on, how well it predicts, and how to train it again."""
 
 from __future__ import annotations
 
@@ -12,16 +12,27 @@ CURVE = "loss.png"
 
 
 def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
-    """The card, as Markdown, from the facts that `training.json` holds."""
+    """Return the card as Markdown.
+
+    Args:
+        name: of the model.
+        facts: the contents of `training.json`.
+        has_curve: whether a picture of the loss curve is stored beside the card, in the file `CURVE`.
+    """
     corpus, losses, settings, run = facts["corpus"], facts["losses"], facts["settings"], facts["run"]
     rows = "\n".join(f"| {key} | {value if value != '' else 'not given'} |" for key, value in settings.items())
     curve = f"\n![Loss by epoch]({CURVE})\n" if has_curve else ""
     by_precision = losses["validation_nats_per_char_by_precision"]
     quantized = "\n".join(
-        ["Served with the integers that are marked:", "", "| recurrent weights | nats per character |", "|---|---|"]
+        [
+            "The same loss by the precision of the recurrent weights. The server uses the marked one:",
+            "",
+            "| precision | nats per character |",
+            "|---|---|",
+        ]
         + [
-            f"| {name}{' (served)' if name == facts['serving_precision'] else ''} | {loss:.4f} |"
-            for name, loss in by_precision.items()
+            f"| {precision}{' (served)' if precision == facts['serving_precision'] else ''} | {loss:.4f} |"
+            for precision, loss in by_precision.items()
         ]
     )
     quantized += "\n"
@@ -35,26 +46,31 @@ A GRU character model: characters -> embedding ({settings["embedding_dim"]}) -> 
 ## Training data
 
 `{corpus["name"]}`, {corpus["num_chars"]:,} characters, SHA-256 `{corpus["sha256"]}`.
-The first {corpus["num_training_chars"]:,} characters were trained on, the last {corpus["num_validation_chars"]:,} were held
-out: they chose the best update and gave the losses below.
+The model was trained on the first {corpus["num_training_chars"]:,} characters. The last {corpus["num_validation_chars"]:,} were held out: the best
+update was chosen by its loss on them, and the losses below are measured on them.
 
 ## Quality
 
-| on the held-out text, state carried through all of it | |
+| loss on the held-out text, with the state carried through the whole text | |
 |---|---|
 | nats per character | {losses["validation_nats_per_char"]:.4f} |
 | bits per character | {losses["validation_bits_per_char"]:.4f} |
 
 {quantized}
-Training loss at that point, dropout on: {losses["training_nats_per_char"]:.4f} nats per character.
+Training loss at the best update, with dropout: {losses["training_nats_per_char"]:.4f} nats per character.
 {curve}
 ## How it was made
 
     {facts["command"]}
 
-Best of {run["num_updates"]:,} updates ({run["num_epochs"]:.1f} epochs) after {run["best_update"]:,}; {run["ended"]};
-{run["seconds"] / 60:.0f} minutes on {settings["threads"]} threads, {run["chars_per_s"]:,.0f} characters/s with evaluations;
-gru-serve {facts["versions"]["gru-serve"]}, torch {facts["versions"]["torch"]}.
+| run | |
+|---|---|
+| updates | {run["num_updates"]:,} ({run["num_epochs"]:.1f} epochs) |
+| best update | {run["best_update"]:,} |
+| how it ended | {run["ended"]} |
+| duration | {run["seconds"] / 60:.0f} minutes on {settings["threads"]} threads |
+| speed, evaluations included | {run["chars_per_s"]:,.0f} characters/s |
+| software | gru-serve {facts["versions"]["gru-serve"]}, torch {facts["versions"]["torch"]} |
 
 | setting | value |
 |---|---|
@@ -69,7 +85,7 @@ Prompt {facts["sample"]["prompt"]!r}, seed {facts["sample"]["seed"]}, temperatur
 
 
 def loss_curve(curve: Sequence[Evaluation]) -> bytes | None:
-    """Training and validation loss by epoch as a PNG; None where matplotlib isn't installed."""
+    """Draw training and validation loss by epoch as a PNG. Return None if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

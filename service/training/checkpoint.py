@@ -1,4 +1,7 @@
-"""A training run on disk: one safetensors file whose metadata is JSON. Whole or not there, and never executed."""
+"""The checkpoint of a training run: one safetensors file with the run's state as JSON metadata.
+
+A checkpoint is replaced atomically. Reading one executes nothing from it, as reading a pickle would.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ from service.training.hyperparameters import Hyperparameters
 
 
 class Evaluation(BaseModel):
-    """One point of the loss curve. Losses in nats a character; the training loss with dropout, since the last point."""
+    """One point of the loss curve. Losses are in nats a character."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    step: int
-    epoch: float
-    learning_rate: float
-    training_loss: float
-    validation_loss: float
+    step: int  # updates done
+    epoch: float  # epochs done
+    learning_rate: float  # of the last update
+    training_loss: float  # with dropout, mean over the updates since the previous evaluation
+    validation_loss: float  # of the averaged weights, without dropout
 
 
 class RunState(BaseModel):
-    """Everything about a run that isn't a tensor."""
+    """Everything about a run that is not a tensor."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -38,39 +41,39 @@ class RunState(BaseModel):
     charset: str
     corpus_name: str
     corpus_sha256: str
-    step: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_count: int = 0
+    step: int = 0  # updates done
+    seconds: float = 0.0  # time spent on updates and evaluations
+    loss_sum: float = 0.0  # of the updates since the last evaluation
+    loss_count: int = 0  # how many updates `loss_sum` covers
     curve: list[Evaluation] = []
-    best_step: int | None = None
+    best_step: int | None = None  # of the evaluation with the lowest validation loss; None before the first evaluation
     finished: bool = False
 
     @property
     def best_loss(self) -> float:
-        """The lowest validation loss so far, infinity before the first evaluation."""
+        """The lowest validation loss so far; infinity before the first evaluation."""
         return min((point.validation_loss for point in self.curve), default=float("inf"))
 
 
 def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Replace the checkpoint at `path` in one step: a crash leaves the old one or the new one.
+    """Write the checkpoint at `path`, atomically: after a crash the file is either the old one or the new one.
 
     Raises InvalidCheckpoint if it can't be written.
     """
-    aside = path.with_name(path.name + ".part")
+    temporary = path.with_name(path.name + ".part")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, aside, metadata={"run": state.model_dump_json()})
-        fsync(aside)
-        os.replace(aside, path)
+        save_file(contiguous, temporary, metadata={"run": state.model_dump_json()})
+        fsync(temporary)
+        os.replace(temporary, path)
         fsync(path.parent)
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't write the checkpoint {path}: {_brief(error)}") from error
 
 
 def read_state(path: Path) -> RunState:
-    """The run that a checkpoint holds, without its tensors. Raises InvalidCheckpoint."""
+    """Read the state of a run without its tensors. Raises InvalidCheckpoint if `path` holds no intact checkpoint."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -78,26 +81,32 @@ def read_state(path: Path) -> RunState:
     except FileNotFoundError as error:
         raise InvalidCheckpoint(f"there is no checkpoint at {path}") from error
     except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
-        raise InvalidCheckpoint(f"{path} is not a checkpoint of this version: {_brief(error)}") from error
+        raise InvalidCheckpoint(f"{path} is damaged or not a checkpoint of this version: {_brief(error)}") from error
 
 
-def read_tensors(path: Path, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, which must have the names, shapes and dtypes of `like`."""
-    found: dict[str, torch.Tensor] = {}
+def read_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Read the tensors of a checkpoint.
+
+    Raises InvalidCheckpoint if their names, shapes and dtypes are not those of `expected`, or the file is damaged.
+    """
+    tensors: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            if names != set(like):
-                raise InvalidCheckpoint(f"{path} holds other tensors than this run: {sorted(names ^ set(like))[:4]}")
-            for name, wanted in like.items():
-                if tuple(file.get_slice(name).get_shape()) != tuple(wanted.shape):
-                    raise InvalidCheckpoint(f"{path}: tensor {name} has another shape than {tuple(wanted.shape)}")
-                found[name] = file.get_tensor(name)
-                if found[name].dtype != wanted.dtype:
-                    raise InvalidCheckpoint(f"{path}: tensor {name} is not {wanted.dtype}")
+            if names != set(expected):
+                differences = sorted(names ^ set(expected))[:4]
+                raise InvalidCheckpoint(
+                    f"the tensors in {path} are not those of this run; they differ in {differences}"
+                )
+            for name, template in expected.items():
+                if tuple(file.get_slice(name).get_shape()) != tuple(template.shape):
+                    raise InvalidCheckpoint(f"{path}: the shape of tensor {name} is not {tuple(template.shape)}")
+                tensors[name] = file.get_tensor(name)
+                if tensors[name].dtype != template.dtype:
+                    raise InvalidCheckpoint(f"{path}: the dtype of tensor {name} is not {template.dtype}")
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
-    return found
+    return tensors
 
 
 def _brief(error: Exception) -> str:

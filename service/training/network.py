@@ -1,4 +1,4 @@
-"""The loss of one window of text, through the fast scan, with dropout. The weights are those of `GRUCharModel`."""
+"""The network in training: the loss of a window of text, computed with the fast scan, and the initial weights."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from service.model.gru import GRUCharModel
-from service.training.dropout import drop
+from service.training.randomness import drop, seeded_generator
 from service.training.scan import ScanBuffers, gru_scan
-from service.training.seeding import generator
 
 
 @dataclass(frozen=True)
 class DropoutRates:
-    """Probabilities of dropping on the way in, inside the recurrence and on the way out."""
+    """The probabilities of dropout."""
 
-    input: float = 0.0
-    recurrent: float = 0.0
-    output: float = 0.0
+    input: float = 0.0  # of an element of a character's embedding
+    recurrent: float = 0.0  # of a recurrent weight, for the whole window
+    output: float = 0.0  # of an element of a layer's output
 
 
 class WindowLoss:
-    """Computes losses of windows of one model; owns the buffers that its scans work in.
+    """Computes the losses of windows of text with the weights of one `GRUCharModel`, and owns the scans' buffers.
 
-    product_dtype: of the large products; the weights' own dtype gives exact arithmetic in that dtype.
+    Large products are computed in `product_dtype`. With the weights' own dtype nothing is rounded in between.
     """
 
     def __init__(self, model: GRUCharModel, product_dtype: torch.dtype) -> None:
@@ -41,27 +40,34 @@ class WindowLoss:
         rates: DropoutRates = DropoutRates(),
         draws: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(T + 1, B) int64 characters and (L, B, H) hidden -> loss of each target (T * B,), nats; (L, B, H) hidden.
+        """Return the loss of each target, (T * B,) in nats, and the hidden state after the window, (L, B, H).
 
-        draws: makes the dropout masks, in a fixed order; needed for rates above 0.
+        Args:
+            window: (T + 1, B) int64, the characters. Each row holds the targets of the row before it.
+            hidden: (L, B, H), the state before the window.
+            rates: of dropout.
+            draws: the generator of the dropout masks, which are drawn in a fixed order. Needed for rates above 0.
         """
         model, gru = self.model, self.model.gru
         ids, targets = window[:-1], window[1:]
         steps, batch = ids.shape
-        last: list[Tensor] = []
-        states = hidden  # of no meaning before the first layer
+        final_states: list[Tensor] = []
+        states = hidden  # a placeholder: the first layer reads the embeddings
         for layer in range(gru.num_layers):
             weight_ih, weight_hh, bias_ih, bias_hh = gru.all_weights[layer]
             units = weight_hh.shape[1]
-            # The biases of r and z go with the input; that of n belongs inside the reset gate.
+            # The hidden biases of r and z are added to the input gates; that of n belongs inside the reset gate.
             bias = bias_ih + torch.cat((bias_hh[: 2 * units], bias_hh.new_zeros(units)))
             weight_in, bias = weight_ih.roll(units, 0), bias.roll(units, 0)  # r, z, n -> n, r, z
             index = None
             if layer == 0 and rates.input == 0:
-                gates, index = F.linear(model.embedding.weight, weight_in, bias), ids  # (V, 3H), folded
+                gates, index = (
+                    F.linear(model.embedding.weight, weight_in, bias),
+                    ids,
+                )  # (V, 3H), one row for each character
             else:
-                below = drop(states, rates.output, draws) if layer else drop(model.embedding(ids), rates.input, draws)
-                gates = self._linear(below, weight_in, bias)  # (T, B, 3H)
+                inputs = drop(states, rates.output, draws) if layer else drop(model.embedding(ids), rates.input, draws)
+                gates = self._linear(inputs, weight_in, bias)  # (T, B, 3H)
             states, final = gru_scan(
                 gates,
                 index,
@@ -70,11 +76,11 @@ class WindowLoss:
                 bias_hh[2 * units :],
                 self._buffer(layer, steps, batch, units, weight_hh.dtype),
             )  # (T, B, H), (B, H)
-            last.append(final)
+            final_states.append(final)
         outputs = drop(states, rates.output, draws)
         logits = self._linear(outputs, model.dense.weight, model.dense.bias).to(model.dense.weight.dtype)
         loss = F.cross_entropy(logits.view(steps * batch, -1), targets.reshape(-1), reduction="none")
-        return loss, torch.stack(last)
+        return loss, torch.stack(final_states)
 
     def _linear(self, rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = self.product_dtype
@@ -88,10 +94,12 @@ class WindowLoss:
 
 
 def initialise(model: GRUCharModel, seed: int) -> None:
-    """Set starting weights: orthogonal recurrences keep the state's scale over many steps, and an update gate that
-    begins open to the past (bias +1) lets gradients through them.
+    """Set the initial weights, which depend only on the sizes and the seed.
+
+    Orthogonal recurrent weights keep the scale of the state over many steps. A bias of +1 makes the update gate carry
+    most of the old state at first, which lets gradients pass through many steps.
     """
-    draws = generator(seed, "weights")
+    draws = seeded_generator(seed, "weights")
     with torch.no_grad():
         nn.init.normal_(model.embedding.weight, generator=draws)
         for weight_ih, weight_hh, bias_ih, bias_hh in model.gru.all_weights:
@@ -107,7 +115,7 @@ def initialise(model: GRUCharModel, seed: int) -> None:
 
 
 def product_dtype(precision: str) -> torch.dtype:
-    """The dtype of large products: `auto` takes bfloat16 where the processor multiplies it directly."""
+    """Return the dtype of large products. `auto` means bfloat16 if the processor multiplies it directly."""
     if precision == "auto":
         fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return torch.bfloat16 if fast else torch.float32

@@ -1,4 +1,4 @@
-"""From a run's best weights to a published version: measured, described, sampled."""
+"""Publishes the best weights of a run: measures them, chooses the serving precision, and writes the model card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from service.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that the model wrote, for its card."""
+    """A text that the model generated, for its card."""
 
     prompt: str
     seed: int
@@ -34,16 +34,16 @@ class Sample:
 
 
 class Serving(Protocol):
-    """The arithmetic that the model will be served with; given from outside, because training doesn't know engines."""
+    """Computes as the server will. The command line passes it in, because this package may not import the engine."""
 
     def loss(
         self, config: ModelConfig, tensors: Tensors, precision: Precision, ids: Ids, progress: Callable[[int], object]
     ) -> float:
-        """Nats a character of a text (n,) int64."""
+        """Return the loss of a text (n,) int64 in nats a character. Calls `progress` with numbers of characters."""
         ...  # pragma: no cover
 
     def sample(self, config: ModelConfig, tensors: Tensors, precision: IntegerPrecision, held_out: str) -> Sample:
-        """A text that begins as the held-out one does."""
+        """Generate a text from a prompt that is the beginning of `held_out`."""
         ...  # pragma: no cover
 
 
@@ -57,11 +57,23 @@ def publish_run(
     serving: Serving,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ModelVersion:
-    """Publish the best weights of a run so far as a new version of `name`.
+    """Publish the weights with the lowest validation loss so far as a new version of `name`.
 
-    command, ended: how the run was started and how it ended, for the card. The held-out text is read once in each
-    precision, and the smallest that costs next to nothing becomes the version's serving precision. progress: gets
-    numbers of characters meanwhile. Raises StoreError.
+    The held-out text is measured in every precision. The version's serving precision is the one with the fewest bits
+    whose loss is almost that of float32.
+
+    Args:
+        store: gets the new version.
+        name: of the model.
+        corpus: that the run was trained on.
+        trainer: of the run, finished or not.
+        command: that repeats the run, for the card.
+        ended: how the run ended, for the card.
+        serving: measures the weights and generates the sample.
+        progress: is called with the number of characters measured since its last call.
+
+    Raises:
+        StoreError: the run has had no evaluation yet, or the store can't write the version.
     """
     if trainer.state.best_step is None:
         raise StoreError("there is nothing to publish: the run ended before its first evaluation")
@@ -70,8 +82,9 @@ def publish_run(
     held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_ids.numpy()
     precisions: tuple[Precision, ...] = ("float32", "int8", "int4")
     losses = {precision: serving.loss(config, tensors, precision, ids, progress) for precision in precisions}
-    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, choose_precision(losses), held_out))
-    facts["serving_precision"] = choose_precision(losses)
+    serving_precision = choose_precision(losses)
+    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, serving_precision, held_out))
+    facts["serving_precision"] = serving_precision
     facts["losses"] |= {
         "validation_nats_per_char": losses["float32"],
         "validation_bits_per_char": losses["float32"] / math.log(2),
@@ -90,6 +103,7 @@ def publish_run(
 
 
 def _facts(trainer: Trainer, corpus: Corpus, command: str, ended: str, sample: Sample) -> dict[str, Any]:
+    """Collect what `training.json` holds, except the losses that `publish_run` measures."""
     state, settings = trainer.state, trainer.settings
     training, held_out = corpus.split(settings.validation_fraction)
     best = next(point for point in state.curve if point.step == state.best_step)

@@ -1,13 +1,13 @@
-"""One GRU layer over a whole window of characters, forwards and backwards, faster on a CPU than `nn.GRU` + autograd.
+"""One GRU layer over a window of B streams and T steps, forward and backward, faster on a CPU than `nn.GRU` + autograd.
 
-What makes it fast, B rows and T steps at a time:
+Why it is fast:
 
-- products in `product_dtype` (bfloat16 doubles float32's rate where the CPU has it), state and gates in float32;
-- the input side of the gates arrives ready made, for the first layer as rows of a (V, 3H) table that is folded once a
-  window: an embedding and its product depend on the character only;
-- the backward loop forms only what the recurrence needs, the gradient of the gates; the gradient of the recurrent
-  weights is one product over all T * B rows afterwards;
-- every buffer is allocated once and used again: fresh memory of this size costs more in page faults than the gates do.
+- Products use `product_dtype`; state and gates are float32. bfloat16 doubles the rate of float32 if the CPU has it.
+- The input gates are computed beforehand. For the first layer they are rows of a (V, 3H) table that is computed once a
+  window, because an embedding and its product with the input weights depend only on the character.
+- The backward loop computes only the gradient of the gates, which the recurrence needs. The gradient of the recurrent
+  weights is one product over all T * B rows after the loop.
+- Every buffer is allocated once and reused: page faults of new memory of this size cost more than the gates do.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 class ScanBuffers:
-    """Working memory of one layer: what the forward pass leaves for the backward pass, and its scratch space.
+    """Working memory of one layer: what the backward pass needs from the forward pass, and scratch space.
 
-    One forward pass may be under way at a time: its backward pass has to come before the next forward pass.
+    Each forward pass overwrites it, so the backward pass of a window must run before the next forward pass.
     """
 
     def __init__(self, steps: int, batch: int, units: int, dtype: torch.dtype, product_dtype: torch.dtype) -> None:
@@ -38,15 +38,15 @@ class ScanBuffers:
         def product(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=product_dtype)
 
-        self.hidden = real(steps + 1, batch, units)  # state before step t at [t]
-        self.hidden_product = product(steps + 1, batch, units)  # the same, as it enters products
+        self.hidden = real(steps + 1, batch, units)  # [t] is the state before step t
+        self.hidden_product = product(steps + 1, batch, units)  # the same in the products' dtype
         self.reset_update = real(steps, batch, 2 * units)  # r | z
         self.candidate = real(steps, batch, units)  # n
         self.candidate_hidden = real(steps, batch, units)  # W_hn h + b_hn
         self.input_gates = real(batch, 3 * units)
         self.hidden_gates = product(batch, 3 * units)
-        # Of n before its tanh, of r and z before their sigmoids, and of W_hn h + b_hn: the first three are the input's,
-        # the last three the state's.
+        # Gradients, in this order, of n before its tanh, of r and z before their sigmoids, and of W_hn h + b_hn. The
+        # first three belong to the input gates, the last three to the hidden gates.
         self.gate_grads = product(steps, batch, 4 * units)
         self.grad_candidate = real(batch, units)
         self.grad_reset_update = real(batch, 2 * units)
@@ -58,15 +58,19 @@ class ScanBuffers:
 def gru_scan(
     gates: Tensor, index: Tensor | None, hidden: Tensor, weight_hh: Tensor, bias_hn: Tensor, buffers: ScanBuffers
 ) -> tuple[Tensor, Tensor]:
-    """States (T, B, H) after every step, and the last hidden state (B, H), of one layer.
+    """Return the states of one layer after every step, (T, B, H), and its last hidden state, (B, H).
 
-    gates: what the input adds to the gates in the order n, r, z, all biases but `bias_hn` included: (V, 3H) with
-        `index` (T, B) int64 choosing the row of every step, or (T, B, 3H) in the products' dtype with `index` None.
-    hidden: (B, H), the state before the first step; no gradient flows into it (truncated backpropagation).
-    weight_hh: (3H, H) recurrent weights; bias_hn: (H,), the bias inside the reset gate.
+    The states are in the products' dtype, and a view of `buffers` that the next forward pass overwrites. The last
+    hidden state is a copy and carries no gradient.
 
-    The states are in the products' dtype, a view of `buffers` that the next forward pass overwrites. The last hidden
-    state is a copy and carries no gradient.
+    Args:
+        gates: the input gates in the order n, r, z, with all biases except `bias_hn`. Either (V, 3H), a row for each
+            character, with `index`; or (T, B, 3H) in the products' dtype, without.
+        index: (T, B) int64, the row of `gates` for every step; None if `gates` already has a row for every step.
+        hidden: (B, H), the state before the first step. It gets no gradient (truncated backpropagation).
+        weight_hh: (3H, H), the recurrent weights in the order r, z, n.
+        bias_hn: (H,), the bias inside the reset gate.
+        buffers: the layer's working memory.
     """
     result: tuple[Tensor, Tensor] = _GRUScan.apply(  # type: ignore[no-untyped-call]
         gates, index, hidden, weight_hh, bias_hn, buffers
@@ -75,7 +79,7 @@ def gru_scan(
 
 
 class _GRUScan(torch.autograd.Function):
-    """`gru_scan`, forwards and backwards."""
+    """`gru_scan` as an operation of autograd."""
 
     @staticmethod
     def forward(
@@ -147,8 +151,10 @@ class _GRUScan(torch.autograd.Function):
 
 
 def _input_grads(gate_grads: Tensor, ctx: Any) -> Tensor:
-    """Gradient of `gates`. Rows of a table gather theirs by a product with the one-hot ids: exact sums in float32
-    inside the product, where index_add in bfloat16 would round after every row.
+    """Return the gradient of `gates`.
+
+    The gradient of a table is a product with the one-hot ids. The product sums in float32, while `index_add` in
+    bfloat16 would round after every row.
     """
     num_gates = gate_grads.shape[1] // 4 * 3
     if ctx.index is None:

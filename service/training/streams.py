@@ -1,4 +1,4 @@
-"""A text to train on, cut into streams that are read side by side."""
+"""The training text as streams that are read side by side."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidCorpus
-from service.training.seeding import generator
+from service.training.randomness import seeded_generator
 
 
 class Streams:
-    """A text as B streams of characters read side by side, each one unbroken, in windows of T steps.
+    """A text, divided into B streams of equal length that are read side by side in windows of T characters.
 
-    Every epoch begins elsewhere in the text (fewer than T characters later), so that windows and streams break at
-    different places; where, follows from the seed and the epoch alone.
+    Each stream is an unbroken part of the text. Every epoch starts at another offset of fewer than T characters, so
+    that windows and streams break at different places. The offset depends only on the seed and the epoch.
+
+    Raises InvalidCorpus for a text that is too short for one window of every stream.
     """
 
     def __init__(self, ids: Tensor, batch: int, steps: int, seed: int) -> None:
-        self.ids, self.batch, self.steps, self.seed = ids, batch, steps, seed
+        self.ids = ids  # (n,) int64
+        self.batch = batch  # B
+        self.steps = steps  # T
+        self.seed = seed
         self.windows_per_epoch = (len(ids) - steps) // (batch * steps)
         if self.windows_per_epoch < 1:
             needed = batch * steps + steps
@@ -27,12 +32,12 @@ class Streams:
                 param="corpus",
             )
 
-    def window(self, epoch: int, place: int) -> Tensor:
-        """(T + 1, B) int64: the characters of window `place` of an epoch and, one row down, those that follow them."""
-        length = self.windows_per_epoch * self.steps  # characters that a stream is stepped over; one more is a target
-        begins = self._start(epoch) + torch.arange(self.batch) * length  # (B,)
-        offsets = place * self.steps + torch.arange(self.steps + 1)  # (T + 1,)
-        return self.ids[offsets[:, None] + begins]
+    def window(self, epoch: int, index: int) -> Tensor:
+        """Return window `index` of an epoch as (T + 1, B) int64: row t + 1 holds the targets of the inputs in row t."""
+        length = self.windows_per_epoch * self.steps  # characters that a stream reads; one more is only a target
+        starts = self._offset(epoch) + torch.arange(self.batch) * length  # (B,)
+        positions = index * self.steps + torch.arange(self.steps + 1)  # (T + 1,)
+        return self.ids[positions[:, None] + starts]
 
-    def _start(self, epoch: int) -> int:
-        return int(torch.randint(self.steps, (1,), generator=generator(self.seed, "epoch", epoch)))
+    def _offset(self, epoch: int) -> int:
+        return int(torch.randint(self.steps, (1,), generator=seeded_generator(self.seed, "epoch", epoch)))

@@ -1,7 +1,7 @@
-"""The training loop: window after window, evaluating, keeping the best, able to stop and go on anywhere.
+"""The training loop: updates, evaluations, the best weights, and checkpoints from which a run can be resumed.
 
-Everything random in update number s comes from a generator seeded with (seed, s), and where an epoch begins from (seed,
-epoch): a run that goes on from a checkpoint draws what it would have drawn without the interruption.
+A resumed run gives the same result, bit for bit, as one that was never interrupted. For this, everything random in
+update s comes from a generator seeded with (seed, s), and the offset of an epoch from one seeded with (seed, epoch).
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
-from service.training.averaging import WeightAverage
 from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
 from service.training.corpus import Corpus
+from service.training.evaluation import streamed_loss
 from service.training.hyperparameters import Hyperparameters
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
-from service.training.schedule import learning_rate
-from service.training.seeding import generator
+from service.training.optimisation import WeightAverage, learning_rate
+from service.training.randomness import seeded_generator
 from service.training.streams import Streams
-
-_EVAL_STREAMS = 64
-_EVAL_WARMUP = 256  # characters read before a stream's losses count, so that its state is as if carried from afar
-_EVAL_STEPS = 128
 
 
 class Progress(Protocol):
-    """What a run tells whoever watches it."""
+    """Receives the progress of a run, on the thread that trains."""
 
     def updated(self, step: int, loss: float) -> None:
-        """After update `step`, with its loss in nats a character."""
+        """Called after update `step` (counted from 1) with its loss in nats a character."""
 
     def evaluated(self, point: Evaluation, is_best: bool) -> None:
-        """After an evaluation."""
+        """Called after every evaluation. `is_best` says whether it has the lowest validation loss so far."""
 
 
 class Trainer:
-    """One training run over one corpus, from the beginning or from a checkpoint."""
+    """A training run over one corpus, started anew or resumed from a checkpoint.
+
+    Raises InvalidCorpus if the text is too short for the settings, InvalidCharset, and UnknownCharacters if the text
+    has characters outside the charset and the settings say that this is an error.
+    """
 
     def __init__(self, corpus: Corpus, settings: Hyperparameters, checkpoint: Path) -> None:
         settings = _resolve(settings)
@@ -52,7 +52,10 @@ class Trainer:
         charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
         training, validation = corpus.split(settings.validation_fraction)
         if len(validation) < 2:
-            raise InvalidCorpus(f"{corpus.name} is too short to hold out a part for validation", param="corpus")
+            raise InvalidCorpus(
+                f"{corpus.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
+                param="corpus",
+            )
         ids = torch.from_numpy(charset.encode(training, settings.unknown_chars))
         self.validation_ids = torch.from_numpy(charset.encode(validation, settings.unknown_chars))
         self.streams = Streams(ids, settings.batch_size, settings.sequence_length, settings.seed)
@@ -64,10 +67,10 @@ class Trainer:
         )
         self.model = GRUCharModel(config)
         initialise(self.model, settings.seed)
-        self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
+        self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # as trained, not averaged
         self.average = WeightAverage(list(self.weights.values()), settings.average_decay)
-        self.best = [weight.clone() for weight in self.average.weights]
-        self.hidden = self.model.initial_hidden(settings.batch_size)
+        self.best = [weight.clone() for weight in self.average.weights]  # the average at the best evaluation
+        self.hidden = self.model.initial_hidden(settings.batch_size)  # (L, B, H), carried from window to window
         decayed = [weight for weight in self.weights.values() if weight.dim() > 1]
         biases = [weight for weight in self.weights.values() if weight.dim() == 1]
         self.optimizer = torch.optim.AdamW(
@@ -76,6 +79,7 @@ class Trainer:
             betas=(settings.beta1, settings.beta2),
             fused=True,
         )
+        # AdamW's means of the gradient and of its square.
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
         self._window_loss = WindowLoss(self.model, product_dtype(settings.precision))
         self.state = RunState(
@@ -88,20 +92,22 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Updates of the whole run."""
+        """The number of updates of the whole run, unless it stops early."""
         return self.settings.epochs * self.streams.windows_per_epoch
 
     @property
     def eval_interval(self) -> int:
-        """Updates between two evaluations."""
+        """The number of updates between two evaluations."""
         return self.settings.eval_interval or self.streams.windows_per_epoch
 
     def restore(self, state: RunState) -> None:
-        """Go on where the checkpoint stands. Raises InvalidCheckpoint if it is of another run."""
-        mine = self.state
-        if state.corpus_sha256 != mine.corpus_sha256:
+        """Continue the run of the checkpoint, whose state `read_state` returned.
+
+        Raises InvalidCheckpoint if the checkpoint belongs to another corpus or has other settings, or is damaged.
+        """
+        if state.corpus_sha256 != self.state.corpus_sha256:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to another corpus, {state.corpus_name}")
-        if state.settings != mine.settings or state.charset != mine.charset:
+        if state.settings != self.state.settings or state.charset != self.state.charset:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with other settings")
         tensors = self._tensors()
         with torch.no_grad():
@@ -111,51 +117,54 @@ class Trainer:
         self._attach_moments()
 
     def run(self, progress: Progress, stopped: Callable[[], bool] = lambda: False) -> bool:
-        """Train to the end, to early stopping or until `stopped()`; True if the run is finished.
+        """Train until the run is finished or `stopped()` returns True. Return whether the run is finished.
 
-        Writes the checkpoint at the start, at every evaluation and when stopped. Raises TrainingDiverged, and
-        InvalidCheckpoint if it can't be written; the best weights are there in either case.
+        A run is finished after its last update, or when early stopping ends it. The checkpoint is written at the
+        start, after every evaluation and when the run is stopped.
+
+        Raises TrainingDiverged if a loss is not finite, and InvalidCheckpoint if the checkpoint can't be written.
+        `best_weights` stays available after either.
         """
         state, per_epoch = self.state, self.streams.windows_per_epoch
         torch.set_num_threads(self.settings.threads)
         if state.step == 0:
-            self.save()  # a place that can't be written to is found out now, and not after the first epoch
+            self.save()  # so that an unwritable path fails now and not after the first epoch
         while not state.finished:
             began = time.perf_counter()
-            epoch, place = divmod(state.step, per_epoch)
-            if place == 0:
+            epoch, index = divmod(state.step, per_epoch)
+            if index == 0:
                 self.hidden.zero_()
-            loss = self._update(self.streams.window(epoch, place))
+            loss = self._update(self.streams.window(epoch, index))
             if not math.isfinite(loss):
                 raise TrainingDiverged(
-                    f"the loss is {loss} in update {state.step + 1}: lower the learning rate or the gradient's norm"
+                    f"the loss is {loss} in update {state.step + 1}: lower the learning rate or clip_norm"
                 )
             state.loss_sum += loss
             state.loss_count += 1
             state.step += 1
             progress.updated(state.step, loss)
-            last = state.step >= self.total_steps
-            due = last or state.step % self.eval_interval == 0
-            if due:
-                self._evaluate(progress, last)
-            stop = stopped()
+            is_last = state.step >= self.total_steps
+            is_evaluated = is_last or state.step % self.eval_interval == 0
+            if is_evaluated:
+                self._evaluate(progress, is_last)
+            is_stopped = stopped()
             state.seconds += time.perf_counter() - began
-            if due or stop:
+            if is_evaluated or is_stopped:
                 self.save()
-            if stop:
+            if is_stopped:
                 break
         return state.finished
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Name -> weight of the best evaluation so far, float32."""
+        """Return copies of the averaged weights, float32 by name, that had the lowest validation loss so far."""
         return {name: weight.clone() for name, weight in zip(self.weights, self.best, strict=True)}
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint. Raises InvalidCheckpoint if that fails."""
         save_checkpoint(self.checkpoint, self.state, self._tensors())
 
     def validation_loss(self) -> float:
-        """Nats a character of the averaged weights on the held-out text, read as streams side by side."""
+        """Return the loss of the averaged weights on the held-out text, in nats a character."""
         trained = [weight.detach().clone() for weight in self.weights.values()]
         with torch.no_grad():
             torch._foreach_copy_(list(self.weights.values()), self.average.weights)
@@ -169,7 +178,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rates = DropoutRates(settings.input_dropout, settings.recurrent_dropout, settings.output_dropout)
-        losses, hidden = self._window_loss(window, self.hidden, rates, generator(settings.seed, "update", step))
+        draws = seeded_generator(settings.seed, "update", step)
+        losses, hidden = self._window_loss(window, self.hidden, rates, draws)
         loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -179,7 +189,7 @@ class Trainer:
         self.average.update(list(self.weights.values()), step + 1)
         return loss.item()
 
-    def _evaluate(self, progress: Progress, last: bool) -> None:
+    def _evaluate(self, progress: Progress, is_last: bool) -> None:
         state, settings = self.state, self.settings
         loss = self.validation_loss()
         if not math.isfinite(loss):
@@ -198,11 +208,11 @@ class Trainer:
             state.best_step = state.step
             torch._foreach_copy_(self.best, self.average.weights)
         since_best = len(state.curve) - 1 - min(range(len(state.curve)), key=lambda i: state.curve[i].validation_loss)
-        state.finished = last or (settings.patience > 0 and since_best >= settings.patience)
+        state.finished = is_last or (settings.patience > 0 and since_best >= settings.patience)
         progress.evaluated(point, is_best)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Every tensor of the run by name; the live ones, so that copying into them restores it."""
+        """Return the tensors of the run by name. They are no copies: overwriting their values restores a run."""
         tensors: dict[str, Tensor] = {"hidden": self.hidden}
         for index, (name, weight) in enumerate(self.weights.items()):
             mean, square = self.moments[name]
@@ -214,7 +224,7 @@ class Trainer:
         return tensors
 
     def _attach_moments(self) -> None:
-        """Give the optimiser its moments, which live here so that a checkpoint finds them by name."""
+        """Let the optimiser use `self.moments`, which are stored by name so that a checkpoint can hold them."""
         for name, weight in self.weights.items():
             mean, square = self.moments[name]
             step = torch.tensor(float(self.state.step))
@@ -222,38 +232,13 @@ class Trainer:
 
 
 def _resolve(settings: Hyperparameters) -> Hyperparameters:
-    """The settings with what depends on the machine written out: the run can go on, or be done again, elsewhere."""
+    """Replace `threads` 0 and `precision` auto by what they mean on this machine.
+
+    The run can then be resumed, or repeated, on another machine with the same result.
+    """
     return settings.model_copy(
         update={
             "threads": settings.threads or torch.get_num_threads(),
             "precision": "bfloat16" if product_dtype(settings.precision) == torch.bfloat16 else "float32",
         }
     )
-
-
-def streamed_loss(window_loss: WindowLoss, ids: Tensor) -> float:
-    """Mean nats a character of a text (n,) int64, from its second character on.
-
-    The text is read as up to 64 streams side by side, each one after `_EVAL_WARMUP` characters that precede it and
-    don't count: quick, and within 0.0002 of carrying the state through the whole text (`evaluate.py` does that).
-    """
-    num_targets = len(ids) - 1
-    batch = max(1, min(_EVAL_STREAMS, num_targets // _EVAL_WARMUP))
-    length = -(-num_targets // batch)
-    ends = torch.arange(1, batch + 1) * length  # (B,) index of each stream's last target
-    window = torch.arange(-_EVAL_WARMUP - length, 1)[:, None] + ends  # (warm-up + length + 1, B)
-    counted = torch.zeros_like(window, dtype=torch.bool)
-    counted[_EVAL_WARMUP + 1 :] = True
-    counted &= (window >= 1) & (window <= num_targets)
-    padded = ids[window.clamp(0, num_targets)]
-    hidden = window_loss.model.initial_hidden(batch)
-    total = 0.0
-    for start in range(0, len(padded) - 1, _EVAL_STEPS):
-        part = padded[start : start + _EVAL_STEPS + 1]
-        # A stream that begins before the text begins: its state stays zero until the text does.
-        losses, hidden = window_loss(part, hidden)
-        keep = counted[start + 1 : start + 1 + len(part) - 1].reshape(-1)
-        total += float(losses[keep].double().sum())
-        before = window[start + len(part) - 1] <= 0
-        hidden[:, before] = 0
-    return total / num_targets

@@ -13,7 +13,7 @@ from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize
 from service.store.model_store import ModelStore
-from service.training.evaluate import text_loss
+from service.training.evaluation import text_loss
 from tests.harness.models import publish_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The fast scan and the loss over it: gradients against autograd's in float64, for every way it can be used."""
+"""The fast scan and the window loss: states and gradients are compared with autograd in float64; dropout masks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.gru import GRUCharModel
-from service.training.dropout import drop, keep_mask
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
+from service.training.randomness import drop, keep_mask
 from service.training.scan import ScanBuffers, gru_scan
 from tests.harness.models import tiny_config
 
@@ -17,7 +17,7 @@ STEPS, BATCH, UNITS, VOCAB = 7, 3, 5, 6
 
 
 def reference(gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tensor, bias_hn: Tensor) -> Tensor:
-    """The same scan left to autograd, (T, B, H)."""
+    """Return the states of the same scan, (T, B, H), with a graph for autograd."""
     states = []
     for t in range(STEPS):
         x_n, x_r, x_z = (gates[t] if index is None else gates[index[t]]).chunk(3, dim=1)
@@ -30,7 +30,7 @@ def reference(gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tenso
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_states_and_gradients_agree_with_autograd(with_index: bool) -> None:
+def test_gru_scan__states_and_gradients_agree_with_autograd(with_index: bool) -> None:
     draws = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -42,18 +42,18 @@ def test_states_and_gradients_agree_with_autograd(with_index: bool) -> None:
     hidden, grad = normal(BATCH, UNITS), normal(STEPS, BATCH, UNITS)
     expected = reference(inputs[0], index, hidden, inputs[1], inputs[2])
     buffers = ScanBuffers(STEPS, BATCH, UNITS, torch.float64, torch.float64)
-    for _ in range(2):  # the second time over used buffers
+    for _ in range(2):  # the second time with used buffers
         states, last = gru_scan(inputs[0], index, hidden, inputs[1], inputs[2], buffers)
         torch.testing.assert_close(states, expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(last, expected[-1], atol=1e-12, rtol=0)
-        mine = torch.autograd.grad(states, inputs, grad)
-        theirs = torch.autograd.grad(expected, inputs, grad, retain_graph=True)
-        for one, other in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-11, rtol=0)
+        gradients = torch.autograd.grad(states, inputs, grad)
+        expected_gradients = torch.autograd.grad(expected, inputs, grad, retain_graph=True)
+        for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-11, rtol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_the_whole_gradient_agrees_with_the_reference_network(num_layers: int) -> None:
+def test_window_loss__gradients_agree_with_those_of_the_reference_network(num_layers: int) -> None:
     model = GRUCharModel(tiny_config(num_layers=num_layers)).double()
     initialise(model, 1)
     window = torch.randint(0, model.config.vocab_size, (STEPS + 1, BATCH), generator=torch.Generator().manual_seed(4))
@@ -74,7 +74,7 @@ def test_the_whole_gradient_agrees_with_the_reference_network(num_layers: int) -
         assert weight.grad.abs().max() > 0
 
 
-def test_bfloat16_products_stay_close_to_float32() -> None:
+def test_window_loss__with_bfloat16_products_stays_close_to_float32() -> None:
     model = GRUCharModel(tiny_config(num_units=128))
     initialise(model, 1)
     window = torch.randint(0, model.config.vocab_size, (33, 8))
@@ -85,30 +85,37 @@ def test_bfloat16_products_stay_close_to_float32() -> None:
     torch.testing.assert_close(rough, exact, atol=0.05, rtol=0)
 
 
-def test_dropout_is_a_function_of_the_generator() -> None:
+def test_window_loss__dropout_depends_only_on_the_generator() -> None:
     model = GRUCharModel(tiny_config(num_layers=2))
     initialise(model, 1)
     window, rates = torch.randint(0, model.config.vocab_size, (9, 4)), DropoutRates(0.2, 0.3, 0.4)
     loss = WindowLoss(model, torch.float32)
-    one, other, another = (
+    first, again, other_seed = (
         loss(window, model.initial_hidden(4), rates, torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)
     )
-    assert torch.equal(one, other)
-    assert not torch.equal(one, another)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other_seed)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.4, 0.5, 0.9])
-def test_masks_drop_at_their_rate_and_keep_the_mean(rate: float) -> None:
+def test_dropout__drops_at_its_rate_and_preserves_the_mean(rate: float) -> None:
     generator = torch.Generator().manual_seed(1)
     mask = keep_mask((1000, 1003), rate, generator)
     assert abs(mask.float().mean().item() - (1 - rate)) < 0.002
-    assert abs(mask[:, ::4].float().mean().item() - (1 - rate)) < 0.004  # every lane of the drawn words is fair
+    assert (
+        abs(mask[:, ::4].float().mean().item() - (1 - rate)) < 0.004
+    )  # each of the four parts of a 64-bit draw has the same rate
     assert abs(mask[:, 3::4].float().mean().item() - (1 - rate)) < 0.004
-    kept = drop(torch.ones(1000, 1000), rate, generator)
-    assert abs(kept.mean().item() - 1) < 0.01
+    dropped = drop(torch.ones(1000, 1000), rate, generator)
+    assert abs(dropped.mean().item() - 1) < 0.01
 
 
-def test_precisions() -> None:
+@pytest.mark.parametrize(("has_avx512_bf16", "has_amx"), [(False, False), (True, False), (False, True)])
+def test_product_dtype__auto_is_bfloat16_if_the_processor_supports_it(
+    monkeypatch: pytest.MonkeyPatch, has_avx512_bf16: bool, has_amx: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     assert product_dtype("float32") == torch.float32
     assert product_dtype("bfloat16") == torch.bfloat16
-    assert product_dtype("auto") in (torch.float32, torch.bfloat16)
+    assert product_dtype("auto") == (torch.bfloat16 if has_avx512_bf16 or has_amx else torch.float32)

@@ -165,8 +165,8 @@ def test_docs__list_exactly_the_metrics_that_exist(fresh: FlaskClient) -> None:
     stream = fresh.post("/v1/completions", json={"prompt": "R", "stream": True})
     stream.get_data()
     stream.close()
-    fresh.application.extensions["gru_serve_metrics"].store.took("load", 0.001)
-    fresh.application.extensions["gru_serve_metrics"].store.failed("load")
+    fresh.application.extensions["gru_serve_metrics"].store.observe("load", 0.001)
+    fresh.application.extensions["gru_serve_metrics"].store.count_failure("load")
     fresh.get("/metrics")  # a scrape counts itself, so it is in the next one
     for family in text_string_to_metric_families(fresh.get("/metrics").text):
         assert family.samples, family.name

@@ -1,4 +1,4 @@
-"""What takes part in a comparison of characters/s: each generates with a number of rows and threads for a while."""
+"""Ways of generating text that are compared by characters/s, each with a number of rows and of threads."""
 
 from __future__ import annotations
 
@@ -21,75 +21,77 @@ from service.model.quantize import IntegerPrecision, quantize
 from service.store.model_store import ModelStore
 
 BASELINE = "forty lines of torch"
-_STEPS = 8  # between two looks at the clock
+_STEPS = 8  # characters of each text between two readings of the clock
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """turn: generate for so many seconds, and return characters/s of all rows together."""
+class Candidate:
+    """A way of generating text."""
 
-    what: str
-    rows: int
+    what: str  # its name in a table
+    rows: int  # texts that it generates side by side
     threads: int
-    turn: Callable[[float], float]
+    turn: Callable[[float], float]  # generates for a number of seconds; returns characters/s of all rows together
 
 
 @dataclass(frozen=True)
 class Measured:
-    """rates: characters/s of a contestant in each round."""
+    """The results of a candidate."""
 
     what: str
     rows: int
     threads: int
-    rates: list[float]
+    rates: list[float]  # characters/s of all rows together, in each round
 
     @property
     def rate(self) -> float:
-        """The median of the rounds."""
+        """The median rate of the rounds."""
         return statistics.median(self.rates)
 
     def ratios(self, other: Measured) -> list[float]:
-        """How many times as fast as the other it was in each round."""
-        return [mine / its for mine, its in zip(self.rates, other.rates, strict=True)]
+        """Return, for each round, how many times as fast as the other candidate this one was."""
+        return [rate / other_rate for rate, other_rate in zip(self.rates, other.rates, strict=True)]
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """The model that everybody generates with. directory: its config.json and model.safetensors."""
+    """The model with which all candidates generate."""
 
-    ref: str
-    directory: Path
+    ref: str  # name@version
+    directory: Path  # of its config.json and model.safetensors
     artifact: Artifact
-    precision: IntegerPrecision
+    precision: IntegerPrecision  # of the torch stepper
 
     @classmethod
     def load(cls, model: str, model_store: Path, precision: IntegerPrecision | None) -> Shipped:
-        """Precision None: the one that it is served in."""
+        """Load a model from the store. With `precision` None it has the precision in which it is served."""
         version, artifact = ModelStore(model_store).load(model)
         return cls(version.ref, version.path, artifact, precision or artifact.training.serving_precision)
 
-    def contestants(self, rows: Sequence[int], threads: Sequence[int]) -> list[Contestant]:
-        """The torch stepper and the baseline, for each number of rows and threads."""
+    def candidates(self, rows: Sequence[int], threads: Sequence[int]) -> list[Candidate]:
+        """Return the torch stepper and the baseline, for each number of rows and of threads."""
         stepper = TorchStepper(quantize(self.artifact.config, self.artifact.tensors, self.precision))
         forty_lines = self.forty_lines()
-        found = []
-        for number in rows:
-            found += [Contestant(self.stepper_name, number, t, stepper_turn(stepper, number, t)) for t in threads]
-            found += [Contestant(BASELINE, number, t, baseline_turn(forty_lines, number, t)) for t in threads]
-        return found
+        candidates = []
+        for num_rows in rows:
+            candidates += [
+                Candidate(self.stepper_name, num_rows, t, stepper_turn(stepper, num_rows, t)) for t in threads
+            ]
+            candidates += [Candidate(BASELINE, num_rows, t, baseline_turn(forty_lines, num_rows, t)) for t in threads]
+        return candidates
 
     def forty_lines(self) -> FortyLines:
-        """The baseline with this model's weights."""
+        """Return the baseline with this model's weights."""
         return FortyLines(self.artifact.config, self.artifact.tensors)
 
     @property
     def stepper_name(self) -> str:
-        """Our stepper in a table."""
+        """The name of the torch stepper in a table."""
         return f"torch stepper, {self.precision}"
 
 
 def stepper_turn(stepper: Stepper, num_rows: int, threads: int) -> Callable[[float], float]:
-    """A stepper's turns go on with the same texts."""
+    """Return a turn of a stepper. All its turns continue the same texts."""
     texts = Texts(stepper, num_rows)
 
     def turn(seconds: float) -> float:
@@ -100,7 +102,7 @@ def stepper_turn(stepper: Stepper, num_rows: int, threads: int) -> Callable[[flo
 
 
 def baseline_turn(model: FortyLines, num_rows: int, threads: int) -> Callable[[float], float]:
-    """The baseline's turns go on with the same texts."""
+    """Return a turn of the baseline. All its turns continue the same texts."""
     chars = torch.zeros(num_rows, dtype=torch.int64)
     hidden = torch.zeros(num_rows, model.gru.hidden_size)
 
@@ -117,12 +119,12 @@ def baseline_turn(model: FortyLines, num_rows: int, threads: int) -> Callable[[f
     return turn
 
 
-def compete(contestants: Sequence[Contestant], rounds: int, seconds: float) -> list[Measured]:
-    """Let all of them generate in turns, `seconds` each, after a round that doesn't count."""
-    rates = in_turns([partial(c.turn, seconds) for c in contestants], rounds)
-    return [Measured(c.what, c.rows, c.threads, rate) for c, rate in zip(contestants, rates, strict=True)]
+def compare(candidates: Sequence[Candidate], rounds: int, seconds: float) -> list[Measured]:
+    """Let all candidates generate in turns, `seconds` each. A warm-up round before them is not counted."""
+    rates = in_turns([partial(c.turn, seconds) for c in candidates], rounds)
+    return [Measured(c.what, c.rows, c.threads, rate) for c, rate in zip(candidates, rates, strict=True)]
 
 
 def best_baseline(measured: Sequence[Measured], rows: int) -> Measured:
-    """The baseline with as many rows, at its better number of threads."""
+    """Return the results of the baseline with this number of rows, with its faster number of threads."""
     return max((m for m in measured if m.what == BASELINE and m.rows == rows), key=lambda m: m.rate)

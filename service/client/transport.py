@@ -1,4 +1,4 @@
-"""Calls to a server, repeated where that may help."""
+"""HTTP requests to a server, repeated when that may help."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
-_TRY_AGAIN = (429, 502, 503, 504)
+_RETRIED_STATUSES = (429, 502, 503, 504)
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class ServerError(Exception):
-    """What the server refused. status, code, param, position: of the answer, as far as it has them."""
+    """The server refused a request or failed. The fields come from its error response."""
 
     def __init__(self, status: int, error: dict[str, Any]) -> None:
         super().__init__(f"{error.get('message', 'no message')} ({status} {error.get('code')})")
-        self.status = status
-        self.code: str | None = error.get("code")
-        self.param: str | None = error.get("param")
-        self.position: int | None = error.get("position")
+        self.status = status  # 200 for an error inside a stream
+        self.code: str | None = error.get("code")  # such as session_not_found
+        self.param: str | None = error.get("param")  # the field that is at fault; None if there is none
+        self.position: int | None = error.get("position")  # of the session, in a position conflict
 
 
 class StreamBroken(Exception):
-    """An answer ended before its end."""
+    """A response ended before it was complete."""
 
 
-class Calls:
-    """A server. api_key: sent as a bearer token. timeout_s: of one connection. retry_s: how long a call is repeated
-    that meets a server which is away, overloaded, or still busy with what came before. Any number of threads may use
-    it; a session of it one at a time.
+class Transport:
+    """Sends requests to one server. Any number of threads may share it.
+
+    Args:
+        url: of the server.
+        api_key: is sent as a bearer token.
+        timeout_s: of a single connection.
+        retry_s: how long a call is repeated while the server is unreachable, overloaded or busy with an earlier call.
+
+    Raises ValueError for a URL that is not http:// or https:// with a host.
     """
 
     def __init__(
@@ -41,49 +47,56 @@ class Calls:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"not an address of a server: {url}")
+            raise ValueError(f"not the address of a server: {url}")
         self._connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._host, self._port, self._base = parts.hostname, parts.port, parts.path.rstrip("/")
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._timeout_s, self.retry_s = timeout_s, retry_s
-        self._idle: list[http.client.HTTPConnection] = []  # kept for the next call
+        self._idle: list[http.client.HTTPConnection] = []  # open connections for the next calls
 
     def call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """One call that may be repeated; the JSON of its answer. Raises ServerError."""
+        """Make a call that may safely be repeated, and return the JSON of its response. Raises ServerError."""
         return self.retrying(lambda: self._once(method, path, body))
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection, not opened yet."""
+        """Return a new connection. It opens with its first request."""
         return self._connection_class(self._host, self._port, timeout=self._timeout_s)
 
     def send(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None, **headers: str
     ) -> http.client.HTTPResponse:
-        """Send a request; its answer, of which only the head was read. Raises ServerError."""
+        """Send a request and return its response, whose body is not read yet.
+
+        Raises ServerError for an error status, and StreamBroken if the response ends within its headers.
+        """
         data = None if body is None else json.dumps(body).encode()
         connection.request(method, self._base + path, data, self._headers | headers)
         response = connection.getresponse()
+        # http.client accepts headers that end early. Every response of the server with a body has this one.
         if "Content-Type" not in response.headers and response.status != 204:
-            raise StreamBroken("the answer ended in the midst of its head")
+            raise StreamBroken("the response ended within its headers")
         if response.status >= 400:
             try:
                 error = json.loads(response.read()).get("error", {})
             except ValueError:
-                error = {"message": "what answered is not this service"}
+                error = {"message": "the response does not come from this service"}
             raise ServerError(response.status, error)
         return response
 
-    def retrying(self, attempt: Callable[[], Answer]) -> Answer:
-        """What the attempt returns, tried again for a while if the server can't do it now. Raises ServerError."""
+    def retrying(self, attempt: Callable[[], Result]) -> Result:
+        """Call `attempt` and return its result; repeat it for up to `retry_s` after errors that may pass.
+
+        Raises ServerError, OSError, HTTPException or StreamBroken: the last error, or the first that can't pass.
+        """
         pause_s, deadline = _FIRST_PAUSE_S, time.monotonic() + self.retry_s
         while True:
             try:
                 return attempt()
             except (OSError, http.client.HTTPException, StreamBroken, ServerError) as error:
                 is_final = isinstance(error, ServerError) and not (
-                    error.status in _TRY_AGAIN or error.code == "session_busy"
+                    error.status in _RETRIED_STATUSES or error.code == "session_busy"
                 )
                 if is_final or time.monotonic() + pause_s > deadline:
                     raise
@@ -91,7 +104,7 @@ class Calls:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
-        """Close idle connections. The client can be used on."""
+        """Close idle connections. Later calls open new ones."""
         while self._idle:
             self._idle.pop().close()
 
@@ -107,7 +120,7 @@ class Calls:
             raise
         self._idle.append(connection)
         try:
-            answer: dict[str, Any] = json.loads(data) if data else {}
+            document: dict[str, Any] = json.loads(data) if data else {}
         except ValueError as error:
-            raise StreamBroken("the answer is no JSON, or not all of it") from error
-        return answer
+            raise StreamBroken("the response is not JSON, or not complete") from error
+        return document
