@@ -121,7 +121,7 @@ class ActiveRun:
         else:
             transcript = before.truncate(before.position + num_left)
         if stop:
-            hidden = state_in(self._model, transcript, transcript.position, after_another=True)
+            hidden = state_in(self._model, transcript, transcript.position, already_admitted=True)
         if end.reason != "cancelled":
             run = replace(run, finish_reason=end.reason, end=transcript.position)
         return replace(self.session, hidden=hidden, transcript=transcript, run=run)

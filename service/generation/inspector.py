@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.arrays import Float16, Float32, Ids
-from service.engine.stepper import Distribution, Scores
+from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue, UnknownCharacters
 from service.generation.positions import check_within
 from service.generation.reading import read, state_at
@@ -140,7 +140,7 @@ class Inspector:
             ids, position = place.ids[part], place.position + begin
             positions = tuple(range(position + 1, position + len(ids) + 1))
             end, scored = read(
-                model, ids, hidden, position, positions, asked.num_logprobs, after_another=begin > 0
+                model, ids, hidden, position, positions, asked.num_logprobs, already_admitted=begin > 0
             )  # fmt: skip
             after = np.stack([end.checkpoints[at] for at in positions])  # (m, L, H)
             states[part] = after
@@ -154,7 +154,9 @@ class Inspector:
         position = place.position + count
         following = None
         if asked.num_logprobs is not None:
-            following = read(model, place.ids[:0], hidden, position, num_next=asked.num_logprobs, after_another=True)[0]
+            following = read(
+                model, place.ids[:0], hidden, position, num_next=asked.num_logprobs, already_admitted=True
+            )[0]
         return InspectionResult(
             model=model,
             start=place.position,

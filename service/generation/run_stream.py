@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from service.engine.pace import flush_interval
 from service.engine.stepper import FinishReason
 from service.engine.stop import StopFilter
 from service.errors import Draining
 from service.generation.active_run import ActiveRun
-from service.generation.gathering import gathering_s
 from service.sessions.session import Run, Session
 
 
@@ -46,7 +46,7 @@ class RunStream:
                 if flush_interval_s is None
                 else 0.0
                 if first
-                else gathering_s(live.engine, flush_interval_s)
+                else flush_interval(live.engine.num_open, flush_interval_s)
             )
             text = live.read(gather, idle_s)
             shown, is_over = stop_filter.feed(text), live.is_over

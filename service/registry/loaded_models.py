@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +15,12 @@ import numpy as np
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
+from service.engine.kernels import Kernel
 from service.engine.prefix_cache import PrefixCache
-from service.engine.stepper import Stepper
 from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
-from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
 from service.store.model_store import ModelStore, ModelVersion
 
@@ -32,11 +31,11 @@ _REBASE = "feed it with rebase, which names another version, to read its text in
 class EngineSettings:
     """How engines are made. Each model has one of its own.
 
-    make_stepper: the implementation. precision: None takes what the version's training found to be enough. max_running,
+    kernel: the implementation of the stepper. precision: None takes what the version's training found to be enough. max_running,
     max_waiting, stall_s: see Engine. prefix_cache_bytes: for states after prompts.
     """
 
-    make_stepper: Callable[[QuantizedGRU], Stepper]
+    kernel: Kernel
     precision: IntegerPrecision | None = None
     max_running: int = 256
     max_waiting: int = 256
@@ -52,7 +51,7 @@ class LoadedModel:
         self.charset: Charset = artifact.charset
         self.digest = artifact.digest
         self.precision: IntegerPrecision = settings.precision or artifact.training.serving_precision
-        quantized = quantize(artifact.config, artifact.tensors, self.precision)
+        stepper, quantized = settings.kernel.load(artifact.config, artifact.tensors, self.precision)
         self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
         # What has to be equal for a state of one to be a state of the other.
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
@@ -61,7 +60,7 @@ class LoadedModel:
         self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)  # (V, E), to be looked at
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
-            settings.make_stepper(quantized),
+            stepper,
             len(self.charset),
             settings.max_running,
             settings.max_waiting,

@@ -83,9 +83,9 @@ class ServiceCollector(Collector):
         yield counter("prompt_tokens", "Characters read.", lambda model: model.engine.counters.num_read)
         yield counter("generation_tokens", "Characters generated.", lambda model: model.engine.counters.num_generated)
         yield counter(
-            "prefix_cache_queries", "Characters of prompts looked up.", lambda model: model.prefixes.num_asked
+            "prefix_cache_queries", "Characters of prompts looked up.", lambda model: model.prefixes.num_queried
         )
-        yield counter("prefix_cache_hits", "Of them, those that were known.", lambda model: model.prefixes.num_known)
+        yield counter("prefix_cache_hits", "Of them, those that were known.", lambda model: model.prefixes.num_hits)
         yield histogram("batch_size", "Texts in a tick.", lambda model: model.engine.counters.batch)
         yield histogram("tick_seconds", "Length of a tick.", lambda model: model.engine.counters.tick_s)
         ends = CounterMetricFamily(
