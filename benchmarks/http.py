@@ -295,9 +295,7 @@ def engine_main(orders: Connection) -> None:
     """Generate as the server does, but without HTTP."""
     settings = Settings()
     kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
-    engine_settings = EngineSettings(
-        kernel.make_stepper, settings.integer_precision, settings.max_batch, settings.max_queue
-    )
+    engine_settings = EngineSettings(kernel, settings.integer_precision, settings.max_batch, settings.max_queue)
     model = LoadedModel(*ModelStore(settings.model_store).load(settings.model), engine_settings)
     prompt = model.charset.encode(PROMPT)
     while (order := orders.recv()) is not None:

@@ -58,7 +58,6 @@ def bench_command(
     Example: gru-serve bench --rows 1,64 --seconds 1
     """
     from service.engine.kernels import choose_kernel
-    from service.model.quantize import quantize
     from service.settings import read_settings
 
     settings = read_settings()
@@ -67,7 +66,7 @@ def bench_command(
     began = time.perf_counter()
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)
     precision = settings.integer_precision or artifact.training.serving_precision
-    stepper = kernel.make_stepper(quantize(artifact.config, artifact.tensors, precision))
+    stepper, _ = kernel.load(artifact.config, artifact.tensors, precision)
     facts: dict[str, Any] = {"model": version.ref, "precision": precision, "kernel": kernel.name, "threads": threads}
     facts |= {"cores": len(os.sched_getaffinity(0)), "load_s": time.perf_counter() - began}
     facts |= {"state_bytes": stepper.initial_hidden().nbytes}

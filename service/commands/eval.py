@@ -95,13 +95,13 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
         return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
 
     from service.engine.kernels import choose_kernel
-    from service.engine.loss import stepped_loss
-    from service.model.quantize import IntegerPrecision, quantize
+    from service.engine.stepper import mean_loss
+    from service.model.quantize import IntegerPrecision
     from service.settings import read_settings
 
     kernel = choose_kernel(read_settings().kernel, num_threads=1)
-    stepper = kernel.make_stepper(quantize(config, tensors, cast(IntegerPrecision, precision)))
-    return stepped_loss(stepper, ids, progress)
+    stepper, _ = kernel.load(config, tensors, cast(IntegerPrecision, precision))
+    return mean_loss(stepper, ids, progress)
 
 
 def char_bar(total: int, initial: int = 0, description: str | None = None) -> tqdm[Any]:

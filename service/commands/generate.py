@@ -76,7 +76,7 @@ def generate_command(
     settings = read_settings()
     kernel = choose_kernel(settings.kernel, num_threads=1)  # one text: a second core would mostly wait for the first
     version, artifact = open_store(model_store).load(model if model is not None else settings.model)
-    loaded = LoadedModel(version, artifact, EngineSettings(kernel.make_stepper, settings.integer_precision))
+    loaded = LoadedModel(version, artifact, EngineSettings(kernel, settings.integer_precision))
     seed = secrets.randbits(63) if seed is None else seed
     ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
     completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))

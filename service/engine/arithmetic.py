@@ -1,8 +1,9 @@
-"""Elementary functions from +, -, * and / alone, so that every machine and every implementation gets the same bits.
+"""Elementary functions made of +, -, * and / alone, so that every machine and implementation gets the same bits.
 
-A library's exp or tanh differs in its last bits between processors, between versions, and even between the middle and
-the end of one array. IEEE 754 fixes the results of the four operations and of rounding to the bit: all that is left is
-to do them in one order and without fused multiply-adds. Who writes these functions again keeps order and constants.
+The exp or tanh of a library differs in its last bits between processors, between versions, and even between the middle
+and the end of one array. IEEE 754 defines the results of the four operations and of rounding to the bit. So the bits
+are the same everywhere if the operations are done in the same order and without fused multiply-adds. Another
+implementation of these functions (`native/src/arithmetic.inc`) must use the same order and constants.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import numpy as np
 
 from service.arrays import Float32, Float64
 
-VERSION = 1  # of everything that the bits of a text depend on beside the quantised weights; part of the fingerprint
+# Version of everything beside the quantised weights that the bits of a text depend on. Part of the fingerprint.
+VERSION = 1
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation as a rational function of y = scale * x, cut to +-limit:
+    """An activation as a rational function of y = scale * x, where y is clipped to +-limit:
 
         offset + y (y^4 + p1 y^2 + p0) / (y^6 + q2 y^4 + q1 y^2 + q0)
 
-    A minimax fit, in a unit of y that makes both leading coefficients 1, which saves two of eleven operations. The
-    scale goes into weights that are multiplied anyway. error: the largest, absolute, half of it from cutting.
+    The coefficients are a minimax fit. The scale makes both leading coefficients 1, which saves two of eleven
+    operations; it is part of weights, which are multiplied anyway.
     """
 
     scale: float
@@ -31,7 +33,7 @@ class Activation:
     p: tuple[float, float]
     q: tuple[float, float, float]
     offset: float
-    error: float
+    error: float  # largest absolute error; clipping causes half of it
 
 
 TANH = Activation(
@@ -53,11 +55,11 @@ SIGMOID = Activation(
 
 LOG2_E = 1.4426950408889634
 LN2 = 0.6931471805599453
-EXP_LOWEST = -700.0  # what is below counts as this: a float64 sum of probabilities notices neither
-EXP_ERROR = 1e-8  # relative, at most
-LOG_ERROR = 1e-11  # absolute, at most
+EXP_LOWEST = -700.0  # smaller arguments are replaced by this: the difference is lost in a float64 sum of probabilities
+EXP_ERROR = 1e-8  # largest relative error of exp
+LOG_ERROR = 1e-11  # largest absolute error of log
 
-# 0-d arrays: an operation with one takes numpy half as long as with a Python number.
+# 0-d arrays: numpy takes half as long for an operation with one as with a Python number.
 _CONSTANTS = {
     activation: tuple(np.array(value, np.float32) for value in (*activation.p, *activation.q, activation.offset))
     for activation in (TANH, SIGMOID)
@@ -65,7 +67,7 @@ _CONSTANTS = {
 
 
 def activate(activation: Activation, y: Float32, square: Float32, top: Float32) -> None:
-    """Replace y = scale * x, which was cut to +-limit, by the activation of x. square, top: scratch of its shape."""
+    """Replace y = scale * x, clipped to +-limit, by the activation of x. square and top are scratch of y's shape."""
     p0, p1, q0, q1, q2, offset = _CONSTANTS[activation]
     np.multiply(y, y, square)
     np.add(square, p1, top)
@@ -83,7 +85,9 @@ def activate(activation: Activation, y: Float32, square: Float32, top: Float32) 
 
 
 def exp(x: Float64) -> Float64:
-    """Exponential of x <= 0, within 1e-8 of it; of everything below -700, that of -700. x is used up.
+    """Return the exponential of x <= 0, with a relative error of at most 1e-8. Overwrites x.
+
+    Arguments below -700 are treated as -700.
 
     x = k ln 2 + r with |r| <= ln 2 / 2, and exp(r) by the Pade approximant of order (3, 3), whose numerator is A + B
     and denominator A - B with A = 120 + 12 r^2 and B = r (60 + r^2).
@@ -103,7 +107,7 @@ def exp(x: Float64) -> Float64:
 
 
 def log(x: Float64) -> Float64:
-    """Natural logarithm of finite x >= 1, within 1e-11.
+    """Return the natural logarithm of finite x >= 1, with an absolute error of at most 1e-11.
 
     x = m 2^k with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s) with s = (m - 1) / (m + 1), |s| < 0.172, by its series.
     """

@@ -1,4 +1,4 @@
-"""The engine: one thread that advances every open text of one model together, a few characters at a time."""
+"""The engine: a thread that advances all open texts of one model together, a few characters at a time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,29 @@ from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
 
-_SHORT_CHARS = 32  # to be read at once by whoever asks, if nothing else is going on
+_SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
 
 
 @dataclass(eq=False)
 class _Text:
-    """A request in the scheduler. row: from the moment it runs."""
+    """A request in the scheduler."""
 
     handle: Handle
-    row: Row | None = None
+    row: Row | None = None  # None while the text is waiting
 
 
 class Engine:
-    """Steps texts on a thread of its own, which computes and does nothing else. A few characters to be read while it is
-    idle are stepped by the thread that asks: to wake another one, and to be woken by it, takes longer.
+    """Steps texts on its own thread, which only computes. Any thread may call any method.
 
-    max_running: texts in the batch. max_waiting: texts that wait for a place; more are refused. stall_s: a tick that
-    lasts longer counts as wedged. Every method may be called from any thread.
+    A short text that is only read is stepped on the caller's thread while the engine is idle: waking the engine's
+    thread, and being woken by it, would take longer.
+
+    Args:
+        vocab_size: characters of the stepper's model.
+        max_running: texts in the batch at most.
+        max_waiting: texts that may wait for a place in the batch; further ones are refused.
+        stall_s: seconds after which a step that has not returned counts as stuck.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -52,77 +58,78 @@ class Engine:
         self._stall_s, self._clock = stall_s, clock
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
-        self.counters = Counters()  # written with the stepper held, read by anybody
-        self._stepping = threading.Lock()  # held by whoever uses the stepper
-        self._changed = threading.Condition(threading.Lock())  # guards what follows
+        self.counters = Counters()  # written while holding `_stepping`, read by any thread
+        self._stepping = threading.Lock()  # held by the thread that uses the stepper
+        self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[_Text] = []
         self._num_open = 0
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
         self._failure: EngineFailed | None = None
-        self._tick_started: float | None = None  # None: no tick is under way
+        self._tick_started: float | None = None  # None while no step is running
 
-    def submit(self, requests: Sequence[Request], *, after_another: bool = False) -> list[Handle]:
-        """Take in all of these texts, or none. Raises Overloaded, EngineFailed.
+    def submit(self, requests: Sequence[Request], *, already_admitted: bool = False) -> list[Handle]:
+        """Accept all of these requests, or none. Raises Overloaded and EngineFailed.
 
-        after_another: they belong to a text that has just ended, and take its place even if others are refused.
+        With `already_admitted` they are not refused for lack of room. Use it for requests that continue the work of a
+        text which has just ended: they take its place.
         """
         handles = [Handle(request, self.check) for request in requests]
         with self._changed:
             self.check()
             if self._closing:
-                raise EngineFailed("the engine is shutting down: try again elsewhere or later")
-            if self._num_open + len(handles) > self._max_open and not after_another:
+                raise EngineFailed("the engine is shutting down: try again in a moment")
+            if self._num_open + len(handles) > self._max_open and not already_admitted:
                 raise Overloaded("the server is busy and its queue is full: try again in a second")
-            is_idle = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
-            at_once = is_idle and self._stepping.acquire(blocking=False)
-            if not at_once:
+            step_here = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
+            step_here = step_here and self._stepping.acquire(blocking=False)
+            if not step_here:
                 self._num_open += len(handles)
                 self._inbox.extend(_Text(handle) for handle in handles)
                 self._start()
                 self._changed.notify_all()
-        if at_once:
-            self._do_at_once(handles[0])
+        if step_here:
+            self._step_here(handles[0])
         return handles
 
     def check(self) -> None:
-        """Raises EngineFailed if the engine has died, or is stuck in a step."""
+        """Raise EngineFailed if the engine has failed, or a step has taken longer than `stall_s`."""
         if self._failure is not None:
             raise self._failure
         started = self._tick_started
         if started is not None and self._clock() - started > self._stall_s:
-            raise EngineFailed(f"the engine has been in one step for over {self._stall_s:.0f} seconds")
+            raise EngineFailed(f"the engine is stuck: its step has taken more than {self._stall_s:.0f} seconds")
 
     def initial_hidden(self) -> Float32:
-        """(L, H) float32 zeros: the state before the first character."""
+        """Return (L, H) float32 zeros, the state before the first character."""
         return self._stepper.initial_hidden()
 
     @property
     def num_open(self) -> int:
-        """Texts that run or wait."""
+        """Number of texts that are running or waiting."""
         return self._num_open
 
     @property
     def num_running(self) -> int:
-        """Texts in the batch."""
+        """Number of texts in the batch."""
         return len(self._scheduler.running)
 
     def retire(self) -> None:
-        """Let its thread end whenever nothing is open. Who still holds the engine may go on using it."""
+        """End the thread as soon as no text is open. The engine stays usable: a new text starts a new thread."""
         with self._changed:
             self._retired = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """End its thread. Texts that are still open fail, so that none looks complete; no new ones are taken."""
+        """End the thread. Open texts fail, so that none of them looks complete, and new ones are refused."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(self._stall_s)
-        if self._stepping.acquire(timeout=self._stall_s):  # nobody is in a step any more
+        if self._stepping.acquire(timeout=self._stall_s):  # waits for a step on a caller's thread
             self._stepping.release()
 
     def _start(self) -> None:
@@ -130,43 +137,43 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
 
-    def _do_at_once(self, handle: Handle) -> None:
-        """Step a short text on the caller's thread, which has taken the stepper."""
+    def _step_here(self, handle: Handle) -> None:
+        """Step a short text on the caller's thread, which holds `_stepping`, and release it."""
         try:
             row = handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
-            advance = self._advance([row], _SHORT_CHARS)[0]
+            result = self._advance([row], _SHORT_CHARS)[0]
         except BaseException as error:
             with self._changed:
                 self._failure = _failed(error)
-                self._changed.notify_all()  # the engine's thread is to end, and to fail what it has
+                self._changed.notify_all()  # so that the engine's thread fails its texts and ends
             raise self._failure from error
         finally:
             self._stepping.release()
-        handle.publish(advance, _end(row, row.finished or "length"))
+        handle.publish(result, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         before = sum([row.position for row in rows])
         self._tick_started = started = self._clock()
-        advances = self._stepper.advance(rows, num_chars)
+        results = self._stepper.advance(rows, num_chars)
         self._tick_started = None
         duration_s = self._clock() - started
         num_stepped = sum([row.position for row in rows]) - before
-        num_generated = sum([len(advance.chars) for advance in advances])
+        num_generated = sum([len(result.chars) for result in results])
         self.counters.ticked(len(rows), num_stepped - num_generated, num_generated, duration_s)
-        return advances
+        return results
 
     def _run(self) -> None:
         try:
-            while self._take_in():
+            while self._wait_for_work():
                 self._tick()
-            # Only when closing: a retired engine may have a new thread by now, and new texts with it.
+            # Not if it was retired: then it may already have a new thread, with new texts.
             if self._closing:
-                self._fail_open_texts(EngineFailed("the server is shutting down: try again in a moment"))
-        except BaseException as error:  # noqa: BLE001 - whatever it was, nobody may wait for a thread that is gone
+                self._fail_open_texts(EngineFailed("the engine is shutting down: try again in a moment"))
+        except BaseException as error:  # noqa: BLE001 - otherwise callers would wait for a dead thread
             self._fail(self._failure or _failed(error))
 
-    def _take_in(self) -> bool:
-        """Wait for work, and let it in; False: the engine is to end."""
+    def _wait_for_work(self) -> bool:
+        """Wait until there is a text, and move new ones to the scheduler. Return False if the thread must end."""
         scheduler = self._scheduler
         with self._changed:
             while not (self._inbox or scheduler.has_work or self._closing or self._retired or self._failure):
@@ -181,7 +188,7 @@ class Engine:
         return True
 
     def _tick(self) -> None:
-        """Schedule, advance, publish."""
+        """Schedule, run, publish."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
         for text in scheduler.admit():
@@ -195,23 +202,23 @@ class Engine:
             if self._failure is not None:
                 raise self._failure
             started = self._clock()
-            advances = self._advance(rows, num_chars)
+            results = self._advance(rows, num_chars)
             self._pace.measured(len(rows), num_chars, self._clock() - started)
-        # AdmissionLimit are free before anybody hears of an end: who then comes back at once is not to be refused.
-        self._forget([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
-        for text, row, advance in zip(texts, rows, advances, strict=True):
-            text.handle.publish(advance, _end(row, row.finished) if row.finished is not None else None)
+        # Free the places before publishing: a caller that reads the end and submits again at once must not be refused.
+        self._remove([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
+        for text, row, result in zip(texts, rows, results, strict=True):
+            text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)
 
     def _row(self, text: _Text) -> Row:
         return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
 
     def _end(self, texts: Sequence[_Text], reason: EndReason) -> None:
-        self._forget(texts)
+        self._remove(texts)
         for text in texts:
             row = text.row if text.row is not None else self._row(text)
             text.handle.publish(None, _end(row, reason))
 
-    def _forget(self, texts: Sequence[_Text]) -> None:
+    def _remove(self, texts: Sequence[_Text]) -> None:
         if texts:
             for text in texts:
                 if text.handle.request.max_chars:
@@ -234,12 +241,12 @@ class Engine:
         texts = self._open_texts()
         for text in texts:
             text.handle.fail(failure)
-        self._forget(texts)
+        self._remove(texts)
 
 
 def _failed(error: BaseException) -> EngineFailed:
     log.error("the engine failed", error=type(error).__name__, exc_info=error)
-    return EngineFailed("the engine has failed: the server has to be restarted")
+    return EngineFailed("the engine has failed: restart the server")
 
 
 def _is_short(request: Request) -> bool:

@@ -1,4 +1,4 @@
-"""What the gates were when a text was read: computed afterwards, from its states, beside the engine."""
+"""The gates of steps that were done earlier, computed again from the states. Needs no engine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from service.arrays import Float32, Ids
 from service.engine.gates import Gates, gate_scales
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
-_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to here
-_ROWS = 256  # of weights, widened at a time: bounds the memory
+_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to this one
+_ROWS = 256  # of weights that are converted to floats at a time: limits the memory
 
 
 class GateValues:
-    """Gates of a quantised model, to the bit as a stepper computes them. Safe for any number of threads."""
+    """Computes the gates of a quantised model with the same bits as a stepper. Safe for any number of threads."""
 
     def __init__(self, model: QuantizedGRU) -> None:
         self._layers, self._table = model.layers, model.table
@@ -23,29 +23,32 @@ class GateValues:
         self._inputs = [None if layer.inputs is None else _Product(layer.inputs) for layer in model.layers]
 
     def __call__(self, chars: Ids, before: Float32, after: Float32) -> tuple[Float32, Float32, Float32]:
-        """Reset gates, update gates and candidates, (n, L, H) float32 each, of the steps that read (n,) ids.
+        """Return reset gates, update gates and candidates of n steps, (n, L, H) float32 each.
 
-        before, after: (n, L, H) float32, the states before and after each of them.
+        Args:
+            chars: (n,) ids that the steps consumed.
+            before: (n, L, H) float32, the state before each step.
+            after: (n, L, H) float32, the state after each step.
         """
-        found = [np.empty(before.shape, np.float32) for _ in range(3)]
+        gates = [np.empty(before.shape, np.float32) for _ in range(3)]
         for index, (layer, recurrent, inputs) in enumerate(
             zip(self._layers, self._recurrent, self._inputs, strict=True)
         ):
             if inputs is None:
-                added = self._table[chars] * self._scales
+                input_gates = self._table[chars] * self._scales
             else:
                 below = inputs(after[:, index - 1]).astype(np.float32)
-                added = below * (inputs.linear.scale * self._scales) + inputs.linear.bias * self._scales
+                input_gates = below * (inputs.linear.scale * self._scales) + inputs.linear.bias * self._scales
             products = recurrent(before[:, index])
-            for values, value in zip(found, Gates(layer.recurrent).values(products, added), strict=True):
+            for values, value in zip(gates, Gates(layer.recurrent).values(products, input_gates), strict=True):
                 values[:, index] = value
-        return found[0], found[1], found[2]
+        return gates[0], gates[1], gates[2]
 
 
 class _Product:
-    """(n, H) states -> (n, rows) int32, what integer weights make of their rounded numbers.
+    """Multiplies rounded states with integer weights: (n, H) float32 -> (n, rows) int32.
 
-    Multiplied as floats, which is exact: every partial sum is an integer that they hold.
+    Multiplies the integers as floats. That is exact, because a float of the chosen size holds every partial sum.
     """
 
     def __init__(self, linear: QuantizedLinear) -> None:

@@ -1,4 +1,4 @@
-"""Products of int8 matrices through torch, exact on every processor."""
+"""Exact products of int8 matrices through torch, on every processor."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to here
+_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to this one
 
 
 class IntegerProduct:
-    """Left (B, K) int8 times weight.T, weight (N, K) int8 -> (B, N) int32, without rounding and without overflow.
+    """Multiplies (B, K) int8 with the transpose of an (N, K) int8 weight, without rounding or overflow.
 
-    torch._int_mm is fast where the processor multiplies bytes into 32 bits. Where it is missing, or goes through
-    products that saturate at 16 bits, the same integers are multiplied as floats: slower, and exact too, because
-    every partial sum is an integer that a float holds.
+    torch._int_mm is fast if the processor adds products of bytes in 32 bits. If this build of torch lacks it, or its
+    sums saturate at 16 bits, the integers are multiplied as floats instead: slower, and exact too, because a float
+    holds every partial sum.
     """
 
     def __init__(self, weight: NDArray[np.int8]) -> None:
@@ -27,7 +27,7 @@ class IntegerProduct:
             self._floats = self._columns.to(torch.float32 if largest < _EXACT_FLOAT32 else torch.float64)
 
     def __call__(self, left: Tensor, out: Tensor | None = None) -> Tensor:
-        """(B, K) int8 within +-127 -> (B, N) int32, in `out` if it is given."""
+        """Multiply (B, K) int8 within +-127. Return (B, N) int32, in `out` unless that is None."""
         if out is None:
             out = torch.empty((len(left), self._columns.shape[1]), dtype=torch.int32)
         if self._floats is not None:
@@ -35,7 +35,7 @@ class IntegerProduct:
         return torch._int_mm(left, self._rows.t() if len(left) == 1 else self._columns, out=out)
 
     def _is_exact(self) -> bool:
-        """Try it on what saturates most easily: states at their limits, of equal and of opposite signs."""
+        """Return whether torch._int_mm is exact, tried on states at their limits, of equal and of opposite signs."""
         columns = self._rows.shape[1]
         alternating = torch.where(torch.arange(columns) % 2 == 0, 127, -127)
         signs = torch.where(self._rows[0] >= 0, 127, -127)
@@ -45,5 +45,5 @@ class IntegerProduct:
             return torch.equal(torch._int_mm(trial, self._columns), expected) and all(
                 torch.equal(torch._int_mm(trial[i : i + 1], self._rows.t()), expected[i : i + 1]) for i in range(3)
             )
-        except (RuntimeError, AttributeError):  # not for this processor, not in this build of torch
+        except (RuntimeError, AttributeError):  # not implemented for this processor or in this build of torch
             return False

@@ -1,54 +1,65 @@
-"""Which implementation of the stepper computes: the kernel in C++ or torch. Both give the same bits."""
+"""Chooses the implementation of the stepper: the native kernel in C++, or torch. Both give the same bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
+from service.arrays import Float32
 from service.engine.native.binding import variants
 from service.engine.stepper import Stepper
 from service.errors import InvalidSettings
-from service.model.quantize import QuantizedGRU
+from service.model.config import ModelConfig
+from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 
 KernelChoice = Literal["auto", "native", "torch"]
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """name: `torch`, or a variant of the native kernel. make_stepper: for a model."""
+    """An implementation of the stepper. A process chooses one and makes the steppers of all its models with it."""
 
-    name: str
+    name: str  # `torch`, or a variant of the native kernel
     make_stepper: Callable[[QuantizedGRU], Stepper]
+
+    def load(
+        self, config: ModelConfig, tensors: Mapping[str, Float32], precision: IntegerPrecision
+    ) -> tuple[Stepper, QuantizedGRU]:
+        """Quantise a model. Return a stepper for it, and the quantised weights that the stepper computes with."""
+        quantized = quantize(config, tensors, precision)
+        return self.make_stepper(quantized), quantized
 
 
 def check_kernel(choice: KernelChoice) -> None:
-    """Raises InvalidSettings if it isn't there. Imports nothing large."""
+    """Raise InvalidSettings if this installation doesn't have the kernel. Imports nothing large."""
     is_native, is_torch = bool(variants()), find_spec("torch") is not None
     if choice == "native" and not is_native:
         raise InvalidSettings(
-            "kernel=native, but it was not compiled when this package was installed: install it again where there is "
-            "a C++17 compiler, or take kernel=auto",
+            "kernel=native, but the native kernel was not compiled when this package was installed: install the "
+            "package again on a machine with a C++17 compiler, or set kernel=auto",
             param="kernel",
         )
     if not is_torch and (choice == "torch" or not is_native):
         raise InvalidSettings(
             f"kernel={choice}, but torch is not installed"
             + ("" if is_native else ", and the native kernel was not compiled")
-            + ": pip install 'gru-serve[torch]', or install it again where there is a C++17 compiler",
+            + ": pip install 'gru-serve[torch]', or install the package again on a machine with a C++17 compiler",
             param="kernel",
         )
 
 
 def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
-    """The kernel that computes with so many threads. auto: the native one if it is there. Raises InvalidSettings.
+    """Return the chosen kernel, which computes with num_threads threads. auto: native if available, else torch.
 
-    torch is imported only where it computes: a server without it starts in half the time and memory.
+    Imports torch only if torch computes: without it a server starts in half the time and memory.
+
+    Raises InvalidSettings if this installation doesn't have the kernel.
     """
     check_kernel(choice)
-    there = variants()
-    if choice == "torch" or not there:
+    available = variants()
+    if choice == "torch" or not available:
         import torch
 
         from service.engine.torch_stepper import TorchStepper
@@ -57,4 +68,4 @@ def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
         return Kernel("torch", TorchStepper)
     from service.engine.native.native_stepper import NativeStepper
 
-    return Kernel(there[0], lambda model: NativeStepper(model, num_threads))
+    return Kernel(available[0], lambda model: NativeStepper(model, num_threads))

@@ -1,4 +1,4 @@
-"""States after texts that were read before: a prompt that begins with one of them is stepped from there on."""
+"""A cache of states after texts. A prompt that begins with a cached text is only stepped from the end of that text."""
 
 from __future__ import annotations
 
@@ -8,37 +8,43 @@ from collections import OrderedDict
 
 from service.arrays import Float32
 
-_MAX_PROBES = 64  # texts looked at in one search: a bound on what a hostile set of prompts can cost
+_MAX_PROBES = 64  # texts compared in one search: limits the cost of prompts made to slow it down
 
 
 class PrefixCache:
-    """Text -> the state after it, the least recently used forgotten first. Safe for any number of threads.
+    """Maps a text to the state after it, and evicts the least recently used. Safe for any number of threads.
 
-    A state is a function of its text, so whether it comes from here or is stepped again changes no bit of anything.
-    max_bytes: of texts and states together; 0 keeps nothing.
+    A state is a function of its text, so a hit changes nothing but the time.
+
+    Args:
+        max_bytes: limit of texts and states together. 0 turns the cache off.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self.num_asked = self.num_known = 0  # characters that were looked up, and of them those that were known
+        self.num_queried = 0  # characters of texts that were looked up
+        self.num_hits = 0  # those of them that were part of a cached text
         self._states: OrderedDict[str, Float32] = OrderedDict()
         self._sorted: list[str] = []
         self._lock = threading.Lock()
 
     def longest(self, text: str) -> tuple[int, Float32 | None]:
-        """How many of a text's first characters are known, and the (L, H) state after them, not to be written to."""
+        """Return the length of the longest cached beginning of a text, and the (L, H) state after it.
+
+        Returns 0 and None if there is none. The caller must not write to the state.
+        """
         with self._lock:
             prefix = self._longest_prefix(text)
-            self.num_asked += len(text)
+            self.num_queried += len(text)
             if prefix is None:
                 return 0, None
-            self.num_known += len(prefix)
+            self.num_hits += len(prefix)
             self._states.move_to_end(prefix)
             return len(prefix), self._states[prefix]
 
     def put(self, text: str, hidden: Float32) -> None:
-        """Remember the (L, H) state after a text. It is kept as it is: nobody may write to it any more."""
+        """Store the (L, H) state after a text. The array is not copied: nobody may write to it any more."""
         size = _num_bytes(text, hidden)
         if not text or size > self._max_bytes:
             return
@@ -56,17 +62,17 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of what is kept."""
+        """Size of the cached texts and states."""
         return self._num_bytes
 
     def _longest_prefix(self, text: str) -> str | None:
-        # Every prefix of a text sorts before it, and so does everything between them. The last key up to the text is
-        # a prefix, or shares only its first characters with it; then any prefix is one of those characters too.
+        # A prefix of a text sorts before the text. So the last key that is not after the text either is a prefix of it,
+        # or shares some first characters with it; in that case every cached prefix is a prefix of those characters too.
         for _ in range(_MAX_PROBES):
-            place = bisect.bisect_right(self._sorted, text)
-            if place == 0:
+            index = bisect.bisect_right(self._sorted, text)
+            if index == 0:
                 return None
-            candidate = self._sorted[place - 1]
+            candidate = self._sorted[index - 1]
             shared = _num_shared(candidate, text)
             if shared == len(candidate):
                 return candidate
@@ -74,12 +80,12 @@ class PrefixCache:
         return None
 
 
-def _num_shared(one: str, other: str) -> int:
-    """How many first characters are the same."""
-    low, high = 0, min(len(one), len(other))
+def _num_shared(a: str, b: str) -> int:
+    """Return the length of the longest common prefix."""
+    low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if a[low:middle] == b[low:middle]:
             low = middle
         else:
             high = middle - 1
@@ -87,4 +93,4 @@ def _num_shared(one: str, other: str) -> int:
 
 
 def _num_bytes(text: str, hidden: Float32) -> int:
-    return 2 * len(text) + hidden.nbytes + 200  # text: one byte a character, rarely more; 200: what holds it together
+    return 2 * len(text) + hidden.nbytes + 200  # text: usually one byte a character; 200: overhead of the objects

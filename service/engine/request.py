@@ -1,4 +1,4 @@
-"""What is asked of the engine, and the handle by which the asker gets it."""
+"""What the engine is asked to do, and the handle through which the caller reads the result."""
 
 from __future__ import annotations
 
@@ -11,23 +11,17 @@ from typing import Literal
 from service.arrays import Float32, Ids, write_state
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.engine.stepper import Distribution, Row, StepResult
+from service.engine.scores import Distribution
+from service.engine.stepper import FinishReason, Row, StepResult
 from service.errors import EngineFailed
 
-EndReason = Literal["stop", "length", "cancelled"]
-_CHECK_S = 0.5  # how often a waiting caller looks whether the engine still steps
+EndReason = FinishReason | Literal["cancelled"]
+_CHECK_S = 0.5  # how often a waiting reader checks that the engine is still stepping
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text to advance: read a prompt, then generate. The fields mean what they mean in `Row`.
-
-    hidden: (L, H) float32, the state to begin with, after `position` characters; None: the zero state. It is copied.
-    history_prompt: what penalties take for the prompt, if that is more than is to be read. generated: (n,) int64 ids
-    that were generated before `position` by a run that this one goes on with: penalties and stop strings count them.
-    checkpoint_positions: the states after these positions, in rising order, are wanted too.
-    num_next: as in `Row`.
-    """
+    """One text to advance: read a prompt, then generate. Fields without a comment mean what they mean in `Row`."""
 
     prompt: Ids
     max_chars: int
@@ -36,23 +30,26 @@ class Request:
     stops: tuple[Ids, ...] = ()
     num_logprobs: int | None = None
     score_prompt: bool = False
+    # (L, H) float32, the state after `position` characters; None for the zero state. Copied, not modified.
     hidden: Float32 | None = None
-    position: int = 0
-    history_prompt: Ids | None = None
+    position: int = 0  # characters consumed before this request
+    history_prompt: Ids | None = None  # the prompt as penalties count it; None if that is `prompt`
+    # (n,) int64 ids before `position` that an interrupted run generated. Penalties and stop strings count them, so that
+    # this request continues the run exactly. None if there was no such run.
     generated: Ids | None = None
     checkpoint_positions: tuple[int, ...] = ()
     num_next: int | None = None
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
-        """A row at the beginning of the request. initial_hidden: (L, H), the row's own from now on."""
+        """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`."""
         if self.hidden is not None:
             write_state(initial_hidden, self.hidden)
         history = None
         if self.sampling.penalizes:
             history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
-        before: list[int] = [] if self.generated is None else self.generated.tolist()
+        generated: list[int] = [] if self.generated is None else self.generated.tolist()
         if history is not None:
-            for char in before:
+            for char in generated:
                 history.add(char)
         return Row(
             hidden=initial_hidden,
@@ -67,50 +64,50 @@ class Request:
             score_prompt=self.score_prompt,
             checkpoint_positions=self.checkpoint_positions,
             num_next=self.num_next,
-            tail=before[-max(map(len, self.stops)) :] if self.stops else [],
+            tail=generated[-max(map(len, self.stops)) :] if self.stops else [],
         )
 
 
 @dataclass(frozen=True)
 class End:
-    """How a text stands when nothing more is done to it.
-
-    hidden: (L, H) float32 after `position` characters, all that were read and generated. kept: of the positions whose
-    states were wanted, those that were reached -> (L, H) float32. next: what may follow, if that was wanted.
-    """
+    """The final state of a text."""
 
     reason: EndReason
-    hidden: Float32
-    position: int
-    checkpoints: dict[int, Float32]
-    next: Distribution | None = None
+    hidden: Float32  # (L, H) float32, the state after `position` characters
+    position: int  # characters consumed: the request's `position`, and all that were read and generated
+    checkpoints: dict[int, Float32]  # (L, H) float32 by position, for the requested positions that were reached
+    next: Distribution | None = None  # likeliest next characters; None if not requested
 
 
 class Handle:
-    """The asker's end of a request: characters come out, a cancellation goes in.
+    """The caller's side of a request: characters can be read from it, and the text can be cancelled.
 
-    The engine's thread publishes, one other thread takes. A taker is woken only for what it waits for.
+    The engine's thread publishes; one other thread reads. A reader is woken only by what it waits for.
     """
 
     def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
         self.request = request
         self.is_cancelled = False
-        self.end: End | None = None
+        self.end: End | None = None  # None while the text is running or waiting
         self._check_engine = check_engine
         self._failure: EngineFailed | None = None
         self._parts: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
-        self._wants_parts = False
+        self._reader_wants_parts = False
 
     def cancel(self) -> None:
-        """Stop at the next tick. Harmless at any time, from any thread."""
+        """End the text at the next tick. Any thread may call this at any time, also after the end."""
         self.is_cancelled = True
 
     def read(self, flush_interval_s: float | None, timeout_s: float | None = None) -> StepResult | None:
-        """What has come in since the last call, in one piece; None if there is nothing.
+        """Return everything published since the last call, as one result, or None if there is nothing.
 
-        Lets flush_interval_s pass, for things to come in, and then waits for the first; flush_interval_s None: waits for the end. At
-        the end it returns at once, and so it does when timeout_s have passed with nothing. Raises EngineFailed.
+        Returns without further waiting as soon as the text has ended. Raises EngineFailed.
+
+        Args:
+            flush_interval_s: wait for this long, so that results accumulate, and then until there is at least one
+                result. None: wait for the end of the text, and return None if it has not ended in time.
+            timeout_s: wait no longer than this after the interval has passed. None: no limit.
         """
         started = time.monotonic()
         with self._ready:
@@ -123,31 +120,31 @@ class Handle:
         return StepResult.join(parts) if parts else None
 
     def wait(self) -> End:
-        """The end. Raises EngineFailed."""
+        """Wait for the end of the text and return it. Raises EngineFailed."""
         with self._ready:
             self._wait(None, for_parts=False)
             if self.end is None:
-                raise EngineFailed("the engine ended without a word")
+                raise EngineFailed("the engine stopped before this text ended")
             return self.end
 
     def publish(self, part: StepResult | None, end: End | None) -> None:
-        """The engine's side: hand over what a tick brought."""
+        """Add the result of a tick, and the end if the text has ended. For the engine."""
         with self._ready:
             if part is not None and (len(part.chars) or part.prompt_scores is not None):
                 self._parts.append(part)
             if end is not None:
                 self.end = end
-            if end is not None or (self._wants_parts and self._parts):
+            if end is not None or (self._reader_wants_parts and self._parts):
                 self._ready.notify_all()
 
     def fail(self, failure: EngineFailed) -> None:
-        """The engine's side: nothing more will come."""
+        """Make every wait raise `failure`, because nothing more will be published. For the engine."""
         with self._ready:
             self._failure = failure
             self._ready.notify_all()
 
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
-        """With the lock held: wait for the end, the deadline or, if that is wanted, for something to have come in."""
+        """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
         while self.end is None and not (for_parts and self._parts):
             if self._failure is not None:
                 raise self._failure
@@ -155,6 +152,6 @@ class Handle:
             left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
             if left <= 0:
                 return
-            # Who waits for the end, or for a time to pass, is not to be woken by every tick.
-            self._wants_parts = for_parts
+            # A reader that waits for the end, or for time to pass, must not be woken by every tick.
+            self._reader_wants_parts = for_parts
             self._ready.wait(left)

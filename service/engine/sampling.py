@@ -1,7 +1,7 @@
 """Drawing of characters, for many texts at once.
 
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
-the same model, text, settings, seed and position give the same character, whatever was drawn before or elsewhere.
+the same model, text, settings, seed and position give the same character, regardless of what else was drawn.
 
 Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, temperature, min_p,
 top_k, top_p.
@@ -22,12 +22,12 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 class History:
-    """What penalties look back on: which characters the prompt had and how often each was generated, (V,) each."""
+    """What penalties count: which characters the prompt has, and how often each character was generated."""
 
     def __init__(self, vocab_size: int, prompt: Ids) -> None:
-        self.in_prompt = np.zeros(vocab_size, np.bool_)
+        self.in_prompt = np.zeros(vocab_size, np.bool_)  # (V,)
         self.in_prompt[prompt] = True
-        self.num_generated = np.zeros(vocab_size, np.float64)
+        self.num_generated = np.zeros(vocab_size, np.float64)  # (V,)
 
     def add(self, char: int) -> None:
         """Count a generated character."""
@@ -35,35 +35,38 @@ class History:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 53 random bits, a hash of (seed, position); both are taken modulo 2**64.
+    """Return a number in [0, 1) with 53 random bits: a hash of seed and position, both modulo 2**64.
 
-    Two rounds of the finaliser of SplitMix64 (Steele, Lea, Flood 2014, with Stafford's constants): the first over the
-    seed alone, so that neighbouring seeds share no part of their sequences.
+    The hash is two rounds of the finaliser of SplitMix64 (Steele, Lea, Flood 2014, with Stafford's constants). The
+    first round hashes the seed alone, so that the sequences of neighbouring seeds have nothing in common.
     """
     return (_mix(_mix(seed + _GOLDEN) + (position + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> Float64:
-    """`uniform` of each pair; the shapes are broadcast."""
+    """Return `uniform` of each pair of seed and position. The shapes are broadcast."""
     golden = np.uint64(_GOLDEN)
-    with np.errstate(over="ignore"):  # modulo 2**64 is what is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is intended
         mixed = _mix_array(_mix_array(seeds + golden) + (positions + np.uint64(1)) * golden)
     return np.asarray((mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53)
 
 
 def choice_seed(seed: int, index: int) -> int:
-    """The seed of the choice with this index of a request for several: the first one has the request's own."""
+    """Return the seed of one of several choices for a prompt. Choice 0 has the seed of the request."""
     return seed if index == 0 else _mix(_mix(seed + _GOLDEN) ^ _mix(index)) >> 1
 
 
 def draw_plain(logits: Float32, temperatures: Float64 | None, uniforms: Float64) -> Ids:
-    """(B, V) logits, (B, 1) temperatures above 0, (B, 1) uniforms -> (B,) ids: each row by its distribution's inverse.
+    """Draw an id for each row by the inverse of its cumulative distribution, summed in the order of ids in float64.
 
-    temperatures: None where all are 1, which would change no bit.
+    Args:
+        logits: (B, V).
+        temperatures: (B, 1), above 0. None if all are 1; dividing by 1 would give the same bits.
+        uniforms: (B, 1), in [0, 1).
 
-    The cumulative sum runs in the order of ids, in float64.
+    Returns (B,) ids.
     """
-    # Subtracting before dividing: however small the temperature, the largest stays at 0 and others fall towards -inf.
+    # Subtract before dividing: with any temperature, however small, the largest stays at 0 and others go towards -inf.
     shifted = logits.astype(np.float64)
     shifted -= np.maximum.reduce(shifted, axis=1, keepdims=True)
     if temperatures is not None:
@@ -73,18 +76,18 @@ def draw_plain(logits: Float32, temperatures: Float64 | None, uniforms: Float64)
 
 
 def draw_one(logits: Float32, settings: SamplingSettings, uniform: float, history: History | None = None) -> int:
-    """The id that `uniform` in [0, 1) chooses from (V,) logits under any settings.
+    """Return the id that `uniform` in [0, 1) selects from (V,) logits under any settings.
 
-    Equal logits rank in the order of ids. history is needed by settings that penalize.
+    Equal logits rank in the order of ids. Settings with penalties need a history.
     """
     shares = weights(logits, settings, history)
     chosen = int(invert(shares[None], np.array([[uniform]]))[0])
-    # Rounding may put the product on the total itself: then the last character with any weight is meant.
+    # Rounding may make `uniform * total` equal to the total. Then the last character that has a weight is right.
     return min(chosen, int(np.flatnonzero(shares)[-1]))
 
 
 def weights(logits: Float32, settings: SamplingSettings, history: History | None = None) -> Float64:
-    """(V,) unnormalised probabilities that the settings make of (V,) logits."""
+    """Return (V,) unnormalised probabilities of characters under the settings, from (V,) logits."""
     adjusted = _adjust(logits, settings, history)
     if settings.temperature == 0:
         greedy = np.zeros(len(adjusted))
@@ -97,7 +100,7 @@ def weights(logits: Float32, settings: SamplingSettings, history: History | None
 
 
 def _adjust(logits: Float32, settings: SamplingSettings, history: History | None) -> Float64:
-    """(V,) float64 logits after penalties and bias: all in float64, element by element."""
+    """Return (V,) float64 logits after penalties and bias, computed in float64, element by element."""
     adjusted = logits.astype(np.float64)
     if settings.penalizes:
         if history is None:
@@ -114,7 +117,7 @@ def _adjust(logits: Float32, settings: SamplingSettings, history: History | None
 
 
 def _restrict(weights: Float64, logits: Float64, settings: SamplingSettings) -> Float64:
-    """Weights with zeros for what min_p, top_k, and then top_p, leave out; the likeliest always stays."""
+    """Return the weights, zero for characters that min_p, top_k and then top_p exclude. The likeliest always stays."""
     ranked = np.argsort(-logits, kind="stable")  # the likeliest first
     if settings.min_p > 0:
         ranked = ranked[: max(1, int(np.count_nonzero(weights >= settings.min_p)))]
@@ -123,13 +126,13 @@ def _restrict(weights: Float64, logits: Float64, settings: SamplingSettings) -> 
     if settings.top_p < 1:
         reached = np.cumsum(weights[ranked])
         ranked = ranked[: int(np.searchsorted(reached, settings.top_p * reached[-1], side="left")) + 1]
-    kept = np.zeros_like(weights)
-    kept[ranked] = weights[ranked]
-    return kept
+    restricted = np.zeros_like(weights)
+    restricted[ranked] = weights[ranked]
+    return restricted
 
 
 def invert(weights: Float64, uniforms: Float64) -> Ids:
-    """(B, V) weights, (B, 1) uniforms -> (B,) ids by the inverse of the cumulative distribution."""
+    """Return (B,) ids by the inverse of the cumulative distribution, from (B, V) weights and (B, 1) uniforms."""
     cumulative = np.add.accumulate(weights, axis=1)
     chosen = np.add.reduce(cumulative <= uniforms * cumulative[:, -1:], axis=1, dtype=np.int64)
     return np.asarray(np.minimum(chosen, weights.shape[1] - 1))

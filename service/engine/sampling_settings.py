@@ -63,17 +63,17 @@ class SamplingSettings:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Temperature is all that applies: such rows are drawn together."""
+        """Whether temperature is the only setting that applies. Rows of this kind are drawn together."""
         return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias)
 
     @property
     def restricts(self) -> bool:
-        """Some characters may be left out."""
+        """Whether the settings may exclude characters."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @cached_property
     def penalizes(self) -> bool:
-        """What was drawn before matters: the row has to keep a History."""
+        """Whether characters drawn before matter, so that the row needs a History."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 

@@ -1,114 +1,84 @@
-"""The contract between the engine and what computes: advance many texts, each by up to n characters."""
+"""The contract between the engine and the code that computes: advance many texts, each by up to n characters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
-from service.arrays import Float32, Float64, Ids
+from service.arrays import Float32, Ids
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
+from service.engine.scores import Distribution, Scores
 
 FinishReason = Literal["stop", "length"]
+
+_MEASURED_CHARS = 2048  # characters between two calls of `progress` in `mean_loss`
 
 
 @dataclass(eq=False)
 class Row:
-    """One text while it is advanced. A stepper writes to what is marked *, and to nothing else.
+    """A text while it is advanced. A stepper writes only to the fields marked "Written"."""
 
-    hidden*: (L, H) float32, the state after `position` characters; written in place.
-    position*: characters consumed. seed and position fix each random number.
-    prompt: (n,) int64 ids to be read before anything is generated. num_read*: how many of them were.
-    max_chars: how many characters to generate. num_generated*: how many were.
-    stops: (n,) int64 ids each, n > 0: the text ends with the character that completes one of them; only generated
-    characters count.
-    history*: there if `sampling.penalizes`; it knows the prompt and what was generated before.
-    num_logprobs: report the log-probability of each generated character and of that many likeliest ones; None: nothing.
-    score_prompt: report them for the prompt's characters too.
-    checkpoint_positions: positions in rising order, all above the first one. kept*: a copy of the state, (L, H) float32, after each
-    of them that was reached.
-    num_next: when it is finished, report so many of the characters likeliest to follow; None: don't. next*: these.
-    tail*: the last generated characters, as many as the longest stop string has.
-    finished*: why nothing is left to do; None until then.
-    """
-
+    # (L, H) float32, the state after `position` characters. Written in place.
     hidden: Float32
+    # Number of characters consumed. Written. The random number of a character depends on seed and position alone.
     position: int
+    # (n,) int64 ids to read before anything is generated.
     prompt: Ids
+    # Number of characters to generate.
     max_chars: int
     seed: int
     sampling: SamplingSettings = PLAIN
+    # (n,) int64 ids each, n > 0. The text ends with the generated character that completes one of them.
     stops: tuple[Ids, ...] = ()
+    # Characters that penalties count: the prompt's, and those generated. None unless `sampling.penalizes`. Written.
     history: History | None = None
+    # Score each generated character and this many likeliest ones. None for no scores.
     num_logprobs: int | None = None
+    # Score the prompt's characters too. Needs num_logprobs.
     score_prompt: bool = False
+    # Positions, in rising order and above the first `position`, after which the state is copied.
     checkpoint_positions: tuple[int, ...] = ()
+    # The copies, (L, H) float32, for the positions reached so far. Written.
     checkpoints: list[Float32] = field(default_factory=list)
+    # Report this many likeliest next characters when the row is finished. None for no report.
     num_next: int | None = None
+    # The reported characters. None until then. Written.
     next: Distribution | None = None
+    # How many characters of the prompt were read. Written.
     num_read: int = 0
+    # How many characters were generated. Written.
     num_generated: int = 0
+    # The last generated characters, at most as many as the longest stop string has. Written.
     tail: list[int] = field(default_factory=list)
+    # Why there is nothing left to do. None until then. Written.
     finished: FinishReason | None = None
 
     @property
     def is_reading(self) -> bool:
-        """There are characters of the prompt left."""
+        """Whether characters of the prompt are left to read."""
         return self.num_read < len(self.prompt)
 
     @property
     def scores(self) -> bool:
-        """The next characters need log-probabilities."""
+        """Whether the next characters need scores."""
         return self.num_logprobs is not None and (self.score_prompt or not self.is_reading)
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Log-probabilities, in nats, of m characters under the model's own distribution, before any sampling setting.
-
-    chosen: (m,) float64, of the characters themselves. top_ids: (m, k) int64 and top: (m, k) float64, the k likeliest
-    characters in falling order; equal ones in the order of ids.
-    """
-
-    chosen: Float64
-    top_ids: Ids
-    top: Float64
-
-    @classmethod
-    def join(cls, parts: Sequence[Scores]) -> Scores:
-        """Scores of characters one after the other. parts: at least one, of equal k."""
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")))
-
-    def slice(self, start: int, end: int | None) -> Scores:
-        """Those of some of the characters."""
-        return Scores(self.chosen[start:end], self.top_ids[start:end], self.top[start:end])
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """Of the next character: (k,) int64 ids of the likeliest, in falling order, and (k,) float64 log-probabilities."""
-
-    ids: Ids
-    logprobs: Float64
-
-
-@dataclass(frozen=True)
 class StepResult:
-    """What one call did to one row. chars: (m,) int64, the characters generated in it.
+    """What one call of `advance` did to one row."""
 
-    scores: of these characters; prompt_scores: of the prompt's characters read in it; None where not asked for.
-    """
-
-    chars: Ids
-    scores: Scores | None = None
-    prompt_scores: Scores | None = None
+    chars: Ids  # (m,) int64, the characters generated in the call
+    scores: Scores | None = None  # of `chars`; None if not requested
+    prompt_scores: Scores | None = None  # of the prompt's characters read in the call; None if not requested
 
     @classmethod
     def join(cls, parts: Sequence[StepResult]) -> StepResult:
-        """Several parts of one text, in their order, as one; of none: nothing generated."""
+        """Concatenate consecutive results of one row. No parts give a result without characters."""
         if len(parts) == 1:
             return parts[0]
         scores = [part.scores for part in parts if part.scores is not None]
@@ -121,29 +91,48 @@ class StepResult:
 
 
 class Stepper(Protocol):
-    """Steps one model. Each character of a row is read from its prompt or, when that is used up, drawn; then the
-    network consumes it: hidden = f(hidden, character), position + 1. A character is drawn from the logits of the state
-    before it. So a row's state is always the state after its whole text, the last generated character included.
+    """Advances texts of one model.
 
-    Exact: what happens to a row is a function of this row alone. Not of the rows beside it, their order or number, of
-    num_chars, of how often `advance` was called, of threads or of the processor. Implementations agree to the bit:
-    products of integers in int32; everything else element by element, float32 in the step and float64 in sampling,
-    in the order written down in `arithmetic.py`, `sampling.py`, `scores.py`, `gates.py` and `torch_stepper.py`, without
-    fused multiply-adds.
+    A character of a row is read from its prompt or, when the prompt is used up, drawn from the logits of the row's
+    state. Then the network consumes it: hidden = f(hidden, character), position + 1. So a row's state is always the
+    state after its whole text, including the last generated character.
 
-    Called from one thread at a time. It may never wait for anything, do I/O, log, keep a reference to a row or its
-    arrays after it returns, or release less than it took when it raises. Without Python in the loop it should run
-    without the interpreter's lock.
+    Exact: what happens to a row depends on this row alone. It doesn't depend on other rows, their order or number, on
+    num_chars, on how often `advance` was called, on threads or on the processor. All implementations give the same
+    bits: products of integers in int32; everything else element by element, float32 in the step and float64 in
+    sampling, in the order written in `arithmetic.py`, `sampling.py`, `scores.py`, `gates.py` and `torch_stepper.py`,
+    without fused multiply-adds.
+
+    Called from one thread at a time. A stepper must not wait for anything, do I/O, log, or keep a reference to a row
+    or its arrays after it returns. When it raises, it must release everything it acquired. An implementation without
+    Python code in its loop should run without the interpreter's lock.
     """
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
-        """StepResult every row by `num_chars` characters, or to its end if that comes first; what each one got.
+        """Advance every row by `num_chars` characters, or to its end if that is nearer. Return a result for each row.
 
-        rows: any number, each once; finished ones are left alone. A row with an empty prompt and max_chars = 0 is
-        finished without a step. Raises nothing that the caller could mend: after an exception the rows are void.
+        Rows must be distinct; their number is arbitrary. A finished row is left unchanged. A row with an empty prompt
+        and max_chars = 0 is finished without a step. After an exception the rows must not be used any more.
         """
         ...
 
     def initial_hidden(self) -> Float32:
-        """(L, H) float32 zeros: the state before the first character."""
+        """Return (L, H) float32 zeros, the state before the first character. The array is the caller's."""
         ...
+
+
+def mean_loss(stepper: Stepper, ids: Ids, progress: Callable[[int], object] = lambda _: None) -> float:
+    """Return the mean loss, in nats per character, of a stepper's model on a text of n > 1 characters, (n,) int64.
+
+    The state starts at zero. The first character is read but not scored. `progress` is called now and then with the
+    number of characters scored since its last call.
+    """
+    row = Row(stepper.initial_hidden(), 0, ids, max_chars=0, seed=0, num_logprobs=0, score_prompt=True)
+    total, first = 0.0, 1
+    while row.finished is None:
+        scores = stepper.advance([row], _MEASURED_CHARS)[0].prompt_scores
+        if scores is not None:
+            total -= float(scores.chosen[first:].sum())
+            progress(len(scores.chosen) - first)
+            first = 0
+    return total / (len(ids) - 1)

@@ -1,4 +1,4 @@
-"""Stop strings: what has to be held back until it is certain that it isn't the beginning of one."""
+"""Stop strings: withholds text until it is certain that it is not the beginning of a stop string."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ from collections.abc import Sequence
 
 
 def completed(text: str, stops: Sequence[str]) -> str:
-    """The longest of the stop strings that the text ends with; empty if there is none."""
+    """Return the longest stop string that the text ends with, or an empty string."""
     return max((stop for stop in _normalised(stops) if text.endswith(stop)), key=len, default="")
 
 
 class StopFilter:
-    """Lets text through piece by piece, but never a character of a stop string.
+    """Passes text on in pieces, without the stop string that ends it.
 
-    What may still become a stop string is held back, and released as soon as it can't. The engine ends a text with the
-    character that completes a stop string; of several that end there the longest counts.
+    Characters that may turn out to be part of a stop string are withheld until that is decided. The engine ends a text
+    with the character that completes a stop string. If several stop strings end there, the longest one is removed.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = _normalised(stops)
-        self._held = ""
+        self._withheld = ""
 
     def feed(self, text: str) -> str:
-        """Take in more text; what may be shown now."""
+        """Add text. Return what can be shown now."""
         if not self._stops:
             return text
-        self._held += text
-        num_shown = len(self._held) - self._num_undecided()
-        shown, self._held = self._held[:num_shown], self._held[num_shown:]
+        self._withheld += text
+        num_shown = len(self._withheld) - self._num_undecided()
+        shown, self._withheld = self._withheld[:num_shown], self._withheld[num_shown:]
         return shown
 
     def end(self, stopped: bool) -> str:
-        """The text is over: what is left to show. stopped: a stop string was completed; it is not shown."""
-        shown, self._held = self._held, ""
+        """Return the rest of the text, which has ended. If a stop string ended it (`stopped`), that is left out."""
+        shown, self._withheld = self._withheld, ""
         if stopped:
             shown = shown.removesuffix(completed(shown, self._stops))
         return shown
 
     def _num_undecided(self) -> int:
-        """How many of the last characters are a stop string or the start of one."""
+        """Return how many of the last characters are a stop string or the beginning of one."""
         longest = max(len(stop) for stop in self._stops)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            tail = self._held[-length:]
+        for length in range(min(longest, len(self._withheld)), 0, -1):
+            tail = self._withheld[-length:]
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
 
 
 def _normalised(stops: Sequence[str]) -> list[str]:
-    """In NFC, as models write."""
+    """Return stop strings in Unicode's normal form C, in which models write."""
     return [unicodedata.normalize("NFC", stop) for stop in stops]

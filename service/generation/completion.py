@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.arrays import Ids
+from service.engine.pace import flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.engine.stepper import FinishReason, Scores, StepResult
+from service.engine.scores import Scores
+from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter
-from service.generation.gathering import gathering_s
 from service.generation.reading import stop_ids
 from service.registry.loaded_models import LoadedModel
 
@@ -164,7 +165,7 @@ class Completion:
                 gather = flush_interval_s
                 if gather is not None:
                     later = gather and place == 0 and choice.index in begun
-                    gather = gathering_s(self._engine, gather) if later else 0.0
+                    gather = flush_interval(self._engine.num_open, gather) if later else 0.0
                 chunk = choice.read(gather, idle_s if place == 0 else 0.0)
                 if chunk is not None:
                     begun.add(choice.index)

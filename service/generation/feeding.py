@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from service.engine.stepper import Distribution, Scores
+from service.engine.scores import Distribution, Scores
 from service.errors import GruServeError, ModelNotFound, PositionConflict
 from service.generation.reading import read
 from service.generation.runs import RunRegistry

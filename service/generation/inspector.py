@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.arrays import Float16, Float32, Ids
-from service.engine.stepper import Distribution, Scores
+from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue, UnknownCharacters
 from service.generation.reading import read, state_at
 from service.registry.loaded_models import LoadedModel, LoadedModels
@@ -136,7 +136,7 @@ class Inspector:
             ids, position = origin.ids[part], origin.position + begin
             positions = tuple(range(position + 1, position + len(ids) + 1))
             end, scored = read(
-                model, ids, hidden, position, positions, request.num_logprobs, after_another=begin > 0
+                model, ids, hidden, position, positions, request.num_logprobs, already_admitted=begin > 0
             )  # fmt: skip
             after = np.stack([end.checkpoints[at] for at in positions])  # (m, L, H)
             states[part] = after
@@ -151,7 +151,7 @@ class Inspector:
         following = None
         if request.num_logprobs is not None:
             following = read(
-                model, origin.ids[:0], hidden, position, num_next=request.num_logprobs, after_another=True
+                model, origin.ids[:0], hidden, position, num_next=request.num_logprobs, already_admitted=True
             )[0]
         return InspectionResult(
             model=model,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from service.arrays import Float32, Ids
 from service.engine.request import End, Request
-from service.engine.stepper import Scores
+from service.engine.scores import Scores
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Session
@@ -32,7 +32,7 @@ def read(
     num_logprobs: int | None = None,
     num_next: int | None = None,
     *,
-    after_another: bool = False,
+    already_admitted: bool = False,
 ) -> tuple[End, Scores | None]:
     """Step the network over (n,) ids from a state. Return the end, and the scores of the ids if num_logprobs is given.
 
@@ -49,7 +49,7 @@ def read(
         score_prompt=num_logprobs is not None,
         num_next=num_next,
     )
-    handle = model.engine.submit([request], after_another=after_another)[0]
+    handle = model.engine.submit([request], already_admitted=already_admitted)[0]
     part = handle.read(None)
     return handle.wait(), part.prompt_scores if part is not None else None
 
@@ -61,10 +61,10 @@ def state_at(model: LoadedModel, session: Session, position: int) -> Float32:
     return state_in(model, session.transcript, position)
 
 
-def state_in(model: LoadedModel, transcript: Transcript, position: int, *, after_another: bool = False) -> Float32:
+def state_in(model: LoadedModel, transcript: Transcript, position: int, *, already_admitted: bool = False) -> Float32:
     """Return a transcript's (L, H) state at a position, stepping from the nearest checkpoint. Raises as `state_at`."""
     start, hidden = transcript.nearest_checkpoint(position)
     if hidden is not None and start == position:
         return hidden
     ids = model.charset.exact(transcript.text(start, position))
-    return read(model, ids, hidden, start, after_another=after_another)[0].hidden
+    return read(model, ids, hidden, start, already_admitted=already_admitted)[0].hidden

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from service.engine.pace import flush_interval
 from service.engine.request import Handle
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter, completed
 from service.errors import Draining, EngineFailed, GruServeError, RunTakenOver
-from service.generation.gathering import gathering_s
 from service.generation.reading import state_in
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run, Session
@@ -126,7 +126,7 @@ class ActiveRun:
         else:
             transcript = before.truncate(before.position + num_added)
         if stop:
-            hidden = state_in(self._model, transcript, transcript.position, after_another=True)
+            hidden = state_in(self._model, transcript, transcript.position, already_admitted=True)
         if end.reason != "cancelled":
             run = replace(run, finish_reason=end.reason, end=transcript.position)
         return replace(self.session, hidden=hidden, transcript=transcript, run=run)
@@ -179,7 +179,7 @@ class RunStream:
                 if flush_interval_s is None
                 else 0.0
                 if first
-                else gathering_s(active.engine, flush_interval_s)
+                else flush_interval(active.engine.num_open, flush_interval_s)
             )
             text = active.read(gather, idle_s)
             shown, is_over = stop_filter.feed(text), active.is_over

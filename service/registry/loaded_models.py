@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,12 @@ from service.arrays import Float16
 from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
+from service.engine.kernels import Kernel
 from service.engine.prefix_cache import PrefixCache
-from service.engine.stepper import Stepper
 from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
-from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
 from service.store.model_store import ModelStore, ModelVersion
 
@@ -33,7 +32,7 @@ _HINT = "to continue its text with another version, feed the session with `rebas
 class EngineSettings:
     """How the engine of each loaded model is made."""
 
-    make_stepper: Callable[[QuantizedGRU], Stepper]  # the implementation that computes
+    kernel: Kernel  # the implementation that computes
     precision: IntegerPrecision | None = None  # of the recurrent weights; None takes what each version recommends
     max_running: int = 256  # see Engine
     max_waiting: int = 256  # see Engine
@@ -61,7 +60,7 @@ class LoadedModel:
         self.charset = artifact.charset
         self.digest = artifact.digest
         self.precision = settings.precision or artifact.training.serving_precision
-        quantized = quantize(artifact.config, artifact.tensors, self.precision)
+        stepper, quantized = settings.kernel.load(artifact.config, artifact.tensors, self.precision)
         self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
         self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
@@ -69,7 +68,7 @@ class LoadedModel:
         self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
-            settings.make_stepper(quantized),
+            stepper,
             len(self.charset),
             settings.max_running,
             settings.max_waiting,

@@ -98,12 +98,12 @@ class ServiceCollector(Collector):
         yield counter(
             "prefix_cache_queries",
             "Characters of prompts that were looked up in the prefix cache.",
-            lambda model: model.prefixes.num_asked,
+            lambda model: model.prefixes.num_queried,
         )
         yield counter(
             "prefix_cache_hits",
             "Characters of prompts that the prefix cache held, and that were not stepped again.",
-            lambda model: model.prefixes.num_known,
+            lambda model: model.prefixes.num_hits,
         )
         yield histogram(
             "batch_size", "Texts advanced in one tick of the engine.", lambda model: model.engine.counters.batch

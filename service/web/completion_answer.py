@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import structlog
 from flask import Response
 
-from service.engine.stepper import Scores
+from service.engine.scores import Scores
 from service.errors import GruServeError
 from service.generation.completion import Completion, CompletionChunk
 from service.model.charset import Charset

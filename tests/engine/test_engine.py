@@ -195,7 +195,7 @@ def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None
         running_text = engine.submit([request()])[0]
         with pytest.raises(Overloaded):
             engine.submit([request()])
-        following = engine.submit([request(max_chars=0)], after_another=True)[0]
+        following = engine.submit([request(max_chars=0)], already_admitted=True)[0]
         gate.open()
         assert running_text.wait().position == following.wait().position + 30
 
@@ -385,7 +385,7 @@ def test_a_text_that_comes_as_a_retired_engines_thread_ends_is_not_lost(monkeypa
     """Between the thread's last look and its end there is room for a new text, with a thread of its own."""
     late: list[Handle] = []
     with running() as engine:
-        take_in = engine._take_in
+        take_in = engine._wait_for_work
 
         def submit_as_it_ends() -> bool:
             goes_on = take_in()
@@ -393,7 +393,7 @@ def test_a_text_that_comes_as_a_retired_engines_thread_ends_is_not_lost(monkeypa
                 late.extend(engine.submit([request(max_chars=5000)]))
             return goes_on
 
-        monkeypatch.setattr(engine, "_take_in", submit_as_it_ends)
+        monkeypatch.setattr(engine, "_wait_for_work", submit_as_it_ends)
         engine.retire()
         engine.submit([request()])[0].wait()
         deadline = time.monotonic() + 10

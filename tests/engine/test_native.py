@@ -26,7 +26,7 @@ from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
-from tests.harness.rows import KINDS, everything, keeping, quantized, row, run
+from tests.harness.rows import KINDS, keeping, outcome, quantized, row, run
 
 VARIANTS = binding.variants()
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
@@ -59,13 +59,6 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
         one.checkpoint_positions = (index + 2, index + 6) if index % 3 == 1 else ()
         rows.append(one)
     return rows
-
-
-def outcome(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Any]:
-    """All that can be seen of the rows at their ends."""
-    seen = [everything(*pair) for pair in zip(rows, run(stepper, rows, num_chars), strict=True)]
-    counts = [None if one.history is None else one.history.num_generated.tolist() for one in rows]
-    return [seen, counts, [one.tail for one in rows]]
 
 
 def test_it_is_there_where_there_is_a_compiler() -> None:
@@ -265,13 +258,22 @@ def test_hostile_models_are_refused() -> None:
         NativeStepper(model, variant="z80")
 
 
-@given(sizes=st.lists(st.sampled_from([-(2**62), -1, 0, 1, 2**40, 2**62]), min_size=4, max_size=4))
-def test_sizes_that_make_no_sense_are_refused_before_memory_is_touched(sizes: list[int]) -> None:
+SIZES = st.sampled_from([-(2**62), -1, 0, 1, 2**40, 2**62])  # of these only 1 is valid
+
+
+@given(
+    sizes=st.tuples(SIZES, SIZES, SIZES, st.sampled_from([8, 4, 0, 16])).filter(lambda sizes: sizes[:3] != (1, 1, 1))
+)
+def test_kernel__invalid_sizes_are_refused_before_memory_is_touched(sizes: tuple[int, ...]) -> None:
+    """The model's addresses are null, so that touching its memory would crash."""
     loaded = binding.load()
     assert loaded is not None
-    about, kernel = binding.Model(*sizes), ctypes.c_void_p()
+    model, kernel = np.zeros(1, loaded.model), ctypes.c_void_p()
+    for name, size in zip(("vocab", "units", "num_layers", "bits"), sizes, strict=True):
+        model[name] = size
     with pytest.raises((ValueError, MemoryError)):
-        binding.check(loaded.gru_create(ctypes.byref(about), b"portable", 1, 0, ctypes.byref(kernel)))
+        create = loaded.functions.gru_create
+        binding.check(create(model.ctypes.data, b"portable", 1, 0, ctypes.byref(kernel)))
     assert not kernel
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.engine.stepper import Scores
+from service.engine.scores import Scores
 from service.errors import Overloaded
 from service.generation.completion import Choice, Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel, LoadedModels

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from service.engine.kernels import Kernel
 from service.engine.torch_stepper import TorchStepper
 from service.model.artifact import write_artifact
 from service.model.config import ModelConfig
@@ -56,7 +57,7 @@ def publish_tiny(
 
 def engine_settings(**changes: object) -> EngineSettings:
     """Return settings of engines that run on the torch stepper."""
-    return EngineSettings(**({"make_stepper": TorchStepper} | changes))  # type: ignore[arg-type]
+    return EngineSettings(**({"kernel": Kernel("torch", TorchStepper)} | changes))  # type: ignore[arg-type]
 
 
 @contextmanager

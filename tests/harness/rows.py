@@ -82,3 +82,10 @@ def everything(row: Row, result: StepResult) -> list[Any]:
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
     seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
     return [*seen, result.chars.tolist()]
+
+
+def outcome(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Any]:
+    """Advance rows to their ends, and return everything that can be observed of them."""
+    seen = [everything(*pair) for pair in zip(rows, run(stepper, rows, num_chars), strict=True)]
+    counts = [None if row.history is None else row.history.num_generated.tolist() for row in rows]
+    return [seen, counts, [row.tail for row in rows]]

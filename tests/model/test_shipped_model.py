@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.engine.loss import stepped_loss
+from service.engine.stepper import mean_loss
 from service.engine.torch_stepper import TorchStepper
 from service.model.artifact import Artifact, read_artifact
 from service.model.folded import FoldedGRU
@@ -63,7 +63,7 @@ def test_loss__in_integers_is_that_of_float32(artifact: Artifact) -> None:
     text = sample["prompt"] + sample["text"]
     for precision in ("int8", "int4"):
         stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
-        assert abs(stepped_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
+        assert abs(mean_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
 
 
 def test_loss__of_reversed_text_is_high(artifact: Artifact) -> None:

@@ -1,88 +1,137 @@
-"""The compiled kernel, through ctypes: its functions and structures as `src/abi.h` declares them."""
+"""The compiled kernel through ctypes: its functions, and numpy dtypes of the structures that are passed to it."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_void_p
+import logging
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 
 import numpy as np
 
-_ERRORS = {1: MemoryError("no memory for the kernel"), 2: ValueError("the kernel refuses sizes that make no sense")}
+log = logging.getLogger(__name__)
 
+_ERRORS: dict[int, tuple[type[Exception], str]] = {
+    1: (MemoryError, "the native kernel ran out of memory"),
+    2: (ValueError, "the native kernel refuses the arguments: a size, weight, variant or number of threads is invalid"),
+}
 
-class Linear(Structure):
-    """GruLinear: addresses of a weight, (rows, columns) int8, and of scale and bias, (rows,) float32."""
-
-    _fields_ = (("weight", POINTER(c_int8)), ("scale", POINTER(c_float)), ("bias", POINTER(c_float)))
-
-
-class Layer(Structure):
-    """GruLayer."""
-
-    _fields_ = (("recurrent", Linear), ("inputs", Linear))
-
-
-class Model(Structure):
-    """GruModel."""
-
-    _fields_ = (
-        ("vocab", c_int64),
-        ("units", c_int64),
-        ("num_layers", c_int64),
-        ("bits", c_int64),
-        ("table", POINTER(c_float)),
-        ("layers", POINTER(Layer)),
-        ("dense", Linear),
-    )
-
-
-_ROW_FIELDS: dict[str, type[np.generic]] = {
-    "seed": np.uint64, "position": np.int64, "hidden": np.uintp, "num_steps": np.int64, "stopped": np.int64,
-    "num_prompt": np.int64, "prompt": np.uintp, "chars": np.uintp,
-    "temperature": np.float64, "is_plain": np.int64, "top_k": np.int64, "top_p": np.float64, "min_p": np.float64,
-    "repetition": np.float64, "presence": np.float64, "frequency": np.float64,
-    "num_biases": np.int64, "bias_ids": np.uintp, "biases": np.uintp,
-    "in_prompt": np.uintp, "num_generated": np.uintp,
-    "num_stops": np.int64, "stop_lengths": np.uintp, "stop_ids": np.uintp, "text": np.uintp, "text_length": np.int64,
-    "num_top": np.int64, "scores_start": np.int64, "chosen": np.uintp, "top_ids": np.uintp, "top": np.uintp,
-    "num_keep": np.int64, "checkpoint_positions": np.uintp, "kept": np.uintp,
-    "reaches_length": np.int64, "num_next": np.int64, "next_ids": np.uintp, "next": np.uintp,
+# The fields that Python writes or reads, and the types it expects, as `type_code` in layout.h names them: i, u or f and
+# the number of bytes; * for an address. Order and offsets of the fields are those that the library reports.
+FIELDS: dict[str, dict[str, str]] = {
+    "GruLinear": {"weight": "*i1", "scale": "*f4", "bias": "*f4"},
+    "GruLayer": {"recurrent": "GruLinear", "inputs": "GruLinear"},
+    "GruModel": {
+        "vocab": "i8", "units": "i8", "num_layers": "i8", "bits": "i8",
+        "table": "*f4", "layers": "*GruLayer", "dense": "GruLinear",
+    },
+    "GruRow": {
+        "seed": "u8", "position": "i8", "hidden": "*f4", "num_steps": "i8", "stopped": "i8",
+        "num_prompt": "i8", "prompt": "*i8", "chars": "*i8",
+        "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
+        "repetition": "f8", "presence": "f8", "frequency": "f8",
+        "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "in_prompt": "*u1", "num_generated": "*f8",
+        "num_stops": "i8", "stop_lengths": "*i8", "stop_ids": "*i8", "text": "*i8", "text_length": "i8",
+        "num_top": "i8", "scores_start": "i8", "chosen": "*f8", "top_ids": "*i8", "top": "*f8",
+        "num_checkpoints": "i8", "checkpoint_positions": "*i8", "checkpoints": "*f4",
+        "reaches_length": "i8", "num_next": "i8", "next_ids": "*i8", "next": "*f8",
+    },
 }  # fmt: skip
-ROW = np.dtype(list(_ROW_FIELDS.items()))  # GruRow; addresses as integers
+
+
+class LayoutMismatch(Exception):
+    """The library's structures have other fields than this version of the package uses."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernel. Calls of its functions release the interpreter's lock."""
+
+    functions: ctypes.CDLL
+    layer: np.dtype[np.void]  # GruLayer; addresses are integers in all three
+    model: np.dtype[np.void]  # GruModel
+    row: np.dtype[np.void]  # GruRow
 
 
 @cache
-def load() -> ctypes.CDLL | None:
-    """The library, if it was compiled when the package was installed. Calls release the interpreter's lock."""
-    found = find_spec("service.engine.native._kernel")
-    if found is None or found.origin is None:
+def load() -> Library | None:
+    """Return the kernel, or None if this installation has no kernel, or one of another version of the package."""
+    spec = find_spec("service.engine.native._kernel")
+    if spec is None or spec.origin is None:
         return None
     try:
-        library = ctypes.CDLL(found.origin)
+        return open_library(spec.origin)
     except OSError:  # compiled for another system
         return None
-    library.gru_layout.restype = c_int64
-    if library.gru_layout() != 1000 * ROW.itemsize + ctypes.sizeof(Model):
-        return None  # left over from another version
-    library.gru_variant.argtypes, library.gru_variant.restype = [c_int32], c_char_p
-    library.gru_create.argtypes = [POINTER(Model), c_char_p, c_int32, c_int32, POINTER(c_void_p)]
-    library.gru_destroy.argtypes, library.gru_destroy.restype = [c_void_p], None
-    library.gru_advance.argtypes = [c_void_p, c_void_p, c_int64]
-    library.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
-    return library
+    except LayoutMismatch as mismatch:
+        log.warning("the native kernel is not used, because %s: install the package again", mismatch)
+        return None
+
+
+def open_library(path: str) -> Library:
+    """Load a compiled kernel and check it. Raises OSError, and LayoutMismatch if it belongs to another version."""
+    functions = ctypes.CDLL(path)
+    try:
+        functions.gru_describe_layout.restype = c_char_p
+        functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p
+        functions.gru_create.argtypes = [c_void_p, c_char_p, c_int32, c_int32, POINTER(c_void_p)]
+        functions.gru_destroy.argtypes, functions.gru_destroy.restype = [c_void_p], None
+        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64]
+        functions.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
+    except AttributeError as missing:
+        raise LayoutMismatch(f"it lacks a function: {missing}") from missing
+    dtypes = read_layout(functions.gru_describe_layout().decode())
+    return Library(functions, layer=dtypes["GruLayer"], model=dtypes["GruModel"], row=dtypes["GruRow"])
+
+
+def read_layout(description: str) -> dict[str, np.dtype[np.void]]:
+    """Return a dtype for each structure of a library from its description, which `describe_layout` in layout.h writes.
+
+    Raises LayoutMismatch, naming the field, if a structure lacks a field of FIELDS, has one of another type, or has one
+    that FIELDS doesn't list.
+    """
+    sizes: dict[str, int] = {}
+    types: dict[str, dict[str, str]] = {}
+    offsets: dict[str, dict[str, int]] = {}
+    structure = ""
+    for line in description.splitlines():
+        match line.split():
+            case ["structure", structure, size]:
+                sizes[structure], types[structure], offsets[structure] = int(size), {}, {}
+            case ["field", name, code, offset]:
+                types[structure][name], offsets[structure][name] = code, int(offset)
+    dtypes: dict[str, np.dtype[np.void]] = {}
+    for structure, expected in FIELDS.items():
+        reported = types.get(structure, {})
+        for name in expected | reported:
+            if reported.get(name) != expected.get(name):
+                raise LayoutMismatch(
+                    f"the type of its field {structure}.{name} is {reported.get(name)}, while this version of the "
+                    f"package expects {expected.get(name)}"
+                )
+        dtypes[structure] = np.dtype(
+            {
+                "names": list(reported),
+                "formats": [np.uintp if code[0] == "*" else dtypes.get(code, code) for code in reported.values()],
+                "offsets": list(offsets[structure].values()),
+                "itemsize": sizes[structure],
+            }
+        )
+    return dtypes
 
 
 def variants() -> list[str]:
-    """Names of the kernels that this processor can run, the best first; none where the library is missing."""
-    library, found = load(), list[str]()
-    while library is not None and (name := library.gru_variant(len(found))) is not None:
-        found.append(name.decode())
-    return found
+    """Return the names of the kernel's variants that this processor can run, best first; empty without a kernel."""
+    library, names = load(), list[str]()
+    while library is not None and (name := library.functions.gru_variant(len(names))) is not None:
+        names.append(name.decode())
+    return names
 
 
 def check(code: int) -> None:
-    """Raise what a function of the library reported."""
+    """Raise the error that a function of the library returned. 0 is success."""
     if code:
-        raise _ERRORS[code]
+        error, message = _ERRORS[code]
+        raise error(message)

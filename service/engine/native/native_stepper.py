@@ -1,18 +1,18 @@
-"""The stepper in C++, from Python's side: models go in once, rows at every call."""
+"""The stepper in C++, seen from Python: a model is passed once, rows with every call."""
 
 from __future__ import annotations
 
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, c_float, c_int8, c_void_p
+from ctypes import c_void_p
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32
 from service.engine.gates import gate_scales
-from service.engine.native.binding import Layer, Linear, Model, check, load, variants
+from service.engine.native.binding import Library, check, load, variants
 from service.engine.native.rows import Rows
 from service.engine.stepper import Row, StepResult
 from service.model.quantize import QuantizedGRU
@@ -23,9 +23,12 @@ _BITS = {"int8": 8, "int4": 4}
 class NativeStepper:
     """Implements `Stepper` for a quantised model.
 
-    num_threads: threads that compute together, the caller's among them; the others are started at the first call and
-    end with the stepper. variant: one of `variants()`; None: the best. always_together: threads share every step of a
-    few rows, even while one of them would be faster alone; for tests and measurements.
+    Args:
+        num_threads: threads that compute, the caller's included. The others start with the first call and end with the
+            stepper.
+        variant: one of `variants()`, or None for the best.
+        always_together: make all threads share every step of a few rows, even while one thread would be faster. For
+            tests and measurements.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class NativeStepper:
         always_together: bool = False,
     ) -> None:
         self.config = model.config
-        library, there = load(), variants()
-        if library is None or not there:
-            raise RuntimeError("the kernel was not compiled when this package was installed")
-        self.variant = variant or there[0]
+        library, available = load(), variants()
+        if library is None or not available:
+            raise RuntimeError("the native kernel was not compiled for this version of the package")
+        self.variant = variant or available[0]
         self._library = library
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
-        weakref.finalize(self, library.gru_destroy, self._kernel)
+        weakref.finalize(self, library.functions.gru_destroy, self._kernel)
 
     def initial_hidden(self) -> Float32:
         """See Stepper."""
@@ -50,61 +53,57 @@ class NativeStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
-        taken = Rows(rows, num_chars, (self.config.num_layers, self.config.num_units), self.config.vocab_size)
-        if taken.active:
-            check(self._library.gru_advance(self._kernel, taken.records.ctypes.data, len(taken.active)))
-        return taken.hand_back()
+        shape = (self.config.num_layers, self.config.num_units)
+        batch = Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
+        if batch.active:
+            check(self._library.functions.gru_advance(self._kernel, batch.records.ctypes.data, len(batch.active)))
+        return batch.finish()
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
-        """(B, H) rounded states, within +-127 -> (B, 3H), what the recurrent weights make of them: for measurements."""
+        """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.
+
+        Returns (B, 3H) int32. The same product is computed `repeats` times.
+        """
         num_rows, units = states.shape
         if units != self.config.num_units or states.dtype != np.int8:
-            raise ValueError("states have to be (B, H) int8")
+            raise ValueError(f"states must be (B, {self.config.num_units}) int8")
         states, out = np.ascontiguousarray(states), np.empty((num_rows, 3 * units), np.int32)
-        products = self._library.gru_recurrent_products
+        products = self._library.functions.gru_recurrent_products
         check(products(self._kernel, layer, states.ctypes.data, num_rows, repeats, out.ctypes.data))
         return out
 
 
-def _create(
-    library: ctypes.CDLL, model: QuantizedGRU, variant: str, num_threads: int, always_together: bool
-) -> c_void_p:
-    """A kernel that holds a packed copy of the model."""
+def _create(library: Library, model: QuantizedGRU, variant: str, num_threads: int, always_together: bool) -> c_void_p:
+    """Return a kernel that holds a packed copy of the model."""
     units = model.config.num_units
     scales = gate_scales(units)
-    arrays: list[NDArray[np.generic]] = []  # alive until they were packed
+    arrays: list[NDArray[np.generic]] = []  # keeps copies alive until the kernel has packed them
 
-    def address(array: NDArray[np.generic], shape: tuple[int, ...], dtype: type[np.generic], kind: type) -> object:
+    def address(array: NDArray[np.generic], shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> int:
         if array.shape != shape or array.dtype != dtype:
             raise ValueError(f"expected {shape} {np.dtype(dtype)}, got {array.shape} {array.dtype}")
         arrays.append(np.ascontiguousarray(array))
-        return ctypes.cast(arrays[-1].ctypes.data, POINTER(kind))
+        return arrays[-1].ctypes.data
 
-    def floats(array: Float32, *shape: int) -> object:
-        return address(array, shape, np.float32, c_float)
-
-    def weight(array: NDArray[np.int8], rows: int) -> object:
-        return address(array, (rows, units), np.int8, c_int8)
-
-    layers = (Layer * len(model.layers))()
-    for layer, packed in zip(model.layers, layers, strict=True):
+    layers = np.zeros(len(model.layers), library.layer)
+    for layer, recurrent, inputs in zip(model.layers, layers["recurrent"], layers["inputs"], strict=True):
         linear = layer.recurrent
-        bias_n = linear.bias[2 * units :] * scales[2 * units :]
-        packed.recurrent = Linear(
-            weight(linear.weight, 3 * units), floats(linear.scale * scales, 3 * units), floats(bias_n, units)
-        )
+        recurrent["weight"] = address(linear.weight, (3 * units, units), np.int8)
+        recurrent["scale"] = address(linear.scale * scales, (3 * units,))
+        recurrent["bias"] = address(linear.bias[2 * units :] * scales[2 * units :], (units,))
         if layer.inputs is not None:
             linear = layer.inputs
-            packed.inputs = Linear(
-                weight(linear.weight, 3 * units),
-                floats(linear.scale * scales, 3 * units),
-                floats(linear.bias * scales, 3 * units),
-            )
+            inputs["weight"] = address(linear.weight, (3 * units, units), np.int8)
+            inputs["scale"] = address(linear.scale * scales, (3 * units,))
+            inputs["bias"] = address(linear.bias * scales, (3 * units,))
     vocab, dense = model.config.vocab_size, model.dense
-    table = floats(model.table * scales, vocab, 3 * units)
-    dense_linear = Linear(weight(dense.weight, vocab), floats(dense.scale, vocab), floats(dense.bias, vocab))
-    description = Model(vocab, units, len(model.layers), _BITS[model.precision], table, layers, dense_linear)
+    record = np.zeros(1, library.model)
+    record["vocab"], record["units"], record["num_layers"] = vocab, units, len(layers)
+    record["bits"], record["layers"] = _BITS[model.precision], layers.ctypes.data
+    record["table"] = address(model.table * scales, (vocab, 3 * units))
+    record["dense"]["weight"] = address(dense.weight, (vocab, units), np.int8)
+    record["dense"]["scale"], record["dense"]["bias"] = address(dense.scale, (vocab,)), address(dense.bias, (vocab,))
     kernel = c_void_p()
-    about = ctypes.byref(description)
-    check(library.gru_create(about, variant.encode(), num_threads, always_together, ctypes.byref(kernel)))
+    create = library.functions.gru_create
+    check(create(record.ctypes.data, variant.encode(), num_threads, always_together, ctypes.byref(kernel)))
     return kernel

@@ -1,4 +1,4 @@
-"""Rows as the kernel takes them, and what it did to them."""
+"""Prepares rows for one call of the kernel, and stores what the kernel did to them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32, Float64, Ids
-from service.engine.native.binding import ROW
 from service.engine.sampling import History
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import Distribution, Row, Scores, StepResult
+from service.engine.scores import Distribution, Scores
+from service.engine.stepper import Row, StepResult
 
 _MASK = 2**64 - 1
 _FLOAT32 = np.dtype(np.float32)
@@ -21,22 +21,26 @@ _NOTHING = StepResult(np.empty(0, np.int64))
 
 
 class Rows:
-    """The rows that have something to do, for one call of the kernel.
+    """The rows that have work in one call of the kernel, as records that the kernel reads.
 
-    active: these rows. records: (B,) ROW. What they point to lives as long as this object; rows' states and histories
-    are worked on where they are. shape: (L, H).
+    The records point to arrays that this object keeps alive. States and histories are not copied: the kernel updates
+    the rows' own arrays. With hundreds of rows, preparing them is the cost of a call beside its steps, so a row without
+    special settings takes only a few operations.
 
-    With hundreds of rows this is what a call costs beside its steps, so a row that wants nothing special is dealt with
-    in a few operations.
+    Args:
+        shape: (L, H) of the model's states.
+        row_dtype: dtype of GruRow.
     """
 
-    def __init__(self, rows: Sequence[Row], num_chars: int, shape: tuple[int, int], vocab_size: int) -> None:
-        self._shape, self._vocab_size = shape, vocab_size
-        self.active: list[Row] = []
-        self._got = [_NOTHING] * len(rows)
-        self._places: list[int] = []  # of active rows among all
-        self._num_steps: list[int] = []
-        self._num_left: list[int] = []  # characters to be read and generated until the row is at its length
+    def __init__(
+        self, rows: Sequence[Row], num_chars: int, shape: tuple[int, int], vocab_size: int, row_dtype: np.dtype[np.void]
+    ) -> None:
+        self._shape, self._vocab_size, self._row_dtype = shape, vocab_size, row_dtype
+        self.active: list[Row] = []  # the rows that have work
+        self._results = [_NOTHING] * len(rows)
+        self._places: list[int] = []  # index of each active row among all rows
+        self._num_steps: list[int] = []  # of each active row in this call
+        self._num_left: list[int] = []  # characters that each active row reads and generates until it is finished
         for place, row in enumerate(rows):
             left = 0
             if row.finished is None:
@@ -51,16 +55,16 @@ class Rows:
                 self._num_left.append(left)
                 self._num_steps.append(num_chars if num_chars < left else left)
         if self.active:
-            self._take_in()
+            self._make_records()
 
-    def _take_in(self) -> None:
+    def _make_records(self) -> None:
         active, size, longest = self.active, len(self.active), max(self._num_steps)
         for row in active:
             if row.hidden.shape != self._shape or row.hidden.dtype != _FLOAT32:
-                raise ValueError(f"states have to be {self._shape} float32")
-        self._states = [c_char.from_buffer(row.hidden.data) for row in active]  # refuses what is not contiguous
+                raise ValueError(f"the state of a row must be {self._shape} float32")
+        self._states = [c_char.from_buffer(row.hidden.data) for row in active]  # raises if one is not contiguous
         self._chars: Ids = np.empty((size, longest), np.int64)
-        records = self.records = np.zeros(size, ROW)
+        records = self.records = np.zeros(size, self._row_dtype)  # (B,) GruRow
         records["seed"] = [row.seed & _MASK for row in active]
         records["position"] = [row.position for row in active]
         records["hidden"] = [addressof(state) for state in self._states]
@@ -70,9 +74,10 @@ class Rows:
         records["is_plain"] = plain = [row.sampling.is_plain for row in active]
         records["num_top"] = records["num_next"] = -1
         self._pointed_to: list[NDArray[Any]] = []
-        self._texts: dict[int, Ids] = {}  # by index in `active`: what was generated, with room for more
-        self._scores: dict[int, Scores] = {}  # room for them
-        self._kept: dict[int, Float32] = {}
+        # Output arrays of rows that need them, by index in `active`.
+        self._texts: dict[int, Ids] = {}
+        self._scores: dict[int, Scores] = {}
+        self._checkpoints: dict[int, Float32] = {}
         self._next: dict[int, Distribution] = {}
         for i, row in enumerate(active):
             if row.num_read < len(row.prompt):
@@ -87,14 +92,14 @@ class Rows:
             if row.num_logprobs is not None:
                 self._add_scores(i, row, row.num_logprobs)
             if row.checkpoint_positions:
-                self._add_keep(i, row)
+                self._add_checkpoints(i, row)
             if row.num_next is not None:
                 self._add_next(i, row.num_next)
 
-    def hand_back(self) -> list[StepResult]:
-        """Write to the rows what was done to them; what each of all rows got."""
+    def finish(self) -> list[StepResult]:
+        """Update the rows after the call. Return the result of each row that was passed in, in their order."""
         if not self.active:
-            return self._got
+            return self._results
         done = zip(*(self.records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
         for i, (row, place, (num_read, num_steps, stopped)) in enumerate(
             zip(self.active, self._places, done, strict=True)
@@ -106,8 +111,8 @@ class Rows:
                 row.finished = "stop"
             elif row.finished is None and num_steps == self._num_left[i]:
                 row.finished = "length"
-            if i in self._kept:
-                self._take_kept(i, row)
+            if i in self._checkpoints:
+                self._store_checkpoints(i, row)
             if i in self._texts:
                 longest = max(len(stop) for stop in row.stops)
                 row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
@@ -115,13 +120,13 @@ class Rows:
                 row.next = self._next[i]
             chars = self._chars[i, num_read:num_steps]
             if i in self._scores:
-                self._got[place] = StepResult(chars, *self._split_scores(i, row, num_read, num_steps))
+                self._results[place] = StepResult(chars, *self._split_scores(i, row, num_read, num_steps))
             elif num_steps > 0:
-                self._got[place] = StepResult(chars)
-        return self._got
+                self._results[place] = StepResult(chars)
+        return self._results
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
-        """Of the array, which is kept until the call is over, or of a copy that has this dtype and is contiguous."""
+        """Return the address of an array, or of a contiguous copy with this dtype. Keeps it alive during the call."""
         array = np.ascontiguousarray(array, dtype)
         self._pointed_to.append(array)
         return array.ctypes.data
@@ -133,7 +138,7 @@ class Rows:
         if sampling.logit_bias:
             ids, biases = zip(*sampling.logit_bias, strict=True)
             if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-                raise ValueError("logit_bias names a character that the model doesn't have")
+                raise ValueError("logit_bias has the id of a character that the model doesn't have")
             record["num_biases"] = len(ids)
             record["bias_ids"] = self._address(np.array(ids), np.int64)
             record["biases"] = self._address(np.array(biases), np.float64)
@@ -143,13 +148,13 @@ class Rows:
             self._add_history(record, history)
 
     def _add_history(self, record: np.void, history: History) -> None:
-        """The kernel counts in the history's own memory."""
+        """The kernel counts characters in the history's own arrays."""
         for name, array, dtype in (
             ("in_prompt", history.in_prompt, np.bool_),
             ("num_generated", history.num_generated, np.float64),
         ):
             if array.shape != (self._vocab_size,) or array.dtype != dtype or not array.flags.c_contiguous:
-                raise ValueError("a history has to be of the model's characters")
+                raise ValueError(f"the arrays of a history must be contiguous, ({self._vocab_size},)")
             record[name] = array.ctypes.data
 
     def _add_stops(self, i: int, row: Row) -> None:
@@ -165,17 +170,17 @@ class Rows:
         record, num_steps = self.records[i], self._num_steps[i]
         num_read = 0 if row.score_prompt else int(record["num_prompt"])
         num_top, num_scores = min(num_logprobs, self._vocab_size), num_steps - num_read
-        room: tuple[Float64, Ids, Float64] = (
+        arrays: tuple[Float64, Ids, Float64] = (
             np.empty(num_scores),
             np.empty((num_scores, num_top), np.int64),
             np.empty((num_scores, num_top)),
         )
-        self._scores[i] = Scores(*room)
+        self._scores[i] = Scores(*arrays)
         record["num_top"], record["scores_start"] = num_top, num_read
-        record["chosen"], record["top_ids"], record["top"] = (array.ctypes.data for array in room)
+        record["chosen"], record["top_ids"], record["top"] = (array.ctypes.data for array in arrays)
 
     def _split_scores(self, i: int, row: Row, num_read: int, num_steps: int) -> tuple[Scores | None, Scores | None]:
-        """Of characters that were generated, and of the prompt's; None where there are none."""
+        """Return the scores of generated characters and those of the prompt's, each None if there are none."""
         scores = self._scores[i]
         num_prompt = num_read if row.score_prompt else 0
         num_generated = num_steps - num_read
@@ -184,22 +189,22 @@ class Rows:
             scores.slice(0, num_prompt) if num_prompt else None,
         )
 
-    def _add_keep(self, i: int, row: Row) -> None:
+    def _add_checkpoints(self, i: int, row: Row) -> None:
         end = row.position + self._num_steps[i]
-        wanted = [position for position in row.checkpoint_positions[len(row.checkpoints) :] if position <= end]
-        if wanted:
-            record, room = self.records[i], np.empty((len(wanted), *self._shape), np.float32)
-            self._kept[i] = room
-            record["num_keep"], record["kept"] = len(wanted), room.ctypes.data
-            record["checkpoint_positions"] = self._address(np.array(wanted), np.int64)
+        positions = [position for position in row.checkpoint_positions[len(row.checkpoints) :] if position <= end]
+        if positions:
+            record, checkpoints = self.records[i], np.empty((len(positions), *self._shape), np.float32)
+            self._checkpoints[i] = checkpoints
+            record["num_checkpoints"], record["checkpoints"] = len(positions), checkpoints.ctypes.data
+            record["checkpoint_positions"] = self._address(np.array(positions), np.int64)
 
     def _add_next(self, i: int, num_next: int) -> None:
         record, size = self.records[i], min(num_next, self._vocab_size)
-        room = self._next[i] = Distribution(np.empty(size, np.int64), np.empty(size))
+        following = self._next[i] = Distribution(np.empty(size, np.int64), np.empty(size))
         record["reaches_length"] = self._num_steps[i] == self._num_left[i]
         record["num_next"] = size
-        record["next_ids"], record["next"] = room.ids.ctypes.data, room.logprobs.ctypes.data
+        record["next_ids"], record["next"] = following.ids.ctypes.data, following.logprobs.ctypes.data
 
-    def _take_kept(self, i: int, row: Row) -> None:
-        num_kept = sum(position <= row.position for position in row.checkpoint_positions) - len(row.checkpoints)
-        row.checkpoints.extend(state.copy() for state in self._kept[i][:num_kept])
+    def _store_checkpoints(self, i: int, row: Row) -> None:
+        num_reached = sum(position <= row.position for position in row.checkpoint_positions) - len(row.checkpoints)
+        row.checkpoints.extend(state.copy() for state in self._checkpoints[i][:num_reached])

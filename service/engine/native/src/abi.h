@@ -1,73 +1,79 @@
-// What passes between Python and the kernel. `binding.py` mirrors these structures; every field takes 8 bytes.
-#pragma once
+// The structures that Python passes to the kernel. This file is the only place that says which fields they have.
+//
+// `layout.h` includes it twice: once to declare the structures, and once to describe them to Python, which takes the
+// name, type and offset of every field from that description (`gru_describe_layout`, read in `binding.py`). So fields
+// can be moved and added here freely; a field that is renamed or gets another type must be changed in `binding.py` too.
+//
+// A structure is used only after it was declared. The caller owns all memory that is pointed to.
 
-#include <cstdint>
+// A linear layer: (weight @ round(127 x)) * scale + bias.
+GRU_STRUCT(GruLinear)
+GRU_FIELD(const int8_t*, weight)  // (rows, columns) integers, row by row; null if there is no such layer
+GRU_FIELD(const float*, scale)    // (rows,)
+GRU_FIELD(const float*, bias)     // (rows,)
+GRU_END
 
-extern "C" {
+// A GRU layer. The rows of its weights are those of gates r, z and n, in this order. Scales and biases are multiplied
+// by the scales of the activations; see `gate_scales` in gates.py.
+GRU_STRUCT(GruLayer)
+GRU_FIELD(GruLinear, recurrent)  // (3H, H) weights of the layer's own state; its bias is (H,), of gate n alone
+GRU_FIELD(GruLinear, inputs)     // (3H, H) weights of the state of the layer below; absent in the first layer
+GRU_END
 
-// (rows, columns) integers, row by row; scale and bias: (rows,). The product with round(127 x), times scale, plus bias.
-struct GruLinear {
-    const int8_t* weight;
-    const float* scale;
-    const float* bias;
-};
+GRU_STRUCT(GruModel)
+GRU_FIELD(int64_t, vocab)           // V, number of characters
+GRU_FIELD(int64_t, units)           // H, numbers in the state of a layer
+GRU_FIELD(int64_t, num_layers)      // L
+GRU_FIELD(int64_t, bits)            // of the weights of GRU layers: 8 or 4; dense weights always have 8
+GRU_FIELD(const float*, table)      // (V, 3H): input gates of the first layer for each character, scaled as above
+GRU_FIELD(const GruLayer*, layers)  // (L,)
+GRU_FIELD(GruLinear, dense)         // (V, H) weights from the last layer's state to logits
+GRU_END
 
-// Gates are stacked r, z, n. Scales and biases are in the units of the activations (see gates.py).
-// recurrent: bias is (H,), of n alone. inputs.weight: null in the first layer, which has the table.
-struct GruLayer {
-    GruLinear recurrent;
-    GruLinear inputs;
-};
+// One text in one call. Steps are counted from 0 in each call. The first num_prompt steps read characters of the
+// prompt, the others draw theirs.
+GRU_STRUCT(GruRow)
+GRU_FIELD(uint64_t, seed)          // random numbers depend on seed and position alone
+GRU_FIELD(int64_t, position)       // characters consumed before this call
+GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
+GRU_FIELD(int64_t, num_steps)      // in: steps to do; out: steps done, fewer if a stop string ended the text
+GRU_FIELD(int64_t, stopped)        // out: 1 if a stop string was completed
+GRU_FIELD(int64_t, num_prompt)     // characters to read
+GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) ids
+GRU_FIELD(int64_t*, chars)         // (num_steps,) out: the ids read and drawn
 
-struct GruModel {
-    int64_t vocab, units, num_layers;
-    int64_t bits;        // of the weights of layers: 8 or 4; dense ones have 8
-    const float* table;  // (V, 3H), in the units of the activations
-    const GruLayer* layers;
-    GruLinear dense;
-};
+GRU_FIELD(double, temperature)        // 0: always draw the likeliest character
+GRU_FIELD(int64_t, is_plain)          // 1 if temperature is the only setting: top_k to biases are ignored
+GRU_FIELD(int64_t, top_k)             // 0: no limit
+GRU_FIELD(double, top_p)              // 1: no limit
+GRU_FIELD(double, min_p)              // 0: no limit
+GRU_FIELD(double, repetition)         // penalties, as in sampling.py
+GRU_FIELD(double, presence)
+GRU_FIELD(double, frequency)
+GRU_FIELD(int64_t, num_biases)        // pairs of logit_bias
+GRU_FIELD(const int64_t*, bias_ids)   // (num_biases,)
+GRU_FIELD(const double*, biases)      // (num_biases,)
+GRU_FIELD(const uint8_t*, in_prompt)  // (V,) 1 if the prompt has the character; null without penalties
+GRU_FIELD(double*, num_generated)     // (V,) how often each character was generated; updated; null without penalties
 
-// One text during one call. The caller owns all memory. Steps count from 0 in each call: those below num_prompt read.
-struct GruRow {
-    uint64_t seed;
-    int64_t position;
-    float* hidden;      // (L, H), read and written
-    int64_t num_steps;  // to be done; on return: done
-    int64_t stopped;    // on return: a stop string was completed
-    int64_t num_prompt;
-    const int64_t* prompt;  // (num_prompt,)
-    int64_t* chars;         // (num_steps,): those read and those drawn
+GRU_FIELD(int64_t, num_stops)            // stop strings
+GRU_FIELD(const int64_t*, stop_lengths)  // (num_stops,)
+GRU_FIELD(const int64_t*, stop_ids)      // the ids of all stop strings, one string after the other
+GRU_FIELD(int64_t*, text)                // (text_length + num_steps,) ids to search for stop strings; updated
+GRU_FIELD(int64_t, text_length)          // ids generated before this call; updated
 
-    double temperature;
-    int64_t is_plain;  // temperature is all that applies; then nothing below, up to num_generated, is looked at
-    int64_t top_k;
-    double top_p, min_p, repetition, presence, frequency;
-    int64_t num_biases;
-    const int64_t* bias_ids;
-    const double* biases;
-    const uint8_t* in_prompt;  // (V,) and
-    double* num_generated;     // (V,): the history; null where nothing is penalized
+GRU_FIELD(int64_t, num_top)       // likeliest characters to report at each step, at most V; -1: no scores
+GRU_FIELD(int64_t, scores_start)  // the first step with scores; its scores have index 0 in the arrays below
+GRU_FIELD(double*, chosen)        // (num_steps - scores_start,) out: log-probability of the step's own character
+GRU_FIELD(int64_t*, top_ids)      // (num_steps - scores_start, num_top) out: the likeliest characters
+GRU_FIELD(double*, top)           // (num_steps - scores_start, num_top) out: their log-probabilities
 
-    int64_t num_stops;
-    const int64_t* stop_lengths;  // (num_stops,)
-    const int64_t* stop_ids;      // all of them, one after the other
-    int64_t* text;                // what was generated before, and room for num_steps more
-    int64_t text_length;
+GRU_FIELD(int64_t, num_checkpoints)              // states to copy during this call
+GRU_FIELD(const int64_t*, checkpoint_positions)  // (num_checkpoints,) in rising order
+GRU_FIELD(float*, checkpoints)                   // (num_checkpoints, L, H) out: the copies
 
-    int64_t num_top;       // likeliest characters to report, at most V; -1: no scores
-    int64_t scores_start;  // the first step that has scores; they are stored from index 0 on
-    double* chosen;        // (num_steps,)
-    int64_t* top_ids;      // (num_steps, num_top)
-    double* top;           // (num_steps, num_top)
-
-    int64_t num_keep;
-    const int64_t* keep_at;  // (num_keep,) positions in rising order
-    float* kept;             // (num_keep, L, H)
-
-    int64_t reaches_length;  // the text ends with these steps, if not before
-    int64_t num_next;        // when it has ended, characters likeliest to follow that are to be reported; -1: none
-    int64_t* next_ids;       // (num_next,)
-    double* next;            // (num_next,) log-probabilities
-};
-
-}  // extern "C"
+GRU_FIELD(int64_t, reaches_length)  // 1 if the text is finished after num_steps steps
+GRU_FIELD(int64_t, num_next)        // likeliest next characters to report when the text is finished; -1: none
+GRU_FIELD(int64_t*, next_ids)       // (num_next,) out: the likeliest characters
+GRU_FIELD(double*, next)            // (num_next,) out: their log-probabilities
+GRU_END

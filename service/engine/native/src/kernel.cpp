@@ -1,8 +1,8 @@
-// The stepper in C++: everything of `Stepper.advance` between taking rows in and handing them back.
+// The stepper in C++: the computation of `Stepper.advance`, on rows that Python has prepared (see rows.py).
 //
-// The same files are compiled once for each set of instructions, in a namespace of its own, and the best that the
-// processor has is chosen at run time. All give the same bits: sums of integers are exact in any order, and the rest is
-// +, -, *, / and rounding in one order (no -ffast-math, and -ffp-contract=off).
+// The same files are compiled once for each set of instructions, each time in another namespace. At run time the best
+// variant for the processor is chosen. All variants give the same bits: sums of integers are exact in any order, and
+// everything else is +, -, *, / and rounding in a fixed order (no -ffast-math, and -ffp-contract=off).
 
 #include <algorithm>
 #include <cfloat>
@@ -10,14 +10,14 @@
 #include <cmath>
 #include <memory>
 
-#include "abi.h"
+#include "layout.h"
 #include "model.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-static_assert(FLT_EVAL_METHOD == 0, "float has to be computed as float, double as double");
+static_assert(FLT_EVAL_METHOD == 0, "float must be computed as float, double as double");
 
 #if defined(__clang__)
 #define GRU_PRAGMA(text) _Pragma(#text)
@@ -79,14 +79,15 @@ namespace gru::portable {
 
 namespace gru {
 
-struct Named {
+// A variant, its name, and whether this processor can run it.
+struct NamedVariant {
     const char* name;
     const Variant* variant;
     bool (*is_supported)();
 };
 
-// The best first.
-const Named kVariants[] = {
+// Best first.
+const NamedVariant kVariants[] = {
 #if defined(__x86_64__)
     {"avx512vnni", &avx512vnni::kVariant,
      [] {
@@ -104,22 +105,24 @@ const Named kVariants[] = {
     {"portable", &portable::kVariant, [] { return true; }},
 };
 
+// Returns the variant of this name, or null if there is none or this processor can't run it.
 const Variant* find(const char* name) {
-    for (const Named& one : kVariants)
-        if (std::strcmp(one.name, name) == 0 && one.is_supported()) return one.variant;
+    for (const NamedVariant& candidate : kVariants)
+        if (std::strcmp(candidate.name, name) == 0 && candidate.is_supported()) return candidate.variant;
     return nullptr;
 }
 
-// With fewer rows a thread, all of them share the rows and split the weights: the time to read those is what counts.
+// With fewer rows for each thread, every thread takes all rows and a share of the weights, because reading weights from
+// memory takes most of the time then.
 constexpr int64_t kOwnRows = 8;
-constexpr int64_t kBlocks = 4;  // for each thread: one that has to share its core leaves some to others
-constexpr int64_t kBlockRows = 48;  // at most: the states of a block stay in the cache of a core
+constexpr int64_t kBlocks = 4;      // of rows for each thread: a thread that shares its core leaves some to the others
+constexpr int64_t kBlockRows = 48;  // at most, so that the states of a block stay in the cache of a core
 
 class Kernel {
    public:
     Kernel(const GruModel& model, const Variant& variant, int num_threads, bool always_together)
         : variant_(variant),
-          model_(model, variant.layout),
+          model_(model, variant.packing),
           num_threads_(num_threads),
           cooperation_(always_together) {
         workers_.reserve(num_threads);
@@ -131,7 +134,7 @@ class Kernel {
         batch_.rows = rows;
         for (int64_t i = 0; i < num_rows; ++i) {
             batch_.ends[i].store(rows[i].num_steps, std::memory_order_relaxed);
-            batch_.num_kept[i] = 0;
+            batch_.num_stored[i] = 0;
             rows[i].stopped = 0;
         }
         for (Worker& worker : workers_) worker.reserve(num_rows);
@@ -146,16 +149,17 @@ class Kernel {
         if (layer < 0 || layer >= model_.num_layers) throw std::out_of_range("layer");
         Buffer<int8_t> padded(num_rows * model_.stride);
         for (int64_t row = 0; row < num_rows; ++row)
-            std::copy(states + row * model_.units, states + (row + 1) * model_.units, padded.get() + row * model_.stride);
+            std::copy(states + row * model_.units, states + (row + 1) * model_.units,
+                      padded.get() + row * model_.stride);
         for (int64_t i = 0; i < repeats; ++i) variant_.recurrent_products(model_, layer, padded.get(), num_rows, out);
     }
 
    private:
     void advance_block(int64_t begin, int64_t end, int rank) {
-        variant_.advance(model_, batch_, begin, end, workers_[rank], nobody_, 0);
+        variant_.advance(model_, batch_, begin, end, workers_[rank], alone_, 0);
     }
 
-    // Each thread takes blocks of rows and advances them by itself.
+    // Each thread takes one block of rows after another and advances it alone.
     void advance_blocks(int64_t num_rows) {
         const int num_threads = pool_.prepare(num_threads_);
         const int64_t num_blocks = num_threads == 1 ? 1 : kBlocks * num_threads;
@@ -168,7 +172,7 @@ class Kernel {
         });
     }
 
-    // All threads take all rows, and a share of the weights, in every step; or one does it alone.
+    // In every step each thread takes all rows and a share of the weights; or one thread does everything.
     void advance_few(int64_t num_rows) {
         const auto began = std::chrono::steady_clock::now();
         const bool together = cooperation_.pays(num_rows);
@@ -192,12 +196,14 @@ class Kernel {
     const int num_threads_;
     Batch batch_;
     std::vector<Worker> workers_;
-    Barrier together_, nobody_;
+    Barrier together_;
+    Barrier alone_;  // of one thread
     Cooperation cooperation_;
     Pool pool_;
 };
 
-// Nothing may be thrown into Python. 0: done; 1: no memory; 2: what was asked for makes no sense.
+// Runs `work` and returns a code for its outcome, because exceptions must not reach Python: 0 for success, 1 for lack
+// of memory, 2 for invalid arguments.
 template <typename Work>
 int32_t guarded(const Work& work) {
     try {
@@ -220,22 +226,26 @@ extern "C" {
 #define GRU_EXPORT __attribute__((visibility("default")))
 #endif
 
-// Sizes of the structures, so that Python notices a library of another version.
-GRU_EXPORT int64_t gru_layout() { return int64_t(sizeof(GruRow)) * 1000 + int64_t(sizeof(GruModel)); }
+// Describes the structures of abi.h to Python; see `describe_layout` for the format.
+GRU_EXPORT const char* gru_describe_layout() {
+    static const std::string description = gru::describe_layout();
+    return description.c_str();
+}
 
-// The index-th variant that this processor can run, the best first; null: there are no more.
+// Returns the name of the index-th variant that this processor can run, best first, or null after the last.
 GRU_EXPORT const char* gru_variant(int32_t index) {
-    for (const gru::Named& one : gru::kVariants)
-        if (one.is_supported() && index-- == 0) return one.name;
+    for (const gru::NamedVariant& candidate : gru::kVariants)
+        if (candidate.is_supported() && index-- == 0) return candidate.name;
     return nullptr;
 }
 
-// Packs a model; its arrays are not needed any more afterwards.
+// Creates a kernel with a packed copy of the model. The model's arrays are not used after the call.
 GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_t num_threads, int32_t always_together,
                               gru::Kernel** kernel) {
     return gru::guarded([&] {
         const gru::Variant* chosen = gru::find(variant);
-        if (chosen == nullptr || num_threads < 1 || num_threads > 1024) throw std::invalid_argument("variant or threads");
+        if (chosen == nullptr || num_threads < 1 || num_threads > 1024)
+            throw std::invalid_argument("variant or threads");
         *kernel = new gru::Kernel(*model, *chosen, num_threads, always_together != 0);
     });
 }
@@ -246,7 +256,7 @@ GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* rows, int64_t num_ro
     return gru::guarded([&] { kernel->advance(rows, num_rows); });
 }
 
-// The bare recurrent product, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.
+// Computes recurrent products alone, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.
 GRU_EXPORT int32_t gru_recurrent_products(gru::Kernel* kernel, int64_t layer, const int8_t* states, int64_t num_rows,
                                           int64_t repeats, int32_t* out) {
     return gru::guarded([&] { kernel->recurrent_products(layer, states, num_rows, repeats, out); });

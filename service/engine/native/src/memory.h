@@ -1,4 +1,4 @@
-// Memory for weights and scratch: aligned to cache lines, and in large pages where there is much of it.
+// Memory for weights and scratch: aligned to cache lines, and in large pages if it is large.
 #pragma once
 
 #include <cstdint>
@@ -13,20 +13,20 @@
 
 namespace gru {
 
-// A zeroed array that is never resized. Throws std::bad_alloc.
+// An array of zeros with a fixed size. Throws std::bad_alloc.
 template <typename T>
 class Buffer {
    public:
     Buffer() = default;
     explicit Buffer(int64_t size) {
         if (size <= 0) return;
-        const std::size_t large = std::size_t(1) << 21, wanted = std::size_t(size) * sizeof(T);
-        const std::size_t alignment = wanted >= large / 2 ? large : 64;
-        const std::size_t bytes = (wanted + alignment - 1) / alignment * alignment;
+        const std::size_t large = std::size_t(1) << 21, needed = std::size_t(size) * sizeof(T);
+        const std::size_t alignment = needed >= large / 2 ? large : 64;
+        const std::size_t bytes = (needed + alignment - 1) / alignment * alignment;
         data_ = static_cast<T*>(std::aligned_alloc(alignment, bytes));
         if (data_ == nullptr) throw std::bad_alloc();
 #if defined(__linux__)
-        // Prefetchers stop at the end of a page; a refusal does no harm.
+        // Prefetchers stop at the end of a page, so large pages are faster. If the system refuses, nothing breaks.
         if (alignment == large) madvise(data_, bytes, MADV_HUGEPAGE);
 #endif
         std::memset(static_cast<void*>(data_), 0, bytes);

@@ -1,4 +1,4 @@
-// A model packed for one variant of the kernel, and what a call of it works on.
+// A model packed for one variant of the kernel, and the memory that a call works in.
 #pragma once
 
 #include <atomic>
@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "abi.h"
+#include "layout.h"
 #include "memory.h"
 #include "packing.h"
 #include "ranking.h"
@@ -15,23 +15,27 @@
 namespace gru {
 
 struct Layer {
-    Matrix recurrent, inputs;              // inputs: of layers above the first
-    Buffer<float> scale, bias_n;           // [group][3][lanes], [group][lanes]
-    Buffer<float> inputs_scale, inputs_bias;  // [group][3][lanes]
+    Matrix recurrent;
+    Matrix inputs;               // empty in the first layer
+    Buffer<float> scale;         // [group][3][lanes], of the recurrent products
+    Buffer<float> bias_n;        // [group][lanes], of gate n's recurrent product
+    Buffer<float> inputs_scale;  // [group][3][lanes]
+    Buffer<float> inputs_bias;   // [group][3][lanes]
 };
 
 struct Model {
     int64_t vocab, units, num_layers, num_groups;
-    int64_t stride;       // of rounded states: padded, and never a power of two, which would crowd a few sets of the cache
+    int64_t stride;       // of rounded states: padded, and never a power of two, which would crowd a few cache sets
     Buffer<float> table;  // [group][V][3][lanes]
     std::vector<Layer> layers;
     Matrix dense;
-    Buffer<float> dense_scale, dense_bias;  // (logits,)
+    Buffer<float> dense_scale, dense_bias;  // (num_logits,)
     int64_t num_logits;                     // V, padded
 
-    Model(const GruModel& from, const Layout& layout) : vocab(from.vocab), units(from.units), num_layers(from.num_layers) {
-        const int lanes = layout.lanes, bits = int(from.bits);
-        // 255 * 127 * units has to fit 31 bits.
+    Model(const GruModel& from, const Packing& packing)
+        : vocab(from.vocab), units(from.units), num_layers(from.num_layers) {
+        const int lanes = packing.lanes, bits = int(from.bits);
+        // 255 * 127 * units must fit 31 bits.
         if (vocab < 1 || vocab > 1 << 24 || units < 1 || units > 1 << 16 || num_layers < 1 || num_layers > 64 ||
             (bits != 8 && bits != 4))
             throw std::invalid_argument("sizes out of range");
@@ -44,13 +48,14 @@ struct Model {
         };
         for (int64_t l = 0; l < num_layers; ++l) {
             const GruLinear &recurrent = from.layers[l].recurrent, &inputs = from.layers[l].inputs;
-            if ((l == 0) != (inputs.weight == nullptr)) throw std::invalid_argument("inputs of layers are mixed up");
+            if ((l == 0) != (inputs.weight == nullptr))
+                throw std::invalid_argument("every layer but the first needs inputs");
             Layer layer;
-            layer.recurrent = pack(recurrent.weight, units, num_groups, kGates, bits, layout, unit_row);
+            layer.recurrent = pack(recurrent.weight, units, num_groups, kGates, bits, packing, unit_row);
             layer.scale = pack_gates(recurrent.scale, 1, units, lanes);
             layer.bias_n = padded(recurrent.bias, units, lanes);
             if (inputs.weight != nullptr) {
-                layer.inputs = pack(inputs.weight, units, num_groups, kGates, bits, layout, unit_row);
+                layer.inputs = pack(inputs.weight, units, num_groups, kGates, bits, packing, unit_row);
                 layer.inputs_scale = pack_gates(inputs.scale, 1, units, lanes);
                 layer.inputs_bias = pack_gates(inputs.bias, 1, units, lanes);
             }
@@ -59,7 +64,7 @@ struct Model {
         const int64_t width = kGates * lanes, dense_groups = (vocab + width - 1) / width;
         const int64_t last_vectors = (vocab - (dense_groups - 1) * width + lanes - 1) / lanes;
         num_logits = dense_groups * width;
-        dense = pack(from.dense.weight, units, dense_groups, last_vectors, 8, layout,
+        dense = pack(from.dense.weight, units, dense_groups, last_vectors, 8, packing,
                      [&](int64_t group, int64_t vector, int64_t lane) {
                          const int64_t row = group * width + vector * lanes + lane;
                          return row < vocab ? row : -1;
@@ -69,40 +74,42 @@ struct Model {
     }
 };
 
-// What one thread needs to itself.
+// Scratch memory of one thread.
 struct Worker {
-    Buffer<float> logits;   // (max_rows, num_logits)
-    Buffer<double> shares;  // (V,)
-    Buffer<double> adjusted;
-    Buffer<Ranked> ranked;                // (V,)
-    std::vector<int32_t> active, drawing;  // rows
-    std::vector<int32_t> sums;
-    std::vector<const int8_t*> left;
+    Buffer<float> logits;               // (max_rows, num_logits)
+    Buffer<double> shares;              // (V,) unnormalised probabilities
+    Buffer<double> adjusted;            // (V,) logits after penalties and bias
+    Buffer<Ranked> ranked;              // (V,)
+    std::vector<int32_t> active;        // indices of the rows that are not at their ends
+    std::vector<int32_t> drawing;       // indices of the rows that need logits
+    std::vector<int32_t> sums;          // of the numbers of each state in `states`
+    std::vector<const int8_t*> states;  // rounded states to multiply with weights
 
     Worker(const Model& model, int max_rows)
         : logits(max_rows * model.num_logits), shares(model.vocab), adjusted(model.vocab), ranked(model.vocab) {}
 
-    // Makes room, so that nothing is allocated on the way.
+    // Reserves memory, so that nothing is allocated during the steps.
     void reserve(int64_t num_rows) {
         active.reserve(num_rows);
         drawing.reserve(num_rows);
         sums.reserve(2 * num_rows);
-        left.reserve(2 * num_rows);
+        states.reserve(2 * num_rows);
     }
 };
 
-// The rows of a call, in memory that is kept for the next one.
+// The rows of a call. The memory is reused by the next call.
 struct Batch {
     GruRow* rows = nullptr;
-    std::vector<int64_t> chars, num_kept;       // (B,): of the step under way; states kept so far
-    std::vector<std::atomic<int64_t>> ends;     // (B,): the step before which a row ends; lowered by a stop string
-    Buffer<int8_t> rounded;                     // (2, L, B, stride): before and after a step, in turns
+    std::vector<int64_t> chars;              // (B,) ids of the current step
+    std::vector<int64_t> num_stored;         // (B,) checkpoints stored so far
+    std::vector<std::atomic<int64_t>> ends;  // (B,) number of steps of each row; a stop string lowers it
+    Buffer<int8_t> rounded;                  // (2, L, B, stride) states before and after a step, alternating
 
     void reserve(const Model& model, int64_t num_rows) {
         if (num_rows <= int64_t(chars.size())) return;
         rounded = Buffer<int8_t>(2 * model.num_layers * num_rows * model.stride);
         chars.resize(num_rows);
-        num_kept.resize(num_rows);
+        num_stored.resize(num_rows);
         std::vector<std::atomic<int64_t>>(num_rows).swap(ends);
     }
 
@@ -113,7 +120,7 @@ struct Batch {
 
 // The kernel compiled for one set of instructions; see step.inc.
 struct Variant {
-    Layout layout;
+    Packing packing;
     int max_rows;
     void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
     void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, int32_t* out);

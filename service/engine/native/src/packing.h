@@ -1,19 +1,18 @@
-// Weights in the order in which a variant of the kernel reads them.
+// Stores weights in the order in which a variant of the kernel reads them.
 //
-// A group is three vectors of `lanes` outputs each: those of gates r, z and n for as many units, so that whoever has the
-// products of a group can do these units' gates. Within a group, in the order of memory:
+// A group is three vectors of `lanes` outputs each: the gates r, z and n of `lanes` units. So the products of one group
+// are all that the gates of its units need. In memory a group is
 //
 //     8 bits: [columns / depth][3][lanes][depth] bytes, each an integer + offset
-//     4 bits: [columns / depth / 2][3][lanes][depth] bytes: in the low half those of an even block of columns, in the
-//             high half those of the odd block after it; each an integer + 8
+//     4 bits: [columns / depth / 2][3][lanes][depth] bytes, each with two integers + 8: the low half belongs to an even
+//             block of columns, the high half to the odd block after it
 //
-// Padding holds zeros (that is, offsets), so that it may be multiplied with anything.
+// Padding holds the integer 0 (stored as the offset), so that its products are 0.
 #pragma once
 
 #include <cstdint>
 #include <stdexcept>
 
-#include "abi.h"
 #include "memory.h"
 
 namespace gru {
@@ -21,36 +20,38 @@ namespace gru {
 constexpr int kGates = 3;
 constexpr int kOffset4 = 8;  // 4-bit integers are stored without a sign
 
-// How a variant wants its weights. depth: columns that one of its instructions multiplies and adds.
-struct Layout {
-    int lanes, depth, offset8;
+// The order of weights that a variant needs.
+struct Packing {
+    int lanes;    // outputs in a vector
+    int depth;    // columns that one instruction multiplies and adds
+    int offset8;  // added to 8-bit integers when they are stored
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Matrix {
     int bits = 8;
-    int offset = 0;        // of the stored integers
-    int64_t columns = 0;   // padded
+    int offset = 0;       // added to each integer that is stored
+    int64_t columns = 0;  // padded
     int64_t num_groups = 0;
-    int64_t last_vectors = kGates;  // vectors of the last group: less than three where no more are needed
+    int64_t last_vectors = kGates;  // vectors of the last group: fewer than three if the others would be padding
     int64_t group_bytes = 0;
     Buffer<uint8_t> data;
 
     const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
 };
 
-// Columns are padded to two blocks of the deepest instruction.
+// Columns are padded to two blocks of the largest depth, which is 4.
 inline int64_t padded_columns(int64_t columns) { return round_up(columns, 8); }
 
-// row_of(group, vector, lane): the row of `weight` (rows, columns) that goes there; -1: none.
+// Packs `weight` (rows, columns). row_of(group, vector, lane) returns the row to store there, or -1 for padding.
 template <typename RowOf>
 Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t last_vectors, int bits,
-            const Layout& layout, const RowOf& row_of) {
-    const int lanes = layout.lanes, depth = layout.depth, limit = bits == 8 ? 127 : 7;
+            const Packing& packing, const RowOf& row_of) {
+    const int lanes = packing.lanes, depth = packing.depth, limit = bits == 8 ? 127 : 7;
     Matrix matrix;
     matrix.bits = bits;
-    matrix.offset = bits == 8 ? layout.offset8 : kOffset4;
+    matrix.offset = bits == 8 ? packing.offset8 : kOffset4;
     matrix.columns = padded_columns(columns);
     matrix.num_groups = num_groups;
     matrix.last_vectors = last_vectors;
@@ -78,7 +79,7 @@ Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t l
     return matrix;
 }
 
-// (3H,) or (rows, 3H) floats by unit group: [group][row][3][lanes]; what is not there: zeros.
+// Packs (3H,) or (rows, 3H) floats as [group][row][3][lanes], padded with zeros.
 inline Buffer<float> pack_gates(const float* values, int64_t rows, int64_t units, int lanes) {
     const int64_t num_groups = (units + lanes - 1) / lanes;
     Buffer<float> packed(num_groups * rows * kGates * lanes);
@@ -90,6 +91,7 @@ inline Buffer<float> pack_gates(const float* values, int64_t rows, int64_t units
     return packed;
 }
 
+// Returns a copy padded with zeros to a multiple of `to`.
 inline Buffer<float> padded(const float* values, int64_t size, int64_t to) {
     Buffer<float> copy(round_up(size, to));
     std::memcpy(copy.get(), values, std::size_t(size) * sizeof(float));

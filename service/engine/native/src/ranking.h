@@ -1,4 +1,4 @@
-// The order of characters by their logits: the likeliest first, equal ones in the order of ids.
+// Ranks characters by their logits: the likeliest first, equal ones in the order of ids.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@ struct Ranked {
     bool operator<(const Ranked& other) const { return key != other.key ? key > other.key : id < other.id; }
 };
 
-// Larger for larger values, equal for 0 and -0. Integers, because an order with NaN in it would be none.
+// Returns a larger key for a larger value, and the same for 0 and -0. The keys are integers because comparisons with
+// NaN would make the order inconsistent.
 inline uint64_t rank_key(double value) {
     value += 0.0;
     uint64_t bits;
@@ -22,11 +23,12 @@ inline uint64_t rank_key(double value) {
     return bits & sign ? ~bits : bits | sign;
 }
 
+// Puts the num_ranked likeliest of `size` characters at the start of `ranked`, in order.
 template <typename Float>
-void rank(const Float* logits, int64_t size, int64_t num_wanted, Ranked* ranked) {
+void rank(const Float* logits, int64_t size, int64_t num_ranked, Ranked* ranked) {
     for (int64_t i = 0; i < size; ++i) ranked[i] = {rank_key(double(logits[i])), i};
-    if (num_wanted < size)
-        std::partial_sort(ranked, ranked + num_wanted, ranked + size);
+    if (num_ranked < size)
+        std::partial_sort(ranked, ranked + num_ranked, ranked + size);
     else
         std::sort(ranked, ranked + size);
 }

@@ -1,4 +1,5 @@
-// Threads that work on one step together: a barrier that is cheap when all run, and polite when one doesn't.
+// Threads that share the work of a step. Their barrier is fast while every thread has a core, and gives the core to
+// others while a thread is not running.
 #pragma once
 
 #include <atomic>
@@ -27,8 +28,8 @@ inline void pause() {
 #endif
 }
 
-// A number that threads wait for to change: they spin for about as long as a step may take, then offer their core to
-// others, then sleep.
+// A counter that threads wait on. A waiting thread spins for about the time of a step, then yields its core, then
+// sleeps.
 class Signal {
    public:
     uint64_t value() const { return value_.load(std::memory_order_acquire); }
@@ -56,7 +57,7 @@ class Signal {
         num_sleeping_.fetch_sub(1);
     }
 
-    static constexpr int kSpins = 2000;  // some 30 us
+    static constexpr int kSpins = 2000;  // about 30 us
 
    private:
     static constexpr int kYields = 200;
@@ -66,7 +67,7 @@ class Signal {
     std::condition_variable changed_;
 };
 
-// A point that all `size` threads have to reach before any goes on. With one it costs nothing.
+// Makes each of `size` threads wait until all of them have called wait(). Free with one thread.
 class Barrier {
    public:
     void reset(int size) { size_ = size; }
@@ -89,14 +90,14 @@ class Barrier {
     Signal passed_;
 };
 
-// Helpers that sleep until there is something to do, started when they are first needed: a thread doesn't survive a
-// fork. After one they are started again.
+// Helper threads that sleep until there is work. They are started when they are first needed, because threads don't
+// survive a fork, and started again after a fork.
 class Pool {
    public:
     ~Pool() { stop(); }
 
-    // Call work(rank) for ranks 0 .. n - 1 side by side, 0 in this thread, n <= num_threads; n is what work is told.
-    // Fewer than asked for if the system has no more threads.
+    // Starts helpers. Returns how many threads `run` may use, the caller's included: at most num_threads, fewer if the
+    // system has no more threads.
     int prepare(int num_threads) {
         if (num_threads == 1) return 1;
 #if GRU_POSIX
@@ -104,7 +105,7 @@ class Pool {
 #endif
         if (crew_ == nullptr) crew_ = new Crew;
         Crew& crew = *crew_;
-        Signals blocked;
+        BlockedSignals blocked;
         try {
             while (int(crew.threads.size()) + 1 < num_threads) {
                 const int rank = int(crew.threads.size()) + 1;
@@ -112,11 +113,12 @@ class Pool {
             }
         } catch (const std::system_error&) {
         }
-        const int there = int(crew.threads.size()) + 1;
-        return there < num_threads ? there : num_threads;
+        const int available = int(crew.threads.size()) + 1;
+        return available < num_threads ? available : num_threads;
     }
 
-    // num_threads: as `prepare` returned.
+    // Calls work(rank) for ranks 0 .. num_threads - 1 in parallel, rank 0 in this thread. num_threads must be a number
+    // that `prepare` returned.
     template <typename Work>
     void run(int num_threads, const Work& work) {
         if (num_threads == 1) return work(0);
@@ -137,29 +139,30 @@ class Pool {
         std::function<void(int)> work;
         Signal called, done;
         std::atomic<int> num_busy{0};
-        std::atomic<bool> ends{false};
+        std::atomic<bool> is_closing{false};
 #if GRU_POSIX
         const pid_t process = getpid();
 #endif
     };
 
-    // While it lives, threads are started that leave signals to others: Python handles them in its main thread.
-    struct Signals {
+    // Blocks all signals in this thread while it exists. Threads started meanwhile inherit that, so that signals reach
+    // Python's main thread, which handles them.
+    struct BlockedSignals {
 #if GRU_POSIX
         sigset_t before;
-        Signals() {
+        BlockedSignals() {
             sigset_t all;
             sigfillset(&all);
             pthread_sigmask(SIG_SETMASK, &all, &before);
         }
-        ~Signals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
+        ~BlockedSignals() { pthread_sigmask(SIG_SETMASK, &before, nullptr); }
 #endif
     };
 
     static void help(Crew& crew, int rank, uint64_t round) {
         for (;; ++round) {
             crew.called.wait(round, 0);
-            if (crew.ends.load()) return;
+            if (crew.is_closing.load()) return;
             crew.work(rank);
             if (crew.num_busy.fetch_sub(1) == 1) crew.done.raise();
         }
@@ -170,7 +173,7 @@ class Pool {
 #if GRU_POSIX
         if (crew_->process != getpid()) return;
 #endif
-        crew_->ends.store(true);
+        crew_->is_closing.store(true);
         crew_->called.raise();
         for (std::thread& thread : crew_->threads) thread.join();
         delete crew_;
@@ -180,8 +183,8 @@ class Pool {
     Crew* crew_ = nullptr;
 };
 
-// Whether threads should share each step of a few rows: they have to meet twice a step, which pays only while each has
-// a core to itself. Judged by the time that it took, against that of one thread alone.
+// Decides whether threads share each step of a few rows. Sharing takes two barriers a step, which is only faster while
+// each thread has a core to itself. Decides by the measured time of shared steps and of steps by one thread.
 class Cooperation {
    public:
     explicit Cooperation(bool always) : always_(always) {}
@@ -189,7 +192,7 @@ class Cooperation {
     bool pays(int64_t num_rows) {
         if (num_rows >= int64_t(alone_.size())) alone_.resize(num_rows + 1);
         if (always_) return true;
-        if (alone_[num_rows] == 0) return false;  // not known yet
+        if (alone_[num_rows] == 0) return false;  // not measured yet
         return num_refusals_ == 0 || --num_refusals_ == 0;
     }
 
@@ -198,17 +201,18 @@ class Cooperation {
         if (!together) {
             alone = alone == 0 ? step_s : 0.75 * alone + 0.25 * step_s;
         } else if (step_s > alone) {
-            num_refusals_ = patience_ = patience_ < kMostRefusals ? 2 * patience_ : kMostRefusals;
-        } else if (patience_ > 1) {
-            patience_ /= 2;
+            num_refusals_ = backoff_ = backoff_ < kMaxRefusals ? 2 * backoff_ : kMaxRefusals;
+        } else if (backoff_ > 1) {
+            backoff_ /= 2;
         }
     }
 
    private:
     const bool always_;
-    static constexpr int kMostRefusals = 256;  // calls; of some 5 ms each
-    std::vector<double> alone_;                // by number of rows: seconds a step
-    int num_refusals_ = 0, patience_ = 1;
+    static constexpr int kMaxRefusals = 256;  // calls of about 5 ms each
+    std::vector<double> alone_;               // seconds of a step by one thread, by number of rows; 0 if not measured
+    int num_refusals_ = 0;                    // calls left before sharing is tried again
+    int backoff_ = 1;                         // half the number of calls to refuse after the next slow shared call
 };
 
 }  // namespace gru
