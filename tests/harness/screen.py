@@ -101,9 +101,9 @@ class Screen:
     def load(self) -> Screen:
         """Open the page."""
         self.page.goto(self.url + "/")
-        return self.is_ready()
+        return self.wait_until_ready()
 
-    def is_ready(self) -> Screen:
+    def wait_until_ready(self) -> Screen:
         """Wait until the page can be used."""
         self.page.wait_for_selector("body.ready")
         return self
@@ -156,9 +156,9 @@ class Screen:
         length = len(self.text) + int(self.page.input_value("#settings [name=max_tokens]"))
         self.page.click("#go")
         self.wait_for_length(length)
-        self.wait_until_still()
+        self.wait_until_idle()
 
-    def wait_until_still(self) -> None:
+    def wait_until_idle(self) -> None:
         """Wait until no text is being generated."""
         expect(self.page.locator("#go")).to_have_text("Continue", timeout=60_000)
 
@@ -171,7 +171,7 @@ class Screen:
         """Click a character."""
         self.page.mouse.click(*self.place(index))
 
-    def wait_for_units(self) -> None:
+    def wait_for_step(self) -> None:
         """Wait until the page shows the step of a character."""
         self.wait_for("() => !document.querySelector('#glyph').textContent.includes('·')")
 

@@ -60,8 +60,8 @@ def test_hostile_text__is_shown_as_plain_text(open_page: OpenPage, client: Clien
     mark = CORPUS.index("\u0307")
     screen.page.locator(".column.active textarea").press("Home")
     for _ in range(mark):
-        screen.page.click("#forth")
-    expect(screen.page.locator("#char-said")).to_contain_text("\u25cc\u0307 (U+0307)")
+        screen.page.click("#forward")
+    expect(screen.page.locator("#char-label")).to_contain_text("\u25cc\u0307 (U+0307)")
     screen.page.click(".column.active .fork")
     expect(screen.page.locator(".column")).to_have_count(2)
     screen.shows(CORPUS[: mark + 1])
@@ -97,3 +97,17 @@ def test_typing__composes_a_letter_with_its_mark_as_the_service_does(open_page: 
     session = client.create("t\u00e9 tq\u0307")
     screen.shows("t\u00e9 tq\u0307" + "".join(session.generate(30, seed=4)))
     assert client.open(screen.session_id).text() == screen.text
+
+
+def test_screen__records_errors_dialogs_and_policy_violations(open_page: OpenPage) -> None:
+    """`open_page` fails a test whose page has such problems. This test shows that it would notice them."""
+    screen = open_page()
+    screen.page.evaluate("() => { setTimeout(() => { throw new Error('thrown') }); alert('shown') }")
+    with screen.page.expect_console_message(lambda message: "policy: img-src" in message.text):
+        screen.page.evaluate("() => { new Image().src = 'http://127.0.0.1:9/image.png' }")
+    with screen.page.expect_console_message(lambda message: "policy: connect-src" in message.text):
+        screen.page.evaluate("() => void fetch('http://127.0.0.1:9/').catch(() => null)")
+    problems = "\n".join(screen.problems)
+    for problem in ("error: thrown", "dialog: shown", "policy: img-src", "policy: connect-src"):
+        assert problem in problems
+    screen.problems.clear()

@@ -26,23 +26,23 @@ def test_key__is_asked_for_and_stored_for_the_tab_only(open_page: OpenPage, serv
     expect(dialog).to_be_visible()
     screen.page.keyboard.press("Escape")
     expect(dialog).to_be_visible()
-    first_reason = screen.page.inner_text("#key-said")
+    first_reason = screen.page.inner_text("#key-reason")
     assert first_reason
     screen.page.fill("#key input", "gru-wrong")
     screen.page.keyboard.press("Enter")
-    expect(screen.page.locator("#key-said")).not_to_have_text(first_reason)
-    expect(screen.page.locator("#key-said")).not_to_be_empty()
+    expect(screen.page.locator("#key-reason")).not_to_have_text(first_reason)
+    expect(screen.page.locator("#key-reason")).not_to_be_empty()
     expect(dialog).to_be_visible()
     screen.page.fill("#key input", KEY)
     screen.page.click("#key button")
-    screen.is_ready()
+    screen.wait_until_ready()
     expect(dialog).to_be_hidden()
     screen.type("ROMEO:")
     screen.generate(max_tokens=20, seed=1)
     assert len(screen.text) == 26
     assert screen.session_id
     screen.page.reload()
-    screen.is_ready()
+    screen.wait_until_ready()
     assert len(screen.text) == 26
     expect(dialog).to_be_hidden()
     assert screen.page.evaluate("() => sessionStorage.getItem('gru-serve.key')") == KEY

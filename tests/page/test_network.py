@@ -206,7 +206,7 @@ def test_cursor__follows_arrow_keys_buttons_and_player(screen: Screen) -> None:
     expect(place).to_contain_text(f"{NUM_CHARS - 2} of")
     field.press("Home")
     expect(place).to_contain_text("R (U+0052), 1 of")
-    screen.page.click("#forth")
+    screen.page.click("#forward")
     expect(place).to_contain_text("O (U+004F), 2 of")
     screen.page.click("#back")
     expect(place).to_contain_text(" 1 of")

@@ -30,11 +30,11 @@ def test_stream__resumes_after_a_broken_connection_and_a_reload(
         screen.wait_for_length(length_at_break + 100, ">=")
         expect(screen.page.locator("#trouble")).to_have_text("")
         screen.page.reload()
-        screen.is_ready()
+        screen.wait_until_ready()
         assert length_at_break < len(screen.text) < 1506
         expect(screen.page.locator("#go")).to_have_text("Stop")
         screen.wait_for_length(1506)
-        screen.wait_until_still()
+        screen.wait_until_idle()
         screen.shows(continued(client, "ROMEO:", 1500, 7))
         assert stored(client, screen) == screen.text
 
@@ -52,9 +52,9 @@ def test_stream__resumes_after_a_reload_during_a_reconnection(
         expect(screen.page.locator("#trouble")).to_contain_text("can't be reached")
         line.restore()
         screen.page.reload()
-        screen.is_ready()
+        screen.wait_until_ready()
         screen.wait_for_length(1006)
-        screen.wait_until_still()
+        screen.wait_until_idle()
         screen.shows(continued(client, "ROMEO:", 1000, 7))
         assert stored(client, screen) == screen.text
 
@@ -75,7 +75,7 @@ def test_typing__reaches_the_server_after_a_broken_connection_and_a_reload(
         assert screen.session_id  # waits until the tab has stored the text
         line.restore()
         screen.page.reload()
-        screen.is_ready()
+        screen.wait_until_ready()
         screen.shows(typed)
         screen.generate(max_tokens=30, seed=2)
         screen.shows(continued(client, typed, 30, 2))
@@ -94,7 +94,7 @@ def test_reload__restores_all_texts_and_the_active_one(open_page: OpenPage) -> N
     texts, names = screen.texts, screen.page.locator(".column h3").all_inner_texts()
     assert screen.session_id  # waits until the tab has stored the texts
     screen.page.reload()
-    screen.is_ready()
+    screen.wait_until_ready()
     screen.shows_texts(texts)
     assert screen.page.locator(".column h3").all_inner_texts() == names
     screen.shows(texts[0])
@@ -136,7 +136,7 @@ def test_saved_state__continues_on_another_server(open_page: OpenPage, tmp_path:
         # The page shows the steps of the characters after the saved state.
         other_screen.click_char(10)
         expect(other_screen.page.locator(".column.active .place p")).to_contain_text("117 of 156")
-        other_screen.wait_for_units()
+        other_screen.wait_for_step()
         expect(other_screen.page.locator("#bars li").first).to_be_visible()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from playwright.sync_api import expect
 
-from service.client import Client
+from service.client import Client, ServerError
 from tests.harness.browser import OpenPage
 from tests.harness.line import SLOW, line_to
 from tests.harness.screen import continued, stored
@@ -25,7 +26,7 @@ def test_text__after_stop_rewind_and_fork_equals_the_text_of_the_api(
         screen.page.click("#go")
         screen.wait_for_length(400, ">=")
         screen.page.click("#go")  # Stop
-        screen.wait_until_still()
+        screen.wait_until_idle()
         stopped = screen.text
         assert stopped == continued(client, whole, 5000, 8)[: len(stopped)]
         assert len(stopped) < 2000
@@ -116,14 +117,19 @@ def test_refusal__is_shown_and_leaves_the_text_unchanged(open_page: OpenPage) ->
 def test_close__deletes_a_text_and_leaves_an_empty_one(open_page: OpenPage, client: Client) -> None:
     screen = open_page()
     screen.type("one")
+    session_id = screen.session_id
+    client.open(session_id)  # raises if the session does not exist
     screen.page.click("#new")
     expect(screen.page.locator(".column")).to_have_count(2)
     screen.type("two")
     screen.shows_texts(["one", "two"])
     screen.generate(max_tokens=1)
     first = screen.page.locator(".column").first
-    first.locator(".close").click()
+    with screen.page.expect_response(lambda response: response.request.method == "DELETE"):
+        first.locator(".close").click()
     expect(screen.page.locator(".column")).to_have_count(1)
+    with pytest.raises(ServerError, match="session_not_found"):
+        client.open(session_id)
     assert screen.text.startswith("two")
     screen.page.click(".column .close")
     screen.wait_for_length(0)

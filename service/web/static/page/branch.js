@@ -16,7 +16,7 @@ export const randomId = () =>
  */
 export class Branch extends EventTarget {
   chars = []; // code points from position `start` on, including those that the server doesn't have yet
-  past = ""; // text before `start`, for display only; it comes from a file
+  past = ""; // text before `start`, read from a file; it is only displayed
   rewindTo = null; // position to which the server's text must be rewound; null if none
   #api;
   #inFlightEnd = 0; // position after the characters of the current feed request

@@ -77,12 +77,12 @@ export class Network extends EventTarget {
     for (const id of GRIDS) paintCells(byId(id), grids[id], columns, this.#scale);
     paintCells(byId("embedding"), details?.embedding ?? null, Math.ceil(embedding / 8), this.#scale, LARGEST_EMBEDDING);
     setText("glyph", step ? visible(step.char) : "·");
-    setText("char-said", step ? `${describe(step.char)}: number ${charset.index(step.char) + 1} of the model's ${charset.size} characters.` : NO_CHARACTER);
+    setText("char-label", step ? `${describe(step.char)}: number ${charset.index(step.char) + 1} of the model's ${charset.size} characters.` : NO_CHARACTER);
     this.#paintBars(step);
     this.#paintUnit(grids, columns);
   }
 
-  /** Show the most likely next characters. The one that follows in the text is always among them if it is known. */
+  /** Show the most likely next characters. The character that follows in the text is added if its probability is known. */
   #paintBars(step) {
     const distribution = step?.next ?? [];
     const rows = distribution.slice(0, NUM_BARS);

@@ -40,7 +40,7 @@ function showMessage(text) {
 /** Show the key dialog and resolve to the key that the user enters. */
 function askKey(reason) {
   const dialog = byId("key");
-  byId("key-said").textContent = reason;
+  byId("key-reason").textContent = reason;
   dialog.addEventListener("cancel", (event) => event.preventDefault());
   dialog.showModal();
   return new Promise((resolve) => {
@@ -274,13 +274,13 @@ function addListeners() {
   });
   byId("new").addEventListener("click", reportingErrors(addNewText));
   byId("back").addEventListener("click", () => active.step(-1));
-  byId("forth").addEventListener("click", () => active.step(1));
+  byId("forward").addEventListener("click", () => active.step(1));
   byId("last").addEventListener("click", () => active.moveTo(null));
   byId("play").addEventListener("click", () => (player.isPlaying ? player.pause() : play()));
   player.addEventListener("change", () => setText(byId("play"), player.isPlaying ? "Pause" : "Play"));
   byId("speed").addEventListener("input", ({ target }) => {
     player.speed = Number(target.value);
-    byId("speed-is").textContent = target.value;
+    byId("speed-value").textContent = target.value;
   });
   network.addEventListener("unit", ({ detail }) => chooseUnit(detail));
   network.addEventListener("layer", ({ detail }) => {
