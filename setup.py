@@ -1,4 +1,4 @@
-"""The part of the build that pyproject.toml can't express: the kernel, which is compiled if there is a C++17 compiler."""
+"""The part of the build that pyproject.toml can't express: the kernel, compiled if there is a C++17 compiler."""
 
 from glob import glob
 

@@ -1,8 +1,12 @@
-"""Several replicas and a Redis server: what sharing sessions costs, and what replicas bring.
+"""Measures what a shared session store costs, and what several replicas gain.
 
-- store: requests a second of sessions on a server with Redis against one that keeps them in memory, in turns: feeds of
-  a character, whole continuations of 20 characters, and how sessions stand.
-- replicas: characters a second of streams on three servers against one, with the cores that there are.
+    python -m benchmarks.deploy [--clients 32] [--streams 48] [--seconds 2] [--rounds 7] [--json FILE]
+
+Needs `redis-server`.
+
+- store: session requests a second of a server that stores sessions in Redis, compared with one that stores them in
+  memory: feeds of a character, runs of 20 characters, and reads of the session's description.
+- replicas: characters/s of streams on three servers, compared with one server on the same cores.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ Figures = dict[str, object]
 
 
 def main() -> None:
-    """Print each figure with its target."""
-    parser = argparse.ArgumentParser(description="sessions with Redis, and several replicas")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--streams", type=int, default=48)
-    parser.add_argument("--seconds", type=float, default=2, help="of a round")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    """Measure, and print each figure with its target."""
+    parser = argparse.ArgumentParser(description="Measure sessions in Redis, and several replicas.")
+    parser.add_argument("--clients", type=int, default=32, help="concurrent clients of sessions  [32]")
+    parser.add_argument("--streams", type=int, default=48, help="concurrent streams of the replicas  [48]")
+    parser.add_argument("--seconds", type=float, default=2, help="seconds of each round  [2]")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds  [7]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args()
     figures: Figures = {"machine": machine()}
     with redis_server() as url:
@@ -53,27 +57,27 @@ def main() -> None:
 
 
 def store(memory: int, shared: int, num_clients: int, seconds: float, rounds: int) -> Figures:
-    """Requests a second with either store."""
-    # Each kind has sessions of its own, so that their texts are equally long with either store.
-    feeds, runs, stand = (
-        [f"/v1/sessions/{kind}{number}" for number in range(num_clients)] for kind in ("feed", "run", "stand")
+    """Measure the requests a second with both stores, whose servers listen on the ports `memory` and `shared`."""
+    # Each kind of request has sessions of its own, so that their texts are equally long with both stores.
+    feeds, runs, reads = (
+        [f"/v1/sessions/{kind}{number}" for number in range(num_clients)] for kind in ("feed", "run", "read")
     )
     kinds = {
         "feeds of a character": (feeds, [request("POST", f"{name}/feed", {"text": "e"}) for name in feeds]),
-        "continuations of 20": (runs, [request("POST", f"{name}/generate", {"max_tokens": 20}) for name in runs]),
-        "how they stand": (stand, [request("GET", name) for name in stand]),
+        "runs of 20 characters": (runs, [request("POST", f"{name}/generate", {"max_tokens": 20}) for name in runs]),
+        "reads of the description": (reads, [request("GET", name) for name in reads]),
     }
     figures: Figures = {}
-    with Clients(memory, num_clients) as there, Clients(shared, num_clients) as elsewhere:
-        both = (there, elsewhere)
+    with Clients(memory, num_clients) as memory_clients, Clients(shared, num_clients) as redis_clients:
+        both = (memory_clients, redis_clients)
         for what, (names, requests) in kinds.items():
             for clients in both:
                 clients.repeat([request("PUT", name, {"text": "ROMEO:"}) for name in names], 0)
-            measures = [lambda one=one, sent=requests: one.repeat(sent, seconds) for one in both]
+            measures = [lambda clients=clients, sent=requests: clients.repeat(sent, seconds) for clients in both]
             in_memory, in_redis = in_turns(measures, rounds)
-            ratios = [one / other for one, other in zip(in_redis, in_memory, strict=True)]
-            there_s, elsewhere_s = statistics.median(in_memory), statistics.median(in_redis)
-            print(f"{what}: {there_s:,.0f} a second in memory, {elsewhere_s:,.0f} with Redis")
+            ratios = [redis_rate / memory_rate for redis_rate, memory_rate in zip(in_redis, in_memory, strict=True)]
+            memory_rate, redis_rate = statistics.median(in_memory), statistics.median(in_redis)
+            print(f"{what}: {memory_rate:,.0f} a second in memory, {redis_rate:,.0f} with Redis")
             spread = f"% ({100 * min(ratios):.0f} to {100 * max(ratios):.0f})"
             report("  with Redis / in memory", 100 * statistics.median(ratios), spread, "at least 60")
             figures[what] = {"memory": summary(in_memory), "redis": summary(in_redis), "ratio": summary(ratios)}
@@ -81,21 +85,21 @@ def store(memory: int, shared: int, num_clients: int, seconds: float, rounds: in
 
 
 def replicas(ports: list[int], num_streams: int, seconds: float, rounds: int) -> Figures:
-    """Characters a second of so many streams on the first server, and on all of them."""
-    one, all_of_them = in_turns(
+    """Measure the characters/s of all streams on the first server, and on all servers."""
+    on_one, on_all = in_turns(
         [lambda: streamed(ports[:1], num_streams, seconds), lambda: streamed(ports, num_streams, seconds)], rounds
     )
-    ratios = [many / single for many, single in zip(all_of_them, one, strict=True)]
+    ratios = [all_rate / one_rate for all_rate, one_rate in zip(on_all, on_one, strict=True)]
     cores = machine()["cores"]
-    print(f"{num_streams} streams: {statistics.median(one):,.0f} characters/s on one server")
-    print(f"  {statistics.median(all_of_them):,.0f} on {len(ports)}")
+    print(f"{num_streams} streams: {statistics.median(on_one):,.0f} characters/s on one server")
+    print(f"  {statistics.median(on_all):,.0f} on {len(ports)}")
     spread = f"times ({min(ratios):.2f} to {max(ratios):.2f})"
-    report(f"  {len(ports)} servers / one", statistics.median(ratios), spread, f"on {cores} cores")
-    return {"one": summary(one), "all": summary(all_of_them), "ratio": summary(ratios)}
+    report(f"  {len(ports)} servers / one, on {cores} cores", statistics.median(ratios), spread, "none")
+    return {"one": summary(on_one), "all": summary(on_all), "ratio": summary(ratios)}
 
 
 def streamed(ports: list[int], num_streams: int, seconds: float) -> float:
-    """Characters a second that streams of completions bring, spread over servers."""
+    """Return the characters/s of streamed completions, which are spread evenly over the servers."""
     num_chars = [0] * num_streams
     ending = threading.Event()
 
@@ -115,7 +119,7 @@ def streamed(ports: list[int], num_streams: int, seconds: float) -> float:
     threads = [threading.Thread(target=read, args=(number,)) for number in range(num_streams)]
     for thread in threads:
         thread.start()
-    time.sleep(1)  # until all are under way
+    time.sleep(1)  # until all streams have started
     before, began = sum(num_chars), time.perf_counter()
     time.sleep(seconds)
     rate = (sum(num_chars) - before) / (time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""A network of its own for one server, from which packets can be dropped without a word."""
+"""A network namespace for one server whose packets can be dropped silently, as by a broken network."""
 
 from __future__ import annotations
 
@@ -9,36 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# Addresses that are set aside for measuring (RFC 2544).
+# Addresses that RFC 2544 reserves for benchmarks.
 HERE, THERE = "198.18.0.1", "198.18.0.2"
 
 
 @dataclass(frozen=True)
 class Hole:
-    """name: of the network namespace. address: of what runs in it."""
+    """A network namespace, connected to this machine, that can drop all packets."""
 
     name: str
-    address: str = THERE
+    address: str = THERE  # of the server that runs in it
 
     @property
     def command(self) -> tuple[str, ...]:
-        """Before a command that is to run in it."""
+        """The words that, before a command, run it in this namespace."""
         return ("ip", "netns", "exec", self.name)
 
     def drop(self) -> None:
-        """From now on nothing that is sent to it is taken, and nothing comes back: no answer, no refusal."""
+        """Start dropping packets: senders get neither a response nor an error."""
         _ip("-n", self.name, "route", "add", "blackhole", f"{HERE}/32")
 
     def let_through(self) -> None:
-        """What is sent arrives again."""
+        """Stop dropping packets."""
         _ip("-n", self.name, "route", "del", "blackhole", f"{HERE}/32")
+
+
+def can_drop_packets() -> bool:
+    """Whether this process may create a `Hole`: it must be root's, and iproute2 must be installed."""
+    return shutil.which("ip") is not None and os.geteuid() == 0
 
 
 @contextmanager
 def hole() -> Iterator[Hole]:
-    """Such a network, until the block ends. Takes root and iproute2."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        raise SystemExit("dropping packets takes root, and iproute2")
+    """Create a network until the block ends. Exits with a message if `can_drop_packets` is false."""
+    if not can_drop_packets():
+        raise SystemExit("dropping packets needs root and iproute2")
     name = f"gru-serve-{os.getpid()}"
     ends = (f"gru{os.getpid()}", f"urg{os.getpid()}")
     _ip("netns", "add", name)
@@ -50,7 +55,7 @@ def hole() -> Iterator[Hole]:
         _ip("-n", name, "link", "set", ends[1], "up")
         yield Hole(name)
     finally:
-        _ip("netns", "delete", name)  # and with it both ends
+        _ip("netns", "delete", name)  # also deletes both ends of the link
 
 
 def _ip(*words: str) -> None:

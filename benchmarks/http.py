@@ -1,16 +1,18 @@
-"""What a client of the real server sees: streams, the first character, refusals, fairness.
+"""Measures the server from the side of its clients: throughput, the first character, refusals and fairness.
 
     python -m benchmarks.http [--streams 64] [--seconds 20] [--rounds 5] [--json FILE]
 
-Server, engine and clients share the cores of this machine. The clients are one thread on bare sockets that looks for
-the ends of streams and parses nothing else; all of them are on 127.0.0.1.
+Server, engine and clients share the cores of this machine and connect over 127.0.0.1. One thread runs all clients on
+plain sockets; it looks only for the ends of streams and parses nothing else.
 
-- throughput: characters/s delivered over streams side by side, and, in turns with it, what the engine alone generates
-  in a process of its own for as many texts.
-- first character: from sending a request with a new prompt of 16 characters to the first event; an empty round trip
-  (/healthz) beside it.
-- refusals: ten clients a place, all places taken; each tries once a second, as Retry-After says, or all at once.
-- fairness: the time between events of 50 streams, with and without a prompt of 100,000 characters beside them.
+- throughput: characters/s of concurrent streams, compared with the engine alone, which generates as many texts in a
+  process of its own.
+- first character: the time from sending a request with a new prompt of 16 characters to its first event, beside the
+  round trip of an empty request (/healthz).
+- refusals: the time until a client is refused when the server is full. There are ten clients for each text that the
+  server can hold; they try once a second, as Retry-After says, or all at once.
+- fairness: the time between two events of a stream, for 50 streams, with and without a concurrent prompt of 100,000
+  characters.
 """
 
 from __future__ import annotations
@@ -49,12 +51,12 @@ Figures = dict[str, object]
 
 
 def main() -> None:
-    """Print each figure with its target."""
-    parser = argparse.ArgumentParser(description="what a client of the real server sees")
-    parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=20, help="of each measurement, about")
-    parser.add_argument("--rounds", type=int, default=5, help="in turns, of throughput and fairness")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    """Measure, and print each figure with its target."""
+    parser = argparse.ArgumentParser(description="Measure the server from the side of its clients.")
+    parser.add_argument("--streams", type=int, default=64, help="concurrent streams of the throughput  [64]")
+    parser.add_argument("--seconds", type=float, default=20, help="approximate seconds of each measurement  [20]")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds of throughput and fairness  [5]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args()
     figures: Figures = {"machine": machine(), "streams": options.streams}
     with serving() as port:
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def throughput(port: int, num_streams: int, seconds: float, rounds: int) -> Figures:
-    """Characters/s of the engine alone and of streams, in turns."""
+    """Measure the characters/s of the engine alone and of streams, in turns."""
     round_s = seconds / rounds
     with engine_process() as count_characters:
         num_chars = max(50, int(count_characters(num_streams, 200) * round_s / num_streams))
@@ -78,19 +80,19 @@ def throughput(port: int, num_streams: int, seconds: float, rounds: int) -> Figu
             bodies = [body(max_tokens=num_chars, seed=seed) for seed in range(num_streams)]
             with Streams(port, bodies) as streams:
                 streams.run(60 + 20 * round_s)
-                assert streams.num_done == num_streams, "a stream was not finished"
+                assert streams.num_done == num_streams, "a stream was not finished in time"
             return num_streams * num_chars / (time.perf_counter() - began)
 
         engine, served = in_turns([lambda: count_characters(num_streams, num_chars), streamed], rounds)
-    ratios = [one / other for one, other in zip(served, engine, strict=True)]
-    print(f"characters/s, {num_streams} texts of {num_chars} characters side by side, {rounds} rounds:")
+    ratios = [http_rate / engine_rate for http_rate, engine_rate in zip(served, engine, strict=True)]
+    print(f"characters/s of {num_streams} concurrent texts of {num_chars} characters, {rounds} rounds:")
     print(f"  engine alone {statistics.median(engine):,.0f}, over HTTP {statistics.median(served):,.0f}")
     report("  over HTTP / engine alone", 100 * statistics.median(ratios), "%", "at least 70")
     return {"engine": summary(engine), "http": summary(served), "ratio": summary(ratios)}
 
 
 def first_character(port: int, seconds: float) -> Figures:
-    """Milliseconds to the first event, and of an empty round trip."""
+    """Measure the milliseconds to the first event, and of an empty round trip."""
     chance = random.Random(1)
     firsts: list[float] = []
     empties: list[float] = []
@@ -110,28 +112,32 @@ def first_character(port: int, seconds: float) -> Figures:
         assert json.loads(event[6:])["choices"][0]["text"]
         response.read()
     connection.close()
-    print(f"first character of a 16-character prompt, idle server, {len(firsts)} times, ms:")
+    print(f"time to the first character of a 16-character prompt, idle server, {len(firsts)} requests:")
     report("  median", 1000 * statistics.median(firsts), "ms", "at most 10")
-    print(f"  an empty round trip (/healthz): {1000 * statistics.median(empties):.1f} ms")
+    print(f"  median of an empty round trip (/healthz): {1000 * statistics.median(empties):.1f} ms")
     return {"first": percentiles(firsts), "empty": percentiles(empties)}
 
 
-def refusals(port: int, num_places: int, seconds: float) -> Figures:
-    """Milliseconds to the answer of clients for whom there is no place."""
-    holders = [body(max_tokens=8192, seed=seed) for seed in range(num_places)]
-    with Streams(port, holders) as streams:
+def refusals(port: int, capacity: int, seconds: float) -> Figures:
+    """Measure the milliseconds to a refusal by a server that already has as many texts as its capacity."""
+    accepted = [body(max_tokens=8192, seed=seed) for seed in range(capacity)]
+    with Streams(port, accepted) as streams:
         streams.run(30, until=lambda: min(streams.num_bytes) > 0)
-        calm = refused(port, 10 * num_places, min(seconds, 5), spread_s=1.0)
-        burst = refused(port, 10 * num_places, 0, spread_s=0.0)
-    print(f"refusals, {10 * num_places} clients for {num_places} places, ms:")
-    report("  each client once a second: median", statistics.median(calm) * 1000, "ms", "under 50")
-    print(f"    99 %: {percentile(calm, 99) * 1000:.1f} ms, of {len(calm)}")
-    print(f"  all at once: median {statistics.median(burst) * 1000:.1f} ms, 99 % {percentile(burst, 99) * 1000:.1f} ms")
+        calm = refused(port, 10 * capacity, min(seconds, 5), spread_s=1.0)
+        burst = refused(port, 10 * capacity, 0, spread_s=0.0)
+    print(f"time to a refusal, {10 * capacity} clients of a server with {capacity} texts:")
+    report("  each client tries once a second: median", statistics.median(calm) * 1000, "ms", "under 50")
+    print(f"    99 %: {percentile(calm, 99) * 1000:.1f} ms, of {len(calm)} refusals")
+    median_ms, p99_ms = statistics.median(burst) * 1000, percentile(burst, 99) * 1000
+    print(f"  all clients at once: median {median_ms:.1f} ms, 99 % {p99_ms:.1f} ms")
     return {"once_a_second": percentiles(calm), "all_at_once": percentiles(burst)}
 
 
 def refused(port: int, num_clients: int, seconds: float, spread_s: float) -> list[float]:
-    """Seconds from sending to the answer, of each refusal. The clients begin within spread_s and try once a second."""
+    """Return the seconds from sending to the response, for each refusal.
+
+    The clients start at random moments within `spread_s`, and each tries once a second.
+    """
     chance = random.Random(1)
     began = time.perf_counter()
     due = sorted(began + chance.uniform(0, spread_s) + second for second in range(int(seconds) + 1)
@@ -160,14 +166,14 @@ def refused(port: int, num_clients: int, seconds: float, spread_s: float) -> lis
 
 
 def fairness(port: int, seconds: float, rounds: int, num_streams: int = 50) -> Figures:
-    """99 % of the times between events of a stream, in milliseconds, without and with a long prompt beside them."""
+    """Measure the 99th percentile of the time between two events, without and with a concurrent long prompt, in ms."""
     chance = random.Random(2)
 
     def gap(num_prompts: int) -> float:
         bodies = [body(max_tokens=8192, seed=seed) for seed in range(num_streams)]
         with Streams(port, bodies) as streams:
             streams.run(30, until=lambda: min(streams.num_bytes) > 0)
-            # Each prompt is a new one: the states after earlier ones are remembered.
+            # Each prompt is a new one, because the states after earlier prompts are cached.
             long = [body(prompt="".join(chance.choices(LETTERS, k=100_000)), max_tokens=1) for _ in range(num_prompts)]
             with Streams(port, long) as reading:
                 streams.gaps.clear()
@@ -176,22 +182,22 @@ def fairness(port: int, seconds: float, rounds: int, num_streams: int = 50) -> F
             return percentile(streams.gaps, 99) * 1000
 
     alone, beside = in_turns([lambda: gap(0), lambda: gap(1)], rounds)
-    ratios = [one / other for one, other in zip(beside, alone, strict=True)]
-    print(f"99 % of the gaps between events of {num_streams} streams, ms, {rounds} rounds:")
-    print(f"  alone {statistics.median(alone):.1f}, beside a prompt of 100,000 {statistics.median(beside):.1f}")
-    report("  ratio", statistics.median(ratios), "times", "at most 2")
+    ratios = [with_prompt / without for with_prompt, without in zip(beside, alone, strict=True)]
+    print(f"99th percentile of the time between events of {num_streams} streams, {rounds} rounds:")
+    print(f"  alone {statistics.median(alone):.1f} ms, beside a prompt of 100,000 {statistics.median(beside):.1f} ms")
+    report("  beside the prompt / alone", statistics.median(ratios), "times", "at most 2")
     return {"alone_ms": summary(alone), "beside_ms": summary(beside), "ratio": summary(ratios)}
 
 
 @dataclass
 class Streams:
-    """Streams side by side, read by this thread. gaps: seconds between readings of a stream; num_bytes: of each."""
+    """Concurrent streams, which the thread that calls `run` reads."""
 
-    port: int
-    bodies: Sequence[dict[str, object]]
-    num_done: int = 0
-    gaps: list[float] = field(default_factory=list)
-    num_bytes: list[int] = field(default_factory=list)
+    port: int  # of the server
+    bodies: Sequence[dict[str, object]]  # a request for each stream
+    num_done: int = 0  # streams that have ended as they should
+    gaps: list[float] = field(default_factory=list)  # seconds between two readings of the same stream, of all streams
+    num_bytes: list[int] = field(default_factory=list)  # received so far, for each stream
 
     def __enter__(self) -> Streams:
         self._stack = ExitStack()
@@ -199,9 +205,9 @@ class Streams:
         self._last = [time.perf_counter()] * len(self.bodies)
         self._tails = [b""] * len(self.bodies)
         self.num_bytes = [0] * len(self.bodies)
-        for index, one in enumerate(self.bodies):
+        for index, request_body in enumerate(self.bodies):
             connection = self._stack.enter_context(socket.create_connection(("127.0.0.1", self.port)))
-            connection.sendall(request(one))
+            connection.sendall(request(request_body))
             connection.setblocking(False)
             self._selector.register(connection, selectors.EVENT_READ, (connection, index))
         return self
@@ -210,7 +216,7 @@ class Streams:
         self._stack.close()
 
     def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-        """Read for so long, or until this is so or all have ended."""
+        """Read for a number of seconds, or until `until()` is true or all streams have ended."""
         deadline = time.perf_counter() + seconds
         while self.num_done < len(self.bodies) and (now := time.perf_counter()) < deadline and not until():
             for key, _ in self._selector.select(deadline - now):
@@ -265,26 +271,29 @@ def is_ready(port: int) -> bool:
 
 @contextmanager
 def engine_process() -> Iterator[Callable[[int, int], float]]:
-    """A process with the engine alone: call it with a number of texts and of characters each for characters/s."""
+    """Start a process with only the engine, until the block ends.
+
+    Yields a function that takes a number of texts and a number of characters for each, and returns characters/s.
+    """
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=engine_main, args=(there,))
+    connection, worker_connection = context.Pipe()
+    process = context.Process(target=engine_main, args=(worker_connection,))
     process.start()
 
     def measure(num_texts: int, num_chars: int) -> float:
-        here.send((num_texts, num_chars))
-        rate: float = here.recv()
+        connection.send((num_texts, num_chars))
+        rate: float = connection.recv()
         return rate
 
     try:
         yield measure
     finally:
-        here.send(None)
+        connection.send(None)
         process.join(30)
 
 
 def engine_main(orders: Connection) -> None:
-    """Generate as the server does, without HTTP."""
+    """Generate as the server does, but without HTTP."""
     settings = Settings()
     kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
     engine_settings = EngineSettings(
@@ -302,35 +311,35 @@ def engine_main(orders: Connection) -> None:
 
 
 def body(**changes: object) -> dict[str, object]:
-    """A streamed completion."""
+    """Return the body of a request for a streamed completion."""
     return {"prompt": PROMPT, "stream": True} | changes
 
 
-def posted(one: dict[str, object]) -> tuple[str, dict[str, str]]:
-    """Body and headers of it."""
-    return json.dumps(one), {"Content-Type": "application/json"}
+def posted(request_body: dict[str, object]) -> tuple[str, dict[str, str]]:
+    """Return the body and the headers of a request."""
+    return json.dumps(request_body), {"Content-Type": "application/json"}
 
 
-def request(one: dict[str, object]) -> bytes:
-    """All bytes of it."""
-    data, headers = posted(one)
+def request(request_body: dict[str, object]) -> bytes:
+    """Return all bytes of a request for a completion."""
+    data, headers = posted(request_body)
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     first = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     return f"{first}{head}Content-Length: {len(data)}\r\n\r\n{data}".encode()
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """Of 100 equal parts of the values in their order, the end of this one."""
+    """Return a percentile of some values."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def percentiles(values_s: Sequence[float]) -> dict[str, float]:
-    """In milliseconds."""
+    """Return the number, the median and the 99th percentile of some times, in milliseconds, for JSON."""
     return {"num": len(values_s), "median": 1000 * statistics.median(values_s), "p99": 1000 * percentile(values_s, 99)}
 
 
 def report(what: str, value: float, unit: str, target: str) -> None:
-    """One figure with its target."""
+    """Print a figure with its target."""
     print(f"{what}: {value:.1f} {unit} (target: {target})", flush=True)
 
 

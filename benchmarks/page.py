@@ -1,10 +1,11 @@
-"""The page at / in a real browser while a text grows, beside the plainest page that shows the same stream.
+"""Measures the page at / in a browser while a text grows, compared with the simplest page that shows the same stream.
 
-    python -m benchmarks.page
+    python -m benchmarks.page [--before 5000] [--rates 100 500] [--seconds 5] [--rounds 3] [--json FILE]
 
-The plain page adds each event's text to a `<pre>` and has a field to type into. Both get the same stream, at a fixed
-number of characters a second. Said of either: frames a second, the longest task of the main thread and the longest wait
-for a typed key, by the wall's clock, in which the machine's other work counts; and the share of the main thread's time.
+Needs `chromium`. The plain page appends each event's text to a `<pre>` and has a field to type into. Both pages get the
+same stream at a fixed number of characters a second. For both, the benchmark reports the frames a second, the longest
+task of the main thread, the longest wait for a typed key, and the share of time in which the main thread is busy. The
+first three are wall-clock times, so that other work on the machine affects them.
 """
 
 from __future__ import annotations
@@ -52,35 +53,38 @@ async function go(text, length) {
 
 
 @dataclass(frozen=True)
-class CachedSession:
-    """Of one turn."""
+class Measurement:
+    """What was measured of a page in one turn."""
 
     frames_per_s: float
-    longest_task_ms: float
-    longest_answer_ms: float
-    main_thread_share: float
+    longest_task_ms: float  # of the main thread
+    longest_answer_ms: float  # until a typed key takes effect
+    main_thread_share: float  # of the time, in which the main thread is busy
 
 
-def watched(browser: Browser, page: Page, field: str, seconds: float) -> CachedSession:
-    """Type into a field of a page whose text grows meanwhile."""
+def measure(browser: Browser, page: Page, field: str, seconds: float) -> Measurement:
+    """Measure a page whose text grows, while typing into its field."""
     page.evaluate("() => { let n = 0; const f = () => { window.frames_ = ++n; requestAnimationFrame(f) }; f() }")
     trace.start(browser, page)
     began, first = time.perf_counter(), page.evaluate("() => window.frames_")
     page.locator(field).press_sequentially(TYPED, delay=30)
     while time.perf_counter() - began < seconds:
         page.wait_for_timeout(50)
-    frames, lasted = page.evaluate("() => window.frames_") - first, time.perf_counter() - began
+    num_frames, elapsed = page.evaluate("() => window.frames_") - first, time.perf_counter() - began
     recorded = trace.Trace.stop(browser, page)
-    return CachedSession(
-        frames / lasted,
+    return Measurement(
+        num_frames / elapsed,
         recorded.longest_task_ms[1],
         max(wall for _, wall in recorded.answers_ms()),
-        sum(task.get("tdur", 0) for task in recorded.tasks) / 1e6 / lasted,
+        sum(task.get("tdur", 0) for task in recorded.tasks) / 1e6 / elapsed,
     )
 
 
-def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> CachedSession:
-    """A text of so many characters, coloured by a unit, that grows; another one is typed into."""
+def measure_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Measurement:
+    """Measure the page with a growing text that is coloured by a unit, while typing into another text.
+
+    The text has `num_before` characters at first, and `rate` more every second.
+    """
     with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
         screen = Screen(context.new_page(), line.url).load()
         screen.page.click("#new")
@@ -94,11 +98,11 @@ def of_the_page(browser: Browser, line: Line, num_before: int, rate: float, seco
         screen.set(max_tokens=8000, seed=8)
         screen.page.click("#go")
         screen.wait_for_length(num_before + 20, ">=")
-        return watched(browser, screen.page, ".column:first-child textarea", seconds)
+        return measure(browser, screen.page, ".column:first-child textarea", seconds)
 
 
-def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> CachedSession:
-    """The same stream."""
+def measure_plain_page(browser: Browser, line: Line, num_before: int, rate: float, seconds: float) -> Measurement:
+    """Measure the plain page with the same stream."""
     with closing(browser.new_context(viewport={"width": 1440, "height": 1000})) as context:
         page = context.new_page()
         html = PLAIN.replace("ID", json.dumps(f"plain-{time.time_ns()}"))
@@ -109,31 +113,32 @@ def of_the_plain_page(browser: Browser, line: Line, num_before: int, rate: float
         page.evaluate("([text, length]) => void go(text, length)", [text, 8000])
         grown = "length => document.querySelector('pre').textContent.length > length + 20"
         page.wait_for_function(grown, arg=num_before)
-        return watched(browser, page, "textarea", seconds)
+        return measure(browser, page, "textarea", seconds)
 
 
-def report(rate: float, plain: list[CachedSession], ours: list[CachedSession]) -> None:
-    """A line a figure: the median of either page, and their ratio by rounds."""
+def report(rate: float, plain: list[Measurement], ours: list[Measurement]) -> None:
+    """Print a line for each figure, with the medians of both pages and the ratios of the rounds."""
     print(f"\n{rate:.0f} characters a second{'':<14}{'this page':>12}{'plain page':>12}   this / plain")
-    for name, say in (
+    for name, description in (
         ("frames_per_s", "frames a second"),
         ("longest_task_ms", "longest task, ms"),
-        ("longest_answer_ms", "longest wait for a key, ms"),
-        ("main_thread_share", "share of the main thread"),
+        ("longest_answer_ms", "longest wait for a typed key, ms"),
+        ("main_thread_share", "busy share of the main thread"),
     ):
-        one, other = ([getattr(seen, name) for seen in all_seen] for all_seen in (ours, plain))
-        ratios = [a / b for a, b in zip(one, other, strict=True)]
-        print(f"{say:<36}{statistics.median(one):>12.2f}{statistics.median(other):>12.2f}   {spread(ratios)}")
+        page_values, plain_values = ([getattr(turn, name) for turn in turns] for turns in (ours, plain))
+        ratios = [value / plain_value for value, plain_value in zip(page_values, plain_values, strict=True)]
+        medians = f"{statistics.median(page_values):>12.2f}{statistics.median(plain_values):>12.2f}"
+        print(f"{description:<36}{medians}   {spread(ratios)}")
 
 
 def main() -> None:
-    """Both pages in turns, at each rate."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="the page while a text grows")
-    parser.add_argument("--before", type=int, default=5000, help="characters that are there [5000]")
-    parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 500.0], help="characters a second [100 500]")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each turn [5]")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    """Measure both pages in turns at each rate, and print the figures."""
+    parser = argparse.ArgumentParser(description="Measure the page in a browser while a text grows.")
+    parser.add_argument("--before", type=int, default=5000, help="characters of the text at the start  [5000]")
+    parser.add_argument("--rates", type=float, nargs="+", default=[100.0, 500.0], help="characters a second  [100 500]")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of each turn  [5]")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds  [3]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     arguments = parser.parse_args()
     print(machine())
     figures = {}
@@ -141,12 +146,12 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=program("chromium"), args=FLAGS)
         for rate in arguments.rates:
 
-            def turn(measure: Callable[..., CachedSession], rate: float = rate) -> Callable[[], CachedSession]:
-                return lambda: measure(browser, line, arguments.before, rate, arguments.seconds)
+            def turn(measured: Callable[..., Measurement], rate: float = rate) -> Callable[[], Measurement]:
+                return lambda: measured(browser, line, arguments.before, rate, arguments.seconds)
 
-            plain, ours = in_turns([turn(of_the_plain_page), turn(of_the_page)], arguments.rounds)
+            plain, ours = in_turns([turn(measure_plain_page), turn(measure_page)], arguments.rounds)
             report(rate, plain, ours)
-            figures[rate] = {"plain": [asdict(seen) for seen in plain], "page": [asdict(seen) for seen in ours]}
+            figures[rate] = {"plain": [asdict(turn) for turn in plain], "page": [asdict(turn) for turn in ours]}
         browser.close()
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rates": figures}, indent=2))

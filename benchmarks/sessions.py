@@ -1,10 +1,13 @@
-"""SessionService: a million of them in memory, and feeds over HTTP.
+"""Measures a million sessions in memory, and feeds over HTTP.
 
-- memory: what a million open sessions take, and how fast they are put into the store. Their states are given, nothing
-  is stepped for them.
-- constant time: loading, feeding a character and expiry in a store of 10,000 and in one of a million, in turns.
-- feeds: characters fed by clients side by side, each to its own session, against an empty Flask route of the same
-  server that gets the same requests, and against GETs of it.
+    python -m benchmarks.sessions [--sessions 1000000] [--clients 32] [--rounds 7] [--only store|feeds] [--json FILE]
+
+- memory: what a million open sessions take, and how fast they are created in the store. They get random states, so that
+  the network computes nothing.
+- constant time: loading a session, feeding it a character, and expiry, in a store of 10,000 sessions and in one of a
+  million.
+- feeds: concurrent clients feed a character to a session each. They are compared with an empty Flask route of the same
+  server that gets the same requests, and with GETs of that route.
 """
 
 from __future__ import annotations
@@ -47,23 +50,23 @@ Figures = dict[str, object]
 
 
 def main() -> None:
-    """Print each figure with its target."""
-    parser = argparse.ArgumentParser(description="many sessions, and many feeds")
-    parser.add_argument("--sessions", type=int, default=1_000_000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=2, help="of a round of feeds")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=["store", "feeds"])
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    """Measure, and print each figure with its target."""
+    parser = argparse.ArgumentParser(description="Measure a million sessions in memory, and feeds over HTTP.")
+    parser.add_argument("--sessions", type=int, default=1_000_000, help="sessions in the large store  [1000000]")
+    parser.add_argument("--clients", type=int, default=32, help="concurrent clients of the feeds  [32]")
+    parser.add_argument("--seconds", type=float, default=2, help="seconds of each round of feeds  [2]")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds  [7]")
+    parser.add_argument("--only", choices=["store", "feeds"], help="run only this part  [both]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     options = parser.parse_args()
     figures: Figures = {"machine": machine()}
     if options.only != "feeds":
-        here, there = multiprocessing.get_context("spawn").Pipe()
+        connection, worker_connection = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(
-            target=store_main, args=(options.sessions, options.rounds, there)
+            target=store_main, args=(options.sessions, options.rounds, worker_connection)
         )
-        process.start()  # of its own, so that nothing else is in its memory
-        figures["store"] = here.recv()
+        process.start()  # a process of its own, whose memory holds nothing else
+        figures["store"] = connection.recv()
         process.join()
     if options.only != "store":
         with serving_with_empty_route() as port:
@@ -73,7 +76,7 @@ def main() -> None:
 
 
 class Clock:
-    """Seconds since 1970 that pass when they are told to."""
+    """A clock, in seconds since 1970, that advances only when `now` is set."""
 
     def __init__(self) -> None:
         self.now = time.time()
@@ -83,7 +86,7 @@ class Clock:
 
 
 class Bench:
-    """A store with sessions of the shipped model, whose clock is set by hand."""
+    """A store with sessions of the shipped model and a clock that is set by hand."""
 
     def __init__(self, models: LoadedModels, model: LoadedModel) -> None:
         self.clock = Clock()
@@ -96,7 +99,7 @@ class Bench:
         self.states = generator.uniform(-1, 1, (64, *model.state_shape)).astype(np.float32)
 
     def put(self, ttl_s: float = 10**7) -> str:
-        """One more session with a text of 64 characters."""
+        """Create a session with a text of 64 characters, and return its id."""
         session_id = f"{self.chance.getrandbits(128):032x}"
         start = self.chance.randrange(len(self._letters) - NUM_CHARS)
         self.store.create(
@@ -116,14 +119,14 @@ class Bench:
         return session_id
 
     def fill(self, num_sessions: int) -> float:
-        """Sessions put into the store a second."""
+        """Create sessions up to a number of them. Return how many were created a second."""
         began, before = time.perf_counter(), len(self.ids)
         while len(self.ids) < num_sessions:
             self.ids.append(self.put())
         return (num_sessions - before) / (time.perf_counter() - began)
 
     def get_us(self, num_calls: int = 3000) -> float:
-        """Microseconds to load one of them."""
+        """Return the microseconds that loading a session takes."""
         ids = self.chance.choices(self.ids, k=num_calls)
         began = time.perf_counter()
         for session_id in ids:
@@ -131,7 +134,7 @@ class Bench:
         return (time.perf_counter() - began) / num_calls * 1e6
 
     def feed_us(self, num_calls: int = 300) -> float:
-        """Microseconds to feed one of them a character."""
+        """Return the microseconds that feeding a character to a session takes."""
         ids = self.chance.choices(self.ids, k=num_calls)
         began = time.perf_counter()
         for session_id in ids:
@@ -139,19 +142,19 @@ class Bench:
         return (time.perf_counter() - began) / num_calls * 1e6
 
     def expire_us(self, num_sessions: int = 1000) -> float:
-        """Microseconds to forget a session whose time is over."""
+        """Return the microseconds that removing an expired session takes."""
         for _ in range(num_sessions):
             self.put(ttl_s=1)
         self.clock.now += 3
-        num_gone, began = 0, time.perf_counter()
-        while gone := self.store.sweep(256):
-            num_gone += gone
-        assert num_gone == num_sessions
+        num_removed, began = 0, time.perf_counter()
+        while removed := self.store.sweep(256):
+            num_removed += removed
+        assert num_removed == num_sessions
         return (time.perf_counter() - began) / num_sessions * 1e6
 
 
-def store_main(num_sessions: int, rounds: int, answers: Connection) -> None:
-    """What is measured in a process of its own."""
+def store_main(num_sessions: int, rounds: int, results: Connection) -> None:
+    """Measure the store, in a process of its own, and send the figures."""
     settings = Settings()
     kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
     models = LoadedModels(ModelStore(settings.model_store), 1, EngineSettings(kernel.make_stepper))
@@ -161,31 +164,31 @@ def store_main(num_sessions: int, rounds: int, answers: Connection) -> None:
     before = resident_bytes()
     rate = many.fill(num_sessions)
     resident = resident_bytes()
-    print(f"{num_sessions:,} open sessions, {NUM_CHARS} characters of text each:")
+    print(f"{num_sessions:,} open sessions with {NUM_CHARS} characters of text each:")
     report("  resident memory of the process", resident / GIB, "GiB", "at most 5.5 for a million")
     counted = many.store.num_bytes / num_sessions
-    print(f"    {(resident - before) / num_sessions:,.0f} bytes a session; counted {counted:,.0f}")
-    report("  put into the store", rate, "a second", "at least 20,000")
+    print(f"    {(resident - before) / num_sessions:,.0f} bytes a session; the store counts {counted:,.0f}")
+    report("  created in the store", rate, "a second", "at least 20,000")
     figures: Figures = {"resident_bytes": resident, "put_per_s": rate}
-    for what, unit in (("get", "load"), ("feed", "feed a character"), ("expire", "expiry")):
+    for what, description in (("get", "loading a session"), ("feed", "feeding a character"), ("expire", "expiry")):
         measures: list[Callable[[], float]] = [getattr(bench, f"{what}_us") for bench in (few, many)]
         small, large = in_turns(measures, rounds)
-        ratios = [one / other for one, other in zip(large, small, strict=True)]
+        ratios = [large_us / small_us for large_us, small_us in zip(large, small, strict=True)]
         times = f"{statistics.median(small):.1f} us with {FEW:,}, {statistics.median(large):.1f} with {num_sessions:,}"
-        print(f"{unit}: {times}")
+        print(f"{description}: {times}")
         report("  ratio", statistics.median(ratios), f"times ({min(ratios):.2f} to {max(ratios):.2f})", "at most 1.5")
         figures[what] = {"few_us": summary(small), "many_us": summary(large), "ratio": summary(ratios)}
     models.close()
-    answers.send(figures)
+    results.send(figures)
 
 
 def resident_bytes() -> int:
-    """Of this process."""
+    """Return the resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def feeds(port: int, num_clients: int, seconds: float, rounds: int) -> Figures:
-    """Requests a second of feeds and of an empty route, in turns."""
+    """Measure the requests a second of feeds and of an empty route, in turns."""
     names = [f"/v1/sessions/bench{number}" for number in range(num_clients)]
     body = {"text": "e"}
     kinds = {
@@ -200,18 +203,18 @@ def feeds(port: int, num_clients: int, seconds: float, rounds: int) -> Figures:
     fed = rates["feed"]
     print(f"requests/s of {num_clients} clients, {rounds} rounds: feeds of a character {statistics.median(fed):,.0f}")
     figures: Figures = {"feeds": summary(fed)}
-    for kind, what in (("same", "an empty route that gets the same requests"), ("get", "GETs of an empty route")):
-        ratios = [one / other for one, other in zip(fed, rates[kind], strict=True)]
+    for kind, what in (("same", "an empty route with the same requests"), ("get", "GETs of an empty route")):
+        ratios = [feed_rate / rate for feed_rate, rate in zip(fed, rates[kind], strict=True)]
         print(f"  {what}: {statistics.median(rates[kind]):,.0f}")
         spread = f"% ({100 * min(ratios):.0f} to {100 * max(ratios):.0f})"
-        report("    feeds / these", 100 * statistics.median(ratios), spread, "at least 60")
+        report("    feeds / empty route", 100 * statistics.median(ratios), spread, "at least 60")
         figures[kind] = {"rate": summary(rates[kind]), "ratio": summary(ratios)}
     return figures
 
 
 @contextmanager
 def serving_with_empty_route() -> Iterator[int]:
-    """The real server with the shipped model and one route more, which does nothing, on a free port."""
+    """Run the server with the shipped model and an additional, empty route, on a free port, until the block ends."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     process = multiprocessing.get_context("spawn").Process(target=serve_main, args=(port,))
@@ -229,7 +232,7 @@ def serving_with_empty_route() -> Iterator[int]:
 
 
 def serve_main(port: int) -> None:
-    """What runs in its process."""
+    """Run the server, in a process of its own."""
 
     class WithEmptyRoute(Server):
         def load(self) -> Any:
@@ -241,14 +244,14 @@ def serve_main(port: int) -> None:
 
 
 def request(method: str, path: str, body: object = None) -> bytes:
-    """All bytes of one."""
+    """Return all bytes of a request."""
     data = json.dumps(body) if body is not None else ""
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(data)}\r\n\r\n{data}".encode()
 
 
 class Clients:
-    """Connections that are kept open, each with one request at a time under way; all on this thread."""
+    """Persistent connections with one request at a time on each. One thread runs all of them."""
 
     def __init__(self, port: int, number: int) -> None:
         self._stack = ExitStack()
@@ -262,8 +265,8 @@ class Clients:
         self._stack.close()
 
     def repeat(self, requests: list[bytes], seconds: float) -> float:
-        """Each client sends its request again and again, for so long, once at least; answers a second."""
-        num_answers, num_open, began = 0, len(requests), time.perf_counter()
+        """Let each client repeat its request, at least once, for a number of seconds. Return the responses a second."""
+        num_responses, num_open, began = 0, len(requests), time.perf_counter()
         parts = dict.fromkeys(self._sockets, b"")
         with selectors.DefaultSelector() as selector:
             for connection, data in zip(self._sockets, requests, strict=True):
@@ -273,22 +276,22 @@ class Clients:
                 for key, _ in selector.select():
                     connection, data = key.data
                     parts[connection] += connection.recv(65_536)
-                    if not is_whole(parts[connection]):
+                    if not is_complete(parts[connection]):
                         continue
                     assert parts[connection].startswith(b"HTTP/1.1 20"), parts[connection]
                     parts[connection] = b""
-                    num_answers += 1
+                    num_responses += 1
                     if time.perf_counter() - began < seconds:
                         connection.sendall(data)
                     else:
                         num_open -= 1
-        return num_answers / (time.perf_counter() - began)
+        return num_responses / (time.perf_counter() - began)
 
 
-def is_whole(answer: bytes) -> bool:
-    """Whether head and body of an answer are there."""
-    head, found, body = answer.partition(b"\r\n\r\n")
-    if not found:
+def is_complete(response: bytes) -> bool:
+    """Whether the bytes are a whole response, with all headers and the whole body."""
+    head, separator, body = response.partition(b"\r\n\r\n")
+    if not separator:
         return False
     length = head.lower().index(b"content-length:") + len(b"content-length:")
     return len(body) >= int(head[length:].split(b"\r\n", 1)[0])

@@ -34,8 +34,8 @@ ALPHABET = (string.ascii_letters + " .,;:'!?-&$3\n")[:65]
 def main() -> None:
     """Print the error of the gradient, and the speeds and their ratios."""
     parser = argparse.ArgumentParser(description="Compare training with nn.GRU and autograd, in characters/s.")
-    parser.add_argument("--rounds", type=int, default=7, help="in turns  [7]")
-    parser.add_argument("--threads", type=int, default=2, help="of torch  [2]")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds  [7]")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch  [2]")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 

@@ -1,8 +1,9 @@
-"""`gru-serve bench` and the benchmarks: what they print and refuse; never how fast it was."""
+"""`gru-serve bench` and the benchmarks: their output and their error messages, but never their speed."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,12 +15,13 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from benchmarks import __main__ as all_benchmarks
 from benchmarks import decode, roofline
 from benchmarks.baselines import FortyLines
-from benchmarks.contestants import Contestant, Shipped
+from benchmarks.candidates import Candidate, Shipped
 from benchmarks.pairs import in_turns
 from benchmarks.peers import environment
-from benchmarks.peers.contestants import PEERS, enter
+from benchmarks.peers.comparison import PEERS, start_workers
 from benchmarks.peers.environment import Skipped
 from service.__main__ import main
 from service.commands.bench import Texts
@@ -38,7 +40,7 @@ def bench(store: ModelStore, *words: str) -> Result:
     return CliRunner().invoke(main, ["bench", *place, *words])
 
 
-def test_bench_prints_one_json_document(tiny_store: ModelStore) -> None:
+def test_bench__prints_one_json_document(tiny_store: ModelStore) -> None:
     result = bench(tiny_store, "--rows", "3,1", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
@@ -51,7 +53,7 @@ def test_bench_prints_one_json_document(tiny_store: ModelStore) -> None:
         assert 0 < rate["min"] <= rate["chars_per_s"] <= rate["max"]
 
 
-def test_bench_prints_a_line_for_each_number_of_rows_and_progress_beside_it(tiny_store: ModelStore) -> None:
+def test_bench__prints_a_line_for_each_number_of_rows_and_progress_to_stderr(tiny_store: ModelStore) -> None:
     result = bench(tiny_store, "--rows", "1,2")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -62,7 +64,7 @@ def test_bench_prints_a_line_for_each_number_of_rows_and_progress_beside_it(tiny
     assert "measuring" not in result.stdout
 
 
-def test_bench_takes_the_precision_of_the_setting(tiny_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench__uses_the_precision_of_the_setting(tiny_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRU_SERVE_PRECISION", "int4")
     assert json.loads(bench(tiny_store, "--rows", "1", "--json").stdout)["precision"] == "int4"
 
@@ -72,23 +74,19 @@ def test_bench_takes_the_precision_of_the_setting(tiny_store: ModelStore, monkey
     [["--rows", "x"], ["--rows", ""], ["--rows", "1,,2"], ["--rows", "0"], ["--rows", "65537"], ["--seconds", "0"],
      ["--seconds", "nan"], ["--threads", "0"], ["--colour", "red"]],
 )  # fmt: skip
-def test_bench_refuses_bad_usage(tiny_store: ModelStore, words: list[str]) -> None:
+def test_bench__refuses_bad_usage(tiny_store: ModelStore, words: list[str]) -> None:
     result = bench(tiny_store, *words)
     assert result.exit_code == 2
     assert "Traceback" not in result.output
 
 
-def test_bench_names_a_model_that_is_not_there(tiny_store: ModelStore) -> None:
+def test_bench__names_a_model_that_does_not_exist(tiny_store: ModelStore) -> None:
     result = bench(tiny_store, "--model", "nope")
     assert result.exit_code == 1
     assert "no model 'nope'" in result.stderr
 
 
-def test_bench_help_has_an_example() -> None:
-    assert "Example: gru-serve bench" in CliRunner().invoke(main, ["bench", "--help"]).output
-
-
-def test_texts_count_every_character_of_every_row() -> None:
+def test_texts__advance_all_rows_equally_and_continue() -> None:
     config = tiny_config()
     texts = Texts(TorchStepper(quantize(config, random_tensors(config), "int8")), 3)
     assert texts.chars_per_s(0.01) > 0
@@ -97,11 +95,11 @@ def test_texts_count_every_character_of_every_row() -> None:
     assert [row.num_generated for row in texts._rows] == [row.position for row in texts._rows]
     before = positions.pop()
     texts.chars_per_s(0.01)
-    assert texts._rows[0].position > before  # the same texts go on
+    assert texts._rows[0].position > before  # the same texts continue
 
 
-def test_the_baseline_is_the_same_network() -> None:
-    """Its state after 20 of its own characters is the reference's."""
+def test_forty_lines__compute_the_same_network() -> None:
+    """The state after 20 generated characters equals the reference network's."""
     config = tiny_config()
     tensors = random_tensors(config)
     chars = torch.zeros(2, dtype=torch.int64)
@@ -114,7 +112,7 @@ def test_the_baseline_is_the_same_network() -> None:
     np.testing.assert_allclose(hidden.numpy(), expected[0].numpy(), atol=1e-5)
 
 
-def test_turns_alternate_and_the_first_round_does_not_count() -> None:
+def test_in_turns__alternates_and_does_not_count_the_first_round() -> None:
     calls: list[str] = []
 
     def measure(name: str) -> float:
@@ -125,7 +123,7 @@ def test_turns_alternate_and_the_first_round_does_not_count() -> None:
     assert calls == ["a", "b"] * 3
 
 
-def test_decode_writes_its_numbers(
+def test_decode__writes_its_numbers(
     tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "numbers.json"
@@ -134,18 +132,18 @@ def test_decode_writes_its_numbers(
     decode.main()
     document = json.loads(path.read_text())
     assert set(document) == {"machine", "measured", "targets"}
-    rows = [(one["what"], one["rows"], one["threads"]) for one in document["measured"]]
+    rows = [(result["what"], result["rows"], result["threads"]) for result in document["measured"]]
     names = ["torch stepper, int8", "forty lines of torch"]
     assert rows == [(name, number, 1) for number in (1, 64) for name in names]
-    baselines = [one for one in document["measured"] if one["what"] == "forty lines of torch"]
-    assert all(one["ratio"] == {"median": 1, "min": 1, "max": 1} for one in baselines)
+    baselines = [result for result in document["measured"] if result["what"] == "forty lines of torch"]
+    assert [result["ratio"] for result in baselines] == [{"median": 1, "min": 1, "max": 1}] * 2
     assert [target["at_least"] for target in document["targets"]] == [8, 3, 4]
     printed = capsys.readouterr().out
     assert all(printed.count(f"target {target['target']}: ") == 1 for target in document["targets"])
 
 
 def measured_roofline(monkeypatch: pytest.MonkeyPatch, store: ModelStore, path: Path, *words: str) -> dict[str, Any]:
-    """What the roofline of a small model writes in a few milliseconds."""
+    """Run the roofline with a small model for a few milliseconds, and return the document that it writes."""
     place = ["--model", "tiny", "--model-store", str(store.root), "--json", str(path)]
     quick = ["--threads", "1", "--rounds", "1", "--seconds", "0.001"]
     monkeypatch.setattr(sys, "argv", ["roofline", *place, *quick, *words])
@@ -155,31 +153,31 @@ def measured_roofline(monkeypatch: pytest.MonkeyPatch, store: ModelStore, path: 
 
 
 @needs_native
-def test_the_roofline_has_the_kernel_beside_other_libraries(
+def test_roofline__compares_the_kernel_with_other_libraries(
     tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who can't be installed is named, and the others are measured."""
+    """A library that can't be installed is named, and the others are measured."""
     worker = [sys.executable, "-m", "tests.numpy_peer"]
 
-    def numpy_is_there(stack: ExitStack, name: str, shipped: Shipped, rows: Any, threads: Any) -> list[Contestant]:
+    def start_numpy(stack: ExitStack, name: str, shipped: Shipped, rows: Any, threads: Any) -> list[Candidate]:
         if name == "tensorflow":
             raise Skipped("no such package")
-        return enter(stack, name, worker, shipped, rows, threads)
+        return start_workers(stack, name, worker, shipped, rows, threads)
 
-    monkeypatch.setattr(roofline, "peer_contestants", numpy_is_there)
+    monkeypatch.setattr(roofline, "peer_candidates", start_numpy)
     document = measured_roofline(monkeypatch, tiny_store, tmp_path / "numbers.json")
     assert document["skipped"] == {"tensorflow": "no such package"}
-    names = {one["what"] for one in document["measured"]}
+    names = {result["what"] for result in document["measured"]}
     assert {"kernel, int8", "kernel, int4", "torch stepper, int8", "onnxruntime", "forty lines of torch"} <= names
     assert [target["at_least"] for target in document["targets"] if "onnxruntime" in target["target"]] == [8]
-    assert [(one["peer"], one["rows"], one["what"]) for one in document["peers"]] == [
+    assert [(result["peer"], result["rows"], result["what"]) for result in document["peers"]] == [
         ("onnxruntime", rows, f"kernel, {precision}") for rows in (1, 256) for precision in ("int8", "int4")
     ]
-    assert all(one["ratio"]["min"] > 0 for one in document["peers"])
+    assert all(result["ratio"]["min"] > 0 for result in document["peers"])
 
 
 @needs_native
-def test_the_roofline_runs_without_other_libraries(
+def test_roofline__runs_without_other_libraries(
     tiny_store: ModelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = measured_roofline(monkeypatch, tiny_store, tmp_path / "numbers.json", "--peers", "")
@@ -187,29 +185,62 @@ def test_the_roofline_runs_without_other_libraries(
     assert not [target for target in document["targets"] if "onnxruntime" in target["target"]]
 
 
-def test_a_library_that_steps_another_model_is_skipped(tiny_store: ModelStore, tmp_path: Path) -> None:
-    """And one that doesn't even start, with the reason."""
+def test_start_workers__skips_a_library_that_computes_another_model_or_fails_to_start(
+    tiny_store: ModelStore, tmp_path: Path
+) -> None:
     other = ModelStore(tmp_path)
     publish_tiny(other, seed=1)
     shipped = Shipped.load("tiny", tiny_store.root, None)
     shipped = replace(shipped, directory=other.resolve("tiny").path)
     with ExitStack() as stack, pytest.raises(Skipped, match="not the model's"):
-        enter(stack, "numpy", [sys.executable, "-m", "tests.numpy_peer"], shipped, [1], [1])
+        start_workers(stack, "numpy", [sys.executable, "-m", "tests.numpy_peer"], shipped, [1], [1])
     with ExitStack() as stack, pytest.raises(Skipped, match="No module named"):
-        enter(stack, "numpy", [sys.executable, "-m", "tests.nothing_here"], shipped, [1], [1])
+        start_workers(stack, "numpy", [sys.executable, "-m", "tests.nothing_here"], shipped, [1], [1])
 
 
-def test_what_can_not_be_installed_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment__skips_with_the_reason_what_can_not_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(environment, "_HERE", tmp_path)
     (tmp_path / "requirements-nothing.txt").write_text(f"{tmp_path}/nothing-1.0-py3-none-any.whl\n")
-    for _ in range(2):  # the first attempt leaves nothing behind that counts as installed
+    for _ in range(2):  # the failed first attempt does not count as installed
         with pytest.raises(Skipped, match="nothing"):
             environment.environment("nothing")
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_other_libraries_come_with_everything_pinned(name: str) -> None:
+def test_requirements__of_other_libraries_pin_everything(name: str) -> None:
     folder = Path(environment.__file__).parent
-    asked, pinned = ((folder / f"requirements-{name}.{ending}").read_text().splitlines() for ending in ("in", "txt"))
-    assert set(asked) <= set(pinned)
+    required, pinned = ((folder / f"requirements-{name}.{ending}").read_text().splitlines() for ending in ("in", "txt"))
+    assert set(required) <= set(pinned)
     assert all("==" in line for line in pinned)
+
+
+def test_all_benchmarks__include_every_one_that_the_docs_cite_and_no_other() -> None:
+    root = Path(__file__).parent.parent
+    texts = [path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md"))]
+    cited = {name for text in texts for name in re.findall(r"python -m benchmarks\.(\w+)", text)}
+    runnable = {path.stem for path in (root / "benchmarks").glob("[a-z]*.py") if "\ndef main()" in path.read_text()}
+    assert cited == runnable == set(all_benchmarks.BENCHMARKS)
+
+
+def test_all_benchmarks__skip_one_whose_program_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(all_benchmarks.BENCHMARKS, "deploy", ("sh", "a-program-that-does-not-exist"))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "deploy"])
+    all_benchmarks.main()
+    output = capfd.readouterr().out
+    assert "deploy is skipped: a-program-that-does-not-exist is not installed" in output
+    assert "make test-deploy" in output
+
+
+def test_all_benchmarks__run_each_and_name_those_that_failed(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("no_such_benchmark", "table"):  # `table` is a shared module: running it does nothing, successfully
+        monkeypatch.setitem(all_benchmarks.BENCHMARKS, name, ())
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "no_such_benchmark", "table"])
+    with pytest.raises(SystemExit, match=r"^failed: no_such_benchmark$"):
+        all_benchmarks.main()
+    assert "== table" in capfd.readouterr().out

@@ -17,12 +17,12 @@ def test_a_killed_replica_costs_no_character() -> None:
 
 def test_a_killed_store_takes_nothing_back_silently() -> None:
     outcomes = survival.redis_kills(ROUNDS)["outcomes"]
-    assert "WENT BACK" not in outcomes
+    assert "TEXT LOST" not in outcomes
     assert outcomes["whole"] > 0
 
 
 def test_a_lease_holder_that_wakes_up_overwrites_nothing() -> None:
-    assert survival.paused(1, 6)["outcomes"] == {"as its successor left it": 1}
+    assert survival.paused(1, 6)["outcomes"] == {"not overwritten": 1}
 
 
 def test_every_replica_draws_the_same_characters() -> None:
