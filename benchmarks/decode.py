@@ -46,9 +46,12 @@ TARGETS = (Target(1, 8), Target(64, 3), Target(64, 4, to_itself=True))
 
 def main() -> None:
     """Measure, and print a table and the ratios beside their targets."""
-    options = parse(
-        argparse.ArgumentParser(description="Compare the torch stepper with forty lines of torch, in characters/s.")
+    parser = argparse.ArgumentParser(
+        description="Compare the torch stepper with forty lines of torch, in characters/s."
     )
+    parser.add_argument("--rows", type=numbers, default="1,64,256", help="numbers of texts side by side  [1,64,256]")
+    parser.add_argument("--precision", choices=["int8", "int4"], help="of the stepper  [that of the served model]")
+    options = parse(parser)
     shipped = Shipped.load(options.model, options.model_store, options.precision)
     threads = sorted({1, options.threads})
     conditions = machine() | {"threads": options.threads, "model": shipped.ref, "precision": shipped.precision}
@@ -66,16 +69,12 @@ def main() -> None:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def parse(parser: argparse.ArgumentParser, rows: str = "1,64,256", rounds: int = 7) -> argparse.Namespace:
-    """Parse the options that this benchmark and the roofline share."""
-    parser.add_argument("--rows", type=numbers, default=rows, help=f"numbers of texts generated side by side  [{rows}]")
-    parser.add_argument("--threads", type=positive, default=2, help="beside runs with one thread  [2]")
-    parser.add_argument("--rounds", type=positive, default=rounds, help=f"in turns  [{rounds}]")
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Add the options that this benchmark and the roofline share, and parse the command line."""
+    parser.add_argument("--threads", type=positive, default=2, help="threads; runs with one thread are added  [2]")
+    parser.add_argument("--rounds", type=positive, default=7, help="number of rounds  [7]")
     parser.add_argument("--seconds", type=float, default=0.5, help="seconds of each turn  [0.5]")
-    parser.add_argument(
-        "--precision", choices=["int8", "int4"], help="of the stepper  [the one in which the model is served]"
-    )
-    parser.add_argument("--model", default="shakespeare", help="[shakespeare]")
+    parser.add_argument("--model", default="shakespeare", help="model to generate with  [shakespeare]")
     parser.add_argument("--model-store", type=Path, default=Path("model_store"), help="[model_store]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     return parser.parse_args()

@@ -64,7 +64,7 @@ def main() -> None:
         help=f"libraries to compare with; may be empty  [{','.join(PEERS)}]",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="measure the sweep and draw it as PNG or SVG")
-    options = parse(parser, rows="1,256")
+    options = parse(parser)
     shipped = Shipped.load(options.model, options.model_store, "int8")
     models = {p: quantize(shipped.artifact.config, shipped.artifact.tensors, p) for p in PRECISIONS}
     kernel = NativeStepper(models["int8"]).variant
