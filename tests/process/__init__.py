@@ -1,0 +1,1 @@
+"""Tests that start the real server, alone, behind HAProxy, or with Redis."""
