@@ -1,4 +1,4 @@
-"""Small quantised models and rows for the engine's tests."""
+"""Small quantised models and rows for the tests of the engine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CHARSET = Charset(CONFIG.charset)
 
 
 def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
-    """Random weights, larger than training begins with: the state moves, and texts are not all alike."""
+    """A model with random weights, larger than at the start of training, so that texts differ."""
     tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
     return quantize(config, tensors, precision)
 
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
-    """A row as the engine would make it."""
+    """A row as the engine makes it."""
     ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
     stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
     history = History(len(CHARSET), ids) if sampling.penalizes else None
@@ -34,7 +34,7 @@ def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int
     return Row(**(fields | changes))
 
 
-# Every kind of row that there is: the contract holds for each of them and any mix.
+# Every kind of row. The contract of steppers holds for each kind and for any mix.
 KINDS: list[dict[str, Any]] = [
     {},
     {"prompt": "", "max_chars": 11},

@@ -19,7 +19,7 @@ from service.engine.native.native_stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
 from tests.engine.models import DEEP, KINDS, quantized
 from tests.engine.test_native import outcome
-from tests.engine.test_stepper import keeping
+from tests.engine.test_stepper import with_checkpoints
 
 SOURCES = Path(binding.__file__).parent / "src"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -106,8 +106,8 @@ def test_layout__fields_that_changed_places_are_written_where_they_are(
     monkeypatch.setattr(native_stepper, "load", lambda: reordered)
     monkeypatch.setattr(native_stepper, "variants", lambda: ["portable"])
     stepper, reference = NativeStepper(model), TorchStepper(model)
-    expected = outcome(reference, [keeping(reference, **kind) for kind in KINDS])
-    assert outcome(stepper, [keeping(stepper, **kind) for kind in KINDS]) == expected
+    expected = outcome(reference, [with_checkpoints(reference, **kind) for kind in KINDS])
+    assert outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS]) == expected
 
 
 @needs_compiler
