@@ -1,4 +1,4 @@
-"""Elementary functions: within their stated errors, and the same bits wherever an element stands."""
+"""Elementary functions: within their stated errors, with bits that don't depend on an element's place in an array."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def activation_of(activation: Activation, x: np.ndarray) -> np.ndarray:
     [(TANH, np.tanh, -1.0), (SIGMOID, lambda x: 1 / (1 + np.exp(-x)), 0.0)],
     ids=["tanh", "sigmoid"],
 )
-def test_activations_are_as_close_as_they_say_and_keep_their_bounds(
+def test_activate__is_within_its_error_and_bounds(
     activation: Activation, exact: Callable[[np.ndarray], np.ndarray], lowest: float
 ) -> None:
     x = np.concatenate([np.linspace(-30, 30, 1_000_001), np.geomspace(1e-40, 12, 100_001)])
@@ -39,22 +39,22 @@ def test_activations_are_as_close_as_they_say_and_keep_their_bounds(
         assert signed.min() >= lowest
 
 
-def test_exp_is_as_close_as_it_says() -> None:
+def test_exp__is_within_its_error() -> None:
     x = -np.concatenate([np.linspace(0, 700, 200_001), np.geomspace(1e-300, 1, 10_001)])
     assert np.abs(exp(x.copy()) / np.exp(x) - 1).max() < arithmetic.EXP_ERROR
     assert exp(np.array([0.0]))[0] == 1
     assert (exp(np.array([-700.1, -1e300, -np.inf])) == exp(np.array([-700.0]))).all()
 
 
-def test_log_is_as_close_as_it_says() -> None:
+def test_log__is_within_its_error() -> None:
     x = np.concatenate([np.geomspace(1, 1e6, 200_001), 1 + np.geomspace(1e-15, 1, 10_001)])
     assert np.abs(log(x) - np.log(x)).max() < arithmetic.LOG_ERROR
     assert log(np.array([1.0]))[0] == 0
 
 
 @pytest.mark.parametrize("size", [1, 3, 15, 16, 17, 33, 1000])
-def test_an_element_gets_the_same_bits_wherever_it_stands(size: int) -> None:
-    # The trap of library functions: the end of an array goes through other code than its middle.
+def test_functions__bits_do_not_depend_on_the_place_in_an_array(size: int) -> None:
+    # Library functions compute the end of an array with other code than its middle.
     x = np.random.default_rng(0).normal(0, 3, size)
     negative, positive = -np.abs(x) * 10, 1 + np.abs(x)
     functions: list[tuple[Callable[[np.ndarray], np.ndarray], np.ndarray]] = [
@@ -68,8 +68,8 @@ def test_an_element_gets_the_same_bits_wherever_it_stands(size: int) -> None:
         assert np.array_equal(function(values), alone)
 
 
-def test_torch_gets_the_same_bits_from_the_same_operations() -> None:
-    # What the exactness of every implementation rests on: +, -, *, / and rounding are IEEE 754's, elsewhere too.
+def test_torch__operations_give_the_bits_of_numpy() -> None:
+    # All implementations agree because +, -, *, / and rounding are those of IEEE 754 everywhere.
     rng = np.random.default_rng(1)
     x, y = (rng.normal(0, 1, 10_007).astype(np.float32) for _ in range(2))
     for operation, other in ((np.add, torch.add), (np.multiply, torch.mul), (np.divide, torch.div)):
@@ -77,8 +77,8 @@ def test_torch_gets_the_same_bits_from_the_same_operations() -> None:
     assert np.array_equal(np.rint(x * 127), torch.from_numpy(x * 127).round().numpy())
 
 
-def test_the_bits_are_those_of_version_1() -> None:
-    # A change of any bit is a change of texts: it needs a new VERSION, and these sums with it.
+def test_functions__bits_are_those_of_version_1() -> None:
+    # If a bit changes, texts change: that needs a new VERSION and new sums here.
     x = np.linspace(-9, 9, 4097)
     values = [activation_of(TANH, x), activation_of(SIGMOID, x), exp(x - 9), log(x + 10)]
     sums = [hashlib.sha256(value.tobytes()).hexdigest()[:16] for value in values]

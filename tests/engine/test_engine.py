@@ -1,4 +1,4 @@
-"""The engine: everybody gets what they would get alone; overload, cancellation, failure and stalls reach everybody."""
+"""The engine: each text gets what it would get alone; callers see overload, cancellation, failure and stalls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from service.engine.engine import Engine
 from service.engine.native.binding import variants
 from service.engine.native.native_stepper import NativeStepper
-from service.engine.pace import Pace
+from service.engine.pace import Pace, flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
@@ -31,7 +31,7 @@ if variants():
 
 @pytest.fixture(params=STEPPERS, scope="module")
 def stepper(request: pytest.FixtureRequest) -> Stepper:
-    """What the engine does while others come and go is tried with each."""
+    """Each implementation, for tests in which texts join and leave."""
     return STEPPERS[request.param]()
 
 
@@ -51,7 +51,7 @@ def request(prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **change
 
 
 def result(handle: Handle) -> list[Any]:
-    """All that a request brings, comparable to the bit. Waits for its end."""
+    """Wait for the end of a text. Everything that it brought, comparable to the bit."""
     chars, scores = [], []
     while True:
         end = handle.end
@@ -62,8 +62,8 @@ def result(handle: Handle) -> list[Any]:
                 if some is not None:
                     scores.append(some.chosen.tobytes())
         elif end is not None:
-            kept = [(position, hidden.tobytes()) for position, hidden in end.checkpoints.items()]
-            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), kept]
+            checkpoints = [(position, hidden.tobytes()) for position, hidden in end.checkpoints.items()]
+            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), checkpoints]
 
 
 KINDS: list[tuple[str, int, dict[str, Any]]] = [
@@ -79,13 +79,15 @@ REQUESTS = [request(prompt, max_chars, seed, **changes) for seed, (prompt, max_c
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[Any]]:
-    """By torch: the other steppers have to give the same."""
+    """What the torch stepper gives each request alone. The other steppers must give the same."""
     with running(max_running=1) as engine:
         return [result(engine.submit([request])[0]) for request in REQUESTS]
 
 
-def test_everybody_gets_what_they_get_alone_however_they_come_and_go(stepper: Stepper, alone: list[list[Any]]) -> None:
-    """Needles in a crowd: hundreds of texts join and leave at random moments, submitted by many threads."""
+def test_engine__texts_that_join_and_leave_at_random_get_what_each_gets_alone(
+    stepper: Stepper, alone: list[list[Any]]
+) -> None:
+    """Several threads submit hundreds of texts, and cancel some."""
     wrong: list[int] = []
 
     def submit_some(seed: int, engine: Engine) -> None:
@@ -104,57 +106,58 @@ def test_everybody_gets_what_they_get_alone_however_they_come_and_go(stepper: St
                 thread.start()
             for thread in threads:
                 thread.join()
-            deadline = time.monotonic() + 10  # cancelled ones leave at the next tick
+            deadline = time.monotonic() + 10  # cancelled texts leave at the next tick
             while engine.num_open and time.monotonic() < deadline:
                 time.sleep(0.001)
             assert engine.num_open == 0
     assert wrong == []
 
 
-def test_a_request_goes_on_from_a_state(stepper: Stepper, alone: list[list[Any]]) -> None:
+def test_engine__request_continues_from_a_state(stepper: Stepper, alone: list[list[Any]]) -> None:
     with running(stepper) as engine:
         prompt = engine.submit([request(max_chars=0)])[0].wait()
         assert alone[0][5][0] == (6, prompt.hidden.tobytes())
         rest = request("", 40, seed=0, hidden=prompt.hidden, position=prompt.position)
         assert result(engine.submit([rest])[0])[:5] == alone[0][:5]
-        assert alone[0][5][0] == (6, prompt.hidden.tobytes())  # which was copied, not used up
+        assert alone[0][5][0] == (6, prompt.hidden.tobytes())  # the state was copied, not modified
 
 
-@pytest.mark.parametrize("cut", [1, 17, 29])
-def test_a_run_that_is_cut_goes_on_with_what_it_generated(stepper: Stepper, cut: int) -> None:
-    """Penalties count it, and a stop string may lie on both sides of the cut."""
+@pytest.mark.parametrize("length", [1, 17, 29])
+def test_engine__request_continues_an_interrupted_run(stepper: Stepper, length: int) -> None:
+    """Penalties count what the run generated, and a stop string may begin there."""
     sampling = SamplingSettings(repetition_penalty=1.3, frequency_penalty=0.4)
     how: dict[str, Any] = {"sampling": sampling, "history_prompt": CHARSET.encode("ROMEO:")}
     with running(stepper) as engine:
         whole = result(engine.submit([request("ROMEO:", 40, **how)])[0])
         chars = np.array(whole[0], np.int64)
-        stop = chars[cut - 1 : cut + 1]
-        first = engine.submit([request("ROMEO:", cut, **how)])[0].wait()
-        rest: dict[str, Any] = {"hidden": first.hidden, "position": first.position, "generated": chars[:cut]} | how
-        assert result(engine.submit([request("", 40 - cut, **rest)])[0])[0] == whole[0][cut:]
-        assert result(engine.submit([request("", 40 - cut, stops=(stop,), **rest)])[0])[0] == whole[0][cut : cut + 1]
+        stop = chars[length - 1 : length + 1]
+        first = engine.submit([request("ROMEO:", length, **how)])[0].wait()
+        rest: dict[str, Any] = {"hidden": first.hidden, "position": first.position, "generated": chars[:length]} | how
+        assert result(engine.submit([request("", 40 - length, **rest)])[0])[0] == whole[0][length:]
+        stopped = engine.submit([request("", 40 - length, stops=(stop,), **rest)])[0]
+        assert result(stopped)[0] == whole[0][length : length + 1]
 
 
 class _Gate:
-    """A stepper that waits for leave before every tick."""
+    """A stepper that waits before every tick until the test allows it."""
 
     def __init__(self, stepper: Stepper = STEPPER) -> None:
         self.stepper = stepper
-        self.entered, self.leave = threading.Semaphore(0), threading.Semaphore(0)
+        self.entered, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         self.entered.release()
-        assert self.leave.acquire(timeout=20)
+        assert self.allowed.acquire(timeout=20)
         return self.stepper.advance(rows, num_chars)
 
     def initial_hidden(self) -> Any:
         return self.stepper.initial_hidden()
 
     def open(self) -> None:
-        self.leave.release(10_000)
+        self.allowed.release(10_000)
 
 
-def test_overload_is_refused_at_once_and_whole() -> None:
+def test_submit__full_queue_refuses_all_requests_of_a_call() -> None:
     gate = _Gate()
     with running(gate, max_running=2, max_waiting=3) as engine:
         handles = engine.submit([request()])
@@ -170,8 +173,8 @@ def test_overload_is_refused_at_once_and_whole() -> None:
         assert len(result(engine.submit([request()])[0])[0]) == 30
 
 
-def test_a_place_is_free_before_anybody_hears_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who comes back as soon as a text is over is not to be refused."""
+def test_engine__place_is_free_before_the_end_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller that submits again as soon as its text has ended must not be refused."""
     open_at_end: list[int] = []
     publish = Handle.publish
 
@@ -189,7 +192,7 @@ def test_a_place_is_free_before_anybody_hears_of_the_end(monkeypatch: pytest.Mon
     assert open_at_end == [0, 0]
 
 
-def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None:
+def test_submit__already_admitted_work_is_not_refused_for_lack_of_room() -> None:
     gate = _Gate()
     with running(gate, max_running=1, max_waiting=0) as engine:
         running_text = engine.submit([request()])[0]
@@ -200,14 +203,14 @@ def test_what_follows_an_ended_text_is_not_refused_for_lack_of_a_place() -> None
         assert running_text.wait().position == following.wait().position + 30
 
 
-def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_on(stepper: Stepper) -> None:
-    """And beside others, and in any number of threads: it makes no difference but in time."""
+def test_submit__short_text_is_stepped_by_the_caller_if_the_engine_is_idle(stepper: Stepper) -> None:
+    """With the same result beside other texts and from many threads."""
     short, long = request("ROMEO", 0, checkpoint_positions=(2, 5), num_next=3), request("ROMEO" * 7, 0)
     with running(stepper) as engine:
         before = threading.active_count()
         alone = engine.submit([short])[0]
         assert alone.end is not None
-        assert threading.active_count() == before  # the engine's thread has not even begun
+        assert threading.active_count() == before  # the engine's thread was not started
         assert alone.end.next is not None
         assert len(alone.end.next.ids) == 3
         expected = result(alone)
@@ -216,20 +219,20 @@ def test_a_few_characters_are_read_at_once_by_who_asks_if_nothing_else_is_going_
         beside = engine.submit([short])[0]
         assert result(beside) == expected
         running_text.cancel()
-        found: list[list[Any]] = []
+        results: list[list[Any]] = []
 
-        def ask() -> None:
-            found.extend(result(engine.submit([short])[0]) for _ in range(50))
+        def submit_many() -> None:
+            results.extend(result(engine.submit([short])[0]) for _ in range(50))
 
-        threads = [threading.Thread(target=ask) for _ in range(6)]
+        threads = [threading.Thread(target=submit_many) for _ in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert found == [expected] * 300
+        assert results == [expected] * 300
 
 
-def test_what_fails_at_once_fails_for_everybody(stepper: Stepper) -> None:
+def test_engine__failure_on_a_callers_thread_fails_all_texts(stepper: Stepper) -> None:
     class Failing(_Gate):
         def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
             if len(rows[0].prompt) == 1:
@@ -237,7 +240,7 @@ def test_what_fails_at_once_fails_for_everybody(stepper: Stepper) -> None:
             return self.stepper.advance(rows, num_chars)
 
     with running(Failing(stepper)) as engine:
-        engine.submit([request(max_chars=5)])[0].wait()  # its thread is there
+        engine.submit([request(max_chars=5)])[0].wait()  # starts the engine's thread
         with pytest.raises(EngineFailed):
             engine.submit([request("a", 0)])
         for _ in range(2):
@@ -250,7 +253,7 @@ def test_what_fails_at_once_fails_for_everybody(stepper: Stepper) -> None:
             engine.check()
 
 
-def test_first_come_first_served() -> None:
+def test_engine__first_come_first_served() -> None:
     order: list[int] = []
 
     class Noting(_Gate):
@@ -268,16 +271,16 @@ def test_first_come_first_served() -> None:
 
 
 @pytest.mark.parametrize("moment", ["waiting", "running"])
-def test_a_cancelled_text_leaves_at_the_next_tick_and_says_where_it_stands(moment: str) -> None:
+def test_cancel__text_leaves_at_the_next_tick_with_its_state(moment: str) -> None:
     gate = _Gate()
     with running(gate, max_running=1) as engine:
         first, second = engine.submit([request(max_chars=100_000), request()])
         assert gate.entered.acquire(timeout=10)
         (first if moment == "running" else second).cancel()
         if moment == "waiting":
-            gate.leave.release()
+            gate.allowed.release()
             assert gate.entered.acquire(timeout=10)
-            gate.leave.release()
+            gate.allowed.release()
             end = second.wait()
             assert (end.reason, end.position) == ("cancelled", 0)
             first.cancel()
@@ -297,12 +300,12 @@ class _Failing(_Gate):
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         self.entered.release()
-        assert self.leave.acquire(timeout=20)
+        assert self.allowed.acquire(timeout=20)
         raise self.error
 
 
 @pytest.mark.parametrize("error", [RuntimeError("out of luck"), MemoryError(), SystemExit()], ids=repr)
-def test_when_the_stepper_fails_nobody_waits_for_ever(error: BaseException) -> None:
+def test_engine__failure_of_the_stepper_reaches_every_waiting_caller(error: BaseException) -> None:
     failing = _Failing(error)
     with running(failing, max_running=2) as engine:
         handles = engine.submit([request()] * 5)
@@ -330,7 +333,7 @@ def test_when_the_stepper_fails_nobody_waits_for_ever(error: BaseException) -> N
             engine.submit([request()])
 
 
-def test_a_wedged_step_is_noticed_by_those_who_wait_and_by_the_readiness_check() -> None:
+def test_engine__stuck_step_fails_waiting_callers_and_the_check() -> None:
     gate, now = _Gate(), [0.0]
     with running(gate, stall_s=5, clock=lambda: now[0]) as engine:
         handle = engine.submit([request()])[0]
@@ -345,13 +348,13 @@ def test_a_wedged_step_is_noticed_by_those_who_wait_and_by_the_readiness_check()
             engine.submit([request()])
         gate.open()
         deadline = time.monotonic() + 10
-        while handle.end is None and time.monotonic() < deadline:  # it comes round: so does everybody else
+        while handle.end is None and time.monotonic() < deadline:  # the step returns, and the engine recovers
             time.sleep(0.001)
         engine.check()
         assert len(result(handle)[0]) == 30
 
 
-def test_closing_fails_what_is_open_so_that_nothing_looks_complete() -> None:
+def test_close__fails_open_texts() -> None:
     gate = _Gate()
     with running(gate) as engine:
         handles = engine.submit([request(max_chars=100_000)] * 10)
@@ -368,7 +371,7 @@ def test_closing_fails_what_is_open_so_that_nothing_looks_complete() -> None:
             engine.submit([request()])
 
 
-def test_a_retired_engine_ends_its_thread_when_idle_and_still_serves_who_holds_it() -> None:
+def test_retire__thread_ends_when_idle_and_the_engine_stays_usable() -> None:
     with running() as engine:
         handle = engine.submit([request()])[0]
         engine.retire()
@@ -381,17 +384,17 @@ def test_a_retired_engine_ends_its_thread_when_idle_and_still_serves_who_holds_i
             assert result(engine.submit([request()])[0]) == first
 
 
-def test_a_text_that_comes_as_a_retired_engines_thread_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the thread's last look and its end there is room for a new text, with a thread of its own."""
+def test_retire__text_submitted_while_the_thread_ends_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the thread's last look at the inbox and its end, a new text may arrive. It gets a new thread."""
     late: list[Handle] = []
     with running() as engine:
-        take_in = engine._wait_for_work
+        wait_for_work = engine._wait_for_work
 
         def submit_as_it_ends() -> bool:
-            goes_on = take_in()
-            if not goes_on and not late:
+            has_work = wait_for_work()
+            if not has_work and not late:
                 late.extend(engine.submit([request(max_chars=5000)]))
-            return goes_on
+            return has_work
 
         monkeypatch.setattr(engine, "_wait_for_work", submit_as_it_ends)
         engine.retire()
@@ -402,7 +405,7 @@ def test_a_text_that_comes_as_a_retired_engines_thread_ends_is_not_lost(monkeypa
         assert late[0].wait().reason == "length"
 
 
-def test_a_taker_is_given_everything_once_in_order() -> None:
+def test_read__returns_everything_once_and_in_order() -> None:
     with running() as engine:
         whole = result(engine.submit([request(max_chars=3000)])[0])[0]
         handle = engine.submit([request(max_chars=3000)])[0]
@@ -416,7 +419,7 @@ def test_a_taker_is_given_everything_once_in_order() -> None:
         assert handle.read(None) is None
 
 
-def test_nothing_comes_of_an_impatient_taker() -> None:
+def test_read__returns_none_after_its_timeout() -> None:
     gate = _Gate()
     with running(gate) as engine:
         handle = engine.submit([request()])[0]
@@ -426,12 +429,12 @@ def test_nothing_comes_of_an_impatient_taker() -> None:
         assert handle.read(None) is not None
 
 
-def test_ticks_are_kept_to_their_length() -> None:
+def test_pace__keeps_ticks_to_their_length() -> None:
     pace = Pace(tick_s=0.004)
     for _ in range(50):
         pace.measured(1, pace.num_chars(1), pace.num_chars(1) * 100e-6)
     assert 35 <= pace.num_chars(1) <= 40
-    assert pace.num_chars(64) == 4  # the least; a batch that has grown is not trusted to share anything
+    assert pace.num_chars(64) == 4  # the minimum: a batch that has grown is assumed to take as much time for each row
     for _ in range(50):
         pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 0.5e-3)
     assert 7 <= pace.num_chars(64) <= 9
@@ -439,3 +442,9 @@ def test_ticks_are_kept_to_their_length() -> None:
     assert pace.num_chars(256) == 4
     pace.measured(1, 1, 1e-9)
     assert pace.num_chars(1) == 256
+
+
+def test_flush_interval__grows_with_the_number_of_open_texts() -> None:
+    assert flush_interval(1, 0.025) == 0.025
+    assert flush_interval(40, 0.025) == 0.025
+    assert flush_interval(256, 0.025) == 0.16

@@ -1,4 +1,4 @@
-"""The choice between the native kernel and torch, and a server that runs without torch."""
+"""The choice between the native kernel and torch, and a server without torch."""
 
 from __future__ import annotations
 
@@ -45,38 +45,40 @@ print(json.dumps("torch" in sys.modules))
 
 
 def printed(script: str, *words: str, kernel: str = "auto") -> list[Any]:
-    """What a script prints, line by line, in a process of its own."""
+    """Run a script in another process; the lines that it prints."""
     command, environ = [sys.executable, "-c", script, *words], os.environ | {"GRU_SERVE_KERNEL": kernel}
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environ)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.skipif(os.environ.get("CI") != "true", reason="only CI has to have a compiler")
-def test_in_ci_it_was_compiled() -> None:
+@pytest.mark.skipif(os.environ.get("CI") != "true", reason="only CI must have a compiler")
+def test_kernel__was_compiled_in_ci() -> None:
     assert variants()
 
 
 @needs_native
-def test_auto_takes_the_best_variant() -> None:
+def test_choose_kernel__auto_is_the_best_variant() -> None:
     kernel = choose_kernel("auto", 1)
     assert kernel.name == variants()[0]
     assert isinstance(kernel.make_stepper(quantized()), NativeStepper)
 
 
-def test_torch_can_be_chosen() -> None:
+def test_choose_kernel__torch_can_be_chosen() -> None:
     kernel = choose_kernel("torch", 1)
     assert kernel.name == "torch"
     assert isinstance(kernel.make_stepper(quantized()), TorchStepper)
 
 
-def test_without_the_native_kernel_auto_is_torch_and_native_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_kernel__without_a_compiled_kernel_auto_is_torch_and_native_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(kernels, "variants", list)
     assert choose_kernel("auto", 1).name == "torch"
     with pytest.raises(InvalidSettings, match="compiler"):
         choose_kernel("native", 1)
 
 
-def test_without_torch_every_choice_that_takes_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_kernel__without_torch_choices_that_need_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(InvalidSettings, match="torch is not installed: pip"):
         choose_kernel("torch", 1)
@@ -86,8 +88,8 @@ def test_without_torch_every_choice_that_takes_it_says_what_to_do(monkeypatch: p
 
 
 @needs_native
-def test_a_server_on_the_native_kernel_never_imports_torch_and_answers_the_same(tiny_store: ModelStore) -> None:
-    """The fingerprint too; what computes is named beside it."""
+def test_server__native_kernel_answers_as_torch_and_never_imports_it(tiny_store: ModelStore) -> None:
+    """The fingerprint is the same too. /readyz names the kernel."""
     answers = []
     for kernel in KERNELS:
         seen, name, has_torch = printed(SERVE, str(tiny_store.root), kernel)[-1]
@@ -98,7 +100,7 @@ def test_a_server_on_the_native_kernel_never_imports_torch_and_answers_the_same(
 
 
 @needs_native
-def test_measuring_integers_on_the_native_kernel_never_imports_torch(tiny_store: ModelStore, tmp_path: Path) -> None:
+def test_eval__native_kernel_measures_as_torch_and_never_imports_it(tiny_store: ModelStore, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("ROMEO: the lady of the house is not at home\n" * 20)
     words = ["--corpus", str(corpus), "--unknown-chars", "drop", "--json", "--model-store", str(tiny_store.root)]
@@ -110,17 +112,15 @@ def test_measuring_integers_on_the_native_kernel_never_imports_torch(tiny_store:
     assert losses[0] == losses[1]
 
 
-def test_where_no_compiler_is_it_installs_serves_through_torch_and_says_so(
-    tiny_store: ModelStore, tmp_path: Path
-) -> None:
+def test_install__without_a_compiler_serves_with_torch_and_logs_it(tiny_store: ModelStore, tmp_path: Path) -> None:
     source, installed = tmp_path / "source", tmp_path / "installed"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "service", source / "service", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    nothing = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
-    subprocess.run([*pip, "--target", str(installed), str(source)], env=nothing, check=True, capture_output=True)
+    no_compiler = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
+    subprocess.run([*pip, "--target", str(installed), str(source)], env=no_compiler, check=True, capture_output=True)
     assert not list(installed.rglob("*.so"))
     environ = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-P", "-c", SERVE, str(tiny_store.root)]
@@ -132,4 +132,4 @@ def test_where_no_compiler_is_it_installs_serves_through_torch_and_says_so(
     assert seen == printed(SERVE, str(tiny_store.root), "auto")[-1][0]
     refused = subprocess.run([*command, "native"], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert refused.returncode
-    assert "install it again where there is a C++17 compiler" in refused.stderr
+    assert "install the package again on a machine with a C++17 compiler" in refused.stderr

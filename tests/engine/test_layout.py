@@ -17,7 +17,7 @@ from service.engine.native import binding, native_stepper
 from service.engine.native.binding import FIELDS, LayoutMismatch, open_library, read_layout
 from service.engine.native.native_stepper import NativeStepper
 from service.engine.torch_stepper import TorchStepper
-from tests.harness.rows import DEEP, KINDS, keeping, outcome, quantized
+from tests.harness.rows import DEEP, KINDS, outcome, quantized, with_checkpoints
 
 SOURCES = Path(binding.__file__).parent / "src"
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
@@ -104,8 +104,8 @@ def test_layout__fields_that_changed_places_are_written_where_they_are(
     monkeypatch.setattr(native_stepper, "load", lambda: reordered)
     monkeypatch.setattr(native_stepper, "variants", lambda: ["portable"])
     stepper, reference = NativeStepper(model), TorchStepper(model)
-    expected = outcome(reference, [keeping(reference, **kind) for kind in KINDS])
-    assert outcome(stepper, [keeping(stepper, **kind) for kind in KINDS]) == expected
+    expected = outcome(reference, [with_checkpoints(reference, **kind) for kind in KINDS])
+    assert outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS]) == expected
 
 
 @needs_compiler

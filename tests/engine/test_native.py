@@ -1,10 +1,9 @@
-"""The kernel in C++ beyond the contract that every stepper fulfils: sizes, extremes, threads, and what it refuses."""
+"""The kernel in C++, beyond the contract of all steppers: sizes, extremes, threads, and what it refuses."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
-from tests.harness.rows import KINDS, keeping, outcome, quantized, row, run
+from tests.harness.rows import KINDS, outcome, quantized, row, run, with_checkpoints
 
 VARIANTS = binding.variants()
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.skipif(not VARIANTS, reason="the kernel was not compile
 
 
 def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int = 9) -> list[Row]:
-    """All sorts of rows, of any charset: some read, all draw, all are scored in part."""
+    """Rows with different settings, for any charset: some read, all draw, and all are scored in part."""
     rng = np.random.default_rng(num_rows)
     rows = []
     for index in range(num_rows):
@@ -61,9 +60,8 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
     return rows
 
 
-def test_it_is_there_where_there_is_a_compiler() -> None:
-    assert VARIANTS or shutil.which("c++") is None
-    assert "portable" in VARIANTS
+def test_variants__always_include_the_portable_one() -> None:
+    assert VARIANTS[-1] == "portable"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -80,7 +78,9 @@ def test_it_is_there_where_there_is_a_compiler() -> None:
     ids=["1 unit", "2 layers of 7", "3 layers of 37", "V = 2", "V = 5000", "136 units"],
 )
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_any_sizes_give_torchs_bits(variant: str, changes: dict[str, Any], precision: Any) -> None:
+def test_kernel__models_of_any_size_give_the_bits_of_torch(
+    variant: str, changes: dict[str, Any], precision: Any
+) -> None:
     model = quantized(tiny_config(**changes), precision)
     reference = TorchStepper(model)
     for num_rows in (1, 2, 5, 19):
@@ -91,7 +91,7 @@ def test_any_sizes_give_torchs_bits(variant: str, changes: dict[str, Any], preci
 
 
 def extreme(model: QuantizedGRU, weight: Callable[[Any], Any], scale: float) -> QuantizedGRU:
-    """The model with every integer weight replaced, and scales that saturate the gates or not."""
+    """The model with other recurrent weights, and with scales that do or don't saturate the gates."""
     layers = tuple(
         replace(
             layer,
@@ -110,7 +110,9 @@ def extreme(model: QuantizedGRU, weight: Callable[[Any], Any], scale: float) -> 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("scale", [1e-3, 10.0], ids=["small", "saturating"])
 @pytest.mark.parametrize("kind", ["largest", "zero", "signs"])
-def test_extreme_weights_and_states_give_torchs_bits(variant: str, precision: Any, scale: float, kind: str) -> None:
+def test_kernel__extreme_weights_and_states_give_the_bits_of_torch(
+    variant: str, precision: Any, scale: float, kind: str
+) -> None:
     most = {"int8": 127, "int4": 7}[precision]
     weights: dict[str, Callable[[Any], Any]] = {
         "largest": lambda w: np.full_like(w, most),
@@ -134,7 +136,9 @@ def test_extreme_weights_and_states_give_torchs_bits(variant: str, precision: An
 @given(
     seed=st.integers(0, 2**32 - 1), units=st.integers(1, 150), num_rows=st.integers(1, 20), spread=st.integers(1, 127)
 )
-def test_products_are_exact(variant: str, precision: Any, seed: int, units: int, num_rows: int, spread: int) -> None:
+def test_recurrent_products__are_exact(
+    variant: str, precision: Any, seed: int, units: int, num_rows: int, spread: int
+) -> None:
     rng = np.random.default_rng(seed)
     model = quantized(tiny_config(num_units=units), precision)
     most = min(spread, {"int8": 127, "int4": 7}[precision])
@@ -148,8 +152,8 @@ def test_products_are_exact(variant: str, precision: Any, seed: int, units: int,
 
 @pytest.mark.parametrize("num_threads", [2, 3])
 @pytest.mark.parametrize("together", [True, False])
-def test_threads_change_nothing_over_many_calls(num_threads: int, together: bool) -> None:
-    """Also when threads meet for some calls and not for others, and rows are few in one and many in the next."""
+def test_kernel__threads_change_nothing_over_many_calls(num_threads: int, together: bool) -> None:
+    """Also if threads share the steps of some calls only, and if calls with few and with many rows alternate."""
     model = quantized()
     one, many = NativeStepper(model), NativeStepper(model, num_threads, always_together=together)
     for _ in range(3):
@@ -159,7 +163,7 @@ def test_threads_change_nothing_over_many_calls(num_threads: int, together: bool
                 assert outcome(many, rows_of(many, model.config, num_rows), num_chars) == expected
 
 
-def test_a_thousand_rows_get_what_each_gets_alone() -> None:
+def test_kernel__a_thousand_rows_get_what_each_gets_alone() -> None:
     model = quantized(tiny_config(num_units=16))
     stepper = NativeStepper(model, 2)
     rows = rows_of(stepper, model.config, 1024)
@@ -169,22 +173,22 @@ def test_a_thousand_rows_get_what_each_gets_alone() -> None:
         assert outcome(stepper, [single])[0] == [crowd[index]]
 
 
-def test_it_steps_in_a_process_that_was_forked() -> None:
+def test_kernel__steps_in_a_forked_process() -> None:
     stepper = NativeStepper(quantized(), 2, always_together=True)
-    expected = outcome(stepper, [keeping(stepper, **kind) for kind in KINDS[:3]])  # has threads now
+    expected = outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS[:3]])  # starts threads
     child = os.fork()
     if child == 0:
-        same = outcome(stepper, [keeping(stepper, **kind) for kind in KINDS[:3]]) == expected
+        same = outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS[:3]]) == expected
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_shipped_model_writes_ten_thousand_greedy_characters_as_torch_does(precision: Any) -> None:
+def test_kernel__ten_thousand_characters_of_the_shipped_model_are_those_of_torch(precision: Any) -> None:
     _, artifact = ModelStore(Path(__file__).parents[2] / "model_store").load("shakespeare@1")
     model = quantize(artifact.config, artifact.tensors, precision)
     start = artifact.charset.encode("ROMEO:")
-    # The likeliest characters alone soon go round in a circle; the other row doesn't.
+    # A greedy text soon repeats itself, so the second row has a temperature.
     how = (SamplingSettings(temperature=0), SamplingSettings(temperature=0.5))
     torch.set_num_threads(1)
 
@@ -198,48 +202,48 @@ def test_the_shipped_model_writes_ten_thousand_greedy_characters_as_torch_does(p
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_no_state_or_no_number_does_no_harm(variant: str) -> None:
-    """Contents are the engine's to check: whatever they are, the kernel stays within its memory and comes to an end."""
+def test_kernel__invalid_states_and_nan_stay_within_memory_and_end(variant: str) -> None:
+    """The kernel doesn't check the numbers in a state. Whatever they are, it draws valid ids and finishes the text."""
     stepper = NativeStepper(quantized(), 2, variant, always_together=True)
     for value in (np.nan, np.inf, -np.inf, 1e30, -3.0):
         for kind in KINDS:
-            one = keeping(stepper, **kind)
+            one = with_checkpoints(stepper, **kind)
             one.hidden[:] = value
             got = run(stepper, [one])[0]
             assert one.finished
             assert ((got.chars >= 0) & (got.chars < stepper.config.vocab_size)).all()
 
 
-def test_ids_beyond_the_charset_are_read_as_its_ends() -> None:
-    # As the torch stepper does.
+def test_kernel__ids_outside_the_charset_are_read_as_the_nearest_id() -> None:
+    # As in the torch stepper.
     stepper = NativeStepper(quantized())
     one, other = row(stepper), row(stepper)
     one.prompt, other.prompt = np.array([-5, 2**40, 3]), np.array([0, stepper.config.vocab_size - 1, 3])
     assert outcome(stepper, [one]) == outcome(stepper, [other])
 
 
-def test_hostile_shapes_are_refused() -> None:
+def test_native_stepper__arrays_of_the_wrong_shape_are_refused() -> None:
     stepper = NativeStepper(quantized())
     for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32), np.zeros((1, 64))):
-        with pytest.raises(ValueError, match="states"):
+        with pytest.raises(ValueError, match="the state of a row"):
             stepper.advance([row(stepper, hidden=hidden)], 1)
     for bias in ((-1, 1.0), (10**6, 1.0)):
         with pytest.raises(ValueError, match="logit_bias"):
             stepper.advance([row(stepper, sampling=SamplingSettings(logit_bias=(bias,)))], 1)
     penalizing = SamplingSettings(presence_penalty=1.0)
-    with pytest.raises(ValueError, match="history"):
+    with pytest.raises(ValueError, match="penalties need a history"):
         stepper.advance([row(stepper, sampling=penalizing, history=None)], 1)
-    with pytest.raises(ValueError, match="history"):
+    with pytest.raises(ValueError, match="the arrays of a history"):
         stepper.advance([row(stepper, sampling=penalizing, history=History(3, np.empty(0, np.int64)))], 1)
     with pytest.raises(ValueError, match="states"):
         stepper.recurrent_products(np.zeros((1, 63), np.int8))
     with pytest.raises(ValueError, match="states"):
         stepper.recurrent_products(np.zeros((1, 64), np.int16))
-    with pytest.raises(ValueError, match="sense"):
+    with pytest.raises(ValueError, match="refuses"):
         stepper.recurrent_products(np.zeros((1, 64), np.int8), layer=1)
 
 
-def test_hostile_models_are_refused() -> None:
+def test_native_stepper__invalid_models_are_refused() -> None:
     model = quantized()
     layer = model.layers[0]
     with pytest.raises(ValueError, match="broadcast"):
@@ -249,12 +253,12 @@ def test_hostile_models_are_refused() -> None:
     for precision, value in (("int8", -128), ("int4", 8)):
         weight = np.full_like(layer.recurrent.weight, value)
         wrong = replace(layer, recurrent=replace(layer.recurrent, weight=weight))
-        with pytest.raises(ValueError, match="sense"):
+        with pytest.raises(ValueError, match="refuses"):
             NativeStepper(replace(model, precision=precision, layers=(wrong,)))  # type: ignore[arg-type]
     for num_threads in (0, -1, 10**6):
-        with pytest.raises(ValueError, match="sense"):
+        with pytest.raises(ValueError, match="refuses"):
             NativeStepper(model, num_threads)
-    with pytest.raises(ValueError, match="sense"):
+    with pytest.raises(ValueError, match="refuses"):
         NativeStepper(model, variant="z80")
 
 
@@ -271,13 +275,13 @@ def test_kernel__invalid_sizes_are_refused_before_memory_is_touched(sizes: tuple
     model, kernel = np.zeros(1, loaded.model), ctypes.c_void_p()
     for name, size in zip(("vocab", "units", "num_layers", "bits"), sizes, strict=True):
         model[name] = size
+    create = loaded.functions.gru_create
     with pytest.raises((ValueError, MemoryError)):
-        create = loaded.functions.gru_create
         binding.check(create(model.ctypes.data, b"portable", 1, 0, ctypes.byref(kernel)))
     assert not kernel
 
 
-def test_without_the_library_there_are_no_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants__without_the_library_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     binding.load.cache_clear()
     try:
         monkeypatch.setattr(binding, "find_spec", lambda _: None)

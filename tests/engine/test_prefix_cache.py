@@ -1,15 +1,17 @@
-"""The prefix cache: finds the longest known beginning, keeps to its size, forgets the least recently used."""
+"""The prefix cache finds the longest cached beginning, stays within its size and evicts the least recently used."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.engine import prefix_cache
 from service.engine.prefix_cache import PrefixCache
 
 HIDDEN = np.zeros((1, 4), np.float32)
-ENTRY = 16 + 200  # bytes beside two a character
+ENTRY = 16 + 200  # bytes of an entry beside two per character
 
 
 def state(number: float) -> np.ndarray:
@@ -17,7 +19,7 @@ def state(number: float) -> np.ndarray:
 
 
 @given(st.lists(st.text(alphabet="ab", min_size=1, max_size=8), max_size=30), st.text(alphabet="ab", max_size=12))
-def test_it_finds_the_longest_beginning_that_is_known(texts: list[str], text: str) -> None:
+def test_prefix_cache__finds_the_longest_cached_beginning(texts: list[str], text: str) -> None:
     cache = PrefixCache(10**6)
     for known in texts:
         cache.put(known, state(len(known)))
@@ -27,7 +29,7 @@ def test_it_finds_the_longest_beginning_that_is_known(texts: list[str], text: st
     assert hidden is None if expected == 0 else hidden is not None and hidden[0, 0] == expected
 
 
-def test_it_keeps_to_its_size_and_forgets_the_least_recently_used() -> None:
+def test_prefix_cache__evicts_the_least_recently_used() -> None:
     cache = PrefixCache(3 * (ENTRY + 2))
     for text in ("a", "b", "c"):
         cache.put(text, HIDDEN)
@@ -38,7 +40,7 @@ def test_it_keeps_to_its_size_and_forgets_the_least_recently_used() -> None:
 
 
 @given(st.lists(st.text(alphabet="abc", min_size=1, max_size=20), max_size=60), st.integers(0, 3000))
-def test_its_size_is_that_of_what_is_in_it(texts: list[str], max_bytes: int) -> None:
+def test_prefix_cache__size_is_the_sum_of_its_entries(texts: list[str], max_bytes: int) -> None:
     cache = PrefixCache(max_bytes)
     for text in texts:
         cache.put(text, HIDDEN)
@@ -46,7 +48,7 @@ def test_its_size_is_that_of_what_is_in_it(texts: list[str], max_bytes: int) -> 
     assert cache.num_bytes == sum(2 * len(text) + ENTRY for text in known) <= max_bytes
 
 
-def test_what_is_larger_than_all_of_it_is_not_kept() -> None:
+def test_prefix_cache__entries_larger_than_the_cache_are_not_stored() -> None:
     cache = PrefixCache(1000)
     cache.put("a", HIDDEN)
     cache.put("b" * 1000, HIDDEN)
@@ -57,10 +59,19 @@ def test_what_is_larger_than_all_of_it_is_not_kept() -> None:
     assert off.longest("a") == (0, None)
 
 
-def test_a_hostile_set_of_texts_costs_a_bounded_search() -> None:
-    # Each of these shares one character less with the text than the one after it.
+def test_prefix_cache__search_in_adverse_texts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each of these texts shares one more character with the searched text than the one before.
     cache, text = PrefixCache(10**7), "a" * 1000
     cache.put("a", HIDDEN)
     for length in range(1, 1000):
         cache.put("a" * length + "A", HIDDEN)
-    assert cache.longest(text)[0] in (0, 1)  # a miss is allowed: it changes no bit of any text
+    compared: list[str] = []
+    num_shared = prefix_cache._num_shared
+
+    def record(one: str, other: str) -> int:
+        compared.append(one)
+        return num_shared(one, other)
+
+    monkeypatch.setattr(prefix_cache, "_num_shared", record)
+    assert cache.longest(text)[0] in (0, 1)  # a miss is allowed: it changes no text
+    assert len(compared) <= prefix_cache._MAX_PROBES

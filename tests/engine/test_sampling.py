@@ -1,4 +1,4 @@
-"""Drawing characters: the uniform is a hash, a draw inverts the distribution that the settings leave."""
+"""Drawing characters: the uniform is a hash, and a draw inverts the distribution under the settings."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SEEDS = st.integers(-(2**63), 2**63 - 1)
 
 
 def distribution(settings: SamplingSettings, logits: np.ndarray = LOGITS, count: int = 20_000) -> list[float]:
-    """Relative frequencies over evenly spread uniforms."""
+    """Relative frequencies of characters drawn with evenly spread uniforms."""
     spread = (np.arange(count)[:, None] + 0.5) / count
-    left = weights(logits, settings)
-    drawn = invert(np.broadcast_to(left, (count, len(left))), spread)
+    shares = weights(logits, settings)
+    drawn = invert(np.broadcast_to(shares, (count, len(shares))), spread)
     return (np.bincount(drawn, minlength=len(logits)) / count).tolist()  # type: ignore[no-any-return]
 
 
-def test_the_uniform_is_a_fixed_function() -> None:
+def test_uniform__is_a_fixed_function() -> None:
     assert sampling._mix(sampling._GOLDEN) == 0xE220A8397B1DCDAF  # SplitMix64's first output for seed 0, as published
-    # Other implementations of the docstring's definition have to give these too.
+    # Every implementation of the definition in the docstring must give these numbers.
     assert [uniform(0, 0), uniform(7, 6), uniform(-1, 10**6)] == [
         0.6524484863740322,
         0.9156775095739224,
@@ -34,18 +34,18 @@ def test_the_uniform_is_a_fixed_function() -> None:
 
 
 @given(st.lists(st.tuples(SEEDS, st.integers(0, 2**62)), min_size=1, max_size=5))
-def test_many_uniforms_at_once_are_the_same_numbers(pairs: list[tuple[int, int]]) -> None:
+def test_uniforms__equal_uniform(pairs: list[tuple[int, int]]) -> None:
     seeds = np.array([seed & (2**64 - 1) for seed, _ in pairs], np.uint64)
     positions = np.array([position for _, position in pairs], np.uint64)
     assert uniforms(seeds, positions).tolist() == [uniform(seed, position) for seed, position in pairs]
 
 
 @given(SEEDS, st.integers(0, 2**64 - 1))
-def test_the_uniform_lies_in_the_half_open_interval(seed: int, position: int) -> None:
+def test_uniform__is_in_the_half_open_interval(seed: int, position: int) -> None:
     assert 0 <= uniform(seed, position) < 1
 
 
-def test_uniforms_of_positions_and_of_seeds_are_spread_evenly_and_unrelated() -> None:
+def test_uniform__is_evenly_spread_and_uncorrelated_over_positions_and_seeds() -> None:
     by_position = np.array([uniform(7, position) for position in range(20_000)])
     by_seed = np.array([uniform(seed, 7) for seed in range(20_000)])
     for numbers in (by_position, by_seed):
@@ -56,80 +56,80 @@ def test_uniforms_of_positions_and_of_seeds_are_spread_evenly_and_unrelated() ->
     assert abs(np.corrcoef(by_position, by_seed)[0, 1]) < 0.03
 
 
-def test_the_first_choice_has_the_requests_seed_and_the_others_have_their_own() -> None:
+def test_choice_seed__first_choice_has_the_seed_of_the_request_and_others_differ() -> None:
     assert choice_seed(-5, 0) == -5
     seeds = {choice_seed(seed, index) for seed in range(50) for index in range(50)}
     assert len(seeds) == 2500
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
 
 
-def test_temperature_one_draws_from_the_models_own_distribution() -> None:
+def test_temperature__one_draws_from_the_distribution_of_the_model() -> None:
     assert distribution(SamplingSettings()) == pytest.approx([0.1, 0.4, 0.2, 0.3], abs=1e-3)
 
 
-def test_temperature_sharpens_and_flattens() -> None:
+def test_temperature__sharpens_and_flattens() -> None:
     assert distribution(SamplingSettings(temperature=0.5))[1] == pytest.approx(0.16 / 0.30, abs=1e-3)
     assert distribution(SamplingSettings(temperature=100))[0] == pytest.approx(0.25, abs=0.01)
 
 
-def test_temperature_zero_takes_the_likeliest_and_the_first_of_equals() -> None:
+def test_temperature__zero_draws_the_likeliest_and_the_first_of_equals() -> None:
     assert distribution(SamplingSettings(temperature=0)) == [0, 1, 0, 0]
     assert draw_one(np.zeros(4, np.float32), SamplingSettings(temperature=0), 0.99) == 0
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-10])
-def test_the_smallest_temperatures_are_greedy_and_not_an_error(temperature: float) -> None:
+def test_temperature__smallest_values_are_greedy(temperature: float) -> None:
     assert distribution(SamplingSettings(temperature=temperature), count=10) == [0, 1, 0, 0]
     column = np.array([[temperature]])
     assert draw_plain(LOGITS[None], column, np.array([[0.999]])) == [1]
 
 
-def test_top_k_leaves_the_k_likeliest() -> None:
+def test_top_k__leaves_the_k_likeliest() -> None:
     assert distribution(SamplingSettings(top_k=2)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-3)
     assert distribution(SamplingSettings(top_k=1)) == [0, 1, 0, 0]
     assert distribution(SamplingSettings(top_k=9)) == distribution(SamplingSettings())
 
 
-def test_top_k_of_equals_takes_the_first() -> None:
+def test_top_k__of_equals_takes_the_first() -> None:
     assert distribution(SamplingSettings(top_k=2), np.zeros(4, np.float32)) == [0.5, 0.5, 0, 0]
 
 
-def test_ranks_are_those_of_the_logits_however_close() -> None:
+def test_top_k__ranks_logits_however_close() -> None:
     close = np.array([0, 1.4e-45], np.float32)
     assert draw_one(close, SamplingSettings(top_k=1), 0.0) == draw_one(close, SamplingSettings(temperature=0), 0.0) == 1
 
 
-def test_top_p_leaves_the_fewest_that_reach_it() -> None:
+def test_top_p__leaves_the_fewest_that_reach_it() -> None:
     assert distribution(SamplingSettings(top_p=0.5)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-3)
     assert distribution(SamplingSettings(top_p=0.3)) == [0, 1, 0, 0]
     assert distribution(SamplingSettings(top_p=1e-9)) == [0, 1, 0, 0]
     assert distribution(SamplingSettings(top_p=0.95)) == distribution(SamplingSettings())
 
 
-def test_top_p_applies_to_what_top_k_left() -> None:
+def test_top_p__applies_after_top_k() -> None:
     assert distribution(SamplingSettings(top_k=2, top_p=0.5)) == [0, 1, 0, 0]
 
 
-def test_min_p_leaves_what_is_likely_beside_the_likeliest() -> None:
+def test_min_p__leaves_characters_likely_relative_to_the_likeliest() -> None:
     assert distribution(SamplingSettings(min_p=0.6)) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=1e-3)
     assert distribution(SamplingSettings(min_p=1)) == [0, 1, 0, 0]
 
 
-def test_a_bias_adds_to_a_logit_and_so_can_force_and_forbid() -> None:
+def test_logit_bias__adds_to_a_logit_and_can_force_or_forbid() -> None:
     doubled = distribution(SamplingSettings(logit_bias=((0, float(np.log(2))),)))
     assert doubled == pytest.approx([0.2 / 1.1, 0.4 / 1.1, 0.2 / 1.1, 0.3 / 1.1], abs=1e-3)
     assert distribution(SamplingSettings(logit_bias=((2, 100.0),))) == [0, 0, 1, 0]
     assert distribution(SamplingSettings(logit_bias=((1, -100.0),), temperature=0)) == [0, 0, 0, 1]
 
 
-def test_penalties_are_openais_and_ctrls() -> None:
+def test_penalties__are_those_of_openai_and_ctrl() -> None:
     history = History(4, np.array([3]))
     for char in (1, 1, 2):
         history.add(char)
     logits = np.array([1, 2, -3, 4], np.float32)
 
     def shifted(**penalties: float) -> list[float]:
-        """What became of the logits, up to a constant."""
+        """The logits after penalties, up to a constant."""
         return (np.log(weights(logits, SamplingSettings(**penalties), history))).tolist()  # type: ignore[no-any-return,arg-type]
 
     def differences(values: list[float]) -> list[float]:
@@ -156,25 +156,25 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_200_000_draws_have_the_distribution_that_the_settings_ask_for(name: str) -> None:
-    """Chi-square against probabilities that are worked out here in another way."""
+def test_weights__draws_have_the_distribution_of_the_settings(name: str) -> None:
+    """Chi-square of 200,000 draws against probabilities that this file computes in another way."""
     settings, rng = SETTINGS[name], np.random.default_rng(3)
     logits = rng.normal(0, 2, 30).astype(np.float32)
     history = History(30, np.array([1, 2, 3]))
     for char in (3, 5, 5, 7):
         history.add(char)
     expected = _expected(logits, settings, [1, 2, 3], [3, 5, 5, 7])
-    counts, size, left = np.zeros(30), 20_000, weights(logits, settings, history)
+    counts, size, shares = np.zeros(30), 20_000, weights(logits, settings, history)
     for start in range(0, 200_000, size):
         positions = np.arange(start, start + size, dtype=np.uint64)
         counts += np.bincount(
-            invert(np.broadcast_to(left, (size, 30)), uniforms(np.array([11], np.uint64), positions)[:, None]),
+            invert(np.broadcast_to(shares, (size, 30)), uniforms(np.array([11], np.uint64), positions)[:, None]),
             minlength=30,
         )
     assert (counts[expected == 0] == 0).all()
-    there = expected * 200_000 >= 5
-    chi_square = ((counts - expected * 200_000)[there] ** 2 / (expected * 200_000)[there]).sum()
-    degrees = max(1, int(there.sum()) - 1)
+    frequent = expected * 200_000 >= 5
+    chi_square = ((counts - expected * 200_000)[frequent] ** 2 / (expected * 200_000)[frequent]).sum()
+    degrees = max(1, int(frequent.sum()) - 1)
     assert chi_square < degrees + 5 * np.sqrt(2 * degrees)  # five standard deviations above the mean
 
 
@@ -194,15 +194,15 @@ def _expected(logits: np.ndarray, settings: SamplingSettings, prompt: list[int],
     ranked = sorted(shares, key=lambda char: (-shares[char], char))
     ranked = [char for char in ranked if shares[char] >= settings.min_p * shares[ranked[0]]]
     ranked = ranked[: settings.top_k] if settings.top_k else ranked
-    kept, mass, of = [], 0.0, sum(shares[char] for char in ranked)
+    chosen, mass, total = [], 0.0, sum(shares[char] for char in ranked)
     for char in ranked:
-        kept.append(char)
-        mass += shares[char] / of
+        chosen.append(char)
+        mass += shares[char] / total
         if mass >= settings.top_p:
             break
     result = np.zeros(len(logits))
-    for char in kept:
-        result[char] = shares[char] / sum(shares[other] for other in kept)
+    for char in chosen:
+        result[char] = shares[char] / sum(shares[other] for other in chosen)
     return result
 
 
@@ -221,7 +221,7 @@ FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
     bias=st.floats(-100, 100),
     chance=st.floats(0, 1, exclude_max=True),
 )
-def test_any_mix_of_settings_draws_an_id(
+def test_draw_one__any_settings_draw_an_id(
     logits: list[float], bias: float, chance: float, temperature: float, top_k: int, **others: float
 ) -> None:
     values = np.array(logits, np.float32)
@@ -238,7 +238,7 @@ def test_any_mix_of_settings_draws_an_id(
 
 
 @given(st.lists(st.lists(st.floats(-50, 50, width=32), min_size=5, max_size=5), min_size=1, max_size=6), st.data())
-def test_rows_drawn_together_get_what_each_gets_alone(rows: list[list[float]], data: st.DataObject) -> None:
+def test_draw_plain__rows_drawn_together_get_what_each_gets_alone(rows: list[list[float]], data: st.DataObject) -> None:
     logits = np.array(rows, np.float32)
     one = st.lists(st.floats(0, 1, exclude_max=True), min_size=len(rows), max_size=len(rows))
     chances = np.array(data.draw(one))[:, None]
@@ -250,5 +250,7 @@ def test_rows_drawn_together_get_what_each_gets_alone(rows: list[list[float]], d
     assert together.tolist() == alone
 
 
-def test_the_largest_uniform_takes_the_last_character_with_any_weight() -> None:
-    assert draw_one(np.array([0, 0, -2000], np.float32), SamplingSettings(), np.nextafter(1, 0)) == 1
+def test_draw_one__largest_uniform_never_draws_an_excluded_character() -> None:
+    logits, largest = np.array([0, 0, -1, -2000], np.float32), np.nextafter(1, 0)
+    assert draw_one(logits, SamplingSettings(), largest) == 2
+    assert draw_one(logits, SamplingSettings(top_k=2), largest) == 1

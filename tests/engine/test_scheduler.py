@@ -1,4 +1,4 @@
-"""Who is in the batch: first come, first served, at most so many, nobody lost."""
+"""The scheduler: first come, first served, never more than max_running, and no text is lost."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class _Text:
         self.number = number
 
 
-class Scheduling(RuleBasedStateMachine):
-    """Texts come and go at random; a list of who is there is the model."""
+class SchedulerMachine(RuleBasedStateMachine):
+    """Adds and removes texts at random. The model is a list of the texts in the scheduler."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scheduler: Scheduler[_Text] = Scheduler(max_running=3)
-        self.there: list[_Text] = []
+        self.present: list[_Text] = []
         self.num_added = 0
 
     @rule(count=st.integers(0, 5))
@@ -28,29 +28,29 @@ class Scheduling(RuleBasedStateMachine):
         texts = [_Text(self.num_added + index) for index in range(count)]
         self.num_added += count
         self.scheduler.add(texts)
-        self.there += texts
+        self.present += texts
 
     @rule()
     def admit(self) -> None:
         before = list(self.scheduler.running)
         admitted = self.scheduler.admit()
         assert self.scheduler.running == before + admitted
-        assert len(self.scheduler.running) == min(3, len(self.there))
+        assert len(self.scheduler.running) == min(3, len(self.present))
 
-    @precondition(lambda self: self.there)
+    @precondition(lambda self: self.present)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        gone = data.draw(st.lists(st.sampled_from(self.there), max_size=3))
-        self.scheduler.remove(gone)
-        self.there = [text for text in self.there if text not in gone]
+        removed = data.draw(st.lists(st.sampled_from(self.present), max_size=3))
+        self.scheduler.remove(removed)
+        self.present = [text for text in self.present if text not in removed]
 
     @invariant()
-    def nobody_is_lost_doubled_or_overtaken(self) -> None:
+    def no_text_is_lost_duplicated_or_overtaken(self) -> None:
         order = [text.number for text in (*self.scheduler.running, *self.scheduler.waiting)]
-        assert order == [text.number for text in self.there] == sorted(order)
+        assert order == [text.number for text in self.present] == sorted(order)
         assert len(self.scheduler.running) <= 3
-        assert self.scheduler.has_work == bool(self.there)
+        assert self.scheduler.has_work == bool(self.present)
 
 
-TestScheduling = Scheduling.TestCase
-TestScheduling.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

@@ -1,6 +1,6 @@
-"""The stepper's contract: what happens to a row is a function of this row alone, to the bit.
+"""The contract of steppers: what happens to a row depends on this row alone, to the bit.
 
-One suite for every implementation: add it to STEPPERS.
+The suite runs for every implementation in STEPPERS.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
+from service.model.config import ModelConfig
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
-from service.model.quantize import QuantizedGRU, quantize
+from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from tests.harness.models import random_tensors
-from tests.harness.rows import CHARSET, DEEP, KINDS, everything, keeping, quantized, row, run
+from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
 
 STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
@@ -40,49 +41,48 @@ def stepper(request: pytest.FixtureRequest) -> Stepper:
 
 @pytest.fixture
 def alone(stepper: Stepper) -> list[list[Any]]:
-    """What each kind of row gets by itself, a character at a time."""
+    """What each kind of row gets alone, one character per call."""
     results = []
     for kind in KINDS:
-        one = keeping(stepper, **kind)
+        one = with_checkpoints(stepper, **kind)
         results.append(everything(one, run(stepper, [one], 1)[0]))
     return results
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_neighbours_and_tick_lengths_change_nothing(
+def test_stepper__neighbours_and_tick_lengths_change_nothing(
     stepper: Stepper, alone: list[list[Any]], data: st.DataObject
 ) -> None:
     """Rows join and leave at random characters, in random order, in ticks of random length."""
     waiting = data.draw(st.lists(st.integers(0, len(KINDS) - 1), min_size=1, max_size=40))
-    there: list[tuple[int, Row, list[StepResult]]] = []
-    while waiting or there:
-        for _ in range(data.draw(st.integers(0 if there else 1, 8))):
+    running: list[tuple[int, Row, list[StepResult]]] = []
+    while waiting or running:
+        for _ in range(data.draw(st.integers(0 if running else 1, 8))):
             if waiting:
                 kind = waiting.pop()
-                there.append((kind, keeping(stepper, **KINDS[kind]), []))
-        there = data.draw(st.permutations(there))
-        advances = stepper.advance([one for _, one, _ in there], data.draw(st.integers(1, 9)))
-        for (_, _, parts), advance in zip(there, advances, strict=True):
-            parts.append(advance)
-        for kind, one, parts in [entry for entry in there if entry[1].finished]:
+                running.append((kind, with_checkpoints(stepper, **KINDS[kind]), []))
+        running = data.draw(st.permutations(running))
+        results = stepper.advance([one for _, one, _ in running], data.draw(st.integers(1, 9)))
+        for (_, _, parts), result in zip(running, results, strict=True):
+            parts.append(result)
+        for kind, one, parts in [entry for entry in running if entry[1].finished]:
             assert everything(one, StepResult.join(parts)) == alone[kind], kind
-        there = [entry for entry in there if not entry[1].finished]
+        running = [entry for entry in running if not entry[1].finished]
 
 
-def test_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> None:
+def test_stepper__torch_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> None:
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows = [keeping(stepper, **kind) for kind in KINDS]
+            rows = [with_checkpoints(stepper, **kind) for kind in KINDS]
             assert [everything(*pair) for pair in zip(rows, run(stepper, rows), strict=True)] == alone
     finally:
         torch.set_num_threads(before)
 
 
-def test_a_text_is_its_prompt_and_what_was_drawn_from_each_state(stepper: Stepper) -> None:
-    """Generation against reading: the state after a text is the same whether it was drawn or read."""
+def test_stepper__state_after_a_text_is_the_same_whether_drawn_or_read(stepper: Stepper) -> None:
     drawn = row(stepper, max_chars=25, num_logprobs=5)
     got = run(stepper, [drawn])[0]
     text = "ROMEO:" + CHARSET.decode(got.chars)
@@ -96,7 +96,7 @@ def test_a_text_is_its_prompt_and_what_was_drawn_from_each_state(stepper: Steppe
     assert scores.slice(6, None).top_ids.tobytes() == got.scores.top_ids.tobytes()
 
 
-def test_characters_are_drawn_with_the_hash_of_seed_and_position(stepper: Stepper) -> None:
+def test_stepper__draws_with_the_hash_of_seed_and_position(stepper: Stepper) -> None:
     got = run(stepper, [row(stepper, max_chars=20, num_logprobs=len(CHARSET))])[0]
     assert got.scores is not None
     for index, char in enumerate(got.chars):
@@ -110,12 +110,12 @@ def test_characters_are_drawn_with_the_hash_of_seed_and_position(stepper: Steppe
         assert got.scores.chosen[index] == logprobs[char]
 
 
-def test_another_seed_gives_another_text(stepper: Stepper) -> None:
+def test_stepper__another_seed_gives_another_text(stepper: Stepper) -> None:
     one, other = run(stepper, [row(stepper), row(stepper, seed=8)])
     assert one.chars.tolist() != other.chars.tolist()
 
 
-def test_a_row_goes_on_from_where_another_stopped(stepper: Stepper) -> None:
+def test_stepper__row_continues_from_the_state_of_another(stepper: Stepper) -> None:
     whole = run(stepper, [row(stepper, max_chars=30)])[0]
     first = row(stepper, max_chars=13)
     start = run(stepper, [first])[0]
@@ -124,7 +124,7 @@ def test_a_row_goes_on_from_where_another_stopped(stepper: Stepper) -> None:
     assert [*start.chars, *rest.chars] == whole.chars.tolist()
 
 
-def test_states_on_the_way_are_those_after_so_many_characters(stepper: Stepper) -> None:
+def test_stepper__checkpoints_are_the_states_after_their_positions(stepper: Stepper) -> None:
     whole = row(stepper, checkpoint_positions=(3, 6, 7, 36, 37))
     text = CHARSET.decode(run(stepper, [whole])[0].chars)
     expected = []
@@ -135,7 +135,7 @@ def test_states_on_the_way_are_those_after_so_many_characters(stepper: Stepper) 
     assert [hidden.tobytes() for hidden in whole.checkpoints] == expected
 
 
-def test_a_stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> None:
+def test_stepper__stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> None:
     text = CHARSET.decode(run(stepper, [row(stepper)])[0].chars)
     stop = text[10:12]
     stopped = row(stepper, stops=("..!", stop))
@@ -146,13 +146,13 @@ def test_a_stop_string_ends_a_row_at_its_last_character(stepper: Stepper) -> Non
     assert stopped.hidden.tobytes() == read.hidden.tobytes()
 
 
-def test_a_stop_string_in_the_prompt_or_across_its_end_does_not_count(stepper: Stepper) -> None:
+def test_stepper__stop_string_that_begins_in_the_prompt_does_not_count(stepper: Stepper) -> None:
     text = CHARSET.decode(run(stepper, [row(stepper)])[0].chars)
     crossing = row(stepper, stops=("O:", ":" + text[0]), max_chars=3)
     assert CHARSET.decode(run(stepper, [crossing])[0].chars) == text[:3]
 
 
-def test_finished_rows_are_left_alone(stepper: Stepper) -> None:
+def test_stepper__finished_rows_are_unchanged(stepper: Stepper) -> None:
     done = row(stepper, max_chars=3)
     run(stepper, [done])
     before = (done.hidden.tobytes(), done.position)
@@ -161,31 +161,33 @@ def test_finished_rows_are_left_alone(stepper: Stepper) -> None:
     assert stepper.advance([], 5) == []
 
 
-def test_the_state_stays_within_its_bounds(stepper: Stepper) -> None:
+def test_stepper__state_stays_within_its_bounds(stepper: Stepper) -> None:
     one = row(stepper, prompt="AEI " * 100, max_chars=100, sampling=SamplingSettings(temperature=5))
     run(stepper, [one])
     assert np.abs(one.hidden).max() <= 1
 
 
-def test_it_computes_what_the_reference_computes(stepper: Stepper) -> None:
-    """Against the float32 network: as close as eight or four bits allow, over a whole text."""
-    model = quantized(stepper.config, gain=1.0)  # type: ignore[attr-defined]
-    tensors = random_tensors(model.config)
+@pytest.mark.parametrize("config", [CONFIG, DEEP], ids=["one layer", "three layers"])
+@pytest.mark.parametrize("name", STEPPERS)
+def test_stepper__is_close_to_the_float32_network(name: str, config: ModelConfig) -> None:
+    """As close as eight or four bits allow, over a whole text."""
+    tensors = random_tensors(config)
     text = CHARSET.encode("ROMEO: what light is it that breaks?")
-    reference = FoldedGRU(GRUCharModel.from_tensors(model.config, tensors))
+    reference = FoldedGRU(GRUCharModel.from_tensors(config, tensors))
     states, _ = reference.scan(torch.from_numpy(text), reference.initial_hidden())
     expected = torch.log_softmax(reference.logits(states), -1)[torch.arange(len(text) - 1), text[1:]].double().numpy()
-    for precision, tolerance in (("int8", 0.02), ("int4", 0.2)):
-        one = TorchStepper(quantize(model.config, tensors, precision))  # type: ignore[arg-type]
-        scored = row(one, prompt=CHARSET.decode(text), max_chars=0, num_logprobs=0, score_prompt=True)
-        scores = run(one, [scored])[0].prompt_scores
+    tolerances: dict[IntegerPrecision, float] = {"int8": 0.02, "int4": 0.2}
+    for precision, tolerance in tolerances.items():
+        stepper = STEPPERS[name](quantize(config, tensors, precision))
+        scored = row(stepper, prompt=CHARSET.decode(text), max_chars=0, num_logprobs=0, score_prompt=True)
+        scores = run(stepper, [scored])[0].prompt_scores
         assert scores is not None
         assert np.abs(scores.chosen[1:] - expected).max() < tolerance
         assert np.abs(scored.hidden[-1] - states[-1].numpy()).max() < tolerance
 
 
-def test_penalties_look_back_on_what_was_generated(stepper: Stepper) -> None:
-    """Drawn again by hand: log-probabilities are logits but for a constant, and that changes no draw."""
+def test_stepper__penalties_count_generated_characters(stepper: Stepper) -> None:
+    """Draws the text again: log-probabilities are logits up to a constant, which changes no draw."""
     how = SamplingSettings(frequency_penalty=0.7, presence_penalty=0.4)
     got = run(stepper, [row(stepper, sampling=how, num_logprobs=len(CHARSET))])[0]
     history = History(len(CHARSET), CHARSET.encode("ROMEO:"))
@@ -200,7 +202,7 @@ def test_penalties_look_back_on_what_was_generated(stepper: Stepper) -> None:
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 70), st.integers(1, 5))
 @settings(deadline=None)
-def test_products_of_integers_are_exact(seed: int, columns: int, rows: int, batch: int) -> None:
+def test_integer_product__is_exact(seed: int, columns: int, rows: int, batch: int) -> None:
     rng = np.random.default_rng(seed)
     weight, left = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, batch))
     product = IntegerProduct(weight)
@@ -208,14 +210,16 @@ def test_products_of_integers_are_exact(seed: int, columns: int, rows: int, batc
     assert np.array_equal(product(torch.from_numpy(left)).numpy(), expected)
 
 
-def test_products_are_exact_where_the_fast_one_is_not_to_be_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integer_product__is_exact_if_the_fast_product_saturates_or_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(left: torch.Tensor, right: torch.Tensor, **_: object) -> torch.Tensor:
         return (left.to(torch.int32) @ right.to(torch.int32)).clamp(-(2**15), 2**15 - 1)
 
     weight = np.full((3, 1100), 127, np.int8)
     left = np.full((2, 1100), -127, np.int8)
     monkeypatch.setattr(torch, "_int_mm", saturating)
-    assert (IntegerProduct(weight)(torch.from_numpy(left)).numpy() == -127 * 127 * 1100).all()  # past 2**24: float64
+    assert (
+        IntegerProduct(weight)(torch.from_numpy(left)).numpy() == -127 * 127 * 1100
+    ).all()  # more than 2**24: needs float64
     small = IntegerProduct(weight[:, :64])
     assert (small(torch.from_numpy(left[:, :64])).numpy() == -127 * 127 * 64).all()
     monkeypatch.delattr(torch, "_int_mm")

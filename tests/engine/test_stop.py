@@ -1,4 +1,4 @@
-"""Stop strings: against the obvious model, and never a character too many."""
+"""Stop strings, compared with a simple model that sees the whole text."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ STOPS = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
 CUTS = st.lists(st.integers(1, 5), min_size=1, max_size=10)
 
 
-def obvious(text: str, stops: list[str]) -> tuple[str, str, bool]:
-    """What is generated up to the first stop string, what may be seen of it, and whether there is one."""
+def simple_model(text: str, stops: list[str]) -> tuple[str, str, bool]:
+    """The text up to its first stop string, the part of it that may be shown, and whether it has a stop string."""
     for end in range(1, len(text) + 1):
         matching = [stop for stop in stops if text[:end].endswith(stop)]
         if matching:
@@ -22,8 +22,8 @@ def obvious(text: str, stops: list[str]) -> tuple[str, str, bool]:
 
 
 @given(TEXTS, STOPS, CUTS)
-def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
-    generated, expected, stopped = obvious(text, stops)
+def test_stop_filter__shows_the_text_before_the_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
+    generated, expected, stopped = simple_model(text, stops)
     stop_filter, shown, start = StopFilter(stops), "", 0
     while start < len(generated):
         size = cuts[start % len(cuts)]
@@ -34,15 +34,16 @@ def test_what_is_shown_is_what_comes_before_the_first_stop_string(text: str, sto
 
 
 @given(TEXTS, STOPS)
-def test_no_more_is_held_back_than_could_still_become_a_stop_string(text: str, stops: list[str]) -> None:
-    generated, _, stopped = obvious(text, stops)
+def test_stop_filter__withholds_only_possible_beginnings_of_stop_strings(text: str, stops: list[str]) -> None:
+    generated, _, stopped = simple_model(text, stops)
     stop_filter, shown = StopFilter(stops), ""
     for read, char in enumerate(generated, start=1):
         shown += stop_filter.feed(char)
-        held = generated[len(shown) : read]
-        assert not held or any(stop.startswith(held) for stop in stops) or (stopped and read == len(generated))
+        withheld = generated[len(shown) : read]
+        is_end = stopped and read == len(generated)
+        assert not withheld or any(stop.startswith(withheld) for stop in stops) or is_end
 
 
-def test_stop_strings_are_compared_as_models_write_them() -> None:
+def test_stop_filter__compares_stop_strings_in_normal_form_c() -> None:
     stop_filter = StopFilter(["e\u0301"])
     assert stop_filter.feed("caf\u00e9") + stop_filter.end(stopped=True) == "caf"

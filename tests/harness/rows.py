@@ -59,7 +59,7 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def keeping(stepper: Stepper, **kind: Any) -> Row:
+def with_checkpoints(stepper: Stepper, **kind: Any) -> Row:
     """Return a row of this kind that also stores checkpoints."""
     start = kind.get("position", 0)
     return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
