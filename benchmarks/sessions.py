@@ -32,13 +32,12 @@ from benchmarks.http import is_ready, report
 from benchmarks.pairs import in_turns
 from benchmarks.table import machine, summary
 from service.engine.kernels import choose_kernel
-from service.generation.feeding import FeedRequest
-from service.generation.session_service import SessionService
+from service.generation.session_service import FeedRequest, SessionService
 from service.registry.loaded_models import EngineSettings, LoadedModel, LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
-from service.sessions.session import Session
-from service.sessions.transcript import Retention, Transcript
+from service.sessions.session import Session, SessionKey
+from service.sessions.text import Retention, Transcript
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.server import Server
@@ -122,7 +121,7 @@ class Bench:
         ids = self.chance.choices(self.ids, k=num_calls)
         began = time.perf_counter()
         for session_id in ids:
-            self.sessions.get("", session_id)
+            self.sessions.get(SessionKey("", session_id))
         return (time.perf_counter() - began) / num_calls * 1e6
 
     def feed_us(self, num_calls: int = 300) -> float:
@@ -130,7 +129,7 @@ class Bench:
         ids = self.chance.choices(self.ids, k=num_calls)
         began = time.perf_counter()
         for session_id in ids:
-            self.sessions.feeding.feed("", session_id, FeedRequest("e", num_next=20))
+            self.sessions.feed(SessionKey("", session_id), FeedRequest("e", num_next=20))
         return (time.perf_counter() - began) / num_calls * 1e6
 
     def expire_us(self, num_sessions: int = 1000) -> float:

@@ -15,7 +15,7 @@ from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter
-from service.generation.reading import stop_ids
+from service.generation.reader import stop_ids
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]

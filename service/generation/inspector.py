@@ -10,10 +10,10 @@ import numpy as np
 from service.arrays import Float16, Float32, Ids
 from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue, UnknownCharacters
-from service.generation.reading import read, state_at
+from service.generation.reader import state_at, step
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
-from service.sessions.session import Session
+from service.sessions.session import Session, SessionKey
 
 MAX_CHARS = 2048
 _MAX_NUMBERS = 2**23  # state values in one answer: large models answer for fewer characters at a time
@@ -73,8 +73,8 @@ class Inspector:
     All values are computed in float32 and returned in float16.
     """
 
-    def __init__(self, models: LoadedModels, load: Callable[[str, str], Session], sealer: StateSealer) -> None:
-        """load: returns the session of an owner and an id."""
+    def __init__(self, models: LoadedModels, load: Callable[[SessionKey], Session], sealer: StateSealer) -> None:
+        """load: returns a session."""
         self._models, self._load, self._sealer = models, load, sealer
 
     def inspect(self, owner: str, request: InspectionRequest) -> InspectionResult:
@@ -85,17 +85,23 @@ class Inspector:
         """
         if request.session is None:
             return self._inspect_from(self._in_text(request), request)
-        return self._inspect_from(self._in_session(owner, request.session, request), request)
+        return self._inspect_from(self._in_session(SessionKey(owner, request.session), request), request)
 
-    def _in_session(self, owner: str, session_id: str, request: InspectionRequest) -> _Start:
-        session = self._load(owner, session_id)
+    def _in_session(self, key: SessionKey, request: InspectionRequest) -> _Start:
+        session = self._load(key)
         model = self._models.for_state(session.model, session.identity)
         end = session.position if request.end is None else request.end
         session.require_within(end, "to")
-        first = max(session.transcript.start, end - _max_chars(model))
+        first = max(session.text.start, end - _max_chars(model))
         start = _check_range(model, first if request.start is None else request.start, end)
-        ids = model.charset.exact(session.transcript.text(start, end))  # raises PositionGone before anything is stepped
-        return _Start(model, state_at(model, session, start), start, ids, session.seed)
+        ids = model.charset.exact(session.text.slice(start, end))  # raises PositionGone before anything is stepped
+        return _Start(
+            model,
+            session.hidden if start == session.position else state_at(model, session.text, start),
+            start,
+            ids,
+            session.seed,
+        )
 
     def _in_text(self, request: InspectionRequest) -> _Start:
         text, position, seed = request.text or "", 0, 0
@@ -122,7 +128,7 @@ class Inspector:
             raise InvalidValue(f"from: {start} is less than the start of the text, {position}", param="from")
         _check_range(model, start, end)
         if start > position:
-            hidden = read(model, ids[: start - position], hidden, position)[0].hidden
+            hidden = step(model, ids[: start - position], hidden, position)[0].hidden
         return _Start(model, hidden, start, ids[start - position : end - position], seed)
 
     def _inspect_from(self, origin: _Start, request: InspectionRequest) -> InspectionResult:
@@ -135,7 +141,7 @@ class Inspector:
             part = slice(begin, min(begin + _SEGMENT_CHARS, count))
             ids, position = origin.ids[part], origin.position + begin
             positions = tuple(range(position + 1, position + len(ids) + 1))
-            end, scored = read(
+            end, scored = step(
                 model, ids, hidden, position, positions, request.num_logprobs, already_admitted=begin > 0
             )  # fmt: skip
             after = np.stack([end.checkpoints[at] for at in positions])  # (m, L, H)
@@ -150,7 +156,7 @@ class Inspector:
         position = origin.position + count
         following = None
         if request.num_logprobs is not None:
-            following = read(
+            following = step(
                 model, origin.ids[:0], hidden, position, num_next=request.num_logprobs, already_admitted=True
             )[0]
         return InspectionResult(

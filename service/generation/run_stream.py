@@ -1,4 +1,4 @@
-"""A run of a session while the engine generates it, and its text as one connection receives it."""
+"""One run of a session: while the engine generates it, and as one connection receives it."""
 
 from __future__ import annotations
 
@@ -6,81 +6,81 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import structlog
 
 from service.engine.pace import flush_interval
 from service.engine.request import Handle
 from service.engine.stepper import FinishReason, StepResult
-from service.engine.stop import StopFilter, completed
+from service.engine.stop import StopFilter
 from service.errors import Draining, EngineFailed, GruServeError, RunTakenOver
-from service.generation.reading import state_in
+from service.generation.reader import Reader
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run, Session
-from service.sessions.session_store import Lease, SessionStore
-from service.sessions.transcript import Retention
+from service.sessions.session_store import Lease
 
 log = structlog.get_logger(__name__)
 
 
-class ActiveRun:
-    """A run that the engine generates. When it ends, in whatever way, it saves the session and releases its lease.
+class RunState(Enum):
+    """What is happening to an active run."""
 
-    One thread reads the characters. Any other thread may stop the run, also while the reading thread is blocked on a
-    slow client. The thread that sees the end first saves the session.
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"  # this process ends; another one may resume it
+    STOPPED = "stopped"  # its client has left, or another connection has taken it over
+
+
+class ActiveRun:
+    """A run that the engine works on. Saves the session and releases its lease when the run ends, however it ends.
+
+    One thread reads characters. Any other thread may stop the run, even while the first one is blocked on a client that
+    doesn't read: the thread that sees the end first saves.
     """
 
     def __init__(
         self,
         model: LoadedModel,
-        store: SessionStore,
-        retention: Retention,
+        reader: Reader,
         lease: Lease,
-        session: Session,
-        run: Run,
         handle: Handle,
         client_has_left: Callable[[], bool],
-        unregister: Callable[[ActiveRun], None],
+        forget: Callable[[ActiveRun], None],
     ) -> None:
-        """session: as it was saved at the start of the run. unregister: is called once, when the run is over."""
-        self.session = session  # as it was saved at the start, and from the end of the run on as it is saved then
-        self.is_over = False
-        self.is_interrupted = False
+        self.session = lease.session  # as it was at the start; after the end, as it was saved
         self.client_has_left = client_has_left
         self.engine = model.engine
-        self._was_stopped = False
-        self._is_all_or_nothing = False  # the reader waits for the whole run, and can't use a part of it
-        self._model, self._store, self._retention = model, store, retention
-        self._lease, self._run, self._handle, self._unregister = lease, run, handle, unregister
+        self.state = RunState.RUNNING
+        self.is_over = False  # the session was saved, or could not be
+        self._all_or_nothing = False  # the reader wants the whole text; a part would be useless
+        self._model, self._reader, self._lease, self._handle, self._forget = model, reader, lease, handle, forget
         self._generated = ""
-        self._lock = threading.Lock()  # guards reading from the handle, and ending the run
+        self._lock = threading.Lock()  # held by the thread that reads from the handle, and while the run is ended
 
     def read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
-        """Return the characters since the last call, waiting as `Handle.read` does. After the last ones, `is_over`.
+        """Return the characters since the last call, waited for as by `Handle.read`. After the last ones it `is_over`.
 
-        Raises RunTakenOver, EngineFailed, and the errors of `SessionStore.save`.
+        Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         with self._lock:
-            self._is_all_or_nothing = flush_interval_s is None
+            self._all_or_nothing = flush_interval_s is None
             text = "" if self.is_over else self._read(flush_interval_s, timeout_s)
-            if self._was_stopped and not self.is_interrupted:
+            if self.state is RunState.STOPPED:
                 raise RunTakenOver("another connection has resumed this continuation, or it was stopped")
             return text
 
     def interrupt(self) -> None:
-        """Make the engine stop at the next tick. The run can be resumed.
-
-        The reading thread gets the remaining characters, and its `RunStream` then raises Draining.
-        """
-        self.is_interrupted = True
+        """Ask the engine to leave the run at the next tick. Its reader gets the last characters, and then Draining."""
+        self.state = RunState.INTERRUPTED
         self._handle.cancel()
 
     def stop(self) -> None:
-        """Make the engine stop at the next tick, and return when the session is saved. Can be called at any time.
+        """End the run at the next tick, and return when the session is saved. Harmless at any time.
 
-        If the session can't be saved, the run can be resumed from its last save.
+        If it can't be saved, the session stays as it was saved last, and the run can be resumed from there.
         """
-        self._was_stopped |= not self.is_over
+        if not self.is_over and self.state is RunState.RUNNING:
+            self.state = RunState.STOPPED
         self._handle.cancel()
         with self._lock:
             try:
@@ -91,50 +91,46 @@ class ActiveRun:
 
     def _read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
         try:
-            text = self._decode(self._handle.read(flush_interval_s, timeout_s))
+            text = self._decoded(self._handle.read(flush_interval_s, timeout_s))
             if self._handle.end is not None:
-                text += self._decode(self._handle.read(0.0))  # characters that arrived between these two lines
+                text += self._decoded(self._handle.read(0.0))  # what arrived between these two lines
         except EngineFailed:
-            self._finish()  # the session stays as it was before the run, which can be resumed elsewhere
+            self._end()  # the session stays as it was before the run, which can be resumed elsewhere
             raise
         self._generated += text
         if self._handle.end is not None:
             try:
-                if not self._is_discarded():
-                    self.session = self._session_after_run()
-                    self._store.save(self._lease, self.session, release=True)
+                if not self._is_worthless():
+                    session = self._ended()
+                    self._lease.save(session, release=True)
+                    self.session = self._lease.session
             finally:
-                self._finish()
+                self._end()
         return text
 
-    def _decode(self, part: StepResult | None) -> str:
+    def _decoded(self, part: StepResult | None) -> str:
         return self._model.charset.decode(part.chars) if part is not None else ""
 
-    def _is_discarded(self) -> bool:
-        """Whether the session stays as it was before: a reader who waits for the whole run gets nothing of it."""
-        return self._is_all_or_nothing and self.is_interrupted and self._handle.wait().reason == "cancelled"
+    def _is_worthless(self) -> bool:
+        """Whether the session has to stay as before the run: its reader wanted all, and got interrupted before that."""
+        was_cancelled = self._handle.wait().reason == "cancelled"
+        return self._all_or_nothing and self.state is RunState.INTERRUPTED and was_cancelled
 
-    def _session_after_run(self) -> Session:
-        end, run, before = self._handle.wait(), self._run, self.session.transcript
-        text, hidden, stop = self._generated, end.hidden, ""
-        if end.reason == "stop":
-            stop = completed(before.text(run.start, before.position) + text, run.stops)
-        # The text ends before the stop string, which may have begun in an earlier part of the run.
-        num_added = len(text) - len(stop)
-        if num_added >= 0:
-            transcript = before.extend(text[:num_added], end.checkpoints, self._retention)
-        else:
-            transcript = before.truncate(before.position + num_added)
-        if stop:
-            hidden = state_in(self._model, transcript, transcript.position, already_admitted=True)
+    def _ended(self) -> Session:
+        """Return the session after the run."""
+        end, session = self._handle.wait(), self._lease.session
+        run = session.run
+        if run is None:
+            raise AssertionError("an active run belongs to its session")
+        text = self._reader.finish(self._model, session.text, run, self._generated, end)
         if end.reason != "cancelled":
-            run = replace(run, finish_reason=end.reason, end=transcript.position)
-        return replace(self.session, hidden=hidden, transcript=transcript, run=run)
+            run = replace(run, finish_reason=end.reason, end=text.position)
+        return replace(session, text=text, run=run)
 
-    def _finish(self) -> None:
+    def _end(self) -> None:
         self.is_over = True
-        self._store.release(self._lease)
-        self._unregister(self)
+        self._lease.release()
+        self._forget(self)
 
 
 @dataclass(frozen=True)
@@ -221,7 +217,7 @@ class RunStream:
     @property
     def text(self) -> str:
         """All text that the run generated."""
-        return self._session.transcript.text(self._run.start, self.position)
+        return self._session.text.slice(self._run.start, self.position)
 
     @property
     def sha256(self) -> str:
@@ -229,11 +225,11 @@ class RunStream:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     def _stored_chunks(self, stop_filter: StopFilter) -> Iterator[TextChunk]:
-        transcript, run = self._session.transcript, self._run
+        text, run = self._session.text, self._run
         if self._after < run.start:
-            yield TextChunk(transcript.text(self._after, run.start), run.start)
+            yield TextChunk(text.slice(self._after, run.start), run.start)
         end = run.end if run.end is not None else self._session.position
-        yield from self._unsent_chunks(stop_filter.feed(transcript.text(run.start, end)))
+        yield from self._unsent_chunks(stop_filter.feed(text.slice(run.start, end)))
 
     def _unsent_chunks(self, text: str) -> Iterator[TextChunk]:
         """Advance over text that the stop filter let through; yield the part of it that the client doesn't have."""

@@ -1,29 +1,78 @@
-"""All operations on sessions."""
+"""What can be done with sessions. Each operation that changes one is a function from a session to a session and an answer."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import secrets
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from service.errors import InvalidValue
-from service.generation.creation import SessionCreator
-from service.generation.feeding import SessionFeeder
-from service.generation.reading import state_at
+from service.engine.scores import Distribution, Scores
+from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
+from service.generation.reader import Reader
 from service.generation.runs import RunRegistry
-from service.registry.loaded_models import LoadedModels
+from service.model.charset import UnknownChars
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
-from service.sessions.session import Session
-from service.sessions.session_store import SessionStore
-from service.sessions.transcript import Retention
+from service.sessions.session import Session, SessionKey
+from service.sessions.session_store import Change, SessionStore
+from service.sessions.text import Retention, Text
+
+_ID_BYTES = 16  # of a random id: 128 bits, 32 hexadecimal digits
+_SEED_BITS = 53  # of a random seed: what a browser holds as a number
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class NewSession:
+    """What a session is created from. Equal values create equal sessions, unless the seed is left to chance."""
+
+    id: str | None  # None for a random one
+    model: str | None  # name, name@version or name@alias; may be None with a state
+    text: str = ""
+    unknown_chars: UnknownChars = "error"
+    seed: int | None = None  # None for that of the state, or a random one
+    ttl_s: float | None = None  # None for the default
+    state: str | None = None  # a portable state to begin with
+
+    @property
+    def origin(self) -> bytes:
+        """A hash by which a repeated creation is recognised."""
+        return _hash("create", self.model, self.text, self.unknown_chars, self.seed, self.ttl_s, self.state)
+
+
+@dataclass(frozen=True)
+class FeedRequest:
+    """Text for a session."""
+
+    text: str
+    position: int | None = None  # where the text belongs; None for the end
+    num_logprobs: int | None = None  # report each character's log-probability and this many likeliest; None for neither
+    num_next: int = 0  # how many of the likeliest next characters to report
+    unknown_chars: UnknownChars = "error"
+    rebase: str | None = None  # a model that the session changes to before it is fed
+
+
+@dataclass(frozen=True)
+class FeedResult:
+    """What came of a feed."""
+
+    model: LoadedModel
+    text: str  # as the session has it now: characters may have been folded or dropped
+    position: int  # after the text
+    next: Distribution | None
+    scores: Scores | None  # of the text's characters, if they were requested
 
 
 class SessionService:
-    """The operations on sessions, of which `creation`, `feeding` and `runs` have some. Safe for any number of threads.
+    """Operations on sessions. Any number of threads may call.
 
-    Every method takes the session's owner, and may raise SessionNotFound and SessionGone. Methods that change a session
-    or need it unchanged may raise SessionBusy; methods that compute may raise ModelChanged, Overloaded, EngineFailed.
-    A store outside the process adds StoreUnavailable, OutcomeUnknown, RevisionConflict and SessionLost.
+    Every method may raise SessionNotFound and SessionGone, and what the store raises; those that change a session,
+    SessionBusy; those that step the network, ModelChanged, Overloaded, EngineFailed.
     """
 
     def __init__(
@@ -35,60 +84,211 @@ class SessionService:
         retention: Retention,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.runs = RunRegistry(models, store, retention)
-        self.creation = SessionCreator(models, store, self.runs, sealer, ttl_s, retention)
-        self.feeding = SessionFeeder(models, store, self.runs, retention)
-        self._models, self._store, self._sealer, self._clock = models, store, sealer, clock
+        """ttl_s: default life of a session. clock: seconds since 1970."""
+        self._models, self._store, self._sealer, self._ttl_s, self._clock = models, store, sealer, ttl_s, clock
+        self._reader = Reader(retention)
+        self.runs = RunRegistry(models, store, self._reader)
 
-    def get(self, owner: str, session_id: str) -> Session:
-        """Return the session as it was last saved."""
-        return self._store.load(owner, session_id)
+    def get(self, key: SessionKey) -> Session:
+        """Return the session as it was saved last."""
+        return self._store.load(key)
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
+        """Return up to `limit` of the owner's sessions, in the order of their ids, above the id `after`."""
         return self._store.page(owner, after, limit)
 
-    def text(self, owner: str, session_id: str, start: int | None, end: int | None) -> tuple[str, int, int]:
-        """Return the text from `start` (default: the first retained position) to `end` (default: the end), and both.
+    def text(self, key: SessionKey, start: int | None, end: int | None) -> tuple[str, int, int]:
+        """Return retained text from start to end (default: all that is retained), and these two positions.
 
-        Raises PositionGone, PositionConflict, InvalidValue.
+        Raises PositionGone, PositionConflict.
         """
-        session = self._store.load(owner, session_id)
-        start = session.transcript.start if start is None else start
+        session = self._store.load(key)
+        start = session.text.start if start is None else start
         end = session.position if end is None else end
         if start > end:
-            raise InvalidValue(f"from: {start} is greater than to, {end}", param="from")
+            raise InvalidValue(f"from: {start} lies after the end, {end}", param="from")
         session.require_within(end, "to")
-        return session.transcript.text(start, end), start, end
+        return session.text.slice(start, end), start, end
 
-    def delete(self, owner: str, session_id: str) -> None:
-        """Delete the session."""
-        with self.runs.lease(owner, session_id) as lease:
-            self._store.delete(lease)
+    def create(self, owner: str, new: NewSession) -> tuple[Session, bool]:
+        """Return the session, and whether it is new: repeating a creation changes nothing.
 
-    def rewind(self, owner: str, session_id: str, position: int) -> Session:
-        """Drop the text after a retained position, and return the session. Raises PositionConflict, PositionGone."""
-        with self.runs.lease(owner, session_id, position) as lease:
-            session = lease.session
-            session.require_within(position)
-            if position < session.position:
-                model = self._models.for_state(session.model, session.identity)
-                hidden, transcript = state_at(model, session, position), session.transcript.truncate(position)
-                run = session.finished_run
-                run = run if run is not None and run.end is not None and run.end <= position else None
-                session = replace(session, hidden=hidden, transcript=transcript, run=run)
-            self._store.save(lease, session, release=True)
-            return session
-
-    def export(self, owner: str, session_id: str, ttl_s: float | None) -> tuple[str, StateHeader]:
-        """Return a portable state and its header. It expires after ttl_s seconds, or never if that is None."""
-        with self.runs.lease(owner, session_id) as lease:
-            session = lease.session
-            header = StateHeader(
-                model=session.model,
-                identity=session.identity,
-                position=session.position,
-                seed=session.seed,
-                expires_at=self._clock() + ttl_s if ttl_s is not None else None,
+        Raises SessionExists, ModelNotFound, UnknownCharacters, InvalidState.
+        """
+        if new.id is not None and (there := self._created_before(SessionKey(owner, new.id), new.origin)):
+            return there, False
+        model, seed, text = self._beginning(new)
+        ids = model.charset.encode(new.text, new.unknown_chars)
+        return self._store_new(
+            Session(
+                id=new.id if new.id is not None else secrets.token_hex(_ID_BYTES),
+                owner=owner,
+                model=model.version.ref,
+                identity=model.identity,
+                seed=seed,
+                ttl_s=new.ttl_s if new.ttl_s is not None else self._ttl_s,
+                created_at=0,
+                expires_at=0,
+                text=self._reader.read(model, text, ids).text,
+                origin=new.origin if new.id is not None else None,
             )
-            return self._sealer.seal(header, session.hidden), header
+        )
+
+    def fork(self, key: SessionKey, new_id: str | None, position: int | None, seed: int | None) -> tuple[Session, bool]:
+        """Return a new session with the same text up to a retained position (default: all), and whether it is new.
+
+        Raises SessionExists, PositionConflict, PositionGone.
+        """
+        origin = _hash("fork", key.id, position, seed)
+        if new_id is not None and (there := self._created_before(SessionKey(key.owner, new_id), origin)):
+            return there, False
+
+        def change(session: Session) -> tuple[Session, Session]:
+            before, session = session, self.runs.replayed(session, position)
+            end = session.position if position is None else position
+            session.require_within(end)
+            return before, replace(session, text=self._truncated(session, end))
+
+        session = self._update(key, change, idempotent=True)
+        return self._store_new(
+            replace(
+                session,
+                id=new_id if new_id is not None else secrets.token_hex(_ID_BYTES),
+                seed=seed if seed is not None else session.seed,
+                run=None,
+                origin=origin if new_id is not None else None,
+            )
+        )
+
+    def feed(self, key: SessionKey, request: FeedRequest) -> FeedResult:
+        """Step the network over more text. Text that the session has already at its position is not stepped again.
+
+        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
+        """
+
+        def change(session: Session) -> tuple[Session, FeedResult]:
+            before, session = session, self.runs.replayed(session, request.position)
+            if request.rebase is not None:
+                session = self._rebased(session, request.rebase, request.position)
+            if request.position is not None and request.position != session.position:
+                return before, self._repeated_feed(session, request)
+            session, result = self._fed(session, request)
+            return session if result.text or request.rebase is not None else before, result
+
+        return self._update(key, change, idempotent=request.position is not None)
+
+    def rewind(self, key: SessionKey, position: int) -> Session:
+        """Drop the text after a retained position, and return the session. Raises PositionConflict, PositionGone."""
+
+        def change(session: Session) -> tuple[Session, Session]:
+            session = self.runs.replayed(session, position)
+            session.require_within(position)
+            run = session.run
+            if position < session.position:
+                # A run whose text is cut off can neither be resumed nor streamed again.
+                run = run if run is not None and run.end is not None and run.end <= position else None
+            session = replace(session, text=self._truncated(session, position), run=run)
+            return session, session
+
+        return self._update(key, change, idempotent=True)
+
+    def export(self, key: SessionKey, ttl_s: float | None) -> tuple[str, StateHeader]:
+        """Return a portable state that is valid for ttl_s seconds (default: without end), and its header."""
+        session = self._update(key, lambda session: (session, session), idempotent=True)
+        header = StateHeader(
+            model=session.model,
+            identity=session.identity,
+            position=session.position,
+            seed=session.seed,
+            expires_at=self._clock() + ttl_s if ttl_s is not None else None,
+        )
+        return self._sealer.seal(header, session.hidden), header
+
+    def delete(self, key: SessionKey) -> None:
+        """Delete the session."""
+        self.runs.without_left_client(key, lambda: self._store.delete(key))
+
+    def _update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool) -> Answer:
+        return self.runs.without_left_client(key, lambda: self._store.update(key, change, idempotent=idempotent))
+
+    def _truncated(self, session: Session, position: int) -> Text:
+        if position == session.position:
+            return session.text  # no model is needed
+        model = self._models.for_state(session.model, session.identity)
+        return self._reader.truncate(model, session.text, position)
+
+    def _fed(self, session: Session, request: FeedRequest) -> tuple[Session, FeedResult]:
+        """Feed at the end of the session."""
+        model = self._models.for_state(session.model, session.identity)
+        ids = model.charset.encode(request.text, request.unknown_chars)
+        reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next)
+        text = model.charset.decode(ids)
+        result = FeedResult(model, text, reading.text.position, reading.next, reading.scores)
+        run = session.finished_run if text else session.run
+        return replace(session, text=reading.text, run=run), result
+
+    def _rebased(self, session: Session, ref: str, position: int | None) -> Session:
+        """Return the session with its retained text read into another model; its positions stay the same."""
+        try:
+            model = self._models.get(ref)
+        except ModelNotFound as error:
+            error.param = "rebase"
+            raise
+        if model.identity == session.identity:
+            return session  # it has this model already
+        session.require_position(position)
+        text = self._reader.reread(model, session.text)
+        return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
+
+    def _repeated_feed(self, session: Session, request: FeedRequest) -> FeedResult:
+        """Answer a feed whose text the session has already. Raises PositionConflict if it has another text there."""
+        model = self._models.for_state(session.model, session.identity)
+        text = model.charset.decode(model.charset.encode(request.text, request.unknown_chars))
+        start = request.position or 0
+        end = start + len(text)
+        if end > session.position or session.text.slice(start, end) != text:
+            raise PositionConflict(
+                f"the text is {session.position} characters long, not {start}, and continues otherwise",
+                session.position,
+            )
+        num_logprobs = request.num_logprobs if text else None
+        scores, following = self._reader.score(model, session.text, start, end, num_logprobs, request.num_next)
+        return FeedResult(model, text, end, following, scores)
+
+    def _beginning(self, new: NewSession) -> tuple[LoadedModel, int, Text]:
+        """Return model, seed and text before the new session's own text is read."""
+        if new.state is None:
+            if new.model is None:
+                raise InvalidValue("model: needed without a state", param="model")
+            model = self._models.get(new.model)
+            seed = new.seed if new.seed is not None else secrets.randbits(_SEED_BITS)
+            return model, seed, self._reader.empty(model)
+        opened = self._sealer.open(new.state)
+        header = opened.header
+        model = self._models.get(new.model if new.model is not None else header.model)
+        hidden = opened.hidden(model.identity, model.state_shape)
+        seed = new.seed if new.seed is not None else header.seed
+        return model, seed, Text.from_state(header.position, hidden)
+
+    def _created_before(self, key: SessionKey, origin: bytes) -> Session | None:
+        """Return the session of this id, if there is one. Raises SessionExists if it was created otherwise."""
+        try:
+            session = self._store.load(key)
+        except (SessionNotFound, SessionGone):
+            return None
+        if session.origin != origin:
+            raise SessionExists(f"there is a session {key.id}, which was created otherwise", param="id")
+        return session
+
+    def _store_new(self, session: Session) -> tuple[Session, bool]:
+        try:
+            return self._store.create(session), True
+        except SessionExists:
+            there = self._created_before(session.key, session.origin or b"")
+            if there is None:
+                raise  # it was deleted in the same moment: the caller may try again
+            return there, False
+
+
+def _hash(*facts: object) -> bytes:
+    return hashlib.sha256(json.dumps(facts).encode()).digest()[:16]

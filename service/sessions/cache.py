@@ -1,4 +1,4 @@
-"""A cache of recently used sessions, limited by memory."""
+"""A bounded cache of sessions: what this process saved or loaded last."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from service.sessions.session import Session
+from service.sessions.session import Session, SessionKey
 
-_SESSION_BYTES = 1024  # memory of a session without its states, its text and its run
+_SESSION_BYTES = 1024  # what a session takes beside its states, its text and its run
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SaveId:
+    """Identifies one save of a session: all three parts are compared, always."""
+
+    incarnation: bytes  # of which creation it is; a later creation's is greater
+    revision: int  # how often the session had been saved
+    nonce: bytes  # random; tells saves apart whose histories parted at equal revisions
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,58 +26,64 @@ class CachedSession:
     """A session as it was at one save."""
 
     session: Session
-    incarnation: bytes  # identifies the creation of the session; that of a later creation is greater
-    nonce: bytes  # identifies the save: a store that lost data may assign a revision twice
+    save_id: SaveId
 
 
 class SessionCache:
-    """Evicts the least recently used sessions when they exceed `max_bytes`. Safe for any number of threads."""
+    """The least recently used sessions are dropped. Never goes back to an older save. Any number of threads may call."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self.num_evicted = 0
-        self._sessions: OrderedDict[str, CachedSession] = OrderedDict()
+        self._sessions: OrderedDict[SessionKey, CachedSession] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> CachedSession | None:
-        """Return the cached session, which may be stale, or None."""
+    def get(self, key: SessionKey) -> CachedSession | None:
+        """Return the latest save of a session that this process has seen, if it is still here."""
         with self._lock:
             if key in self._sessions:
                 self._sessions.move_to_end(key)
             return self._sessions.get(key)
 
-    def put(self, key: str, cached: CachedSession) -> None:
-        """Cache a session, replacing an earlier copy."""
+    def put(self, key: SessionKey, cached: CachedSession) -> None:
+        """Store a save, unless a later one is here: an answer to an earlier question may arrive late."""
         with self._lock:
-            self._forget(key)
+            before = self._sessions.get(key)
+            if before is not None and _is_later(before.save_id, cached.save_id):
+                return
+            self._drop(key)
             self._sessions[key] = cached
             self._num_bytes += _num_bytes(cached.session)
             while self._num_bytes > self._max_bytes:
-                self._forget(next(iter(self._sessions)))
+                self._drop(next(iter(self._sessions)))
                 self.num_evicted += 1
 
-    def forget(self, key: str) -> None:
-        """Remove a session if it is cached."""
+    def drop(self, key: SessionKey) -> None:
+        """Forget a session. Harmless if it isn't here."""
         with self._lock:
-            self._forget(key)
+            self._drop(key)
 
     def __len__(self) -> int:
         return len(self._sessions)
 
     @property
     def num_bytes(self) -> int:
-        """Approximate memory of all cached sessions, in bytes."""
+        """About how much memory the sessions take."""
         return self._num_bytes
 
-    def _forget(self, key: str) -> None:
+    def _drop(self, key: SessionKey) -> None:
         cached = self._sessions.pop(key, None)
         if cached is not None:
             self._num_bytes -= _num_bytes(cached.session)
 
 
+def _is_later(one: SaveId, other: SaveId) -> bool:
+    return (one.incarnation, one.revision) > (other.incarnation, other.revision)
+
+
 def _num_bytes(session: Session) -> int:
     run_bytes = session.run.num_bytes if session.run is not None else 0
-    segments = session.transcript.segments
-    text_bytes = sys.getsizeof(session.transcript.tail) + sum(sys.getsizeof(segment.text) for segment in segments)
-    return _SESSION_BYTES + (1 + len(segments)) * session.hidden.nbytes + text_bytes + run_bytes
+    text = session.text
+    text_bytes = sys.getsizeof(text.tail) + sum(sys.getsizeof(segment.text) for segment in text.segments)
+    return _SESSION_BYTES + (1 + len(text.segments)) * session.hidden.nbytes + text_bytes + run_bytes

@@ -1,4 +1,4 @@
-"""Renews this process's leases in Redis, and restores its last writes after a restart of Redis lost them."""
+"""What a process owes a Redis server: it renews its leases, and restores what it wrote before a restart lost it."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
 from service.errors import RevisionConflict, StoreUnavailable
-from service.sessions.cache import SessionCache
+from service.sessions.cache import SaveId, SessionCache
 from service.sessions.redis_server import RedisServer
-from service.sessions.session import Session
-from service.sessions.session_store import Lease
+from service.sessions.session import Session, SessionKey
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
 
-_JOURNAL_S = 10.0  # a Redis that syncs to disk every second loses no writes that are older than this
-_MAX_JOURNAL_ENTRIES = 100_000
+_AT_RISK_S = 10.0  # a server that writes to disk every second loses nothing that is older than this
+_MAX_AT_RISK = 100_000
 
 
-@dataclass(slots=True)
-class ActiveLease:
-    """A lease that this process has, and that the renewer's thread renews."""
+class RenewedLease(Protocol):
+    """What the renewer reads and writes of a lease."""
 
-    lease: Lease
-    key: str
-    token: bytes  # proves the ownership of the lease to Redis
-    incarnation: bytes  # of the session, see `CachedSession`
-    revision: int  # of the last save
-    renew_at: float  # monotonic time of the next renewal
-    is_being_released: bool = False  # a save that releases the lease is in progress: don't renew it
+    session: Session
+    save_id: SaveId
+    token: bytes
+    due: float
+    is_ending: bool
+    on_takeover: Callable[[], None] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _JournalEntry:
-    """The last write of this process to one session."""
+class _Write:
+    """The last write to a session."""
 
-    at: float  # monotonic time
-    incarnation: bytes
-    revision: int
-    nonce: bytes | None  # None if the session was deleted
+    at: float  # monotonic
+    save_id: SaveId
+    is_deletion: bool
 
 
 class LeaseRenewer:
-    """Runs a thread until it is closed. Safe for any number of threads.
+    """Renews leases and keeps a journal of the last writes, on a thread that runs until it is closed.
 
-    It has a journal of the writes of the last seconds. After a restart of Redis the thread writes them again from the
-    cache where Redis has lost them, before `RedisServer` allows other calls.
+    Any number of threads may call.
+
+    Args:
+        server: Where the sessions are stored.
+        cache: Lost writes are restored from it.
+        encode: Makes a session's record.
+        redis_key: Gives a session's key in Redis.
+        lease_s: How long a lease is valid that is not renewed.
+        now_ms: The time for the script; see RedisStore.
     """
 
     def __init__(
@@ -59,122 +62,147 @@ class LeaseRenewer:
         server: RedisServer,
         cache: SessionCache,
         encode: Callable[[Session], bytes],
+        redis_key: Callable[[SessionKey], str],
         lease_s: float,
         now_ms: Callable[[], int | str],
     ) -> None:
-        """Start the thread.
-
-        Args:
-            server: the server, which is not closed with the renewer.
-            cache: has the sessions that are restored.
-            encode: makes a session's record.
-            lease_s: length of a lease in seconds, from its last renewal.
-            now_ms: the time as session.lua takes it: milliseconds since 1970, or "" for the server's clock.
-        """
-        self._server, self._cache, self._encode, self._now_ms = server, cache, encode, now_ms
+        self._server, self._cache, self._encode = server, cache, encode
+        self._redis_key, self._now_ms = redis_key, now_ms
         self.lease_ms = round(lease_s * 1000)
-        self._lock = threading.Lock()  # guards the following
-        self._active: dict[int, ActiveLease] = {}  # by id() of the lease
-        self._journal: OrderedDict[str, _JournalEntry] = OrderedDict()  # by the session's key, the oldest write first
+        self._lock = threading.Lock()  # guards the leases and the journal
+        self._leases: dict[int, RenewedLease] = {}  # by the object's id
+        self._leased: dict[SessionKey, int] = {}  # how many leases there are of each session
+        self._journal: OrderedDict[SessionKey, _Write] = OrderedDict()  # the latest last
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
 
-    def start_renewing(self, lease: Lease, key: str, token: bytes, incarnation: bytes) -> None:
-        """Renew a lease that was just taken, until `stop_renewing`."""
-        active = ActiveLease(lease, key, token, incarnation, lease.session.revision, self.next_renewal())
+    def start_renewing(self, lease: RenewedLease) -> None:
+        """Renew a lease from now on."""
+        lease.due = self.next_due()
+        key = lease.session.key
         with self._lock:
-            self._active[id(lease)] = active
+            self._leases[id(lease)] = lease
+            self._leased[key] = self._leased.get(key, 0) + 1
 
-    def active_lease(self, lease: Lease) -> ActiveLease:
-        """Return the record of a lease. Raises RevisionConflict if the lease was released or lost."""
-        active = self._active.get(id(lease))
-        if active is None:
+    def stop_renewing(self, lease: RenewedLease) -> bool:
+        """Renew a lease no longer. Returns False if that was done before."""
+        key = lease.session.key
+        with self._lock:
+            if self._leases.pop(id(lease), None) is None:
+                return False
+            self._leased[key] -= 1
+            if not self._leased[key]:
+                del self._leased[key]
+            return True
+
+    def require_lease(self, lease: RenewedLease) -> None:
+        """Raise RevisionConflict if the lease was given back."""
+        if id(lease) not in self._leases:
             raise RevisionConflict("this operation no longer has the session's lease")
-        return active
 
-    def is_leased_here(self, key: str) -> bool:
-        """Whether this process has a lease of the session with this key."""
-        with self._lock:
-            return any(active.key == key for active in self._active.values())
+    def is_leased_here(self, key: SessionKey) -> bool:
+        """Whether this process holds a lease of the session."""
+        return key in self._leased
 
-    def stop_renewing(self, lease: Lease) -> ActiveLease | None:
-        """Stop renewing a lease and return its record, or None if it was not being renewed."""
-        with self._lock:
-            return self._active.pop(id(lease), None)
+    def record_write(self, key: SessionKey, save_id: SaveId) -> None:
+        """Note a save in the journal, from which it is restored if a restart of the server loses it."""
+        self._record(key, _Write(time.monotonic(), save_id, is_deletion=False))
 
-    def record_write(self, key: str, incarnation: bytes, revision: int, nonce: bytes | None) -> None:
-        """Add a write to the journal. nonce: of the save, or None if the session was deleted."""
-        now = time.monotonic()
-        with self._lock:
-            self._journal[key] = _JournalEntry(now, incarnation, revision, nonce)
-            self._journal.move_to_end(key)
-            while len(self._journal) > _MAX_JOURNAL_ENTRIES or now - next(iter(self._journal.values())).at > _JOURNAL_S:
-                self._journal.popitem(last=False)
+    def record_deletion(self, key: SessionKey, save_id: SaveId) -> None:
+        """Note that the session was deleted after this save: an older copy must not come back."""
+        self._record(key, _Write(time.monotonic(), save_id, is_deletion=True))
 
-    def next_renewal(self) -> float:
-        """Monotonic time of the next renewal of a lease that is taken or renewed now: after a third of its length."""
+    def next_due(self) -> float:
+        """When a lease that is taken or renewed now has to be renewed (monotonic)."""
         return time.monotonic() + self.lease_ms / 3000
 
     def close(self) -> None:
-        """End the thread. Leases that are still active end by themselves in Redis."""
+        """End the thread. Leases that are held end by themselves."""
         self._closing.set()
         self._thread.join()
+
+    def _record(self, key: SessionKey, write: _Write) -> None:
+        with self._lock:
+            self._journal[key] = write
+            self._journal.move_to_end(key)
+            while len(self._journal) > _MAX_AT_RISK or write.at - next(iter(self._journal.values())).at > _AT_RISK_S:
+                self._journal.popitem(last=False)
 
     def _run(self) -> None:
         while not self._closing.wait(self.lease_ms / 6000):
             try:
-                after_restart = self._server.ping()
-                if after_restart:
-                    self._restore_lost_writes()
-                self._renew(after_restart)
+                has_changed = self._server.ping()
+                if has_changed:
+                    self._restore()
+                self._renew(again=has_changed)
             except StoreUnavailable:
-                continue  # RedisServer has logged it; the next ping tries again
+                continue  # it was logged, and the server is asked again
             except Exception as error:
-                log.error("renewing the leases in the session store failed", exc_info=error)
+                log.error("looking after the session store failed", exc_info=error)
 
-    def _renew(self, after_restart: bool) -> None:
-        """Renew the leases whose time it is. after_restart: renew all, also those that Redis has lost."""
+    def _renew(self, again: bool) -> None:
+        """Renew the leases that are due. again: all of them, also those that the server no longer knows."""
         now = time.monotonic()
         with self._lock:
-            due = [
-                active
-                for active in self._active.values()
-                if (active.renew_at <= now or after_restart) and not active.is_being_released
-            ]
+            due = [lease for lease in self._leases.values() if (lease.due <= now or again) and not lease.is_ending]
         for batch in _batches(due):
             calls = [
-                ("renew", active.key, self._now_ms(), active.token, active.revision, self.lease_ms, int(after_restart))
-                for active in batch
+                self._command(
+                    "renew", lease.session.key, lease.token, *_parts(lease.save_id), self.lease_ms, int(again)
+                )
+                for lease in batch
             ]
-            for active, answer in zip(batch, self._server.call_all(calls), strict=True):
-                active.renew_at = self.next_renewal()
-                on_takeover = active.lease.on_takeover
-                if answer[0] != b"ok" and not active.is_being_released and on_takeover is not None:
-                    # On a thread of its own, because it saves the session, and other leases must be renewed meanwhile.
-                    threading.Thread(target=on_takeover, name="take-over", daemon=True).start()
+            for lease, answer in zip(batch, self._server.call_all(calls), strict=True):
+                lease.due = self.next_due()
+                if answer[0] != b"ok" and not lease.is_ending and lease.on_takeover is not None:
+                    # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
+                    threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
 
-    def _restore_lost_writes(self) -> None:
+    def _restore(self) -> None:
+        """Store again what the server has lost of the journal, and remember as lost what can't be stored again."""
+        began = time.monotonic()
         with self._lock:
-            entries = list(self._journal.items())
-        num_lost = 0
-        for batch in _batches(entries):
-            answers = self._server.call_all([self._restore_call(key, entry) for key, entry in batch])
-            num_lost += sum(answer[0] == b"ok" for answer in answers)
+            recent = [(key, write) for key, write in self._journal.items() if began - write.at <= _AT_RISK_S]
+        num_restored = num_lost = 0
+        for batch in _batches(recent):
+            # Records are sent only for what the server lacks: after a clean restart that is nothing.
+            questions = [self._command("lacks", key, *_parts(write.save_id)[:2]) for key, write in batch]
+            answers = self._server.call_all(questions)
+            lacking = [item for item, answer in zip(batch, answers, strict=True) if answer[0] == b"yes"]
+            commands = [self._restoring(key, write) for key, write in lacking]
+            for command, answer in zip(commands, self._server.call_all(commands), strict=True):
+                num_restored += command[0] == "restore" and answer[0] == b"ok"
+                num_lost += command[0] == "bury" and command[-1] == "lost" and answer[0] == b"ok"
         log.warning(
-            "restored the writes that the session store had lost", num_writes=num_lost, num_checked=len(entries)
+            "restored what the session store had lost",
+            num_restored=num_restored,
+            num_lost=num_lost,
+            num_checked=len(recent),
         )
         self._server.mark_restored()
 
-    def _restore_call(self, key: str, entry: _JournalEntry) -> tuple[Any, ...]:
+    def _restoring(self, key: SessionKey, write: _Write) -> tuple[Any, ...]:
+        known = _parts(write.save_id)
+        if write.is_deletion:
+            return self._command("bury", key, *known[:2], "deleted")
         cached = self._cache.get(key)
-        if entry.nonce is None or cached is None or cached.nonce != entry.nonce:
-            return "drop", key, self._now_ms(), entry.incarnation, entry.revision
-        record, ttl_ms = self._encode(cached.session), round(cached.session.ttl_s * 1000)
-        return "restore", key, self._now_ms(), entry.incarnation, entry.revision, entry.nonce, record, ttl_ms
+        if cached is None or cached.save_id != write.save_id:
+            return self._command("bury", key, *known[:2], "lost")
+        session = cached.session
+        ttl_ms = round(session.ttl_s * 1000)
+        left_ms = max(1, ttl_ms - round((time.monotonic() - write.at) * 1000))
+        return self._command("restore", key, *known, self._encode(session), ttl_ms, left_ms)
+
+    def _command(self, operation: str, key: SessionKey, *arguments: Any) -> tuple[Any, ...]:
+        return operation, self._redis_key(key), self._now_ms(), self.lease_ms, *arguments
+
+
+def _parts(save_id: SaveId) -> tuple[bytes, int, bytes]:
+    return save_id.incarnation, save_id.revision, save_id.nonce
 
 
 def _batches(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    """Split into batches of a hundred: the record of a large session has some 100 KB."""
+    """A hundred at a time: records of large sessions have some 100 KB each."""
     for start in range(0, len(items), 100):
         yield items[start : start + 100]

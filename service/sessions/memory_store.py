@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import sys
 import threading
@@ -13,50 +12,71 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
+from sortedcontainers import SortedList
 
 from service.arrays import Float32, read_state, write_state
 from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
-from service.sessions.session import Session
-from service.sessions.session_store import Lease
-from service.sessions.transcript import Segment, Transcript
+from service.sessions.session import Session, SessionKey
+from service.sessions.session_store import Answer, Change, Lease
+from service.sessions.text import Segment, Text
 
 _SESSION_BYTES = 1024  # memory of a session without its state and its text
 _SEGMENT_BYTES = 256  # memory of a segment without its state and its text
 _SLAB_BLOCK_BYTES = 2**24
-_SWEPT_SESSIONS = 256  # deleted during one hold of the lock: about a millisecond
-_MAX_GONE = 100_000  # ids of expired and evicted sessions that are remembered
+_SWEPT_SESSIONS = 256  # deleted under one hold of the lock: about a millisecond
+_MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
 
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    session: Session  # `hidden` is a view of the slab's slot; `expires_at` is not updated
+    session: Session  # its hidden is a view of the slab's slot; its expires_at is not kept up to date
     slot: int
     expires_at: float
-    lease: Lease | None = None  # None while the session is idle
+    lease: _MemoryLease | None = None  # None while the session is idle
+
+
+class _MemoryLease:
+    """Implements `Lease`."""
+
+    def __init__(self, store: MemoryStore, session: Session) -> None:
+        self._store = store
+        self.session = session
+        self.on_takeover: Callable[[], None] | None = None  # never called: no other process has these sessions
+
+    def save(self, session: Session, *, release: bool = False) -> None:
+        """See Lease."""
+        self.session = self._store._save(self, session, release)
+
+    def release(self) -> None:
+        """See Lease."""
+        self._store._release(self)
 
 
 class MemoryStore:
-    """Implements `SessionStore`. Sessions live until the process ends.
+    """Implements `SessionStore`. Its sessions live as long as the process.
 
-    If there are more than `max_sessions`, or if they take more than `max_bytes`, the least recently used idle sessions
-    are evicted. Sessions that grow while they are leased may exceed `max_bytes` until others are idle.
+    Args:
+        max_sessions: The least recently used idle session is evicted to make room for one more than this.
+        max_bytes: The same for the memory of all sessions. A session that grows while it is leased may exceed it until
+            others are idle again.
+        clock: Seconds since 1970.
     """
 
     def __init__(self, max_sessions: int, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        """clock: returns seconds since 1970."""
         self._max_sessions, self._max_bytes, self._clock = max_sessions, max_bytes, clock
-        self._lock = threading.Lock()  # guards all of the following; held for microseconds
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._lock = threading.Lock()  # guards everything below; held for microseconds
+        self._entries: OrderedDict[SessionKey, _Entry] = OrderedDict()  # the least recently used first
+        self._ids: dict[str, SortedList[str]] = {}  # owner -> ids of its sessions
         self._expiries = _ExpiryTimes(clock())  # of idle sessions
-        self._gone: OrderedDict[str, None] = OrderedDict()  # keys of expired and evicted sessions, the oldest first
+        self._gone: OrderedDict[SessionKey, None] = OrderedDict()
         self._slabs: dict[tuple[int, ...], _Slab] = {}
         self._segments = _SharedSegments()
-        self._own_bytes = 0  # memory of all sessions without their segments
-        self.num_expired = self.num_evicted = 0  # since the store was made
+        self._own_bytes = 0  # without segments
+        self.num_expired = self.num_evicted = 0  # so far
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
-        key, now = _key(session.owner, session.id), self._clock()
+        key, now = session.key, self._clock()
         session = replace(session, revision=1, created_at=now, expires_at=now + session.ttl_s)
         with self._lock:
             if self._find(key) is not None:
@@ -64,91 +84,78 @@ class MemoryStore:
             self._make_room_for(session)
             slab = self._slab(session)
             slot = slab.put(session.hidden)
-            self._entries[key] = _Entry(replace(session, hidden=slab.view(slot)), slot, session.expires_at)
+            stored = replace(session, text=session.text.with_hidden(slab.view(slot)))
+            self._entries[key] = _Entry(stored, slot, session.expires_at)
+            self._ids.setdefault(key.owner, SortedList()).add(key.id)
             self._gone.pop(key, None)
             self._own_bytes += _own_bytes(session)
-            self._segments.add(session.transcript)
+            self._segments.add(session.text)
             self._expiries.add(key, session.expires_at)
         return session
 
-    def load(self, owner: str, session_id: str) -> Session:
+    def load(self, key: SessionKey) -> Session:
         """See SessionStore."""
         with self._lock:
-            return _copy(self._get(owner, session_id))
+            return _copy(self._get(key))
 
-    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:  # noqa: ARG002 - there is no other process
+    def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:  # noqa: ARG002 - every outcome is known
+        """See SessionStore. The session is leased while `change` runs; no lock is held."""
+        lease, answer = self.begin(key, change)
+        if lease is not None:
+            lease.release()
+        return answer
+
+    def begin(
+        self,
+        key: SessionKey,
+        change: Change[Answer],
+        *,
+        take_over: bool = False,  # noqa: ARG002 - no other process has it
+    ) -> tuple[Lease | None, Answer]:
         """See SessionStore."""
-        with self._lock:
-            entry = self._get(owner, session_id)
-            if entry.lease is not None:
-                raise SessionBusy("another operation on this session is in progress: try again when it is finished")
-            self._expiries.remove(_key(owner, session_id), entry.expires_at)
-            entry.lease = Lease(_copy(entry))
-            return entry.lease
+        lease = self._lease(key)
+        try:
+            changed, answer = change(lease.session)
+            if changed is not lease.session:
+                lease.save(changed)
+                return lease, answer
+        except BaseException:
+            lease.release()
+            raise
+        lease.release()
+        return None, answer
 
-    def cached_copy(self, owner: str, session_id: str) -> Session | None:  # noqa: ARG002 - see SessionStore
-        """See SessionStore. Always None: loading is cheap."""
-        return None
-
-    def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:  # noqa: ARG002
-        """See SessionStore. Always None: no caller has a `cached_copy`."""
-        return None
-
-    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
+    def delete(self, key: SessionKey) -> None:
         """See SessionStore."""
+        lease = self._lease(key)
         with self._lock:
-            entry = self._leased_entry(lease)
-            old = entry.session
-            if session.revision != old.revision or (session.owner, session.id) != (old.owner, old.id):
-                raise RevisionConflict("another operation has changed the session in the meantime")
-            if session.transcript.segments is not old.transcript.segments:
-                self._segments.add(session.transcript)
-                self._segments.remove(old.transcript)
-            self._own_bytes += _own_bytes(session) - _own_bytes(old)
-            entry.slot, view = self._put(entry, session)
-            entry.session = replace(session, hidden=view, revision=old.revision + 1)
-            if release:
-                self._release(entry)
-            self._make_room()
-            return entry.session.revision
-
-    def release(self, lease: Lease) -> None:
-        """See SessionStore."""
-        with self._lock:
-            entry = self._entries.get(_key(lease.session.owner, lease.session.id))
-            if entry is not None and entry.lease is lease:
-                self._release(entry)
-                self._make_room()
-
-    def delete(self, lease: Lease) -> None:
-        """See SessionStore."""
-        with self._lock:
-            self._drop(_key(lease.session.owner, lease.session.id), self._leased_entry(lease))
+            self._drop(key, self._leased(lease))
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """See SessionStore. With a million sessions it takes 0.2 s, but holds the lock only to copy the keys."""
-        with self._lock:
-            keys = list(self._entries)
-        prefix = _key(owner, "")
-        ids = [key[len(prefix) :] for key in keys if key.startswith(prefix) and (owner or "/" not in key)]
+        """See SessionStore."""
         sessions: list[Session] = []
-        while found := heapq.nsmallest(limit - len(sessions), (one for one in ids if one > after)):
+        while len(sessions) < limit:
+            with self._lock:
+                ids = self._ids.get(owner, SortedList()).irange(after, inclusive=(False, True))
+                found = [key for key, _ in zip(ids, range(limit - len(sessions)), strict=False)]
+            if not found:
+                break
             for session_id in found:
                 with suppress(SessionNotFound, SessionGone):
-                    sessions.append(self.load(owner, session_id))
+                    sessions.append(self.load(SessionKey(owner, session_id)))
             after = found[-1]
         return sessions
 
     def check(self) -> None:
-        """See SessionStore. Never raises."""
+        """See SessionStore: these sessions can always be served."""
 
     def close(self) -> None:
-        """See SessionStore. Does nothing: there are no threads and no connections."""
+        """See SessionStore: there is nothing to end."""
 
     def sweep(self, limit: int = _SWEPT_SESSIONS) -> int:
         """Delete up to `limit` idle sessions that have expired, and return how many were deleted.
 
-        No method returns an expired session, swept or not: sweeping only frees its memory.
+        An expired session is never answered with, swept or not: sweeping only frees its memory.
         """
         with self._lock:
             keys = self._expiries.due(self._clock(), limit)
@@ -162,13 +169,47 @@ class MemoryStore:
 
     @property
     def num_bytes(self) -> int:
-        """Approximate memory of all sessions, in bytes. Segments that forks share count once."""
+        """About how much memory all sessions take. What forks share counts once."""
         return self._own_bytes + self._segments.num_bytes
 
-    # The following methods must be called with the lock held.
+    def _lease(self, key: SessionKey) -> _MemoryLease:
+        with self._lock:
+            entry = self._get(key)
+            if entry.lease is not None:
+                raise SessionBusy("another operation on this session is in progress: try again when it is finished")
+            self._expiries.remove(key, entry.expires_at)
+            entry.lease = _MemoryLease(self, _copy(entry))
+            return entry.lease
 
-    def _find(self, key: str) -> _Entry | None:
-        """Return the entry, or None if there is none or if it has expired."""
+    def _save(self, lease: _MemoryLease, session: Session, release: bool) -> Session:
+        with self._lock:
+            entry = self._leased(lease)
+            old = entry.session
+            if session.revision != old.revision or session.key != old.key:
+                raise RevisionConflict("another operation has changed the session in the meantime")
+            if session.text.segments is not old.text.segments:
+                self._segments.add(session.text)
+                self._segments.remove(old.text)
+            self._own_bytes += _own_bytes(session) - _own_bytes(old)
+            entry.slot, view = self._put(entry, session)
+            saved = replace(session, revision=old.revision + 1)
+            entry.session = replace(saved, text=session.text.with_hidden(view))
+            if release:
+                self._free(entry)
+            self._make_room()
+            return saved
+
+    def _release(self, lease: _MemoryLease) -> None:
+        with self._lock:
+            entry = self._entries.get(lease.session.key)
+            if entry is not None and entry.lease is lease:
+                self._free(entry)
+                self._make_room()
+
+    # The methods below need the lock.
+
+    def _find(self, key: SessionKey) -> _Entry | None:
+        """Return the session's entry; None if it isn't there, or has expired."""
         entry = self._entries.get(key)
         if entry is not None and entry.lease is None and entry.expires_at <= self._clock():
             self.num_expired += 1
@@ -176,8 +217,7 @@ class MemoryStore:
             return None
         return entry
 
-    def _get(self, owner: str, session_id: str) -> _Entry:
-        key = _key(owner, session_id)
+    def _get(self, key: SessionKey) -> _Entry:
         entry = self._find(key)
         if entry is None and key in self._gone:
             raise SessionGone("this session has expired, or was evicted to make room: create it again")
@@ -185,21 +225,21 @@ class MemoryStore:
             raise SessionNotFound("there is no such session")
         return entry
 
-    def _leased_entry(self, lease: Lease) -> _Entry:
-        entry = self._entries.get(_key(lease.session.owner, lease.session.id))
+    def _leased(self, lease: _MemoryLease) -> _Entry:
+        entry = self._entries.get(lease.session.key)
         if entry is None or entry.lease is not lease:
             raise RevisionConflict("this operation no longer has the session's lease")
         return entry
 
-    def _release(self, entry: _Entry) -> None:
-        key = _key(entry.session.owner, entry.session.id)
+    def _free(self, entry: _Entry) -> None:
+        key = entry.session.key
         entry.lease = None
         entry.expires_at = self._clock() + entry.session.ttl_s
         self._entries.move_to_end(key)
         self._expiries.add(key, entry.expires_at)
 
     def _make_room_for(self, session: Session) -> None:
-        size = _own_bytes(session) + self._segments.num_new_bytes(session.transcript)
+        size = _own_bytes(session) + self._segments.num_new_bytes(session.text)
         if size > self._max_bytes:
             raise Overloaded("the session is larger than the memory limit of all sessions together")
         self._make_room(num_sessions=1, num_bytes=size)
@@ -207,7 +247,7 @@ class MemoryStore:
             raise Overloaded("there is no room for another session, because all are in use: try again in a second")
 
     def _make_room(self, num_sessions: int = 0, num_bytes: int = 0) -> None:
-        """Evict idle sessions until this many more sessions and bytes fit, or until no session is idle."""
+        """Evict idle sessions until this much fits beside the rest."""
 
         def is_full() -> bool:
             too_many = len(self._entries) + num_sessions > self._max_sessions
@@ -217,18 +257,22 @@ class MemoryStore:
             self.num_evicted += 1
             self._expire(idle, self._entries[idle])
 
-    def _expire(self, key: str, entry: _Entry) -> None:
-        """Drop an idle session, and remember its key in order to raise SessionGone for it."""
+    def _expire(self, key: SessionKey, entry: _Entry) -> None:
+        """Delete an idle session, but remember that it was there."""
         self._expiries.remove(key, entry.expires_at)
         self._drop(key, entry)
         self._gone[key] = None
         if len(self._gone) > _MAX_GONE:
             self._gone.popitem(last=False)
 
-    def _drop(self, key: str, entry: _Entry) -> None:
+    def _drop(self, key: SessionKey, entry: _Entry) -> None:
         session = entry.session
         del self._entries[key]
-        self._segments.remove(session.transcript)
+        ids = self._ids[key.owner]
+        ids.remove(key.id)
+        if not ids:
+            del self._ids[key.owner]
+        self._segments.remove(session.text)
         self._own_bytes -= _own_bytes(session)
         self._slab(session).free(entry.slot)
 
@@ -239,7 +283,7 @@ class MemoryStore:
         return self._slabs[shape]
 
     def _put(self, entry: _Entry, session: Session) -> tuple[int, Float32]:
-        """Store the state and return its slot and its view. A session that changes its model may need another slab."""
+        """Store the state: the slot, and its view. A session that changes its model may need another slab."""
         if session.hidden.shape == entry.session.hidden.shape:
             write_state(entry.session.hidden, session.hidden)
             return entry.slot, entry.session.hidden
@@ -252,23 +296,23 @@ class _ExpiryTimes:
     """Keys by the second at which they expire. Each operation takes constant time. Not safe for several threads."""
 
     def __init__(self, now: float) -> None:
-        self._keys: dict[int, set[str]] = {}  # by second
+        self._keys: dict[int, set[SessionKey]] = {}  # by second
         self._next = math.floor(now)  # the second that `due` looks at next
 
-    def add(self, key: str, at: float) -> None:
+    def add(self, key: SessionKey, at: float) -> None:
         """Add a key that expires at this time."""
         self._keys.setdefault(self._second(at), set()).add(key)
 
-    def remove(self, key: str, at: float) -> None:
+    def remove(self, key: SessionKey, at: float) -> None:
         """Remove a key that was added with this time."""
         keys = self._keys[self._second(at)]
         keys.remove(key)
         if not keys:
             del self._keys[self._second(at)]
 
-    def due(self, now: float, limit: int) -> list[str]:
+    def due(self, now: float, limit: int) -> list[SessionKey]:
         """Return up to `limit` keys whose second is over, without removing them."""
-        found: list[str] = []
+        found: list[SessionKey] = []
         while self._next <= math.floor(now) and not found:
             found = [key for key, _ in zip(self._keys.get(self._next, ()), range(limit), strict=False)]
             self._next += not found
@@ -318,38 +362,36 @@ class _SharedSegments:
         self.num_bytes = 0  # each segment counts once
         self._num_sessions: dict[Segment, int] = {}
 
-    def add(self, transcript: Transcript) -> None:
-        """Count the segments of a session's transcript."""
-        for segment in transcript.segments:
+    def add(self, text: Text) -> None:
+        """Count the segments of a session's text."""
+        for segment in text.segments:
             num_sessions = self._num_sessions.get(segment, 0)
             self._num_sessions[segment] = num_sessions + 1
             self.num_bytes += 0 if num_sessions else _segment_bytes(segment)
 
-    def remove(self, transcript: Transcript) -> None:
-        """Stop counting the segments of a session's transcript."""
-        for segment in transcript.segments:
+    def remove(self, text: Text) -> None:
+        """Stop counting the segments of a session's text."""
+        for segment in text.segments:
             self._num_sessions[segment] -= 1
             if not self._num_sessions[segment]:
                 del self._num_sessions[segment]
                 self.num_bytes -= _segment_bytes(segment)
 
-    def num_new_bytes(self, transcript: Transcript) -> int:
-        """Return the memory of those segments of a transcript that no session has yet."""
-        return sum(_segment_bytes(segment) for segment in transcript.segments if segment not in self._num_sessions)
-
-
-def _key(owner: str, session_id: str) -> str:
-    return f"{owner}/{session_id}" if owner else session_id
+    def num_new_bytes(self, text: Text) -> int:
+        """Return the memory of those segments of a text that no session has yet."""
+        return sum(_segment_bytes(segment) for segment in text.segments if segment not in self._num_sessions)
 
 
 def _copy(entry: _Entry) -> Session:
-    """Return the session with a copy of its state, which the store will not overwrite."""
-    return replace(entry.session, hidden=read_state(entry.session.hidden), expires_at=entry.expires_at)
+    """Return the session with a state that nobody writes to."""
+    session = entry.session
+    text = session.text.with_hidden(read_state(session.hidden))
+    return replace(session, text=text, expires_at=entry.expires_at)
 
 
 def _own_bytes(session: Session) -> int:
     run_bytes = session.run.num_bytes if session.run is not None else 0
-    return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.transcript.tail) + run_bytes
+    return _SESSION_BYTES + session.hidden.nbytes + sys.getsizeof(session.text.tail) + run_bytes
 
 
 def _segment_bytes(segment: Segment) -> int:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.arrays import Float32
 from service.errors import SessionLost
-from service.sessions.session import Run, Session
-from service.sessions.transcript import Segment, Transcript
+from service.sessions.session import Run, Session, SessionKey
+from service.sessions.text import Segment, Text
 
 _VERSION = 1
 _HEAD = struct.Struct("<BI")
@@ -43,10 +43,8 @@ def encode(session: Session, segment_chars: int) -> bytes:
     back in a session that was loaded from a record therefore steps more characters. With one checkpoint of 4 KiB per
     4,096 characters the checkpoints take as much space as the text.
     """
-    transcript = session.transcript
-    segments = [
-        segment for segment in transcript.segments if segment.end <= transcript.start or not segment.end % segment_chars
-    ]
+    text = session.text
+    segments = [segment for segment in text.segments if segment.end <= text.start or not segment.end % segment_chars]
     header = _Header.model_construct(
         model=session.model,
         identity=session.identity,
@@ -54,7 +52,7 @@ def encode(session: Session, segment_chars: int) -> bytes:
         ttl_s=session.ttl_s,
         created_at=session.created_at,
         shape=session.hidden.shape,
-        start=transcript.start,
+        start=text.start,
         ends=[segment.end for segment in segments],
         run=session.run,
         origin=session.origin.hex() if session.origin is not None else None,
@@ -64,11 +62,11 @@ def encode(session: Session, segment_chars: int) -> bytes:
         np.ascontiguousarray(state, "<f4").tobytes()
         for state in (session.hidden, *(segment.hidden for segment in segments))
     ]
-    text = transcript.text(transcript.start, transcript.position).encode()
-    return b"".join([_HEAD.pack(_VERSION, len(head)), head, *states, text])
+    characters = text.slice(text.start, text.position).encode()
+    return b"".join([_HEAD.pack(_VERSION, len(head)), head, *states, characters])
 
 
-def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: float) -> Session:
+def decode(data: bytes, key: SessionKey, revision: int, expires_at: float) -> Session:
     """Return the session of a record. Raises SessionLost if the record is damaged or has another version's format."""
     try:
         version, length = _HEAD.unpack_from(data)
@@ -80,34 +78,33 @@ def decode(data: bytes, owner: str, session_id: str, revision: int, expires_at: 
         num_states = 1 + len(header.ends)
         states = np.frombuffer(data, "<f4", num_states * num_bytes // 4, begin).astype(np.float32)
         states = states.reshape(num_states, *header.shape)
-        text = data[begin + num_states * num_bytes :].decode()
-        transcript = _transcript(header, states[1:], text)
+        text = _text(header, states, data[begin + num_states * num_bytes :].decode())
     except (struct.error, ValueError, ValidationError) as error:
         raise SessionLost(
             "the session's record is damaged, or another version of the service has written it"
         ) from error
     return Session(
-        id=session_id,
-        owner=owner,
+        id=key.id,
+        owner=key.owner,
         model=header.model,
         identity=header.identity,
         seed=header.seed,
         ttl_s=header.ttl_s,
         created_at=header.created_at,
         expires_at=expires_at,
-        hidden=states[0],
-        transcript=transcript,
+        text=text,
         run=header.run,
         origin=bytes.fromhex(header.origin) if header.origin is not None else None,
         revision=revision,
     )
 
 
-def _transcript(header: _Header, states: Float32, text: str) -> Transcript:
+def _text(header: _Header, states: Float32, characters: str) -> Text:
+    """states: the state after the whole text, then those of the checkpoints. Raises ValueError."""
     begin, segments = header.start, []
-    for end, state in zip(header.ends, states, strict=True):
-        if end < begin or end > header.start + len(text):
+    for end, state in zip(header.ends, states[1:], strict=True):
+        if end < begin or end > header.start + len(characters):
             raise ValueError("a checkpoint is outside the text")
-        segments.append(Segment(text[begin - header.start : end - header.start], end, state))
+        segments.append(Segment(characters[begin - header.start : end - header.start], end, state))
         begin = end
-    return Transcript(header.start, tuple(segments), text[begin - header.start :])
+    return Text(states[0], header.start, tuple(segments), characters[begin - header.start :])

@@ -90,7 +90,7 @@ class RedisServer:
             except errors.ConnectionError:
                 self._close_idle()  # connections from before a restart are broken as well
                 answer = self._run_script(key, operation, *arguments, is_retry=True)
-            if operation == "claim" and answer[0] == b"conflict":
+            if answer[0] in (b"conflict", b"exists"):
                 raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
             return answer
         except errors.OutOfMemoryError as error:
@@ -102,7 +102,7 @@ class RedisServer:
             self._note_failure(error)
             if self._observer is not None:
                 self._observer.count_failure(operation)
-            is_unknown = operation in ("save", "claim") and isinstance(
+            is_unknown = operation in ("create", "save", "claim", "delete") and isinstance(
                 error, errors.ConnectionError | errors.TimeoutError
             )
             raise OutcomeUnknown(_UNKNOWN) if is_unknown else StoreUnavailable(_UNREACHABLE) from error

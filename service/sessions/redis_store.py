@@ -1,4 +1,4 @@
-"""The session store in Redis: sessions outlive the process, and all replicas share them."""
+"""The session store in Redis: sessions outlive the process, and any of several replicas may continue them."""
 
 from __future__ import annotations
 
@@ -22,22 +22,52 @@ from service.errors import (
     SessionLost,
     SessionNotFound,
 )
-from service.sessions.cache import CachedSession, SessionCache
+from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
 from service.sessions.record import decode, encode
 from service.sessions.redis_server import RedisServer
-from service.sessions.session import Session
-from service.sessions.session_store import Lease, Operation
+from service.sessions.session import Session, SessionKey
+from service.sessions.session_store import Answer, Change, Lease, Operation, safe_to_retry
 
-_POLL_S = 0.03  # between two attempts to take over a lease
+_POLL_S = 0.03  # between two attempts to get a lease that another process holds
 _GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
+_CHANGED = "another server has changed the session in the meantime"
+
+
+class RedisLease:
+    """Implements `Lease`. A thread of the store renews it; the lease of a process that dies ends soon by itself.
+
+    It is fenced: a holder that lost it can't save.
+    """
+
+    def __init__(self, store: RedisStore, session: Session, save_id: SaveId, token: bytes) -> None:
+        self._store = store
+        self.token = token  # random; names this lease in Redis
+        self.session = session
+        self.save_id = save_id  # of `session`
+        self.due = 0.0  # when it has to be renewed; monotonic
+        self.is_ending = False  # the save or release that gives it back is under way
+        self.on_takeover: Callable[[], None] | None = None
+
+    def save(self, session: Session, *, release: bool = False) -> None:
+        """See Lease."""
+        self._store._save(self, session, release)
+
+    def release(self) -> None:
+        """See Lease. If the server can't be reached, the lease ends by itself."""
+        self._store._release(self)
 
 
 class RedisStore:
     """Implements `SessionStore`. A write-through cache avoids re-reading records; Redis still validates every use.
 
-    A lease lasts `lease_s` seconds and is renewed by a thread, so a session that a dead process has leased is soon
-    available again. Leases are fenced: a process that has lost its lease can't save.
+    Args:
+        server: Closed with the store.
+        segment_chars: See Retention.
+        cache_bytes: Memory for sessions that were in use lately.
+        prefix: Of every key in Redis.
+        lease_s: How long a lease is valid that is not renewed.
+        clock: Seconds since 1970; None for the server's clock, which is the same for all replicas.
     """
 
     def __init__(
@@ -49,146 +79,77 @@ class RedisStore:
         lease_s: float = 1.0,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        """Start the renewer's thread.
-
-        Args:
-            server: the server, which is closed with the store.
-            segment_chars: see `Retention`.
-            cache_bytes: memory for recently used sessions.
-            prefix: of all keys. Stores with the same prefix share their sessions.
-            lease_s: length of a lease.
-            clock: returns seconds since 1970; None for the server's clock.
-        """
         self._server, self._prefix, self._clock = server, prefix, clock
         self._cache = SessionCache(cache_bytes)
         self._encode = partial(encode, segment_chars=segment_chars)
-        self._renewer = LeaseRenewer(server, self._cache, self._encode, lease_s, self._now_ms)
+        self._renewer = LeaseRenewer(server, self._cache, self._encode, self._redis_key, lease_s, self._now_ms)
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
         session = replace(session, created_at=self._now())
-        key, nonce = self._key(session.owner, session.id), _new_nonce()
-        answer = self._call("create", key, nonce, self._encode(session), _ms(session.ttl_s))
+        nonce = _nonce()
+        answer = self._call("create", session.key, nonce, self._encode(session), _ms(session.ttl_s))
         if answer[0] == b"exists":
             raise SessionExists(f"there is already a session {session.id}")
-        return self._saved(key, session, nonce, answer)
+        return self._saved(session, nonce, answer)[0]
 
-    def load(self, owner: str, session_id: str) -> Session:
+    def load(self, key: SessionKey) -> Session:
         """See SessionStore."""
-        key = self._key(owner, session_id)
         cached = self._cache.get(key)
-        return self._loaded(owner, session_id, cached, self._call("load", key, *_known_save(cached)))
+        return self._loaded(key, cached, self._call("load", key, *_seen(cached)))[0]
 
-    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:
-        """See SessionStore. Waits for a takeover for at most twice the length of a lease."""
-        key, token = self._key(owner, session_id), _new_nonce()
-        deadline = time.monotonic() + 2 * self._renewer.lease_ms / 1000
-        while True:
-            cached = self._cache.get(key)
-            answer = self._call("lease", key, *_known_save(cached), token, self._renewer.lease_ms, int(take_over))
-            if answer[0] != b"busy":
-                break
-            if not take_over or self._renewer.is_leased_here(key) or time.monotonic() > deadline:
-                raise SessionBusy("another operation on this session is in progress: try again when it is finished")
-            time.sleep(_POLL_S)
+    def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:
+        """See SessionStore. Takes one exchange with the server if the cached copy is current, else two or three."""
+        with safe_to_retry(idempotent):
+            return self._apply(key, change, keep=False)[1]
+
+    def begin(self, key: SessionKey, change: Change[Answer], *, take_over: bool = False) -> tuple[Lease | None, Answer]:
+        """See SessionStore. Beginning is always safe to retry: it changes no text."""
+        with safe_to_retry():
+            return self._apply(key, change, keep=True, take_over=take_over)
+
+    def delete(self, key: SessionKey) -> None:
+        """See SessionStore."""
+        lease = self._lease(key, take_over=False)
         try:
-            lease = Lease(self._loaded(owner, session_id, cached, answer))
-        except SessionLost:
-            self._release(key, token)
-            raise
-        self._renewer.start_renewing(lease, key, token, answer[1])
-        return lease
-
-    def cached_copy(self, owner: str, session_id: str) -> Session | None:
-        """See SessionStore."""
-        cached = self._cache.get(self._key(owner, session_id))
-        return cached.session if cached is not None else None
-
-    def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
-        """See SessionStore."""
-        key, token, nonce = self._key(session.owner, session.id), _new_nonce(), _new_nonce()
-        cached = self._cache.get(key)
-        if cached is None or cached.session is not session:
-            return None
-        record, lease_ms = self._encode(changed), "" if release else self._renewer.lease_ms
-        answer = self._call("claim", key, *_known_save(cached), token, nonce, record, _ms(changed.ttl_s), lease_ms)
-        if answer[0] == b"conflict":
-            return None
-        lease = Lease(self._saved(key, changed, nonce, answer))
-        if not release:
-            self._renewer.start_renewing(lease, key, token, answer[1])
-        return lease
-
-    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
-        """See SessionStore."""
-        old, active = lease.session, self._renewer.active_lease(lease)
-        if session.revision != active.revision or (session.owner, session.id) != (old.owner, old.id):
-            raise RevisionConflict("another operation has changed the session in the meantime")
-        key, nonce = self._key(session.owner, session.id), _new_nonce()
-        lease_ms = "" if release else self._renewer.lease_ms
-        active.is_being_released = release
-        try:
-            answer = self._call(
-                "save", key, active.token, active.revision, nonce, self._encode(session), _ms(session.ttl_s), lease_ms
-            )
-        except OutcomeUnknown:
-            self._renewer.stop_renewing(lease)  # the lease ends by itself
-            raise
-        if answer[0] == b"conflict":
+            answer = self._call("delete", key, lease.token)
+            if answer[0] == b"conflict":
+                raise RevisionConflict(_CHANGED)
+            self._cache.drop(key)
+            self._renewer.record_deletion(key, lease.save_id)
+        finally:
             self._renewer.stop_renewing(lease)
-            raise RevisionConflict("another server has changed the session in the meantime")
-        saved = self._saved(key, session, nonce, answer)
-        active.revision, active.renew_at = saved.revision, self._renewer.next_renewal()
-        if release:
-            self._renewer.stop_renewing(lease)
-        return saved.revision
-
-    def release(self, lease: Lease) -> None:
-        """See SessionStore. If the server can't be reached, the lease ends by itself."""
-        active = self._renewer.stop_renewing(lease)
-        if active is not None:
-            self._release(self._key(lease.session.owner, lease.session.id), active.token)
-
-    def delete(self, lease: Lease) -> None:
-        """See SessionStore."""
-        active, key = self._renewer.active_lease(lease), self._key(lease.session.owner, lease.session.id)
-        answer = self._call("delete", key, active.token)
-        self._renewer.stop_renewing(lease)
-        if answer[0] == b"conflict":
-            raise RevisionConflict("another server has changed the session in the meantime")
-        self._cache.forget(key)
-        self._renewer.record_write(key, active.incarnation, active.revision, None)
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """See SessionStore. Scans all keys of the server."""
-        prefix = self._key(owner, "")
-        keys = self._server.keys(prefix.translate(_GLOB) + "*")
-        ids = {key[len(prefix) :] for key in keys if "/" not in key[len(prefix) :]}
+        """See SessionStore. Scans every key that the server has."""
+        own = self._redis_key(SessionKey(owner, ""))
+        keys = self._server.keys(own.translate(_GLOB) + "*")
+        ids = {key[len(own) :] for key in keys if "/" not in key[len(own) :]}
         sessions: list[Session] = []
         while found := heapq.nsmallest(limit - len(sessions), (one for one in ids if one > after)):
             for session_id in found:
                 with suppress(SessionNotFound, SessionGone, SessionLost):
-                    sessions.append(self.load(owner, session_id))
+                    sessions.append(self.load(SessionKey(owner, session_id)))
             after = found[-1]
         return sessions
 
     def __len__(self) -> int:
-        """Number of sessions in this process's cache."""
+        """The number of sessions in this process's cache."""
         return len(self._cache)
 
     @property
     def num_bytes(self) -> int:
-        """Approximate memory of this process's cache, in bytes."""
+        """About how much memory the cache takes."""
         return self._cache.num_bytes
 
     @property
     def num_evicted(self) -> int:
-        """Number of sessions that were evicted from this process's cache. They are still in Redis."""
+        """How many sessions the cache has dropped to make room. They are still in Redis."""
         return self._cache.num_evicted
 
     @property
     def num_expired(self) -> int:
-        """Always 0: Redis expires sessions by itself."""
+        """Always 0: Redis drops expired sessions without a notice."""
         return 0
 
     def check(self) -> None:
@@ -200,62 +161,160 @@ class RedisStore:
         self._renewer.close()
         self._server.close()
 
-    def _call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
-        return self._server.call(operation, key, self._now_ms(), *arguments)
+    def _apply(
+        self, key: SessionKey, change: Change[Answer], keep: bool, take_over: bool = False
+    ) -> tuple[RedisLease | None, Answer]:
+        """Change and save the cached copy if it is current, in one exchange; else lease the session, change and save it.
+
+        Returns the lease if `keep` and if there was something to save.
+        """
+        cached = None if take_over or self._renewer.is_leased_here(key) else self._cache.get(key)
+        if cached is not None:
+            try:
+                changed, answer = change(cached.session)
+            except GruServeError:
+                cached = None  # perhaps only because the copy is stale: the current session decides
+            else:
+                if changed is not cached.session:
+                    is_saved, lease = self._compare_and_save(cached, changed, keep)
+                    if is_saved:
+                        return lease, answer
+                    cached = None
+        lease = self._lease(key, take_over)
+        try:
+            # A change that had nothing to save in a copy that is current need not run again.
+            if cached is None or cached.save_id != lease.save_id:
+                changed, answer = change(lease.session)
+                if changed is not lease.session:
+                    lease.save(changed, release=not keep)
+                    return lease if keep else None, answer
+        except BaseException:
+            lease.release()
+            raise
+        lease.release()
+        return None, answer
+
+    def _compare_and_save(self, cached: CachedSession, changed: Session, keep: bool) -> tuple[bool, RedisLease | None]:
+        """Save a change of the cached copy in one exchange, if the copy is current and not leased.
+
+        Returns whether it was saved, and the lease if it is to be kept.
+        """
+        token, nonce = _nonce(), _nonce()
+        lease_ms = self._renewer.lease_ms if keep else ""
+        record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
+        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, record, ttl_ms, lease_ms)
+        if answer[0] == b"conflict":
+            return False, None
+        session, save_id = self._saved(changed, nonce, answer)
+        if not keep:
+            return True, None
+        lease = RedisLease(self, session, save_id, token)
+        self._renewer.start_renewing(lease)
+        return True, lease
+
+    def _lease(self, key: SessionKey, take_over: bool) -> RedisLease:
+        token, lease_ms = _nonce(), self._renewer.lease_ms
+        deadline = time.monotonic() + 2 * lease_ms / 1000
+        while True:
+            cached = self._cache.get(key)
+            answer = self._call("lease", key, *_seen(cached), token, lease_ms, int(take_over))
+            if answer[0] != b"busy":
+                break
+            if not take_over or self._renewer.is_leased_here(key) or time.monotonic() > deadline:
+                raise SessionBusy("another operation on this session is in progress: try again when it is finished")
+            time.sleep(_POLL_S)
+        try:
+            session, save_id = self._loaded(key, cached, answer)
+        except SessionLost:
+            self._free(key, token)
+            raise
+        lease = RedisLease(self, session, save_id, token)
+        self._renewer.start_renewing(lease)
+        return lease
+
+    def _save(self, lease: RedisLease, session: Session, release: bool) -> None:
+        self._renewer.require_lease(lease)
+        if session.revision != lease.session.revision or session.key != lease.session.key:
+            raise RevisionConflict("another operation has changed the session in the meantime")
+        nonce, save_id = _nonce(), lease.save_id
+        lease_ms = "" if release else self._renewer.lease_ms
+        lease.is_ending = release
+        known = (save_id.incarnation, save_id.revision, save_id.nonce)
+        try:
+            answer = self._call(
+                "save", session.key, lease.token, *known, nonce, self._encode(session), _ms(session.ttl_s), lease_ms
+            )
+        except OutcomeUnknown:
+            self._renewer.stop_renewing(lease)  # it ends by itself
+            raise
+        if answer[0] == b"conflict":
+            self._renewer.stop_renewing(lease)
+            raise RevisionConflict(_CHANGED)
+        lease.session, lease.save_id = self._saved(session, nonce, answer)
+        lease.due = self._renewer.next_due()
+        if release:
+            self._renewer.stop_renewing(lease)
+
+    def _release(self, lease: RedisLease) -> None:
+        if self._renewer.stop_renewing(lease):
+            self._free(lease.session.key, lease.token)
+
+    def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
+        return self._server.call(operation, self._redis_key(key), self._now_ms(), self._renewer.lease_ms, *arguments)
 
     def _now(self) -> float:
-        """Seconds since 1970, for `created_at`."""
+        """Seconds since 1970, for what only this process sees."""
         return self._clock() if self._clock is not None else time.time()
 
     def _now_ms(self) -> int | str:
-        """The time as session.lua takes it: milliseconds, or "" for the server's clock, which all replicas share."""
+        """Milliseconds since 1970 for the script; "" makes it use the server's clock."""
         return round(self._clock() * 1000) if self._clock is not None else ""
 
-    def _loaded(self, owner: str, session_id: str, cached: CachedSession | None, answer: list[Any]) -> Session:
-        """Return the session of an answer to `load` or `lease`, or raise the error that it stands for.
-
-        cached: the cached copy that the call named.
-        """
-        key, word = self._key(owner, session_id), answer[0]
+    def _loaded(self, key: SessionKey, cached: CachedSession | None, answer: list[Any]) -> tuple[Session, SaveId]:
+        """Read an answer to `load` or `lease`. cached: the copy that the server was told of."""
+        word = answer[0]
         if word == b"lost":
             raise SessionLost("the session store has lost the last save of this session: continue under another id")
-        if word == b"expired":
+        if word == b"gone":
             raise SessionGone("this session has expired: create it again")
-        if word == b"missing":
+        if word == b"none":
             raise SessionNotFound("there is no such session")
-        incarnation, revision, nonce, expires_at = answer[1], int(answer[2]), answer[3], int(answer[4]) / 1000
+        save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[3]), int(answer[4]) / 1000
         if len(answer) > 5:
-            session = decode(answer[5], owner, session_id, revision, expires_at)
-            self._cache.put(key, CachedSession(session, incarnation, nonce))
-            return session
-        if cached is None:  # the script leaves the record out only if the cached copy has the same nonce
+            session = decode(answer[5], key, save_id.revision, expires_at)
+            self._cache.put(key, CachedSession(session, save_id))
+            return session, save_id
+        if cached is None:  # the script leaves the record out only for a caller that has it
             raise SessionLost("the session's record is incomplete: create the session again under another id")
         if cached.session.expires_at == expires_at:
-            return cached.session
-        return replace(cached.session, expires_at=expires_at)
+            return cached.session, save_id
+        return replace(cached.session, expires_at=expires_at), save_id
 
-    def _saved(self, key: str, session: Session, nonce: bytes, answer: list[Any]) -> Session:
-        """Cache, journal and return the session that an answer to `create`, `claim` or `save` says is saved."""
-        incarnation, revision, expires_at = answer[1], int(answer[2]), int(answer[3]) / 1000
-        session = replace(session, hidden=read_state(session.hidden), revision=revision, expires_at=expires_at)
-        self._cache.put(key, CachedSession(session, incarnation, nonce))
-        self._renewer.record_write(key, incarnation, revision, nonce)
-        return session
+    def _saved(self, session: Session, nonce: bytes, answer: list[Any]) -> tuple[Session, SaveId]:
+        """Read an answer to an operation that saved; the session as it is stored now."""
+        save_id, expires_at = SaveId(answer[1], int(answer[2]), nonce), int(answer[3]) / 1000
+        text = session.text.with_hidden(read_state(session.hidden))
+        session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
+        self._cache.put(session.key, CachedSession(session, save_id))
+        self._renewer.record_write(session.key, save_id)
+        return session, save_id
 
-    def _release(self, key: str, token: bytes) -> None:
+    def _free(self, key: SessionKey, token: bytes) -> None:
         with suppress(GruServeError):
             self._call("release", key, token)
 
-    def _key(self, owner: str, session_id: str) -> str:
-        return f"{self._prefix}{owner}/{session_id}"
+    def _redis_key(self, key: SessionKey) -> str:
+        return f"{self._prefix}{key.owner}/{key.id}"
 
 
-def _known_save(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
-    """Name the save that this process has cached. The script leaves out the record if it is still the last one."""
-    return (cached.incarnation, cached.session.revision, cached.nonce) if cached is not None else (b"", 0, b"")
+def _seen(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
+    """What the script is told of the copy that this process has: it leaves out a record that is the same."""
+    if cached is None:
+        return b"", 0, b""
+    return cached.save_id.incarnation, cached.save_id.revision, cached.save_id.nonce
 
 
-def _new_nonce() -> bytes:
+def _nonce() -> bytes:
     return secrets.token_bytes(12)
 
 

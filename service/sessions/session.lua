@@ -1,62 +1,59 @@
--- The operations on one session in Redis. Each call is one operation, and atomic.
+-- What is done to one session in Redis: each call is one operation, done wholly or not at all.
 --
--- KEYS[1]  the session, a hash with these fields (replicas of the previous version read and write the same ones):
---   r  revision: the number of saves
---   n  nonce of the last save: after a loss of data a revision may be assigned twice, a nonce never is
---   b  incarnation: the time of creation and a nonce; identifies the creation of this session
---   d  the record (record.py)
---   t  ttl: milliseconds that the session lives after its last use
---   x  the time at which it expires unless it is leased
---   l  token of the lease, '' without one
---   u  the time at which the lease ends
---   w  '1' if another process has requested a takeover
--- ARGV     operation, now, then the operation's arguments. Times are milliseconds since 1970; now = '' stands for the
---          server's clock, which is the same for all replicas.
--- Returns  a word, then what belongs to it:
---   ok        incarnation, revision, (load and lease: nonce,) time of expiry, (load and lease: record if it differs)
---   missing   there is no such session           expired   it has expired, but the hash is still there
---   lost      Redis has an older save than the caller knows of, or (renew) the lease is no longer the caller's
---   exists, busy, conflict, takeover, unchanged   see the operation
---
--- The caller identifies the save that it knows by known_incarnation, known_revision and known_nonce; '' if by none.
-local key, op, now = KEYS[1], ARGV[1], tonumber(ARGV[2])
-local REMEMBERED_MS = 600000 -- an expired session's hash stays this long, to answer `expired` instead of `missing`
+-- KEYS[1]  the session, a hash:
+--   b  incarnation: which creation this is; later ones are greater      r  revision: how often it was saved
+--   n  nonce of the last save. (b, r, n) identify a save: histories that parted have equal revisions and other nonces
+--   d  the record (record.py)                                           t  milliseconds that it lives after its last use
+--   x  when it expires, unless it is leased                             l  token of the lease
+--   u  when the lease ends                                              w  1: another process requests the session
+--   s  absent or '' while the session lives. A tombstone has no record: 'deleted', or 'lost' if what was acknowledged
+--      last could not be restored
+-- ARGV     operation, now, the longest lease, then what the operation needs. Times are milliseconds since 1970; now '':
+--          the server's clock. A triple (incarnation, revision, nonce) says which save the caller has; '' for none.
+-- Answers  a word, and what belongs to it.
+local key, op, now, longest_lease = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local REMEMBERED_MS = 600000 -- how long tombstones and expired sessions are remembered; longer than any recovery window
 
 local time = redis.call('TIME')
 now = now or time[1] * 1000 + math.floor(time[2] / 1000)
 
-local fields = redis.call('HMGET', key, 'r', 'n', 't', 'x', 'l', 'u', 'w', 'b')
-local revision, nonce, ttl, expires = tonumber(fields[1]), fields[2], tonumber(fields[3]), tonumber(fields[4])
-local lease_token, is_leased = fields[5], fields[6] and tonumber(fields[6]) > now
-local takeover_requested = fields[7] == '1'
-local incarnation = fields[8] -- all have the same length, so a later creation compares as greater
-local is_expired = revision and not is_leased and expires <= now
+local stored = redis.call('HMGET', key, 'b', 'r', 'n', 't', 'x', 'l', 'u', 'w', 's')
+local incarnation, revision, nonce = stored[1], tonumber(stored[2]), stored[3]
+local ttl, expires, holder, lease_end = tonumber(stored[4]), tonumber(stored[5]), stored[6], tonumber(stored[7])
+local takeover_requested, tombstone = stored[8] == '1', stored[9]
+if tombstone == '' then tombstone = false end
+-- A lease that ends later than its longest length from now was given by a clock that has stepped back: it is over.
+local is_leased = lease_end and lease_end > now and lease_end <= now + longest_lease
+local is_alive = revision and not tombstone
+local has_expired = is_alive and not is_leased and expires <= now
 
 local function whole(number) return string.format('%.0f', number) end
 
 -- One HSET for all fields: each command costs Redis as much as the rest of the script.
 local function set(...) redis.call('HSET', key, ...) end
 
-local function extend_life(ms, ...) -- expire `ms` from now; sets other fields in the same command
+local function live_for(ms, ...) -- sets other fields too
   expires = now + ms
   set('x', whole(expires), ...)
   redis.call('PEXPIRE', key, whole(ms + REMEMBERED_MS))
 end
 
-local function write(new_revision, new_nonce, record, ms, token, leased_until)
-  extend_life(ms, 'b', incarnation, 'r', whole(new_revision), 'n', new_nonce, 'd', record, 't', ms,
-    'l', token, 'u', leased_until)
+local function write(new_incarnation, new_revision, new_nonce, record, ms, new_holder, new_lease_end)
+  incarnation, revision = new_incarnation, new_revision
+  live_for(ms, 'b', incarnation, 'r', whole(revision), 'n', new_nonce, 'd', record, 't', ms,
+    'l', new_holder, 'u', new_lease_end, 'w', '', 's', '')
 end
 
-local function saved()
-  return {'ok', incarnation, whole(revision), whole(expires)}
+local function bury(kind, new_incarnation, new_revision, token)
+  set('s', kind, 'b', new_incarnation, 'r', whole(new_revision), 'n', '', 'l', token, 'u', 0, 'x', 0, 'd', '')
+  redis.call('PEXPIRE', key, REMEMBERED_MS)
 end
 
-local function save_next(new_nonce, record, ms, token, lease_ms) -- lease_ms = '': release the lease
-  local keeps_lease = lease_ms ~= ''
-  revision = revision + 1
-  write(revision, new_nonce, record, tonumber(ms), keeps_lease and token or '',
-    keeps_lease and whole(now + lease_ms) or 0)
+local function saved() return {'ok', incarnation, whole(revision), whole(expires)} end
+
+local function save_next(new_nonce, record, ms, token, lease_ms) -- lease_ms '': give the lease back as well
+  local keeps = lease_ms ~= ''
+  write(incarnation, revision + 1, new_nonce, record, tonumber(ms), keeps and token or '', keeps and whole(now + lease_ms) or 0)
   return saved()
 end
 
@@ -64,103 +61,118 @@ local function is_older(than_incarnation, than_revision)
   return incarnation < than_incarnation or (incarnation == than_incarnation and revision < than_revision)
 end
 
--- Why the session can't be given to a caller who knows this save; nil if it can.
-local function why_unavailable(known_incarnation, known_revision, known_nonce)
-  if not revision then return 'missing' end
-  if is_expired then return 'expired' end
-  if known_incarnation == '' then return end
-  local has_diverged = incarnation == known_incarnation and revision == known_revision and nonce ~= known_nonce
-  if has_diverged or is_older(known_incarnation, known_revision) then return 'lost' end
+local function is_save(seen_incarnation, seen_revision, seen_nonce)
+  return incarnation == seen_incarnation and revision == tonumber(seen_revision) and nonce == seen_nonce
 end
 
-local function loaded(known_nonce) -- the record is left out if the caller has it
-  local answer = {'ok', incarnation, whole(revision), nonce, whole(expires)}
-  if nonce ~= known_nonce then answer[6] = redis.call('HGET', key, 'd') end
-  return answer
+-- Why a caller that has seen this save can't have the session; nil if it can.
+local function refusal(seen_incarnation, seen_revision, seen_nonce)
+  if not revision or tombstone == 'deleted' then return 'none' end
+  if tombstone then return 'lost' end
+  if has_expired then return 'gone' end
+  if seen_incarnation == '' then return end
+  seen_revision = tonumber(seen_revision)
+  local has_parted = incarnation == seen_incarnation and revision == seen_revision and nonce ~= seen_nonce
+  if has_parted or is_older(seen_incarnation, seen_revision) then return 'lost' end
+end
+
+local function describe(seen_nonce) -- the record only for a caller that doesn't have it
+  local facts = {'ok', incarnation, whole(revision), nonce, whole(expires)}
+  if nonce ~= seen_nonce then facts[6] = redis.call('HGET', key, 'd') end
+  return facts
 end
 
 local operations = {}
 
--- exists: there is a session with this id. With the nonce of this very call it is the caller's, whose first attempt
--- was done and whose answer was lost.
 function operations.create(new_nonce, record, ms)
-  if revision and not is_expired and nonce ~= new_nonce then return {'exists'} end
-  incarnation = string.format('%016.0f', time[1] * 1e6 + time[2]) .. new_nonce
-  redis.call('DEL', key)
-  revision = 1
-  write(revision, new_nonce, record, tonumber(ms), '', 0)
+  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and not has_expired then return {'exists'} end
+  -- Later than the incarnation before, even if the clock has stepped back since.
+  local created = time[1] * 1e6 + time[2]
+  if incarnation then created = math.max(created, tonumber(incarnation:sub(1, 16)) + 1) end
+  -- No DEL first: after a write Redis no longer checks its memory limit.
+  write(string.format('%016.0f', created) .. new_nonce, 1, new_nonce, record, tonumber(ms), '', 0)
   return saved()
 end
 
-function operations.load(known_incarnation, known_revision, known_nonce)
-  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
-  return reason and {reason} or loaded(known_nonce)
+function operations.load(seen_incarnation, seen_revision, seen_nonce)
+  local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
+  return refused and {refused} or describe(seen_nonce)
 end
 
--- busy: another caller has the lease. take_over = '1' asks it to release.
-function operations.lease(known_incarnation, known_revision, known_nonce, token, ms, take_over)
-  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
-  if reason then return {reason} end
-  if is_leased and lease_token ~= token then
-    if take_over == '1' then set('w', '1') end
+function operations.lease(seen_incarnation, seen_revision, seen_nonce, token, ms, requests_takeover)
+  local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
+  if refused then return {refused} end
+  if is_leased and holder ~= token then
+    if requests_takeover == '1' then set('w', '1') end
     return {'busy'}
   end
   set('l', token, 'u', whole(now + ms), 'w', '')
-  return loaded(known_nonce)
+  return describe(seen_nonce)
 end
 
--- Compare and save, and lease, in one call. conflict: the save that the caller knows is not the last one, or the
--- session is leased.
-function operations.claim(known_incarnation, known_revision, known_nonce, token, new_nonce, record, ms, lease_ms)
-  if revision and nonce == new_nonce then return saved() end -- done by a first attempt whose answer was lost
-  local reason = why_unavailable(known_incarnation, tonumber(known_revision), known_nonce)
-  if reason or nonce ~= known_nonce or is_leased then return {'conflict'} end
-  if takeover_requested then set('w', '') end
+-- Compare and save: lease and save in one, for a caller that has seen the last save.
+function operations.claim(seen_incarnation, seen_revision, seen_nonce, token, new_nonce, record, ms, lease_ms)
+  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  local is_current = is_alive and not has_expired and is_save(seen_incarnation, seen_revision, seen_nonce)
+  if not is_current or is_leased then return {'conflict'} end
   return save_next(new_nonce, record, ms, token, lease_ms)
 end
 
--- conflict: the lease is not the caller's, or the session has another revision than the caller expects.
-function operations.save(token, expected_revision, new_nonce, record, ms, lease_ms)
-  if revision and nonce == new_nonce then return saved() end -- done by a first attempt whose answer was lost
-  if not revision or lease_token ~= token or revision ~= tonumber(expected_revision) then return {'conflict'} end
-  return save_next(new_nonce, record, ms, token, lease_ms)
+function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new_nonce, record, ms, lease_ms)
+  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if not is_alive or holder ~= token or not is_save(seen_incarnation, seen_revision, seen_nonce) then
+    return {'conflict'}
+  end
+  local requested = takeover_requested and '1' or ''
+  local answer = save_next(new_nonce, record, ms, token, lease_ms)
+  if requested == '1' and lease_ms ~= '' then set('w', '1') end
+  return answer
 end
 
--- Renew a lease, also one that has ended and that nobody else has taken; after a restart = '1' also one that the server
--- has lost. takeover: it is renewed, and another process has requested it.
-function operations.renew(token, expected_revision, ms, after_restart)
-  local is_free = after_restart == '1' and not is_leased and revision == tonumber(expected_revision)
-  if not revision or (lease_token ~= token and not is_free) then return {'lost'} end
-  extend_life(ttl, 'l', token, 'u', whole(now + ms))
+-- A lease that nobody else has taken is valid again, even if it had run out. After a restart (`again`) also one that the
+-- server has lost, if the session is at the save that the caller has.
+function operations.renew(token, seen_incarnation, seen_revision, seen_nonce, ms, again)
+  local is_mine = is_alive and holder == token
+  local is_free = again == '1' and is_alive and not is_leased
+  if again == '1' and not is_save(seen_incarnation, seen_revision, seen_nonce) then return {'lost'} end
+  if not is_mine and not is_free then return {'lost'} end
+  live_for(ttl, 'l', token, 'u', whole(now + ms))
   return {takeover_requested and 'takeover' or 'ok'}
 end
 
 function operations.release(token)
-  if revision and lease_token == token then extend_life(ttl, 'l', '', 'u', 0) end
+  if is_alive and holder == token then live_for(ttl, 'l', '', 'u', 0) end
   return {'ok'}
 end
 
--- conflict: the lease is not the caller's.
+-- A tombstone stays, by which a restart's recovery knows that an older copy is not to be restored.
 function operations.delete(token)
-  if revision and lease_token ~= token then return {'conflict'} end
-  redis.call('DEL', key)
+  if tombstone == 'deleted' and holder == token then return {'ok'} end -- a repeated call, whose first answer got lost
+  if not is_alive or holder ~= token then return {'conflict'} end
+  bury('deleted', incarnation, revision, token)
   return {'ok'}
 end
 
--- After a restart that lost the last writes: write a save again. unchanged: Redis has this save or a later one.
-function operations.restore(lost_incarnation, lost_revision, lost_nonce, record, ms)
-  if revision and not is_older(lost_incarnation, tonumber(lost_revision)) then return {'unchanged'} end
-  incarnation = lost_incarnation
-  write(tonumber(lost_revision), lost_nonce, record, tonumber(ms), '', 0)
+-- After a restart that may have lost the last writes: does the server lack this save?
+function operations.lacks(seen_incarnation, seen_revision)
+  return {(not revision or is_older(seen_incarnation, tonumber(seen_revision))) and 'yes' or 'no'}
+end
+
+-- Store again what the server lost, unless somebody has gone on from it.
+function operations.restore(seen_incarnation, seen_revision, seen_nonce, record, ttl_ms, left_ms)
+  if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
+  write(seen_incarnation, tonumber(seen_revision), seen_nonce, record, tonumber(ttl_ms), '', 0)
+  expires = now + tonumber(left_ms)
+  set('x', whole(expires))
   return {'ok'}
 end
 
--- After such a restart, for a session that was deleted or whose last save is not cached any more: an older revision
--- must not be served again. unchanged: Redis has nothing, or a later save.
-function operations.drop(lost_incarnation, lost_revision)
-  if not revision or not is_older(lost_incarnation, lost_revision + 1) then return {'unchanged'} end
-  redis.call('DEL', key)
+-- The same for a session that was deleted ('deleted'), or whose record nobody has any more ('lost').
+function operations.bury(seen_incarnation, seen_revision, kind)
+  if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
+  bury(kind, seen_incarnation, seen_revision, '')
   return {'ok'}
 end
 
-return operations[op](unpack(ARGV, 3))
+return operations[op](unpack(ARGV, 4))

@@ -8,7 +8,15 @@ from service.arrays import Float32
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
 from service.errors import PositionConflict
-from service.sessions.transcript import Transcript
+from service.sessions.text import Text
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """Names a session: an id among the sessions of an owner. Neither contains a slash."""
+
+    owner: str  # the name of an API key; empty if the service has no API keys
+    id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +38,11 @@ class Run:
     end: int | None = None  # the position at which it ended; None while it is unfinished
 
     @property
+    def is_finished(self) -> bool:
+        """Whether it has ended. An interrupted run has not."""
+        return self.finish_reason is not None
+
+    @property
     def num_bytes(self) -> int:
         """Approximate memory in bytes."""
         return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
@@ -42,13 +55,12 @@ class Session:
     id: str  # contains no slash
     owner: str  # contains no slash; empty if the service has no API keys
     model: str  # name@version
-    identity: str  # `LoadedModel.identity` of the model that computed `hidden`; no other model can use the state
+    identity: str  # `LoadedModel.identity` of the model that computed the state; no other model can use the state
     seed: int  # used for every run that doesn't have its own seed
     ttl_s: float  # lifetime in seconds after the last use
     created_at: float  # seconds since 1970
     expires_at: float  # seconds since 1970
-    hidden: Float32  # (L, H), the state after the whole text; must not be written to
-    transcript: Transcript
+    text: Text
     run: Run | None = None  # the last run; None if there was none, or if its text was changed since
     origin: bytes | None = None  # hash of the request that created it; None if that request can't be repeated
     revision: int = 0  # number of saves
@@ -56,12 +68,22 @@ class Session:
     @property
     def position(self) -> int:
         """Number of characters read and generated so far."""
-        return self.transcript.position
+        return self.text.position
+
+    @property
+    def hidden(self) -> Float32:
+        """(L, H), the state after the whole text; must not be written to."""
+        return self.text.hidden
+
+    @property
+    def key(self) -> SessionKey:
+        """The name under which a store finds the session."""
+        return SessionKey(self.owner, self.id)
 
     @property
     def finished_run(self) -> Run | None:
         """The last run if it is finished. An unfinished run can't be resumed once the text has changed."""
-        return self.run if self.run is not None and self.run.finish_reason is not None else None
+        return self.run if self.run is not None and self.run.is_finished else None
 
     def require_position(self, position: int | None) -> None:
         """Raise PositionConflict unless the session is at this position. None accepts any."""

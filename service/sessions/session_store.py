@@ -1,102 +1,90 @@
-"""The contract between the operations on sessions and the place where sessions are stored."""
+"""The contract between what changes sessions and what stores them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from service.errors import OutcomeUnknown, StoreUnavailable
-from service.sessions.session import Session
+from service.sessions.session import Session, SessionKey
 
-# The values of a metric's label: "claim" is `compare_and_save`, "renew" the renewal of a lease.
+Answer = TypeVar("Answer")
+#: A function from a session to the changed session and an answer. It gives back the session that it got if there is
+#: nothing to save. It may be called twice, the first time with a copy that is no longer current.
+Change = Callable[[Session], tuple[Session, Answer]]
 Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "page"]
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
-    """The exclusive right to change a session, from `lease` until `release`."""
+class Lease(Protocol):
+    """The right to change one session, until it is released. Only the thread that works on the session may use it."""
 
-    session: Session  # as it was when the lease was taken
-    # Called on a thread of its own when another process requests the session, or has already taken it over. The holder
-    # then saves and releases. None if the holder is not notified.
-    on_takeover: Callable[[], None] | None = None
+    session: Session
+    """The session as it was when the lease was taken, or as it was saved with it last."""
+    on_takeover: Callable[[], None] | None
+    """Called on a thread of its own when another process requests the session, or has it already."""
+
+    def save(self, session: Session, *, release: bool = False) -> None:
+        """Store the session's new state and make it `self.session`; with `release`, give the lease back as well.
+
+        Raises RevisionConflict if the lease is no longer valid, and then nothing has changed; OutcomeUnknown if the
+        store didn't say whether it was done.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give the lease back, which counts as a use of the session. Harmless if that was done before."""
+        ...
 
 
 class SessionStore(Protocol):
-    """Stores sessions by owner and id.
+    """Sessions by owner and id. Values go in and out: nobody sees a change before it is saved.
 
-    Sessions are values: a change becomes visible when it is saved, never before. A session expires `ttl_s` seconds
-    after its creation or after the last release of a lease. While it is leased it neither expires nor is evicted. For
-    some time the store remembers which sessions expired or were evicted, and raises SessionGone instead of
-    SessionNotFound. An owner's sessions don't exist for other owners.
-
-    Any number of threads may call. No call blocks for long. A store outside this process may raise StoreUnavailable in
-    every method except `release`, and SessionLost in every method that loads a session whose last save it has lost.
+    A session lives for `ttl_s` seconds after its creation or after its last lease was released. A leased session neither
+    expires nor is evicted. A store remembers for a while that an expired or evicted session was there. One owner's
+    session doesn't exist for another. Any number of threads may call. A store outside the process may raise
+    StoreUnavailable from every method but a lease's `release`, and SessionLost wherever a session is loaded whose last
+    save the store has lost.
     """
 
     def create(self, session: Session) -> Session:
-        """Store a new session and return it with `revision` 1 and with `created_at` and `expires_at` set.
+        """Store a new session as revision 1, and return it with `created_at` and `expires_at` set.
 
-        Raises SessionExists if the id is in use, and Overloaded if evicting every idle session would not make room.
+        Raises SessionExists, and Overloaded if there is no room that idle sessions could make.
         """
         ...
 
-    def load(self, owner: str, session_id: str) -> Session:
-        """Return the session as it was last saved, also while it is leased. Raises SessionNotFound, SessionGone."""
+    def load(self, key: SessionKey) -> Session:
+        """Return the session as it was saved last, leased or not. Raises SessionNotFound, SessionGone."""
         ...
 
-    def lease(self, owner: str, session_id: str, *, take_over: bool = False) -> Lease:
-        """Lease the session and load it. Raises SessionBusy if it is leased; SessionNotFound, SessionGone.
+    def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:
+        """Apply a change, save what it gives, and return its answer.
 
-        take_over: if another process has the lease, ask that process to release it and wait. Raises SessionBusy if it
-        doesn't do so in time.
+        `change` runs on the cached copy first, if there is one, and again on the current session if the copy turns out
+        to be stale. Raises what `change` raises on the current session; SessionBusy, SessionNotFound, SessionGone;
+        and OutcomeUnknown if the store didn't say whether it was saved: StoreUnavailable instead if the change is
+        `idempotent`, because repeating it is then harmless.
         """
         ...
 
-    def cached_copy(self, owner: str, session_id: str) -> Session | None:
-        """Return a cached, possibly stale copy. Use it only for `compare_and_save`.
+    def begin(self, key: SessionKey, change: Change[Answer], *, take_over: bool = False) -> tuple[Lease | None, Answer]:
+        """Apply and save a change as `update` does, and keep the lease: None if there was nothing to save.
 
-        None if there is no copy, or if loading is so cheap that the store has no cache.
+        With `take_over`, another process that holds the lease is requested to hand the session over, and waited for.
         """
         ...
 
-    def compare_and_save(self, session: Session, changed: Session, *, release: bool = False) -> Lease | None:
-        """Replace `session`, a `cached_copy`, by `changed` in one exchange. The session is leased afterwards.
-
-        Returns the lease with the saved session. Returns None and changes nothing if the copy was stale or the session
-        is leased. A store outside this process raises OutcomeUnknown if the save may or may not have happened.
-
-        release: release the lease as part of the same exchange.
-        """
-        ...
-
-    def save(self, lease: Lease, session: Session, *, release: bool = False) -> int:
-        """Save the leased session and return its new revision, which is one higher.
-
-        Raises RevisionConflict and changes nothing if `session.revision` is not the stored one, or if the lease has
-        been released or lost. A store outside this process raises OutcomeUnknown if the save may or may not have
-        happened.
-
-        release: release the lease as part of the same exchange.
-        """
-        ...
-
-    def release(self, lease: Lease) -> None:
-        """Release the lease. This counts as a use of the session. Does nothing if the lease is already released."""
-        ...
-
-    def delete(self, lease: Lease) -> None:
-        """Delete the leased session; it is then unknown. Raises RevisionConflict if the lease was released or lost."""
+    def delete(self, key: SessionKey) -> None:
+        """Forget a session, as if it had never been. Raises SessionBusy, SessionNotFound, SessionGone."""
         ...
 
     def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """Return up to `limit` of the owner's sessions with ids greater than `after`, in the order of their ids."""
+        """Return up to `limit` of the owner's sessions, in the order of their ids, above the id `after`."""
         ...
 
     def check(self) -> None:
-        """Raise StoreUnavailable while the store can't be used."""
+        """Raise StoreUnavailable while sessions can't be served."""
         ...
 
     def close(self) -> None:
@@ -105,26 +93,23 @@ class SessionStore(Protocol):
 
 
 class StoreObserver(Protocol):
-    """Receives the duration and the failures of exchanges with a store outside this process. Called by any thread."""
+    """Gets to know each exchange with a store outside the process. Any thread may call it."""
 
     def observe(self, operation: Operation, duration_s: float) -> None:
-        """Record the duration of an exchange, whatever its result was."""
+        """Count an exchange that is over, whatever its answer."""
         ...
 
     def count_failure(self, operation: Operation) -> None:
-        """Count an exchange in which the store was unreachable or didn't answer in time."""
+        """Count an exchange in which the store could not be reached, or gave no answer in time."""
         ...
 
 
 @contextmanager
 def safe_to_retry(is_idempotent: bool = True) -> Iterator[None]:
-    """Map an unknown outcome to "safe to retry" for an idempotent write: StoreUnavailable replaces OutcomeUnknown.
-
-    A write is idempotent if it changes no text, or if its request names the position at which the text belongs.
-    """
+    """Map an unknown outcome to "safe to retry" for idempotent changes: raise StoreUnavailable, not OutcomeUnknown."""
     try:
         yield
     except OutcomeUnknown as error:
         if not is_idempotent:
             raise
-        raise StoreUnavailable("the session store did not answer; repeating the request is safe: try again") from error
+        raise StoreUnavailable("the session store didn't answer: try again, which is harmless") from error

@@ -21,7 +21,7 @@ from service.registry.loaded_models import EngineSettings, LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.session_store import StoreObserver
-from service.sessions.transcript import Retention
+from service.sessions.text import Retention
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.store.model_store import ModelStore
 from service.web.access import register_access

@@ -11,8 +11,8 @@ from flask import Response
 from pydantic_core import to_json
 
 from service.errors import Draining, GruServeError
-from service.generation.feeding import FeedResult
 from service.generation.run_stream import RunStream
+from service.generation.session_service import FeedResult
 from service.sessions.session import Session
 from service.web import session_schemas as schemas
 from service.web.completion_answer import logprobs_of
@@ -33,7 +33,7 @@ def session_answer(session: Session) -> schemas.SessionAnswer:
         ttl_s=session.ttl_s,
         created_at=round(session.created_at, 3),
         expires_at=round(session.expires_at, 3),
-        text_from=session.transcript.start,
+        text_from=session.text.start,
     )
 
 

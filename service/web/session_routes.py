@@ -12,13 +12,12 @@ from pydantic import BaseModel
 from werkzeug.exceptions import MethodNotAllowed
 
 from service.errors import InvalidValue
-from service.generation.creation import NewSession
-from service.generation.feeding import FeedRequest
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
-from service.generation.session_service import SessionService
+from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels
+from service.sessions.session import SessionKey
 from service.web import session_schemas as schemas
 from service.web.access import client_key, current_owner
 from service.web.admission import AdmissionLimit
@@ -48,7 +47,7 @@ def sessions_blueprint(
         model = body.model if body.model is not None or body.state is not None else default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
         with admission, _blaming("text"):
-            session, is_new = sessions.creation.create(current_owner(), new)
+            session, is_new = sessions.create(current_owner(), new)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
@@ -78,18 +77,18 @@ def sessions_blueprint(
     @blueprint.get("/v1/sessions/<id>", summary="Show a session", responses={"200": schemas.SessionAnswer})
     def show(path: schemas.SessionPath) -> Response:
         """Describe a session. While text is being generated, describe it as it was before."""
-        return _json(session_answer(sessions.get(current_owner(), path.id)))
+        return _json(session_answer(sessions.get(_key(path))))
 
     @blueprint.delete("/v1/sessions/<id>", summary="Delete a session", responses={"204": None})
     def forget(path: schemas.SessionPath) -> Response:
         """Delete a session with its text and its state."""
-        sessions.delete(current_owner(), path.id)
+        sessions.delete(_key(path))
         return Response(status=204)
 
     @blueprint.get("/v1/sessions/<id>/text", summary="Read a session's text", responses={"200": schemas.TextAnswer})
     def text(path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
         """Return the session's text, or a part of it. Only the most recent text is retained."""
-        content, start, end = sessions.text(current_owner(), path.id, query.start, query.end)
+        content, start, end = sessions.text(_key(path), query.start, query.end)
         return _json(schemas.TextAnswer(text=content, start=start, end=end))
 
     @blueprint.post("/v1/sessions/<id>/feed", summary="Append text to a session", responses={"200": schemas.FeedAnswer})
@@ -104,7 +103,7 @@ def sessions_blueprint(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
         with admission, _blaming("text"):
-            return feed_answer(sessions.feeding.feed(current_owner(), path.id, feed_request))
+            return feed_answer(sessions.feed(_key(path), feed_request))
 
     @blueprint.post(
         "/v1/sessions/<id>/generate", summary="Continue a session's text", responses={"200": schemas.GenerateAnswer}
@@ -122,7 +121,7 @@ def sessions_blueprint(
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
 
         def charset() -> Charset:
-            session = sessions.get(current_owner(), path.id)
+            session = sessions.get(_key(path))
             return models.for_state(session.model, session.identity).charset
 
         run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
@@ -130,7 +129,7 @@ def sessions_blueprint(
         admission.acquire(streaming_client)
         try:
             client_has_left = client_monitor()
-            stream = sessions.runs.generate(current_owner(), path.id, run_request, body.position, client_has_left)
+            stream = sessions.runs.generate(_key(path), run_request, body.position, client_has_left)
         except BaseException:
             admission.release(streaming_client)
             raise
@@ -152,7 +151,7 @@ def sessions_blueprint(
         streaming_client = client_key()
         admission.acquire(streaming_client)
         try:
-            stream = sessions.runs.resume(current_owner(), path.id, _resume_position(query.after), client_monitor())
+            stream = sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
         except BaseException:
             admission.release(streaming_client)
             raise
@@ -180,7 +179,7 @@ def sessions_blueprint(
     def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Delete the text after a retained position. The session is then as it was at that position."""
         with admission:
-            return _json(session_answer(sessions.rewind(current_owner(), path.id, body.position)))
+            return _json(session_answer(sessions.rewind(_key(path), body.position)))
 
     @blueprint.post(
         "/v1/sessions/<id>/fork",
@@ -190,7 +189,7 @@ def sessions_blueprint(
     def fork(path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
         """Create a session with the same text. Unless another seed is given, its continuations are the same, too."""
         with admission:
-            session, is_new = sessions.creation.fork(current_owner(), path.id, body.id, body.position, body.seed)
+            session, is_new = sessions.fork(_key(path), body.id, body.position, body.seed)
         return _json(session_answer(session), 201 if is_new else 200)
 
     @blueprint.get(
@@ -201,7 +200,7 @@ def sessions_blueprint(
 
         It is signed text with the hidden state, the seed and the position. It doesn't contain the session's text.
         """
-        sealed, header = sessions.export(current_owner(), path.id, query.ttl_s)
+        sealed, header = sessions.export(_key(path), query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
 
@@ -234,6 +233,11 @@ def _resume_position(after: int | None) -> int | None:
             "Last-Event-ID: must be the id of an event of this stream, which is a position", param="Last-Event-ID"
         )
     return int(event_id)
+
+
+def _key(path: schemas.SessionPath) -> SessionKey:
+    """Return the key of the caller's session of this id."""
+    return SessionKey(current_owner(), path.id)
 
 
 def _json(answer: BaseModel, status: int = 200) -> Response:

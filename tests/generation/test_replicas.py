@@ -28,17 +28,16 @@ from service.errors import (
     SessionNotFound,
     StoreUnavailable,
 )
-from service.generation.creation import NewSession
-from service.generation.feeding import FeedRequest
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
-from service.generation.session_service import SessionService
+from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
+from service.sessions.session import SessionKey
 from service.sessions.session_store import Lease, Operation
-from service.sessions.transcript import Retention
+from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
@@ -86,7 +85,7 @@ def until_it_works(call: Callable[[], object]) -> None:
 
 
 def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> None:
-    replica[0].creation.create("", NewSession(session_id, "tiny", text, seed=7))
+    replica[0].create("", NewSession(session_id, "tiny", text, seed=7))
 
 
 def take(continuation: RunStream, num_chars: int = 10**9) -> str:
@@ -101,11 +100,11 @@ def take(continuation: RunStream, num_chars: int = 10**9) -> str:
 
 def uninterrupted(replica: Replica, request: RunRequest = LONG) -> str:
     create(replica, "other")
-    return take(replica[0].runs.generate("", "other", request, None))
+    return take(replica[0].runs.generate(SessionKey("", "other"), request, None))
 
 
 def text_of(replica: Replica, session_id: str = "a") -> str:
-    return replica[0].text("", session_id, None, None)[0]
+    return replica[0].text(SessionKey("", session_id), None, None)[0]
 
 
 def dies(replica: Replica) -> None:
@@ -120,17 +119,17 @@ def test_replicas__see_each_others_saves(replicas: Callable[[], Replica]) -> Non
     create(one)
     for number in range(20):
         replica = (one, two)[number % 2]
-        replica[0].feeding.feed("", "a", FeedRequest("to be ", 6 + 6 * number))
+        replica[0].feed(SessionKey("", "a"), FeedRequest("to be ", 6 + 6 * number))
     assert text_of(one) == text_of(two) == "ROMEO:" + "to be " * 20
-    states = {replica[0].get("", "a").hidden.tobytes() for replica in (one, two)}
+    states = {replica[0].get(SessionKey("", "a")).hidden.tobytes() for replica in (one, two)}
     alone = replicas()
     create(alone, "b", "ROMEO:" + "to be " * 20)
-    assert states == {alone[0].get("", "b").hidden.tobytes()}
-    two[0].delete("", "a")
+    assert states == {alone[0].get(SessionKey("", "b")).hidden.tobytes()}
+    two[0].delete(SessionKey("", "a"))
     with pytest.raises((SessionNotFound, SessionGone)):
-        one[0].get("", "a")
+        one[0].get(SessionKey("", "a"))
     with pytest.raises(SessionNotFound):
-        one[0].get("", "a")
+        one[0].get(SessionKey("", "a"))
 
 
 @contextmanager
@@ -152,28 +151,28 @@ def test_cached_copy__saves_exchanges_with_redis(replicas: Callable[[], Replica]
     one, two = replicas(), replicas()
     create(one)
     with exchanges(one) as operations:
-        one[0].feeding.feed("", "a", FeedRequest("to be "))
+        one[0].feed(SessionKey("", "a"), FeedRequest("to be "))
         assert operations == ["claim"]
-        first = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 12))
+        first = take(one[0].runs.generate(SessionKey("", "a"), RunRequest(20, PLAIN), 12))
         assert operations == ["claim", "claim", "save"]
     with exchanges(two) as operations:  # it has no cached copy
-        two[0].feeding.feed("", "a", FeedRequest("x", 32))
+        two[0].feed(SessionKey("", "a"), FeedRequest("x", 32))
         assert operations == ["lease", "save"]
     with exchanges(one) as operations:  # its cached copy is stale
-        one[0].feeding.feed("", "a", FeedRequest("y"))
+        one[0].feed(SessionKey("", "a"), FeedRequest("y"))
         assert operations == ["claim", "lease", "save"]
-    two[0].feeding.feed("", "a", FeedRequest("z"))
+    two[0].feed(SessionKey("", "a"), FeedRequest("z"))
     with exchanges(one) as operations:
-        second = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), 35))
+        second = take(one[0].runs.generate(SessionKey("", "a"), RunRequest(20, PLAIN), 35))
         assert operations == ["lease", "save", "save"]  # its cached copy is not at the caller's position
-    two[0].feeding.feed("", "a", FeedRequest("z"))
+    two[0].feed(SessionKey("", "a"), FeedRequest("z"))
     with exchanges(one) as operations:
-        third = take(one[0].runs.generate("", "a", RunRequest(20, PLAIN), None))
+        third = take(one[0].runs.generate(SessionKey("", "a"), RunRequest(20, PLAIN), None))
         assert operations == ["claim", "lease", "save", "save"]
     text = f"ROMEO:to be {first}xyz{second}z"
     assert text_of(one) == text_of(two) == text + third
     create(one, "alone", text)
-    assert take(one[0].runs.generate("", "alone", RunRequest(20, PLAIN), None)) == third
+    assert take(one[0].runs.generate(SessionKey("", "alone"), RunRequest(20, PLAIN), None)) == third
 
 
 @pytest.mark.parametrize("position", [None, 6])
@@ -190,7 +189,7 @@ def test_feed__whose_answer_was_lost_is_not_done_twice(
         answer = run(*arguments, is_retry=is_retry)
         if not is_retry:
             if someone_goes_on:
-                two[0].feeding.feed("", "a", FeedRequest("b"))
+                two[0].feed(SessionKey("", "a"), FeedRequest("b"))
             raise errors.ConnectionError
         return answer
 
@@ -201,9 +200,9 @@ def test_feed__whose_answer_was_lost_is_not_done_twice(
             expecting.enter_context(
                 pytest.raises(error, match="may or may not have been done" if position is None else "safe")
             )
-        one[0].feeding.feed("", "a", FeedRequest("a", position))
+        one[0].feed(SessionKey("", "a"), FeedRequest("a", position))
     if position is not None:
-        one[0].feeding.feed("", "a", FeedRequest("a", position))
+        one[0].feed(SessionKey("", "a"), FeedRequest("a", position))
     assert text_of(two) == ("ROMEO:ab" if someone_goes_on else "ROMEO:a")
 
 
@@ -223,11 +222,11 @@ def test_generate__whose_start_was_lost_can_be_repeated(
         with monkeypatch.context() as lost:
             lost.setattr(one[1]._server, "_run_script", lose)
             with pytest.raises(StoreUnavailable, match="safe"):
-                replica[0].runs.generate("", "a", request, position)
+                replica[0].runs.generate(SessionKey("", "a"), request, position)
         assert text_of(two) == "ROMEO:"
         until_it_works(one[1].check)
         time.sleep(2 * LEASE_S)
-    text = take(two[0].runs.generate("", "a", request, None))
+    text = take(two[0].runs.generate(SessionKey("", "a"), request, None))
     assert text_of(one) == "ROMEO:" + text
     assert text == uninterrupted(two, request)
 
@@ -236,10 +235,10 @@ def test_resume__generates_again_what_a_dead_replica_sent(replicas: Callable[[],
     one, two = replicas(), replicas()
     whole = uninterrupted(one)
     create(one)
-    continuation = one[0].runs.generate("", "a", LONG, None)
+    continuation = one[0].runs.generate(SessionKey("", "a"), LONG, None)
     got = take(continuation, 700)
     dies(one)
-    rest = take(two[0].runs.resume("", "a", 6 + len(got)))
+    rest = take(two[0].runs.resume(SessionKey("", "a"), 6 + len(got)))
     assert got + rest == whole
     assert text_of(two) == "ROMEO:" + whole
     continuation.close()
@@ -250,24 +249,24 @@ def test_operations__continue_from_what_a_dead_replica_sent(replicas: Callable[[
     """The stream need not be resumed first: the client's position says how far it was sent."""
     one, two = replicas(), replicas()
     create(one)
-    continuation = one[0].runs.generate("", "a", LONG, None)
+    continuation = one[0].runs.generate(SessionKey("", "a"), LONG, None)
     got = take(continuation, 100)
     dies(one)
     position, sessions = 6 + len(got), two[0]
     time.sleep(2 * LEASE_S)
     with pytest.raises(PositionConflict):
-        sessions.feeding.feed("", "a", FeedRequest("x", 6 + 5001))
+        sessions.feed(SessionKey("", "a"), FeedRequest("x", 6 + 5001))
     if operation == "feed":
-        sessions.feeding.feed("", "a", FeedRequest("xyz", position))
+        sessions.feed(SessionKey("", "a"), FeedRequest("xyz", position))
         assert text_of(two) == f"ROMEO:{got}xyz"
     elif operation == "rewind":
-        sessions.rewind("", "a", position)
+        sessions.rewind(SessionKey("", "a"), position)
         assert text_of(two) == f"ROMEO:{got}"
     elif operation == "fork":
-        sessions.creation.fork("", "a", "b", position, None)
+        sessions.fork(SessionKey("", "a"), "b", position, None)
         assert text_of(two, "b") == f"ROMEO:{got}"
     else:
-        more = take(sessions.runs.generate("", "a", RunRequest(10, PLAIN), position))
+        more = take(sessions.runs.generate(SessionKey("", "a"), RunRequest(10, PLAIN), position))
         assert text_of(two) == f"ROMEO:{got}{more}"
     continuation.close()
 
@@ -277,19 +276,19 @@ def test_resume__takes_over_from_a_living_replica(replicas: Callable[[], Replica
     one, two = replicas(), replicas()
     request = replace(LONG, max_chars=1_000_000)
     create(one)
-    first = one[0].runs.generate("", "a", request, None)
+    first = one[0].runs.generate(SessionKey("", "a"), request, None)
     got = take(first, 300)
-    second = two[0].runs.resume("", "a", 6 + len(got))
+    second = two[0].runs.resume(SessionKey("", "a"), 6 + len(got))
     more = take(second, 300)
     with pytest.raises(RunTakenOver):
         take(first)
     second.close()
-    third = one[0].runs.resume("", "a", 6 + len(got) + len(more))
+    third = one[0].runs.resume(SessionKey("", "a"), 6 + len(got) + len(more))
     rest = take(third, 300)
     third.close()
     assert text_of(one).startswith("ROMEO:" + got + more + rest)
     create(one, "other")
-    assert take(one[0].runs.generate("", "other", replace(LONG, max_chars=len(got + more + rest)), None)) == (
+    assert take(one[0].runs.generate(SessionKey("", "other"), replace(LONG, max_chars=len(got + more + rest)), None)) == (
         got + more + rest
     )
 
@@ -298,10 +297,10 @@ def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable
     """The taker repeats its lease request until the holder, at its next renewal, saves and releases in one exchange."""
     one, two = replicas(), replicas()
     create(one)
-    first = one[0].runs.generate("", "a", replace(LONG, max_chars=1_000_000), None)
+    first = one[0].runs.generate(SessionKey("", "a"), replace(LONG, max_chars=1_000_000), None)
     position = 6 + len(take(first, 50))
     with exchanges(one) as holder, exchanges(two) as taker:
-        second = two[0].runs.resume("", "a", position)
+        second = two[0].runs.resume(SessionKey("", "a"), position)
     assert holder == ["save"]
     assert len(taker) > 2
     assert taker == ["lease"] * (len(taker) - 1) + ["save"]
@@ -319,7 +318,7 @@ def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Call
         for turn in range(rounds):
             barrier.wait(60)
             try:
-                both[number][0].feeding.feed("", "a", FeedRequest("ab"[number], turn))
+                both[number][0].feed(SessionKey("", "a"), FeedRequest("ab"[number], turn))
                 outcomes.append("won")
                 texts[number] += "ab"[number]
             except (SessionBusy, PositionConflict, RevisionConflict) as error:
@@ -333,12 +332,12 @@ def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Call
     final = "".join(a if a != "." else b for a, b in zip(*texts, strict=True))
     assert text_of(both[0]) == text_of(both[1]) == final
     create(both[0], "serial", final)
-    assert both[0][0].get("", "serial").hidden.tobytes() == both[1][0].get("", "a").hidden.tobytes()
+    assert both[0][0].get(SessionKey("", "serial")).hidden.tobytes() == both[1][0].get(SessionKey("", "a")).hidden.tobytes()
 
 
 def test_save__is_refused_after_the_lease_was_lost(replicas: Callable[[], Replica]) -> None:
     (_, one), (sessions, two) = replicas(), replicas()
-    sessions.creation.create("", NewSession("a", "tiny", "x", seed=7))
+    sessions.create("", NewSession("a", "tiny", "x", seed=7))
     slept = one.lease("", "a")
     one._renewer.close()  # it is paused for longer than a lease lasts
     time.sleep(2 * LEASE_S)
@@ -381,14 +380,14 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica))
-    continuation = replica[0].runs.generate("", "a", LONG, None)
+    continuation = replica[0].runs.generate(SessionKey("", "a"), LONG, None)
     got = take(continuation, 50)
     own_redis.kill()
     with pytest.raises((StoreUnavailable, OutcomeUnknown)):
         got += take(continuation)
     for call in (
-        lambda: replica[0].get("", "a"),
-        lambda: replica[0].feeding.feed("", "a", FeedRequest("x")),
+        lambda: replica[0].get(SessionKey("", "a")),
+        lambda: replica[0].feed(SessionKey("", "a"), FeedRequest("x")),
         lambda: replica[0].page("", "", 10),
         lambda: create(replica, "b"),
         replica[1].check,
@@ -397,7 +396,7 @@ def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], o
             call()
     own_redis.start()
     until_it_works(lambda: replica[1].page("", "", 1))
-    rest = take(replica[0].runs.resume("", "a", 6 + len(got)))
+    rest = take(replica[0].runs.resume(SessionKey("", "a"), 6 + len(got)))
     assert got + rest == uninterrupted(replica)
 
 
@@ -408,25 +407,25 @@ def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_red
     create(replica)
     on_disk = own_redis.on_disk()
     for number in range(5):
-        replica[0].feeding.feed("", "a", FeedRequest("ab", 6 + 2 * number))
+        replica[0].feed(SessionKey("", "a"), FeedRequest("ab", 6 + 2 * number))
     create(replica, "new")
-    replica[0].delete("", "deleted")
+    replica[0].delete(SessionKey("", "deleted"))
     lease = replica[1].lease("", "new")
-    before = replica[0].get("", "a")
+    before = replica[0].get(SessionKey("", "a"))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
     until_it_works(lambda: replica[1].page("", "", 1))
-    after = replica[0].get("", "a")
+    after = replica[0].get(SessionKey("", "a"))
     assert after.revision >= before.revision
     assert text_of(replica) == "ROMEO:" + "ab" * 5
     assert text_of(replica, "new") == "ROMEO:"
     with pytest.raises(GruServeError, match="no such session"):
-        replica[0].get("", "deleted")
+        replica[0].get(SessionKey("", "deleted"))
     with pytest.raises(SessionBusy):  # it is still leased
         replicas(own_redis.url)[1].lease("", "new")
     replica[1].save(lease, replace(lease.session, seed=8), release=True)
-    assert replica[0].get("", "new").seed == 8
+    assert replica[0].get(SessionKey("", "new")).seed == 8
 
 
 def test_restart__never_serves_an_older_save_than_was_acknowledged(
@@ -435,16 +434,16 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     replica = replicas(own_redis.url)
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
-    replica[0].feeding.feed("", "a", FeedRequest("ab"))
+    replica[0].feed(SessionKey("", "a"), FeedRequest("ab"))
     monkeypatch.setattr(replica[1]._renewer, "_restore_call", lambda key, _: ("load", key, "", "", 0, ""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
     until_it_works(lambda: replica[1].page("", "", 1))
     for call in (
-        lambda: replica[0].get("", "a"),
-        lambda: replica[0].feeding.feed("", "a", FeedRequest("x")),
-        lambda: replica[0].runs.generate("", "a", LONG, None),
+        lambda: replica[0].get(SessionKey("", "a")),
+        lambda: replica[0].feed(SessionKey("", "a"), FeedRequest("x")),
+        lambda: replica[0].runs.generate(SessionKey("", "a"), LONG, None),
     ):
         with pytest.raises(SessionLost):
             call()

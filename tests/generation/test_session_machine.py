@@ -24,23 +24,22 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from service.generation.reading import stop_ids
 
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError
-from service.generation.creation import NewSession
-from service.generation.feeding import FeedRequest
-from service.generation.reading import stop_ids
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
-from service.generation.session_service import SessionService
+from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
+from service.sessions.session import SessionKey
 from service.sessions.session_store import SessionStore
-from service.sessions.transcript import Retention
+from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.clock import Clock
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
@@ -265,7 +264,7 @@ class SessionMachine(RuleBasedStateMachine):
         if there is None and len(self.texts) == self.max_sessions and len(self.open) == self.max_sessions:
             code = "overloaded"
         with self.fails(code):
-            session, created = self.sessions.creation.create("", new)
+            session, created = self.sessions.create("", new)
             session_id = session.id
             assert created == is_new
             if created:
@@ -276,7 +275,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids)
     def delete(self, session_id: str) -> None:
         with self.fails(self.fate(session_id)):
-            self.sessions.delete("", session_id)
+            self.sessions.delete(SessionKey("", session_id))
             del self.texts[session_id]
 
     @rule(seconds=st.sampled_from([1.0, 49.5, 100.0]), sweep=st.booleans())
@@ -292,12 +291,12 @@ class SessionMachine(RuleBasedStateMachine):
         if not sweep:  # an unswept session expires when it is read; before that, eviction would count it
             for session_id in self.gone:
                 with self.fails(self.fate(session_id, needs_lease=False)):
-                    self.sessions.get("", session_id)
+                    self.sessions.get(SessionKey("", session_id))
 
     @rule(session_id=ids)
     def others_see_nothing(self, session_id: str) -> None:
         with self.fails("session_not_found"):
-            self.sessions.get("another", session_id)
+            self.sessions.get(SessionKey("another", session_id))
         with self.fails("session_not_found"):
             self.sessions.runs.resume("another", session_id, None)
 
@@ -306,8 +305,8 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids, text=TEXTS, says=st.booleans())
     def feed(self, session_id: str, text: str, says: bool) -> None:
         with self.fails(self.fate(session_id)):
-            position = self.sessions.get("", session_id).position if says else None
-            fed = self.sessions.feeding.feed("", session_id, FeedRequest(text, position, num_next=3, num_logprobs=1))
+            position = self.sessions.get(SessionKey("", session_id)).position if says else None
+            fed = self.sessions.feed(SessionKey("", session_id), FeedRequest(text, position, num_next=3, num_logprobs=1))
             there = self.texts[session_id]
             there.feed(text)
             assert fed.position == there.position
@@ -330,7 +329,7 @@ class SessionMachine(RuleBasedStateMachine):
                 if position < there.start and position + len(text) <= there.position:
                     code = "position_gone"
         with self.fails(code):
-            fed = self.sessions.feeding.feed("", session_id, FeedRequest(text or "", position, num_logprobs=0))
+            fed = self.sessions.feed(SessionKey("", session_id), FeedRequest(text or "", position, num_logprobs=0))
             assert position is not None
             assert fed.position == position + len(text or "")
             if position == self.texts[session_id].position and text:
@@ -347,7 +346,7 @@ class SessionMachine(RuleBasedStateMachine):
             self.use(session_id)
         position = self.texts[session_id].position + ahead if session_id in self.texts else ahead
         with self.fails(code):
-            self.sessions.feeding.feed("", session_id, FeedRequest("a", position))
+            self.sessions.feed(SessionKey("", session_id), FeedRequest("a", position))
             assert more is not None
             self.texts[session_id].grow(more)
             self.texts[session_id].feed("a")
@@ -361,7 +360,7 @@ class SessionMachine(RuleBasedStateMachine):
         if code == "session_busy" and says:
             return  # it may take the run over: see resume
         with self.fails(code):
-            continuation = self.sessions.runs.generate("", session_id, request, position)
+            continuation = self.sessions.runs.generate(SessionKey("", session_id), request, position)
             there = self.texts[session_id]
             again = there.run is not None and says and there.run.start == position and there.run.request == request
             run = there.run if again and there.run is not None else there.begin(request)
@@ -376,7 +375,7 @@ class SessionMachine(RuleBasedStateMachine):
             return
         run = there.run
         again = replace(run.request, seed=run.seed)
-        self.finish(session_id, self.sessions.runs.generate("", session_id, again, run.start), run, run.start)
+        self.finish(session_id, self.sessions.runs.generate(SessionKey("", session_id), again, run.start), run, run.start)
         self.use(session_id)
 
     @rule(session_id=ids, request=RUNS, num_pieces=st.integers(0, 3))
@@ -385,7 +384,7 @@ class SessionMachine(RuleBasedStateMachine):
             return
         there = self.texts[session_id]
         run = there.begin(replace(request, max_chars=30))
-        continuation = self.sessions.runs.generate("", session_id, run.request, None)
+        continuation = self.sessions.runs.generate(SessionKey("", session_id), run.request, None)
         pieces = continuation.chunks(0.0, 20)
         got = "".join(piece.text for piece, _ in zip(pieces, range(num_pieces), strict=False) if piece is not None)
         continuation.close()
@@ -410,7 +409,7 @@ class SessionMachine(RuleBasedStateMachine):
         elif there is not None:
             code = "no_run"
         with self.fails(code):
-            continuation = self.sessions.runs.resume("", session_id, after)
+            continuation = self.sessions.runs.resume(SessionKey("", session_id), after)
             assert there is not None
             assert there.run is not None
             assert after is not None
@@ -440,7 +439,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def stopped(self, session_id: str, run: Ran) -> None:
         """Note a run that was stopped, or had just ended, at the position at which the session is."""
-        there, session = self.texts[session_id], self.sessions.get("", session_id)
+        there, session = self.texts[session_id], self.sessions.get(SessionKey("", session_id))
         assert session.run is not None
         text = session.transcript.text(run.start, session.position)
         there.whole = run.before
@@ -454,7 +453,7 @@ class SessionMachine(RuleBasedStateMachine):
     def open_run(self, session_id: str, request: RunRequest) -> None:
         if self.fate(session_id) is None:
             run = self.texts[session_id].begin(replace(request, max_chars=24))
-            self.open[session_id] = self.sessions.runs.generate("", session_id, run.request, None), run
+            self.open[session_id] = self.sessions.runs.generate(SessionKey("", session_id), run.request, None), run
 
     @rule(session_id=ids)
     def close_run(self, session_id: str) -> None:
@@ -481,7 +480,7 @@ class SessionMachine(RuleBasedStateMachine):
                 code = "position_conflict" if more is None else None
             self.use(session_id)
         with self.fails(code):
-            assert self.sessions.rewind("", session_id, position).position == position
+            assert self.sessions.rewind(SessionKey("", session_id), position).position == position
             there = self.texts[session_id]
             if more is not None and there.run is not None:
                 there.grow(more)
@@ -505,7 +504,7 @@ class SessionMachine(RuleBasedStateMachine):
                 code = "overloaded"
         made = None
         with self.fails(code):
-            session, is_new = self.sessions.creation.fork("", session_id, None, position, seed)
+            session, is_new = self.sessions.fork(SessionKey("", session_id), None, position, seed)
             assert is_new
             made = session.id
             there = self.texts[session_id]
@@ -523,7 +522,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(target=states, session_id=ids, ttl_s=st.none() | st.just(60.0))
     def export(self, session_id: str, ttl_s: float | None) -> Any:
         with self.fails(self.fate(session_id)):
-            state, header = self.sessions.export("", session_id, ttl_s)
+            state, header = self.sessions.export(SessionKey("", session_id), ttl_s)
             there = self.texts[session_id]
             assert header.position == there.position
             self.use(session_id)
@@ -540,7 +539,7 @@ class SessionMachine(RuleBasedStateMachine):
             code = "overloaded"
         made = None
         with self.fails(code):
-            session, _ = self.sessions.creation.create("", NewSession(None, None, text, state=state))
+            session, _ = self.sessions.create("", NewSession(None, None, text, state=state))
             made = session.id
             self.admit(made, Text(whole + text, len(whole), seed, self.clock.now + TTL_S))
         return multiple() if made is None else made
@@ -554,7 +553,7 @@ class SessionMachine(RuleBasedStateMachine):
     @invariant()
     def texts_match(self) -> None:
         for session_id, text in getattr(self, "texts", {}).items():
-            session = self.sessions.get("", session_id)
+            session = self.sessions.get(SessionKey("", session_id))
             if session_id in self.open:
                 continue
             assert (session.position, session.transcript.start, session.seed) == (
@@ -580,7 +579,7 @@ class SessionMachine(RuleBasedStateMachine):
         for session_id in list(self.open):
             self.close(session_id)
         encode = self.model.charset.exact
-        sessions = [(self.sessions.get("", session_id), text) for session_id, text in self.texts.items()]
+        sessions = [(self.sessions.get(SessionKey("", session_id)), text) for session_id, text in self.texts.items()]
         replays = [Request(encode(text.whole), 0, 0) for _, text in sessions]
         replays += [self.replayed(ran) for ran in self.ran]
         handles = self.model.engine.submit(replays)

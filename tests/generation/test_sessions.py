@@ -26,15 +26,14 @@ from service.errors import (
     UnknownCharacters,
 )
 from service.generation.completion import Completion, CompletionRequest
-from service.generation.creation import NewSession
-from service.generation.feeding import FeedRequest
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
-from service.generation.session_service import SessionService
+from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.registry.loaded_models import LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
-from service.sessions.transcript import Retention
+from service.sessions.session import SessionKey
+from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings, publish_tiny
 
@@ -53,20 +52,20 @@ class Bench:
         self.sessions = SessionService(self.models, self.store, self.sealer, 3600, Retention(16, 8192))
 
     def create(self, session_id: str = "a", text: str = "ROMEO:", **changes: Any) -> None:
-        self.sessions.creation.create("", NewSession(session_id, "tiny", text, **({"seed": 7} | changes)))
+        self.sessions.create("", NewSession(session_id, "tiny", text, **({"seed": 7} | changes)))
 
     def generate(self, session_id: str = "a", request: RunRequest = LONG, position: int | None = None) -> RunStream:
-        return self.sessions.runs.generate("", session_id, request, position)
+        return self.sessions.runs.generate(SessionKey("", session_id), request, position)
 
     def state(self, session_id: str = "a") -> bytes:
-        return self.sessions.get("", session_id).hidden.tobytes()
+        return self.sessions.get(SessionKey("", session_id)).hidden.tobytes()
 
     def text(self, session_id: str = "a") -> str:
-        return self.sessions.text("", session_id, None, None)[0]
+        return self.sessions.text(SessionKey("", session_id), None, None)[0]
 
     def replayed(self, text: str, model: str = "tiny") -> bytes:
         """Return the state after a text, stepped from the zero state."""
-        session, _ = self.sessions.creation.create("", NewSession(None, model, text))
+        session, _ = self.sessions.create("", NewSession(None, model, text))
         return session.hidden.tobytes()
 
 
@@ -88,7 +87,7 @@ def test_generate__writes_the_text_of_a_completion(bench: Bench) -> None:
         request = CompletionRequest((model.charset.encode("ROMEO: what"),), 200, 7, sampling, stop=("zz",))
         whole = "".join(item[1].text for item in Completion(model, request).chunks(None, 5) if item is not None)
         bench.create(f"s{number}")
-        bench.sessions.feeding.feed("", f"s{number}", FeedRequest(" what"))
+        bench.sessions.feed(SessionKey("", f"s{number}"), FeedRequest(" what"))
         assert drain(bench.generate(f"s{number}", RunRequest(200, sampling, ("zz",)))) == whole
 
 
@@ -103,7 +102,7 @@ def test_feed__succeeds_for_one_of_eight_writers_at_one_position(bench: Bench) -
         for position in range(num_rounds):
             barrier.wait(30)
             try:
-                bench.sessions.feeding.feed("", "a", FeedRequest("abcdefgh"[writer], position))
+                bench.sessions.feed(SessionKey("", "a"), FeedRequest("abcdefgh"[writer], position))
                 outcomes[position].append("abcdefgh"[writer])
             except (SessionBusy, PositionConflict) as error:
                 outcomes[position].append(error.code)
@@ -125,12 +124,12 @@ def test_run__makes_other_operations_busy(bench: Bench) -> None:
     bench.create()
     run = bench.generate()
     others: list[Any] = [
-        lambda: bench.sessions.feeding.feed("", "a", FeedRequest("a")),
+        lambda: bench.sessions.feed(SessionKey("", "a"), FeedRequest("a")),
         lambda: bench.generate(),
-        lambda: bench.sessions.rewind("", "a", 3),
-        lambda: bench.sessions.creation.fork("", "a", None, None, None),
-        lambda: bench.sessions.export("", "a", None),
-        lambda: bench.sessions.delete("", "a"),
+        lambda: bench.sessions.rewind(SessionKey("", "a"), 3),
+        lambda: bench.sessions.fork(SessionKey("", "a"), None, None, None),
+        lambda: bench.sessions.export(SessionKey("", "a"), None),
+        lambda: bench.sessions.delete(SessionKey("", "a")),
     ]
     for other in others:
         with pytest.raises(SessionBusy):
@@ -148,7 +147,7 @@ def test_resume__takes_over_a_run_that_nobody_reads(bench: Bench) -> None:
     pieces = first.chunks(0.0, 5)
     got = next(pieces)
     assert got is not None
-    second = bench.sessions.runs.resume("", "a", got.position)
+    second = bench.sessions.runs.resume(SessionKey("", "a"), got.position)
     rest = drain(second)
     assert len(got.text + rest) == 3000
     with pytest.raises(RunTakenOver):
@@ -171,7 +170,7 @@ def test_resume__raises_in_a_thread_that_waits_for_the_run(bench: Bench) -> None
 
     thread = threading.Thread(target=wait)
     thread.start()
-    rest = drain(bench.sessions.runs.resume("", "a", 6))
+    rest = drain(bench.sessions.runs.resume(SessionKey("", "a"), 6))
     thread.join()
     assert len(rest) == 8000
     assert heard == ["run_taken_over"]
@@ -185,7 +184,7 @@ def test_generate__repeated_takes_over_its_first_attempt(bench: Bench) -> None:
     whole = drain(again)
     assert len(whole) == 2000
     assert drain(bench.generate(request=request, position=6)) == whole  # finished: sent again from the record
-    assert bench.sessions.get("", "a").position == 2006
+    assert bench.sessions.get(SessionKey("", "a")).position == 2006
     with pytest.raises(RunTakenOver):
         list(first.chunks(0.0, 5))
     with pytest.raises(PositionConflict) as error:
@@ -212,16 +211,16 @@ def test_interrupt_all__lets_a_run_be_resumed_elsewhere(bench: Bench, stops: tup
     request = RunRequest(8000, PLAIN, stops)
     bench.create()
     whole = drain(bench.generate(request=request))
-    bench.sessions.rewind("", "a", 6)
+    bench.sessions.rewind(SessionKey("", "a"), 6)
     run = bench.generate(request=request)
     got = interrupted(bench, run)
     assert run.resume_position == 6 + len(got)
     assert len(got) < len(whole)
-    saved = bench.sessions.get("", "a")
+    saved = bench.sessions.get(SessionKey("", "a"))
     assert bench.text() == "ROMEO:" + whole[: saved.position - 6]
     assert saved.position >= run.resume_position
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    assert got + drain(elsewhere.runs.resume("", "a", run.resume_position)) == whole
+    assert got + drain(elsewhere.runs.resume(SessionKey("", "a"), run.resume_position)) == whole
 
 
 def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> None:
@@ -230,7 +229,7 @@ def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> 
     assert interrupted(bench, run, flush_interval_s=None) == ""
     assert bench.text() == "ROMEO:"
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    again = "".join(piece.text for piece in elsewhere.runs.generate("", "a", LONG, 6).chunks(None, 20) if piece)
+    again = "".join(piece.text for piece in elsewhere.runs.generate(SessionKey("", "a"), LONG, 6).chunks(None, 20) if piece)
     assert len(again) == 5000
 
 
@@ -245,14 +244,14 @@ def test_resume__by_several_at_once_repeats_and_skips_nothing(bench: Bench) -> N
     """The last one to take over gets the whole text. The others get a beginning of it."""
     bench.create()
     whole = drain(bench.generate(request=RunRequest(3000, PLAIN)))
-    bench.sessions.rewind("", "a", 6)
+    bench.sessions.rewind(SessionKey("", "a"), 6)
     bench.generate(request=RunRequest(3000, PLAIN)).close()
     got: list[tuple[str, bool]] = []
 
     def take() -> None:
         text, over = "", False
         try:
-            for piece in bench.sessions.runs.resume("", "a", 6).chunks(0.0, 20):
+            for piece in bench.sessions.runs.resume(SessionKey("", "a"), 6).chunks(0.0, 20):
                 text += piece.text if piece is not None else ""
             over = True
         except (RunTakenOver, SessionBusy):
@@ -274,11 +273,11 @@ def test_feed__stops_the_run_of_a_client_that_has_left(bench: Bench) -> None:
     """The client's connection is closed, but the thread that streams to it has not noticed yet."""
     bench.create()
     gone = threading.Event()
-    run = bench.sessions.runs.generate("", "a", LONG, None, gone.is_set)
+    run = bench.sessions.runs.generate(SessionKey("", "a"), LONG, None, gone.is_set)
     with pytest.raises(SessionBusy):
-        bench.sessions.feeding.feed("", "a", FeedRequest("a"))
+        bench.sessions.feed(SessionKey("", "a"), FeedRequest("a"))
     gone.set()
-    fed = bench.sessions.feeding.feed("", "a", FeedRequest("a"))
+    fed = bench.sessions.feed(SessionKey("", "a"), FeedRequest("a"))
     assert bench.text().endswith("a")
     assert fed.position == len(bench.text())
     run.close()
@@ -290,7 +289,7 @@ def test_stop__leaves_the_session_before_the_string(bench: Bench) -> None:
     bench.create()
     whole = drain(bench.generate(request=RunRequest(400, PLAIN)))
     for stop in (whole[200:203], whole[10], whole[300:340]):
-        bench.sessions.rewind("", "a", 6)
+        bench.sessions.rewind(SessionKey("", "a"), 6)
         continuation = bench.generate(request=RunRequest(400, PLAIN, (stop,)))
         assert drain(continuation) == whole[: whole.index(stop)]
         assert continuation.finish_reason == "stop"
@@ -307,9 +306,9 @@ def test_overload__leaves_the_session_unchanged(bench: Bench, monkeypatch: pytes
 
     monkeypatch.setattr(Engine, "submit", refuse)
     for call in (
-        lambda: bench.sessions.feeding.feed("", "a", FeedRequest("abc")),
+        lambda: bench.sessions.feed(SessionKey("", "a"), FeedRequest("abc")),
         lambda: bench.generate(),
-        lambda: bench.sessions.rewind("", "a", 3),
+        lambda: bench.sessions.rewind(SessionKey("", "a"), 3),
     ):
         with pytest.raises(Overloaded):
             call()
@@ -333,15 +332,15 @@ def test_engine_failure__leaves_the_session_usable(bench: Bench) -> None:
 
 def test_session__keeps_its_version_while_that_is_loaded(bench: Bench) -> None:
     bench.create()
-    twin = bench.sessions.creation.fork("", "a", "b", None, None)[0]
+    twin = bench.sessions.fork(SessionKey("", "a"), "b", None, None)[0]
     whole = drain(bench.generate("b", RunRequest(50, PLAIN)))
     publish_tiny(bench.models_on_disk, seed=1)
     shutil.rmtree(bench.models_on_disk.root / "tiny" / "1")
     assert drain(bench.generate("a", RunRequest(50, PLAIN))) == whole
-    assert twin.model == bench.sessions.get("", "a").model == "tiny@1"
+    assert twin.model == bench.sessions.get(SessionKey("", "a")).model == "tiny@1"
     bench.models.resolver.refresh()
     bench.create("new")
-    assert bench.sessions.get("", "new").model == "tiny@2"
+    assert bench.sessions.get(SessionKey("", "new")).model == "tiny@2"
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
@@ -356,9 +355,9 @@ def test_rebase__continues_a_session_whose_version_vanished(tmp_path: Path, how:
             shutil.copytree(bench.models_on_disk.root / "tiny" / "2", bench.models_on_disk.root / "tiny" / "1")
         bench.models.get("tiny@2")  # evicts the first one
         calls: list[Any] = [
-            lambda: bench.sessions.feeding.feed("", "a", FeedRequest("a")),
+            lambda: bench.sessions.feed(SessionKey("", "a"), FeedRequest("a")),
             lambda: bench.generate(),
-            lambda: bench.sessions.rewind("", "a", 3),
+            lambda: bench.sessions.rewind(SessionKey("", "a"), 3),
         ]
         for call in calls:
             with pytest.raises(ModelChanged) as error:
@@ -369,17 +368,17 @@ def test_rebase__continues_a_session_whose_version_vanished(tmp_path: Path, how:
 
         position = len(bench.text())
         with pytest.raises(PositionConflict):
-            bench.sessions.feeding.feed("", "a", FeedRequest(" more", 3, rebase="tiny@2"))
-        fed = bench.sessions.feeding.feed("", "a", FeedRequest(" more", position, rebase="tiny@2"))
+            bench.sessions.feed(SessionKey("", "a"), FeedRequest(" more", 3, rebase="tiny@2"))
+        fed = bench.sessions.feed(SessionKey("", "a"), FeedRequest(" more", position, rebase="tiny@2"))
         assert fed.position == position + 5
-        assert bench.sessions.get("", "a").model == "tiny@2"
+        assert bench.sessions.get(SessionKey("", "a")).model == "tiny@2"
         assert bench.state() == bench.replayed(bench.text(), "tiny@2")
         # A repetition changes nothing; and rewinding works in the new version too.
         assert (
-            bench.sessions.feeding.feed("", "a", FeedRequest(" more", position, rebase="tiny@2")).position
+            bench.sessions.feed(SessionKey("", "a"), FeedRequest(" more", position, rebase="tiny@2")).position
             == position + 5
         )
-        bench.sessions.rewind("", "a", 21)
+        bench.sessions.rewind(SessionKey("", "a"), 21)
         assert bench.state() == bench.replayed(bench.text(), "tiny@2")
     finally:
         bench.models.close()
@@ -389,10 +388,10 @@ def test_rebase__forgets_an_interrupted_run(bench: Bench) -> None:
     bench.create()
     bench.generate(request=RunRequest(8000, PLAIN)).close()
     publish_tiny(bench.models_on_disk, seed=1)
-    bench.sessions.feeding.feed("", "a", FeedRequest("", rebase="tiny@2"))
+    bench.sessions.feed(SessionKey("", "a"), FeedRequest("", rebase="tiny@2"))
     assert bench.state() == bench.replayed(bench.text(), "tiny@2")
     with pytest.raises(GruServeError) as error:
-        bench.sessions.runs.resume("", "a", None)
+        bench.sessions.runs.resume(SessionKey("", "a"), None)
     assert error.value.code == "no_run"
 
 
@@ -401,8 +400,8 @@ def test_rebase__to_a_model_that_lacks_a_character_changes_nothing(bench: Bench)
     bench.create()
     before = bench.state()
     with pytest.raises(UnknownCharacters):
-        bench.sessions.feeding.feed("", "a", FeedRequest("a", rebase="other"))
-    assert (bench.state(), bench.sessions.get("", "a").model) == (before, "tiny@1")
+        bench.sessions.feed(SessionKey("", "a"), FeedRequest("a", rebase="other"))
+    assert (bench.state(), bench.sessions.get(SessionKey("", "a")).model) == (before, "tiny@1")
 
 
 # Portable states
@@ -414,15 +413,15 @@ def test_export__continues_elsewhere_to_the_bit(bench: Bench, tmp_path: Path) ->
     try:
         bench.create()
         first = drain(bench.generate(request=RunRequest(40, PLAIN)))
-        state, _ = bench.sessions.export("", "a", None)
-        elsewhere.sessions.creation.create("", NewSession("b", None, state=state))
+        state, _ = bench.sessions.export(SessionKey("", "a"), None)
+        elsewhere.sessions.create("", NewSession("b", None, state=state))
         whole = drain(bench.generate(request=RunRequest(300, PLAIN)))
         assert drain(elsewhere.generate("b", RunRequest(300, PLAIN))) == whole
         assert elsewhere.state("b") == bench.state() == bench.replayed("ROMEO:" + first + whole)
         with pytest.raises(GruServeError) as error:
-            elsewhere.sessions.rewind("", "b", 45)
+            elsewhere.sessions.rewind(SessionKey("", "b"), 45)
         assert error.value.code == "position_gone"
-        elsewhere.sessions.rewind("", "b", 47)
+        elsewhere.sessions.rewind(SessionKey("", "b"), 47)
     finally:
         elsewhere.models.close()
 
@@ -430,9 +429,9 @@ def test_export__continues_elsewhere_to_the_bit(bench: Bench, tmp_path: Path) ->
 def test_create__refuses_the_state_of_another_model(bench: Bench) -> None:
     publish_tiny(bench.models_on_disk, "other", seed=3)
     bench.create()
-    state, _ = bench.sessions.export("", "a", None)
+    state, _ = bench.sessions.export(SessionKey("", "a"), None)
     with pytest.raises(StateModelMismatch):
-        bench.sessions.creation.create("", NewSession(None, "other", state=state))
+        bench.sessions.create("", NewSession(None, "other", state=state))
 
 
 # Forks
@@ -447,7 +446,7 @@ def test_fork__costs_a_state_and_no_step(bench: Bench, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Engine, "submit", refuse)
     for seed in range(1000):
-        bench.sessions.creation.fork("", "a", f"f{seed}", None, seed)
+        bench.sessions.fork(SessionKey("", "a"), f"f{seed}", None, seed)
     monkeypatch.undo()
     assert bench.store.num_bytes - before < 1000 * 1200  # 16 units: 64 bytes of state, and the record
     texts = {drain(bench.generate(f"f{seed}", RunRequest(30, PLAIN))) for seed in range(20)}
@@ -458,15 +457,15 @@ def test_fork__has_the_same_past_and_future(bench: Bench) -> None:
     bench.create()
     whole = drain(bench.generate(request=RunRequest(100, PLAIN)))
     for position in (6, 7, 21, 22, 106):
-        fork, _ = bench.sessions.creation.fork("", "a", None, position, None)
+        fork, _ = bench.sessions.fork(SessionKey("", "a"), None, position, None)
         left = 106 - position
         if left:
             assert drain(bench.generate(fork.id, RunRequest(left, PLAIN))) == whole[position - 6 :]
         assert bench.state(fork.id) == bench.state()
-    again, is_new = bench.sessions.creation.fork("", "a", "named", 10, None)
+    again, is_new = bench.sessions.fork(SessionKey("", "a"), "named", 10, None)
     assert is_new
-    assert bench.sessions.creation.fork("", "a", "named", 10, None)[1] is False
+    assert bench.sessions.fork(SessionKey("", "a"), "named", 10, None)[1] is False
     assert again.position == 10
     with pytest.raises(GruServeError) as error:
-        bench.sessions.creation.fork("", "a", "named", 11, None)
+        bench.sessions.fork(SessionKey("", "a"), "named", 11, None)
     assert error.value.code == "session_exists"

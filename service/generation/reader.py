@@ -1,0 +1,185 @@
+"""Steps the network over characters: what completions, sessions and the inspector have in common."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from service.arrays import Float32, Ids
+from service.engine.request import End, Request
+from service.engine.scores import Distribution, Scores
+from service.engine.stop import completed
+from service.model.charset import Charset
+from service.registry.loaded_models import LoadedModel
+from service.sessions.session import Run
+from service.sessions.text import Retention, Text
+
+_NOTHING = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came of reading characters into a text."""
+
+    text: Text  # with these characters, and the state after them
+    scores: Scores | None  # of the characters; None if not requested
+    next: Distribution | None  # the characters that are likeliest to follow; None if not requested
+
+
+class Reader:
+    """Makes texts longer and shorter. Nothing else does, so a text always comes with the state after it.
+
+    Any number of threads may call. Every method that steps the network may raise Overloaded and EngineFailed.
+    """
+
+    def __init__(self, retention: Retention) -> None:
+        self._retention = retention
+
+    def empty(self, model: LoadedModel) -> Text:
+        """Return a text without characters, with the zero state."""
+        return Text(model.engine.initial_hidden())
+
+    def read(
+        self,
+        model: LoadedModel,
+        text: Text,
+        ids: Ids,
+        num_logprobs: int | None = None,
+        num_next: int | None = None,
+    ) -> Reading:
+        """Step the network over (n,) ids after a text. num_logprobs, num_next: see `step`."""
+        if not len(ids) and num_next is None:
+            return Reading(text, None, None)
+        start = text.position
+        positions = self._retention.checkpoint_positions(start, start + len(ids))
+        end, scores = step(model, ids, text.hidden, start, positions, num_logprobs, num_next)
+        if len(ids):
+            text = text.extended(model.charset.decode(ids), end.hidden, end.checkpoints, self._retention)
+        return Reading(text, scores, end.next)
+
+    def reread(self, model: LoadedModel, text: Text) -> Text:
+        """Return the retained characters of a text of another model, read into this model from the zero state."""
+        characters = text.slice(text.start, text.position)
+        beginning = Text(model.engine.initial_hidden(), text.start)
+        return self.read(model, beginning, model.charset.exact(characters)).text
+
+    def score(
+        self, model: LoadedModel, text: Text, start: int, end: int, num_logprobs: int | None, num_next: int | None
+    ) -> tuple[Scores | None, Distribution | None]:
+        """Return the scores of characters that a text has already, and the distribution after them.
+
+        Raises PositionGone.
+        """
+        begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
+        ids = model.charset.exact(text.slice(begin, end))
+        after, scores = step(model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next)
+        return scores.slice(start - begin, None) if scores is not None else None, after.next
+
+    def truncate(self, model: LoadedModel, text: Text, position: int) -> Text:
+        """Return the text up to a retained position, with the state there. Raises PositionGone."""
+        if position == text.position:
+            return text
+        return text.truncated(position, state_at(model, text, position))
+
+    def remaining_request(self, model: LoadedModel, text: Text, run: Run, end: int) -> Request:
+        """Return what the engine has to do to continue a run from the end of a text up to the position `end`."""
+        return Request(
+            prompt=_NOTHING,
+            max_chars=end - text.position,
+            seed=run.seed,
+            sampling=run.sampling,
+            stops=stop_ids(model.charset, run.stops),
+            hidden=text.hidden,
+            position=text.position,
+            history_prompt=model.charset.exact(run.context),
+            generated=model.charset.exact(text.slice(run.start, text.position)),
+            checkpoint_positions=self._retention.checkpoint_positions(text.position, end),
+        )
+
+    def replay(self, model: LoadedModel, text: Text, run: Run, position: int) -> Text:
+        """Generate again what an unfinished run had sent up to a position, for instance before its server died.
+
+        The same model, state, settings and seed give the same characters anywhere. Returns `text` itself if the run
+        doesn't reach that position.
+        """
+        if not text.position < position <= run.start + run.max_chars:
+            return text
+        handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
+        part, end = handle.read(None), handle.wait()
+        generated = model.charset.decode(part.chars) if part is not None else ""
+        stopped = completed(text.slice(run.start, text.position) + generated, run.stops)
+        if end.position < position or stopped:
+            return text
+        return text.extended(generated, end.hidden, end.checkpoints, self._retention)
+
+    def finish(self, model: LoadedModel, text: Text, run: Run, generated: str, end: End) -> Text:
+        """Return the text after the engine has ended a run: it ends before the stop string, if one was completed.
+
+        generated: the characters that were generated after `text`. The stop string may have begun before them.
+        """
+        if end.reason != "stop":
+            return text.extended(generated, end.hidden, end.checkpoints, self._retention)
+        stop = completed(text.slice(run.start, text.position) + generated, run.stops)
+        num_left = len(generated) - len(stop)
+        if num_left >= 0:
+            text = text.extended(generated[:num_left], end.hidden, end.checkpoints, self._retention)
+        else:
+            text = text.truncated(text.position + num_left, end.hidden)
+        if not stop:
+            return text
+        # The engine's state is the one after the stop string.
+        return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
+
+
+def step(
+    model: LoadedModel,
+    ids: Ids,
+    hidden: Float32 | None = None,
+    position: int = 0,
+    checkpoint_positions: tuple[int, ...] = (),
+    num_logprobs: int | None = None,
+    num_next: int | None = None,
+    *,
+    already_admitted: bool = False,
+) -> tuple[End, Scores | None]:
+    """Step the network over (n,) ids from a state; return the end of it, and the scores of the ids if requested.
+
+    The arguments have the meaning that they have in `Request` and `Engine.submit`. Raises Overloaded, EngineFailed.
+    """
+    request = Request(
+        ids,
+        max_chars=0,
+        seed=0,
+        hidden=hidden,
+        position=position,
+        checkpoint_positions=checkpoint_positions,
+        num_logprobs=num_logprobs,
+        score_prompt=num_logprobs is not None,
+        num_next=num_next,
+    )
+    handle = model.engine.submit([request], already_admitted=already_admitted)[0]
+    part = handle.read(None)
+    return handle.wait(), part.prompt_scores if part is not None else None
+
+
+def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted: bool = False) -> Float32:
+    """Return the (L, H) state at a retained position, stepped from the nearest checkpoint before it.
+
+    Raises PositionGone, Overloaded, EngineFailed.
+    """
+    start, hidden = text.nearest_checkpoint(position)
+    if hidden is not None and start == position:
+        return hidden
+    ids = model.charset.exact(text.slice(start, position))
+    return step(model, ids, hidden, start, already_admitted=already_admitted)[0].hidden
+
+
+def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
+    """Return (n,) int64 ids of each stop string. One with a character that the model doesn't know is left out: the model
+    can never complete it.
+    """
+    normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
+    return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
