@@ -288,9 +288,9 @@ def test_resume__takes_over_from_a_living_replica(replicas: Callable[[], Replica
     third.close()
     assert text_of(one).startswith("ROMEO:" + got + more + rest)
     create(one, "other")
-    assert take(one[0].runs.generate(SessionKey("", "other"), replace(LONG, max_chars=len(got + more + rest)), None)) == (
-        got + more + rest
-    )
+    assert take(
+        one[0].runs.generate(SessionKey("", "other"), replace(LONG, max_chars=len(got + more + rest)), None)
+    ) == (got + more + rest)
 
 
 def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable[[], Replica]) -> None:
@@ -332,7 +332,10 @@ def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Call
     final = "".join(a if a != "." else b for a, b in zip(*texts, strict=True))
     assert text_of(both[0]) == text_of(both[1]) == final
     create(both[0], "serial", final)
-    assert both[0][0].get(SessionKey("", "serial")).hidden.tobytes() == both[1][0].get(SessionKey("", "a")).hidden.tobytes()
+    assert (
+        both[0][0].get(SessionKey("", "serial")).hidden.tobytes()
+        == both[1][0].get(SessionKey("", "a")).hidden.tobytes()
+    )
 
 
 def test_save__is_refused_after_the_lease_was_lost(replicas: Callable[[], Replica]) -> None:

@@ -24,11 +24,11 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from service.generation.reading import stop_ids
 
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError
+from service.generation.reader import stop_ids
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -298,7 +298,7 @@ class SessionMachine(RuleBasedStateMachine):
         with self.fails("session_not_found"):
             self.sessions.get(SessionKey("another", session_id))
         with self.fails("session_not_found"):
-            self.sessions.runs.resume("another", session_id, None)
+            self.sessions.runs.resume(SessionKey("another", session_id), None)
 
     # Feeding
 
@@ -306,7 +306,9 @@ class SessionMachine(RuleBasedStateMachine):
     def feed(self, session_id: str, text: str, says: bool) -> None:
         with self.fails(self.fate(session_id)):
             position = self.sessions.get(SessionKey("", session_id)).position if says else None
-            fed = self.sessions.feed(SessionKey("", session_id), FeedRequest(text, position, num_next=3, num_logprobs=1))
+            fed = self.sessions.feed(
+                SessionKey("", session_id), FeedRequest(text, position, num_next=3, num_logprobs=1)
+            )
             there = self.texts[session_id]
             there.feed(text)
             assert fed.position == there.position
@@ -375,7 +377,9 @@ class SessionMachine(RuleBasedStateMachine):
             return
         run = there.run
         again = replace(run.request, seed=run.seed)
-        self.finish(session_id, self.sessions.runs.generate(SessionKey("", session_id), again, run.start), run, run.start)
+        self.finish(
+            session_id, self.sessions.runs.generate(SessionKey("", session_id), again, run.start), run, run.start
+        )
         self.use(session_id)
 
     @rule(session_id=ids, request=RUNS, num_pieces=st.integers(0, 3))
@@ -441,7 +445,7 @@ class SessionMachine(RuleBasedStateMachine):
         """Note a run that was stopped, or had just ended, at the position at which the session is."""
         there, session = self.texts[session_id], self.sessions.get(SessionKey("", session_id))
         assert session.run is not None
-        text = session.transcript.text(run.start, session.position)
+        text = session.text.slice(run.start, session.position)
         there.whole = run.before
         there.grow(text)
         run.text, run.reason, there.run = text, session.run.finish_reason, run
@@ -556,12 +560,12 @@ class SessionMachine(RuleBasedStateMachine):
             session = self.sessions.get(SessionKey("", session_id))
             if session_id in self.open:
                 continue
-            assert (session.position, session.transcript.start, session.seed) == (
+            assert (session.position, session.text.start, session.seed) == (
                 text.position,
                 text.start,
                 text.seed,
             )
-            assert session.transcript.text(text.start, text.position) == text.whole[text.start :]
+            assert session.text.slice(text.start, text.position) == text.whole[text.start :]
             assert session.expires_at == text.expires_at
         for store in getattr(self, "all_stores", []):
             assert not isinstance(store, MemoryStore) or len(store) >= len(self.texts)

@@ -229,7 +229,9 @@ def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> 
     assert interrupted(bench, run, flush_interval_s=None) == ""
     assert bench.text() == "ROMEO:"
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    again = "".join(piece.text for piece in elsewhere.runs.generate(SessionKey("", "a"), LONG, 6).chunks(None, 20) if piece)
+    again = "".join(
+        piece.text for piece in elsewhere.runs.generate(SessionKey("", "a"), LONG, 6).chunks(None, 20) if piece
+    )
     assert len(again) == 5000
 
 
@@ -324,7 +326,7 @@ def test_engine_failure__leaves_the_session_usable(bench: Bench) -> None:
     with pytest.raises(EngineFailed):
         drain(run)
     assert bench.text() == "ROMEO:"
-    bench.store.release(bench.store.lease("", "a"))
+    bench.store.update(SessionKey("", "a"), lambda session: (session, None))
 
 
 # Models that vanish
