@@ -37,7 +37,7 @@ from service.registry.loaded_models import EngineSettings, LoadedModel, LoadedMo
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
 from service.sessions.session import Session, SessionKey
-from service.sessions.text import Retention, Transcript
+from service.sessions.text import Retention, Text
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.server import Server
@@ -103,8 +103,7 @@ class Bench:
                 ttl_s=ttl_s,
                 created_at=0,
                 expires_at=0,
-                hidden=self.states[len(self.ids) % 64],
-                transcript=Transcript(0, (), self._letters[start : start + NUM_CHARS]),
+                text=Text(self.states[len(self.ids) % 64], tail=self._letters[start : start + NUM_CHARS]),
             )
         )
         return session_id

@@ -178,8 +178,9 @@ def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted:
 
 
 def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
-    """Return (n,) int64 ids of each stop string. One with a character that the model doesn't know is left out: the model
-    can never complete it.
+    """Return (n,) int64 ids of each stop string, without those that have characters unknown to the model.
+
+    The model can't complete such a stop string.
     """
     normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
     return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))

@@ -95,7 +95,10 @@ class RunRegistry:
         return self._take_over(key, start, client_has_left)
 
     def replayed(self, session: Session, position: int | None) -> Session:
-        """Return the session as it is at a position to which its unfinished run had come, as far as the client knows."""
+        """Return the session at a later position of its unfinished run, which the client says it has received.
+
+        Generates the missing characters again. Returns the session itself if the run doesn't reach that position.
+        """
         run = session.run
         if position is None or position <= session.position or run is None or run.is_finished:
             return session
@@ -107,7 +110,7 @@ class RunRegistry:
         return session if text is session.text else replace(session, text=text)
 
     def without_left_client(self, key: SessionKey, operation: Callable[[], Result]) -> Result:
-        """Do something that needs the session's lease, ending a run of this process whose client has left, if need be."""
+        """Do something that needs the session's lease. Stop a run of this process in the way whose client has left."""
         try:
             return operation()
         except SessionBusy:

@@ -1,4 +1,4 @@
-"""What can be done with sessions. Each operation that changes one is a function from a session to a session and an answer."""
+"""All operations on sessions. Those that change one are functions from a session to a session and an answer."""
 
 from __future__ import annotations
 

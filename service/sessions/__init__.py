@@ -6,14 +6,19 @@ client can keep.
 
 This package must not know HTTP, run a network, or import torch. What is done with a session is decided in `generation`.
 
+Every change goes through one function: `SessionStore.update(key, change)` or, if the lease is kept, `begin`. `change`
+is a function from a session to the changed session and an answer. `RedisStore` first applies it to its cached copy and
+saves the result if the copy is current (one exchange with Redis, the operation `claim`); otherwise it leases the session
+and applies the change to the current one.
+
 How a session that one replica (A) has leased moves to another one (B):
 
-1. B calls `RedisStore.lease(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)
+1. B calls `RedisStore.begin(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)
    and answers "busy". B asks again every 30 ms, for at most twice the length of a lease; then it raises SessionBusy.
 2. The thread of A's `LeaseRenewer` renews each lease when a third of its length has passed. session.lua answers this
    renewal with "takeover", because the flag is set.
 3. A's renewer calls `lease.on_takeover` on a new thread. Its owner saves the session and releases the lease in one
-   call, `save(release=True)`.
+   call, `Lease.save(release=True)`.
 4. The next call of B gets the lease, and the record unless B has that very save in its `SessionCache`.
 5. If A is dead, its lease ends by itself after `lease_s`; B then gets the record as A saved it last. If A was only
    paused, its later saves raise RevisionConflict, because the lease now has B's token.

@@ -30,7 +30,7 @@ class CachedSession:
 
 
 class SessionCache:
-    """The least recently used sessions are dropped. Never goes back to an older save. Any number of threads may call."""
+    """Drops the least recently used sessions. Never goes back to an older save. Any number of threads may call."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes

@@ -111,7 +111,8 @@ class LeaseRenewer:
 
     def record_deletion(self, key: SessionKey, save_id: SaveId) -> None:
         """Note that the session was deleted after this save: an older copy must not come back."""
-        self._record(key, _Write(time.monotonic(), save_id, is_deletion=True))
+        deletion = SaveId(save_id.incarnation, save_id.revision + 1, b"")  # as in session.lua, it counts as a save
+        self._record(key, _Write(time.monotonic(), deletion, is_deletion=True))
 
     def next_due(self) -> float:
         """When a lease that is taken or renewed now has to be renewed (monotonic)."""

@@ -24,6 +24,9 @@ from service.sessions.session_store import Operation, StoreObserver
 log = structlog.get_logger(__name__)
 
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
+# At its memory limit Redis refuses scripts without `allow-oom`: only `create` is one. Whatever else a session needs, such
+# as the lease for deleting it, is done at the limit too. Needs Redis 7.
+_CREATE_SCRIPT, _OTHER_SCRIPT = f"#!lua\n{_SCRIPT}", f"#!lua flags=allow-oom\n{_SCRIPT}"
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
@@ -66,8 +69,9 @@ class RedisServer:
 
         self._client = client(self._on_connect)
         self._renewer_client = client(self._identify)  # works during the recovery window too
-        self._script = self._client.register_script(_SCRIPT)
-        self._renewer_script = self._renewer_client.register_script(_SCRIPT)
+        self._create_script = self._client.register_script(_CREATE_SCRIPT)
+        self._other_script = self._client.register_script(_OTHER_SCRIPT)
+        self._renewer_script = self._renewer_client.register_script(_OTHER_SCRIPT)
         # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
         # needs up to a third of the time that a call needs in this process.
         self._idle: list[Redis] = []
@@ -178,7 +182,8 @@ class RedisServer:
         if client is None:
             client = Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
         try:
-            answer: list[Any] = self._script(keys=arguments[:1], args=arguments[1:], client=client)
+            script = self._create_script if arguments[1] == "create" else self._other_script
+            answer: list[Any] = script(keys=arguments[:1], args=arguments[1:], client=client)
         except BaseException:
             client.close()
             raise

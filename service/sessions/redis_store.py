@@ -164,7 +164,7 @@ class RedisStore:
     def _apply(
         self, key: SessionKey, change: Change[Answer], keep: bool, take_over: bool = False
     ) -> tuple[RedisLease | None, Answer]:
-        """Change and save the cached copy if it is current, in one exchange; else lease the session, change and save it.
+        """Change and save the cached copy in one exchange if it is current; else lease the session, change and save it.
 
         Returns the lease if `keep` and if there was something to save.
         """

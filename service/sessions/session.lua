@@ -146,11 +146,12 @@ function operations.release(token)
   return {'ok'}
 end
 
--- A tombstone stays, by which a restart's recovery knows that an older copy is not to be restored.
+-- A tombstone stays, by which a restart's recovery knows that an older copy is not to be restored. It counts as a save:
+-- whatever order the replicas restore in, the deletion is later than the save that it deleted.
 function operations.delete(token)
   if tombstone == 'deleted' and holder == token then return {'ok'} end -- a repeated call, whose first answer got lost
   if not is_alive or holder ~= token then return {'conflict'} end
-  bury('deleted', incarnation, revision, token)
+  bury('deleted', incarnation, revision + 1, token)
   return {'ok'}
 end
 

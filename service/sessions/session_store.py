@@ -38,13 +38,16 @@ class Lease(Protocol):
 
 
 class SessionStore(Protocol):
-    """Sessions by owner and id. Values go in and out: nobody sees a change before it is saved.
+    """Stores sessions by owner and id.
 
-    A session lives for `ttl_s` seconds after its creation or after its last lease was released. A leased session neither
-    expires nor is evicted. A store remembers for a while that an expired or evicted session was there. One owner's
-    session doesn't exist for another. Any number of threads may call. A store outside the process may raise
-    StoreUnavailable from every method but a lease's `release`, and SessionLost wherever a session is loaded whose last
-    save the store has lost.
+    Sessions are values: a change becomes visible when it is saved, never before. A session expires `ttl_s` seconds
+    after its creation or after the last release of a lease. While it is leased it neither expires nor is evicted. For
+    some time the store remembers which sessions expired or were evicted, and raises SessionGone instead of
+    SessionNotFound. An owner's sessions don't exist for other owners.
+
+    Any number of threads may call. No call blocks for long. A store outside this process may raise StoreUnavailable
+    from every method except a lease's `release`, and SessionLost from every method that loads a session whose last save
+    it has lost.
     """
 
     def create(self, session: Session) -> Session:
@@ -112,4 +115,4 @@ def safe_to_retry(is_idempotent: bool = True) -> Iterator[None]:
     except OutcomeUnknown as error:
         if not is_idempotent:
             raise
-        raise StoreUnavailable("the session store didn't answer: try again, which is harmless") from error
+        raise StoreUnavailable("the session store did not answer; repeating the request is safe: try again") from error

@@ -1,4 +1,4 @@
-"""The text of a session together with the state after it, and the checkpoints from which any place in it is soon reached."""
+"""The text of a session together with the state after it, and the checkpoints from which any position is soon reached."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Retention:
 
     @property
     def segment_chars(self) -> int:
-        """Characters that a store outside the process keeps from one checkpoint to the next: 4,096 unless the text is short.
+        """Characters between the checkpoints that a store outside the process keeps: 4,096 unless the text is short.
 
         Text is also dropped in pieces of this length, so where a text begins doesn't depend on where it was stored.
         """
@@ -52,8 +52,8 @@ class Text:
 
     hidden: Float32  # (L, H), the state after the whole text; read-only
     start: int = 0  # position of the first retained character
-    # Consecutive. The first one may end at or before `start`: it is there for its state alone. Without one, the state at
-    # `start` is the zero state.
+    # Consecutive. The first one may end at or before `start`: then only its state is used. Without segments, the state
+    # at `start` is the zero state.
     segments: tuple[Segment, ...] = ()
     tail: str = ""  # the characters after the last segment
 

@@ -84,6 +84,13 @@ def until_it_works(call: Callable[[], object]) -> None:
             time.sleep(0.02)
 
 
+def lease_of(store: RedisStore, session_id: str = "a", *, take_over: bool = False) -> Lease:
+    """Lease a session. Beginning saves it once."""
+    lease, _ = store.begin(SessionKey("", session_id), lambda session: (replace(session), None), take_over=take_over)
+    assert lease is not None
+    return lease
+
+
 def create(replica: Replica, session_id: str = "a", text: str = "ROMEO:") -> None:
     replica[0].create("", NewSession(session_id, "tiny", text, seed=7))
 
@@ -341,34 +348,33 @@ def test_feed__succeeds_once_if_two_replicas_feed_at_one_position(replicas: Call
 def test_save__is_refused_after_the_lease_was_lost(replicas: Callable[[], Replica]) -> None:
     (_, one), (sessions, two) = replicas(), replicas()
     sessions.create("", NewSession("a", "tiny", "x", seed=7))
-    slept = one.lease("", "a")
+    slept = lease_of(one)
     one._renewer.close()  # it is paused for longer than a lease lasts
     time.sleep(2 * LEASE_S)
-    lease = two.lease("", "a")
-    two.save(lease, replace(lease.session, seed=8), release=True)
-    for write in (lambda: one.save(slept, replace(slept.session, seed=9)), lambda: one.delete(slept)):
-        with pytest.raises(RevisionConflict):
-            write()
-    assert one.load("", "a").seed == two.load("", "a").seed == 8
+    lease = lease_of(two)
+    lease.save(replace(lease.session, seed=8), release=True)
+    with pytest.raises(RevisionConflict):
+        slept.save(replace(slept.session, seed=9))
+    assert one.load(SessionKey("", "a")).seed == two.load(SessionKey("", "a")).seed == 8
 
 
 def test_lease__lasts_until_it_is_released(replicas: Callable[[], Replica]) -> None:
     (_, one), (_, two) = replicas(), replicas()
     create((_, one))
     requested = threading.Event()
-    lease = one.lease("", "a")
+    lease = lease_of(one)
     lease.on_takeover = requested.set
     time.sleep(4 * LEASE_S)
     with pytest.raises(SessionBusy):
-        two.lease("", "a")
+        lease_of(two)
     assert not requested.is_set()
     got: list[Lease] = []
-    other = threading.Thread(target=lambda: got.append(two.lease("", "a", take_over=True)))
+    other = threading.Thread(target=lambda: got.append(lease_of(two, take_over=True)))
     other.start()
     assert requested.wait(10)
-    one.release(lease)
+    lease.release()
     other.join()
-    two.release(got[0])
+    got[0].release()
 
 
 # Redis fails and restarts
@@ -413,7 +419,7 @@ def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_red
         replica[0].feed(SessionKey("", "a"), FeedRequest("ab", 6 + 2 * number))
     create(replica, "new")
     replica[0].delete(SessionKey("", "deleted"))
-    lease = replica[1].lease("", "new")
+    lease = lease_of(replica[1], "new")
     before = replica[0].get(SessionKey("", "a"))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
@@ -426,8 +432,8 @@ def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_red
     with pytest.raises(GruServeError, match="no such session"):
         replica[0].get(SessionKey("", "deleted"))
     with pytest.raises(SessionBusy):  # it is still leased
-        replicas(own_redis.url)[1].lease("", "new")
-    replica[1].save(lease, replace(lease.session, seed=8), release=True)
+        lease_of(replicas(own_redis.url)[1], "new")
+    lease.save(replace(lease.session, seed=8), release=True)
     assert replica[0].get(SessionKey("", "new")).seed == 8
 
 
@@ -438,7 +444,9 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feed(SessionKey("", "a"), FeedRequest("ab"))
-    monkeypatch.setattr(replica[1]._renewer, "_restore_call", lambda key, _: ("load", key, "", "", 0, ""))
+    monkeypatch.setattr(
+        replica[1]._renewer, "_restoring", lambda key, write: ("lacks", replica[1]._redis_key(key), "", 0, b"", 0)
+    )
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
