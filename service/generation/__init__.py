@@ -15,11 +15,12 @@ What happens when a client that lost its stream on replica A resumes it on repli
    unfinished `Run`; the same call releases the lease. A connection that still reads A's stream gets RunTakenOver.
 4. If A is dead, its lease ends by itself, and Redis has the record that `RunRegistry` saved when the run started.
 5. B has the lease and the last record. If the run is finished, its `RunStream` sends stored text only. Otherwise the
-   engine of B continues it (`Reader.remaining_request`): the same model, state, settings and seed give the same characters.
+   engine of B continues it (`Reader.remaining_request`). The same model, state, settings and seed give the same
+   characters.
 6. B's `RunStream` sends each character after the client's position once: first those of the record, then those that
    its own `ActiveRun` generates. It skips characters up to that position, which A had sent but not saved.
 
-Feed, rewind, fork and generate on B need no resume before them: `Reader.replay` first generates again what A sent and did
-not save, up to the position that the client names. While A's run is active they raise SessionBusy, except that a
+Feed, rewind, fork and generate on B need no resume before them: `Reader.replay` first generates again what A sent and
+did not save, up to the position that the client names. While A's run is active they raise SessionBusy, except that a
 repeated generate resumes the run that it started.
 """

@@ -8,8 +8,8 @@ This package must not know HTTP, run a network, or import torch. What is done wi
 
 Every change goes through one function: `SessionStore.update(key, change)` or, if the lease is kept, `begin`. `change`
 is a function from a session to the changed session and an answer. `RedisStore` first applies it to its cached copy and
-saves the result if the copy is current (one exchange with Redis, the operation `claim`); otherwise it leases the session
-and applies the change to the current one.
+saves the result if the copy is current (one exchange with Redis, the operation `claim`); otherwise it leases the
+session and applies the change to the current one.
 
 How a session that one replica (A) has leased moves to another one (B):
 

@@ -24,8 +24,8 @@ from service.sessions.session_store import Operation, StoreObserver
 log = structlog.get_logger(__name__)
 
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
-# At its memory limit Redis refuses scripts without `allow-oom`: only `create` is one. Whatever else a session needs, such
-# as the lease for deleting it, is done at the limit too. Needs Redis 7.
+# At its memory limit Redis refuses a script without `allow-oom`, which only `create` is. All else that a session needs,
+# such as the lease for deleting it, is done at the limit too. Needs Redis 7.
 _CREATE_SCRIPT, _OTHER_SCRIPT = f"#!lua\n{_SCRIPT}", f"#!lua flags=allow-oom\n{_SCRIPT}"
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _UNKNOWN = (

@@ -444,9 +444,8 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     until_it_works(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feed(SessionKey("", "a"), FeedRequest("ab"))
-    monkeypatch.setattr(
-        replica[1]._renewer, "_restoring", lambda key, write: ("lacks", replica[1]._redis_key(key), "", 0, b"", 0)
-    )
+    renewer = replica[1]._renewer
+    monkeypatch.setattr(renewer, "_restoring", lambda key, _: renewer._command("lacks", key, b"", 0))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
