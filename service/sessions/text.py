@@ -1,4 +1,4 @@
-"""The text of a session together with the state after it, and the checkpoints from which any position is soon reached."""
+"""The text of a session with the state after it, and the checkpoints from which any position is soon reached."""
 
 from __future__ import annotations
 
