@@ -164,7 +164,7 @@ class RedisServer:
 
     def mark_restored(self) -> None:
         """Note that this process has restored its writes. Calls are allowed again when the recovery window is over."""
-        self._close_idle()  # they are of the process before: a call would fail on them, and what is repeated is less sure
+        self._close_idle()  # they are broken, and a call that is repeated because of that may have an unknown outcome
         with self._lock:
             self._recovered_at = time.monotonic() + self._recovery_window_s  # other replicas may still be restoring
             self._needs_restore = False

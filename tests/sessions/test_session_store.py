@@ -5,16 +5,21 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.arrays import Float32
 from service.engine.sampling_settings import PLAIN
 from service.errors import (
     GruServeError,
+    InvalidValue,
     Overloaded,
+    PositionConflict,
     RevisionConflict,
     SessionBusy,
     SessionExists,
@@ -24,18 +29,42 @@ from service.errors import (
 from service.sessions.memory_store import MemoryStore
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
-from service.sessions.session import Run, Session
-from service.sessions.session_store import Lease, SessionStore
-from service.sessions.transcript import Retention, Segment, Transcript
+from service.sessions.session import Run, Session, SessionKey
+from service.sessions.session_store import Lease, Operation, SessionStore
+from service.sessions.text import Retention, Segment, Text
 from tests.harness.clock import Clock
 
 SHAPE = (1, 16)
+A, B = SessionKey("", "a"), SessionKey("", "b")
 
 
-def redis_store(request: pytest.FixtureRequest, clock: Clock, cache_bytes: int = 2**20) -> SessionStore:
-    """Return a store with its own sessions. Its leases are very long: the tests' clock jumps, and none is renewed."""
-    server = RedisServer(request.getfixturevalue("redis_url"), recovery_window_s=0)
-    return RedisStore(server, 4096, cache_bytes, prefix=f"{secrets.token_hex(8)}*[", lease_s=10**7, clock=clock)
+class Exchanges:
+    """Lists the exchanges with a Redis server."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+
+    def observe(self, operation: Operation, duration_s: float) -> None:
+        self.operations.append(operation)
+
+    def count_failure(self, operation: Operation) -> None:
+        raise AssertionError(f"{operation} failed")
+
+
+def redis_store(
+    request: pytest.FixtureRequest,
+    clock: Clock,
+    cache_bytes: int = 2**20,
+    prefix: str | None = None,
+    exchanges: Exchanges | None = None,
+) -> RedisStore:
+    """Return a store. Its leases are very long: the tests' clock jumps, and none is renewed.
+
+    prefix: None for one of its own, so that it has its own sessions.
+    """
+    server = RedisServer(request.getfixturevalue("redis_url"), recovery_window_s=0, observer=exchanges)
+    prefix = prefix or f"{secrets.token_hex(8)}*["
+    return RedisStore(server, 4096, cache_bytes, prefix=prefix, lease_s=10**7, clock=clock)
 
 
 STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
@@ -43,11 +72,6 @@ STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
     "redis": redis_store,
     "redis without its cache": lambda request, clock: redis_store(request, clock, cache_bytes=0),
 }
-CACHING_STORES = {"redis"}  # those whose `cached_copy` returns copies
-
-
-# For what needs a `cached_copy`; test_cached_copy__is_none_in_a_store_without_a_cache is about the other stores.
-caching = pytest.mark.parametrize("store", CACHING_STORES, indirect=True)
 
 
 @pytest.fixture(params=STORES)
@@ -57,43 +81,94 @@ def store(request: pytest.FixtureRequest, clock: Clock) -> Iterator[SessionStore
     store.close()
 
 
-def state(value: float) -> Any:
+@pytest.fixture
+def exchanges() -> Exchanges:
+    return Exchanges()
+
+
+@pytest.fixture
+def replicas(request: pytest.FixtureRequest, clock: Clock, exchanges: Exchanges) -> Iterator[list[RedisStore]]:
+    """Two stores with the same sessions. The exchanges of the first one are listed."""
+    prefix = f"{secrets.token_hex(8)}:"
+    with (
+        closing(redis_store(request, clock, prefix=prefix, exchanges=exchanges)) as one,
+        closing(redis_store(request, clock, prefix=prefix)) as other,
+    ):
+        yield [one, other]
+
+
+def state(value: float) -> Float32:
     return np.full(SHAPE, value, np.float32)
+
+
+def text(characters: str = "ROMEO:", hidden: Float32 | None = None) -> Text:
+    return Text(state(0.5) if hidden is None else hidden, 0, (), characters)
 
 
 def session(session_id: str = "a", **changes: Any) -> Session:
     fields: dict[str, Any] = {
         "owner": "", "model": "tiny@1", "identity": "ab", "seed": 7, "ttl_s": 60, "created_at": 0, "expires_at": 0,
-        "hidden": state(0.5), "transcript": Transcript(0, (), "ROMEO:"),
+        "text": text(),
     }  # fmt: skip
     return Session(session_id, **(fields | changes))
 
 
 def facts(one: Session) -> list[Any]:
     """Return everything of a session but its checkpoints, comparable."""
-    transcript = [one.transcript.start, one.transcript.text(one.transcript.start, one.position)]
+    characters = [one.text.start, one.text.slice(one.text.start, one.position)]
     names = ("id", "owner", "model", "identity", "seed", "ttl_s", "created_at", "expires_at", "run", "origin")
-    return [*(getattr(one, name) for name in names), one.revision, one.hidden.tobytes(), *transcript]
+    return [*(getattr(one, name) for name in names), one.revision, one.hidden.tobytes(), *characters]
 
 
 def checkpoints(one: Session) -> set[tuple[int, bytes]]:
     """Return the positions and states of a session's checkpoints."""
-    return {(segment.end, segment.hidden.tobytes()) for segment in one.transcript.segments}
+    return {(segment.end, segment.hidden.tobytes()) for segment in one.text.segments}
 
 
-def change(store: SessionStore, session_id: str = "a", **changes: Any) -> Session:
-    lease = store.lease("", session_id)
-    store.save(lease, replace(lease.session, **changes))
-    store.release(lease)
-    return store.load("", session_id)
+def with_changes(**changes: Any) -> Callable[[Session], tuple[Session, int]]:
+    """Return a change that sets these fields; its answer is the seed that the session had."""
+    return lambda one: (replace(one, **changes), one.seed)
+
+
+def unchanged(one: Session) -> tuple[Session, int]:
+    """Change nothing. The answer is the session's seed."""
+    return one, one.seed
+
+
+def change(store: SessionStore, key: SessionKey = A, **changes: Any) -> Session:
+    store.update(key, with_changes(**changes))
+    return store.load(key)
+
+
+def lease_of(store: SessionStore, key: SessionKey = A) -> Lease:
+    """Return a lease; this saves the session once."""
+    lease, _ = store.begin(key, with_changes())
+    assert lease is not None
+    return lease
+
+
+def use(store: SessionStore, key: SessionKey = A) -> None:
+    """Use a session without changing it."""
+    store.update(key, unchanged)
+
+
+def every_use(store: SessionStore) -> list[Callable[[SessionKey], Any]]:
+    """Return all calls that need a session which is there."""
+    return [
+        store.load,
+        lambda key: store.update(key, unchanged),
+        lambda key: store.update(key, with_changes(seed=99)),
+        lambda key: store.begin(key, with_changes(seed=99)),
+        store.delete,
+    ]
 
 
 def test_load__returns_what_was_created(store: SessionStore, clock: Clock) -> None:
     run = Run(3, 10, -5, replace(PLAIN, temperature=0.5), ("ab",), "xyz", "stop", 6)
-    transcript = Transcript(2, (Segment("ab", 4, state(0.1)),), "cd")
-    created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", transcript=transcript))
+    read = Text(state(0.5), 2, (Segment("ab", 4, state(0.1)),), "cd")
+    created = store.create(session(ttl_s=90.5, run=run, origin=b"0123", text=read))
     assert (created.created_at, created.expires_at, created.revision) == (clock.now, clock.now + 90.5, 1)
-    loaded = store.load("", "a")
+    loaded = store.load(A)
     assert facts(loaded) == facts(created)
     assert checkpoints(loaded) <= checkpoints(created)
 
@@ -101,157 +176,241 @@ def test_load__returns_what_was_created(store: SessionStore, clock: Clock) -> No
 @pytest.mark.parametrize("begin", [0, 500, 70_000])
 def test_load__returns_a_long_text_with_checkpoints_from_its_first_character(store: SessionStore, begin: int) -> None:
     """A store may drop checkpoints, but at most so many that 4,096 characters are stepped again."""
-    retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
-    transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
-    kept = {position: state(position) for position in retention.checkpoint_positions(begin, begin + len(text))}
-    created = store.create(session(transcript=transcript.extend(text, kept, retention)))
-    loaded = store.load("", "a")
+    retention, characters = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
+    end = begin + len(characters)
+    read = Text.from_state(begin, state(begin)) if begin else Text(state(0))
+    hidden = {position: state(position) for position in retention.checkpoint_positions(begin, end)}
+    created = store.create(session(text=read.extended(characters, state(end), hidden, retention)))
+    loaded = store.load(A)
     assert facts(loaded) == facts(created)
-    for position in range(begin, begin + len(text) + 1, 77):
-        start, hidden = loaded.transcript.nearest_checkpoint(position)
+    for position in range(begin, end + 1, 77):
+        start, checkpoint = loaded.text.nearest_checkpoint(position)
         assert begin <= start <= position < start + 4096
-        assert hidden is None if start == 0 else hidden is not None and hidden.tobytes() == state(start).tobytes()
+        if start == 0:
+            assert checkpoint is None
+        else:
+            assert checkpoint is not None
+            assert checkpoint.tobytes() == state(start).tobytes()
 
 
 def test_create__refuses_an_id_in_use(store: SessionStore) -> None:
     store.create(session())
     with pytest.raises(SessionExists):
         store.create(session(seed=8))
-    assert store.load("", "a").seed == 7
+    assert store.load(A).seed == 7
 
 
 def test_owners__do_not_see_one_anothers_sessions(store: SessionStore) -> None:
     store.create(session(owner="one", seed=1))
     store.create(session(owner="two", seed=2))
     store.create(session(owner="", seed=3))
-    assert [store.load(owner, "a").seed for owner in ("one", "two", "")] == [1, 2, 3]
-    for call in (store.load, store.lease):
+    assert [store.load(SessionKey(owner, "a")).seed for owner in ("one", "two", "")] == [1, 2, 3]
+    for call in every_use(store):
         with pytest.raises(SessionNotFound):
-            call("three", "a")
-    store.delete(store.lease("one", "a"))
-    assert store.load("two", "a").seed == 2
+            call(SessionKey("three", "a"))
+    store.delete(SessionKey("one", "a"))
+    assert store.load(SessionKey("two", "a")).seed == 2
     assert [len(store.page(owner, "", 9)) for owner in ("one", "two", "", "three")] == [0, 1, 1, 0]
 
 
 def test_sessions__are_values(store: SessionStore) -> None:
     """A loaded session doesn't change with the stored one, nor the stored one with the array it was made from."""
     hidden = state(0.25)
-    created = store.create(session(hidden=hidden))
-    loaded = store.load("", "a")
+    created = store.create(session(text=text(hidden=hidden)))
+    loaded = store.load(A)
     hidden[:] = 9
-    assert store.load("", "a").hidden.tobytes() == state(0.25).tobytes()
-    change(store, hidden=state(0.75), transcript=Transcript(0, (), "ROMEO:x"))
+    assert store.load(A).hidden.tobytes() == state(0.25).tobytes()
+    changed = state(0.75)
+    store.update(A, with_changes(text=text("ROMEO:x", changed)))
+    changed[:] = 9
     assert loaded.hidden.tobytes() == state(0.25).tobytes()
     assert created.position == loaded.position == 6
-    assert store.load("", "a").position == 7
+    assert store.load(A).position == 7
+    assert store.load(A).hidden.tobytes() == state(0.75).tobytes()
+
+
+# Changes
+
+
+def test_update__saves_the_change_and_returns_its_answer(store: SessionStore, clock: Clock) -> None:
+    created = store.create(session())
+    clock.now += 10
+    assert store.update(A, with_changes(seed=8)) == 7
+    loaded = store.load(A)
+    assert (loaded.seed, loaded.revision, loaded.expires_at) == (8, created.revision + 1, clock.now + 60)
+    assert store.update(A, with_changes(seed=9), idempotent=True) == 8
+    assert store.load(A).seed == 9
+
+
+def test_update__saves_a_state_of_another_shape(store: SessionStore) -> None:
+    store.create(session())
+    changed = change(store, text=text(hidden=np.full((3, 4), 0.2, np.float32)))
+    assert (changed.hidden.shape, changed.hidden.tolist()) == ((3, 4), np.full((3, 4), 0.2, np.float32).tolist())
+
+
+@pytest.mark.parametrize("error", [InvalidValue("too large"), KeyError("a defect")])
+def test_update__that_raises_leaves_the_session_as_it_was(store: SessionStore, error: Exception) -> None:
+    before = store.create(session())
+
+    def failing(_: Session) -> tuple[Session, None]:
+        raise error
+
+    for apply in (store.update, store.begin):
+        with pytest.raises(type(error)) as caught:
+            apply(A, failing)
+        assert caught.value is error
+    assert facts(store.load(A)) == facts(before)
+    store.delete(A)  # it isn't leased
+
+
+def test_update__with_nothing_to_save_counts_as_use(store: SessionStore, clock: Clock) -> None:
+    before = store.create(session())
+    clock.now += 30
+    assert store.update(A, unchanged) == 7
+    assert facts(store.load(A)) == facts(replace(before, expires_at=clock.now + 60))
+    clock.now += 30
+    lease, answer = store.begin(A, unchanged)
+    assert (lease, answer) == (None, 7)
+    assert facts(store.load(A)) == facts(replace(before, expires_at=clock.now + 60))
+    store.delete(A)  # it isn't leased
+
+
+def test_update__refuses_a_session_that_is_leased(store: SessionStore) -> None:
+    store.create(session())
+    lease = lease_of(store)
+    before = store.load(A)
+    for call in every_use(store)[1:]:
+        with pytest.raises(SessionBusy):
+            call(A)
+    assert facts(store.load(A)) == facts(before)
+    lease.release()
+    assert store.update(A, with_changes(seed=8)) == 7
+
+
+@pytest.mark.parametrize("use", range(5))
+def test_session__that_has_expired_is_refused_whatever_its_first_use_is(
+    store: SessionStore, clock: Clock, use: int
+) -> None:
+    store.create(session())
+    clock.now += 60
+    with pytest.raises(SessionGone):
+        every_use(store)[use](A)
+
+
+def test_update__may_change_another_session_meanwhile(store: SessionStore) -> None:
+    """No lock of the whole store is held while a change runs."""
+    store.create(session("a"))
+    store.create(session("b"))
+
+    def changing_the_other(one: Session) -> tuple[Session, int]:
+        seed = store.update(B, with_changes(seed=8))
+        store.create(session("c"))
+        store.delete(SessionKey("", "c"))
+        return replace(one, seed=9), seed
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(store.update, A, changing_the_other).result(20) == 7
+    assert [store.load(key).seed for key in (A, B)] == [9, 8]
+
+
+def test_update__by_many_threads_loses_none(store: SessionStore) -> None:
+    """Each update is applied, or its caller gets SessionBusy."""
+    store.create(session(seed=0))
+    barrier = threading.Barrier(6)
+
+    def count() -> int:
+        num_applied = 0
+        barrier.wait(10)
+        for _ in range(40):
+            try:
+                store.update(A, lambda one: (replace(one, seed=one.seed + 1), None))
+            except SessionBusy:
+                continue
+            num_applied += 1
+        return num_applied
+
+    with ThreadPoolExecutor(6) as pool:
+        num_applied = sum(future.result(60) for future in [pool.submit(count) for _ in range(6)])
+    assert num_applied > 0
+    assert (store.load(A).seed, store.load(A).revision) == (num_applied, 1 + num_applied)
+
+
+# Leases
+
+
+def test_begin__saves_and_keeps_the_lease(store: SessionStore) -> None:
+    created = store.create(session())
+    lease, answer = store.begin(A, with_changes(seed=8))
+    assert answer == 7
+    assert lease is not None
+    assert facts(lease.session) == facts(store.load(A))
+    assert (lease.session.seed, lease.session.revision) == (8, created.revision + 1)
+    with pytest.raises(SessionBusy):
+        store.update(A, with_changes(seed=9))
+    lease.save(replace(lease.session, seed=10))
+    assert facts(lease.session) == facts(store.load(A))
+    assert (lease.session.seed, lease.session.revision) == (10, created.revision + 2)
+    lease.release()
+    assert store.load(A).seed == 10
 
 
 def test_save__needs_the_lease_and_the_revision(store: SessionStore) -> None:
-    first = store.create(session())
-    lease = store.lease("", "a")
-    assert store.save(lease, replace(first, seed=8)) == first.revision + 1
-    second = store.load("", "a")
-    assert (second.seed, second.revision) == (8, first.revision + 1)
-    with pytest.raises(RevisionConflict):
-        store.save(lease, replace(first, seed=9))
-    store.release(lease)
-    for use in (lambda: store.save(lease, replace(second, seed=9)), lambda: store.delete(lease)):
+    store.create(session())
+    lease = lease_of(store)
+    first = lease.session
+    lease.save(replace(first, seed=8))
+    second = store.load(A)
+    assert (second.seed, second.revision, lease.session.revision) == (8, first.revision + 1, first.revision + 1)
+    for stale in (first, replace(second, id="b"), replace(second, owner="somebody")):
         with pytest.raises(RevisionConflict):
-            use()
-    other = store.lease("", "a")
+            lease.save(replace(stale, seed=9))
+    lease.release()
     with pytest.raises(RevisionConflict):
-        store.save(lease, replace(second, seed=9))
-    store.release(lease)  # already released: does nothing, and leaves the other lease alone
+        lease.save(replace(second, seed=9))
+    other = lease_of(store)
+    with pytest.raises(RevisionConflict):
+        lease.save(replace(other.session, seed=9))
+    lease.release()  # already released: does nothing, and leaves the other lease alone
     with pytest.raises(SessionBusy):
-        store.lease("", "a")
-    store.release(other)
-    assert facts(store.load("", "a")) == facts(second)
+        lease_of(store)
+    other.release()
+    assert store.load(A).seed == 8
 
 
-def cached(store: SessionStore) -> Session:
-    copy = store.cached_copy("", "a")
-    assert copy is not None
-    return copy
-
-
-def test_compare_and_save__refuses_a_session_that_is_no_cached_copy(store: SessionStore) -> None:
+def test_save__can_release_in_the_same_exchange(store: SessionStore, clock: Clock) -> None:
     store.create(session())
-    for one in (session(), replace(store.load("", "a"))):
-        assert store.compare_and_save(one, replace(one, seed=8)) is None
-    assert store.load("", "a").seed == 7
-
-
-@pytest.mark.parametrize("store", sorted(STORES.keys() - CACHING_STORES), indirect=True)
-def test_cached_copy__is_none_in_a_store_without_a_cache(store: SessionStore) -> None:
-    store.create(session())
-    store.load("", "a")
-    assert store.cached_copy("", "a") is None
-
-
-@caching
-def test_compare_and_save__saves_and_leases_a_current_copy(store: SessionStore) -> None:
-    store.create(session())
-    copy = cached(store)
-    lease = store.compare_and_save(copy, replace(copy, seed=8))
-    assert lease is not None
-    assert facts(lease.session) == facts(store.load("", "a"))
-    assert (lease.session.seed, lease.session.revision) == (8, copy.revision + 1)
-    assert store.save(lease, replace(lease.session, seed=10)) == copy.revision + 2
-    store.release(lease)
-    assert store.load("", "a").seed == 10
-
-
-@caching
-def test_compare_and_save__refuses_every_copy_of_a_leased_session(store: SessionStore) -> None:
-    store.create(session())
-    stale = cached(store)
-    assert store.compare_and_save(stale, replace(stale, seed=8)) is not None
-    before = store.load("", "a")
-    for copy in (stale, before, cached(store)):
-        assert store.compare_and_save(copy, replace(copy, seed=9)) is None
-    assert facts(store.load("", "a")) == facts(before)
-
-
-@caching
-def test_compare_and_save__can_release_in_the_same_exchange(store: SessionStore, clock: Clock) -> None:
-    store.create(session())
-    copy = cached(store)
-    released = store.compare_and_save(copy, replace(copy, seed=11), release=True)
-    assert released is not None
+    lease = lease_of(store)
+    clock.now += 10
+    lease.save(replace(lease.session, seed=11), release=True)
+    assert (store.load(A).seed, store.load(A).expires_at) == (11, clock.now + 60)
     with pytest.raises(RevisionConflict):
-        store.save(released, replace(released.session, seed=12))
-    assert store.compare_and_save(copy, replace(copy, seed=13)) is None  # it is stale now
-    assert (store.load("", "a").seed, store.load("", "a").expires_at) == (11, clock() + 60)
+        lease.save(replace(lease.session, seed=12))
+    lease.release()
+    assert store.update(A, with_changes(seed=13)) == 11
 
 
-@caching
-def test_compare_and_save__refuses_an_expired_session(store: SessionStore, clock: Clock) -> None:
+def test_save__of_a_deleted_session_is_refused(store: SessionStore) -> None:
     store.create(session())
-    copy = cached(store)
-    clock.now += 60
-    assert store.compare_and_save(copy, replace(copy, seed=14)) is None
-    with pytest.raises(SessionGone):
-        store.load("", "a")
-
-
-@caching
-def test_compare_and_save__refuses_a_deleted_session(store: SessionStore) -> None:
-    store.create(session())
-    copy = cached(store)
-    store.delete(store.lease("", "a"))
-    assert store.compare_and_save(copy, replace(copy, seed=15)) is None
-    with pytest.raises(SessionNotFound):
-        store.load("", "a")
+    lease = lease_of(store)
+    lease.release()
+    store.delete(A)
+    with pytest.raises(RevisionConflict):
+        lease.save(replace(lease.session, seed=8))
+    store.create(session(seed=9))
+    with pytest.raises(RevisionConflict):
+        lease.save(replace(lease.session, seed=8))
+    lease.release()
+    assert store.load(A).seed == 9
 
 
 def test_lease__is_exclusive(store: SessionStore) -> None:
     store.create(session())
-    lease = store.lease("", "a")
+    lease = lease_of(store)
     with pytest.raises(SessionBusy):
-        store.lease("", "a")
-    assert store.load("", "a").seed == 7  # loading needs no lease
-    store.release(lease)
-    store.release(store.lease("", "a"))
+        lease_of(store)
+    assert store.load(A).seed == 7  # loading needs no lease
+    lease.release()
+    lease_of(store).release()
 
 
 def test_lease__goes_to_one_of_many_threads(store: SessionStore) -> None:
@@ -263,13 +422,13 @@ def test_lease__goes_to_one_of_many_threads(store: SessionStore) -> None:
         for _ in range(50):
             barrier.wait(10)
             try:
-                lease = store.lease("", "a")
+                lease = lease_of(store)
             except SessionBusy:
                 continue
             finally:
                 barrier.wait(10)
             got.append(lease)
-            store.release(lease)
+            lease.release()
 
     threads = [threading.Thread(target=reach) for _ in range(8)]
     for thread in threads:
@@ -277,59 +436,75 @@ def test_lease__goes_to_one_of_many_threads(store: SessionStore) -> None:
     for thread in threads:
         thread.join()
     assert len(got) == 50
+    assert store.load(A).revision == 1 + 50
+
+
+# The life of a session
 
 
 def test_session__expires_at_its_time(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
     clock.now += 59.9
-    store.load("", "a")
+    store.load(A)
     clock.now += 0.1
-    for call in (store.load, store.lease):
+    for call in every_use(store):
         with pytest.raises(SessionGone):
-            call("", "a")
+            call(A)
     with pytest.raises(SessionNotFound):
-        store.load("somebody", "a")
+        store.load(SessionKey("somebody", "a"))
     assert store.page("", "", 9) == []
     store.create(session(seed=9))  # the id is free again
-    assert store.load("", "a").seed == 9
+    assert store.load(A).seed == 9
 
 
 def test_session__lives_longer_when_used_but_not_when_read(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
     clock.now += 59
-    store.release(store.lease("", "a"))
-    assert store.load("", "a").expires_at == clock.now + 60
+    use(store)
+    assert store.load(A).expires_at == clock.now + 60
     clock.now += 59
-    store.load("", "a")
+    store.load(A)
     store.page("", "", 9)
     clock.now += 1
     with pytest.raises(SessionGone):
-        store.load("", "a")
+        store.load(A)
 
 
 def test_session__never_expires_while_leased(store: SessionStore, clock: Clock) -> None:
     store.create(session(ttl_s=60))
-    lease = store.lease("", "a")
+    lease = lease_of(store)
     for _ in range(100):
         clock.now += 1000
-        store.load("", "a")
-    store.save(lease, replace(store.load("", "a"), seed=8))
-    store.release(lease)
+        store.load(A)
+    lease.save(replace(lease.session, seed=8))
+    clock.now += 1000
+    lease.release()
     clock.now += 59.9
-    assert store.load("", "a").seed == 8
+    assert store.load(A).seed == 8
     clock.now += 0.1
     with pytest.raises(SessionGone):
-        store.load("", "a")
+        store.load(A)
 
 
 def test_delete__makes_the_session_unknown(store: SessionStore) -> None:
     store.create(session())
-    lease = store.lease("", "a")
-    store.delete(lease)
-    store.release(lease)
-    for call in (store.load, store.lease):
+    store.delete(A)
+    for call in every_use(store):
         with pytest.raises(SessionNotFound):
-            call("", "a")
+            call(A)
+    assert store.page("", "", 9) == []
+    store.create(session(seed=9))  # the id is free again
+    assert (store.load(A).seed, store.load(A).revision) == (9, 1)
+
+
+def test_delete__of_a_leased_session_is_refused(store: SessionStore) -> None:
+    store.create(session())
+    lease = lease_of(store)
+    with pytest.raises(SessionBusy):
+        store.delete(A)
+    lease.save(replace(lease.session, seed=8), release=True)
+    assert store.load(A).seed == 8
+    store.delete(A)
 
 
 def test_page__is_in_the_order_of_ids(store: SessionStore) -> None:
@@ -342,6 +517,170 @@ def test_page__is_in_the_order_of_ids(store: SessionStore) -> None:
     assert store.page("", "z", 9) == []
 
 
+# Redis only: several stores with the same sessions
+
+
+def test_redis_store__updates_a_current_copy_in_one_exchange(replicas: list[RedisStore], exchanges: Exchanges) -> None:
+    one, _ = replicas
+    one.create(session())
+    one.update(A, with_changes(seed=8))
+    lease, _ = one.begin(A, with_changes(seed=9))
+    assert exchanges.operations == ["create", "claim", "claim"]
+    assert lease is not None
+    lease.save(replace(lease.session, seed=10), release=True)
+    assert exchanges.operations[3:] == ["save"]
+
+
+def test_redis_store__without_a_cache_needs_two_exchanges(
+    request: pytest.FixtureRequest, clock: Clock, exchanges: Exchanges
+) -> None:
+    with closing(redis_store(request, clock, cache_bytes=0, exchanges=exchanges)) as store:
+        store.create(session())
+        store.update(A, with_changes(seed=8))
+        assert exchanges.operations == ["create", "lease", "save"]
+
+
+def test_redis_store__runs_a_change_again_if_its_copy_was_stale(
+    replicas: list[RedisStore], exchanges: Exchanges
+) -> None:
+    one, other = replicas
+    one.create(session(seed=1))
+    other.update(A, with_changes(seed=2))
+    seen: list[int] = []
+
+    def doubled(session: Session) -> tuple[Session, int]:
+        seen.append(session.seed)
+        return replace(session, seed=10 * session.seed), session.seed
+
+    assert one.update(A, doubled) == 2
+    assert seen == [1, 2]
+    assert exchanges.operations == ["create", "claim", "lease", "save"]
+    for replica in replicas:
+        assert (replica.load(A).seed, replica.load(A).revision) == (20, 3)
+
+
+def test_redis_store__runs_a_change_again_that_had_nothing_to_save_in_a_stale_copy(replicas: list[RedisStore]) -> None:
+    one, other = replicas
+    one.create(session(seed=1))
+    other.update(A, with_changes(seed=2))
+
+    def set_to_one(session: Session) -> tuple[Session, bool]:
+        return (session, False) if session.seed == 1 else (replace(session, seed=1), True)
+
+    assert one.update(A, set_to_one)
+    assert other.load(A).seed == 1
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_redis_store__does_not_report_what_a_change_raised_on_a_stale_copy(
+    replicas: list[RedisStore], keep: bool
+) -> None:
+    one, other = replicas
+    one.create(session())
+    other.update(A, with_changes(text=text("ROMEO:xy")))
+
+    def at_eight(session: Session) -> tuple[Session, str]:
+        session.require_position(8)
+        return replace(session, seed=8), "done"
+
+    if keep:
+        lease, answer = one.begin(A, at_eight)
+        assert lease is not None
+        lease.release()
+    else:
+        answer = one.update(A, at_eight)
+    assert answer == "done"
+    assert (other.load(A).seed, other.load(A).position) == (8, 8)
+
+
+def test_redis_store__reports_what_a_change_raises_on_the_current_session(replicas: list[RedisStore]) -> None:
+    one, other = replicas
+    one.create(session())
+    other.update(A, with_changes(text=text("ROMEO:xy")))
+
+    def at_six(session: Session) -> tuple[Session, None]:
+        session.require_position(6)
+        return replace(session, seed=8), None
+
+    with pytest.raises(PositionConflict) as caught:
+        one.update(A, at_six)
+    assert caught.value.position == 8
+    assert other.update(A, with_changes(seed=9)) == 7  # neither changed nor leased
+
+
+def test_redis_store__leases_across_replicas(replicas: list[RedisStore]) -> None:
+    one, other = replicas
+    one.create(session())
+    lease = lease_of(one)
+    before = other.load(A)
+    for call in every_use(other)[1:]:
+        with pytest.raises(SessionBusy):
+            call(A)
+    assert facts(other.load(A)) == facts(before)
+    lease.save(replace(lease.session, seed=8), release=True)
+    assert other.update(A, with_changes(seed=9)) == 8
+    assert one.load(A).seed == 9
+
+
+def test_redis_store__updates_by_several_replicas_lose_none(replicas: list[RedisStore]) -> None:
+    replicas[0].create(session(seed=0))
+
+    def count(store: RedisStore) -> int:
+        num_applied = 0
+        for _ in range(100):
+            try:
+                store.update(A, lambda one: (replace(one, seed=one.seed + 1), None))
+            except SessionBusy:
+                continue
+            num_applied += 1
+        return num_applied
+
+    with ThreadPoolExecutor(4) as pool:
+        num_applied = sum(pool.map(count, replicas * 2))
+    assert num_applied > 0
+    for store in replicas:
+        assert (store.load(A).seed, store.load(A).revision) == (num_applied, 1 + num_applied)
+
+
+def test_redis_store__update_refuses_a_cached_session_that_has_expired(
+    replicas: list[RedisStore], clock: Clock
+) -> None:
+    one, other = replicas
+    one.create(session())
+    clock.now += 60
+    for store in replicas:
+        for call in every_use(store):
+            with pytest.raises(SessionGone):
+                call(A)
+    other.create(session(seed=14))
+    assert one.update(A, with_changes(seed=15)) == 14
+
+
+def test_redis_store__sees_that_another_replica_deleted_the_session(replicas: list[RedisStore]) -> None:
+    one, other = replicas
+    one.create(session())
+    other.delete(A)
+    for call in every_use(one):
+        with pytest.raises(SessionNotFound):
+            call(A)
+
+
+@pytest.mark.parametrize("num_updates", [0, 3])
+def test_redis_store__sees_that_another_replica_made_the_session_anew(
+    replicas: list[RedisStore], num_updates: int
+) -> None:
+    """Even though the copy in its cache has a higher revision."""
+    one, other = replicas
+    one.create(session(seed=1))
+    for _ in range(num_updates):
+        one.update(A, with_changes(seed=2))
+    other.delete(A)
+    other.create(session(seed=30))
+    assert facts(one.load(A)) == facts(other.load(A))
+    assert one.update(A, with_changes(seed=31)) == 30
+    assert other.load(A).seed == 31
+
+
 # The memory store only
 
 
@@ -352,7 +691,7 @@ def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> Memor
 def outcome(store: MemoryStore, session_id: str) -> str | None:
     """Return the code of the error that loading the session raises, or None."""
     try:
-        store.load("", session_id)
+        store.load(SessionKey("", session_id))
     except GruServeError as error:
         return error.code
     return None
@@ -362,18 +701,18 @@ def test_memory_store__evicts_the_least_recently_used_idle_session(clock: Clock)
     store = memory(clock)
     for session_id in "abc":
         store.create(session(session_id))
-    store.release(store.lease("", "a"))
-    held = store.lease("", "b")
+    use(store, A)
+    lease = lease_of(store, B)
     store.create(session("d"))  # evicts c: a was used after it, b is leased
     assert [outcome(store, one) for one in "abcd"] == [None, None, "session_gone", None]
     store.create(session("e"))
     assert outcome(store, "a") == "session_gone"
-    all_held = [held, store.lease("", "d"), store.lease("", "e")]
+    leases = [lease, *(lease_of(store, SessionKey("", one)) for one in "de")]
     with pytest.raises(Overloaded):
         store.create(session("f"))
     assert len(store) == 3
-    for lease in all_held:
-        store.release(lease)
+    for lease in leases:
+        lease.release()
     store.create(session("f"))
     assert outcome(store, "b") == "session_gone"
 
@@ -384,10 +723,10 @@ def test_memory_store__limits_its_bytes(clock: Clock) -> None:
         store.create(session(f"s{number}"))
         assert store.num_bytes <= 10**6
     assert 100 < len(store) < 3000
-    store.load("", "s2999")
+    assert outcome(store, "s2999") is None
     with pytest.raises(Overloaded):
-        store.create(session("large", hidden=np.zeros((1, 300_000), np.float32)))
-    store.load("", "s2999")  # nothing was evicted for it
+        store.create(session("large", text=text(hidden=np.zeros((1, 300_000), np.float32))))
+    assert outcome(store, "s2999") is None  # nothing was evicted for it
 
 
 def test_memory_store__counts_the_settings_of_a_run(clock: Clock) -> None:
@@ -396,9 +735,9 @@ def test_memory_store__counts_the_settings_of_a_run(clock: Clock) -> None:
     store.create(session("a"))
     before = store.num_bytes
     sampling = replace(PLAIN, logit_bias=tuple((number, 0.5) for number in range(1000)))
-    change(store, "a", run=Run(6, 10, 7, sampling, ("x" * 256,) * 4))
+    change(store, run=Run(6, 10, 7, sampling, ("x" * 256,) * 4))
     assert store.num_bytes - before > 120_000
-    change(store, "a", run=None)
+    change(store, run=None)
     assert store.num_bytes == before
 
 
@@ -406,17 +745,17 @@ def test_memory_store__evicts_idle_sessions_for_one_that_grows(clock: Clock) -> 
     store = memory(clock, max_bytes=50_000)
     for session_id in "ab":
         store.create(session(session_id))
-    change(store, "b", transcript=Transcript(0, (), "x" * 48_000))
+    change(store, B, text=text("x" * 48_000))
     assert outcome(store, "a") == "session_gone"
-    assert store.load("", "b").position == 48_000
+    assert store.load(B).position == 48_000
 
 
 def test_memory_store__counts_shared_segments_once(clock: Clock) -> None:
     """A thousand forks of a long draft take one state each, and free all of their memory."""
     store = memory(clock, max_sessions=2000)
-    retention, text, hidden = Retention(), "x" * 60_000, np.zeros((1, 1024), np.float32)
-    kept = {position: hidden.copy() for position in retention.checkpoint_positions(0, 60_000)}
-    draft = store.create(session("draft", transcript=Transcript().extend(text, kept, retention), hidden=hidden))
+    retention, hidden = Retention(), np.zeros((1, 1024), np.float32)
+    states = {position: hidden.copy() for position in retention.checkpoint_positions(0, 60_000)}
+    draft = store.create(session("draft", text=Text(hidden).extended("x" * 60_000, hidden, states, retention)))
     one = store.num_bytes
     assert one > 60_000 / 256 * 4096
     for number in range(1000):
@@ -428,18 +767,29 @@ def test_memory_store__counts_shared_segments_once(clock: Clock) -> None:
     assert (len(store), store.num_bytes) == (0, 0)
 
 
+def test_memory_store__frees_all_memory_of_deleted_sessions(clock: Clock) -> None:
+    store = memory(clock)
+    segment = Segment("ab", 2, state(0.1))
+    store.create(session("a", text=Text(state(0.2), 0, (segment,), "c")))
+    store.create(session("b", text=Text(state(0.3), 0, (segment,), "d")))
+    change(store, B, text=text("xyz"))
+    for key in (A, B):
+        store.delete(key)
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
 def test_sweep__deletes_expired_sessions_up_to_its_limit(clock: Clock) -> None:
     store = memory(clock, max_sessions=1000)
     for number in range(300):
         store.create(session(f"s{number}", ttl_s=10 + number % 3))
-    held = store.lease("", "s0")
+    lease = lease_of(store, SessionKey("", "s0"))
     assert store.sweep(1000) == 0
     clock.now += 10
     assert [store.sweep(60), store.sweep(60), store.sweep(60)] == [60, 39, 0]
     clock.now += 2.5
     assert store.sweep(1000) + store.sweep(1000) == 200
     assert len(store) == 1
-    store.release(held)
+    lease.release()
     clock.now += 11  # whole seconds are swept
     assert store.sweep(10) == 1
     assert store.num_bytes == 0
@@ -453,7 +803,7 @@ def test_sweep__finds_all_sessions_after_the_clock_jumped(clock: Clock) -> None:
     store.sweep(10)
     clock.now -= 1000
     store.create(session("b", ttl_s=100))
-    store.release(store.lease("", "a"))
+    use(store, A)
     clock.now += 10**6
     assert store.sweep(10) + store.sweep(10) == 2
     assert store.num_bytes == 0
@@ -462,8 +812,8 @@ def test_sweep__finds_all_sessions_after_the_clock_jumped(clock: Clock) -> None:
 def test_memory_store__has_states_of_different_shapes(clock: Clock) -> None:
     store = memory(clock)
     store.create(session("a"))
-    store.create(session("b", hidden=np.full((2, 8), 0.1, np.float32)))
-    change(store, "a", hidden=np.full((3, 4), 0.2, np.float32))
-    store.create(session("c", hidden=state(0.9)))
-    assert [store.load("", one).hidden.shape for one in "abc"] == [(3, 4), (2, 8), SHAPE]
-    assert store.load("", "c").hidden.tobytes() == state(0.9).tobytes()
+    store.create(session("b", text=text(hidden=np.full((2, 8), 0.1, np.float32))))
+    change(store, A, text=text(hidden=np.full((3, 4), 0.2, np.float32)))
+    store.create(session("c", text=text(hidden=state(0.9))))
+    assert [store.load(SessionKey("", one)).hidden.shape for one in "abc"] == [(3, 4), (2, 8), SHAPE]
+    assert store.load(SessionKey("", "c")).hidden.tobytes() == state(0.9).tobytes()
