@@ -73,8 +73,8 @@ class RunRegistry:
     def lease(self, owner: str, session_id: str, position: int | None = None) -> Iterator[Lease]:
         """Lease a session for one operation. Raises SessionBusy, SessionNotFound, SessionGone.
 
-        position: up to which the client has seen the text. The rest of an interrupted run is generated again up to
-        there; the lease's session then has more text than the stored one.
+        position: length of the text that the client has seen. The rest of an interrupted run is generated again up to
+        this position; the lease's session then has more text than the stored one.
         """
         lease = self._acquire_lease(owner, session_id)
         try:

@@ -100,7 +100,7 @@ def test_load__returns_what_was_created(store: SessionStore, clock: Clock) -> No
 
 @pytest.mark.parametrize("begin", [0, 500, 70_000])
 def test_load__returns_a_long_text_with_checkpoints_from_its_first_character(store: SessionStore, begin: int) -> None:
-    """A store may drop checkpoints, but at most so many that 4,096 characters are stepped again."""
+    """A store may drop checkpoints, but going back may never step more than 4,096 characters again."""
     retention, text = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
     transcript = Transcript.from_state(begin, state(begin)) if begin else Transcript()
     kept = {position: state(position) for position in retention.checkpoint_positions(begin, begin + len(text))}
