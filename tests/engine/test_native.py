@@ -25,7 +25,7 @@ from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
-from tests.harness.rows import KINDS, everything, keeping, quantized, row, run
+from tests.harness.rows import KINDS, outcome, quantized, row, run, with_checkpoints
 
 VARIANTS = binding.variants()
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
@@ -58,13 +58,6 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
         one.checkpoint_positions = (index + 2, index + 6) if index % 3 == 1 else ()
         rows.append(one)
     return rows
-
-
-def outcome(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Any]:
-    """All that can be seen of the rows at their ends."""
-    seen = [everything(*pair) for pair in zip(rows, run(stepper, rows, num_chars), strict=True)]
-    counts = [None if one.history is None else one.history.num_generated.tolist() for one in rows]
-    return [seen, counts, [one.tail for one in rows]]
 
 
 def test_it_is_there_where_there_is_a_compiler() -> None:
@@ -177,10 +170,10 @@ def test_a_thousand_rows_get_what_each_gets_alone() -> None:
 
 def test_it_steps_in_a_process_that_was_forked() -> None:
     stepper = NativeStepper(quantized(), 2, always_together=True)
-    expected = outcome(stepper, [keeping(stepper, **kind) for kind in KINDS[:3]])  # has threads now
+    expected = outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS[:3]])  # has threads now
     child = os.fork()
     if child == 0:
-        same = outcome(stepper, [keeping(stepper, **kind) for kind in KINDS[:3]]) == expected
+        same = outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS[:3]]) == expected
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -209,7 +202,7 @@ def test_what_is_no_state_or_no_number_does_no_harm(variant: str) -> None:
     stepper = NativeStepper(quantized(), 2, variant, always_together=True)
     for value in (np.nan, np.inf, -np.inf, 1e30, -3.0):
         for kind in KINDS:
-            one = keeping(stepper, **kind)
+            one = with_checkpoints(stepper, **kind)
             one.hidden[:] = value
             got = run(stepper, [one])[0]
             assert one.finished

@@ -25,7 +25,7 @@ from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import QuantizedGRU, quantize
 from tests.harness.models import random_tensors
-from tests.harness.rows import CHARSET, DEEP, KINDS, everything, keeping, quantized, row, run
+from tests.harness.rows import CHARSET, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
 
 STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
@@ -42,7 +42,7 @@ def alone(stepper: Stepper) -> list[list[Any]]:
     """What each kind of row gets by itself, a character at a time."""
     results = []
     for kind in KINDS:
-        one = keeping(stepper, **kind)
+        one = with_checkpoints(stepper, **kind)
         results.append(everything(one, run(stepper, [one], 1)[0]))
     return results
 
@@ -59,7 +59,7 @@ def test_neighbours_and_tick_lengths_change_nothing(
         for _ in range(data.draw(st.integers(0 if there else 1, 8))):
             if waiting:
                 kind = waiting.pop()
-                there.append((kind, keeping(stepper, **KINDS[kind]), []))
+                there.append((kind, with_checkpoints(stepper, **KINDS[kind]), []))
         there = data.draw(st.permutations(there))
         advances = stepper.advance([one for _, one, _ in there], data.draw(st.integers(1, 9)))
         for (_, _, parts), advance in zip(there, advances, strict=True):
@@ -74,7 +74,7 @@ def test_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> Non
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rows = [keeping(stepper, **kind) for kind in KINDS]
+            rows = [with_checkpoints(stepper, **kind) for kind in KINDS]
             assert [everything(*pair) for pair in zip(rows, run(stepper, rows), strict=True)] == alone
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Small quantised models, and rows for the tests of steppers."""
+"""Small quantised models and rows for the tests of the engine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CHARSET = Charset(CONFIG.charset)
 
 
 def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
-    """Return a model with larger random weights than training begins with: the state moves, and texts differ."""
+    """A model with random weights, larger than at the start of training, so that texts differ."""
     tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
     return quantize(config, tensors, precision)
 
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
-    """Return a row as the engine makes it, with some fields changed."""
+    """A row as the engine makes it."""
     ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
     stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
     history = History(len(CHARSET), ids) if sampling.penalizes else None
@@ -34,7 +34,7 @@ def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int
     return Row(**(fields | changes))
 
 
-# Every kind of row: the contract of steppers holds for each of them and for any mix.
+# Every kind of row. The contract of steppers holds for each kind and for any mix.
 KINDS: list[dict[str, Any]] = [
     {},
     {"prompt": "", "max_chars": 11},
@@ -58,8 +58,8 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def keeping(stepper: Stepper, **kind: Any) -> Row:
-    """Return a row of this kind that also stores checkpoints."""
+def with_checkpoints(stepper: Stepper, **kind: Any) -> Row:
+    """A row of this kind that copies some states on the way."""
     start = kind.get("position", 0)
     return row(stepper, checkpoint_positions=tuple(start + num_chars for num_chars in (1, 6, 7, 20, 1000)), **kind)
 
@@ -81,3 +81,10 @@ def everything(row: Row, result: StepResult) -> list[Any]:
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
     seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
     return [*seen, result.chars.tolist()]
+
+
+def outcome(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[Any]:
+    """Advance rows to their ends; return everything that can be observed of them."""
+    seen = [everything(*pair) for pair in zip(rows, run(stepper, rows, num_chars), strict=True)]
+    counts = [None if one.history is None else one.history.num_generated.tolist() for one in rows]
+    return [seen, counts, [one.tail for one in rows]]
