@@ -51,8 +51,6 @@ LIBRARIES = {
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {
     "__init__.py": "every package has one",
-    "session.py": "a session, in the server's store and as the client sees it",
-    "loss.py": "the loss of a text, by the engine's steps and by the network that is trained",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the engine is asked to do, and the handle through which the caller reads the result."""
+"""A request to the engine, and the handle through which the caller reads its result."""
 
 from __future__ import annotations
 

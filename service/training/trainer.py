@@ -40,7 +40,7 @@ class Progress(Protocol):
 
 
 class Trainer:
-    """A training run over one corpus, started anew or resumed from a checkpoint.
+    """A training run over one corpus, new or resumed from a checkpoint.
 
     Raises InvalidCorpus if the text is too short for the settings, InvalidCharset, and UnknownCharacters if the text
     has characters outside the charset and the settings say that this is an error.

@@ -1,4 +1,4 @@
-"""Errors at the web edge: the table from category to HTTP status, and the shape of an error's body."""
+"""Turns errors into HTTP responses: the status of each category of errors, and the JSON body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from service.errors import GruServeError, PositionConflict
 
 log = structlog.get_logger(__name__)
 
-# The status of each category. The root's is the fallback, also for OperatorError, which no request causes.
+# The status of each category. That of the root is the fallback, also for OperatorError, which no request causes.
 STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
     errors.InvalidRequest: 400,
     errors.InvalidApiKey: 401,  # the exception in AccessDenied: a valid key would help
@@ -27,7 +27,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
     errors.OutcomeUnknown: 504,
     GruServeError: 500,
 }
-# Codes that only this layer sends: they are about HTTP, its bodies and its schemas, and no exception has them.
+# Codes of errors that only this layer finds, in HTTP, in bodies and against schemas. No exception has these codes.
 STATUS_OF_EDGE_CODE = {
     "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
     "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
@@ -54,7 +54,7 @@ _CODE_OF_STATUS = {
     415: "unsupported_media_type",
     429: "rate_limited",
 }
-# A server that starts or ends is in order; that the store is away was logged once.
+# Not logged for each request: starting and stopping are normal, and the session store's outage is logged once.
 _EXPECTED = ("not_ready", "draining", "session_store_unavailable")
 _RETRY_AFTER_S = "1"
 _CODE_OF_PYDANTIC = {
@@ -63,17 +63,17 @@ _CODE_OF_PYDANTIC = {
 
 
 def error_body(message: str, code: str, param: str | None = None, status: int | None = None) -> dict[str, Any]:
-    """An error's one shape. Without `status` the table decides."""
+    """Return the body of an error. `type` follows from the status, by default that of the code."""
     status = status if status is not None else STATUS.get(code, 500)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def body_of(error: GruServeError) -> dict[str, Any]:
-    """What the caller is told of one of ours."""
+    """Return the response body for an exception of this project."""
     if error.code in ("invalid_artifact", "store_error"):
-        # Such messages name files of the server; the caller gets the kind, the log the place.
-        public = "the model can't be used: its files are damaged or unreadable; the server's log says more"
+        # These messages name files of the server, so only the log has them.
+        public = "the model can't be used, because its files are damaged or unreadable: see the server's log"
         return error_body(public, error.code, status=status_of(type(error)))
     body = error_body(error.message, error.code, error.param, status_of(type(error)))
     if isinstance(error, PositionConflict):
@@ -82,7 +82,7 @@ def body_of(error: GruServeError) -> dict[str, Any]:
 
 
 def error_response(message: str, code: str, param: str | None = None, status: int | None = None) -> Response:
-    """An error's answer. Without `status` the table decides."""
+    """Return the response for an error, with `status` or by default the status of the code."""
     status = status if status is not None else STATUS.get(code, 500)
     return _response(error_body(message, code, param, status), status)
 
@@ -98,11 +98,15 @@ def _response(body: dict[str, Any], status: int) -> Response:
 
 
 def validation_error_response(error: ValidationError) -> Response:
-    """The answer to a body, path or query that its schema refuses: the first fault, and how many more there are."""
+    """Return the response to a body, path or query that its schema refuses.
+
+    It describes the errors of the first wrong field, and says how many more fields have errors.
+    """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
     first = faults[0]
     param = str(first["loc"][0])[:80] if first["loc"] else None
-    # A field of several types yields a fault for each: that of the type that was meant, or together what is allowed.
+    # A field that accepts several types has an error for each of them. If one has the type of the value, the message
+    # describes that error; otherwise it lists all, and so what is allowed.
     same = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
     same = [fault for fault in same if not fault["type"].endswith("_type")] or same
     first = same[0]
@@ -117,7 +121,7 @@ def validation_error_response(error: ValidationError) -> Response:
 
 
 def register_error_handlers(app: Flask) -> None:
-    """Turn every exception that leaves a view into an answer of our shape."""
+    """Turn every exception that a view raises into a response with the body of `error_body`."""
 
     @app.errorhandler(GruServeError)
     def _known(error: GruServeError) -> Response:
@@ -140,13 +144,13 @@ def register_error_handlers(app: Flask) -> None:
     def _unforeseen(error: Exception) -> Response:
         log.error("unforeseen error", exc_info=error)
         return error_response(
-            "an error in the server; its log has the details under this request's id", "internal_error"
+            "internal error: the server's log has the details under this request's id", "internal_error"
         )
 
 
 def _sentence(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
-        return "this field is not known or can't be honoured"
+        return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
     return message[:1].lower() + message[1:]

@@ -217,7 +217,7 @@ def test_requirements__of_other_libraries_pin_everything(name: str) -> None:
 
 
 def test_all_benchmarks__include_every_one_that_the_docs_cite_and_no_other() -> None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     texts = [path.read_text() for path in (root / "README.md", *(root / "docs").glob("*.md"))]
     cited = {name for text in texts for name in re.findall(r"python -m benchmarks\.(\w+)", text)}
     runnable = {path.stem for path in (root / "benchmarks").glob("[a-z]*.py") if "\ndef main()" in path.read_text()}

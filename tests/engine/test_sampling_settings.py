@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import annotated_types
@@ -9,8 +10,12 @@ import click
 import pytest
 
 from service.commands.generate import generate_command
+from service.engine.native.binding import load
+from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.rows import Rows
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.web.schemas import SamplingBody
+from tests.harness.rows import quantized, row
 
 DECLARED = get_type_hints(SamplingSettings, include_extras=True)
 
@@ -50,6 +55,21 @@ def test_sampling_settings__reach_the_engine_from_a_body(name: str) -> None:
     assert value != getattr(PLAIN, name)
     settings = SamplingBody.model_validate({name: value}).sampling_settings(lambda: pytest.fail("not needed"))
     assert settings == SamplingSettings(**{name: value})
+
+
+@pytest.mark.skipif(load() is None, reason="the kernel was not compiled: no C++17 compiler")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_sampling_settings__reach_the_kernel(name: str) -> None:
+    """The kernel's row has a field of this name, and it gets the value of the setting."""
+    library = load()
+    assert library is not None
+    value = getattr(PLAIN, name) + 2
+    settings = replace(SamplingSettings(top_k=1), **{name: value})
+    stepper = NativeStepper(quantized())
+    rows = Rows(
+        [row(stepper, sampling=settings)], 1, (1, stepper.config.num_units), stepper.config.vocab_size, library.row
+    )
+    assert rows.records[name].tolist() == [value]
 
 
 def test_sampling_settings__have_no_field_that_the_api_lacks() -> None:

@@ -1,4 +1,4 @@
-"""Small quantised models, and rows for the tests of steppers."""
+"""Small quantised models and rows for the tests of the engine."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ CHARSET = Charset(CONFIG.charset)
 
 
 def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
-    """Return a model with larger random weights than training begins with: the state moves, and texts differ."""
+    """A model with random weights, larger than at the start of training, so that texts differ."""
     tensors = {name: tensor * np.float32(gain) for name, tensor in random_tensors(config).items()}
     return quantize(config, tensors, precision)
 
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
-    """Return a row as the engine makes it, with some fields changed."""
+    """A row as the engine makes it."""
     ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
     stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
     history = History(len(CHARSET), ids) if sampling.penalizes else None
@@ -35,7 +35,7 @@ def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int
     return Row(**(fields | changes))
 
 
-# Every kind of row: the contract of steppers holds for each of them and for any mix.
+# Every kind of row. The contract of steppers holds for each kind and for any mix.
 KINDS: list[dict[str, Any]] = [
     {},
     {"prompt": "", "max_chars": 11},

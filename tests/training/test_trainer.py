@@ -20,9 +20,10 @@ from service.training.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 CORPUS = Corpus("fox.txt", TEXT, "0" * 64)
+# One thread: the threads of torch wait for each other by spinning, which takes minutes on a busy machine.
 SETTINGS = Hyperparameters(
     embedding_dim=8, num_units=24, num_layers=2, batch_size=4, sequence_length=16, epochs=3, learning_rate=0.01,
-    warmup_steps=5, eval_interval=20, average_decay=0.9, weight_decay=0.01,
+    warmup_steps=5, eval_interval=20, average_decay=0.9, weight_decay=0.01, threads=1,
 )  # fmt: skip
 
 

@@ -243,7 +243,7 @@ def test_create_app__without_its_model_fails(tmp_path: Path) -> None:
         create_app(Settings(model_store=tmp_path, model="tiny"))
 
 
-def test_every_code_of_an_error_that_can_reach_the_web_has_a_status() -> None:
+def test_error_codes__that_can_reach_the_web_have_a_status() -> None:
     from service import errors
 
     elsewhere = {"invalid_corpus", "invalid_checkpoint", "training_diverged", "invalid_settings", "invalid_charset"}

@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "seed": "u8", "position": "i8", "hidden": "*f4", "num_steps": "i8", "stopped": "i8",
         "num_prompt": "i8", "prompt": "*i8", "chars": "*i8",
         "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
-        "repetition": "f8", "presence": "f8", "frequency": "f8",
+        "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "in_prompt": "*u1", "num_generated": "*f8",
         "num_stops": "i8", "stop_lengths": "*i8", "stop_ids": "*i8", "text": "*i8", "text_length": "i8",
         "num_top": "i8", "scores_start": "i8", "chosen": "*f8", "top_ids": "*i8", "top": "*f8",

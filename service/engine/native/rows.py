@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.arrays import Float32, Float64, Ids
 from service.engine.sampling import History
-from service.engine.sampling_settings import SamplingSettings
+from service.engine.sampling_settings import NUMBERS, SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stepper import Row, StepResult
 
@@ -132,9 +132,8 @@ class Rows:
         return array.ctypes.data
 
     def _add_sampling(self, record: np.void, sampling: SamplingSettings, history: History | None) -> None:
-        record["top_k"], record["top_p"], record["min_p"] = sampling.top_k, sampling.top_p, sampling.min_p
-        record["repetition"] = sampling.repetition_penalty
-        record["presence"], record["frequency"] = sampling.presence_penalty, sampling.frequency_penalty
+        for name in NUMBERS:
+            record[name] = getattr(sampling, name)
         if sampling.logit_bias:
             ids, biases = zip(*sampling.logit_bias, strict=True)
             if not 0 <= min(ids) <= max(ids) < self._vocab_size:

@@ -47,9 +47,9 @@ GRU_FIELD(int64_t, is_plain)          // 1 if temperature is the only setting: t
 GRU_FIELD(int64_t, top_k)             // 0: no limit
 GRU_FIELD(double, top_p)              // 1: no limit
 GRU_FIELD(double, min_p)              // 0: no limit
-GRU_FIELD(double, repetition)         // penalties, as in sampling.py
-GRU_FIELD(double, presence)
-GRU_FIELD(double, frequency)
+GRU_FIELD(double, repetition_penalty)  // penalties, as in sampling.py
+GRU_FIELD(double, presence_penalty)
+GRU_FIELD(double, frequency_penalty)
 GRU_FIELD(int64_t, num_biases)        // pairs of logit_bias
 GRU_FIELD(const int64_t*, bias_ids)   // (num_biases,)
 GRU_FIELD(const double*, biases)      // (num_biases,)
