@@ -100,8 +100,12 @@ class MemoryStore:
 
     def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:  # noqa: ARG002 - every outcome is known
         """See SessionStore. The session is leased while `change` runs; no lock is held."""
-        lease, answer = self.begin(key, change)
-        if lease is not None:
+        lease = self._lease(key)
+        try:
+            changed, answer = change(lease.session)
+            if changed is not lease.session:
+                lease.save(changed, release=True)
+        finally:
             lease.release()
         return answer
 
