@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_store
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.model.charset import UnknownChars
 
 
 def _sampling_options(command: Command) -> Command:
@@ -47,7 +48,7 @@ def _range(kind: type, field: FieldInfo) -> click.IntRange | FiniteRange:
 @_sampling_options
 @click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
 @click.option("--seed", type=int, default=None, help="Same seed, same text.  [another each time]")
-@click.option("--unknown-chars", type=click.Choice(["error", "fold", "drop"]), default="error", help="  [error]")
+@click.option("--unknown-chars", type=click.Choice(get_args(UnknownChars)), default="error", help="  [error]")
 @model_store_option
 @json_option
 def generate_command(
@@ -67,7 +68,6 @@ def generate_command(
     """
     from service.engine.kernels import choose_kernel
     from service.generation.completion import Completion, CompletionRequest
-    from service.model.charset import UnknownChars
     from service.registry.loaded_models import EngineSettings, LoadedModel
     from service.settings import read_settings
 
