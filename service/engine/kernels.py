@@ -51,7 +51,7 @@ def check_kernel(choice: KernelChoice) -> None:
 
 
 def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
-    """Return the chosen kernel, with num_threads threads. `auto` chooses native if it was compiled, and torch otherwise.
+    """Return the chosen kernel, with num_threads threads. `auto` chooses native if it was compiled, torch otherwise.
 
     torch is imported only if it computes. Without it a server starts in half the time, and with a third of the memory.
 

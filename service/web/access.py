@@ -44,7 +44,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
             raise InvalidApiKey("an API key is required: send it as `Authorization: Bearer ...`")
         name = keys.owner_of(token)
         if name is None:
-            raise InvalidApiKey("this server does not know this API key: it has a typo, or it was replaced")
+            raise InvalidApiKey("this API key is not known to the server: it has a typo, or it was replaced")
         g.owner = name
         structlog.contextvars.bind_contextvars(key_name=name)
 
