@@ -1,6 +1,6 @@
-"""API keys: which name a key belongs to. Only SHA-256 digests are stored, so reading them gives nobody access.
+"""API keys: which name a key belongs to. Only the SHA-256 digests of keys are stored, and they give nobody access.
 
-May not: know HTTP, or import anything of this project but errors.
+This module knows nothing of HTTP, and may import nothing of this project but `errors`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class ApiKeys:
         self._reloading = threading.Lock()
 
     def owner_of(self, key: str) -> str | None:
-        """Return the name that a key belongs to, or None for an unknown key. Takes the same time for every key."""
+        """Return the name that a key belongs to, or None for an unknown key. Every key takes the same time."""
         self._reload_if_changed()
         digest, name = hashlib.sha256(key.encode(errors="replace")).digest(), None
         for entry in self._entries:

@@ -3,7 +3,7 @@
 numpy releases the lock even to copy 1,024 numbers. On a busy server, waiting to get it back takes far longer than the
 copy: these two functions made small requests a third faster (docs/LOG.md).
 
-May not: import anything of this project.
+This module may import nothing of this project.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every error that this project raises on purpose, as a tree by category.
+"""The errors that the service raises on purpose, as a tree by category.
 
     GruServeError
     ├── InvalidRequest              the request itself is wrong; sending it again can't help
@@ -16,7 +16,7 @@
     ├── Gone                        the thing existed, and was discarded for good
     │   ├── SessionGone             session_gone
     │   └── PositionGone            position_gone
-    ├── Conflict                    the request doesn't fit what the session or its model is now
+    ├── Conflict                    the request doesn't fit the present state of the session or of its model
     │   ├── SessionExists           session_exists
     │   ├── SessionBusy             session_busy
     │   ├── SessionLost             session_lost
@@ -45,7 +45,8 @@
         └── MissingLibrary          missing_library
 
 Only classes with a code are raised; a category exists to be caught. A code is part of the API and never changes. This
-module doesn't know HTTP: `service/web/error_responses.py` maps each category to a status.
+module doesn't know HTTP: `service/web/error_responses.py` maps each category to a status, and has the codes of errors
+that only HTTP has, such as a body that is not JSON.
 
 A message says what is wrong, where, and what to do about it.
 """
@@ -54,7 +55,7 @@ from __future__ import annotations
 
 
 class GruServeError(Exception):
-    """The root of all errors that the project raises on purpose and can explain."""
+    """The root of all errors that the service raises on purpose and can explain."""
 
     code = "internal_error"
 
@@ -109,7 +110,7 @@ class InvalidApiKey(AccessDenied):
 
 
 class Forbidden(AccessDenied):
-    """The caller is known, and may not use this route."""
+    """The route is not open to this caller: without API keys, only the server's own machine may use it."""
 
     code = "forbidden"
 
@@ -147,7 +148,7 @@ class PositionGone(Gone):
 
 
 class Conflict(GruServeError):
-    """Category: the request doesn't fit what the session or its model is now."""
+    """Category: the request doesn't fit the present state of the session or of its model."""
 
 
 class SessionExists(Conflict):

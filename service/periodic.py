@@ -1,6 +1,6 @@
 """A thread that calls a function every few seconds.
 
-May not: import anything of this project; what it calls is passed to it.
+This module may import nothing of this project: its users pass in the function that it calls.
 """
 
 from __future__ import annotations

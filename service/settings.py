@@ -1,7 +1,7 @@
 """The settings of the service, and the only code that reads environment variables.
 
-They are read once at startup. An unusable value or an unknown `GRU_SERVE_` variable stops the start with an error that
-names the variable, and never shows the value of a secret.
+The settings are read once at startup. An unusable value or an unknown `GRU_SERVE_` variable stops the start with an
+error, which names the variable and never shows the value of a secret.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Settings(BaseSettings):
         4, ge=1, le=1000, description="model versions loaded at a time; one more evicts the least recently used"
     )
     precision: Literal["auto", IntegerPrecision] = Field(
-        "auto", description="integer type of the recurrent weights; auto: what the model's training found sufficient"
+        "auto", description="integer type of the recurrent weights; auto: the type that the model's training chose"
     )
     kernel: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="implementation of the network: native (C++) or torch, with identical results; "
-        "auto: native if it is installed",
+        "auto: native if it was compiled",
     )
     engine_threads: int = Field(0, ge=0, le=256, description="CPU cores that an engine uses; 0: all but one")
     max_batch: int = Field(256, ge=1, le=65_536, description="texts that a model computes at the same time")
@@ -49,10 +49,10 @@ class Settings(BaseSettings):
         256, ge=0, le=65_536, description="texts that may wait for a place in the batch; more are refused (429)"
     )
     prefix_cache_bytes: int = Field(
-        2**26, ge=0, le=2**40, description="memory per model for caching the states after prompts; 0: no cache"
+        2**26, ge=0, le=2**40, description="bytes per model for caching the states after recent texts; 0: no cache"
     )
     stall_s: float = Field(
-        30.0, gt=0, le=3600, description="seconds after which a computing step counts as stuck and readiness fails"
+        30.0, gt=0, le=3600, description="seconds after which a step of the engine counts as stuck, and /readyz fails"
     )
     http_threads: int = Field(
         0,
@@ -61,7 +61,9 @@ class Settings(BaseSettings):
         description=f"requests handled at the same time; 0: max_batch + max_queue + {SPARE_THREADS}",
     )
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters that one request may generate")
-    max_prompt_chars: int = Field(100_000, ge=1, le=100_000_000, description="longest accepted prompt, in characters")
+    max_prompt_chars: int = Field(
+        100_000, ge=1, le=100_000_000, description="longest accepted prompt or fed text, in characters"
+    )
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest accepted request body")
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(
@@ -114,7 +116,9 @@ class Settings(BaseSettings):
         "empty and no file: everybody has access",
     )
     api_keys_file: Path | None = Field(
-        None, description="file with more such entries, one a line; read again when it changes"
+        None,
+        description="file with API keys: name:sha256-hex entries as `gru-serve keys new` prints them, one per line; "
+        "read again when it changes",
     )
     rate_limit: str = Field(
         "",
@@ -178,7 +182,7 @@ class Settings(BaseSettings):
 
     @property
     def state_key_list(self) -> list[str]:
-        """The single keys of `state_keys`."""
+        """The keys in `state_keys`, as a list."""
         return _split(self.state_keys)
 
     @property

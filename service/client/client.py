@@ -33,8 +33,8 @@ class Client(Transport):
         """Create a session. Raises ServerError.
 
         Args:
-            text: that the session starts with.
-            id: of the session; None creates a random one.
+            text: the beginning of the session's text.
+            id: the id of the session; None creates a random one.
             fields: model, seed, ttl_s, state and unknown_chars, as in the API.
         """
         session_id = id if id is not None else secrets.token_hex(16)  # chosen here, so that the call can be repeated
@@ -52,7 +52,7 @@ class Client(Transport):
         """Return the state of the network after each character of a text. Raises ServerError.
 
         Args:
-            text: that the network reads.
+            text: the text that the network reads.
             fields: model, state, gates, embedding, logprobs, portable, `from` and `to`, as in the API. `from` is a
                 keyword of Python: pass it as `**{"from": 3}`.
         """
@@ -84,7 +84,7 @@ class Session:
         """Append text to the session, stepping the network over it. Raises ServerError.
 
         Args:
-            text: to append.
+            text: the text to append.
             fields: logprobs, num_next, unknown_chars and rebase, as in the API.
         """
         body = {"text": text, "position": self._synchronise()} | fields
@@ -156,8 +156,8 @@ class Session:
 
         Args:
             position: how much of the text to take; None takes all of it.
-            id: of the new session; None creates a random one.
-            seed: of the new session; None takes this session's seed, with which both generate the same text.
+            id: the id of the new session; None creates a random one.
+            seed: the seed of the new session; None takes this session's seed, so that both generate the same text.
         """
         end = self._synchronise()
         body = {"id": id if id is not None else secrets.token_hex(16), "seed": seed}

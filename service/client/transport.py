@@ -34,9 +34,9 @@ class Transport:
     """Sends requests to one server. Any number of threads may share it.
 
     Args:
-        url: of the server.
-        api_key: is sent as a bearer token.
-        timeout_s: of a single connection.
+        url: the address of the server.
+        api_key: the API key, which is sent as a bearer token.
+        timeout_s: how long a connection may wait for the server, in seconds.
         retry_s: how long a call is repeated while the server is unreachable, overloaded or busy with an earlier call.
 
     Raises ValueError for a URL that is not http:// or https:// with a host.

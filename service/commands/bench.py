@@ -32,7 +32,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> list[int
     "numbers_of_rows",
     callback=_numbers,
     default="1,8,64,256",
-    help="Numbers of texts that are generated side by side.  [1,8,64,256]",
+    help="How many texts are generated side by side, one measurement for each number.  [1,8,64,256]",
 )
 @click.option(
     "--seconds", type=FiniteRange(0, 3600, min_open=True), default=2.0, help="Seconds for each number of rows.  [2]"

@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
 from service.commands.options import FiniteRange, json_option, model_store_option, open_store
 from service.errors import MissingLibrary
+from service.model.charset import UnknownChars
+from service.model.quantize import Precision
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -28,13 +30,13 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--unknown-chars",
-    type=click.Choice(["error", "fold", "drop"]),
+    type=click.Choice(get_args(UnknownChars)),
     default="error",
     help="What happens to characters that the model does not know.  [error]",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "int8", "int4"]),
+    type=click.Choice(get_args(Precision)),
     default="float32",
     help="float32 is the reference; with int8 and int4 the model computes exactly as the server does.  [float32]",
 )

@@ -13,6 +13,9 @@ from pydantic.fields import FieldInfo
 
 from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_store
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.model.charset import UnknownChars
+
+_UNKNOWN_HELP = "What happens to characters of the prompt that the model does not know.  [error]"
 
 
 def _sampling_options(command: Command) -> Command:
@@ -42,12 +45,12 @@ def _range(kind: type, field: FieldInfo) -> click.IntRange | FiniteRange:
 
 @click.command("generate")
 @click.option("--prompt", required=True, help="The text to continue; may be empty.")
-@click.option("--model", default=None, help="name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
+@click.option("--model", default=None, help="Model as name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
 @click.option("--max-tokens", type=click.IntRange(1), default=500, help="Characters to generate at most.  [500]")
 @_sampling_options
 @click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
-@click.option("--seed", type=int, default=None, help="Same seed, same text.  [another each time]")
-@click.option("--unknown-chars", type=click.Choice(["error", "fold", "drop"]), default="error", help="  [error]")
+@click.option("--seed", type=int, default=None, help="The same seed gives the same text.  [a random one]")
+@click.option("--unknown-chars", type=click.Choice(get_args(UnknownChars)), default="error", help=_UNKNOWN_HELP)
 @model_store_option
 @json_option
 def generate_command(
@@ -61,13 +64,13 @@ def generate_command(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue a text without a server, printing it as it is generated. Gives the text of POST /v1/completions.
+    """Continue a text without a server, printing it as it is generated. The text is the one that POST /v1/completions
+    returns for the same settings.
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
     from service.engine.kernels import choose_kernel
     from service.generation.completion import Completion, CompletionRequest
-    from service.model.charset import UnknownChars
     from service.registry.loaded_models import EngineSettings, LoadedModel
     from service.settings import read_settings
 

@@ -98,7 +98,7 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
 @models_group.command("alias")
 @click.argument("model")
 @click.argument("alias")
-@click.option("--remove", is_flag=True, help="Remove the alias; MODEL is then the name without a version.")
+@click.option("--remove", is_flag=True, help="Remove the alias. MODEL is then a name without a version.")
 @model_store_option
 def alias_command(model: str, alias: str, remove: bool, model_store: Path | None) -> None:
     """Set an alias: name@ALIAS then means the version MODEL. With --remove, remove the alias.

@@ -15,7 +15,9 @@ from service.settings import Settings, read_settings
 def serve_command(**options: Any) -> None:
     """Serve the models of a store over HTTP.
 
-    Every option can also be given as an environment variable GRU_SERVE_<OPTION>. The option takes precedence.
+    Every option can also be given as an environment variable GRU_SERVE_<OPTION>. The option takes precedence. Three
+    settings hold secrets and are environment variables only: GRU_SERVE_SESSION_STORE, GRU_SERVE_STATE_KEYS and
+    GRU_SERVE_API_KEYS.
 
     Example: gru-serve serve --port 8000 --model shakespeare
     """

@@ -30,9 +30,13 @@ _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 )
 @click.option("--name", required=True, help="Name of the model; a new version is published.")
 @click.option(
-    "--checkpoint", type=click.Path(path_type=Path), help="File of the checkpoint.  [checkpoints/NAME.safetensors]"
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="File from which the run can be resumed.  [checkpoints/NAME.safetensors]",
 )
-@click.option("--resume", is_flag=True, help="Continue the run of the checkpoint, with its settings.")
+@click.option(
+    "--resume", is_flag=True, help="Continue the run in the checkpoint, with the settings that it began with."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint of an unfinished run.")
 @model_store_option
 @field_options(Hyperparameters)
@@ -78,7 +82,7 @@ def train_command(
         trainer = Trainer(text, settings, checkpoint)
     store.check_writable(name)  # so that an invalid name or a full disk fails now and not after hours of training
     click.echo(
-        f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters of "
+        f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters, "
         f"{trainer.model.config.vocab_size} of them distinct, {trainer.total_steps:,} updates, "
         f"{trainer.settings.threads} threads",
         err=True,
@@ -87,7 +91,7 @@ def train_command(
         failure = _run(trainer, bar, interrupt.is_set)
     if trainer.state.best_step is None:
         raise failure or _Interrupted(
-            f"stopped before the first evaluation, so nothing is published; continue {checkpoint} with --resume"
+            f"stopped before the first evaluation, so nothing is published; --resume continues from {checkpoint}"
         )
 
     torch.set_num_threads(1)  # a single text is measured faster on one core than on two
@@ -96,13 +100,13 @@ def train_command(
         with char_bar(3 * (len(trainer.validation_ids) - 1), description="measuring the best weights") as measuring:
             version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
     except KeyboardInterrupt:
-        raise _Interrupted(f"stopped before the model was published; continue {checkpoint} with --resume") from None
+        raise _Interrupted(f"stopped before the model was published; --resume continues from {checkpoint}") from None
     click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
     if failure:
         raise failure
     if not trainer.state.finished:
         raise _Interrupted(
-            f"stopped before the end; the best model so far is published; continue {checkpoint} with --resume"
+            f"stopped before the end; the best model so far is published; --resume continues from {checkpoint}"
         )
 
 

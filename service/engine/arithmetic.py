@@ -1,4 +1,4 @@
-"""Elementary functions made of +, -, * and / alone, so that every machine and implementation gets the same bits.
+"""Elementary functions from +, -, * and / alone, so that every machine and implementation gets the same bits.
 
 The exp or tanh of a library differs in its last bits between processors, between versions, and even between the middle
 and the end of one array. IEEE 754 defines the results of the four operations and of rounding to the bit. So the bits
@@ -14,7 +14,8 @@ import numpy as np
 
 from service.arrays import Float32, Float64
 
-# Version of everything beside the quantised weights that the bits of a text depend on. Part of the fingerprint.
+# Version of the arithmetic: of everything except the quantised weights that decides the bits of a text. It is part of
+# the fingerprint.
 VERSION = 1
 
 

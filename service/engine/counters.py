@@ -1,4 +1,4 @@
-"""What an engine has done since it was created, as plain numbers: counting costs its thread a microsecond a tick."""
+"""What an engine has done since it was created, as plain numbers. Counting costs its thread 1 to 16 us per tick."""
 
 from __future__ import annotations
 

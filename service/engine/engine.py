@@ -31,7 +31,7 @@ class _Text:
 
 
 class Engine:
-    """Steps texts on its own thread, which only computes. Any thread may call any method.
+    """Advances texts on its own thread, which does nothing else. Any thread may call any method.
 
     A short text that is only read is stepped on the caller's thread while the engine is idle: waking the engine's
     thread, and being woken by it, would take longer.
@@ -72,8 +72,8 @@ class Engine:
     def submit(self, requests: Sequence[Request], *, already_admitted: bool = False) -> list[Handle]:
         """Accept all of these requests, or none. Raises Overloaded and EngineFailed.
 
-        With `already_admitted` they are not refused for lack of room. Use it for requests that continue the work of a
-        text which has just ended: they take its place.
+        With `already_admitted` the engine does not refuse them for lack of room. Use it for requests that continue the
+        work of a text that has just ended, because they take its place.
         """
         handles = [Handle(request, self.check) for request in requests]
         with self._changed:
@@ -188,7 +188,7 @@ class Engine:
         return True
 
     def _tick(self) -> None:
-        """Schedule, run, publish."""
+        """Admit waiting texts, advance all texts of the batch, and hand the new characters over to the handles."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
         for text in scheduler.admit():
@@ -204,7 +204,8 @@ class Engine:
             started = self._clock()
             results = self._advance(rows, num_chars)
             self._pace.measured(len(rows), num_chars, self._clock() - started)
-        # Free the places before publishing: a caller that reads the end and submits again at once must not be refused.
+        # Free the places before handing over: a caller that reads the end and submits again at once must not be
+        # refused.
         self._remove([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
         for text, row, result in zip(texts, rows, results, strict=True):
             text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)

@@ -1,4 +1,4 @@
-"""The gates of steps that were done earlier, computed again from the states. Needs no engine."""
+"""Computes the gates of earlier steps again, from the states before and after them. This needs no engine."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ def gate_scales(units: int) -> Float32:
 
 
 class Gates:
-    """Computes the gates of a GRU layer, and its new state from them. For one thread.
+    """Computes the gates of a GRU layer, and from them its new state. Only one thread at a time may use it.
 
-    Works in contiguous scratch memory, a few rows at a time: numpy takes twice as long with strided operands, and even
-    longer with memory outside the cache.
+    It works in contiguous scratch memory, on a few rows at a time: numpy takes twice as long with strided operands, and
+    even longer with memory outside the cache.
     """
 
     def __init__(self, recurrent: QuantizedLinear) -> None:

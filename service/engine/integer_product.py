@@ -14,8 +14,8 @@ class IntegerProduct:
     """Multiplies (B, K) int8 with the transpose of an (N, K) int8 weight, without rounding or overflow.
 
     torch._int_mm is fast if the processor adds products of bytes in 32 bits. If this build of torch lacks it, or its
-    sums saturate at 16 bits, the integers are multiplied as floats instead: slower, and exact too, because a float
-    holds every partial sum.
+    sums saturate at 16 bits, the integers are multiplied as floats instead. That is slower, but also exact, because a
+    float holds every partial sum.
     """
 
     def __init__(self, weight: NDArray[np.int8]) -> None:

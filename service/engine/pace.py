@@ -12,7 +12,7 @@ _MAX_CHUNKS_PER_S = 1600
 
 
 class Pace:
-    """Chooses the number of characters of a tick, so that it takes about `tick_s` seconds, by the last tick's time."""
+    """Chooses how many characters a tick has, so that it takes `tick_s` seconds, from the time of the last one."""
 
     def __init__(self, tick_s: float = _TICK_S) -> None:
         self._tick_s = tick_s

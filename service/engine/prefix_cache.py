@@ -44,7 +44,7 @@ class PrefixCache:
             return len(prefix), self._states[prefix]
 
     def put(self, text: str, hidden: Float32) -> None:
-        """Store the (L, H) state after a text. The array is not copied: nobody may write to it any more."""
+        """Store the (L, H) state after a text. The array is not copied, so nobody may write to it afterwards."""
         size = _num_bytes(text, hidden)
         if not text or size > self._max_bytes:
             return

@@ -80,9 +80,9 @@ class End:
 
 
 class Handle:
-    """The caller's side of a request: characters can be read from it, and the text can be cancelled.
+    """The caller's side of a request: the caller reads characters from it, and can cancel the text.
 
-    The engine's thread publishes; one other thread reads. A reader is woken only by what it waits for.
+    The engine's thread adds results, and one other thread reads them. A reader is woken only by what it waits for.
     """
 
     def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
@@ -100,7 +100,7 @@ class Handle:
         self.is_cancelled = True
 
     def read(self, flush_interval_s: float | None, timeout_s: float | None = None) -> StepResult | None:
-        """Return everything published since the last call, as one result, or None if there is nothing.
+        """Return all results since the last call, joined into one, or None if there are none.
 
         Returns without further waiting as soon as the text has ended. Raises EngineFailed.
 
@@ -128,7 +128,7 @@ class Handle:
             return self.end
 
     def publish(self, part: StepResult | None, end: End | None) -> None:
-        """Add the result of a tick, and the end if the text has ended. For the engine."""
+        """Add the result of a tick, and the end if the text has ended. The engine calls this."""
         with self._ready:
             if part is not None and (len(part.chars) or part.prompt_scores is not None):
                 self._parts.append(part)
@@ -138,7 +138,7 @@ class Handle:
                 self._ready.notify_all()
 
     def fail(self, failure: EngineFailed) -> None:
-        """Make every wait raise `failure`, because nothing more will be published. For the engine."""
+        """Make every wait raise `failure`, because there will be no more results. The engine calls this."""
         with self._ready:
             self._failure = failure
             self._ready.notify_all()

@@ -1,4 +1,4 @@
-"""Drawing of characters, for many texts at once.
+"""Draws characters, for many texts at once.
 
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
 the same model, text, settings, seed and position give the same character, regardless of what else was drawn.

@@ -18,12 +18,14 @@ Temperature = Annotated[
 TopK = Annotated[int, Field(ge=0, le=65_536, description="draw from the k likeliest characters only; 0: from all")]
 TopP = Annotated[
     float,
-    Field(gt=0, le=1, description="draw from the likeliest characters only that together reach this probability"),
+    Field(gt=0, le=1, description="draw only from the likeliest characters that together reach this probability"),
 ]
 MinP = Annotated[
     float,
     Field(
-        ge=0, le=1, description="leave out characters that are less than this many times as likely as the likeliest one"
+        ge=0,
+        le=1,
+        description="leave out characters whose probability is below this fraction of the likeliest one's",
     ),
 ]
 RepetitionPenalty = Annotated[

@@ -97,15 +97,15 @@ class Stepper(Protocol):
     state. Then the network consumes it: hidden = f(hidden, character), position + 1. So a row's state is always the
     state after its whole text, including the last generated character.
 
-    Exact: what happens to a row depends on this row alone. It doesn't depend on other rows, their order or number, on
-    num_chars, on how often `advance` was called, on threads or on the processor. All implementations give the same
-    bits: products of integers in int32; everything else element by element, float32 in the step and float64 in
+    Steps are exact: what happens to a row depends on this row alone. It doesn't depend on other rows, their order or
+    number, on num_chars, on how often `advance` was called, on threads or on the processor. All implementations give
+    the same bits: products of integers in int32; everything else element by element, float32 in the step and float64 in
     sampling, in the order written in `arithmetic.py`, `sampling.py`, `scores.py`, `gates.py` and `torch_stepper.py`,
     without fused multiply-adds.
 
-    Called from one thread at a time. A stepper must not wait for anything, do I/O, log, or keep a reference to a row
-    or its arrays after it returns. When it raises, it must release everything it acquired. An implementation without
-    Python code in its loop should run without the interpreter's lock.
+    Only one thread at a time may call a stepper. A stepper must not wait for anything, do I/O, log, or keep a reference
+    to a row or its arrays after it returns. When it raises, it must release everything it acquired. An implementation
+    without Python code in its loop should run without the interpreter's lock.
     """
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:

@@ -1,4 +1,4 @@
-"""Stop strings: withholds text until it is certain that it is not the beginning of a stop string."""
+"""Stop strings: text is withheld until it is certain that it is not the beginning of a stop string."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def completed(text: str, stops: Sequence[str]) -> str:
 
 
 class StopFilter:
-    """Passes text on in pieces, without the stop string that ends it.
+    """Passes a text on in pieces, without the stop string that ends the text.
 
     Characters that may turn out to be part of a stop string are withheld until that is decided. The engine ends a text
     with the character that completes a stop string. If several stop strings end there, the longest one is removed.

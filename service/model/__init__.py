@@ -2,10 +2,10 @@
 
 - `charset`: characters <-> ids, and what happens to characters that a model doesn't know.
 - `config`: the sizes of a model, which determine the names and shapes of its weights.
-- `artifact`, `manifest`: reading and writing the files of a version. Nothing in them is ever executed.
+- `artifact`, `manifest`: read and write the files of a version. Nothing in these files is ever executed.
 - `gru`, `folded`: the network in torch, float32. `gru` is the reference; `folded` reads one text faster.
 - `quantize`: the integers, scales and tables that the engine computes with.
 
-May not: start threads, read a clock, import the other packages, or know HTTP, sessions, training or how a model store
-is laid out.
+This package may not start threads, read a clock or import the other packages. It knows nothing of HTTP, sessions,
+training, or the directories of a model store.
 """

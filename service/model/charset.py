@@ -166,7 +166,9 @@ class Charset:
         named = ", ".join(f"{describe(text[position])} at {position}" for position in positions[:_MAX_NAMED])
         more = f" and {len(positions) - _MAX_NAMED} more" if len(positions) > _MAX_NAMED else ""
         what = "knows no similar character to" if folded else "doesn't know"
-        hint = 'use "drop" to leave them out' if folded else 'use "fold" for the nearest known ones or "drop"'
+        hint = 'unknown_chars "drop" leaves such characters out'
+        if not folded:
+            hint = f'unknown_chars "fold" replaces such characters by the nearest known ones; {hint}'
         return UnknownCharacters(f"the model {what} {named}{more}; {hint}")
 
 

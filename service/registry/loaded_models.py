@@ -1,6 +1,7 @@
-"""Model versions in memory, each with its engine: loaded once, shared by all requests, evicted if little used.
+"""Model versions in memory, each with its engine. A version is loaded once, all requests share it, and it is evicted if
+it is little used.
 
-May not: know HTTP.
+This module knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class LoadedModel:
 
     version: ModelVersion
     charset: Charset
-    digest: str  # of the published config and float32 weights, see Artifact: which model it is
+    digest: str  # of the published config and float32 weights, see Artifact: it says which model this is
     precision: IntegerPrecision  # of the recurrent weights as they are computed with
-    arithmetic: str  # SHA-256 of all quantised numbers and the arithmetic's VERSION: how it is computed
+    arithmetic: str  # SHA-256 of all quantised numbers and the arithmetic's VERSION: how the model is computed
     identity: str  # SHA-256 of digest and arithmetic: states computed under one identity are valid under it only
     state_shape: tuple[int, int]  # (L, H)
     gates: GateValues

@@ -1,6 +1,7 @@
-"""Which version a model's name stands for: the one it was first resolved to, until a newer version is loaded.
+"""Which version a model's name stands for: the version that it was first resolved to, until a newer one is
+loaded.
 
-May not: know HTTP.
+This module knows nothing of HTTP.
 """
 
 from __future__ import annotations

@@ -3,5 +3,5 @@
 A version appears whole or not at all and never changes, so readers need no lock, and any number of processes may read
 and publish at the same time.
 
-May not: start threads, keep versions in memory, compute with a model, or know HTTP.
+This package may not start threads, keep versions in memory or compute with a model. It knows nothing of HTTP.
 """

@@ -1,6 +1,6 @@
-"""Staging directories: a version is written where readers don't look, and removed if its writer dies.
+"""Staging directories: a version is written where readers don't look for it, and is removed if its writer dies.
 
-May not: know what a model is.
+This module doesn't know what a model is.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOCK = ".lock"
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the write lock of a directory during the block; wait for it first. The system releases it if we die."""
+    """Wait for a directory's write lock and hold it during the block. The system releases it if the process dies."""
     with (directory / _LOCK).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -64,7 +64,9 @@ def _remove_abandoned(directory: Path) -> None:
             finally:
                 os.close(descriptor)
         elif entry.name.startswith(STAGING):
-            os.unlink(entry.path)  # an unfinished index: its writer would hold the lock that we hold
+            os.unlink(
+                entry.path
+            )  # an unfinished index: its writer is dead, because this writer holds the directory's lock
 
 
 def fsync(path: Path) -> None:

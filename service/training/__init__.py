@@ -4,6 +4,6 @@
 them with a model card. The result depends only on the corpus, the hyperparameters (which include the seed and the
 number of threads) and the torch build.
 
-This package may import `model` and `store`. It may not serve requests, know HTTP, sessions or the engine, or read the
-environment. The running service imports nothing from here.
+This package may import `model` and `store`. It may not serve requests or read the environment, and knows nothing of
+HTTP, sessions or the engine. The running service imports nothing from here.
 """

@@ -15,7 +15,7 @@ def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
     """Return the card as Markdown.
 
     Args:
-        name: of the model.
+        name: the name of the model.
         facts: the contents of `training.json`.
         has_curve: whether a picture of the loss curve is stored beside the card, in the file `CURVE`.
     """

@@ -1,6 +1,6 @@
 """The checkpoint of a training run: one safetensors file with the run's state as JSON metadata.
 
-A checkpoint is replaced atomically. Reading one executes nothing from it, as reading a pickle would.
+A checkpoint is replaced atomically. Unlike a pickle, a checkpoint that is read executes nothing.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class WindowLoss:
         Args:
             window: (T + 1, B) int64, the characters. Each row holds the targets of the row before it.
             hidden: (L, B, H), the state before the window.
-            rates: of dropout.
+            rates: the rates of dropout.
             draws: the generator of the dropout masks, which are drawn in a fixed order. Needed for rates above 0.
         """
         model, gru = self.model, self.model.gru

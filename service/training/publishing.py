@@ -63,14 +63,14 @@ def publish_run(
     whose loss is almost that of float32.
 
     Args:
-        store: gets the new version.
-        name: of the model.
-        corpus: that the run was trained on.
-        trainer: of the run, finished or not.
-        command: that repeats the run, for the card.
+        store: the store that gets the new version.
+        name: the name of the model.
+        corpus: the text that the model was trained on.
+        trainer: the trainer of the run, which may be unfinished.
+        command: a command that repeats the run, for the card.
         ended: how the run ended, for the card.
         serving: measures the weights and generates the sample.
-        progress: is called with the number of characters measured since its last call.
+        progress: a function that is called with the number of characters measured since its last call.
 
     Raises:
         StoreError: the run has had no evaluation yet, or the store can't write the version.

@@ -212,7 +212,7 @@ class Trainer:
         progress.evaluated(point, is_best)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the run by name. They are no copies: overwriting their values restores a run."""
+        """Return the tensors of the run by name. They are not copies: to restore a run, overwrite their values."""
         tensors: dict[str, Tensor] = {"hidden": self.hidden}
         for index, (name, weight) in enumerate(self.weights.items()):
             mean, square = self.moments[name]

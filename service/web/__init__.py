@@ -2,7 +2,7 @@
 
 This package validates requests, calls `generation` and `registry`, and writes their results as JSON or as server-sent
 events. It may not compute anything about texts or models, and it may not read the environment: only `app` and `server`
-are given the settings. Between requests it holds nothing about texts. It holds what HTTP needs: open connections,
+get the settings. Between requests it holds nothing about texts. It holds what HTTP needs: open connections,
 the number of admitted requests and streams, request rates, metrics, and whether the process is draining.
 
 How a request passes through, and the modules that do it:
@@ -23,5 +23,5 @@ How a request passes through, and the modules that do it:
    writes the log line.
 
 `app` builds the application from all parts. `collector` reads the metrics of the other packages, `logs` configures
-logging, and `pages` serves the playground and the API documentation.
+logging, and `pages` serves the page at / and the API documentation.
 """

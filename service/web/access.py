@@ -1,4 +1,4 @@
-"""Access control: once API keys are configured, every route needs one, except the routes marked as open to all."""
+"""Access control: once API keys are configured, every request needs one, except to routes marked as open to all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_to_all(view: View) -> View:
 def is_open(app: Flask, endpoint: str | None) -> bool:
     """Return whether an endpoint needs no key.
 
-    A path without a route needs one too: without a key nobody can find out which routes exist.
+    A path without a route needs a key too, so that nobody can find out without one which routes exist.
     """
     return getattr(app.view_functions.get(endpoint or ""), _OPEN, False)
 
@@ -44,7 +44,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
             raise InvalidApiKey("an API key is required: send it as `Authorization: Bearer ...`")
         name = keys.owner_of(token)
         if name is None:
-            raise InvalidApiKey("this API key is not known here: it has a typo, or it was replaced")
+            raise InvalidApiKey("this API key is not known to the server: it has a typo, or it was replaced")
         g.owner = name
         structlog.contextvars.bind_contextvars(key_name=name)
 
@@ -75,7 +75,7 @@ def is_local() -> bool:
 
 
 def _network(text: str) -> str:
-    """Return an IPv4 address, or the /64 network of an IPv6 address: one client has all 2**64 addresses of it."""
+    """Return an IPv4 address, or the /64 network of an IPv6 address, because one client may have that whole network."""
     try:
         address = _address(text)
     except ValueError:

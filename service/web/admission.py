@@ -42,7 +42,9 @@ class AdmissionLimit:
                 self._streams[streaming_client] += 1
                 return
         self._semaphore.release()
-        raise TooManyStreams(f"you have {limit} open streams, which is the limit: close one, or wait until one ends")
+        raise TooManyStreams(
+            f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
+        )
 
     def release(self, streaming_client: str | None = None) -> None:
         """Undo one successful `acquire`, which was called with the same `streaming_client`."""

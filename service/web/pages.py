@@ -1,6 +1,6 @@
-"""The pages for browsers: the playground at /, and the API documentation at /docs and /openapi.json.
+"""The pages for browsers: the page at /, on which a text grows, and the API documentation at /docs and /openapi.json.
 
-No page loads anything from another host, and no page has a script inline.
+No page loads anything from another host or contains an inline script.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DOCS_CSP = (
 
 
 def page_blueprint() -> Blueprint:
-    """The playground. It needs no API key, because it asks its user for one when a request is refused."""
+    """The page at /. Loading it needs no API key: the page asks its user for one when a request is refused."""
     blueprint = Blueprint("page", __name__)
 
     @blueprint.get("/")

@@ -69,7 +69,10 @@ class SamplingBody(Body):
     """How far to continue a text, and how. A token is a character."""
 
     max_tokens: int = Field(
-        16, ge=0, le=_HARD_MAX_TOKENS, description="characters to generate at most; 0, with echo, reads only"
+        16,
+        ge=0,
+        le=_HARD_MAX_TOKENS,
+        description="largest number of characters to generate; 0 only reads the prompt, and needs echo",
     )
     temperature: sampling.Temperature = PLAIN.temperature
     top_k: sampling.TopK = PLAIN.top_k
@@ -79,13 +82,16 @@ class SamplingBody(Body):
     presence_penalty: sampling.PresencePenalty = PLAIN.presence_penalty
     frequency_penalty: sampling.FrequencyPenalty = PLAIN.frequency_penalty
     logit_bias: Annotated[dict[SingleChar, sampling.Bias], Field(max_length=1024)] = Field(
-        {}, description="character -> number added to its logit, -100 to 100"
+        {}, description="character -> number, -100 to 100, that is added to its logit"
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
-        None, description="a string or up to 4 that end the text; they are not part of the answer"
+        None, description="a string, or a list of up to 4, that ends the text and is not part of it"
     )
     seed: int | None = Field(
-        None, ge=-_SEED_LIMIT, lt=_SEED_LIMIT, description="same seed, same request, same text; none: another each time"
+        None,
+        ge=-_SEED_LIMIT,
+        lt=_SEED_LIMIT,
+        description="the same request and seed give the same text; default: a random seed, or the session's own",
     )
 
     @property

@@ -1,5 +1,6 @@
-"""The stepper in C++. It gives the same bits as the torch stepper, without torch and without the interpreter's lock.
+"""The stepper in C++. It gives the same bits as the torch stepper. It needs no torch, and runs without the
+interpreter's lock.
 
-`src/kernel.cpp` is compiled when the package is installed. If that was not possible there are no variants, and the
-torch stepper is used.
+`src/kernel.cpp` is compiled when the package is installed. If there was no compiler, there are no variants, and
+the engine uses the torch stepper.
 """

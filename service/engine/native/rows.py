@@ -24,8 +24,8 @@ class Rows:
     """The rows that have work in one call of the kernel, as records that the kernel reads.
 
     The records point to arrays that this object keeps alive. States and histories are not copied: the kernel updates
-    the rows' own arrays. With hundreds of rows, preparing them is the cost of a call beside its steps, so a row without
-    special settings takes only a few operations.
+    the rows' own arrays. With hundreds of rows a call spends most of the time outside its steps on preparing rows. So a
+    row without special settings takes only a few operations.
 
     Args:
         shape: (L, H) of the model's states.
