@@ -46,7 +46,7 @@ _MAX_CONNECTIONS = 2**31 - 1  # every call uses one for its length, so the numbe
 _PROBE_S = 1.0  # between two probes of a server that works
 _CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
-# NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. An ERR that every call gets, the next probe gets too.
+# NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. Whether every call gets an ERR, a probe finds out.
 _ABOUT_ONE_CALL = ("ERR", "WRONGTYPE", "NOSCRIPT")
 _ADVICE = {
     "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
@@ -58,6 +58,7 @@ _ADVICE = {
     "MISCONF": "it can't write to its disk: see its log",
     "LOADING": "it is starting: wait",
 }
+_NO_PERMISSION = re.compile("ACL failure in script|^The user executing the script can't ")
 
 
 class _InRecovery(errors.ConnectionError):
@@ -110,11 +111,12 @@ class RedisServer:
         self._restored_change = 0  # the last writes have been restored in the server that has this number
         self._recovered_at = 0.0  # monotonic time at which the recovery window ends
 
+        self._probe_at = 0.0  # monotonic time of the next probe
+
         # The following are for the renewer's thread. Its client has one connection.
         self._renewer_change = 0  # of the connection
         self._pinged_change = 0  # of the connection on which the last ping succeeded
         self._inspected: bytes | None = None  # the server's process that was last inspected
-        self._probe_at = 0.0  # monotonic time of the next probe
 
         self._client = _client(url, timeout_s, self._on_connect)
         self._renewer_client = _client(url, timeout_s, self._on_renewer_connect)
@@ -296,6 +298,7 @@ class RedisServer:
             return
         if may_be_about_one_call and word in _ABOUT_ONE_CALL:
             log.error("the session store refused a call", **_kind(error))
+            self._probe_at = 0.0
             return
         facts = _kind(error)
         with self._lock:
@@ -399,6 +402,8 @@ def _close(client: Redis) -> None:
 
 def _word(error: errors.RedisError) -> str:
     """Return the first word of the answer that Redis gave, "" if it gave none."""
+    if _NO_PERMISSION.search(str(error)):
+        return "NOPERM"  # Redis 7.0 says ERR
     if error.status_code:
         return str(error.status_code)
     found = re.match("[A-Z]+ ", str(error)) if isinstance(error, errors.ResponseError) else None
