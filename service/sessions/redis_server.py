@@ -260,12 +260,14 @@ class RedisServer:
 
     def _take(self, is_new: bool = False) -> Redis:
         """Return a client with a connection that no other thread uses, to the current server."""
-        with suppress(IndexError):
-            while not is_new:
+        while self._idle and not is_new:
+            try:
                 client = self._idle.pop()
-                if _change_of(client) == self._change:
-                    return client
-                _close(client)
+            except IndexError:
+                break  # another thread was faster
+            if _change_of(client) == self._change:
+                return client
+            _close(client)
         return Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
 
     def _close_idle(self) -> None:
@@ -322,8 +324,12 @@ class RedisServer:
             raise _InRecovery
 
     def _on_renewer_connect(self, connection: Any) -> None:
+        is_first = self._run_id is None
         info = self._identify(connection)
         self._renewer_change = connection.change
+        if is_first and _info(connection, "replication").get(b"master_replid2", b"").strip(b"0"):
+            # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
+            self._recovered_at = time.monotonic() + self._recovery_window_s
         run_id = info[b"run_id"]
         if run_id != self._inspected:
             self._warn_of_eviction(connection)
