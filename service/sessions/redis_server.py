@@ -1,10 +1,16 @@
 """Calls session.lua on a Redis server, quickly or not at all.
 
-Calls fail fast while Redis is down. After a restart of Redis they are refused until lost writes have been restored.
+Calls fail fast while Redis is down. After a restart of Redis, or if another server has taken its place, they are
+refused until lost writes have been restored.
+
+Of an error, only its kind and the first word of Redis' answer are logged: the rest may hold session ids, owners and the
+tokens of leases.
 """
 
 from __future__ import annotations
 
+import errno
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +22,10 @@ import structlog
 from redis import Redis
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
+from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
-from service.errors import OutcomeUnknown, Overloaded, StoreUnavailable
+from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
 from service.sessions.session_store import Operation, StoreObserver
 
 log = structlog.get_logger(__name__)
@@ -27,48 +34,92 @@ _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text(
 # At its memory limit Redis refuses a script without `allow-oom`, which only `create` is. All else that a session needs,
 # such as the lease for deleting it, is done at the limit too. Needs Redis 7.
 _CREATE_SCRIPT, _OTHER_SCRIPT = f"#!lua\n{_SCRIPT}", f"#!lua flags=allow-oom\n{_SCRIPT}"
+_MIN_VERSION = 7
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
+_NO_CONNECTION = "this server has no connection to the session store left, and nothing was done: try again in a second"
+_FULL = "the session store is full: try again later"
 _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
     "before you repeat it"
 )
+_MAX_CONNECTIONS = 2**31 - 1  # every call uses one for its length, so the number of threads is the limit
+_PROBE_S = 1.0  # between two probes of a server that works
+_CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
+# First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
+# NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. Whether every call gets an ERR, a probe finds out.
+_ABOUT_ONE_CALL = ("ERR", "WRONGTYPE", "NOSCRIPT")
+_ADVICE = {
+    "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
+    "MASTERDOWN": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
+    "NOREPLICAS": "too few replicas follow it: see its setting min-replicas-to-write",
+    "NOAUTH": "give a user and a password in GRU_SERVE_SESSION_STORE",
+    "WRONGPASS": "correct the user and the password in GRU_SERVE_SESSION_STORE",
+    "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/operations.md lists",
+    "MISCONF": "it can't write to its disk: see its log",
+    "LOADING": "it is starting: wait",
+}
+_NO_PERMISSION = re.compile("ACL failure in script|^The user executing the script can't ")
 
 
 class _InRecovery(errors.ConnectionError):
     """A new connection is refused during the recovery window."""
 
 
+class _Superseded(errors.ConnectionError):
+    """The answer is from a server whose place another one has taken, and which may not know what was done."""
+
+
+class _Unsuitable(errors.ConnectionError):
+    """The server can't store sessions. The message says why, and what to do."""
+
+
 class RedisServer:
     """Calls session.lua. Any number of threads may call; each call fails within about `timeout_s`.
 
-    After a call has failed, all calls fail at once, until `ping` reaches the server again. A restart, or a failover to
-    another server, may have lost the last writes. All calls are refused from then until `recovery_window_s` after this
-    process has restored its own writes (`LeaseRenewer`), so that other replicas can restore theirs too.
+    After a call has failed, all calls fail at once, until `ping` succeeds. A restart, or a failover to another server,
+    may have lost the last writes. All calls are refused from then until `recovery_window_s` after this process has
+    restored its own writes (`LeaseRenewer`), so that other replicas can restore theirs too.
+
+    A server that refuses to work, for example because it has become a replica, counts as replaced: connections made
+    before are closed before their next use, and the server that works next is restored like another one.
+
+    Args:
+        url: Begins with `redis://`, `rediss://` or `unix://`.
+        timeout_s: How long the server may take for an answer.
+        recovery_window_s: How long other replicas may take to restore their writes.
+        observer: Counts and times the calls.
+        probe_key: The key to which `ping` writes.
     """
 
     def __init__(
-        self, url: str, timeout_s: float = 0.4, recovery_window_s: float = 1.5, observer: StoreObserver | None = None
+        self,
+        url: str,
+        timeout_s: float = 0.4,
+        recovery_window_s: float = 1.5,
+        observer: StoreObserver | None = None,
+        probe_key: str = "gru-serve:probe",
     ) -> None:
         """Ping the server once, so that `check` is right from the start. Raises ValueError if the URL is invalid."""
-        self._recovery_window_s, self._observer = recovery_window_s, observer
+        self._recovery_window_s, self._observer, self._probe_key = recovery_window_s, observer, probe_key
         self._lock = threading.Lock()  # guards the following
-        self._is_down = False
+        self._failed_at: float | None = None  # monotonic time of the last failure; None after a ping that succeeded
+        self._failure: str | None = None  # what was logged about it
         self._run_id: bytes | None = None  # identifies the server's process
+        # How often the server was replaced. Each connection has the number that was current when it was made
+        # (`_change_of`). If it has an older one, it leads to a server that may have been replaced.
+        self._change = 0
+        self._restored_change = 0  # the last writes have been restored in the server that has this number
         self._recovered_at = 0.0  # monotonic time at which the recovery window ends
-        self._needs_restore = False  # another server process answers, and the last writes have not been restored in it
 
-        def client(on_connect: Callable[[Any], None]) -> Redis:
-            return Redis.from_url(
-                url,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                redis_connect_func=on_connect,
-                client_name="gru-serve",
-            )
+        self._probe_at = 0.0  # monotonic time of the next probe
 
-        self._client = client(self._on_connect)
-        self._renewer_client = client(self._identify)  # works during the recovery window too
+        # The following are for the renewer's thread. Its client has one connection.
+        self._renewer_change = 0  # of the connection
+        self._pinged_change = 0  # of the connection on which the last ping succeeded
+        self._inspected: bytes | None = None  # the server's process that was last inspected
+
+        self._client = _client(url, timeout_s, self._on_connect)
+        self._renewer_client = _client(url, timeout_s, self._on_renewer_connect)
         self._create_script = self._client.register_script(_CREATE_SCRIPT)
         self._other_script = self._client.register_script(_OTHER_SCRIPT)
         self._renewer_script = self._renewer_client.register_script(_OTHER_SCRIPT)
@@ -87,29 +138,7 @@ class RedisServer:
         self.check()
         started = time.perf_counter()
         try:
-            try:
-                return self._run_script(key, operation, *arguments)
-            except _InRecovery:
-                raise
-            except errors.ConnectionError:
-                self._close_idle()  # connections from before a restart are broken as well
-                answer = self._run_script(key, operation, *arguments, is_retry=True)
-            if answer[0] in (b"conflict", b"exists"):
-                raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
-            return answer
-        except errors.OutOfMemoryError as error:
-            log.error("the session store is full", error=str(error))
-            raise (Overloaded if operation == "create" else StoreUnavailable)(
-                "the session store is full: try again later"
-            ) from error
-        except errors.RedisError as error:
-            self._note_failure(error)
-            if self._observer is not None:
-                self._observer.count_failure(operation)
-            is_unknown = operation in ("create", "save", "claim", "delete") and isinstance(
-                error, errors.ConnectionError | errors.TimeoutError
-            )
-            raise OutcomeUnknown(_UNKNOWN) if is_unknown else StoreUnavailable(_UNREACHABLE) from error
+            return self._call(operation, key, arguments)
         finally:
             if self._observer is not None:
                 self._observer.observe(operation, time.perf_counter() - started)
@@ -118,34 +147,53 @@ class RedisServer:
         """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
         self.check()
         try:
-            for key in self._client.scan_iter(match=pattern, count=1000):
-                yield key.decode()
+            client = self._take()
+            try:
+                for key in client.scan_iter(match=pattern, count=1000):
+                    yield key.decode()
+            except BaseException:
+                _close(client)
+                raise
+            self._idle.append(client)
         except errors.RedisError as error:
-            self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from error
+            if _word(error):  # a user that may not list may still do everything else
+                log.error("the session store refuses to list sessions", **_kind(error))
+            else:
+                self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from None
 
     def check(self) -> None:
         """Raise StoreUnavailable while calls are refused."""
-        if self._is_down or self._needs_restore or time.monotonic() < self._recovered_at:
+        if self._failed_at is not None or self._is_recovering():
             raise StoreUnavailable(_UNREACHABLE)
 
     # The following methods are for the renewer's thread.
 
     def ping(self) -> bool:
-        """Return whether lost writes have to be restored: the server's process is new since the last `mark_restored`.
+        """Return whether lost writes have to be restored: the server was replaced since the last `mark_restored`.
 
-        Raises StoreUnavailable if the server doesn't answer.
+        Every second, and while calls are refused, this is a probe: on a new connection, which leads where the address
+        leads now, it does what a session needs, even on a server that is full. Raises StoreUnavailable if that fails.
         """
+        began = time.monotonic()
+        is_probe = self._failed_at is not None or began >= self._probe_at or self._renewer_change != self._change
         try:
-            self._renewer_client.ping()
+            if is_probe:
+                self._renewer_client.connection_pool.disconnect()
+                self._renewer_script(keys=[self._probe_key], args=["probe", "", 0])
+                self._probe_at = began + _PROBE_S
+            else:
+                self._renewer_client.ping()
         except errors.RedisError as error:
+            self._probe_at = 0.0
             self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from error
+            raise StoreUnavailable(_UNREACHABLE) from None
         with self._lock:
-            if self._is_down:
+            self._pinged_change = self._renewer_change
+            if self._failed_at is not None and self._failed_at < began:
                 log.info("the session store is back")
-            self._is_down = False
-            return self._needs_restore
+                self._failed_at = self._failure = None
+            return self._restored_change != self._change
 
     def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
@@ -156,85 +204,259 @@ class RedisServer:
             with self._renewer_client.pipeline(transaction=False) as pipeline:
                 for operation, key, *arguments in calls:
                     self._renewer_script(keys=[key], args=[operation, *arguments], client=pipeline)
-                answers: list[list[Any]] = pipeline.execute()
-                return answers
+                # An error that a pipeline raises has the command in its message.
+                answers: list[Any] = pipeline.execute(raise_on_error=False)
+            for answer in answers:
+                if isinstance(answer, errors.RedisError):
+                    raise answer
+            return answers
         except errors.RedisError as error:
             self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from error
+            raise StoreUnavailable(_UNREACHABLE) from None
 
     def mark_restored(self) -> None:
-        """Note that this process has restored its writes. Calls are allowed again when the recovery window is over."""
+        """Note that this process has restored its writes. Calls are allowed again when the recovery window is over.
+
+        If the server was replaced since the last ping, they have to be restored again.
+        """
         self._close_idle()  # they are broken, and a call that is repeated because of that may have an unknown outcome
         with self._lock:
             self._recovered_at = time.monotonic() + self._recovery_window_s  # other replicas may still be restoring
-            self._needs_restore = False
+            self._restored_change = self._pinged_change
 
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
         self._renewer_client.close()
 
-    def _run_script(self, *arguments: Any, is_retry: bool = False) -> list[Any]:
+    def _call(self, operation: Operation, key: str, arguments: Sequence[Any]) -> list[Any]:
+        is_retry = False
+        while True:
+            try:
+                answer = self._run_script(key, operation, *arguments, is_retry=is_retry)
+            except errors.RedisError as error:
+                is_lost = _is_without_answer(error)
+                if is_lost and not is_retry and isinstance(error, errors.ConnectionError):
+                    self._close_idle()  # connections from before a restart are broken as well
+                    is_retry = True
+                    continue
+                raise self._failed(operation, error, may_be_done=is_lost or is_retry) from None
+            if is_retry and answer[0] in (b"conflict", b"exists"):
+                raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
+            return answer
+
+    def _run_script(self, key: str, operation: Operation, *arguments: Any, is_retry: bool = False) -> list[Any]:
         """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
+        script = self._create_script if operation == "create" else self._other_script
+        client = self._take(is_new=is_retry)
         try:
-            client = None if is_retry else self._idle.pop()
-        except IndexError:
-            client = None
-        if client is None:
-            client = Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
-        try:
-            script = self._create_script if arguments[1] == "create" else self._other_script
-            answer: list[Any] = script(keys=arguments[:1], args=arguments[1:], client=client)
+            answer: list[Any] = script(keys=[key], args=[operation, *arguments], client=client)
+            if _change_of(client) != self._change:
+                raise _Superseded
         except BaseException:
-            client.close()
+            _close(client)
             raise
         self._idle.append(client)
         return answer
 
+    def _take(self, is_new: bool = False) -> Redis:
+        """Return a client with a connection that no other thread uses, to the current server."""
+        while self._idle and not is_new:
+            try:
+                client = self._idle.pop()
+            except IndexError:
+                break  # another thread was faster
+            if _change_of(client) == self._change:
+                return client
+            _close(client)
+        return Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
+
     def _close_idle(self) -> None:
         with suppress(IndexError):
             while True:
-                client = self._idle.pop()
-                if client.connection is not None:
-                    # Disconnect first: `close` returns the connection to the pool, which would hand it out again.
-                    client.connection.disconnect()  # type: ignore[no-untyped-call]
-                client.close()
+                _close(self._idle.pop())
 
-    def _note_failure(self, error: errors.RedisError) -> None:
+    def _failed(self, operation: Operation, error: errors.RedisError, may_be_done: bool) -> GruServeError:
+        """Note that an operation failed, and return the error for its caller."""
+        is_full = isinstance(error, errors.OutOfMemoryError)
+        if is_full:
+            log.error("the session store is full", **_kind(error))
+        else:
+            self._note_failure(error, may_be_about_one_call=True)
+            if self._observer is not None:
+                self._observer.count_failure(operation)
+        if may_be_done and operation in _CHANGING:
+            return OutcomeUnknown(_UNKNOWN)
+        if is_full:
+            return Overloaded(_FULL) if operation == "create" else StoreUnavailable(_FULL)
+        return StoreUnavailable(_NO_CONNECTION if _is_own_exhaustion(error) else _UNREACHABLE)
+
+    def _note_failure(self, error: errors.RedisError, may_be_about_one_call: bool = False) -> None:
+        """Refuse calls until a ping succeeds, unless the error says nothing about the server."""
+        word = _word(error)
         if isinstance(error, _InRecovery):
             return
-        if isinstance(error, errors.ResponseError) and not isinstance(error, errors.ConnectionError):
-            log.error("the session store refused a call", error=str(error)[:200])
+        if _is_own_exhaustion(error):
+            log.error("there are too many connections to the session store", **_kind(error))
             return
+        if may_be_about_one_call and word in _ABOUT_ONE_CALL:
+            log.error("the session store refused a call", **_kind(error))
+            self._probe_at = 0.0
+            return
+        facts = _kind(error)
         with self._lock:
-            if not self._is_down:
-                log.error("the session store can't be reached", error=type(error).__name__)
-            self._is_down = True
+            if _is_without_answer(error):
+                event = "the session store can't be reached"
+            else:
+                self._change += 1
+                event = "the session store refuses to work"
+                facts["advice"] = str(error) if isinstance(error, _Unsuitable) else _ADVICE.get(word, "see its log")
+            if self._failure != event + word:
+                log.error(event, **facts)
+            self._failed_at, self._failure = time.monotonic(), event + word
+
+    def _is_recovering(self) -> bool:
+        return self._restored_change != self._change or time.monotonic() < self._recovered_at
 
     def _on_connect(self, connection: Any) -> None:
         """Prepare a new connection of `_client`. Raises _InRecovery during the recovery window."""
         self._identify(connection)
-        if self._needs_restore or time.monotonic() < self._recovered_at:
+        if self._is_recovering():
             raise _InRecovery
 
-    def _identify(self, connection: Any) -> None:
-        """Prepare a new connection, and find out whether the server's process is the one of earlier connections."""
+    def _on_renewer_connect(self, connection: Any) -> None:
+        is_first = self._run_id is None
+        info = self._identify(connection)
+        self._renewer_change = connection.change
+        if is_first and _info(connection, "replication").get(b"master_replid2", b"").strip(b"0"):
+            # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
+            self._recovered_at = time.monotonic() + self._recovery_window_s
+        run_id = info[b"run_id"]
+        if run_id != self._inspected:
+            self._warn_of_eviction(connection)
+            self._inspected = run_id
+
+    def _identify(self, connection: Any) -> dict[bytes, bytes]:
+        """Prepare a new connection, and find out whether the server's process is the one of earlier connections.
+
+        Raises _Unsuitable if the server can't store sessions.
+        """
         connection.on_connect()
-        connection.send_command("INFO", "server")
-        info = _parse_info(connection.read_response())
-        run_id = info.get(b"run_id", b"")
+        info = _info(connection, "server")
+        _require_suitable(info)
+        run_id = info[b"run_id"]
         # Redis counts whole seconds, so the uptime may be up to one second less than it says.
         uptime_s = max(0.0, float(info.get(b"uptime_in_seconds", "inf")) - 1)
         with self._lock:
             if self._run_id not in (None, run_id):
                 log.warning("the session store was restarted, or another server has taken its place")
-                self._needs_restore = True
+                self._change += 1
             elif self._run_id is None and uptime_s < self._recovery_window_s:
                 # The server was just started, and other replicas may be restoring their writes.
                 self._recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
             self._run_id = run_id
+            connection.change = self._change
+        return info
+
+    def _warn_of_eviction(self, connection: Any) -> None:
+        info = _info(connection, "memory")
+        policy = info.get(b"maxmemory_policy", b"noeviction").decode()
+        if info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction":
+            log.error(
+                "the session store may evict sessions that are in use",
+                advice="set maxmemory-policy to noeviction in the Redis of GRU_SERVE_SESSION_STORE",
+                maxmemory_policy=policy,
+            )
 
 
-def _parse_info(info: Any) -> dict[bytes, bytes]:
-    lines = bytes(info).splitlines() if isinstance(info, bytes) else []
+def _client(url: str, timeout_s: float, on_connect: Callable[[Any], None]) -> Redis:
+    """Return a client that has not connected yet. Raises ValueError if the URL is invalid, without naming it."""
+    try:
+        client = Redis.from_url(
+            url,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=on_connect,
+            client_name="gru-serve",
+            max_connections=_MAX_CONNECTIONS,
+            # Nothing that other servers may lack: with RESP3 come notices of maintenance.
+            protocol=2,
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
+        )
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # checks the URL's options
+    except (ValueError, TypeError):
+        # The message of the cause may have parts of the URL, such as the password.
+        raise ValueError(
+            "must be redis://[user:password@]host[:port][/db], rediss://... or unix://[user:password@]/path[?db=0]; "
+            "write special characters in the user and the password as %XX"
+        ) from None
+    return client
+
+
+def _change_of(client: Redis) -> int:
+    change: int = client.connection.change  # type: ignore[union-attr]
+    return change
+
+
+def _close(client: Redis) -> None:
+    if client.connection is not None:
+        # Disconnect first: `close` returns the connection to the pool, which would hand it out again.
+        client.connection.disconnect()  # type: ignore[no-untyped-call]
+    client.close()
+
+
+def _word(error: errors.RedisError) -> str:
+    """Return the first word of the answer that Redis gave, "" if it gave none."""
+    if _NO_PERMISSION.search(str(error)):
+        return "NOPERM"  # Redis 7.0 says ERR
+    if error.status_code:
+        return str(error.status_code)
+    found = re.match("[A-Z]+ ", str(error)) if isinstance(error, errors.ResponseError) else None
+    return found[0].strip() if found else ""
+
+
+def _kind(error: errors.RedisError) -> dict[str, str]:
+    """Return what may be logged of an error."""
+    return {"error": type(error).__name__, "answer": _word(error)}
+
+
+def _is_without_answer(error: errors.RedisError) -> bool:
+    """Whether an operation may have been done although it failed."""
+    is_network = isinstance(error, errors.ConnectionError | errors.TimeoutError)
+    return is_network and not (
+        isinstance(error, _InRecovery | _Unsuitable) or _word(error) or _is_own_exhaustion(error)
+    )
+
+
+def _is_own_exhaustion(error: errors.RedisError) -> bool:
+    """Whether a connection was refused because there are too many, which says nothing about those that exist."""
+    number = getattr(error.__context__, "errno", None)
+    return (
+        isinstance(error, errors.MaxConnectionsError)
+        or number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+        or "max number of clients reached" in str(error)
+    )
+
+
+def _require_suitable(info: dict[bytes, bytes]) -> None:
+    """Raise _Unsuitable, with advice, if a server can't store sessions."""
+    version, mode = info.get(b"redis_version", b"0").decode(), info.get(b"redis_mode", b"standalone")
+    if mode == b"sentinel":
+        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a Sentinel: give the address of the server that it watches")
+    if mode == b"cluster":
+        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a node of a Redis Cluster: give a server without a cluster")
+    if int(version.split(".")[0]) < _MIN_VERSION:
+        raise _Unsuitable(f"the server in GRU_SERVE_SESSION_STORE is Redis {version}: sessions need Redis 7 or later")
+    if not info.get(b"run_id"):
+        raise _Unsuitable(
+            "the server in GRU_SERVE_SESSION_STORE doesn't say its run_id in INFO: let it, or use another"
+        )
+
+
+def _info(connection: Any, section: str) -> dict[bytes, bytes]:
+    connection.send_command("INFO", section)
+    answer = connection.read_response()
+    lines = bytes(answer).splitlines() if isinstance(answer, bytes) else []
     return dict(line.split(b":", 1) for line in lines if b":" in line)

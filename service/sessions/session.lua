@@ -176,4 +176,12 @@ function operations.bury(seen_incarnation, seen_revision, kind)
   return {'ok'}
 end
 
+-- What sessions need of a server, done to a key of its own.
+function operations.probe()
+  set('d', '')
+  redis.call('PEXPIRE', key, 10000)
+  redis.call('HGET', key, 'd')
+  return {'ok'}
+end
+
 return operations[op](unpack(ARGV, 4))

@@ -150,7 +150,7 @@ def _session_store(
     try:
         store = RedisStore(RedisServer(url, observer=observer), retention.segment_chars, settings.max_session_bytes)
     except ValueError as error:
-        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE: {error}", param="session_store") from error
+        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE {error}", param="session_store") from None
     closing.callback(store.close)
     return store
 

@@ -9,10 +9,12 @@ from typing import Any
 from flask import Flask, Response, request
 from flask_limiter import Limiter, RequestLimit
 
+from service.errors import InvalidSettings
 from service.web.access import client_key
 from service.web.error_responses import error_response
 
 _STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
+_MAX_CONNECTIONS = 2**31 - 1  # every request uses one for a moment, so the number of threads is the limit
 _STARTING = ("POST", "PUT")
 
 
@@ -21,7 +23,8 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
 
     All POST and PUT requests of a client count together; other methods don't count. `rate` is a rate such as
     `600/minute`, or several separated by semicolons; empty sets no limit. `storage_url` says where requests are
-    counted: `memory://` counts those of this process, `redis://...` those of all replicas.
+    counted: `memory://` counts those of this process, any URL of a Redis server (`redis://`, `rediss://`, `unix://`)
+    those of all replicas. Raises InvalidSettings if the URL is invalid.
     """
     if not rate:
         return
@@ -35,21 +38,28 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
             "socket_connect_timeout": _STORAGE_TIMEOUT_S,
             "socket_timeout": _STORAGE_TIMEOUT_S,
             "retry": Retry(NoBackoff(), 0),
+            "max_connections": _MAX_CONNECTIONS,
             "key_prefix": "gru-serve:starts",
         }
-    Limiter(
-        client_key,
-        app=app,
-        application_limits=[rate],
-        application_limits_exempt_when=lambda: request.method not in _STARTING,
-        strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
-        storage_uri=storage_url,
-        storage_options=options,
-        in_memory_fallback_enabled=is_shared,
-        # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
-        swallow_errors=True,
-        on_breach=_refusal,
-    )
+    if storage_url.startswith("unix:"):
+        storage_url = f"redis+{storage_url}"  # the name that the library has for it
+    try:
+        Limiter(
+            client_key,
+            app=app,
+            application_limits=[rate],
+            application_limits_exempt_when=lambda: request.method not in _STARTING,
+            strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
+            storage_uri=storage_url,
+            storage_options=options,
+            in_memory_fallback_enabled=is_shared,
+            # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
+            swallow_errors=True,
+            on_breach=_refusal,
+        )
+    except ValueError:
+        # The message of the cause may have parts of the URL, such as the password.
+        raise InvalidSettings("GRU_SERVE_SESSION_STORE is not a valid URL of Redis", param="session_store") from None
 
 
 def _refusal(breached: RequestLimit) -> Response:
