@@ -6,15 +6,17 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from service.errors import RevisionConflict, StoreUnavailable
+from service.errors import Overloaded, RevisionConflict, StoreUnavailable
 from service.sessions.cache import SaveId, SessionCache
 from service.sessions.redis_server import RedisServer
 from service.sessions.session import Session, SessionKey
+from service.sessions.session_index import SessionIndex
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
@@ -51,6 +53,7 @@ class LeaseRenewer:
     Args:
         server: Where the sessions are stored.
         cache: Lost writes are restored from it.
+        index: Lists the sessions.
         encode: Makes a session's record.
         redis_key: Gives a session's key in Redis.
         lease_s: How long a lease is valid that is not renewed.
@@ -61,12 +64,13 @@ class LeaseRenewer:
         self,
         server: RedisServer,
         cache: SessionCache,
+        index: SessionIndex,
         encode: Callable[[Session], bytes],
         redis_key: Callable[[SessionKey], str],
         lease_s: float,
         now_ms: Callable[[], int | str],
     ) -> None:
-        self._server, self._cache, self._encode = server, cache, encode
+        self._server, self._cache, self._index, self._encode = server, cache, index, encode
         self._redis_key, self._now_ms = redis_key, now_ms
         self.lease_ms = round(lease_s * 1000)
         self._lock = threading.Lock()  # guards the leases and the journal
@@ -156,6 +160,7 @@ class LeaseRenewer:
             ]
             for lease, answer in zip(batch, self._server.call_all(calls), strict=True):
                 lease.due = self.next_due()
+                self._index.prolong(lease.session.key, lease.session.ttl_s)  # which is life without a save
                 if answer[0] != b"ok" and not lease.is_ending and lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
                     threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
@@ -181,6 +186,10 @@ class LeaseRenewer:
             num_lost=num_lost,
             num_checked=len(recent),
         )
+        sessions = [key for key, write in recent if not write.is_deletion]
+        cached = [one for one in map(self._cache.get, sessions) if one is not None]
+        with suppress(Overloaded):  # lists lack these sessions until they are used again
+            self._index.restore(sessions, max((one.session.ttl_s for one in cached), default=0))
         self._server.mark_restored()
 
     def _restoring(self, key: SessionKey, write: _Write) -> tuple[Any, ...]:

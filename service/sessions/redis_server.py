@@ -234,6 +234,26 @@ class RedisServer:
                 self._recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
             self._run_id = run_id
 
+    def execute(self, commands: Sequence[tuple[Any, ...]], *, in_recovery: bool = False) -> list[Any]:
+        """Run commands of Redis in one round trip and return their answers. Each may be repeated without harm.
+
+        With `in_recovery`, also during the recovery window. Raises StoreUnavailable, and Overloaded if Redis is full.
+        """
+        if not in_recovery:
+            self.check()
+        client = self._renewer_client if in_recovery else self._client
+        try:
+            with client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)
+                answers: list[Any] = pipeline.execute()
+                return answers
+        except errors.OutOfMemoryError as error:
+            raise Overloaded("the session store is full: try again later") from error
+        except errors.RedisError as error:
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from error
+
 
 def _parse_info(info: Any) -> dict[bytes, bytes]:
     lines = bytes(info).splitlines() if isinstance(info, bytes) else []

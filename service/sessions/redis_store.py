@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -26,11 +25,12 @@ from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
 from service.sessions.record import decode, encode
 from service.sessions.redis_server import RedisServer
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import Session, SessionKey, SessionSummary
+from service.sessions.session_index import SessionIndex, batches
 from service.sessions.session_store import Answer, Change, Lease, Operation, safe_to_retry
 
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
-_GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
+_LISTED = 100  # sessions asked for in one round trip
 _CHANGED = "another server has changed the session in the meantime"
 
 
@@ -82,16 +82,22 @@ class RedisStore:
         self._server, self._prefix, self._clock = server, prefix, clock
         self._cache = SessionCache(cache_bytes)
         self._encode = partial(encode, segment_chars=segment_chars)
-        self._renewer = LeaseRenewer(server, self._cache, self._encode, self._redis_key, lease_s, self._now_ms)
+        self._index = SessionIndex(server, prefix, self._summaries)
+        self._renewer = LeaseRenewer(
+            server, self._cache, self._index, self._encode, self._redis_key, lease_s, self._now_ms
+        )
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
         session = replace(session, created_at=self._now())
         nonce = _nonce()
+        self._index.add(session.key, session.ttl_s)
         answer = self._call("create", session.key, nonce, self._encode(session), _ms(session.ttl_s))
         if answer[0] == b"exists":
             raise SessionExists(f"there is already a session {session.id}")
-        return self._saved(session, nonce, answer)[0]
+        session = self._saved(session, nonce, answer)[0]
+        self._index.confirm(session.key)
+        return session
 
     def load(self, key: SessionKey) -> Session:
         """See SessionStore."""
@@ -117,21 +123,19 @@ class RedisStore:
                 raise RevisionConflict(_CHANGED)
             self._cache.drop(key)
             self._renewer.record_deletion(key, lease.save_id)
+            self._index.discard(key.owner, [key.id])
         finally:
             self._renewer.stop_renewing(lease)
 
-    def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """See SessionStore. Scans every key that the server has."""
-        own = self._redis_key(SessionKey(owner, ""))
-        keys = self._server.keys(own.translate(_GLOB) + "*")
-        ids = {key[len(own) :] for key in keys if "/" not in key[len(own) :]}
-        sessions: list[Session] = []
-        while found := heapq.nsmallest(limit - len(sessions), (one for one in ids if one > after)):
-            for session_id in found:
-                with suppress(SessionNotFound, SessionGone, SessionLost):
-                    sessions.append(self.load(SessionKey(owner, session_id)))
-            after = found[-1]
-        return sessions
+    def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
+        """See SessionStore. Takes two exchanges for each 100 sessions."""
+        found: list[SessionSummary] = []
+        while len(found) < limit and (ids := self._index.ids(owner, after, min(limit - len(found), _LISTED))):
+            summaries = self._summaries(owner, ids)
+            found += [summary for summary in summaries.values() if summary is not None]
+            self._index.discard(owner, [session_id for session_id in ids if session_id not in summaries])
+            after = ids[-1]
+        return found
 
     def __len__(self) -> int:
         """The number of sessions in this process's cache."""
@@ -160,6 +164,23 @@ class RedisStore:
         """See SessionStore."""
         self._renewer.close()
         self._server.close()
+
+    def _summaries(self, owner: str, ids: Sequence[str]) -> dict[str, SessionSummary | None]:
+        """Return those ids that have a session, in the same order, with its summary: None if it can't be read.
+
+        Takes one exchange for each hundred.
+        """
+        self._server.check()
+        summaries: dict[str, SessionSummary | None] = {}
+        for batch in batches(ids, _LISTED):
+            keys = [SessionKey(owner, session_id) for session_id in batch]
+            calls = [("summarize", self._redis_key(key), self._now_ms(), self._renewer.lease_ms) for key in keys]
+            for key, answer in zip(keys, self._server.call_all(calls), strict=True):
+                if answer[0] == b"ok":
+                    summaries[key.id] = None
+                    with suppress(SessionLost):  # perhaps another version of the service wrote the record
+                        summaries[key.id] = decode(answer[3], key, int(answer[1]), int(answer[2]) / 1000).summary
+        return summaries
 
     def _apply(
         self, key: SessionKey, change: Change[Answer], keep: bool, take_over: bool = False
@@ -297,6 +318,7 @@ class RedisStore:
         session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
         self._cache.put(session.key, CachedSession(session, save_id))
         self._renewer.record_write(session.key, save_id)
+        self._index.prolong(session.key, session.ttl_s)
         return session, save_id
 
     def _free(self, key: SessionKey, token: bytes) -> None:

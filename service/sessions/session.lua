@@ -100,6 +100,12 @@ function operations.load(seen_incarnation, seen_revision, seen_nonce)
   return refused and {refused} or describe(seen_nonce)
 end
 
+-- What a list shows: only of sessions that are there.
+function operations.summarize()
+  local refused = refusal('')
+  return refused and {refused} or {'ok', whole(revision), whole(expires), redis.call('HGET', key, 'd')}
+end
+
 function operations.lease(seen_incarnation, seen_revision, seen_nonce, token, ms, requests_takeover)
   local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
   if refused then return {refused} end
