@@ -30,7 +30,7 @@ from service.sessions.session_index import SessionIndex, batches
 from service.sessions.session_store import Answer, Change, Lease, Operation, safe_to_retry
 
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
-_LISTED = 100  # sessions asked for in one round trip
+_LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
 
 
@@ -128,7 +128,7 @@ class RedisStore:
             self._renewer.stop_renewing(lease)
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
-        """See SessionStore. Takes two exchanges for each 100 sessions."""
+        """See SessionStore. Takes two exchanges for each 200 sessions."""
         found: list[SessionSummary] = []
         while len(found) < limit and (ids := self._index.ids(owner, after, min(limit - len(found), _LISTED))):
             summaries = self._summaries(owner, ids)
@@ -168,7 +168,7 @@ class RedisStore:
     def _summaries(self, owner: str, ids: Sequence[str]) -> dict[str, SessionSummary | None]:
         """Return those ids that have a session, in the same order, with its summary: None if it can't be read.
 
-        Takes one exchange for each hundred.
+        Takes one exchange for each 200.
         """
         self._server.check()
         summaries: dict[str, SessionSummary | None] = {}
