@@ -14,7 +14,9 @@ import structlog
 
 from service.errors import Overloaded, RevisionConflict, StoreUnavailable
 from service.sessions.cache import SaveId, SessionCache
+from service.sessions.record import Record
 from service.sessions.redis_server import RedisServer
+from service.sessions.segment_store import SegmentStore
 from service.sessions.session import Session, SessionKey
 from service.sessions.session_index import SessionIndex
 
@@ -23,6 +25,7 @@ Item = TypeVar("Item")
 
 _AT_RISK_S = 10.0  # a server that writes to disk every second loses nothing that is older than this
 _MAX_AT_RISK = 100_000
+_PROLONGED_S = 60.0  # shorter than what Lifetimes has to spare
 
 
 class RenewedLease(Protocol):
@@ -54,6 +57,7 @@ class LeaseRenewer:
         server: Where the sessions are stored.
         cache: Lost writes are restored from it.
         index: Lists the sessions.
+        segments: What sessions share.
         encode: Makes a session's record.
         redis_key: Gives a session's key in Redis.
         lease_s: How long a lease is valid that is not renewed.
@@ -65,18 +69,20 @@ class LeaseRenewer:
         server: RedisServer,
         cache: SessionCache,
         index: SessionIndex,
-        encode: Callable[[Session], bytes],
+        segments: SegmentStore,
+        encode: Callable[[Session], Record],
         redis_key: Callable[[SessionKey], str],
         lease_s: float,
         now_ms: Callable[[], int | str],
     ) -> None:
-        self._server, self._cache, self._index, self._encode = server, cache, index, encode
+        self._server, self._cache, self._index, self._segments, self._encode = server, cache, index, segments, encode
         self._redis_key, self._now_ms = redis_key, now_ms
         self.lease_ms = round(lease_s * 1000)
         self._lock = threading.Lock()  # guards the leases and the journal
         self._leases: dict[int, RenewedLease] = {}  # by the object's id
         self._leased: dict[SessionKey, int] = {}  # how many leases there are of each session
         self._journal: OrderedDict[SessionKey, _Write] = OrderedDict()  # the latest last
+        self._next_prolong = time.monotonic() + _PROLONGED_S
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
@@ -141,6 +147,7 @@ class LeaseRenewer:
                 if has_changed:
                     self._restore()
                 self._renew(again=has_changed)
+                self._prolong()
             except StoreUnavailable:
                 continue  # it was logged, and the server is asked again
             except Exception as error:
@@ -160,16 +167,29 @@ class LeaseRenewer:
             ]
             for lease, answer in zip(batch, self._server.call_all(calls), strict=True):
                 lease.due = self.next_due()
-                self._index.prolong(lease.session.key, lease.session.ttl_s)  # which is life without a save
                 if answer[0] != b"ok" and not lease.is_ending and lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
                     threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
+
+    def _prolong(self) -> None:
+        """Once a minute, let what leased sessions need live as long as they do: a renewal is life without a save."""
+        if time.monotonic() < self._next_prolong:
+            return
+        self._next_prolong = time.monotonic() + _PROLONGED_S
+        with self._lock:
+            sessions = [lease.session for lease in self._leases.values()]
+        for session in sessions:
+            self._index.prolong(session.key, session.ttl_s)
+            self._segments.prolong(session)
 
     def _restore(self) -> None:
         """Store again what the server has lost of the journal, and remember as lost what can't be stored again."""
         began = time.monotonic()
         with self._lock:
             recent = [(key, write) for key, write in self._journal.items() if began - write.at <= _AT_RISK_S]
+        sessions = [key for key, write in recent if not write.is_deletion]
+        cached = [one.session for one in map(self._cache.get, sessions) if one is not None]
+        self._segments.restore(cached)  # before the records that need them
         num_restored = num_lost = 0
         for batch in _batches(recent):
             # Records are sent only for what the server lacks: after a clean restart that is nothing.
@@ -186,10 +206,8 @@ class LeaseRenewer:
             num_lost=num_lost,
             num_checked=len(recent),
         )
-        sessions = [key for key, write in recent if not write.is_deletion]
-        cached = [one for one in map(self._cache.get, sessions) if one is not None]
         with suppress(Overloaded):  # lists lack these sessions until they are used again
-            self._index.restore(sessions, max((one.session.ttl_s for one in cached), default=0))
+            self._index.restore(sessions, max((session.ttl_s for session in cached), default=0))
         self._server.mark_restored()
 
     def _restoring(self, key: SessionKey, write: _Write) -> tuple[Any, ...]:
@@ -202,7 +220,8 @@ class LeaseRenewer:
         session = cached.session
         ttl_ms = round(session.ttl_s * 1000)
         left_ms = max(1, ttl_ms - round((time.monotonic() - write.at) * 1000))
-        return self._command("restore", key, *known, self._encode(session), ttl_ms, left_ms)
+        record = self._encode(session)
+        return self._command("restore", key, *known, record.data, record.settled, ttl_ms, left_ms)
 
     def _command(self, operation: str, key: SessionKey, *arguments: Any) -> tuple[Any, ...]:
         return operation, self._redis_key(key), self._now_ms(), self.lease_ms, *arguments

@@ -22,7 +22,7 @@ from service.sessions.session import SessionKey
 
 Item = TypeVar("Item")
 
-# One creation in four checks twelve ids. In the long run at most one id in four is then without a session, and most
+# One creation in four checks twelve ids. In the long run at most one id in three is then without a session, and most
 # creations don't wait for the check.
 _NUM_CHECKED, _CREATIONS_PER_CHECK = 12, 4
 _LONGEST_LIFE_MS = 30 * 24 * 3600 * 1000  # no session can ask for more
