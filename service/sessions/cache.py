@@ -20,6 +20,11 @@ class SaveId:
     revision: int  # how often the session had been saved
     nonce: bytes  # random; tells saves apart whose histories parted at equal revisions
 
+    @property
+    def creation(self) -> bytes:
+        """The nonce of the save that created the session, with which the incarnation ends."""
+        return self.incarnation[16:]
+
 
 @dataclass(frozen=True, slots=True)
 class CachedSession:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import structlog
 
 from service.errors import Overloaded, RevisionConflict, StoreUnavailable
-from service.sessions.cache import SaveId, SessionCache
+from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.record import Record
 from service.sessions.redis_server import RedisServer
 from service.sessions.segment_store import SegmentStore
@@ -33,6 +33,7 @@ class RenewedLease(Protocol):
 
     session: Session
     save_id: SaveId
+    saved: CachedSession
     token: bytes
     due: float
     is_ending: bool
@@ -177,10 +178,10 @@ class LeaseRenewer:
             return
         self._next_prolong = time.monotonic() + _PROLONGED_S
         with self._lock:
-            sessions = [lease.session for lease in self._leases.values()]
-        for session in sessions:
-            self._index.prolong(session.key, session.ttl_s)
-            self._segments.prolong(session)
+            leased = [lease.saved for lease in self._leases.values()]
+        for saved in leased:
+            self._index.prolong(saved.session.key, saved.session.ttl_s)
+            self._segments.prolong(saved)
 
     def _restore(self) -> None:
         """Store again what the server has lost of the journal, and remember as lost what can't be stored again."""
@@ -188,7 +189,7 @@ class LeaseRenewer:
         with self._lock:
             recent = [(key, write) for key, write in self._journal.items() if began - write.at <= _AT_RISK_S]
         sessions = [key for key, write in recent if not write.is_deletion]
-        cached = [one.session for one in map(self._cache.get, sessions) if one is not None]
+        cached = [saved for saved in map(self._cache.get, sessions) if saved is not None]
         self._segments.restore(cached)  # before the records that need them
         num_restored = num_lost = 0
         for batch in _batches(recent):
@@ -207,7 +208,7 @@ class LeaseRenewer:
             num_checked=len(recent),
         )
         with suppress(Overloaded):  # lists lack these sessions until they are used again
-            self._index.restore(sessions, max((session.ttl_s for session in cached), default=0))
+            self._index.restore(sessions, max((saved.session.ttl_s for saved in cached), default=0))
         self._server.mark_restored()
 
     def _restoring(self, key: SessionKey, write: _Write) -> tuple[Any, ...]:

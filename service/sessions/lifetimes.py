@@ -17,6 +17,7 @@ class Lifetimes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._num_cleared = 0
         self._ends: OrderedDict[str, float] = OrderedDict()  # the latest noted last
 
     def extended_ms(self, ttl_s: float) -> int:
@@ -27,10 +28,16 @@ class Lifetimes:
         """Whether a key certainly lives as long as a session that was just used."""
         return self._ends.get(key, 0.0) >= time.monotonic() + ttl_s + _SPARE_S / 2
 
-    def note(self, key: str, ms: int, at: float | None = None) -> None:
-        """Note that a key was made to live this many milliseconds from `at` on (monotonic, None for now)."""
-        end = (time.monotonic() if at is None else at) + ms / 1000
+    def now(self) -> tuple[float, int]:
+        """Return the moment before a key is made to live on, for `note`."""
+        return time.monotonic(), self._num_cleared
+
+    def note(self, key: str, ms: int, since: tuple[float, int]) -> None:
+        """Note that a key was made to live this many milliseconds, unless `clear` was called since."""
+        end = since[0] + ms / 1000
         with self._lock:
+            if since[1] != self._num_cleared:
+                return
             self._ends[key] = max(end, self._ends.pop(key, 0.0))
             if len(self._ends) > _MAX_KEYS:
                 self._ends.popitem(last=False)
@@ -39,3 +46,4 @@ class Lifetimes:
         """Forget everything: another server may have lost what this one did."""
         with self._lock:
             self._ends.clear()
+            self._num_cleared += 1

@@ -98,9 +98,10 @@ class RedisStore:
         nonce = _nonce()
         self._index.add(session.key, session.ttl_s)
         record = self._encode(session)
-        self._segments.write(record.segments, session.ttl_s)
+        self._segments.write(record.segments, nonce, session.ttl_s)
         answer = self._call("create", session.key, nonce, *_stored(record, None), _ms(session.ttl_s))
         if answer[0] == b"exists":
+            self._segments.release(record.segments, nonce)
             raise SessionExists(f"there is already a session {session.id}")
         session = self._saved(session, record, nonce, answer).session
         self._index.confirm(session.key)
@@ -131,6 +132,7 @@ class RedisStore:
             self._cache.drop(key)
             self._renewer.record_deletion(key, lease.save_id)
             self._index.discard(key.owner, [key.id])
+            self._segments.release(self._segments.of(lease.session), lease.save_id.creation)
         finally:
             self._renewer.stop_renewing(lease)
 
@@ -230,7 +232,7 @@ class RedisStore:
         token, nonce = _nonce(), _nonce()
         lease_ms = self._renewer.lease_ms if keep else ""
         record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
-        self._segments.write(record.segments, changed.ttl_s)
+        self._segments.write(record.segments, cached.save_id.creation, changed.ttl_s)
         stored = _stored(record, cached)
         answer = self._call("claim", changed.key, *_seen(cached), token, nonce, *stored, ttl_ms, lease_ms)
         if answer[0] == b"conflict":
@@ -260,7 +262,7 @@ class RedisStore:
             raise
         lease = RedisLease(self, loaded, token)
         self._renewer.start_renewing(lease)
-        self._prolong(lease.session)
+        self._prolong(loaded)
         return lease
 
     def _save(self, lease: RedisLease, session: Session, release: bool) -> None:
@@ -268,7 +270,7 @@ class RedisStore:
         if session.revision != lease.session.revision or session.key != lease.session.key:
             raise RevisionConflict("another operation has changed the session in the meantime")
         nonce, record = _nonce(), self._encode(session)
-        self._segments.write(record.segments, session.ttl_s)
+        self._segments.write(record.segments, lease.save_id.creation, session.ttl_s)
         lease_ms = "" if release else self._renewer.lease_ms
         lease.is_ending = release
         saved, ttl_ms = lease.saved, _ms(session.ttl_s)
@@ -335,13 +337,16 @@ class RedisStore:
         saved = CachedSession(session, save_id, record.settled_hash)
         self._cache.put(session.key, saved)
         self._renewer.record_write(session.key, save_id)
-        self._index.prolong(session.key, session.ttl_s)
+        self._prolong(saved)
         return saved
 
-    def _prolong(self, session: Session) -> None:
-        """Let everything that a session needs live as long as it does, now that it was used."""
-        self._index.prolong(session.key, session.ttl_s)
-        self._segments.prolong(session)
+    def _prolong(self, saved: CachedSession) -> None:
+        """Let everything that a session needs live as long as it does, now that it was used.
+
+        After a save that sends commands only if the server has changed meanwhile, and may have lost the segments.
+        """
+        self._index.prolong(saved.session.key, saved.session.ttl_s)
+        self._segments.prolong(saved)
 
     def _free(self, key: SessionKey, token: bytes) -> None:
         with suppress(GruServeError):

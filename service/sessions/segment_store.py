@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 from service.errors import GruServeError, SessionLost
+from service.sessions.cache import CachedSession
 from service.sessions.lifetimes import Lifetimes
 from service.sessions.record import StoredSegment, content_of, stored_segments
 from service.sessions.redis_server import RedisServer
@@ -17,11 +19,31 @@ from service.sessions.text import Segment, Text
 _BATCH = 100  # segments in one exchange: they have some 8 KB each
 
 
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """A stored segment that a session needs."""
+
+    stored: StoredSegment
+    key: str
+    creation: bytes  # of the session
+    ms: int  # how long it has to live
+
+    @property
+    def name(self) -> str:
+        """Names it among the lifetimes, which are those of a segment for one session."""
+        return self.key + self.creation.hex()
+
+    def call(self, content: bytes) -> tuple[Any, ...]:
+        """Return the call of the script."""
+        return "segment", self.key, "", 0, self.ms, content, self.creation
+
+
 class SegmentStore:
     """Writes and reads stored segments. Any number of threads may call.
 
-    Each is a key of its own, a hash with the one field `c`. It expires by itself some minutes after the last session
-    that needs it. A session's segments are written before the record that names them.
+    Each is a key of its own, a hash: `c` is its content, and the names of the other fields are the creations of the
+    sessions that need it. It is deleted with the last of these sessions, or expires by itself some minutes after the
+    last of them. A session's segments are written before the record that names them.
 
     Args:
         server: Where the sessions are stored.
@@ -33,29 +55,39 @@ class SegmentStore:
         self._server, self._prefix, self._segment_chars = server, prefix, segment_chars
         self._lifetimes = Lifetimes()
 
-    def write(self, segments: Sequence[StoredSegment], ttl_s: float) -> None:
+    def write(self, segments: Sequence[StoredSegment], creation: bytes, ttl_s: float) -> None:
         """Let a session's segments live as long as it does, and write those that are missing.
 
         Normally asks nothing of Redis, because this process did the same a short time ago. Raises StoreUnavailable.
+
+        creation: The nonce of the session's creation.
         """
-        if due := self._due(segments, ttl_s):
+        if due := self._due(segments, creation, ttl_s):
             self._server.check()
             self._write(due)
 
-    def prolong(self, session: Session) -> None:
-        """Do the same when a session is used that is not saved. Never fails: its next save does it again."""
+    def prolong(self, saved: CachedSession) -> None:
+        """Do the same for a session as it was saved. Never fails: its next save does it again."""
         with suppress(GruServeError):
-            self.write(stored_segments(session.text, self._segment_chars), session.ttl_s)
+            self.write(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)
 
-    def restore(self, sessions: Sequence[Session]) -> None:
+    def restore(self, sessions: Iterable[CachedSession]) -> None:
         """Do the same after a restart of Redis, also while it admits nobody else. Raises StoreUnavailable."""
         self._lifetimes.clear()
-        due: dict[str, tuple[StoredSegment, float]] = {}
-        for session in sessions:
-            segments = stored_segments(session.text, self._segment_chars)
-            for key, (stored, ttl_s) in self._due(segments, session.ttl_s).items():
-                due[key] = stored, max(ttl_s, due[key][1] if key in due else 0)
+        due: list[_Due] = []
+        for saved in sessions:
+            due += self._due(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)
         self._write(due)
+
+    def release(self, segments: Sequence[StoredSegment], creation: bytes) -> None:
+        """Delete what no other session needs. Never fails: what remains expires by itself."""
+        with suppress(GruServeError):
+            if segments:
+                self._server.call_all([("unlink", self._key(one.hash), "", 0, creation) for one in segments])
+
+    def of(self, session: Session) -> list[StoredSegment]:
+        """Return the stored segments of a session."""
+        return stored_segments(session.text, self._segment_chars)
 
     def read(self, names: Sequence[tuple[bytes, int]], cached: Text | None) -> list[bytes | tuple[Segment, ...]]:
         """Return the stored segments with these hashes and ends, as `decode` requests it.
@@ -75,24 +107,24 @@ class SegmentStore:
             raise SessionLost("the session store has lost a part of this session's text: continue under another id")
         return [known[name] if name in known else contents[name] for name in names]
 
-    def _due(self, segments: Sequence[StoredSegment], ttl_s: float) -> dict[str, tuple[StoredSegment, float]]:
-        """Return, by key, those segments that may not live for `ttl_s`; and `ttl_s`."""
-        keys = {self._key(one.hash): one for one in segments}
-        return {key: (one, ttl_s) for key, one in keys.items() if not self._lifetimes.suffices(key, ttl_s)}
+    def _due(self, segments: Sequence[StoredSegment], creation: bytes, ttl_s: float) -> list[_Due]:
+        """Return those of a session's segments that may not live for `ttl_s`."""
+        due = [_Due(one, self._key(one.hash), creation, self._lifetimes.extended_ms(ttl_s)) for one in segments]
+        return [one for one in due if not self._lifetimes.suffices(one.name, ttl_s)]
 
-    def _write(self, due: dict[str, tuple[StoredSegment, float]]) -> None:
-        for batch in batches(due.items(), _BATCH):
-            began = time.monotonic()
-            lives = [(key, stored, self._lifetimes.extended_ms(ttl_s)) for key, (stored, ttl_s) in batch]
+    def _write(self, due: Sequence[_Due]) -> None:
+        for batch in batches(due, _BATCH):
+            since = self._lifetimes.now()
             # Contents are sent only for what the server lacks: for a fork that is nothing.
-            answers = self._server.call_all([("segment", key, "", 0, ms, "") for key, _, ms in lives])
-            lacking = [one for one, answer in zip(lives, answers, strict=True) if answer[0] != b"ok"]
+            answers = self._server.call_all([one.call(b"") for one in batch])
+            lacking = [one for one, answer in zip(batch, answers, strict=True) if answer[0] != b"ok"]
             if lacking:
+                first = {one.key: one for one in reversed(lacking)}  # forks lack the same segments
                 self._server.call_all(
-                    [("segment", key, "", 0, ms, content_of(stored.segments)) for key, stored, ms in lacking]
+                    [one.call(content_of(one.stored.segments) if first[one.key] is one else b"") for one in lacking]
                 )
-            for key, _, ms in lives:
-                self._lifetimes.note(key, ms, began)
+            for one in batch:
+                self._lifetimes.note(one.name, one.ms, since)
 
     def _key(self, digest: bytes) -> str:
         """No session has this key: its part after the prefix has no slash."""

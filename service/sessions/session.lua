@@ -192,13 +192,22 @@ function operations.bury(seen_incarnation, seen_revision, kind)
   return {'ok'}
 end
 
--- Of a stored segment, which is no session (record.py): let it live, and write it if there is a content. It never changes.
-function operations.segment(ms, content)
+-- The following are for stored segments (segment_store.py), which are no sessions: the field `c` has the content, and the
+-- other fields name the sessions that need it. Let it live for a session, and write it if there is a content.
+function operations.segment(ms, content, creation)
   if redis.call('EXISTS', key) == 0 then
     if content == '' then return {'none'} end
     set('c', content)
   end
+  set(creation, '')
   if redis.call('PTTL', key) < tonumber(ms) then redis.call('PEXPIRE', key, ms) end
+  return {'ok'}
+end
+
+-- A session no longer needs it.
+function operations.unlink(creation)
+  redis.call('HDEL', key, creation)
+  if redis.call('HLEN', key) == 1 then redis.call('DEL', key) end
   return {'ok'}
 end
 

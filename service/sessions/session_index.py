@@ -46,9 +46,9 @@ class SessionIndex:
 
     def add(self, key: SessionKey, ttl_s: float) -> None:
         """Add a session that is about to be created. Raises StoreUnavailable, Overloaded."""
-        index, ms = self._key(key.owner), self._lifetimes.extended_ms(ttl_s)
+        index, ms, since = self._key(key.owner), self._lifetimes.extended_ms(ttl_s), self._lifetimes.now()
         self._server.execute([("ZADD", index, 0, key.id), *_living(index, ms)])
-        self._lifetimes.note(index, ms)
+        self._lifetimes.note(index, ms, since)
 
     def confirm(self, key: SessionKey) -> None:
         """Add a session that has just been created, in case a list has not seen it in between, and check other ids.

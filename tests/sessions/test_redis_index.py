@@ -200,7 +200,7 @@ def test_index__has_the_sessions_of_versions_without_one(
 
 def test_lists__outlive_a_restart_that_loses_the_last_writes(tmp_path: Path) -> None:
     """The replica restores the lists of what it has written, as it restores the sessions."""
-    with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
+    with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "no") as redis:
         server = RedisServer(redis.url, recovery_window_s=0.1)
         with closing(RedisStore(server, 4096)) as store:
             wait_until(lambda: works(store), 5)

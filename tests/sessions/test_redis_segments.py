@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from redis import Redis
 
 from service.engine.sampling_settings import PLAIN
-from service.errors import GruServeError, SessionLost
+from service.errors import GruServeError, SessionExists, SessionLost
 from service.sessions import lifetimes, record
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
@@ -38,7 +38,7 @@ KEY = SessionKey("", "a")
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[RedisProcess]:
     """A server of the test's own, because the tests measure what it gets and stores."""
-    with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "always") as redis:
+    with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "no") as redis:
         yield redis
 
 
@@ -55,7 +55,7 @@ def store(redis: RedisProcess) -> Iterator[RedisStore]:
 
 
 def new_store(url: str, recovery_window_s: float = 0, **options: Any) -> RedisStore:
-    return RedisStore(RedisServer(url, recovery_window_s=recovery_window_s), RETENTION.segment_chars, **options)
+    return RedisStore(RedisServer(url, 5, recovery_window_s), RETENTION.segment_chars, **options)
 
 
 def state(position: int, shape: tuple[int, int] = SHAPE) -> Any:
@@ -113,9 +113,9 @@ def test_feed__writes_at_most_6_kb_however_long_the_text_is(
 
 def test_feed__writes_a_full_segment_once(store: RedisStore, client: Redis) -> None:
     """The dearest feed is the one that fills a segment."""
-    store.create(session(num_chars=60_000))
+    store.create(session(num_chars=61_400))
     most = 0
-    for _ in range(4_200):
+    for _ in range(600):
         before = received(client)
         feed(store)
         most = max(most, received(client) - before)
@@ -189,6 +189,30 @@ def test_segments__live_on_with_a_session_that_is_used(redis: RedisProcess, monk
             feed(store)
         with closing(new_store(redis.url)) as other:
             require_same(other.load(KEY).text, store.load(KEY).text)
+
+
+def test_delete__deletes_the_segments_that_no_other_session_needs(
+    store: RedisStore, redis: RedisProcess, client: Redis
+) -> None:
+    store.create(session(num_chars=9_000))
+    with closing(new_store(redis.url)) as other:
+        fork = replace(other.load(KEY), id="fork")
+        other.create(replace(fork, text=fork.text.truncated(5_000, state(5_000))))
+        store.delete(KEY)
+        assert len(client.keys("*segment:*")) == 1
+        require_same(store.load(SessionKey("", "fork")).text, session(num_chars=5_000).text)
+        store.create(session(num_chars=9_000))  # the store had written these before
+        require_same(other.load(KEY).text, session(num_chars=9_000).text)
+        other.delete(SessionKey("", "fork"))
+        other.delete(KEY)
+        assert not client.keys("*segment:*")
+
+
+def test_create__of_what_exists_leaves_no_segments(store: RedisStore, client: Redis) -> None:
+    store.create(session())
+    with pytest.raises(SessionExists):
+        store.create(session(num_chars=9_000))
+    assert not client.keys("*segment:*")
 
 
 def test_load__of_a_record_without_its_segments_is_lost(store: RedisStore, redis: RedisProcess, client: Redis) -> None:
