@@ -245,7 +245,7 @@ class RedisServer:
         try:
             with client.pipeline(transaction=False) as pipeline:
                 for command in commands:
-                    pipeline.execute_command(*command)
+                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
                 answers: list[Any] = pipeline.execute()
                 return answers
         except errors.OutOfMemoryError as error:

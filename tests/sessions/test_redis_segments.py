@@ -8,9 +8,10 @@ import random
 import secrets
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,18 @@ CHANGES = st.lists(
 )
 
 
+def changed(kind: str, amount: float, added: str, shape: tuple[int, int], text: Text) -> Text:
+    """Return a text after one of CHANGES."""
+    if kind == "feed":
+        return extended(text, added, SMALL, shape)
+    at = int(amount) if kind == "base" else text.start + int(amount * (text.position - text.start))
+    return Text.from_state(at, state(at, shape)) if kind == "base" else text.truncated(at, state(at, shape))
+
+
+def with_text(change: Callable[[Text], Text], one: Session) -> tuple[Session, None]:
+    return replace(one, text=change(one.text)), None
+
+
 @given(changes=CHANGES, caches=st.lists(st.sampled_from([0, 2**20]), min_size=2, max_size=2))
 @settings(max_examples=60, deadline=None)
 def test_load__returns_any_text_to_the_bit(redis_url: str, changes: list[tuple[str, float]], caches: list[int]) -> None:
@@ -278,28 +291,15 @@ def test_load__returns_any_text_to_the_bit(redis_url: str, changes: list[tuple[s
             if kind == "elsewhere":
                 stores.reverse()
                 continue
-            if kind == "feed":
-                added = "".join(rng.choices("aé€𝄞", k=int(amount)))
-
-                def change(text: Text, added: str = added) -> Text:
-                    return extended(text, added, SMALL, shape)
-            elif kind == "base":
-
-                def change(_: Text, at: int = int(amount)) -> Text:
-                    return Text.from_state(at, state(at, shape))
-            else:
-
-                def change(text: Text, share: float = amount) -> Text:
-                    at = text.start + int(share * (text.position - text.start))
-                    return text.truncated(at, state(at, shape))
-
+            added = "".join(rng.choices("aé€𝄞", k=int(amount))) if kind == "feed" else ""
+            change = partial(changed, kind, amount, added, shape)
             expected = change(expected)
             if kind == "fork":
                 parent = stores[0].load(key)
                 key = SessionKey("", f"fork {number}")
                 stores[0].create(replace(parent, id=key.id, text=change(parent.text)))
             else:
-                stores[0].update(key, lambda one, change=change: (replace(one, text=change(one.text)), None))
+                stores[0].update(key, partial(with_text, change))
             for store in stores:
                 require_same(store.load(key).text, expected)
     finally:
