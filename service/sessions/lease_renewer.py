@@ -222,7 +222,7 @@ class LeaseRenewer:
         ttl_ms = round(session.ttl_s * 1000)
         left_ms = max(1, ttl_ms - round((time.monotonic() - write.at) * 1000))
         record = self._encode(session)
-        return self._command("restore", key, *known, record.data, record.settled, ttl_ms, left_ms)
+        return self._command("restore", key, *known, record.data, ttl_ms, left_ms, record.settled)
 
     def _command(self, operation: str, key: SessionKey, *arguments: Any) -> tuple[Any, ...]:
         return operation, self._redis_key(key), self._now_ms(), self.lease_ms, *arguments

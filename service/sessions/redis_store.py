@@ -14,6 +14,7 @@ from service.arrays import read_state
 from service.errors import (
     GruServeError,
     OutcomeUnknown,
+    Overloaded,
     RevisionConflict,
     SessionBusy,
     SessionExists,
@@ -99,7 +100,11 @@ class RedisStore:
         self._index.add(session.key, session.ttl_s)
         record = self._encode(session)
         self._segments.write(record.segments, nonce, session.ttl_s)
-        answer = self._call("create", session.key, nonce, *_stored(record, None), _ms(session.ttl_s))
+        try:
+            answer = self._call("create", session.key, nonce, record.data, _ms(session.ttl_s), record.settled)
+        except Overloaded:
+            self._segments.release(record.segments, nonce)
+            raise
         if answer[0] == b"exists":
             self._segments.release(record.segments, nonce)
             raise SessionExists(f"there is already a session {session.id}")
@@ -233,8 +238,8 @@ class RedisStore:
         lease_ms = self._renewer.lease_ms if keep else ""
         record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
         self._segments.write(record.segments, cached.save_id.creation, changed.ttl_s)
-        stored = _stored(record, cached)
-        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, *stored, ttl_ms, lease_ms)
+        settled = _changed_settled(record, cached)
+        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, record.data, ttl_ms, lease_ms, settled)
         if answer[0] == b"conflict":
             return False, None
         saved = self._saved(changed, record, nonce, answer)
@@ -275,8 +280,10 @@ class RedisStore:
         lease.is_ending = release
         saved, ttl_ms = lease.saved, _ms(session.ttl_s)
         try:
-            stored = _stored(record, saved)
-            answer = self._call("save", session.key, lease.token, *_seen(saved), nonce, *stored, ttl_ms, lease_ms)
+            settled = _changed_settled(record, saved)
+            answer = self._call(
+                "save", session.key, lease.token, *_seen(saved), nonce, record.data, ttl_ms, lease_ms, settled
+            )
         except OutcomeUnknown:
             self._renewer.stop_renewing(lease)  # it ends by itself
             raise
@@ -314,7 +321,7 @@ class RedisStore:
             raise SessionNotFound("there is no such session")
         save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[3]), int(answer[4]) / 1000
         if len(answer) > 5:
-            record = Record(answer[5] or b"", answer[6] or b"")
+            record = Record(answer[5] or b"", answer[6] if len(answer) > 6 else b"")
             read = partial(self._segments.read, cached=cached.session.text if cached is not None else None)
             session = decode(record, read, key, save_id.revision, expires_at)
             loaded = CachedSession(session, save_id, record.settled_hash)
@@ -363,13 +370,9 @@ def _seen(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
     return cached.save_id.incarnation, cached.save_id.revision, cached.save_id.nonce
 
 
-def _stored(record: Record, saved: CachedSession | None) -> tuple[bytes, bytes]:
-    """What the script is told of a record. saved: the save before, None if there is none.
-
-    The settled text is left out if it is the same. Its length is a multiple of its steps, so it never is "=".
-    """
-    is_same = saved is not None and saved.settled_hash is not None and saved.settled_hash == record.settled_hash
-    return record.data, b"=" if is_same else record.settled
+def _changed_settled(record: Record, saved: CachedSession) -> bytes:
+    """Return the settled text for the script: "=" if it is the same as in the save before."""
+    return b"=" if saved.settled_hash == record.settled_hash else record.settled
 
 
 def _nonce() -> bytes:

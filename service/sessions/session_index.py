@@ -8,14 +8,16 @@ removed when a list meets it, and creations check some at random.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
 
-from service.errors import GruServeError
+from service.errors import GruServeError, Overloaded
 from service.sessions.lifetimes import Lifetimes
 from service.sessions.redis_server import RedisServer
 from service.sessions.session import SessionKey
@@ -26,6 +28,7 @@ Item = TypeVar("Item")
 # creations don't wait for the check.
 _NUM_CHECKED, _CREATIONS_PER_CHECK = 12, 4
 _LONGEST_LIFE_MS = 30 * 24 * 3600 * 1000  # no session can ask for more
+_RETRY_S = 60.0
 _GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
 
 
@@ -42,7 +45,7 @@ class SessionIndex:
         self._server, self._prefix, self._alive = server, prefix, alive
         self._lifetimes = Lifetimes()
         self._importing = threading.Lock()
-        self._is_imported = False
+        self._next_import = 0.0
 
     def add(self, key: SessionKey, ttl_s: float) -> None:
         """Add a session that is about to be created. Raises StoreUnavailable, Overloaded."""
@@ -111,17 +114,22 @@ class SessionIndex:
             self._server.execute([_adding(index, alive)])
 
     def _import(self) -> None:
-        """Add the sessions of versions of the service that had no index: one scan of all keys, once for a server."""
+        """Add the sessions of versions of the service that had no index: one scan of all keys, once for a server.
+
+        If Redis is full, lists lack these sessions; it is tried again a minute later.
+        """
         with self._importing:
-            if self._is_imported:
+            if time.monotonic() < self._next_import:
                 return
+            self._next_import = time.monotonic() + _RETRY_S
             marker = f"{self._prefix}indexed"
-            if not self._server.execute([("EXISTS", marker)])[0]:
-                keys = self._server.keys(self._prefix.translate(_GLOB) + "*")
-                for batch in batches((key for key in keys if "/" in key[len(self._prefix) :]), 1000):
-                    self._import_batch(batch)
-                self._server.execute([("SET", marker, 1)])
-            self._is_imported = True
+            with suppress(Overloaded):
+                if not self._server.execute([("EXISTS", marker)])[0]:
+                    keys = self._server.keys(self._prefix.translate(_GLOB) + "*")
+                    for batch in batches((key for key in keys if "/" in key[len(self._prefix) :]), 1000):
+                        self._import_batch(batch)
+                    self._server.execute([("SET", marker, 1)])
+                self._next_import = math.inf
 
     def _import_batch(self, keys: Sequence[str]) -> None:
         ids: dict[str, list[str]] = {}
