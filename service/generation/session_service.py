@@ -17,7 +17,7 @@ from service.generation.runs import RunRegistry
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import Session, SessionKey, SessionSummary
 from service.sessions.session_store import Change, SessionStore
 from service.sessions.text import Retention, Text
 
@@ -93,7 +93,7 @@ class SessionService:
         """Return the session as it was saved last."""
         return self._store.load(key)
 
-    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+    def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
         """Return up to `limit` of the owner's sessions, in the order of their ids, above the id `after`."""
         return self._store.page(owner, after, limit)
 

@@ -20,6 +20,11 @@ class SaveId:
     revision: int  # how often the session had been saved
     nonce: bytes  # random; tells saves apart whose histories parted at equal revisions
 
+    @property
+    def creation(self) -> bytes:
+        """The nonce of the save that created the session, with which the incarnation ends."""
+        return self.incarnation[16:]
+
 
 @dataclass(frozen=True, slots=True)
 class CachedSession:
@@ -27,6 +32,7 @@ class CachedSession:
 
     session: Session
     save_id: SaveId
+    settled_hash: bytes | None = None  # of the settled text that this save has in Redis (record.py); None if not known
 
 
 class SessionCache:

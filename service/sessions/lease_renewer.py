@@ -6,21 +6,26 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from service.errors import RevisionConflict, StoreUnavailable
-from service.sessions.cache import SaveId, SessionCache
+from service.errors import Overloaded, RevisionConflict, StoreUnavailable
+from service.sessions.cache import CachedSession, SaveId, SessionCache
+from service.sessions.record import Record
 from service.sessions.redis_server import RedisServer
+from service.sessions.segment_store import SegmentStore
 from service.sessions.session import Session, SessionKey
+from service.sessions.session_index import SessionIndex
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
 
 _AT_RISK_S = 10.0  # a server that writes to disk every second loses nothing that is older than this
 _MAX_AT_RISK = 100_000
+_PROLONGED_S = 60.0  # shorter than what Lifetimes has to spare
 
 
 class RenewedLease(Protocol):
@@ -28,6 +33,7 @@ class RenewedLease(Protocol):
 
     session: Session
     save_id: SaveId
+    saved: CachedSession
     token: bytes
     due: float
     is_ending: bool
@@ -51,6 +57,8 @@ class LeaseRenewer:
     Args:
         server: Where the sessions are stored.
         cache: Lost writes are restored from it.
+        index: Lists the sessions.
+        segments: What sessions share.
         encode: Makes a session's record.
         redis_key: Gives a session's key in Redis.
         lease_s: How long a lease is valid that is not renewed.
@@ -61,18 +69,21 @@ class LeaseRenewer:
         self,
         server: RedisServer,
         cache: SessionCache,
-        encode: Callable[[Session], bytes],
+        index: SessionIndex,
+        segments: SegmentStore,
+        encode: Callable[[Session], Record],
         redis_key: Callable[[SessionKey], str],
         lease_s: float,
         now_ms: Callable[[], int | str],
     ) -> None:
-        self._server, self._cache, self._encode = server, cache, encode
+        self._server, self._cache, self._index, self._segments, self._encode = server, cache, index, segments, encode
         self._redis_key, self._now_ms = redis_key, now_ms
         self.lease_ms = round(lease_s * 1000)
         self._lock = threading.Lock()  # guards the leases and the journal
         self._leases: dict[int, RenewedLease] = {}  # by the object's id
         self._leased: dict[SessionKey, int] = {}  # how many leases there are of each session
         self._journal: OrderedDict[SessionKey, _Write] = OrderedDict()  # the latest last
+        self._next_prolong = time.monotonic() + _PROLONGED_S
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()
@@ -137,6 +148,7 @@ class LeaseRenewer:
                 if has_changed:
                     self._restore()
                 self._renew(again=has_changed)
+                self._prolong()
             except StoreUnavailable:
                 continue  # it was logged, and the server is asked again
             except Exception as error:
@@ -160,11 +172,25 @@ class LeaseRenewer:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
                     threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
 
+    def _prolong(self) -> None:
+        """Once a minute, let what leased sessions need live as long as they do: a renewal is life without a save."""
+        if time.monotonic() < self._next_prolong:
+            return
+        self._next_prolong = time.monotonic() + _PROLONGED_S
+        with self._lock:
+            leased = [lease.saved for lease in self._leases.values()]
+        for saved in leased:
+            self._index.prolong(saved.session.key, saved.session.ttl_s)
+            self._segments.prolong(saved)
+
     def _restore(self) -> None:
         """Store again what the server has lost of the journal, and remember as lost what can't be stored again."""
         began = time.monotonic()
         with self._lock:
             recent = [(key, write) for key, write in self._journal.items() if began - write.at <= _AT_RISK_S]
+        sessions = [key for key, write in recent if not write.is_deletion]
+        cached = [saved for saved in map(self._cache.get, sessions) if saved is not None]
+        self._segments.restore(cached)  # before the records that need them
         num_restored = num_lost = 0
         for batch in _batches(recent):
             # Records are sent only for what the server lacks: after a clean restart that is nothing.
@@ -181,6 +207,8 @@ class LeaseRenewer:
             num_lost=num_lost,
             num_checked=len(recent),
         )
+        with suppress(Overloaded):  # lists lack these sessions until they are used again
+            self._index.restore(sessions, max((saved.session.ttl_s for saved in cached), default=0))
         self._server.mark_restored()
 
     def _restoring(self, key: SessionKey, write: _Write) -> tuple[Any, ...]:
@@ -193,7 +221,8 @@ class LeaseRenewer:
         session = cached.session
         ttl_ms = round(session.ttl_s * 1000)
         left_ms = max(1, ttl_ms - round((time.monotonic() - write.at) * 1000))
-        return self._command("restore", key, *known, self._encode(session), ttl_ms, left_ms)
+        record = self._encode(session)
+        return self._command("restore", key, *known, record.data, ttl_ms, left_ms, record.settled)
 
     def _command(self, operation: str, key: SessionKey, *arguments: Any) -> tuple[Any, ...]:
         return operation, self._redis_key(key), self._now_ms(), self.lease_ms, *arguments

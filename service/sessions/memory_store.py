@@ -16,7 +16,7 @@ from sortedcontainers import SortedList
 
 from service.arrays import Float32, read_state, write_state
 from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import Session, SessionKey, SessionSummary
 from service.sessions.session_store import Answer, Change, Lease
 from service.sessions.text import Segment, Text
 
@@ -135,9 +135,9 @@ class MemoryStore:
         with self._lock:
             self._drop(key, self._leased(lease))
 
-    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+    def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
         """See SessionStore."""
-        sessions: list[Session] = []
+        sessions: list[SessionSummary] = []
         while len(sessions) < limit:
             with self._lock:
                 ids = self._ids.get(owner, SortedList()).irange(after, inclusive=(False, True))
@@ -146,7 +146,7 @@ class MemoryStore:
                 break
             for session_id in found:
                 with suppress(SessionNotFound, SessionGone):
-                    sessions.append(self.load(SessionKey(owner, session_id)))
+                    sessions.append(self.load(SessionKey(owner, session_id)).summary)
             after = found[-1]
         return sessions
 

@@ -368,6 +368,26 @@ class RedisServer:
                 maxmemory_policy=policy,
             )
 
+    def execute(self, commands: Sequence[tuple[Any, ...]], *, in_recovery: bool = False) -> list[Any]:
+        """Run commands of Redis in one round trip and return their answers. Each may be repeated without harm.
+
+        With `in_recovery`, also during the recovery window. Raises StoreUnavailable, and Overloaded if Redis is full.
+        """
+        if not in_recovery:
+            self.check()
+        client = self._renewer_client if in_recovery else self._client
+        try:
+            with client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+                answers: list[Any] = pipeline.execute()
+                return answers
+        except errors.OutOfMemoryError as error:
+            raise Overloaded("the session store is full: try again later") from error
+        except errors.RedisError as error:
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from error
+
 
 def _client(url: str, timeout_s: float, on_connect: Callable[[Any], None]) -> Redis:
     """Return a client that has not connected yet. Raises ValueError if the URL is invalid, without naming it."""

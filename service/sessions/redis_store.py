@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from service.arrays import read_state
 from service.errors import (
     GruServeError,
     OutcomeUnknown,
+    Overloaded,
     RevisionConflict,
     SessionBusy,
     SessionExists,
@@ -24,13 +24,15 @@ from service.errors import (
 )
 from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
-from service.sessions.record import decode, encode
+from service.sessions.record import Record, decode, decode_summary, encode
 from service.sessions.redis_server import RedisServer
-from service.sessions.session import Session, SessionKey
+from service.sessions.segment_store import SegmentStore
+from service.sessions.session import Session, SessionKey, SessionSummary
+from service.sessions.session_index import SessionIndex, batches
 from service.sessions.session_store import Answer, Change, Lease, Operation, safe_to_retry
 
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
-_GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
+_LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
 
 
@@ -40,14 +42,17 @@ class RedisLease:
     It is fenced: a holder that lost it can't save.
     """
 
-    def __init__(self, store: RedisStore, session: Session, save_id: SaveId, token: bytes) -> None:
+    def __init__(self, store: RedisStore, saved: CachedSession, token: bytes) -> None:
         self._store = store
         self.token = token  # random; names this lease in Redis
-        self.session = session
-        self.save_id = save_id  # of `session`
+        self.set_saved(saved)
         self.due = 0.0  # when it has to be renewed; monotonic
         self.is_ending = False  # the save or release that gives it back is under way
         self.on_takeover: Callable[[], None] | None = None
+
+    def set_saved(self, saved: CachedSession) -> None:
+        """Note the last save of the session."""
+        self.saved, self.session, self.save_id = saved, saved.session, saved.save_id
 
     def save(self, session: Session, *, release: bool = False) -> None:
         """See Lease."""
@@ -82,21 +87,35 @@ class RedisStore:
         self._server, self._prefix, self._clock = server, prefix, clock
         self._cache = SessionCache(cache_bytes)
         self._encode = partial(encode, segment_chars=segment_chars)
-        self._renewer = LeaseRenewer(server, self._cache, self._encode, self._redis_key, lease_s, self._now_ms)
+        self._segments = SegmentStore(server, prefix, segment_chars)
+        self._index = SessionIndex(server, prefix, self._summaries)
+        self._renewer = LeaseRenewer(
+            server, self._cache, self._index, self._segments, self._encode, self._redis_key, lease_s, self._now_ms
+        )
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
         session = replace(session, created_at=self._now())
         nonce = _nonce()
-        answer = self._call("create", session.key, nonce, self._encode(session), _ms(session.ttl_s))
+        self._index.add(session.key, session.ttl_s)
+        record = self._encode(session)
+        self._segments.write(record.segments, nonce, session.ttl_s)
+        try:
+            answer = self._call("create", session.key, nonce, record.data, _ms(session.ttl_s), record.settled)
+        except Overloaded:
+            self._segments.release(record.segments, nonce)
+            raise
         if answer[0] == b"exists":
+            self._segments.release(record.segments, nonce)
             raise SessionExists(f"there is already a session {session.id}")
-        return self._saved(session, nonce, answer)[0]
+        session = self._saved(session, record, nonce, answer).session
+        self._index.confirm(session.key)
+        return session
 
     def load(self, key: SessionKey) -> Session:
         """See SessionStore."""
         cached = self._cache.get(key)
-        return self._loaded(key, cached, self._call("load", key, *_seen(cached)))[0]
+        return self._loaded(key, cached, self._call("load", key, *_seen(cached))).session
 
     def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:
         """See SessionStore. Takes one exchange with the server if the cached copy is current, else two or three."""
@@ -117,21 +136,20 @@ class RedisStore:
                 raise RevisionConflict(_CHANGED)
             self._cache.drop(key)
             self._renewer.record_deletion(key, lease.save_id)
+            self._index.discard(key.owner, [key.id])
+            self._segments.release(self._segments.of(lease.session), lease.save_id.creation)
         finally:
             self._renewer.stop_renewing(lease)
 
-    def page(self, owner: str, after: str, limit: int) -> list[Session]:
-        """See SessionStore. Scans every key that the server has."""
-        own = self._redis_key(SessionKey(owner, ""))
-        keys = self._server.keys(own.translate(_GLOB) + "*")
-        ids = {key[len(own) :] for key in keys if "/" not in key[len(own) :]}
-        sessions: list[Session] = []
-        while found := heapq.nsmallest(limit - len(sessions), (one for one in ids if one > after)):
-            for session_id in found:
-                with suppress(SessionNotFound, SessionGone, SessionLost):
-                    sessions.append(self.load(SessionKey(owner, session_id)))
-            after = found[-1]
-        return sessions
+    def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
+        """See SessionStore. Takes two exchanges for each 200 sessions."""
+        found: list[SessionSummary] = []
+        while len(found) < limit and (ids := self._index.ids(owner, after, min(limit - len(found), _LISTED))):
+            summaries = self._summaries(owner, ids)
+            found += [summary for summary in summaries.values() if summary is not None]
+            self._index.discard(owner, [session_id for session_id in ids if session_id not in summaries])
+            after = ids[-1]
+        return found
 
     def __len__(self) -> int:
         """The number of sessions in this process's cache."""
@@ -160,6 +178,23 @@ class RedisStore:
         """See SessionStore."""
         self._renewer.close()
         self._server.close()
+
+    def _summaries(self, owner: str, ids: Sequence[str]) -> dict[str, SessionSummary | None]:
+        """Return those ids that have a session, in the same order, with its summary: None if it can't be read.
+
+        Takes one exchange for each 200.
+        """
+        self._server.check()
+        summaries: dict[str, SessionSummary | None] = {}
+        for batch in batches(ids, _LISTED):
+            keys = [SessionKey(owner, session_id) for session_id in batch]
+            calls = [("summarize", self._redis_key(key), self._now_ms(), self._renewer.lease_ms) for key in keys]
+            for key, answer in zip(keys, self._server.call_all(calls), strict=True):
+                if answer[0] == b"ok":
+                    summaries[key.id] = None
+                    with suppress(SessionLost):  # perhaps another version of the service wrote the record
+                        summaries[key.id] = decode_summary(answer[2], key.id, int(answer[1]) / 1000)
+        return summaries
 
     def _apply(
         self, key: SessionKey, change: Change[Answer], keep: bool, take_over: bool = False
@@ -202,13 +237,15 @@ class RedisStore:
         token, nonce = _nonce(), _nonce()
         lease_ms = self._renewer.lease_ms if keep else ""
         record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
-        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, record, ttl_ms, lease_ms)
+        self._segments.write(record.segments, cached.save_id.creation, changed.ttl_s)
+        settled = _changed_settled(record, cached)
+        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, record.data, ttl_ms, lease_ms, settled)
         if answer[0] == b"conflict":
             return False, None
-        session, save_id = self._saved(changed, nonce, answer)
+        saved = self._saved(changed, record, nonce, answer)
         if not keep:
             return True, None
-        lease = RedisLease(self, session, save_id, token)
+        lease = RedisLease(self, saved, token)
         self._renewer.start_renewing(lease)
         return True, lease
 
@@ -224,25 +261,28 @@ class RedisStore:
                 raise SessionBusy("another operation on this session is in progress: try again when it is finished")
             time.sleep(_POLL_S)
         try:
-            session, save_id = self._loaded(key, cached, answer)
-        except SessionLost:
+            loaded = self._loaded(key, cached, answer)
+        except GruServeError:
             self._free(key, token)
             raise
-        lease = RedisLease(self, session, save_id, token)
+        lease = RedisLease(self, loaded, token)
         self._renewer.start_renewing(lease)
+        self._prolong(loaded)
         return lease
 
     def _save(self, lease: RedisLease, session: Session, release: bool) -> None:
         self._renewer.require_lease(lease)
         if session.revision != lease.session.revision or session.key != lease.session.key:
             raise RevisionConflict("another operation has changed the session in the meantime")
-        nonce, save_id = _nonce(), lease.save_id
+        nonce, record = _nonce(), self._encode(session)
+        self._segments.write(record.segments, lease.save_id.creation, session.ttl_s)
         lease_ms = "" if release else self._renewer.lease_ms
         lease.is_ending = release
-        known = (save_id.incarnation, save_id.revision, save_id.nonce)
+        saved, ttl_ms = lease.saved, _ms(session.ttl_s)
         try:
+            settled = _changed_settled(record, saved)
             answer = self._call(
-                "save", session.key, lease.token, *known, nonce, self._encode(session), _ms(session.ttl_s), lease_ms
+                "save", session.key, lease.token, *_seen(saved), nonce, record.data, ttl_ms, lease_ms, settled
             )
         except OutcomeUnknown:
             self._renewer.stop_renewing(lease)  # it ends by itself
@@ -250,7 +290,7 @@ class RedisStore:
         if answer[0] == b"conflict":
             self._renewer.stop_renewing(lease)
             raise RevisionConflict(_CHANGED)
-        lease.session, lease.save_id = self._saved(session, nonce, answer)
+        lease.set_saved(self._saved(session, record, nonce, answer))
         lease.due = self._renewer.next_due()
         if release:
             self._renewer.stop_renewing(lease)
@@ -270,7 +310,7 @@ class RedisStore:
         """Milliseconds since 1970 for the script; "" makes it use the server's clock."""
         return round(self._clock() * 1000) if self._clock is not None else ""
 
-    def _loaded(self, key: SessionKey, cached: CachedSession | None, answer: list[Any]) -> tuple[Session, SaveId]:
+    def _loaded(self, key: SessionKey, cached: CachedSession | None, answer: list[Any]) -> CachedSession:
         """Read an answer to `load` or `lease`. cached: the copy that the server was told of."""
         word = answer[0]
         if word == b"lost":
@@ -281,23 +321,39 @@ class RedisStore:
             raise SessionNotFound("there is no such session")
         save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[3]), int(answer[4]) / 1000
         if len(answer) > 5:
-            session = decode(answer[5], key, save_id.revision, expires_at)
-            self._cache.put(key, CachedSession(session, save_id))
-            return session, save_id
+            record = Record(answer[5] or b"", answer[6] if len(answer) > 6 else b"")
+            read = partial(self._segments.read, cached=cached.session.text if cached is not None else None)
+            session = decode(record, read, key, save_id.revision, expires_at)
+            loaded = CachedSession(session, save_id, record.settled_hash)
+            self._cache.put(key, loaded)
+            if loaded.settled_hash is None:  # a version of the service that has no index wrote it
+                with suppress(GruServeError):
+                    self._index.add(key, session.ttl_s)
+            return loaded
         if cached is None:  # the script leaves the record out only for a caller that has it
             raise SessionLost("the session's record is incomplete: create the session again under another id")
         if cached.session.expires_at == expires_at:
-            return cached.session, save_id
-        return replace(cached.session, expires_at=expires_at), save_id
+            return cached
+        return replace(cached, session=replace(cached.session, expires_at=expires_at))
 
-    def _saved(self, session: Session, nonce: bytes, answer: list[Any]) -> tuple[Session, SaveId]:
+    def _saved(self, session: Session, record: Record, nonce: bytes, answer: list[Any]) -> CachedSession:
         """Read an answer to an operation that saved; the session as it is stored now."""
         save_id, expires_at = SaveId(answer[1], int(answer[2]), nonce), int(answer[3]) / 1000
         text = session.text.with_hidden(read_state(session.hidden))
         session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
-        self._cache.put(session.key, CachedSession(session, save_id))
+        saved = CachedSession(session, save_id, record.settled_hash)
+        self._cache.put(session.key, saved)
         self._renewer.record_write(session.key, save_id)
-        return session, save_id
+        self._prolong(saved)
+        return saved
+
+    def _prolong(self, saved: CachedSession) -> None:
+        """Let everything that a session needs live as long as it does, now that it was used.
+
+        After a save that sends commands only if the server has changed meanwhile, and may have lost the segments.
+        """
+        self._index.prolong(saved.session.key, saved.session.ttl_s)
+        self._segments.prolong(saved)
 
     def _free(self, key: SessionKey, token: bytes) -> None:
         with suppress(GruServeError):
@@ -312,6 +368,11 @@ def _seen(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
     if cached is None:
         return b"", 0, b""
     return cached.save_id.incarnation, cached.save_id.revision, cached.save_id.nonce
+
+
+def _changed_settled(record: Record, saved: CachedSession) -> bytes:
+    """Return the settled text for the script: "=" if it is the same as in the save before."""
+    return b"=" if saved.settled_hash == record.settled_hash else record.settled
 
 
 def _nonce() -> bytes:

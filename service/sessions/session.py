@@ -48,6 +48,20 @@ class Run:
         return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
 
 
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What a list shows of a session."""
+
+    id: str
+    model: str  # name@version
+    position: int
+    text_from: int  # position of the first character that is retained
+    seed: int
+    ttl_s: float  # lifetime in seconds after the last use
+    created_at: float  # seconds since 1970
+    expires_at: float  # seconds since 1970
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Session:
     """A session as it was at one save. It never changes; every save stores a new one."""
@@ -79,6 +93,20 @@ class Session:
     def key(self) -> SessionKey:
         """The name under which a store finds the session."""
         return SessionKey(self.owner, self.id)
+
+    @property
+    def summary(self) -> SessionSummary:
+        """What a list shows of it."""
+        return SessionSummary(
+            self.id,
+            self.model,
+            self.position,
+            self.text.start,
+            self.seed,
+            self.ttl_s,
+            self.created_at,
+            self.expires_at,
+        )
 
     @property
     def finished_run(self) -> Run | None:

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from typing import Literal, Protocol, TypeVar
 
 from service.errors import OutcomeUnknown, StoreUnavailable
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import Session, SessionKey, SessionSummary
 
 Answer = TypeVar("Answer")
 #: A function from a session to the changed session and an answer. It gives back the session that it got if there is
 #: nothing to save. It may be called twice, the first time with a copy that is no longer current.
 Change = Callable[[Session], tuple[Session, Answer]]
-Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "page"]
+Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "summarize"]
 
 
 class Lease(Protocol):
@@ -82,7 +82,7 @@ class SessionStore(Protocol):
         """Forget a session, as if it had never been. Raises SessionBusy, SessionNotFound, SessionGone."""
         ...
 
-    def page(self, owner: str, after: str, limit: int) -> list[Session]:
+    def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
         """Return up to `limit` of the owner's sessions, in the order of their ids, above the id `after`."""
         ...
 

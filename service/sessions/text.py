@@ -10,7 +10,7 @@ from service.arrays import Float32
 from service.errors import PositionGone
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Segment:
     """Part of a text, and the state after it. It never changes, so sessions that were forked share it."""
 

@@ -13,7 +13,7 @@ from pydantic_core import to_json
 from service.errors import Draining, GruServeError
 from service.generation.run_stream import RunStream
 from service.generation.session_service import FeedResult
-from service.sessions.session import Session
+from service.sessions.session import SessionSummary
 from service.web import session_schemas as schemas
 from service.web.completion_answer import logprobs_of
 from service.web.error_responses import body_of, error_response
@@ -23,7 +23,7 @@ from service.web.sse import FLUSH_INTERVAL_S, IDLE_S, event
 log = structlog.get_logger(__name__)
 
 
-def session_answer(session: Session) -> schemas.SessionAnswer:
+def session_answer(session: SessionSummary) -> schemas.SessionAnswer:
     """Describe a session."""
     return schemas.SessionAnswer(
         id=session.id,
@@ -33,7 +33,7 @@ def session_answer(session: Session) -> schemas.SessionAnswer:
         ttl_s=session.ttl_s,
         created_at=round(session.created_at, 3),
         expires_at=round(session.expires_at, 3),
-        text_from=session.text.start,
+        text_from=session.text_from,
     )
 
 

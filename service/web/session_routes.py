@@ -48,7 +48,7 @@ def sessions_blueprint(
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
         with admission, _blaming("text"):
             session, is_new = sessions.create(current_owner(), new)
-        return _json(session_answer(session), 201 if is_new else 200)
+        return _json(session_answer(session.summary), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
     def create_anywhere(body: schemas.CreateBody) -> Response:
@@ -77,7 +77,7 @@ def sessions_blueprint(
     @blueprint.get("/v1/sessions/<id>", summary="Show a session", responses={"200": schemas.SessionAnswer})
     def show(path: schemas.SessionPath) -> Response:
         """Describe a session. While text is being generated, describe it as it was before."""
-        return _json(session_answer(sessions.get(_key(path))))
+        return _json(session_answer(sessions.get(_key(path)).summary))
 
     @blueprint.delete("/v1/sessions/<id>", summary="Delete a session", responses={"204": None})
     def forget(path: schemas.SessionPath) -> Response:
@@ -179,7 +179,7 @@ def sessions_blueprint(
     def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Delete the text after a retained position. The session is then as it was at that position."""
         with admission:
-            return _json(session_answer(sessions.rewind(_key(path), body.position)))
+            return _json(session_answer(sessions.rewind(_key(path), body.position).summary))
 
     @blueprint.post(
         "/v1/sessions/<id>/fork",
@@ -190,7 +190,7 @@ def sessions_blueprint(
         """Create a session with the same text. Unless another seed is given, its continuations are the same, too."""
         with admission:
             session, is_new = sessions.fork(_key(path), body.id, body.position, body.seed)
-        return _json(session_answer(session), 201 if is_new else 200)
+        return _json(session_answer(session.summary), 201 if is_new else 200)
 
     @blueprint.get(
         "/v1/sessions/<id>/state", summary="Export a session's state", responses={"200": schemas.StateAnswer}
