@@ -198,7 +198,8 @@ function operations.probe()
   set('d', '')
   redis.call('PEXPIRE', key, 10000)
   redis.call('HGET', key, 'd')
-  return {'ok'}
+  redis.call('HDEL', key, 'x')
+  return {redis.call('HLEN', key) > 0 and redis.call('EXISTS', key) == 1 and redis.call('PTTL', key) > 0 and 'ok'}
 end
 
 -- The following are for stored segments (segment_store.py), which are no sessions: the field `c` has the content, and the
