@@ -47,6 +47,8 @@ class RedisLease:
         self.save_id = save_id  # of `session`
         self.due = 0.0  # when it has to be renewed; monotonic
         self.is_ending = False  # the save or release that gives it back is under way
+        # The last save and its nonce, if the server didn't say whether it was done.
+        self.unanswered: tuple[Session, bytes] | None = None
         self.on_takeover: Callable[[], None] | None = None
 
     def save(self, session: Session, *, release: bool = False) -> None:
@@ -69,6 +71,8 @@ class RedisStore:
         lease_s: How long a lease is valid that is not renewed.
         clock: Seconds since 1970; None for the server's clock, which is the same for all replicas.
     """
+
+    outlives_process = True
 
     def __init__(
         self,
@@ -236,24 +240,35 @@ class RedisStore:
         self._renewer.require_lease(lease)
         if session.revision != lease.session.revision or session.key != lease.session.key:
             raise RevisionConflict("another operation has changed the session in the meantime")
-        nonce, save_id = _nonce(), lease.save_id
-        lease_ms = "" if release else self._renewer.lease_ms
         lease.is_ending = release
-        known = (save_id.incarnation, save_id.revision, save_id.nonce)
         try:
-            answer = self._call(
-                "save", session.key, lease.token, *known, nonce, self._encode(session), _ms(session.ttl_s), lease_ms
-            )
+            if lease.unanswered is not None:
+                self._save_once(lease, *lease.unanswered, release=False)  # this save has to follow it
+            self._save_once(lease, session, _nonce(), release)
         except OutcomeUnknown:
-            self._renewer.stop_renewing(lease)  # it ends by itself
+            if release:
+                self._renewer.stop_renewing(lease)  # it ends by itself
             raise
-        if answer[0] == b"conflict":
+        except RevisionConflict:
             self._renewer.stop_renewing(lease)
+            raise
+        if release:
+            self._renewer.stop_renewing(lease)
+
+    def _save_once(self, lease: RedisLease, session: Session, nonce: bytes, release: bool) -> None:
+        """Save. If a save with this nonce was done before, nothing changes."""
+        known = (lease.save_id.incarnation, lease.save_id.revision, lease.save_id.nonce)
+        record, lease_ms = self._encode(session), "" if release else self._renewer.lease_ms
+        try:
+            answer = self._call("save", session.key, lease.token, *known, nonce, record, _ms(session.ttl_s), lease_ms)
+        except OutcomeUnknown:
+            lease.unanswered = session, nonce
+            raise
+        lease.unanswered = None
+        if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
         lease.session, lease.save_id = self._saved(session, nonce, answer)
         lease.due = self._renewer.next_due()
-        if release:
-            self._renewer.stop_renewing(lease)
 
     def _release(self, lease: RedisLease) -> None:
         if self._renewer.stop_renewing(lease):
