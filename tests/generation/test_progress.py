@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Replica:
     def dies(self) -> None:
         """Neither save, renew nor release any more, as if the process were dead."""
         self.store._renewer.close()
-        self.store._server.call = _dead  # type: ignore[method-assign]
+        self.store._server.call = _dead  # type: ignore[method-assign, assignment]
 
 
 def _dead(*_: Any) -> Any:
@@ -271,11 +272,12 @@ def test_save_progress__keeps_the_session_leased(replica: Callable[..., Replica]
     reader = Reader(one.generate(replace(LONG, max_chars=15_000)), ending)
     wait_until(lambda: two.sessions.get(KEY).position > 6)
     for sessions in (one.sessions, two.sessions):
-        for operation in (
-            lambda sessions=sessions: sessions.feed(KEY, FeedRequest("x")),
-            lambda sessions=sessions: sessions.delete(KEY),
-            lambda sessions=sessions: sessions.rewind(KEY, 3),
-        ):
+        operations: list[Callable[[], object]] = [
+            partial(sessions.feed, KEY, FeedRequest("x")),
+            partial(sessions.delete, KEY),
+            partial(sessions.rewind, KEY, 3),
+        ]
+        for operation in operations:
             with pytest.raises(SessionBusy):
                 operation()
     assert reader.error is None
@@ -304,7 +306,7 @@ def test_save_progress__ends_the_run_if_another_replica_has_the_lease(
         return True
 
     server = one.store._server
-    call, server.call = server.call, _dead  # type: ignore[method-assign]
+    call, server.call = server.call, _dead  # type: ignore[method-assign, assignment]
     wait_until(is_fed)
     session = two.sessions.get(KEY)
     server.call = call  # type: ignore[method-assign]
