@@ -132,7 +132,7 @@ class ActiveRun:
             if self._handle.end is not None:
                 text += self._decoded(self._handle.read(0.0))  # what arrived between these two lines
         except EngineFailed:
-            self._end()  # the session stays as it was before the run, which can be resumed elsewhere
+            self._end()  # the session stays as it was saved last, and the run can be resumed elsewhere
             raise
         self._generated += text
         if self._handle.end is not None:
