@@ -1,6 +1,6 @@
 """Measures what clients notice when replicas or stores of a deployment fail, stall or are replaced.
 
-    python -m benchmarks.survival [--only kills|rolling|redis|paused|blackhole|slow] [--json FILE]
+    python -m benchmarks.survival [--only kills|deaths|rolling|redis|paused|blackhole|slow] [--json FILE]
 
 Needs `redis-server` and `haproxy`, and for `blackhole` also root and iproute2. The deployment consists of real
 processes: three replicas with the shipped model, HAProxy with the shipped configuration in front of them, and a Redis
@@ -8,6 +8,8 @@ server that writes to disk every second. Each part checks that no character was 
 waiting times.
 
 - kills: a session streams 2,000 characters, and the replica that serves it is killed at a random moment.
+- deaths: a replica is killed that streams 100 sessions, each some 4,000 characters long; the same without saving runs
+  on their way.
 - rolling: replicas are replaced one after the other under 50 requests a second.
 - redis: Redis is killed and restarted under load.
 - paused: a replica that holds a lease is paused until the lease has expired, and then continues.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import random
@@ -31,7 +34,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,19 +50,28 @@ from tests.harness.redis_process import RedisProcess, redis_process
 
 Figures = dict[str, Any]
 NUM_CHARS = 2000
+SERVE = ["-m", "service"]
+# The server, but it saves runs at their start and their end only.
+SERVE_WITHOUT_SAVING = [
+    "-c",
+    "import functools, service.web.app as app\n"
+    "app.SessionService = functools.partial(app.SessionService, save_interval_s=0)\n"
+    "from service.__main__ import main\n"
+    "main()",
+]
 DRAIN = {"GRU_SERVE_DRAIN_S": "10", "GRU_SERVE_DRAIN_NOTICE_S": "1"}
 
 
 class Replica:
     """A server that uses the same port each time its process is started."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.port, self._environment = free_port(), environment
+    def __init__(self, environment: dict[str, str], server: Sequence[str] = SERVE) -> None:
+        self.port, self._environment, self._server = free_port(), environment, server
         self.start()
 
     def start(self) -> None:
         """Start the process. Call `wait_until_ready` before using it."""
-        command = [sys.executable, "-m", "service", "serve", "--port", str(self.port), "--log-level", "error"]
+        command = [sys.executable, *self._server, "serve", "--port", str(self.port), "--log-level", "error"]
         self.process = subprocess.Popen(command, env=os.environ | self._environment, start_new_session=True)
 
     def wait_until_ready(self) -> None:
@@ -124,13 +136,15 @@ class Deployment:
 
 
 @contextmanager
-def deployed(num_replicas: int = 3, redis_in: Hole | None = None, **settings: str) -> Iterator[Deployment]:
+def deployed(
+    num_replicas: int = 3, redis_in: Hole | None = None, server: Sequence[str] = SERVE, **settings: str
+) -> Iterator[Deployment]:
     """Run a deployment until the block ends."""
     place = {"address": redis_in.address, "prefix": redis_in.command} if redis_in is not None else {}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", **place))
         environment = DRAIN | {"GRU_SERVE_SESSION_STORE": redis.url} | settings
-        replicas = [Replica(environment) for _ in range(num_replicas)]
+        replicas = [Replica(environment, server) for _ in range(num_replicas)]
         for replica in replicas:
             stack.callback(replica.kill)
         for replica in replicas:
@@ -171,6 +185,61 @@ def kills(num_kills: int) -> Figures:
     print(f"  {len(waits)} were killed before the stream ended; median wait {statistics.median(waits):.2f} s")
     report("  99 %", waits[max(0, int(len(waits) * 0.99) - 1)], "s", "at most 2")
     return {"kills": num_kills, "wrong": wrong, "waits_s": waits}
+
+
+def deaths(num_streams: int, num_chars: int) -> Figures:
+    """Kill a replica that streams many sessions, when each has about num_chars characters."""
+    figures: Figures = {}
+    for name, server in (("saved on their way", SERVE), ("saved at their start only", SERVE_WITHOUT_SAVING)):
+        waits, wrong = _deaths(num_streams, num_chars, server)
+        print(f"a replica killed while it streams {num_streams} sessions at {num_chars} characters, {name}:")
+        print(f"  {wrong} texts are wrong; silent for {statistics.median(waits):.2f} s, median")
+        report("  99 %", p99(waits), "s", "at most 3")
+        figures[name] = {"waits_s": waits, "wrong": wrong}
+    return {"streams": num_streams, "chars": num_chars} | figures
+
+
+def _deaths(num_streams: int, num_chars: int, server: Sequence[str]) -> tuple[list[float], int]:
+    """Return for how many seconds each stream was silent, sorted, and how many texts are wrong."""
+    silences: dict[str, float] = {}  # by session
+    arrivals: dict[str, tuple[float, int]] = {}  # by session, the time of its last piece and how many characters it has
+    killed = threading.Event()
+    wrong = 0
+    with deployed(server=server, GRU_SERVE_MAX_TOKENS="50000") as deployment:
+
+        def stream(name: str) -> None:
+            nonlocal wrong
+            with Client(deployment.url, retry_s=120) as client:
+                session, text, number = client.open(name), "", 0
+                pieces = session.generate(50_000)
+                while number < 20:  # the first that arrive after the kill may have been sent before it
+                    text += next(pieces)
+                    now = time.perf_counter()
+                    if killed.is_set():
+                        number += 1
+                        silences[name] = max(silences.get(name, 0), now - arrivals[name][0])
+                    arrivals[name] = now, len(text)
+                pieces.close()
+                wrong += session.text() != "ROMEO:" + text
+
+        victim, names = deployment.replicas[0], list[str]()
+        with Client(deployment.url) as client:
+            for number in itertools.count():
+                if len(names) == num_streams:
+                    break
+                session = client.create("ROMEO:", id=f"death{number}", seed=number)
+                if deployment.serving(session.id) is victim:
+                    names.append(session.id)
+        threads = [threading.Thread(target=stream, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        while len(arrivals) < num_streams or statistics.median(at for _, at in arrivals.values()) < num_chars:
+            time.sleep(0.01)
+        killed.set()
+        victim.kill()
+        for thread in threads:
+            thread.join()
+    return sorted(silences.values()), wrong
 
 
 @dataclass
@@ -467,9 +536,11 @@ def slow(rounds: int) -> Figures:
 def main() -> None:
     """Measure, and print each figure with its target."""
     parser = argparse.ArgumentParser(description="Measure what clients notice of failures in a deployment.")
-    names = ["kills", "rolling", "redis", "paused", "blackhole", "slow"]
+    names = ["kills", "deaths", "rolling", "redis", "paused", "blackhole", "slow"]
     parser.add_argument("--only", choices=names, help="run only this part  [all]")
     parser.add_argument("--kills", type=int, default=200, help="number of replicas to kill  [200]")
+    parser.add_argument("--streams", type=int, default=100, help="number of streams of deaths  [100]")
+    parser.add_argument("--chars", type=int, default=4000, help="their length when the replica is killed  [4000]")
     parser.add_argument("--seconds", type=float, default=120, help="seconds of rolling restarts  [120]")
     parser.add_argument("--redis-kills", type=int, default=20, help="how often to kill Redis  [20]")
     parser.add_argument("--pauses", type=int, default=3, help="number of lease holders to pause  [3]")
@@ -478,6 +549,7 @@ def main() -> None:
     options = parser.parse_args()
     parts: dict[str, Callable[[], Figures]] = {
         "kills": lambda: kills(options.kills),
+        "deaths": lambda: deaths(options.streams, options.chars),
         "rolling": lambda: rolling(options.seconds),
         "redis": lambda: redis_kills(options.redis_kills),
         "paused": lambda: paused(options.pauses, 20),

@@ -18,7 +18,7 @@ ALLOWED = {
     "__main__": {"commands", "__init__"},
     "commands": {"api_keys", "engine", "generation", "model", "registry", "settings", "store", "training", "web"},
     "web": {"api_keys", "engine", "generation", "model", "periodic", "registry", "store", "__init__"},
-    "generation": {"engine", "model", "registry", "sessions"},
+    "generation": {"engine", "model", "periodic", "registry", "sessions"},
     "registry": {"engine", "model", "store"},
     "sessions": set(),
     "training": {"model", "store", "__init__"},

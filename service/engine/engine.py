@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import structlog
 
-from service.arrays import Float32
+from service.arrays import Float32, read_state
 from service.engine.counters import Counters
 from service.engine.pace import Pace
-from service.engine.request import End, EndReason, Handle, Request
+from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
@@ -209,6 +209,8 @@ class Engine:
         self._remove([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
         for text, row, result in zip(texts, rows, results, strict=True):
             text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)
+            if text.handle.wants_snapshot and row.finished is None:
+                text.handle.publish_snapshot(_snapshot(row))
 
     def _row(self, text: _Text) -> Row:
         return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
@@ -258,3 +260,7 @@ def _end(row: Row, reason: EndReason) -> End:
     return End(
         reason, row.hidden, row.position, dict(zip(row.checkpoint_positions, row.checkpoints, strict=False)), row.next
     )
+
+
+def _snapshot(row: Row) -> Snapshot:
+    return Snapshot(read_state(row.hidden), row.position, row.checkpoint_positions, row.checkpoints[:])

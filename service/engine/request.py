@@ -79,16 +79,34 @@ class End:
     next: Distribution | None = None  # likeliest next characters; None if not requested
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a text at one moment before its end."""
+
+    hidden: Float32  # (L, H) float32, the state after `position` characters; read-only
+    position: int  # characters consumed
+    checkpoint_positions: tuple[int, ...]  # those that were requested, also the ones that were not yet reached
+    reached: list[Float32]  # (L, H) float32, the states at the first of these positions
+
+    @property
+    def checkpoints(self) -> dict[int, Float32]:
+        """The (L, H) float32 states by position, for the requested positions that were reached."""
+        return dict(zip(self.checkpoint_positions, self.reached, strict=False))
+
+
 class Handle:
     """The caller's side of a request: the caller reads characters from it, and can cancel the text.
 
-    The engine's thread adds results, and one other thread reads them. A reader is woken only by what it waits for.
+    The engine's thread adds results; one other thread reads them, and one may request snapshots. A reader is woken only
+    by what it waits for.
     """
 
     def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
         self.request = request
         self.is_cancelled = False
         self.end: End | None = None  # None while the text is running or waiting
+        self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
+        self.wants_snapshot = False
         self._check_engine = check_engine
         self._failure: EngineFailed | None = None
         self._parts: list[StepResult] = []
@@ -98,6 +116,11 @@ class Handle:
     def cancel(self) -> None:
         """End the text at the next tick. Any thread may call this at any time, also after the end."""
         self.is_cancelled = True
+
+    def request_snapshot(self) -> None:
+        """Have the engine set `snapshot` after its next tick, unless the text has ended by then."""
+        self.snapshot = None
+        self.wants_snapshot = True
 
     def read(self, flush_interval_s: float | None, timeout_s: float | None = None) -> StepResult | None:
         """Return all results since the last call, joined into one, or None if there are none.
@@ -136,6 +159,11 @@ class Handle:
                 self.end = end
             if end is not None or (self._reader_wants_parts and self._parts):
                 self._ready.notify_all()
+
+    def publish_snapshot(self, snapshot: Snapshot) -> None:
+        """Answer `request_snapshot`. For the engine."""
+        self.wants_snapshot = False  # first: as soon as there is a snapshot, the next one may be requested
+        self.snapshot = snapshot
 
     def fail(self, failure: EngineFailed) -> None:
         """Make every wait raise `failure`, because there will be no more results. The engine calls this."""

@@ -13,7 +13,8 @@ What happens when a client that lost its stream on replica A resumes it on repli
    `lease.on_takeover`, which is A's `ActiveRun.stop`.
 3. A's `ActiveRun.stop` cancels the text in the engine, and saves the session as far as it was generated, with an
    unfinished `Run`; the same call releases the lease. A connection that still reads A's stream gets RunTakenOver.
-4. If A is dead, its lease ends by itself, and Redis has the record that `RunRegistry` saved when the run started.
+4. If A is dead, its lease ends by itself, and Redis has the record that A's `RunRegistry` saved last: its thread saves
+   each active run once a second (`ActiveRun.save_progress`), as far as its stream was sent.
 5. B has the lease and the last record. If the run is finished, its `RunStream` sends stored text only. Otherwise the
    engine of B continues it (`Reader.remaining_request`). The same model, state, settings and seed give the same
    characters.

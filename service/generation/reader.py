@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from service.arrays import Float32, Ids
-from service.engine.request import End, Request
+from service.engine.request import End, Request, Snapshot
 from service.engine.scores import Distribution, Scores
 from service.engine.stop import completed
 from service.model.charset import Charset
@@ -114,6 +114,17 @@ class Reader:
         if end.position < position or stopped:
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
+
+    def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
+        """Return the text as far as a run has come: from there, the run can be continued.
+
+        None if it could not, because it has generated more than is retained. generated: the characters from the end of
+        `text` to the snapshot.
+        """
+        if snapshot.position - run.start > self._retention.max_chars:
+            return None
+        new = {position: state for position, state in snapshot.checkpoints.items() if position > text.position}
+        return text.extended(generated, snapshot.hidden, new, self._retention)
 
     def finish(self, model: LoadedModel, text: Text, run: Run, generated: str, end: End) -> Text:
         """Return the text after the engine has ended a run: it ends before the stop string, if one was completed.

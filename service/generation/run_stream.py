@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,10 +12,10 @@ from enum import Enum
 import structlog
 
 from service.engine.pace import flush_interval
-from service.engine.request import Handle
+from service.engine.request import Handle, Snapshot
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter
-from service.errors import Draining, EngineFailed, GruServeError, RunTakenOver
+from service.errors import Draining, EngineFailed, GruServeError, RevisionConflict, RunTakenOver
 from service.generation.reader import Reader
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run, Session
@@ -35,7 +36,8 @@ class ActiveRun:
     """A run that the engine works on. Saves the session and releases its lease when the run ends, however it ends.
 
     One thread reads characters. Any other thread may stop the run, even while the first one is blocked on a client that
-    doesn't read: the thread that sees the end first saves.
+    doesn't read: the thread that sees the end first saves. Another thread saves the session on the run's way, so that
+    little has to be generated again if this process dies.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ActiveRun:
         forget: Callable[[ActiveRun], None],
     ) -> None:
         self.session = lease.session  # as it was at the start; after the end, as it was saved
+        self.sent_position = lease.session.position  # how far the reader has sent the text; a save goes no further
         self.client_has_left = client_has_left
         self.engine = model.engine
         self.state = RunState.RUNNING
@@ -55,7 +58,10 @@ class ActiveRun:
         self._all_or_nothing = False  # the reader wants the whole text; a part would be useless
         self._model, self._reader, self._lease, self._handle, self._forget = model, reader, lease, handle, forget
         self._generated = ""
+        self._saved_at = time.monotonic()  # when the session was saved last
+        self._has_lost_lease = False  # nothing can be saved any more
         self._lock = threading.Lock()  # held by the thread that reads from the handle, and while the run is ended
+        self._leasing = threading.Lock()  # held while the lease is used; never while waiting for the engine or a client
 
     def read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
         """Return the characters since the last call, waited for as by `Handle.read`. After the last ones it `is_over`.
@@ -89,21 +95,50 @@ class ActiveRun:
             except GruServeError as error:
                 log.warning("a stopped continuation was not saved", error=error.code)
 
+    def save_progress(self, interval_s: float) -> None:
+        """Save the unfinished run as far as its text was sent, if the last save is older than `interval_s`.
+
+        Called several times in each interval, always on the same thread. No save goes further than the text was sent,
+        so that a client may also feed the session, where its stream broke off, after this process has died. If the save
+        fails, a later call tries again. Raises StoreUnavailable, OutcomeUnknown.
+        """
+        snapshot = self._handle.snapshot
+        num_sent = min(self.sent_position - self.session.position, len(self._generated))
+        if snapshot is not None and snapshot.position - self.session.position > num_sent:
+            return  # it is saved when it was sent
+        try:
+            if snapshot is not None and time.monotonic() - self._saved_at >= interval_s:
+                self._save_snapshot(snapshot)
+        except RevisionConflict:
+            self._has_lost_lease = True
+            self.stop()
+        finally:
+            self._handle.request_snapshot()
+
+    def _save_snapshot(self, snapshot: Snapshot) -> None:
+        with self._leasing:
+            saved, start = self._lease.session, self.session.position
+            if self.is_over or self._handle.end is not None or saved.run is None or snapshot.position <= saved.position:
+                return  # after the end, the thread that sees it saves
+            generated = self._generated[saved.position - start : snapshot.position - start]
+            text = self._reader.extend(saved.text, saved.run, generated, snapshot)
+            if text is not None:
+                self._lease.save(replace(saved, text=text))
+                self._saved_at = time.monotonic()
+
     def _read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
         try:
             text = self._decoded(self._handle.read(flush_interval_s, timeout_s))
             if self._handle.end is not None:
                 text += self._decoded(self._handle.read(0.0))  # what arrived between these two lines
         except EngineFailed:
-            self._end()  # the session stays as it was before the run, which can be resumed elsewhere
+            self._end()  # the session stays as it was saved last, and the run can be resumed elsewhere
             raise
         self._generated += text
         if self._handle.end is not None:
             try:
                 if not self._is_worthless():
-                    session = self._ended()
-                    self._lease.save(session, release=True)
-                    self.session = self._lease.session
+                    self._save_end()
             finally:
                 self._end()
         return text
@@ -112,24 +147,29 @@ class ActiveRun:
         return self._model.charset.decode(part.chars) if part is not None else ""
 
     def _is_worthless(self) -> bool:
-        """Whether the session has to stay as before the run: its reader wanted all, and got interrupted before that."""
+        """Whether the session has to stay as it is: it can't be saved, or its reader wanted all and got interrupted."""
+        if self._has_lost_lease:
+            return True
         was_cancelled = self._handle.wait().reason == "cancelled"
         return self._all_or_nothing and self.state is RunState.INTERRUPTED and was_cancelled
 
-    def _ended(self) -> Session:
-        """Return the session after the run."""
-        end, session = self._handle.wait(), self._lease.session
-        run = session.run
+    def _save_end(self) -> None:
+        """Save the session after the run."""
+        end, run = self._handle.wait(), self.session.run
         if run is None:
             raise AssertionError("an active run belongs to its session")
-        text = self._reader.finish(self._model, session.text, run, self._generated, end)
+        # From the text before the run, whatever was saved since: a stop string may begin before the last save.
+        text = self._reader.finish(self._model, self.session.text, run, self._generated, end)
         if end.reason != "cancelled":
             run = replace(run, finish_reason=end.reason, end=text.position)
-        return replace(session, text=text, run=run)
+        with self._leasing:
+            self._lease.save(replace(self._lease.session, text=text, run=run), release=True)
+            self.session = self._lease.session
 
     def _end(self) -> None:
-        self.is_over = True
-        self._lease.release()
+        with self._leasing:
+            self.is_over = True
+            self._lease.release()
         self._forget(self)
 
 
@@ -177,6 +217,7 @@ class RunStream:
                 if first
                 else flush_interval(active.engine.num_open, flush_interval_s)
             )
+            active.sent_position = self.resume_position
             text = active.read(gather, idle_s)
             shown, is_over = stop_filter.feed(text), active.is_over
             if is_over:

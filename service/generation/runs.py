@@ -8,16 +8,31 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import structlog
+
 from service.engine.request import Handle
 from service.engine.sampling_settings import SamplingSettings
-from service.errors import GruServeError, ModelChanged, NoRun, PositionConflict, SessionBusy
+from service.errors import (
+    GruServeError,
+    ModelChanged,
+    NoRun,
+    OutcomeUnknown,
+    PositionConflict,
+    SessionBusy,
+    StoreUnavailable,
+)
 from service.generation.reader import Reader
 from service.generation.run_stream import ActiveRun, RunStream
+from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session, SessionKey
 from service.sessions.session_store import SessionStore
 
+log = structlog.get_logger(__name__)
+
 _POLL_S = 0.01  # between two checks whether all runs have ended
+_ROUNDS = 4  # in each save interval: what is saved is at most one round old
+SAVE_INTERVAL_S = 1.0
 _TAKEOVER_ATTEMPTS = 4  # other connections may take the same run over in the meantime
 
 Result = TypeVar("Result")
@@ -50,12 +65,31 @@ class RunRequest:
 
 
 class RunRegistry:
-    """The active runs of this process: begins, resumes and ends them. Any number of threads may call."""
+    """The active runs of this process: begins, resumes, saves and ends them. Any number of threads may call.
 
-    def __init__(self, models: LoadedModels, store: SessionStore, reader: Reader) -> None:
+    Args:
+        models: Their engines generate.
+        store: Where the sessions are.
+        reader: Makes the sessions' texts longer.
+        save_interval_s: How old the last save of an active run may become, in a store that outlives this process. 0: it
+            is saved at its start and its end only.
+    """
+
+    def __init__(
+        self, models: LoadedModels, store: SessionStore, reader: Reader, save_interval_s: float = SAVE_INTERVAL_S
+    ) -> None:
         self._models, self._store, self._reader = models, store, reader
+        self._save_interval_s = save_interval_s
         self._active: dict[SessionKey, ActiveRun] = {}
         self.is_draining = False
+        self._saver: PeriodicThread | None = None
+        if store.outlives_process and save_interval_s:
+            self._saver = PeriodicThread("saving-runs", save_interval_s / _ROUNDS, self._save_progress)
+
+    def close(self) -> None:
+        """End the thread that saves runs on their way. Harmless if it was ended before."""
+        if self._saver is not None:
+            self._saver.close()
 
     def generate(
         self,
@@ -135,6 +169,15 @@ class RunRegistry:
         for active in list(self._active.values()):
             with suppress(GruServeError):  # one that can't be saved must not keep the others from it
                 active.stop()
+
+    def _save_progress(self) -> None:
+        for active in list(self._active.values()):
+            try:
+                active.save_progress(self._save_interval_s)
+            except (StoreUnavailable, OutcomeUnknown):
+                return  # the store has logged it; the next round tries again
+            except Exception as error:
+                log.error("saving an active run failed", exc_info=error)
 
     def _take_over(self, key: SessionKey, start: _Start, client_has_left: Callable[[], bool]) -> RunStream:
         for attempt in range(_TAKEOVER_ATTEMPTS):

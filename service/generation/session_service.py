@@ -13,7 +13,7 @@ from typing import TypeVar
 from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
 from service.generation.reader import Reader
-from service.generation.runs import RunRegistry
+from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
@@ -83,11 +83,12 @@ class SessionService:
         ttl_s: float,
         retention: Retention,
         clock: Callable[[], float] = time.time,
+        save_interval_s: float = SAVE_INTERVAL_S,
     ) -> None:
-        """ttl_s: default life of a session. clock: seconds since 1970."""
+        """ttl_s: default life of a session. clock: seconds since 1970. save_interval_s: see RunRegistry."""
         self._models, self._store, self._sealer, self._ttl_s, self._clock = models, store, sealer, ttl_s, clock
         self._reader = Reader(retention)
-        self.runs = RunRegistry(models, store, self._reader)
+        self.runs = RunRegistry(models, store, self._reader, save_interval_s)
 
     def get(self, key: SessionKey) -> Session:
         """Return the session as it was saved last."""

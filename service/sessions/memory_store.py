@@ -62,6 +62,8 @@ class MemoryStore:
         clock: Seconds since 1970.
     """
 
+    outlives_process = False
+
     def __init__(self, max_sessions: int, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self._max_sessions, self._max_bytes, self._clock = max_sessions, max_bytes, clock
         self._lock = threading.Lock()  # guards everything below; held for microseconds

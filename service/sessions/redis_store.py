@@ -48,6 +48,8 @@ class RedisLease:
         self.set_saved(saved)
         self.due = 0.0  # when it has to be renewed; monotonic
         self.is_ending = False  # the save or release that gives it back is under way
+        # The last save and its nonce, if the server didn't say whether it was done.
+        self.unanswered: tuple[Session, bytes] | None = None
         self.on_takeover: Callable[[], None] | None = None
 
     def set_saved(self, saved: CachedSession) -> None:
@@ -74,6 +76,8 @@ class RedisStore:
         lease_s: How long a lease is valid that is not renewed.
         clock: Seconds since 1970; None for the server's clock, which is the same for all replicas.
     """
+
+    outlives_process = True
 
     def __init__(
         self,
@@ -274,26 +278,39 @@ class RedisStore:
         self._renewer.require_lease(lease)
         if session.revision != lease.session.revision or session.key != lease.session.key:
             raise RevisionConflict("another operation has changed the session in the meantime")
-        nonce, record = _nonce(), self._encode(session)
-        self._segments.write(record.segments, lease.save_id.creation, session.ttl_s)
-        lease_ms = "" if release else self._renewer.lease_ms
         lease.is_ending = release
-        saved, ttl_ms = lease.saved, _ms(session.ttl_s)
         try:
-            settled = _changed_settled(record, saved)
+            if lease.unanswered is not None:
+                self._save_once(lease, *lease.unanswered, release=False)  # this save has to follow it
+            self._save_once(lease, session, _nonce(), release)
+        except OutcomeUnknown:
+            if release:
+                self._renewer.stop_renewing(lease)  # it ends by itself
+            raise
+        except RevisionConflict:
+            self._renewer.stop_renewing(lease)
+            raise
+        if release:
+            self._renewer.stop_renewing(lease)
+
+    def _save_once(self, lease: RedisLease, session: Session, nonce: bytes, release: bool) -> None:
+        """Save. If a save with this nonce was done before, nothing changes."""
+        record, saved = self._encode(session), lease.saved
+        self._segments.write(record.segments, lease.save_id.creation, session.ttl_s)
+        lease_ms, ttl_ms = "" if release else self._renewer.lease_ms, _ms(session.ttl_s)
+        settled = _changed_settled(record, saved)
+        try:
             answer = self._call(
                 "save", session.key, lease.token, *_seen(saved), nonce, record.data, ttl_ms, lease_ms, settled
             )
         except OutcomeUnknown:
-            self._renewer.stop_renewing(lease)  # it ends by itself
+            lease.unanswered = session, nonce
             raise
+        lease.unanswered = None
         if answer[0] == b"conflict":
-            self._renewer.stop_renewing(lease)
             raise RevisionConflict(_CHANGED)
         lease.set_saved(self._saved(session, record, nonce, answer))
         lease.due = self._renewer.next_due()
-        if release:
-            self._renewer.stop_renewing(lease)
 
     def _release(self, lease: RedisLease) -> None:
         if self._renewer.stop_renewing(lease):

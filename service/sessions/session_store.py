@@ -28,7 +28,8 @@ class Lease(Protocol):
         """Store the session's new state and make it `self.session`; with `release`, give the lease back as well.
 
         Raises RevisionConflict if the lease is no longer valid, and then nothing has changed; OutcomeUnknown if the
-        store didn't say whether it was done.
+        store didn't say whether it was done. Without `release`, the lease is then still valid, and the next save finds
+        out.
         """
         ...
 
@@ -49,6 +50,9 @@ class SessionStore(Protocol):
     from every method except a lease's `release`, and SessionLost from every method that loads a session whose last save
     it has lost.
     """
+
+    outlives_process: bool
+    """Whether its sessions outlive this process, so that another one can continue a run that was saved on its way."""
 
     def create(self, session: Session) -> Session:
         """Store a new session as revision 1, and return it with `created_at` and `expires_at` set.

@@ -104,6 +104,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     closing.callback(models.close)
     sealer = StateSealer(_state_keys(settings))
     sessions = SessionService(models, store, sealer, settings.session_ttl_s, retention)
+    closing.callback(sessions.runs.close)
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)

@@ -68,7 +68,9 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
             ending.callback(models.close)
             until_it_works(lambda: store.page("", "", 1))
             sealer = StateSealer(["0123456789abcdef"])
-            return SessionService(models, store, sealer, 60, retention), store
+            sessions = SessionService(models, store, sealer, 60, retention)
+            ending.callback(sessions.runs.close)
+            return sessions, store
 
         yield make
 

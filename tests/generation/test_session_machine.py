@@ -575,6 +575,8 @@ class SessionMachine(RuleBasedStateMachine):
             if hasattr(self, "texts"):
                 self.replay()
         finally:
+            for replica in getattr(self, "replicas", []):
+                replica.runs.close()
             for store in getattr(self, "all_stores", []):
                 store.close()
 
