@@ -167,11 +167,14 @@ class SessionService:
         """
 
         def change(session: Session) -> tuple[Session, FeedResult]:
-            before, session = session, self.runs.replayed(session, request.position)
-            if request.rebase is not None:
-                session = self._rebased(session, request.rebase, request.position)
+            before, target = session, self._rebase_target(request)
+            if target is not None and target.identity == session.identity and target.version.ref != session.model:
+                session = replace(session, model=target.version.ref)  # it computes the same: nothing is stepped
+            session = self.runs.replayed(session, request.position)
+            if target is not None and target.identity != session.identity:
+                session = self._rebased(session, target, request.position)
             if request.position is not None and request.position != session.position:
-                return before, self._repeated_feed(session, request)
+                return session, self._repeated_feed(session, request)
             session, result = self._fed(session, request)
             return session if result.text or request.rebase is not None else before, result
 
@@ -227,15 +230,18 @@ class SessionService:
         run = session.finished_run if text else session.run
         return replace(session, text=reading.text, run=run), result
 
-    def _rebased(self, session: Session, ref: str, position: int | None) -> Session:
-        """Return the session with its retained text read into another model; its positions stay the same."""
+    def _rebase_target(self, request: FeedRequest) -> LoadedModel | None:
+        """Return the model that the session moves to; None if it stays where it is."""
+        if request.rebase is None:
+            return None
         try:
-            model = self._models.get(ref)
+            return self._models.get(request.rebase)
         except ModelNotFound as error:
             error.param = "rebase"
             raise
-        if model.identity == session.identity:
-            return session  # it has this model already
+
+    def _rebased(self, session: Session, model: LoadedModel, position: int | None) -> Session:
+        """Return the session with its retained text read into a model of other weights; its positions stay the same."""
         session.require_position(position)
         text = self._reader.reread(model, session.text)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
@@ -265,7 +271,10 @@ class SessionService:
             return model, seed, self._reader.empty(model)
         opened = self._sealer.open(new.state)
         header = opened.header
-        model = self._models.get(new.model if new.model is not None else header.model)
+        if new.model is not None:
+            model = self._models.get(new.model)
+        else:
+            model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
         hidden = opened.hidden(model.identity, model.state_shape)
         seed = new.seed if new.seed is not None else header.seed
         return model, seed, Text.from_state(header.position, hidden)
