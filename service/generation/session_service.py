@@ -18,7 +18,7 @@ from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session, SessionKey
-from service.sessions.session_store import Change, SessionStore
+from service.sessions.session_store import Change, SessionStore, safe_to_retry
 from service.sessions.text import Retention, Text
 
 _ID_BYTES = 16  # of a random id: 128 bits, 32 hexadecimal digits
@@ -290,8 +290,10 @@ class SessionService:
         return session
 
     def _store_new(self, session: Session) -> tuple[Session, bool]:
+        # Repeating a creation under the caller's own id is harmless; another one would create another session.
         try:
-            return self._store.create(session), True
+            with safe_to_retry(session.origin is not None):
+                return self._store.create(session), True
         except SessionExists:
             there = self._created_before(session.key, session.origin or b"")
             if there is None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from service import errors
-from service.errors import GruServeError, PositionConflict
+from service.errors import GruServeError, PositionConflict, SessionBusy
 
 log = structlog.get_logger(__name__)
 
@@ -90,7 +90,7 @@ def error_response(message: str, code: str, param: str | None = None, status: in
 def _response(body: dict[str, Any], status: int) -> Response:
     response = jsonify(body)
     response.status_code = status
-    if status in (429, 503):
+    if status in (429, 503) or body["error"]["code"] == SessionBusy.code:
         response.headers["Retry-After"] = _RETRY_AFTER_S
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from flask import Flask
 
 from service import errors
 from service.errors import GruServeError
-from service.web.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, status_of
+from service.web.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, error_response, status_of
 
 # What clients rely on. A line may be added; none may change.
 CONTRACT = {
@@ -136,3 +137,11 @@ def test_error_tree__special_errors_are_caught_as_their_general_one(
 ) -> None:
     assert issubclass(kind, caught_by)
     assert not issubclass(errors.InvalidState, errors.InvalidValue)
+
+
+def test_errors__that_pass_by_themselves_say_when_to_try_again() -> None:
+    """A session is busy until another operation ends; other conflicts stay."""
+    with Flask("errors").test_request_context():
+        for code, status in STATUS.items():
+            is_temporary = status in (429, 503) or code == "session_busy"
+            assert ("Retry-After" in error_response("message", code).headers) == is_temporary, code
