@@ -110,10 +110,13 @@ class SessionService:
         session.require_within(end, "to")
         return session.text.slice(start, end), start, end
 
-    def create(self, owner: str, new: NewSession) -> tuple[Session, bool]:
+    def create(
+        self, owner: str, new: NewSession, client_has_left: Callable[[], bool] | None = None
+    ) -> tuple[Session, bool]:
         """Return the session, and whether it is new: repeating a creation changes nothing.
 
-        Raises SessionExists, ModelNotFound, UnknownCharacters, InvalidState.
+        Raises SessionExists, ModelNotFound, UnknownCharacters, InvalidState, ClientGone, and OutcomeUnknown if the id
+        is not the caller's own.
         """
         if new.id is not None and (there := self._created_before(SessionKey(owner, new.id), new.origin)):
             return there, False
@@ -129,7 +132,7 @@ class SessionService:
                 ttl_s=new.ttl_s if new.ttl_s is not None else self._ttl_s,
                 created_at=0,
                 expires_at=0,
-                text=self._reader.read(model, text, ids).text,
+                text=self._reader.read(model, text, ids, client_has_left=client_has_left).text,
                 origin=new.origin if new.id is not None else None,
             )
         )
@@ -160,10 +163,12 @@ class SessionService:
             )
         )
 
-    def feed(self, key: SessionKey, request: FeedRequest) -> FeedResult:
+    def feed(
+        self, key: SessionKey, request: FeedRequest, client_has_left: Callable[[], bool] | None = None
+    ) -> FeedResult:
         """Step the network over more text. Text that the session has already at its position is not stepped again.
 
-        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
+        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase), ClientGone.
         """
 
         def change(session: Session) -> tuple[Session, FeedResult]:
@@ -172,10 +177,10 @@ class SessionService:
                 session = replace(session, model=target.version.ref)  # it computes the same: nothing is stepped
             session = self.runs.replayed(session, request.position)
             if target is not None and target.identity != session.identity:
-                session = self._rebased(session, target, request.position)
+                session = self._rebased(session, target, request.position, client_has_left)
             if request.position is not None and request.position != session.position:
                 return session, self._repeated_feed(session, request)
-            session, result = self._fed(session, request)
+            session, result = self._fed(session, request, client_has_left)
             return session if result.text or request.rebase is not None else before, result
 
         return self._update(key, change, idempotent=request.position is not None)
@@ -220,11 +225,13 @@ class SessionService:
         model = self._models.for_state(session.model, session.identity)
         return self._reader.truncate(model, session.text, position)
 
-    def _fed(self, session: Session, request: FeedRequest) -> tuple[Session, FeedResult]:
+    def _fed(
+        self, session: Session, request: FeedRequest, client_has_left: Callable[[], bool] | None
+    ) -> tuple[Session, FeedResult]:
         """Feed at the end of the session."""
         model = self._models.for_state(session.model, session.identity)
         ids = model.charset.encode(request.text, request.unknown_chars)
-        reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next)
+        reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next, client_has_left)
         text = model.charset.decode(ids)
         result = FeedResult(model, text, reading.text.position, reading.next, reading.scores)
         run = session.finished_run if text else session.run
@@ -240,10 +247,16 @@ class SessionService:
             error.param = "rebase"
             raise
 
-    def _rebased(self, session: Session, model: LoadedModel, position: int | None) -> Session:
+    def _rebased(
+        self,
+        session: Session,
+        model: LoadedModel,
+        position: int | None,
+        client_has_left: Callable[[], bool] | None,
+    ) -> Session:
         """Return the session with its retained text read into a model of other weights; its positions stay the same."""
         session.require_position(position)
-        text = self._reader.reread(model, session.text)
+        text = self._reader.reread(model, session.text, client_has_left)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
 
     def _repeated_feed(self, session: Session, request: FeedRequest) -> FeedResult:

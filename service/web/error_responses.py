@@ -23,6 +23,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
     errors.Conflict: 409,
     errors.Gone: 410,
     errors.LimitReached: 429,
+    errors.ClientGone: 499,  # for logs and metrics
     errors.Unavailable: 503,
     errors.OutcomeUnknown: 504,
     GruServeError: 500,
@@ -31,7 +32,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
 STATUS_OF_EDGE_CODE = {
     "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
     "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
-    "unsupported_media_type": 415, "rate_limited": 429, "client_gone": 499,
+    "unsupported_media_type": 415, "rate_limited": 429,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from service.engine.engine import Engine
 from service.engine.sampling_settings import PLAIN
 from service.errors import ModelChanged, PositionConflict
 from service.generation.inspector import InspectionRequest, Inspector
+from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.registry.loaded_models import LoadedModels
@@ -20,7 +21,6 @@ from service.sessions.portable import StateSealer
 from service.sessions.session import SessionKey
 from service.sessions.text import Retention
 from service.store.model_store import ModelStore
-from tests.generation.test_sessions import drain
 from tests.harness.models import engine_settings, publish_tiny
 
 KEY = SessionKey("", "a")
@@ -50,6 +50,10 @@ class Bench:
         """Delete `tiny@1`, and drop it from memory in favour of a version with other weights."""
         self.models.get("tiny@3")
         self.on_disk.delete("tiny@1")
+
+
+def drain(stream: RunStream) -> str:
+    return "".join(piece.text for piece in stream.chunks(0.0, 20) if piece is not None)
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ import pytest
 from service.client import Client
 from service.store.model_store import ModelStore
 from service.web.sse import PING_S
-from tests.harness.balancer import Balancer, balancing, replicas
+from tests.harness.balancer import Balancer, balancing, replicas, served_by
 from tests.harness.redis_process import redis_process
 from tests.harness.server import Server, ask
 from tests.harness.wait import wait_until
-from tests.process.test_balancer import served_by
 
 ANSWERED_S = 5  # other replicas answer for the sessions of one that hangs within this time
 NUM_CHARS = 400_000

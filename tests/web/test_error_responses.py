@@ -102,7 +102,7 @@ def test_body__has_the_type_of_its_status(kind: type[GruServeError], type_: str)
 
 def test_error_tree__every_code_belongs_to_one_class_below_one_category() -> None:
     assert len({kind.code for kind in CODED}) == len(CODED)
-    for kind in set(CODED) - {GruServeError, errors.OutcomeUnknown}:
+    for kind in set(CODED) - {GruServeError, errors.ClientGone, errors.OutcomeUnknown}:
         assert len([category for category in CATEGORIES if issubclass(kind, category)]) == 1, kind
     assert all(kind in STATUS_OF_CATEGORY or kind is errors.OperatorError for kind in CATEGORIES)
 
