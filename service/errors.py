@@ -35,6 +35,7 @@
     │   ├── InvalidArtifact         invalid_artifact
     │   ├── StoreError              store_error
     │   └── StoreUnavailable        session_store_unavailable
+    ├── ClientGone                  client_gone: nobody waits for the answer any more
     ├── OutcomeUnknown              outcome_unknown: nobody knows whether the operation took effect
     └── OperatorError               raised at startup and by commands, never by a request
         ├── InvalidSettings         invalid_settings
@@ -257,6 +258,12 @@ class StoreUnavailable(Unavailable):
     """The session store can't be reached. Nothing was done, or doing it again is harmless."""
 
     code = "session_store_unavailable"
+
+
+class ClientGone(GruServeError):
+    """The client has closed its connection while the server worked on its request. Nothing was done."""
+
+    code = "client_gone"
 
 
 class OutcomeUnknown(GruServeError):

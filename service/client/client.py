@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import secrets
-import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
@@ -15,7 +14,6 @@ from urllib.parse import urlencode
 from service.client.inspection import Inspection
 from service.client.transport import ServerError, StreamBroken, Transport
 
-_PAUSE_S = 0.02  # before a broken stream is resumed
 # A stream that ends with one of these errors can be resumed on another server, or on this one a little later.
 _RESUMABLE_ERRORS = ("engine_failed", "not_ready", "draining", "session_store_unavailable", "outcome_unknown")
 
@@ -121,8 +119,8 @@ class Session:
 
     def _pieces(self, start: int, body: object) -> Generator[str]:
         """Yield the text of a stream, resuming it wherever it breaks."""
-        digest, deadline = hashlib.sha256(), time.monotonic() + self._client.retry_s
-        events = self._client.retrying(lambda: self._stream(start, body))
+        digest, patience = hashlib.sha256(), self._client.patience()
+        events = self._client.retrying(lambda: self._stream(start, body), patience)
         while True:
             try:
                 for position, kind, data in events:
@@ -136,15 +134,15 @@ class Session:
                         self._is_ahead = False
                         return
                     digest.update(data["text"].encode())
-                    self.position, deadline = position, time.monotonic() + self._client.retry_s
+                    self.position = position
+                    patience.renew()
                     yield data["text"]
                 else:
                     raise StreamBroken("the stream ended before its text was complete")
             except (OSError, http.client.HTTPException, StreamBroken):
-                if time.monotonic() > deadline:  # the stream can be resumed, but delivers no text
+                if not patience.pause():  # the stream can be resumed, but delivers no text
                     raise
-                time.sleep(_PAUSE_S)
-            events = self._client.retrying(lambda: self._stream(self.position, None))
+            events = self._client.retrying(lambda: self._stream(self.position, None), patience)
 
     def rewind(self, position: int) -> None:
         """Truncate the text to its first `position` characters. Raises ServerError."""

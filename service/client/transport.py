@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 _RETRIED_STATUSES = (429, 502, 503, 504)
 
 Result = TypeVar("Result")
@@ -30,20 +31,43 @@ class StreamBroken(Exception):
     """A response ended before it was complete."""
 
 
+class Patience:
+    """How long failures are overcome: `retry_s` from the first one since the last progress."""
+
+    def __init__(self, retry_s: float) -> None:
+        self._retry_s = retry_s
+        self.renew()
+
+    def renew(self) -> None:
+        """Note progress."""
+        self._pause_s, self._deadline = _FIRST_PAUSE_S, math.inf
+
+    def pause(self) -> bool:
+        """Wait after a failure, a little longer each time. Returns false, at once, if it is time to give up."""
+        now = time.monotonic()
+        self._deadline = min(self._deadline, now + self._retry_s)
+        if now + self._pause_s > self._deadline:
+            return False
+        time.sleep(self._pause_s)
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return True
+
+
 class Transport:
     """Sends requests to one server. Any number of threads may share it.
 
     Args:
         url: the address of the server.
         api_key: the API key, which is sent as a bearer token.
-        timeout_s: how long a connection may wait for the server, in seconds.
-        retry_s: how long a call is repeated while the server is unreachable, overloaded or busy with an earlier call.
+        timeout_s: how long a connection may be silent, in seconds. A stream never is for more than 10 s.
+        retry_s: how long a call is repeated after its first failure, while the server is unreachable, overloaded or
+            busy with an earlier call. A stream counts from the first failure after the last text.
 
     Raises ValueError for a URL that is not http:// or https:// with a host.
     """
 
     def __init__(
-        self, url: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout_s: float = 30, retry_s: float = 10
+        self, url: str = "http://127.0.0.1:8000", api_key: str | None = None, timeout_s: float = 15, retry_s: float = 10
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -53,7 +77,7 @@ class Transport:
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout_s, self.retry_s = timeout_s, retry_s
+        self._timeout_s, self._retry_s = timeout_s, retry_s
         self._idle: list[http.client.HTTPConnection] = []  # open connections for the next calls
 
     def call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
@@ -85,12 +109,16 @@ class Transport:
             raise ServerError(response.status, error)
         return response
 
-    def retrying(self, attempt: Callable[[], Result]) -> Result:
-        """Call `attempt` and return its result; repeat it for up to `retry_s` after errors that may pass.
+    def patience(self) -> Patience:
+        """Return the patience with which one call or one stream is repeated."""
+        return Patience(self._retry_s)
+
+    def retrying(self, attempt: Callable[[], Result], patience: Patience | None = None) -> Result:
+        """Call `attempt` and return its result; repeat it after errors that may pass, as long as the patience lasts.
 
         Raises ServerError, OSError, HTTPException or StreamBroken: the last error, or the first that can't pass.
         """
-        pause_s, deadline = _FIRST_PAUSE_S, time.monotonic() + self.retry_s
+        patience = patience if patience is not None else self.patience()
         while True:
             try:
                 return attempt()
@@ -98,10 +126,8 @@ class Transport:
                 is_final = isinstance(error, ServerError) and not (
                     error.status in _RETRIED_STATUSES or error.code == "session_busy"
                 )
-                if is_final or time.monotonic() + pause_s > deadline:
+                if is_final or not patience.pause():
                     raise
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def close(self) -> None:
         """Close idle connections. Later calls open new ones."""

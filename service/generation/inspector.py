@@ -109,8 +109,12 @@ class Inspector:
             raise InvalidValue(f"text: at most {MAX_CHARS} characters a request, not {len(text)}", param="text")
         if request.state is not None:
             opened = self._sealer.open(request.state)
-            position, seed = opened.header.position, opened.header.seed
-            model = self._models.get(request.model if request.model is not None else opened.header.model)
+            header = opened.header
+            position, seed = header.position, header.seed
+            if request.model is not None:
+                model = self._models.get(request.model)
+            else:
+                model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
             hidden = opened.hidden(model.identity, model.state_shape)
         else:
             model = self._models.get(request.model or "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +12,13 @@ from service.arrays import Float32, Ids
 from service.engine.request import End, Request, Snapshot
 from service.engine.scores import Distribution, Scores
 from service.engine.stop import completed
+from service.errors import ClientGone
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
 from service.sessions.text import Retention, Text
 
+_POLL_S = 0.25  # between two checks whether the client is still connected
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -49,22 +51,29 @@ class Reader:
         ids: Ids,
         num_logprobs: int | None = None,
         num_next: int | None = None,
+        client_has_left: Callable[[], bool] | None = None,
     ) -> Reading:
-        """Step the network over (n,) ids after a text. num_logprobs, num_next: see `step`."""
+        """Step the network over (n,) ids after a text. num_logprobs, num_next, client_has_left: see `step`."""
         if not len(ids) and num_next is None:
             return Reading(text, None, None)
         start = text.position
         positions = self._retention.checkpoint_positions(start, start + len(ids))
-        end, scores = step(model, ids, text.hidden, start, positions, num_logprobs, num_next)
+        end, scores = step(
+            model, ids, text.hidden, start, positions, num_logprobs, num_next, client_has_left=client_has_left
+        )
         if len(ids):
             text = text.extended(model.charset.decode(ids), end.hidden, end.checkpoints, self._retention)
         return Reading(text, scores, end.next)
 
-    def reread(self, model: LoadedModel, text: Text) -> Text:
-        """Return the retained characters of a text of another model, read into this model from the zero state."""
+    def reread(self, model: LoadedModel, text: Text, client_has_left: Callable[[], bool] | None = None) -> Text:
+        """Return the retained characters of a text of another model, read into this model from the zero state.
+
+        client_has_left: see `step`.
+        """
         characters = text.slice(text.start, text.position)
         beginning = Text(model.engine.initial_hidden(), text.start)
-        return self.read(model, beginning, model.charset.exact(characters)).text
+        ids = model.charset.exact(characters)
+        return self.read(model, beginning, ids, client_has_left=client_has_left).text
 
     def score(
         self, model: LoadedModel, text: Text, start: int, end: int, num_logprobs: int | None, num_next: int | None
@@ -155,10 +164,12 @@ def step(
     num_next: int | None = None,
     *,
     already_admitted: bool = False,
+    client_has_left: Callable[[], bool] | None = None,
 ) -> tuple[End, Scores | None]:
     """Step the network over (n,) ids from a state; return the end of it, and the scores of the ids if requested.
 
-    The arguments have the meaning that they have in `Request` and `Engine.submit`. Raises Overloaded, EngineFailed.
+    The arguments have the meaning that they have in `Request` and `Engine.submit`. If `client_has_left()` returns true
+    meanwhile, the engine is told to stop. Raises Overloaded, EngineFailed, ClientGone.
     """
     request = Request(
         ids,
@@ -172,7 +183,14 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
-    part = handle.read(None)
+    part = handle.read(None, _POLL_S if client_has_left is not None else None)
+    while handle.end is None and client_has_left is not None:
+        if client_has_left():
+            handle.cancel()
+            raise ClientGone("the client has closed the connection")
+        part = handle.read(None, _POLL_S)
+    if part is None:
+        part = handle.read(None)  # it arrived between the two lines before
     return handle.wait(), part.prompt_scores if part is not None else None
 
 

@@ -18,7 +18,7 @@ from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session, SessionKey, SessionSummary
-from service.sessions.session_store import Change, SessionStore
+from service.sessions.session_store import Change, SessionStore, safe_to_retry
 from service.sessions.text import Retention, Text
 
 _ID_BYTES = 16  # of a random id: 128 bits, 32 hexadecimal digits
@@ -111,10 +111,13 @@ class SessionService:
         session.require_within(end, "to")
         return session.text.slice(start, end), start, end
 
-    def create(self, owner: str, new: NewSession) -> tuple[Session, bool]:
+    def create(
+        self, owner: str, new: NewSession, client_has_left: Callable[[], bool] | None = None
+    ) -> tuple[Session, bool]:
         """Return the session, and whether it is new: repeating a creation changes nothing.
 
-        Raises SessionExists, ModelNotFound, UnknownCharacters, InvalidState.
+        Raises SessionExists, ModelNotFound, UnknownCharacters, InvalidState, ClientGone, and OutcomeUnknown if the id
+        is not the caller's own.
         """
         if new.id is not None and (there := self._created_before(SessionKey(owner, new.id), new.origin)):
             return there, False
@@ -130,7 +133,7 @@ class SessionService:
                 ttl_s=new.ttl_s if new.ttl_s is not None else self._ttl_s,
                 created_at=0,
                 expires_at=0,
-                text=self._reader.read(model, text, ids).text,
+                text=self._reader.read(model, text, ids, client_has_left=client_has_left).text,
                 origin=new.origin if new.id is not None else None,
             )
         )
@@ -161,19 +164,24 @@ class SessionService:
             )
         )
 
-    def feed(self, key: SessionKey, request: FeedRequest) -> FeedResult:
+    def feed(
+        self, key: SessionKey, request: FeedRequest, client_has_left: Callable[[], bool] | None = None
+    ) -> FeedResult:
         """Step the network over more text. Text that the session has already at its position is not stepped again.
 
-        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase).
+        Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase), ClientGone.
         """
 
         def change(session: Session) -> tuple[Session, FeedResult]:
-            before, session = session, self.runs.replayed(session, request.position)
-            if request.rebase is not None:
-                session = self._rebased(session, request.rebase, request.position)
+            before, target = session, self._rebase_target(request)
+            if target is not None and target.identity == session.identity and target.version.ref != session.model:
+                session = replace(session, model=target.version.ref)  # it computes the same: nothing is stepped
+            session = self.runs.replayed(session, request.position)
+            if target is not None and target.identity != session.identity:
+                session = self._rebased(session, target, request.position, client_has_left)
             if request.position is not None and request.position != session.position:
-                return before, self._repeated_feed(session, request)
-            session, result = self._fed(session, request)
+                return session, self._repeated_feed(session, request)
+            session, result = self._fed(session, request, client_has_left)
             return session if result.text or request.rebase is not None else before, result
 
         return self._update(key, change, idempotent=request.position is not None)
@@ -218,27 +226,38 @@ class SessionService:
         model = self._models.for_state(session.model, session.identity)
         return self._reader.truncate(model, session.text, position)
 
-    def _fed(self, session: Session, request: FeedRequest) -> tuple[Session, FeedResult]:
+    def _fed(
+        self, session: Session, request: FeedRequest, client_has_left: Callable[[], bool] | None
+    ) -> tuple[Session, FeedResult]:
         """Feed at the end of the session."""
         model = self._models.for_state(session.model, session.identity)
         ids = model.charset.encode(request.text, request.unknown_chars)
-        reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next)
+        reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next, client_has_left)
         text = model.charset.decode(ids)
         result = FeedResult(model, text, reading.text.position, reading.next, reading.scores)
         run = session.finished_run if text else session.run
         return replace(session, text=reading.text, run=run), result
 
-    def _rebased(self, session: Session, ref: str, position: int | None) -> Session:
-        """Return the session with its retained text read into another model; its positions stay the same."""
+    def _rebase_target(self, request: FeedRequest) -> LoadedModel | None:
+        """Return the model that the session moves to; None if it stays where it is."""
+        if request.rebase is None:
+            return None
         try:
-            model = self._models.get(ref)
+            return self._models.get(request.rebase)
         except ModelNotFound as error:
             error.param = "rebase"
             raise
-        if model.identity == session.identity:
-            return session  # it has this model already
+
+    def _rebased(
+        self,
+        session: Session,
+        model: LoadedModel,
+        position: int | None,
+        client_has_left: Callable[[], bool] | None,
+    ) -> Session:
+        """Return the session with its retained text read into a model of other weights; its positions stay the same."""
         session.require_position(position)
-        text = self._reader.reread(model, session.text)
+        text = self._reader.reread(model, session.text, client_has_left)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
 
     def _repeated_feed(self, session: Session, request: FeedRequest) -> FeedResult:
@@ -266,7 +285,10 @@ class SessionService:
             return model, seed, self._reader.empty(model)
         opened = self._sealer.open(new.state)
         header = opened.header
-        model = self._models.get(new.model if new.model is not None else header.model)
+        if new.model is not None:
+            model = self._models.get(new.model)
+        else:
+            model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
         hidden = opened.hidden(model.identity, model.state_shape)
         seed = new.seed if new.seed is not None else header.seed
         return model, seed, Text.from_state(header.position, hidden)
@@ -282,8 +304,10 @@ class SessionService:
         return session
 
     def _store_new(self, session: Session) -> tuple[Session, bool]:
+        # Repeating a creation under the caller's own id is harmless; another one would create another session.
         try:
-            return self._store.create(session), True
+            with safe_to_retry(session.origin is not None):
+                return self._store.create(session), True
         except SessionExists:
             there = self._created_before(session.key, session.origin or b"")
             if there is None:

@@ -132,18 +132,19 @@ class LoadedModels:
             return list(self._models.values())
 
     def for_state(self, ref: str, identity: str) -> LoadedModel:
-        """Return the model that a state was computed with.
+        """Return the model that a state was computed with, or one that computes the same to the bit.
 
         Args:
             ref: the full name of the version, `name@number`.
             identity: `LoadedModel.identity` of the model that computed the state.
 
         Raises:
-            ModelChanged: the store no longer has the version, or it has another identity now.
+            ModelChanged: the store no longer has the version, or it has another identity now; and no version that is
+                loaded has this identity.
             InvalidArtifact: its files are damaged.
         """
-        model = self._find(ref)
-        if model is None or model.identity != identity:
+        model = self.loaded(ref, identity)
+        if model is None:
             try:
                 model = self.get(ref)
             except ModelNotFound as error:
@@ -151,6 +152,16 @@ class LoadedModels:
         if model.identity != identity:
             raise ModelChanged(f"{ref} has changed since this session last used it; {_HINT}")
         return model
+
+    def loaded(self, ref: str, identity: str) -> LoadedModel | None:
+        """Return a loaded model with this identity: the version `ref` if it is one, else any other; or None."""
+        with self._lock:
+            refs = [name for name, model in self._models.items() if model.identity == identity]
+            if not refs:
+                return None
+            found = ref if ref in refs else refs[-1]
+            self._models.move_to_end(found)
+            return self._models[found]
 
     def close(self) -> None:
         """End all engines. Texts that they are working on fail with EngineFailed."""

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
 from service import errors
-from service.errors import GruServeError, PositionConflict
+from service.errors import GruServeError, PositionConflict, SessionBusy
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +23,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
     errors.Conflict: 409,
     errors.Gone: 410,
     errors.LimitReached: 429,
+    errors.ClientGone: 499,  # for logs and metrics
     errors.Unavailable: 503,
     errors.OutcomeUnknown: 504,
     GruServeError: 500,
@@ -31,7 +32,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
 STATUS_OF_EDGE_CODE = {
     "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
     "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
-    "unsupported_media_type": 415, "rate_limited": 429, "client_gone": 499,
+    "unsupported_media_type": 415, "rate_limited": 429,
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def error_response(message: str, code: str, param: str | None = None, status: in
 def _response(body: dict[str, Any], status: int) -> Response:
     response = jsonify(body)
     response.status_code = status
-    if status in (429, 503):
+    if status in (429, 503) or body["error"]["code"] == SessionBusy.code:
         response.headers["Retry-After"] = _RETRY_AFTER_S
     if status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"

@@ -277,6 +277,9 @@ class ReadyQuery(BaseModel):
     part: Literal["all", "completions"] = Field(
         "all", description="what to check: everything, or only what completions need"
     )
+    unready: Literal["503", "404"] = Field(
+        "503", description="status while requests can't be served; HAProxy lets running answers finish after a 404"
+    )
 
 
 class HealthAnswer(BaseModel):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import structlog
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
 from service.settings import SPARE_THREADS, Settings
 from service.web.logs import configure_logs
 from service.web.worker import worker_with_deadlines
+
+log = structlog.get_logger(__name__)
 
 _SHM = "/dev/shm"  # noqa: S108
 _EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
@@ -28,12 +32,43 @@ class _Logs(Logger):
         """Do nothing: the application logs requests."""
 
 
+class _Arbiter(Arbiter):
+    """gunicorn's parent process, without the signals that change the number of workers or start a second server.
+
+    Sessions may be in the worker's memory. Another process on the same socket would answer 404 for them.
+    """
+
+    def handle_ttin(self) -> None:
+        """SIGTTIN, with which gunicorn adds a worker."""
+        self._ignore("SIGTTIN")
+
+    def handle_ttou(self) -> None:
+        """SIGTTOU, with which gunicorn removes a worker."""
+        self._ignore("SIGTTOU")
+
+    def handle_usr2(self) -> None:
+        """SIGUSR2, with which gunicorn starts a second server on the same socket."""
+        self._ignore("SIGUSR2")
+
+    def _ignore(self, name: str) -> None:
+        log.warning(
+            "signal ignored",
+            signal=name,
+            reason="a server has one worker, because another one would not find the sessions in its memory: "
+            "start another replica instead",
+        )
+
+
 class Server(BaseApplication):
     """gunicorn with one gthread worker; the application and its model are built in the worker, after the fork."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         super().__init__()
+
+    def run(self) -> None:
+        """Serve until a signal ends the process."""
+        _Arbiter(self).run()
 
     def load_config(self) -> None:
         """Configure gunicorn. It reads no configuration file, environment variable or argument of its own."""

@@ -47,7 +47,7 @@ def sessions_blueprint(
         model = body.model if body.model is not None or body.state is not None else default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
         with admission, _blaming("text"):
-            session, is_new = sessions.create(current_owner(), new)
+            session, is_new = sessions.create(current_owner(), new, client_monitor())
         return _json(session_answer(session.summary), 201 if is_new else 200)
 
     @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
@@ -103,7 +103,7 @@ def sessions_blueprint(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
         with admission, _blaming("text"):
-            return feed_answer(sessions.feed(_key(path), feed_request))
+            return feed_answer(sessions.feed(_key(path), feed_request, client_monitor()))
 
     @blueprint.post(
         "/v1/sessions/<id>/generate", summary="Continue a session's text", responses={"200": schemas.GenerateAnswer}

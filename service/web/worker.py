@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from typing import Any
 from weakref import WeakSet
@@ -37,6 +38,12 @@ class Worker(gthread.ThreadWorker):
         self._busy: set[Connection] = set()
         self._linger_s, self._linger_until = _LINGER_S, math.inf
         super().init_process()
+
+    def init_signals(self) -> None:
+        """Set gunicorn's handlers, and ignore the signals that the parent ignores: some are sent to a whole group."""
+        super().init_signals()
+        for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
 
     def load_wsgi(self) -> None:
         """Build the application."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.client import Client
+from service.web.sse import IDLE_S, PING_S
 from tests.harness.programs import free_port
 
 
@@ -49,6 +51,52 @@ def test_client__resumes_a_stream_at_once_when_told_to_reconnect() -> None:
     assert requests[1].startswith(b"POST /v1/sessions/a/generate ")
     assert requests[2].startswith(b"GET /v1/sessions/a/generate ")
     assert b"last-event-id: 8\r\n" in requests[2].lower()
+
+
+def test_client__resumes_a_stream_whose_server_falls_silent() -> None:
+    """Its time-out is longer than its patience, which counts from the first failure after the last text."""
+    parts = [
+        b'id: 8\nevent: text\ndata: {"text": "ab"}\n\n',
+        b'id: 9\nevent: text\ndata: {"text": "c"}\n\nid: 9\nevent: done\ndata: {"finish_reason": "length", "position": '
+        b'9, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}\n\n',
+    ]
+    facts = {"id": "a", "model": "tiny@1", "seed": 7, "position": 6}
+    json_head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    stream_head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    busy = b'{"error": {"message": "another operation", "code": "session_busy"}}'
+    busy_head = b"HTTP/1.1 409 Conflict\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(busy)
+    answers = [
+        (json_head + json.dumps(facts).encode(), False),
+        (stream_head + parts[0], True),
+        (busy_head + busy, False),
+        (stream_head + parts[1], False),
+    ]
+
+    def serve(listener: socket.socket) -> None:
+        for answer, is_silent in answers:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(30)
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    request += connection.recv(65_536)
+                connection.sendall(answer)
+                if is_silent:
+                    while connection.recv(65_536):  # until the client gives it up
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve, listener)
+        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout_s=0.5, retry_s=0.3) as client:
+            session = client.open("a")
+            client.close()
+            assert "".join(session.generate(3)) == "abc"
+        served.result(30)
+
+
+def test_client__has_patience_for_more_than_one_ping() -> None:
+    defaults = inspect.signature(Client).parameters
+    assert defaults["timeout_s"].default > PING_S + IDLE_S
 
 
 def test_client__gives_up_on_an_absent_server_after_retry_s() -> None:

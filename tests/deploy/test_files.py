@@ -73,9 +73,16 @@ def test_notice_period__is_longer_than_the_balancers_checks_take() -> None:
         assert drain_of(files)[1] > valid_s
 
 
-def test_replicas__are_at_most_as_many_as_the_balancer_has_slots() -> None:
+def test_slots__of_the_balancer_are_enough_for_all_replicas_and_as_many_that_drain() -> None:
     slots = set(re.findall(r"server-template app (\d+) ", CONFIGURATION.read_text()))
-    assert slots == {str(int(number(r"maxReplicas: (\d+)", KUBERNETES)))}
+    assert slots == {str(2 * int(number(r"maxReplicas: (\d+)", KUBERNETES)))}
+
+
+def test_addresses__are_held_until_their_replicas_have_drained() -> None:
+    held_s = min(number(rf"hold {why} +(\d+)s", CONFIGURATION.read_text()) for why in ("obsolete", "nx", "timeout"))
+    app = (ROOT / "deploy" / "kubernetes" / "app.yaml").read_text()
+    assert held_s >= number(r"terminationGracePeriodSeconds: (\d+)", app)
+    assert held_s >= number(r"stop_grace_period: (\d+)s  # longer than GRU_SERVE_DRAIN_S", COMPOSE)
 
 
 def test_mounts__of_the_compose_file_exist() -> None:

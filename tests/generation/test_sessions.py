@@ -14,6 +14,7 @@ import pytest
 from service.engine.engine import Engine
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import (
+    ClientGone,
     Draining,
     EngineFailed,
     GruServeError,
@@ -471,3 +472,15 @@ def test_fork__has_the_same_past_and_future(bench: Bench) -> None:
     with pytest.raises(GruServeError) as error:
         bench.sessions.fork(SessionKey("", "a"), "named", 11, None)
     assert error.value.code == "session_exists"
+
+
+def test_feed_and_creation__whose_client_has_left_change_nothing(bench: Bench) -> None:
+    bench.create()
+    before = bench.state()
+    with pytest.raises(ClientGone):
+        bench.sessions.feed(SessionKey("", "a"), FeedRequest("a" * 500_000, 6), lambda: True)
+    assert (bench.state(), bench.text()) == (before, "ROMEO:")
+    assert bench.sessions.feed(SessionKey("", "a"), FeedRequest("a", 6), lambda: False).position == 7
+    with pytest.raises(ClientGone):
+        bench.sessions.create("", NewSession("b", "tiny", "a" * 500_000), lambda: True)
+    assert [session.id for session in bench.sessions.page("", "", 10)] == ["a"]

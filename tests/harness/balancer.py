@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,6 +102,20 @@ def replicas(num_replicas: int, environment: dict[str, str]) -> Iterator[list[Se
     """Start servers with the same settings; all of them are ready."""
     with ExitStack() as stack:
         yield [stack.enter_context(serving(SERVE, environment)) for _ in range(num_replicas)]
+
+
+def served_by(balancer: Balancer, method: str, path: str, body: object = None) -> str:
+    """Send a request; return the backend and server to which the balancer sent it."""
+    request_id = secrets.token_hex(8)
+    with closing(balancer.connect()) as connection:
+        data = json.dumps(body).encode() if body is not None else b""
+        connection.request(method, path, data, {"Content-Type": "application/json", "X-Request-Id": request_id})
+        response = connection.getresponse()
+        assert response.status < 400, response.read()
+        response.read()
+    wait_until(lambda: request_id in balancer.requests())
+    server: str = balancer.requests()[request_id]["server"]
+    return server
 
 
 def kill(server: Server) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import signal
 import socket
 import subprocess
@@ -19,7 +18,7 @@ import pytest
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.balancer import CONFIGURATION, Balancer, balancing, kill, replicas
+from tests.harness.balancer import CONFIGURATION, Balancer, balancing, kill, replicas, served_by
 from tests.harness.programs import free_port, program
 from tests.harness.redis_process import redis_process
 from tests.harness.server import BODY, ENDLESS, Server, ask
@@ -57,20 +56,6 @@ def servers(environment: dict[str, str]) -> Iterator[list[Server]]:
 def balancer(servers: list[Server]) -> Iterator[Balancer]:
     with balancing([server.port for server in servers]) as balancer:
         yield balancer
-
-
-def served_by(balancer: Balancer, method: str, path: str, body: object = None) -> str:
-    """Send a request; return the backend and server to which the balancer sent it."""
-    request_id = secrets.token_hex(8)
-    with closing(balancer.connect()) as connection:
-        data = json.dumps(body).encode() if body is not None else b""
-        connection.request(method, path, data, {"Content-Type": "application/json", "X-Request-Id": request_id})
-        response = connection.getresponse()
-        assert response.status < 400, response.read()
-        response.read()
-    wait_until(lambda: request_id in balancer.requests())
-    server: str = balancer.requests()[request_id]["server"]
-    return server
 
 
 def answer(balancer: Balancer, request: bytes) -> tuple[int, str, str | None]:

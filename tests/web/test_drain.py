@@ -142,3 +142,12 @@ def test_draining_server__is_not_ready(draining: FlaskClient) -> None:
     assert answer.json["error"]["code"] == "not_ready"
     assert "Retry-After" in answer.headers
     assert draining.get("/nowhere").status_code == 404
+
+
+def test_draining_server__answers_a_balancer_404_if_that_asks_for_it(draining: FlaskClient) -> None:
+    """HAProxy ends the running answers of a server that fails its checks, except of one that answers 404."""
+    for path in ("/readyz?unready=404", "/readyz?part=completions&unready=404"):
+        answer = draining.get(path)
+        assert answer.status_code == 404
+        assert answer.json
+        assert answer.json["error"]["code"] == "not_ready"

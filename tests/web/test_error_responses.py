@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from flask import Flask
 
 from service import errors
 from service.errors import GruServeError
-from service.web.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, status_of
+from service.web.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, error_response, status_of
 
 # What clients rely on. A line may be added; none may change.
 CONTRACT = {
@@ -101,7 +102,7 @@ def test_body__has_the_type_of_its_status(kind: type[GruServeError], type_: str)
 
 def test_error_tree__every_code_belongs_to_one_class_below_one_category() -> None:
     assert len({kind.code for kind in CODED}) == len(CODED)
-    for kind in set(CODED) - {GruServeError, errors.OutcomeUnknown}:
+    for kind in set(CODED) - {GruServeError, errors.ClientGone, errors.OutcomeUnknown}:
         assert len([category for category in CATEGORIES if issubclass(kind, category)]) == 1, kind
     assert all(kind in STATUS_OF_CATEGORY or kind is errors.OperatorError for kind in CATEGORIES)
 
@@ -136,3 +137,11 @@ def test_error_tree__special_errors_are_caught_as_their_general_one(
 ) -> None:
     assert issubclass(kind, caught_by)
     assert not issubclass(errors.InvalidState, errors.InvalidValue)
+
+
+def test_errors__that_pass_by_themselves_say_when_to_try_again() -> None:
+    """A session is busy until another operation ends; other conflicts stay."""
+    with Flask("errors").test_request_context():
+        for code, status in STATUS.items():
+            is_temporary = status in (429, 503) or code == "session_busy"
+            assert ("Retry-After" in error_response("message", code).headers) == is_temporary, code

@@ -240,7 +240,9 @@ def test_portable_state__that_is_bad_is_refused(tiny_store: ModelStore) -> None:
             *[lambda: changed(good, chance)] * 6,
             lambda: foreign.seal(header, hidden),
             lambda: ours.seal(header.model_copy(update={"identity": f"{chance.getrandbits(256):064x}"}), hidden),
-            lambda: ours.seal(header.model_copy(update={"model": f"m{chance.getrandbits(32)}@1"}), hidden),
+            lambda: ours.seal(
+                header.model_copy(update={"model": f"m{chance.getrandbits(32)}@1", "identity": ""}), hidden
+            ),
             lambda: ours.seal(header.model_copy(update={"expires_at": chance.random() * 1.7e9}), hidden),
             lambda: ours.seal(header, np.resize(hidden, (1, chance.choice([0, 1, 15, 17, 32, 4096])))),
             lambda: ours.seal(header, hidden * np.float32(chance.choice([np.nan, np.inf, 1e30, -50]))),
