@@ -135,7 +135,7 @@ def encode(session: Session, segment_chars: int) -> Record:
     head = header.model_dump_json().encode()
     state = np.ascontiguousarray(session.hidden, "<f4").tobytes()
     begin = max(text.start, stored[-1].end if stored else 0)
-    step = max(1, segment_chars // _SETTLED_STEPS)
+    step = max(2, segment_chars // _SETTLED_STEPS)  # so that it never is one character, which means "the same"
     border = text.position - (text.position - begin) % step
     hashes = b"".join(segment.hash for segment in stored)
     tail = text.slice(border, text.position).encode()

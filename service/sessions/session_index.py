@@ -121,15 +121,16 @@ class SessionIndex:
         with self._importing:
             if time.monotonic() < self._next_import:
                 return
-            self._next_import = time.monotonic() + _RETRY_S
             marker = f"{self._prefix}indexed"
-            with suppress(Overloaded):
+            try:
                 if not self._server.execute([("EXISTS", marker)])[0]:
                     keys = self._server.keys(self._prefix.translate(_GLOB) + "*")
                     for batch in batches((key for key in keys if "/" in key[len(self._prefix) :]), 1000):
                         self._import_batch(batch)
                     self._server.execute([("SET", marker, 1)])
                 self._next_import = math.inf
+            except Overloaded:
+                self._next_import = time.monotonic() + _RETRY_S
 
     def _import_batch(self, keys: Sequence[str]) -> None:
         ids: dict[str, list[str]] = {}
