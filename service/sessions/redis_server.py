@@ -211,7 +211,7 @@ class RedisServer:
                     raise answer
             return answers
         except errors.RedisError as error:
-            self._note_failure(error)
+            self._note_failure(error, may_be_about_one_call=True)
             raise StoreUnavailable(_UNREACHABLE) from None
 
     def mark_restored(self) -> None:

@@ -155,7 +155,9 @@ def test_call__with_an_unusable_key_says_nothing_about_the_server(tmp_path: Path
         admin.set(KEY, "not a session")
         with capture_logs() as logs, pytest.raises(StoreUnavailable):
             load(server)
-        assert [line["answer"] for line in logs] == ["WRONGTYPE"]
+        with capture_logs() as more_logs, pytest.raises(StoreUnavailable):
+            server.call_all([("lacks", KEY, "", 1000, b"1", 1)])
+        assert [line["answer"] for line in logs + more_logs] == ["WRONGTYPE"] * 2
         server.check()
 
 
