@@ -113,16 +113,19 @@ class RedisServer:
 
         self._probe_at = 0.0  # monotonic time of the next probe
 
-        # The following are for the renewer's thread. Its client has one connection.
-        self._renewer_change = 0  # of the connection
+        # The following are for the thread that pings. Its client has one connection, which no other thread uses.
+        self._ping_change = 0  # of the connection
         self._pinged_change = 0  # of the connection on which the last ping succeeded
+        self._batch_change = 0  # connections of `_batch_client` that are idle and older than this were closed
         self._inspected: bytes | None = None  # the server's process that was last inspected
 
         self._client = _client(url, timeout_s, self._on_connect)
-        self._renewer_client = _client(url, timeout_s, self._on_renewer_connect)
+        self._batch_client = _client(url, timeout_s, self._identify)  # also answers during the recovery window
+        self._ping_client = _client(url, timeout_s, self._on_ping_connect)
         self._create_script = self._client.register_script(_CREATE_SCRIPT)
         self._other_script = self._client.register_script(_OTHER_SCRIPT)
-        self._renewer_script = self._renewer_client.register_script(_OTHER_SCRIPT)
+        self._batch_script = self._batch_client.register_script(_OTHER_SCRIPT)
+        self._ping_script = self._ping_client.register_script(_OTHER_SCRIPT)
         # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
         # needs up to a third of the time that a call needs in this process.
         self._idle: list[Redis] = []
@@ -167,29 +170,32 @@ class RedisServer:
         if self._failed_at is not None or self._is_recovering():
             raise StoreUnavailable(_UNREACHABLE)
 
-    # The following methods are for the renewer's thread.
-
     def ping(self) -> bool:
         """Return whether lost writes have to be restored: the server was replaced since the last `mark_restored`.
 
         Every second, and while calls are refused, this is a probe: on a new connection, which leads where the address
-        leads now, it does what a session needs, even on a server that is full. Raises StoreUnavailable if that fails.
+        leads now, it does what a session needs, even on a server that is full. For one thread. Raises StoreUnavailable
+        if that fails.
         """
         began = time.monotonic()
-        is_probe = self._failed_at is not None or began >= self._probe_at or self._renewer_change != self._change
+        is_probe = self._failed_at is not None or began >= self._probe_at or self._ping_change != self._change
         try:
             if is_probe:
-                self._renewer_client.connection_pool.disconnect()
-                self._renewer_script(keys=[self._probe_key], args=["probe", "", 0])
+                self._ping_client.connection_pool.disconnect()
+                self._ping_script(keys=[self._probe_key], args=["probe", "", 0])
                 self._probe_at = began + _PROBE_S
             else:
-                self._renewer_client.ping()
+                self._ping_client.ping()
         except errors.RedisError as error:
             self._probe_at = 0.0
             self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
+        if self._batch_change != self._change:
+            # Those in use are other threads'.
+            self._batch_client.connection_pool.disconnect(inuse_connections=False)
+            self._batch_change = self._change
         with self._lock:
-            self._pinged_change = self._renewer_change
+            self._pinged_change = self._ping_change
             if self._failed_at is not None and self._failed_at < began:
                 log.info("the session store is back")
                 self._failed_at = self._failure = None
@@ -198,12 +204,12 @@ class RedisServer:
     def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
 
-        Raises StoreUnavailable.
+        Any thread may call. Raises StoreUnavailable.
         """
         try:
-            with self._renewer_client.pipeline(transaction=False) as pipeline:
+            with self._batch_client.pipeline(transaction=False) as pipeline:
                 for operation, key, *arguments in calls:
-                    self._renewer_script(keys=[key], args=[operation, *arguments], client=pipeline)
+                    self._batch_script(keys=[key], args=[operation, *arguments], client=pipeline)
                 # An error that a pipeline raises has the command in its message.
                 answers: list[Any] = pipeline.execute(raise_on_error=False)
             for answer in answers:
@@ -227,7 +233,8 @@ class RedisServer:
     def close(self) -> None:
         """Close all connections."""
         self._client.close()
-        self._renewer_client.close()
+        self._batch_client.close()
+        self._ping_client.close()
 
     def _call(self, operation: Operation, key: str, arguments: Sequence[Any]) -> list[Any]:
         is_retry = False
@@ -324,10 +331,10 @@ class RedisServer:
         if self._is_recovering():
             raise _InRecovery
 
-    def _on_renewer_connect(self, connection: Any) -> None:
+    def _on_ping_connect(self, connection: Any) -> None:
         is_first = self._run_id is None
         info = self._identify(connection)
-        self._renewer_change = connection.change
+        self._ping_change = connection.change
         if is_first and _info(connection, "replication").get(b"master_replid2", b"").strip(b"0"):
             # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
             self._recovered_at = time.monotonic() + self._recovery_window_s
@@ -375,21 +382,24 @@ class RedisServer:
         """
         if not in_recovery:
             self.check()
-        client = self._renewer_client if in_recovery else self._client
         try:
-            with client.pipeline(transaction=False) as pipeline:
+            with (self._batch_client if in_recovery else self._client).pipeline(transaction=False) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-                answers: list[Any] = pipeline.execute()
-                return answers
-        except errors.OutOfMemoryError as error:
-            raise Overloaded("the session store is full: try again later") from error
+                # An error that a pipeline raises has the command in its message.
+                answers: list[Any] = pipeline.execute(raise_on_error=False)
+            for answer in answers:
+                if isinstance(answer, errors.RedisError):
+                    raise answer
+            return answers
+        except errors.OutOfMemoryError:
+            raise Overloaded("the session store is full: try again later") from None
         except errors.RedisError as error:
             self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from error
+            raise StoreUnavailable(_UNREACHABLE) from None
 
 
-def _client(url: str, timeout_s: float, on_connect: Callable[[Any], None]) -> Redis:
+def _client(url: str, timeout_s: float, on_connect: Callable[[Any], object]) -> Redis:
     """Return a client that has not connected yet. Raises ValueError if the URL is invalid, without naming it."""
     try:
         client = Redis.from_url(

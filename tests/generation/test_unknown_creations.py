@@ -17,6 +17,7 @@ from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import Session, SessionKey
+from service.sessions.session_store import Operation
 from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
@@ -40,11 +41,10 @@ class PausedAtCreation(RedisStore):
 
     redis: RedisProcess | None = None  # None while it answers
 
-    def create(self, session: Session) -> Session:
-        """See SessionStore."""
-        if self.redis is not None:
+    def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
+        if operation == "create" and self.redis is not None:
             self.redis.send(signal.SIGSTOP)
-        return super().create(session)
+        return super()._call(operation, key, *arguments)
 
 
 @contextmanager
@@ -52,10 +52,12 @@ def service(tiny_store: ModelStore, redis: RedisProcess) -> Iterator[tuple[Sessi
     retention = Retention(16, 10_000)
     store = PausedAtCreation(RedisServer(redis.url, recovery_window_s=0), retention.segment_chars)
     models = LoadedModels(tiny_store, 1, engine_settings())
+    sessions = SessionService(models, store, StateSealer(["0123456789abcdef"]), 60, retention)
     try:
         wait_until(lambda: is_ready(store))
-        yield SessionService(models, store, StateSealer(["0123456789abcdef"]), 60, retention), store
+        yield sessions, store
     finally:
+        sessions.runs.close()
         store.close()
         models.close()
 

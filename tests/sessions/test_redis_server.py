@@ -20,7 +20,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from service.errors import OutcomeUnknown, Overloaded, StoreUnavailable
+from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
 from service.sessions import redis_server
 from service.sessions.redis_server import RedisServer
 from tests.harness.programs import free_port, program
@@ -206,7 +206,7 @@ def unsuitable(kind: str, directory: Path) -> Iterator[str]:
         with sentinel(directory) as url:
             yield url
         return
-    options = ["--cluster-enabled", "yes"] if kind == "cluster" else []
+    options = ["--cluster-enabled", "yes", "--cluster-port", str(free_port())] if kind == "cluster" else []
     with redis_process(directory, *options) as process, administering(process) as admin:
         url = process.url
         if kind == "replica":
@@ -448,3 +448,39 @@ def test_url__that_is_invalid_is_not_shown(url: str) -> None:
     with pytest.raises(ValueError, match="must be redis://") as caught:
         RedisServer(url.format(password))
     assert password not in "".join(traceback.format_exception(caught.value))
+
+
+def test_ping__disturbs_no_batch_of_another_thread(tmp_path: Path) -> None:
+    """A probe makes a new connection each second. Those on which other threads wait for answers stay open."""
+    with redis_process(tmp_path) as redis, closing(RedisServer(redis.url, recovery_window_s=0)) as server:
+        wait_until(lambda: is_served(server))
+        errors_found: list[GruServeError] = []
+        is_over = threading.Event()
+
+        def batches() -> None:
+            try:
+                while not is_over.is_set():
+                    server.call_all([("unlink", "a", "", 0, "x")] * 50)
+                    server.execute([("EXISTS", "a")] * 50, in_recovery=True)
+            except GruServeError as error:
+                errors_found.append(error)
+
+        threads = [threading.Thread(target=batches) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(200):
+            server._probe_at = 0.0  # each ping is a probe
+            server.ping()
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        assert errors_found == []
+
+
+def is_served(server: RedisServer) -> bool:
+    """Return whether calls are served."""
+    try:
+        server.check()
+    except StoreUnavailable:
+        return False
+    return True
