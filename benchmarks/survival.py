@@ -233,7 +233,8 @@ def _deaths(num_streams: int, num_chars: int, server: Sequence[str]) -> tuple[li
         threads = [threading.Thread(target=stream, args=(name,)) for name in names]
         for thread in threads:
             thread.start()
-        while len(arrivals) < num_streams or statistics.median(at for _, at in arrivals.values()) < num_chars:
+        while len(arrivals) < num_streams or statistics.median(at for _, at in list(arrivals.values())) < num_chars:
+            assert all(thread.is_alive() for thread in threads), "a stream has failed"
             time.sleep(0.01)
         killed.set()
         victim.kill()
