@@ -11,8 +11,9 @@ is a function from a session to the changed session and an answer. `RedisStore` 
 saves the result if the copy is current (one exchange with Redis, the operation `claim`); otherwise it leases the
 session and applies the change to the current one.
 
-In Redis a session is one key, which session.lua changes. Two things are keys of their own, written before the session's:
-`SegmentStore` has full segments of text, which never change and which forks share, and `SessionIndex` has each owner's ids.
+In Redis a session is one key, which session.lua changes. Two things are keys of their own, written before the
+session's: `SegmentStore` has full segments of text, which never change and which forks share, and `SessionIndex` has
+each owner's ids.
 
 How a session that one replica (A) has leased moves to another one (B):
 
