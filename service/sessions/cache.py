@@ -32,7 +32,7 @@ class CachedSession:
 
     session: Session
     save_id: SaveId
-    settled_hash: bytes | None = None  # of the settled text that this save has in Redis (record.py); None if not known
+    settled_hash: bytes | None = None  # of the settled text that this save has in Redis; None if not known
 
 
 class SessionCache:
