@@ -180,7 +180,7 @@ def decode(record: Record, read: Reader, key: SessionKey, revision: int, expires
 
 
 def decode_summary(data: bytes, session_id: str, expires_at: float) -> SessionSummary:
-    """Return the summary of a record, of which the part up to the header suffices. Raises SessionLost."""
+    """Return the summary of a record. The part up to the end of the header suffices. Raises SessionLost."""
     try:
         version, header, body = _parse(data)
         position = _old_text(header, body).position if version == _OLD_VERSION else header.position

@@ -328,7 +328,7 @@ class RedisStore:
         return round(self._clock() * 1000) if self._clock is not None else ""
 
     def _loaded(self, key: SessionKey, cached: CachedSession | None, answer: list[Any]) -> CachedSession:
-        """Read an answer to `load` or `lease`. cached: the copy that the server was told of."""
+        """Read an answer to `load` or `lease`. cached: the copy whose save the call named."""
         word = answer[0]
         if word == b"lost":
             raise SessionLost("the session store has lost the last save of this session: continue under another id")
@@ -381,7 +381,7 @@ class RedisStore:
 
 
 def _seen(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
-    """What the script is told of the copy that this process has: it leaves out a record that is the same."""
+    """Return what identifies the copy that this process has. The script then leaves out a record that is the same."""
     if cached is None:
         return b"", 0, b""
     return cached.save_id.incarnation, cached.save_id.revision, cached.save_id.nonce

@@ -72,7 +72,7 @@ class SegmentStore:
             self.write(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)
 
     def restore(self, sessions: Iterable[CachedSession]) -> None:
-        """Do the same after a restart of Redis, also while it admits nobody else. Raises StoreUnavailable."""
+        """Do the same after a restart of Redis, also during the recovery window. Raises StoreUnavailable."""
         self._lifetimes.clear()
         due: list[_Due] = []
         for saved in sessions:

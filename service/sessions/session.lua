@@ -177,7 +177,7 @@ function operations.lacks(seen_incarnation, seen_revision)
   return {(not revision or is_older(seen_incarnation, tonumber(seen_revision))) and 'yes' or 'no'}
 end
 
--- Store again what the server lost, unless somebody has gone on from it.
+-- Store a lost save again, unless the server has a later one.
 function operations.restore(seen_incarnation, seen_revision, seen_nonce, record, ttl_ms, left_ms, settled)
   if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
   write(seen_incarnation, tonumber(seen_revision), seen_nonce, record, tonumber(ttl_ms), settled, '', 0)
@@ -186,7 +186,7 @@ function operations.restore(seen_incarnation, seen_revision, seen_nonce, record,
   return {'ok'}
 end
 
--- The same for a session that was deleted ('deleted'), or whose record nobody has any more ('lost').
+-- The same for a session that was deleted ('deleted'), or whose record no replica has any more ('lost').
 function operations.bury(seen_incarnation, seen_revision, kind)
   if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
   bury(kind, seen_incarnation, seen_revision, '')

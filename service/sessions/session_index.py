@@ -72,7 +72,7 @@ class SessionIndex:
                 self.add(key, ttl_s)
 
     def restore(self, keys: Sequence[SessionKey], ttl_s: float) -> None:
-        """Add sessions again after a restart of Redis, also while it admits nobody else. Raises StoreUnavailable.
+        """Add sessions again after a restart of Redis, also during the recovery window. Raises StoreUnavailable.
 
         ttl_s: The longest life of these sessions.
         """
@@ -157,5 +157,5 @@ def _adding(index: str, ids: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _living(key: str, ms: int) -> list[tuple[Any, ...]]:
-    """Commands that let a key live at least so many milliseconds. GT changes nothing in a key that never expires."""
+    """Return commands that keep a key for at least `ms` milliseconds. GT changes nothing in a key that never expires."""
     return [("PEXPIRE", key, ms, "NX"), ("PEXPIRE", key, ms, "GT")]

@@ -59,7 +59,7 @@ class Text:
 
     @classmethod
     def from_state(cls, position: int, hidden: Float32) -> Text:
-        """Return a text of which no character is known, only the (L, H) state after `position` of them."""
+        """Return a text whose characters are unknown: only the (L, H) state after `position` of them is known."""
         return cls(hidden, position, (Segment("", position, hidden),))
 
     @property
