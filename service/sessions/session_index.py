@@ -157,5 +157,5 @@ def _adding(index: str, ids: Iterable[str]) -> tuple[Any, ...]:
 
 
 def _living(key: str, ms: int) -> list[tuple[Any, ...]]:
-    """Return commands that keep a key for at least `ms` milliseconds. GT changes nothing in a key that never expires."""
+    """Return commands that keep a key for at least `ms` milliseconds. GT leaves a key that never expires as it is."""
     return [("PEXPIRE", key, ms, "NX"), ("PEXPIRE", key, ms, "GT")]
