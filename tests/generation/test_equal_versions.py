@@ -25,7 +25,7 @@ from tests.harness.models import engine_settings, publish_tiny
 
 KEY = SessionKey("", "a")
 TEXT = "ROMEO: the first of many words"
-RUN = RunRequest(60, PLAIN)
+RUN = RunRequest(7000, PLAIN)  # long enough to be interrupted
 
 
 class Bench:
