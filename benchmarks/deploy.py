@@ -28,7 +28,7 @@ from benchmarks.pairs import in_turns
 from benchmarks.sessions import Clients, request
 from benchmarks.table import machine, summary
 from service.settings import Settings
-from service.web.server import Server
+from service.web.gunicorn.server import Server
 from tests.harness.programs import free_port
 from tests.harness.redis_process import redis_process
 

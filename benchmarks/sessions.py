@@ -40,7 +40,7 @@ from service.sessions.session import Session, SessionKey
 from service.sessions.text import Retention, Text
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.server import Server
+from service.web.gunicorn.server import Server
 from tests.harness.clock import Clock
 from tests.harness.programs import free_port
 

@@ -46,8 +46,8 @@
         └── MissingLibrary          missing_library
 
 Only classes with a code are raised; a category exists to be caught. A code is part of the API and never changes. This
-module doesn't know HTTP: `service/web/error_responses.py` maps each category to a status, and has the codes of errors
-that only HTTP has, such as a body that is not JSON.
+module doesn't know HTTP: `service/web/gate/error_responses.py` maps each category to a status, and has the codes of
+errors that only HTTP has, such as a body that is not JSON.
 
 A message says what is wrong, where, and what to do about it.
 """

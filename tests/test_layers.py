@@ -36,10 +36,10 @@ ALLOWED = {
 # Modules that may import more than their package.
 EXTRA = {
     "web/app.py": {"settings", "sessions"},
-    "web/session_routes.py": {"sessions"},  # names sessions by their keys
-    "web/session_answer.py": {"sessions"},  # shows a session's record
-    "web/server.py": {"settings"},
-    "web/health_routes.py": {"sessions"},  # checks that the session store can be reached
+    "web/api/session_routes.py": {"sessions"},  # names sessions by their keys
+    "web/api/session_answer.py": {"sessions"},  # shows a session's record
+    "web/gunicorn/server.py": {"settings"},
+    "web/api/health_routes.py": {"sessions"},  # checks that the session store can be reached
     "sessions/session.py": {"engine"},  # a run has sampling settings
 }
 # The packages of `service` that may import a library. Libraries that are not listed may be imported everywhere.

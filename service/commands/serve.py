@@ -25,7 +25,7 @@ def serve_command(**options: Any) -> None:
 
     from service.api_keys import read_keys
     from service.engine.kernels import check_kernel
-    from service.web.server import Server
+    from service.web.gunicorn.server import Server
 
     # Checked before the server starts, so that a mistake is reported in one line and not by a crashing worker.
     check_kernel(settings.kernel)

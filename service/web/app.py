@@ -24,23 +24,23 @@ from service.sessions.session_store import StoreObserver
 from service.sessions.text import Retention
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.store.model_store import ModelStore
-from service.web.access import register_access
-from service.web.admin_routes import admin_blueprint
-from service.web.admission import AdmissionLimit
-from service.web.collector import ServiceCollector
-from service.web.completion_routes import CompletionLimits, completions_blueprint
-from service.web.drain import INTERRUPT_S, Drain
-from service.web.error_responses import register_error_handlers, validation_error_response
-from service.web.guard import register_body_check, register_guard
-from service.web.health_routes import health_blueprint
-from service.web.inspect_routes import inspect_blueprint
-from service.web.logs import configure_logs
-from service.web.metrics import Metrics, register_metrics
-from service.web.model_routes import models_blueprint
-from service.web.pages import docs_blueprint, page_blueprint
-from service.web.rate_limit import register_rate_limit
-from service.web.schemas import MAX_STOP_CHARS, ErrorAnswer
-from service.web.session_routes import SessionLimits, sessions_blueprint
+from service.web.api.admin_routes import admin_blueprint
+from service.web.api.completion_routes import CompletionLimits, completions_blueprint
+from service.web.api.health_routes import health_blueprint
+from service.web.api.inspect_routes import inspect_blueprint
+from service.web.api.model_routes import models_blueprint
+from service.web.api.pages import docs_blueprint, page_blueprint
+from service.web.api.schemas import MAX_STOP_CHARS, ErrorAnswer
+from service.web.api.session_routes import SessionLimits, sessions_blueprint
+from service.web.gate.access import register_access
+from service.web.gate.admission import AdmissionLimit
+from service.web.gate.drain import INTERRUPT_S, Drain
+from service.web.gate.error_responses import register_error_handlers, validation_error_response
+from service.web.gate.guard import register_body_check, register_guard
+from service.web.gate.rate_limit import register_rate_limit
+from service.web.telemetry.collector import ServiceCollector
+from service.web.telemetry.logs import configure_logs
+from service.web.telemetry.metrics import Metrics, register_metrics
 
 if TYPE_CHECKING:
     from service.sessions.redis_store import RedisStore

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from service.client import Client
-from service.web.sse import IDLE_S, PING_S
+from service.web.api.sse import IDLE_S, PING_S
 from tests.harness.programs import free_port
 
 

@@ -12,7 +12,7 @@ from flask.testing import FlaskClient
 
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.server import gunicorn_config
+from service.web.gunicorn.server import gunicorn_config
 from tests.harness.application import client_of
 from tests.harness.balancer import CONFIGURATION
 

@@ -14,7 +14,7 @@ from service.engine.native.binding import load
 from service.engine.native.native_stepper import NativeStepper
 from service.engine.native.rows import Rows
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
-from service.web.schemas import SamplingBody
+from service.web.api.schemas import SamplingBody
 from tests.harness.rows import quantized, row
 
 DECLARED = get_type_hints(SamplingSettings, include_extras=True)

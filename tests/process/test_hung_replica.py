@@ -16,7 +16,7 @@ import pytest
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from service.web.sse import PING_S
+from service.web.api.sse import PING_S
 from tests.harness.balancer import Balancer, balancing, replicas, served_by
 from tests.harness.redis_process import redis_process
 from tests.harness.server import Server, ask

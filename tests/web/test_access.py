@@ -14,11 +14,11 @@ from pydantic import SecretStr
 from service.api_keys import new_key, read_keys
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.access import client_key, is_local, is_open, open_to_all, register_access
 from service.web.app import create_app
-from service.web.drain import Drain
-from service.web.error_responses import register_error_handlers
-from service.web.guard import register_guard
+from service.web.gate.access import client_key, is_local, is_open, open_to_all, register_access
+from service.web.gate.drain import Drain
+from service.web.gate.error_responses import register_error_handlers
+from service.web.gate.guard import register_guard
 from tests.harness.application import client_of
 
 (ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")

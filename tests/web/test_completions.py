@@ -17,11 +17,11 @@ from service.errors import EngineFailed
 from service.registry.loaded_models import LoadedModels
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web import completion_routes
-from service.web.admission import AdmissionLimit
-from service.web.completion_routes import CompletionLimits, completions_blueprint
-from service.web.error_responses import register_error_handlers
-from service.web.schemas import CompletionAnswer, CompletionBody
+from service.web.api import completion_routes
+from service.web.api.completion_routes import CompletionLimits, completions_blueprint
+from service.web.api.schemas import CompletionAnswer, CompletionBody
+from service.web.gate.admission import AdmissionLimit
+from service.web.gate.error_responses import register_error_handlers
 from tests.harness.application import client_of
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 

@@ -10,7 +10,7 @@ from flask.testing import FlaskClient
 
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.drain import INTERRUPT_S, Drain
+from service.web.gate.drain import INTERRUPT_S, Drain
 from tests.harness.application import client_of
 from tests.harness.wait import wait_until
 

@@ -7,7 +7,7 @@ from flask import Flask
 
 from service import errors
 from service.errors import GruServeError
-from service.web.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, error_response, status_of
+from service.web.gate.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, error_response, status_of
 
 # What clients rely on. A line may be added; none may change.
 CONTRACT = {

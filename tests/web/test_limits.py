@@ -22,11 +22,11 @@ from service.api_keys import new_key
 from service.errors import InvalidSettings, Overloaded, TooManyStreams
 from service.settings import Settings, read_settings
 from service.store.model_store import ModelStore
-from service.web.admission import AdmissionLimit
-from service.web.drain import Drain
-from service.web.error_responses import register_error_handlers
-from service.web.guard import register_guard
-from service.web.rate_limit import register_rate_limit
+from service.web.gate.admission import AdmissionLimit
+from service.web.gate.drain import Drain
+from service.web.gate.error_responses import register_error_handlers
+from service.web.gate.guard import register_guard
+from service.web.gate.rate_limit import register_rate_limit
 from tests.harness.application import client_of
 from tests.harness.wait import wait_until
 

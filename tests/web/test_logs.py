@@ -15,7 +15,7 @@ from service.api_keys import new_key
 from service.generation.completion import Completion
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.logs import Unquoted
+from service.web.telemetry.logs import Unquoted
 from tests.harness.application import client_of
 
 KEY, ENTRY = new_key("alice")

@@ -16,8 +16,8 @@ from service import __version__
 from service.engine.counters import Buckets
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.collector import add_buckets
-from service.web.metrics import Metrics, StoreMetrics
+from service.web.telemetry.collector import add_buckets
+from service.web.telemetry.metrics import Metrics, StoreMetrics
 from tests.harness.application import client_of
 from tests.harness.models import publish_tiny
 from tests.harness.wait import wait_until

@@ -19,7 +19,7 @@ from service.generation import completion
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from service.web.error_responses import STATUS
+from service.web.gate.error_responses import STATUS
 from tests.harness.application import client_of
 from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
@@ -144,7 +144,7 @@ def test_log__has_one_line_per_request_and_no_text_of_the_user(
 ) -> None:
     with caplog.at_level(logging.INFO):
         client.post("/v1/completions", json={"prompt": "Secret love", "max_tokens": 1, "user": "Juliet"})
-    lines = [str(record.msg) for record in caplog.records if record.name == "service.web.guard"]
+    lines = [str(record.msg) for record in caplog.records if record.name == "service.web.gate.guard"]
     assert len(lines) == 1
     assert "/v1/completions" in lines[0]
     assert "request_id" in lines[0]

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from service.web.sse import _with_pings, event
+from service.web.api.sse import _with_pings, event
 
 
 def test_event__is_framed_with_its_kind_and_data() -> None:

@@ -11,8 +11,8 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
 from service.settings import SPARE_THREADS, Settings
-from service.web.logs import configure_logs
-from service.web.worker import worker_with_deadlines
+from service.web.gunicorn.worker import worker_with_deadlines
+from service.web.telemetry.logs import configure_logs
 
 log = structlog.get_logger(__name__)
 

@@ -8,10 +8,10 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import GruServeError, NotReady
 from service.registry.loaded_models import LoadedModels
 from service.sessions.session_store import SessionStore
-from service.web.access import open_to_all
-from service.web.drain import Drain
-from service.web.error_responses import error_response
-from service.web.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQuery
+from service.web.api.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQuery
+from service.web.gate.access import open_to_all
+from service.web.gate.drain import Drain
+from service.web.gate.error_responses import error_response
 
 
 def health_blueprint(

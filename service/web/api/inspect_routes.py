@@ -12,11 +12,11 @@ from pydantic_core import to_json
 
 from service.errors import InvalidValue
 from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
-from service.web import inspect_schemas as schemas
-from service.web.access import current_owner
-from service.web.admission import AdmissionLimit
-from service.web.completion_answer import logprobs_of
-from service.web.schemas import ERRORS, ErrorAnswer
+from service.web.api import inspect_schemas as schemas
+from service.web.api.completion_answer import logprobs_of
+from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.gate.access import current_owner
+from service.web.gate.admission import AdmissionLimit
 
 _MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
 

@@ -18,12 +18,12 @@ from service.generation.session_service import FeedRequest, NewSession, SessionS
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels
 from service.sessions.session import SessionKey
-from service.web import session_schemas as schemas
-from service.web.access import client_key, current_owner
-from service.web.admission import AdmissionLimit
-from service.web.schemas import ERRORS, ErrorAnswer
-from service.web.session_answer import feed_answer, run_answer, run_events, session_answer
-from service.web.sse import client_monitor, stream_response
+from service.web.api import session_schemas as schemas
+from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.api.session_answer import feed_answer, run_answer, run_events, session_answer
+from service.web.api.sse import client_monitor, stream_response
+from service.web.gate.access import client_key, current_owner
+from service.web.gate.admission import AdmissionLimit
 
 _ERRORS = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, Field
 
 from service.errors import Forbidden
 from service.registry.version_resolver import Resolution, VersionResolver
-from service.web.access import current_owner, is_local
-from service.web.schemas import ERRORS, Body, ErrorAnswer
+from service.web.api.schemas import ERRORS, Body, ErrorAnswer
+from service.web.gate.access import current_owner, is_local
 
 
 class ReloadBody(Body):

@@ -10,8 +10,8 @@ from weakref import WeakSet
 
 from gunicorn.workers import gthread
 
-from service.web.connection import Connection, set_limits
-from service.web.drain import Drain
+from service.web.gate.drain import Drain
+from service.web.gunicorn.connection import Connection, set_limits
 
 _DRAIN_POLL_S = 0.05
 _LINGER_S = 2.0  # how long idle connections stay open after the drain: a request may be on its way on one of them

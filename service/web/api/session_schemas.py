@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
-from service.web.schemas import Body, Logprobs, SamplingBody, Usage
+from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600

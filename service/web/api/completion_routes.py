@@ -11,12 +11,12 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.web import schemas
-from service.web.access import client_key
-from service.web.admission import AdmissionLimit
-from service.web.completion_answer import CompletionAnswer
-from service.web.schemas import ERRORS, MAX_CHOICES, CompletionBody
-from service.web.sse import client_monitor, stream_response
+from service.web.api import schemas
+from service.web.api.completion_answer import CompletionAnswer
+from service.web.api.schemas import ERRORS, MAX_CHOICES, CompletionBody
+from service.web.api.sse import client_monitor, stream_response
+from service.web.gate.access import client_key
+from service.web.gate.admission import AdmissionLimit
 
 _MAX_SCORES = 2_000_000  # log-probabilities in one answer; all are in memory until it is complete
 

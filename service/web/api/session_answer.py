@@ -14,11 +14,11 @@ from service.errors import Draining, GruServeError
 from service.generation.run_stream import RunStream
 from service.generation.session_service import FeedResult
 from service.sessions.session import SessionSummary
-from service.web import session_schemas as schemas
-from service.web.completion_answer import logprobs_of
-from service.web.error_responses import body_of, error_response
-from service.web.schemas import Usage
-from service.web.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.api import session_schemas as schemas
+from service.web.api.completion_answer import logprobs_of
+from service.web.api.schemas import Usage
+from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.gate.error_responses import body_of, error_response
 
 log = structlog.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from flask import Flask, Response, request
 from flask_limiter import Limiter, RequestLimit
 
 from service.errors import InvalidSettings
-from service.web.access import client_key
-from service.web.error_responses import error_response
+from service.web.gate.access import client_key
+from service.web.gate.error_responses import error_response
 
 _STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
 _MAX_CONNECTIONS = 2**31 - 1  # every request uses one for a moment, so the number of threads is the limit

@@ -9,7 +9,7 @@ from flask_openapi import APIBlueprint, Tag
 from service.errors import GruServeError, ModelNotFound
 from service.registry.loaded_models import LoadedModels
 from service.store.model_store import Description
-from service.web.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
+from service.web.api.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 
 log = structlog.get_logger(__name__)
 

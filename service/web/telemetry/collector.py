@@ -18,8 +18,8 @@ from prometheus_client.registry import Collector
 from service import __version__
 from service.engine.counters import Buckets
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.web.admission import AdmissionLimit
-from service.web.metrics import PREFIX
+from service.web.gate.admission import AdmissionLimit
+from service.web.telemetry.metrics import PREFIX
 
 
 class CountedStore(Protocol):

@@ -10,9 +10,9 @@ from pathlib import Path
 import flask_openapi_swagger
 from flask import Blueprint, Response, current_app, jsonify, send_from_directory
 
-from service.web.access import open_to_all
+from service.web.gate.access import open_to_all
 
-_STATIC = Path(__file__).parent / "static"
+_STATIC = Path(__file__).parents[1] / "static"
 _PLAYGROUND = _STATIC / "page"
 _SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
 _SAME_HOST = "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

@@ -16,7 +16,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from service.web.guard import HTTP_METHODS
+from service.web.gate.guard import HTTP_METHODS
 
 PREFIX = "gru_serve:"
 _FIRST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

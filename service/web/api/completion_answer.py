@@ -16,9 +16,9 @@ from service.errors import GruServeError
 from service.generation.completion import Completion, CompletionChunk
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
-from service.web import schemas
-from service.web.error_responses import body_of, error_response
-from service.web.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.api import schemas
+from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.gate.error_responses import body_of, error_response
 
 log = structlog.get_logger(__name__)
 

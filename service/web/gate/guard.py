@@ -15,8 +15,8 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException
 
-from service.web.drain import Drain
-from service.web.error_responses import error_response
+from service.web.gate.drain import Drain
+from service.web.gate.error_responses import error_response
 
 log = structlog.get_logger(__name__)
 
