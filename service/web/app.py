@@ -24,14 +24,15 @@ from service.sessions.session_store import StoreObserver
 from service.sessions.text import Retention
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.store.model_store import ModelStore
-from service.web.api.admin_routes import admin_blueprint
-from service.web.api.completion_routes import CompletionLimits, completions_blueprint
-from service.web.api.health_routes import health_blueprint
-from service.web.api.inspect_routes import inspect_blueprint
-from service.web.api.model_routes import models_blueprint
-from service.web.api.pages import docs_blueprint, page_blueprint
+from service.web.api.admin_routes import AdminRoutes
+from service.web.api.completion_routes import CompletionLimits, CompletionRoutes
+from service.web.api.health_routes import HealthRoutes
+from service.web.api.inspect_routes import InspectRoutes
+from service.web.api.metric_routes import MetricRoutes
+from service.web.api.model_routes import ModelRoutes
+from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.schemas import MAX_STOP_CHARS, ErrorAnswer
-from service.web.api.session_routes import SessionLimits, sessions_blueprint
+from service.web.api.session_routes import SessionLimits, SessionRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
@@ -97,7 +98,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_texts=settings.max_batch + settings.max_queue,
     )
     admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
-    app.register_api(completions_blueprint(models, settings.model, limits, admission))
+    CompletionRoutes(models, settings.model, limits, admission).register(app)
     closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, closing)
@@ -108,13 +109,17 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
-    app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, admission))
-    app.register_api(inspect_blueprint(Inspector(models, sessions.get, sealer), settings.model, admission))
-    app.register_api(models_blueprint(models))
-    app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
-    app.register_api(admin_blueprint(models.resolver))
-    app.register_blueprint(docs_blueprint())
-    app.register_blueprint(page_blueprint())
+    for resource in (
+        SessionRoutes(sessions, models, settings.model, session_limits, admission),
+        InspectRoutes(Inspector(models, sessions.get, sealer), settings.model, admission),
+        ModelRoutes(models),
+        HealthRoutes(models, settings.model, store, drain, kernel.name),
+        AdminRoutes(models.resolver),
+        MetricRoutes(metrics.exposition),
+        DocsRoutes(),
+        PageRoutes(),
+    ):
+        resource.register(app)
     metrics.registry.register(ServiceCollector(models, store, admission, kernel.name))
     if settings.model_poll_s:
         closing.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)

@@ -15,10 +15,11 @@ from service.api_keys import new_key, read_keys
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from service.web.gate.access import client_key, is_local, is_open, open_to_all, register_access
+from service.web.gate.access import client_key, is_local, register_access
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import register_error_handlers
 from service.web.gate.guard import register_guard
+from service.web.gate.route import Route, route_of
 from tests.harness.application import client_of
 
 (ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
@@ -126,30 +127,35 @@ def test_session__id_can_be_used_by_two_owners_who_see_only_their_own(closed: Fl
     assert [session["id"] for session in bobs] == ["mine"]
 
 
-def test_new_route__needs_a_key_unless_marked_open() -> None:
+def test_new_route__needs_a_key_unless_declared_open() -> None:
     app = Flask(__name__)
     register_guard(app, Drain(0, 0))
     register_access(app, read_keys(ALICE_ENTRY, None))
     register_error_handlers(app)
 
     @app.get("/open")
-    @open_to_all
+    @Route("GET", "/open", open=True)
     def open_view() -> str:
         return "open"
 
     @app.get("/new")
+    @Route("GET", "/new")
     def new_view() -> str:
         return "new"
 
+    @app.get("/undeclared")
+    def undeclared_view() -> str:
+        return "undeclared"
+
     client = app.test_client()
     assert client.get("/open").text == "open"
-    assert client.get("/new").status_code == 401
+    assert client.get("/new").status_code == client.get("/undeclared").status_code == 401
     assert client.get("/new", headers=bearer(ALICE)).text == "new"
 
 
-def test_is_open__holds_only_for_health_and_the_page(closed: FlaskClient) -> None:
-    app = closed.application
-    open_endpoints = {name for name in app.view_functions if is_open(app, name)}
+def test_open_routes__are_only_health_and_the_page(closed: FlaskClient) -> None:
+    declared = {name: route_of(view) for name, view in closed.application.view_functions.items()}
+    open_endpoints = {name for name, route in declared.items() if route is not None and route.open}
     assert open_endpoints == {"health.healthz", "health.readyz", "page.page", "page.part"}
 
 

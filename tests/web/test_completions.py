@@ -18,7 +18,7 @@ from service.registry.loaded_models import LoadedModels
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.api import completion_routes
-from service.web.api.completion_routes import CompletionLimits, completions_blueprint
+from service.web.api.completion_routes import CompletionLimits, CompletionRoutes
 from service.web.api.schemas import CompletionAnswer, CompletionBody
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.error_responses import register_error_handlers
@@ -243,7 +243,7 @@ def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    app.register_api(completions_blueprint(models, "tiny", limits, AdmissionLimit(1)))
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1)).register(app)
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

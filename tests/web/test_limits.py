@@ -27,6 +27,7 @@ from service.web.gate.drain import Drain
 from service.web.gate.error_responses import register_error_handlers
 from service.web.gate.guard import register_guard
 from service.web.gate.rate_limit import register_rate_limit
+from service.web.gate.route import Route
 from tests.harness.application import client_of
 from tests.harness.wait import wait_until
 
@@ -131,6 +132,7 @@ def replica(rate: str, port: int) -> Iterator[Replica]:
     register_error_handlers(app)
 
     @app.post("/start")
+    @Route("POST", "/start", counts_as_start=True)
     def start() -> str:
         return ""
 

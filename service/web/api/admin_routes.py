@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from flask import Response
-from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel, Field
 
 from service.errors import Forbidden
 from service.registry.version_resolver import Resolution, VersionResolver
+from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, Body, ErrorAnswer
 from service.web.gate.access import current_owner, is_local
+from service.web.gate.route import Route
 
 
 class ReloadBody(Body):
@@ -34,13 +35,24 @@ class ReloadAnswer(BaseModel):
     data: list[ServedName]
 
 
-def admin_blueprint(resolver: VersionResolver) -> APIBlueprint:
+class AdminRoutes(Resource):
     """The routes for operators of the server."""
-    responses = ERRORS | {"403": ErrorAnswer}
-    blueprint = APIBlueprint("admin", __name__, abp_tags=[Tag(name="admin")], abp_responses=responses)
 
-    @blueprint.post("/admin/reload", summary="Serve new model versions", responses={"200": ReloadAnswer})
-    def reload(body: ReloadBody) -> Response:  # noqa: ARG001 - the schema refuses every field
+    name = "admin"
+    errors = ERRORS | {"403": ErrorAnswer}
+
+    def __init__(self, resolver: VersionResolver) -> None:
+        self._resolver = resolver
+
+    @Route(
+        "POST",
+        "/admin/reload",
+        "Serve new model versions",
+        {"200": ReloadAnswer},
+        starts_work=True,
+        counts_as_start=True,
+    )
+    def reload(self, body: ReloadBody) -> Response:  # noqa: ARG002 - the schema refuses every field
         """Look up each model name in the store again, and load the version that it refers to now.
 
         If a version can't be loaded, the previous one stays in service. Needs an API key. On a server without API keys
@@ -48,10 +60,8 @@ def admin_blueprint(resolver: VersionResolver) -> APIBlueprint:
         """
         if not current_owner() and not is_local():
             raise Forbidden("this server has no API keys, so it accepts this request only from its own machine")
-        answer = ReloadAnswer(data=[_served_name(resolution) for resolution in resolver.refresh()])
+        answer = ReloadAnswer(data=[_served_name(resolution) for resolution in self._resolver.refresh()])
         return Response(answer.model_dump_json(), mimetype="application/json")
-
-    return blueprint
 
 
 def _served_name(resolution: Resolution) -> ServedName:

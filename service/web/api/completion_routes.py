@@ -6,17 +6,18 @@ import secrets
 from dataclasses import dataclass
 
 from flask import Response
-from flask_openapi import APIBlueprint, Tag
 
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web.api import schemas
 from service.web.api.completion_answer import CompletionAnswer
+from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, MAX_CHOICES, CompletionBody
 from service.web.api.sse import client_monitor, stream_response
 from service.web.gate.access import client_key
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.route import Route
 
 _MAX_SCORES = 2_000_000  # log-probabilities in one answer; all are in memory until it is complete
 
@@ -30,33 +31,46 @@ class CompletionLimits:
     max_texts: int  # prompts x continuations: as many texts as an engine accepts, running and queued
 
 
-def completions_blueprint(
-    models: LoadedModels, default_model: str, limits: CompletionLimits, admission: AdmissionLimit
-) -> APIBlueprint:
+class CompletionRoutes(Resource):
     """The route of completions."""
-    blueprint = APIBlueprint("completions", __name__, abp_tags=[Tag(name="completions")], abp_responses=ERRORS)
 
-    @blueprint.post("/v1/completions", summary="Continue a text", responses={"200": schemas.CompletionAnswer})
-    def create(body: CompletionBody) -> Response:
+    name = "completions"
+    errors = ERRORS
+
+    def __init__(
+        self, models: LoadedModels, default_model: str, limits: CompletionLimits, admission: AdmissionLimit
+    ) -> None:
+        self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
+
+    @Route(
+        "POST",
+        "/v1/completions",
+        "Continue a text",
+        {"200": schemas.CompletionAnswer},
+        starts_work=True,
+        counts_as_start=True,
+        streams=True,
+    )
+    def create(self, body: CompletionBody) -> Response:
         """Read the prompt, character by character, then draw the characters that follow.
 
         With `stream` the answer is a stream of server-sent events. Each has the text that was generated since the
         previous one; the last is `[DONE]`.
         """
-        _check(body, limits)
-        model = models.get(body.model if body.model is not None else default_model)
-        request = _completion_request(model, body, limits)
+        _check(body, self._limits)
+        model = self._models.get(body.model if body.model is not None else self._default_model)
+        request = _completion_request(model, body, self._limits)
         streaming_client = client_key() if body.stream else None
-        admission.acquire(streaming_client)
+        self._admission.acquire(streaming_client)
         try:
             completion = Completion(model, request)
         except BaseException:
-            admission.release(streaming_client)
+            self._admission.release(streaming_client)
             raise
 
         def close() -> None:
             completion.cancel()
-            admission.release(streaming_client)
+            self._admission.release(streaming_client)
 
         answer = CompletionAnswer(model, completion)
         if body.stream:
@@ -66,8 +80,6 @@ def completions_blueprint(
             return answer.whole(client_monitor())
         finally:
             close()
-
-    return blueprint
 
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:

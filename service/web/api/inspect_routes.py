@@ -6,7 +6,6 @@ import base64
 
 import numpy as np
 from flask import Response
-from flask_openapi import APIBlueprint, Tag
 from numpy.typing import NDArray
 from pydantic_core import to_json
 
@@ -14,33 +13,42 @@ from service.errors import InvalidValue
 from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
 from service.web.api import inspect_schemas as schemas
 from service.web.api.completion_answer import logprobs_of
+from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.route import Route
 
 _MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
 
 
-def inspect_blueprint(inspector: Inspector, default_model: str, admission: AdmissionLimit) -> APIBlueprint:
+class InspectRoutes(Resource):
     """The route of inspections."""
-    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
-    blueprint = APIBlueprint("inspect", __name__, abp_tags=[Tag(name="inspect")], abp_responses=errors)
-    inspections = AdmissionLimit(_MAX_INSPECTIONS)
 
-    @blueprint.post(
-        "/v1/inspect", summary="Inspect the states of the network", responses={"200": schemas.InspectAnswer}
+    name = "inspect"
+    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
+
+    def __init__(self, inspector: Inspector, default_model: str, admission: AdmissionLimit) -> None:
+        self._inspector, self._default_model, self._admission = inspector, default_model, admission
+        self._inspections = AdmissionLimit(_MAX_INSPECTIONS)
+
+    @Route(
+        "POST",
+        "/v1/inspect",
+        "Inspect the states of the network",
+        {"200": schemas.InspectAnswer},
+        starts_work=True,
+        counts_as_start=True,
     )
-    def inspect(body: schemas.InspectBody) -> Response:
+    def inspect(self, body: schemas.InspectBody) -> Response:
         """Read a text, or part of a session's text, and return the hidden state after each character.
 
         The session is not changed. One call covers at most 2,048 characters, and fewer if the model has more than 4,096
         units in all its layers.
         """
-        inspection_request = _inspection_request(body, default_model)
-        with admission, inspections:
-            return _answer(inspector.inspect(current_owner(), inspection_request))
-
-    return blueprint
+        inspection_request = _inspection_request(body, self._default_model)
+        with self._admission, self._inspections:
+            return _answer(self._inspector.inspect(current_owner(), inspection_request))
 
 
 def _inspection_request(body: schemas.InspectBody, default_model: str) -> InspectionRequest:

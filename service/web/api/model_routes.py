@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import structlog
 from flask import Response
-from flask_openapi import APIBlueprint, Tag
 
 from service.errors import GruServeError, ModelNotFound
 from service.registry.loaded_models import LoadedModels
 from service.store.model_store import Description
+from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
+from service.web.gate.route import Route
 
 log = structlog.get_logger(__name__)
 
 
-def models_blueprint(models: LoadedModels) -> APIBlueprint:
+class ModelRoutes(Resource):
     """The routes of models, which describe the versions in the model store."""
-    store = models.store
-    blueprint = APIBlueprint("models", __name__, abp_tags=[Tag(name="models")], abp_responses=ERRORS)
 
-    @blueprint.get("/v1/models", summary="List model versions", responses={"200": ModelsAnswer})
-    def index() -> Response:
+    name = "models"
+    errors = ERRORS
+
+    def __init__(self, models: LoadedModels) -> None:
+        self._models, self._store = models, models.store
+
+    @Route("GET", "/v1/models", "List model versions", {"200": ModelsAnswer})
+    def index(self) -> Response:
         """List every version in the model store. Damaged versions are left out, and the server logs them."""
-        data = []
+        store, data = self._store, []
         for version in [version for name in store.names() for version in store.versions(name)]:
             try:
                 data.append(_answer(store.describe(version)))
@@ -32,12 +37,10 @@ def models_blueprint(models: LoadedModels) -> APIBlueprint:
                 log.warning("model not listed", model=version.ref, error=error.message)
         return _json(ModelsAnswer(data=data))
 
-    @blueprint.get("/v1/models/<id>", summary="Show a model version", responses={"200": ModelAnswer})
-    def show(path: ModelPath) -> Response:
+    @Route("GET", "/v1/models/<id>", "Show a model version", {"200": ModelAnswer})
+    def show(self, path: ModelPath) -> Response:
         """Describe the version that `name`, `name@version` or `name@alias` refers to on this server now."""
-        return _json(_answer(store.describe(models.resolve(path.id))))
-
-    return blueprint
+        return _json(_answer(self._store.describe(self._models.resolve(path.id))))
 
 
 def _answer(description: Description) -> ModelAnswer:

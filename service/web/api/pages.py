@@ -8,9 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import flask_openapi_swagger
-from flask import Blueprint, Response, current_app, jsonify, send_from_directory
+from flask import Response, current_app, jsonify, send_from_directory
 
-from service.web.gate.access import open_to_all
+from service.web.api.resource import Resource
+from service.web.gate.route import Route
 
 _STATIC = Path(__file__).parents[1] / "static"
 _PLAYGROUND = _STATIC / "page"
@@ -27,42 +28,43 @@ _DOCS_CSP = (
 )
 
 
-def page_blueprint() -> Blueprint:
+class PageRoutes(Resource):
     """The page at /. Loading it needs no API key: the page asks its user for one when a request is refused."""
-    blueprint = Blueprint("page", __name__)
 
-    @blueprint.get("/")
-    @open_to_all
-    def page() -> Response:
+    name = "page"
+
+    @Route("GET", "/", open=True)
+    def page(self) -> Response:
+        """Return the page."""
         return _playground_file("page.html")
 
-    @blueprint.get("/page/<path:asset>")
-    @open_to_all
-    def part(asset: str) -> Response:
+    @Route("GET", "/page/<path:asset>", open=True)
+    def part(self, asset: str) -> Response:
+        """Return a file of the page."""
         return _playground_file(asset)
 
-    return blueprint
 
-
-def docs_blueprint() -> Blueprint:
+class DocsRoutes(Resource):
     """The OpenAPI description, and Swagger UI to read it with."""
-    blueprint = Blueprint("docs", __name__)
 
-    @blueprint.get("/openapi.json")
-    def description() -> Response:
+    name = "docs"
+
+    @Route("GET", "/openapi.json")
+    def description(self) -> Response:
+        """Return the description of all documented routes."""
         return jsonify(current_app.api_doc)  # type: ignore[attr-defined]
 
-    @blueprint.get("/docs")
-    def page() -> Response:
+    @Route("GET", "/docs")
+    def page(self) -> Response:
+        """Return Swagger UI."""
         response = send_from_directory(_STATIC, "docs.html")
         response.headers["Content-Security-Policy"] = _DOCS_CSP
         return response
 
-    @blueprint.get("/docs/<path:asset>")
-    def assets(asset: str) -> Response:
+    @Route("GET", "/docs/<path:asset>")
+    def assets(self, asset: str) -> Response:
+        """Return a file of Swagger UI."""
         return send_from_directory(_STATIC if asset == "docs.js" else _SWAGGER, asset)
-
-    return blueprint
 
 
 def _playground_file(name: str) -> Response:

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from flask import Response, request
-from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel
-from werkzeug.exceptions import MethodNotAllowed
 
 from service.errors import InvalidValue
 from service.generation.run_stream import RunStream
@@ -19,13 +17,13 @@ from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels
 from service.sessions.session import SessionKey
 from service.web.api import session_schemas as schemas
+from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.api.session_answer import feed_answer, run_answer, run_events, session_answer
 from service.web.api.sse import client_monitor, stream_response
 from service.web.gate.access import client_key, current_owner
 from service.web.gate.admission import AdmissionLimit
-
-_ERRORS = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
+from service.web.gate.route import Route
 
 
 @dataclass(frozen=True)
@@ -36,79 +34,113 @@ class SessionLimits:
     max_text_chars: int  # characters of the text that a request may bring
 
 
-def sessions_blueprint(
-    sessions: SessionService, models: LoadedModels, default_model: str, limits: SessionLimits, admission: AdmissionLimit
-) -> APIBlueprint:
+class SessionRoutes(Resource):
     """The routes of sessions."""
-    blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
 
-    def create(session_id: str | None, body: schemas.CreateBody) -> Response:
-        _check_length(body.text, limits)
-        model = body.model if body.model is not None or body.state is not None else default_model
+    name = "sessions"
+    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
+
+    def __init__(
+        self,
+        sessions: SessionService,
+        models: LoadedModels,
+        default_model: str,
+        limits: SessionLimits,
+        admission: AdmissionLimit,
+    ) -> None:
+        self._sessions, self._models, self._default_model = sessions, models, default_model
+        self._limits, self._admission = limits, admission
+
+    def _create(self, session_id: str | None, body: schemas.CreateBody) -> Response:
+        _check_length(body.text, self._limits)
+        model = body.model if body.model is not None or body.state is not None else self._default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
-        with admission, _blaming("text"):
-            session, is_new = sessions.create(current_owner(), new, client_monitor())
+        with self._admission, _blaming("text"):
+            session, is_new = self._sessions.create(current_owner(), new, client_monitor())
         return _json(session_answer(session.summary), 201 if is_new else 200)
 
-    @blueprint.post("/v1/sessions", summary="Create a session", responses={"201": schemas.SessionAnswer})
-    def create_anywhere(body: schemas.CreateBody) -> Response:
-        """Create a session under a random id, and read its initial text."""
-        return create(None, body)
-
-    @blueprint.put(
-        "/v1/sessions/<id>",
-        summary="Create a session under an id of your own",
-        responses={"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
+    @Route(
+        "POST",
+        "/v1/sessions",
+        "Create a session",
+        {"201": schemas.SessionAnswer},
+        starts_work=True,
+        counts_as_start=True,
     )
-    def create_here(path: schemas.SessionPath, body: schemas.CreateBody) -> Response:
+    def create_anywhere(self, body: schemas.CreateBody) -> Response:
+        """Create a session under a random id, and read its initial text."""
+        return self._create(None, body)
+
+    @Route(
+        "PUT",
+        "/v1/sessions/<id>",
+        "Create a session under an id of your own",
+        {"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
+        starts_work=True,
+        counts_as_start=True,
+    )
+    def create_here(self, path: schemas.SessionPath, body: schemas.CreateBody) -> Response:
         """Create a session, and read its initial text.
 
         Repeating the request with the same body changes nothing, and answers 200 instead of 201.
         """
-        return create(path.id, body)
+        return self._create(path.id, body)
 
-    @blueprint.get("/v1/sessions", summary="List your sessions", responses={"200": schemas.SessionsAnswer})
-    def index(query: schemas.PageQuery) -> Response:
+    @Route("GET", "/v1/sessions", "List your sessions", {"200": schemas.SessionsAnswer})
+    def index(self, query: schemas.PageQuery) -> Response:
         """List your sessions in the order of their ids, in pages."""
-        page = sessions.page(current_owner(), query.after, query.limit + 1)
+        page = self._sessions.page(current_owner(), query.after, query.limit + 1)
         data = [session_answer(session) for session in page[: query.limit]]
         return _json(schemas.SessionsAnswer(data=data, has_more=len(page) > query.limit))
 
-    @blueprint.get("/v1/sessions/<id>", summary="Show a session", responses={"200": schemas.SessionAnswer})
-    def show(path: schemas.SessionPath) -> Response:
+    @Route("GET", "/v1/sessions/<id>", "Show a session", {"200": schemas.SessionAnswer})
+    def show(self, path: schemas.SessionPath) -> Response:
         """Describe a session. While text is being generated, describe it as it was before."""
-        return _json(session_answer(sessions.get(_key(path)).summary))
+        return _json(session_answer(self._sessions.get(_key(path)).summary))
 
-    @blueprint.delete("/v1/sessions/<id>", summary="Delete a session", responses={"204": None})
-    def forget(path: schemas.SessionPath) -> Response:
+    @Route("DELETE", "/v1/sessions/<id>", "Delete a session", {"204": None}, starts_work=True)
+    def forget(self, path: schemas.SessionPath) -> Response:
         """Delete a session with its text and its state."""
-        sessions.delete(_key(path))
+        self._sessions.delete(_key(path))
         return Response(status=204)
 
-    @blueprint.get("/v1/sessions/<id>/text", summary="Read a session's text", responses={"200": schemas.TextAnswer})
-    def text(path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
+    @Route("GET", "/v1/sessions/<id>/text", "Read a session's text", {"200": schemas.TextAnswer})
+    def text(self, path: schemas.SessionPath, query: schemas.TextQuery) -> Response:
         """Return the session's text, or a part of it. Only the most recent text is retained."""
-        content, start, end = sessions.text(_key(path), query.start, query.end)
+        content, start, end = self._sessions.text(_key(path), query.start, query.end)
         return _json(schemas.TextAnswer(text=content, start=start, end=end))
 
-    @blueprint.post("/v1/sessions/<id>/feed", summary="Append text to a session", responses={"200": schemas.FeedAnswer})
-    def feed(path: schemas.SessionPath, body: schemas.FeedBody) -> Response:
+    @Route(
+        "POST",
+        "/v1/sessions/<id>/feed",
+        "Append text to a session",
+        {"200": schemas.FeedAnswer},
+        starts_work=True,
+        counts_as_start=True,
+    )
+    def feed(self, path: schemas.SessionPath, body: schemas.FeedBody) -> Response:
         """Read more text into the session, and answer the characters that are likely to follow.
 
         A feed with a `position` can be repeated: if the session holds this text there already, the answer is the same
         and nothing is read twice.
         """
-        _check_length(body.text, limits)
+        _check_length(body.text, self._limits)
         feed_request = FeedRequest(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
-        with admission, _blaming("text"):
-            return feed_answer(sessions.feed(_key(path), feed_request, client_monitor()))
+        with self._admission, _blaming("text"):
+            return feed_answer(self._sessions.feed(_key(path), feed_request, client_monitor()))
 
-    @blueprint.post(
-        "/v1/sessions/<id>/generate", summary="Continue a session's text", responses={"200": schemas.GenerateAnswer}
+    @Route(
+        "POST",
+        "/v1/sessions/<id>/generate",
+        "Continue a session's text",
+        {"200": schemas.GenerateAnswer},
+        starts_work=True,
+        counts_as_start=True,
+        streams=True,
     )
-    def generate(path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
+    def generate(self, path: schemas.SessionPath, body: schemas.GenerateBody) -> Response:
         """Generate characters, which become part of the session's text. This is called a run.
 
         With `stream` the answer is a stream of server-sent events. The id of each event `text` is the position after
@@ -117,54 +149,55 @@ def sessions_blueprint(
         With `position` the request can be repeated: a run that the same request began there is resumed, not started
         again.
         """
-        if not 0 < body.max_tokens <= limits.max_tokens:
-            raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
+        if not 0 < body.max_tokens <= self._limits.max_tokens:
+            raise InvalidValue(f"max_tokens: 1 to {self._limits.max_tokens} characters a request", param="max_tokens")
 
         def charset() -> Charset:
-            session = sessions.get(_key(path))
-            return models.for_state(session.model, session.identity).charset
+            session = self._sessions.get(_key(path))
+            return self._models.for_state(session.model, session.identity).charset
 
         run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
         streaming_client = client_key() if body.stream else None
-        admission.acquire(streaming_client)
+        self._admission.acquire(streaming_client)
         try:
             client_has_left = client_monitor()
-            stream = sessions.runs.generate(_key(path), run_request, body.position, client_has_left)
+            stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_has_left)
         except BaseException:
-            admission.release(streaming_client)
+            self._admission.release(streaming_client)
             raise
-        return deliver(stream, streaming_client)
+        return self._deliver(stream, streaming_client)
 
-    @blueprint.get(
+    @Route(
+        "GET",
         "/v1/sessions/<id>/generate",
-        summary="Resume a stream",
-        responses={"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        "Resume a stream",
+        {"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        starts_work=True,
+        streams=True,
     )
-    def resume(path: schemas.SessionPath, query: schemas.ResumeQuery) -> Response:
+    def resume(self, path: schemas.SessionPath, query: schemas.ResumeQuery) -> Response:
         """Stream the last run from a position on: first the characters that were generated already, then new ones.
 
         A run that was interrupted is continued with its original settings. If another connection still streams the run,
         that connection gets an error and this one takes over.
         """
-        if request.method == "HEAD":  # Flask would handle it as GET, which takes the stream from its connection
-            raise MethodNotAllowed(valid_methods=["GET", "POST"])
         streaming_client = client_key()
-        admission.acquire(streaming_client)
+        self._admission.acquire(streaming_client)
         try:
-            stream = sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
+            stream = self._sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
         except BaseException:
-            admission.release(streaming_client)
+            self._admission.release(streaming_client)
             raise
-        return deliver(stream, streaming_client)
+        return self._deliver(stream, streaming_client)
 
-    def deliver(stream: RunStream, streaming_client: str | None) -> Response:
+    def _deliver(self, stream: RunStream, streaming_client: str | None) -> Response:
         """Answer with a run: as a stream if there is a `streaming_client`, else as one JSON document."""
 
         def close() -> None:
             try:
                 stream.close()
             finally:
-                admission.release(streaming_client)
+                self._admission.release(streaming_client)
 
         if streaming_client is not None:
             return stream_response(run_events(stream, client_monitor()), close)
@@ -173,38 +206,42 @@ def sessions_blueprint(
         finally:
             close()
 
-    @blueprint.post(
-        "/v1/sessions/<id>/rewind", summary="Go back to an earlier position", responses={"200": schemas.SessionAnswer}
+    @Route(
+        "POST",
+        "/v1/sessions/<id>/rewind",
+        "Go back to an earlier position",
+        {"200": schemas.SessionAnswer},
+        starts_work=True,
+        counts_as_start=True,
     )
-    def rewind(path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
+    def rewind(self, path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Delete the text after a retained position. The session is then as it was at that position."""
-        with admission:
-            return _json(session_answer(sessions.rewind(_key(path), body.position).summary))
+        with self._admission:
+            return _json(session_answer(self._sessions.rewind(_key(path), body.position).summary))
 
-    @blueprint.post(
+    @Route(
+        "POST",
         "/v1/sessions/<id>/fork",
-        summary="Copy a session",
-        responses={"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
+        "Copy a session",
+        {"200": schemas.SessionAnswer, "201": schemas.SessionAnswer},
+        starts_work=True,
+        counts_as_start=True,
     )
-    def fork(path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
+    def fork(self, path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
         """Create a session with the same text. Unless another seed is given, its continuations are the same, too."""
-        with admission:
-            session, is_new = sessions.fork(_key(path), body.id, body.position, body.seed)
+        with self._admission:
+            session, is_new = self._sessions.fork(_key(path), body.id, body.position, body.seed)
         return _json(session_answer(session.summary), 201 if is_new else 200)
 
-    @blueprint.get(
-        "/v1/sessions/<id>/state", summary="Export a session's state", responses={"200": schemas.StateAnswer}
-    )
-    def state(path: schemas.SessionPath, query: schemas.StateQuery) -> Response:
+    @Route("GET", "/v1/sessions/<id>/state", "Export a session's state", {"200": schemas.StateAnswer}, starts_work=True)
+    def state(self, path: schemas.SessionPath, query: schemas.StateQuery) -> Response:
         """Return a portable state, from which a new session can be created on any server with the same state key.
 
         It is signed text with the hidden state, the seed and the position. It doesn't contain the session's text.
         """
-        sealed, header = sessions.export(_key(path), query.ttl_s)
+        sealed, header = self._sessions.export(_key(path), query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
-
-    return blueprint
 
 
 @contextmanager

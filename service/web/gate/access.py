@@ -1,33 +1,15 @@
-"""Access control: once API keys are configured, every request needs one, except to routes marked as open to all."""
+"""Access control: once API keys are configured, every request needs one, except to routes that are declared open."""
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
-from typing import Any, TypeVar
 
 import structlog
 from flask import Flask, g, request
 
 from service.api_keys import ApiKeys
 from service.errors import InvalidApiKey
-
-_OPEN = "is_open_to_all"
-View = TypeVar("View", bound=Callable[..., Any])
-
-
-def open_to_all(view: View) -> View:
-    """Mark a view that needs no key. Write this decorator below the one that registers the view."""
-    setattr(view, _OPEN, True)
-    return view
-
-
-def is_open(app: Flask, endpoint: str | None) -> bool:
-    """Return whether an endpoint needs no key.
-
-    A path without a route needs a key too, so that nobody can find out without one which routes exist.
-    """
-    return getattr(app.view_functions.get(endpoint or ""), _OPEN, False)
+from service.web.gate.route import current_route
 
 
 def register_access(app: Flask, keys: ApiKeys | None) -> None:
@@ -36,7 +18,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
     @app.before_request
     def _check_key() -> None:
         g.owner = ""
-        if keys is None or is_open(app, request.endpoint):
+        if keys is None or current_route().open:
             return
         authorization = request.authorization
         token = authorization.token if authorization is not None and authorization.type == "bearer" else None

@@ -13,10 +13,11 @@ from contextlib import suppress
 
 import structlog
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
+from service.web.gate.route import current_route
 
 log = structlog.get_logger(__name__)
 
@@ -39,7 +40,7 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
     @app.before_request
     def _refuse_new_work() -> Response | None:
-        if not drain.has_begun or _is_cheap() or request.routing_exception is not None:
+        if not drain.has_begun or not current_route().starts_work:
             return None
         return error_response(
             "the server is draining before it exits: retry in a second, or on another server", "draining"
@@ -53,10 +54,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
         response.headers.setdefault("Content-Security-Policy", _CSP)
-        is_check = (
-            request.path in ("/healthz", "/readyz") and response.status_code == 200
-        )  # they arrive several times a second
-        (log.debug if is_check else log.info)(
+        is_passed_check = response.status_code == 200 and current_route().is_check
+        (log.debug if is_passed_check else log.info)(
             "request",
             method=request.method if request.method in HTTP_METHODS else "*",
             path=_logged_path(app),
@@ -75,8 +74,15 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
 
     @app.before_request
+    def _refuse_head_of_stream() -> None:
+        # Flask would handle it as GET, which takes a run from the connection that streams it.
+        if request.method == "HEAD" and current_route().streams:
+            methods = app.create_url_adapter(request).allowed_methods()  # type: ignore[union-attr]
+            raise MethodNotAllowed(valid_methods=[method for method in methods if method != "HEAD"])
+
+    @app.before_request
     def _check_body() -> Response | None:
-        if request.method not in ("POST", "PUT", "PATCH") or request.routing_exception is not None:
+        if not current_route().takes_body:
             return None
         if request.content_encoding not in (None, "", "identity"):
             return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
@@ -116,12 +122,6 @@ def _logged_path(app: Flask) -> str:
     # No route, or not with this method: the words of known routes are logged, and all others become "*".
     words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
-
-
-def _is_cheap() -> bool:
-    """Return whether the request only reads what is stored, such as health, metrics or a session's text."""
-    rule = request.url_rule.rule if request.url_rule is not None else ""
-    return request.method in ("GET", "HEAD", "OPTIONS") and not rule.endswith(("/generate", "/state"))
 
 
 def _discard_body() -> None:

@@ -6,22 +6,22 @@ import math
 import time
 from typing import Any
 
-from flask import Flask, Response, request
+from flask import Flask, Response
 from flask_limiter import Limiter, RequestLimit
 
 from service.errors import InvalidSettings
 from service.web.gate.access import client_key
 from service.web.gate.error_responses import error_response
+from service.web.gate.route import current_route
 
 _STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
 _MAX_CONNECTIONS = 2**31 - 1  # every request uses one for a moment, so the number of threads is the limit
-_STARTING = ("POST", "PUT")
 
 
 def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> None:
     """Refuse requests that start work more often than `rate` allows.
 
-    All POST and PUT requests of a client count together; other methods don't count. `rate` is a rate such as
+    All requests of a client to routes that count as a start count together. `rate` is a rate such as
     `600/minute`, or several separated by semicolons; empty sets no limit. `storage_url` says where requests are
     counted: `memory://` counts those of this process, any URL of a Redis server (`redis://`, `rediss://`, `unix://`)
     those of all replicas. Raises InvalidSettings if the URL is invalid.
@@ -48,7 +48,7 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
             client_key,
             app=app,
             application_limits=[rate],
-            application_limits_exempt_when=lambda: request.method not in _STARTING,
+            application_limits_exempt_when=lambda: not current_route().counts_as_start,
             strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
             storage_uri=storage_url,
             storage_options=options,

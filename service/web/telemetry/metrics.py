@@ -1,11 +1,11 @@
-"""GET /metrics. Answers and streams are counted and timed here; `collector` reads the metrics of the other parts."""
+"""Counts and times answers and streams. `collector` reads the metrics of the other parts."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 
-from flask import Blueprint, Flask, Request, Response, g, request
+from flask import Flask, Request, Response, g, request
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -17,6 +17,7 @@ from prometheus_client import (
 )
 
 from service.web.gate.guard import HTTP_METHODS
+from service.web.gate.route import current_route
 
 PREFIX = "gru_serve:"
 _FIRST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -83,6 +84,10 @@ class Metrics:
             buckets=_GAP_S, registry=self.registry,
         )  # fmt: skip
 
+    def exposition(self) -> Response:
+        """Return all metrics in Prometheus' text format."""
+        return Response(generate_latest(self.registry), content_type=CONTENT_TYPE_LATEST)
+
     def count(self, response: Response) -> Response:
         """Count an answer. If it is a stream, its events are timed while they are sent."""
         # The request itself, because each access through Flask's proxy costs 1 us.
@@ -96,9 +101,9 @@ class Metrics:
             counter = self._answers[method, route, status] = self._requests.labels(method, route, status)
         counter.inc()
         if response.mimetype == "text/event-stream":
-            # A resumed stream (GET) begins with text that was generated earlier, so it has no time to first token.
+            # A resumed stream begins with text that was generated earlier, so it has no time to first token.
             chunks: Iterable[bytes] = response.response  # type: ignore[assignment]
-            response.response = self._timed(chunks, began, is_new=method == "POST")
+            response.response = self._timed(chunks, began, is_new=current_route().counts_as_start)
             response.call_on_close(lambda: self._duration(route).observe(time.perf_counter() - began))
         elif status < 400:
             self._duration(route).observe(time.perf_counter() - began)
@@ -125,13 +130,6 @@ class Metrics:
 
 
 def register_metrics(app: Flask, metrics: Metrics) -> None:
-    """Count every answer of the application, and serve the metrics at /metrics."""
-    blueprint = Blueprint("metrics", __name__)
-
-    @blueprint.get("/metrics")
-    def show() -> Response:
-        return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)
-
+    """Count every answer of the application."""
     app.extensions["gru_serve_metrics"] = metrics
     app.after_request(metrics.count)
-    app.register_blueprint(blueprint)

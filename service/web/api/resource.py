@@ -1,0 +1,50 @@
+"""The base class of the resources: registers the routes that a class declares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from flask import Response
+from flask_openapi import APIBlueprint, OpenAPI, Tag
+
+from service.web.gate.route import Route, route_of
+
+
+class Resource:
+    """The routes of one subject. A subclass has a method for each, with a `Route` as its decorator.
+
+    A method gets the validated `path`, `query` and `body`, whichever it has parameters for. Their annotations are the
+    schemas. If the route is not part of the API description, the method gets the variables of the path instead.
+    """
+
+    name: ClassVar[str]  # of the blueprint; in the API description, of the tag
+    errors: ClassVar[Mapping[str | int | HTTPStatus, Any]] = {}  # schemas by status, for all routes of the resource
+
+    def register(self, app: OpenAPI) -> None:
+        """Add the routes to an application."""
+        blueprint = APIBlueprint(self.name, __name__, abp_tags=[Tag(name=self.name)], abp_responses=dict(self.errors))
+        for route, view in self._views():
+            if route.summary is None:
+                blueprint.add_url_rule(route.path, view_func=view, methods=[route.method])
+            else:
+                add = getattr(blueprint, route.method.lower())
+                add(route.path, summary=route.summary, responses=dict(route.responses or {}))(view)
+        app.register_api(blueprint)
+
+    def _views(self) -> Iterator[tuple[Route, Callable[..., Response]]]:
+        """Yield the declared routes in their order, and a function for each: flask_openapi stores fields in it."""
+        for name, member in vars(type(self)).items():
+            route = route_of(member)
+            if route is not None:
+                yield route, _function(getattr(self, name))
+
+
+def _function(method: Callable[..., Response]) -> Callable[..., Response]:
+    @wraps(method)
+    def view(**arguments: Any) -> Response:
+        return method(**arguments)
+
+    return view

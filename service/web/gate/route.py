@@ -1,0 +1,66 @@
+"""What a route is. It is declared once, where the route is defined; gate and telemetry read it from the request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, TypeVar
+
+from flask import current_app, request
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+_ATTRIBUTE = "route"  # of a view: its declaration
+_WITH_BODY = ("POST", "PUT", "PATCH")
+
+
+@dataclass(frozen=True)
+class Route:
+    """A route, and what the service does with its requests before and after the view.
+
+    As a decorator, it makes a function or a method the view of the route.
+    """
+
+    method: str
+    path: str  # in Flask's notation, such as /v1/models/<id>
+    summary: str | None = None  # in the API description; None leaves the route out of it
+    responses: Mapping[str, Any] | None = None  # schemas by status, for the API description
+    _: KW_ONLY
+    open: bool = False  # callers without an API key may use it, although the server has keys
+    starts_work: bool = False  # computes or changes something, so it is refused while the process drains
+    counts_as_start: bool = False  # counts against the rate limit, and a stream of it has a time to first token
+    streams: bool = False  # may answer with a stream of events
+    is_check: bool = False  # called several times a second, so a success is logged at the level debug
+
+    def __call__(self, view: View) -> View:
+        """Attach this declaration to a view."""
+        setattr(view, _ATTRIBUTE, self)
+        return view
+
+    @property
+    def takes_body(self) -> bool:
+        """Whether its requests have a body, which has to be JSON."""
+        return self.method in _WITH_BODY
+
+
+# Where no route was found. It needs a key, so that nobody can find out without one which routes exist.
+NO_ROUTE = Route("", "")
+
+
+def route_of(view: Callable[..., Any] | None) -> Route | None:
+    """Return the declaration of a view, or None if it has none."""
+    declared: Route | None = getattr(view, _ATTRIBUTE, None)
+    return declared
+
+
+def current_route() -> Route:
+    """Return the declaration of the route that the current request has reached.
+
+    Flask itself answers OPTIONS for every path: such a request needs a key where the route does, and starts nothing.
+    """
+    declared = route_of(current_app.view_functions.get(request.endpoint)) if request.endpoint is not None else None
+    if declared is None:
+        return NO_ROUTE
+    if request.method == "OPTIONS":
+        return replace(declared, method="OPTIONS", starts_work=False, counts_as_start=False, streams=False)
+    return declared

@@ -1,0 +1,64 @@
+"""What routes declare: each says what it is where it is defined, and nothing else in the service knows its path."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from flask.testing import FlaskClient
+from werkzeug.routing import Rule
+
+from service.web import gate, telemetry
+from service.web.gate.route import Route, route_of
+
+
+def declared(client: FlaskClient) -> list[tuple[Rule, Route]]:
+    """The rules of the application with the declaration of each. Fails if one has none."""
+    app = client.application
+    routes = []
+    for rule in app.url_map.iter_rules():
+        route = route_of(app.view_functions[rule.endpoint])
+        assert route is not None, f"{rule.rule} does not declare what it is"
+        routes.append((rule, route))
+    return routes
+
+
+def test_routes__declare_themselves_with_their_path_and_method(client: FlaskClient) -> None:
+    routes = declared(client)
+    assert len(routes) > 20
+    for rule, route in routes:
+        assert route.path == rule.rule
+        assert (rule.methods or set()) - {"HEAD", "OPTIONS"} == {route.method}
+
+
+def test_routes__that_change_something_start_work(client: FlaskClient) -> None:
+    """While the process drains, only reading is answered. A stream is work, whichever its method is."""
+    for rule, route in declared(client):
+        assert route.starts_work or (route.method == "GET" and not route.streams), rule.rule
+        assert route.starts_work or not route.counts_as_start, rule.rule
+        assert route.counts_as_start == (route.method in ("POST", "PUT")), rule.rule  # as docs/operations.md says
+
+
+def test_gate_and_telemetry__mention_no_path(client: FlaskClient) -> None:
+    words = {f"/{word}" for rule, _ in declared(client) for word in rule.rule.split("/") if word and "<" not in word}
+    assert "/generate" in words
+    found = []
+    for room in (gate, telemetry):
+        for path in sorted(Path(str(room.__file__)).parent.glob("*.py")):
+            tree = ast.parse(path.read_text())
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+                    text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+                    found += [f"{path.name}: {word}" for word in words if word in text]
+    assert not found
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_head__of_a_route_that_streams_is_refused(client: FlaskClient, method: str) -> None:
+    """Flask would answer it as GET, which takes a run from the connection that streams it."""
+    for rule, route in declared(client):
+        if route.streams and route.method == method:
+            answer = client.head(rule.rule.replace("<id>", "a"))
+            assert answer.status_code == 405
+            assert "POST" in answer.headers["Allow"]
