@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,18 +234,17 @@ def test_stream_limit__is_released_however_a_stream_ends(capped: FlaskClient) ->
 
 def test_admission_limit__counts_requests_and_streams() -> None:
     admission = AdmissionLimit(3, max_streams_per_client=1)
-    admission.acquire("a")
-    with pytest.raises(TooManyStreams):
-        admission.acquire("a")
-    admission.acquire("b")
-    assert admission.num_streams == 2
-    admission.acquire()  # the refused stream doesn't count as a request
-    with pytest.raises(Overloaded):
-        admission.acquire("c")
-    for streaming_client in ("a", "b", None):
-        admission.release(streaming_client)
+    with ExitStack() as held:
+        held.enter_context(admission.admit("a"))
+        with pytest.raises(TooManyStreams), admission.admit("a"):
+            pass
+        held.enter_context(admission.admit("b"))
+        assert admission.num_streams == 2
+        held.enter_context(admission.admit())  # the refused stream doesn't count as a request
+        with pytest.raises(Overloaded), admission.admit("c"):
+            pass
     assert admission.num_streams == 0
     unlimited = AdmissionLimit(3)
-    for _ in range(3):
-        unlimited.acquire("a")
-    assert unlimited.num_streams == 3
+    with unlimited.admit("a"), unlimited.admit("a"), unlimited.admit("a"):
+        assert unlimited.num_streams == 3
+    assert unlimited.num_streams == 0

@@ -115,16 +115,24 @@ def test_stream_latencies__are_measured_per_event_with_text(fresh: FlaskClient) 
     first_gaps = value(fresh, "inter_token_latency_seconds_count")
     assert first_gaps >= len(events) - 2  # the gaps of the second stream alone, whose [DONE] has no text
     assert value(fresh, "e2e_request_latency_seconds_count", route="/v1/completions") == 2
+    body = {"prompt": "R", "max_tokens": 1, "stream": True, "stream_options": {"include_usage": True}}
+    stream = fresh.post("/v1/completions", json=body)
+    assert stream.text.count('"usage": {') == 1
+    texts = stream.text.count("data: {") - 1
+    stream.close()
+    gaps = value(fresh, "inter_token_latency_seconds_count")
+    assert gaps == first_gaps + texts - 1  # the event with the usage has no text
+    first_gaps = gaps
     fresh.put("/v1/sessions/a", json={"text": "R"})
     run = fresh.post("/v1/sessions/a/generate", json={"max_tokens": 400, "stream": True})
     texts = run.text.count("event: text\n")
     run.close()
-    assert value(fresh, "time_to_first_token_seconds_count") == 3
+    assert value(fresh, "time_to_first_token_seconds_count") == 4
     assert value(fresh, "inter_token_latency_seconds_count") == first_gaps + texts - 1
     again = fresh.get("/v1/sessions/a/generate")
     assert "event: done" in again.text
     again.close()
-    assert value(fresh, "time_to_first_token_seconds_count") == 3  # a resumed stream has no time to first token
+    assert value(fresh, "time_to_first_token_seconds_count") == 4  # a resumed stream has no time to first token
 
 
 def test_session_metrics__count_sessions_and_evictions(fresh: FlaskClient) -> None:

@@ -17,7 +17,8 @@ from service.generation.completion import Completion, CompletionChunk
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.web.api import schemas
-from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
+from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
 from service.web.gate.error_responses import body_of, error_response
 
 log = structlog.get_logger(__name__)
@@ -62,49 +63,56 @@ class CompletionAnswer:
         answer = schemas.CompletionAnswer(**self._common_fields, choices=choices, usage=self._usage())
         return Response(answer.model_dump_json(), mimetype="application/json")
 
-    def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Iterator[bytes | None]:
-        """Yield server-sent events, and None whenever there was nothing to send for `IDLE_S`.
+    def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Events:
+        """Yield the events of a stream, and None whenever there was nothing to send for `IDLE_S`.
 
-        `with_usage` adds an event with the usage before `[DONE]`. An error becomes the last event.
+        `with_usage` adds an event with the usage before the last one. An error becomes the last event.
         """
-        # The JSON is assembled by hand: to dump the common fields in every event took a fifth of a busy stream's time.
-        head = json.dumps(self._common_fields)[:-1]
-        tail = ', "usage": null}' if with_usage else "}"
         completion, started = self._completion, time.perf_counter()
-        num_sent = [0] * len(completion.choices)  # characters, of each choice
         ending = "left"
         try:
-            for item in completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
-                if item is None:
-                    if client_has_left():
-                        return
-                    yield None
-                    continue
-                choice, piece = item
-                index, text = choice.index, json.dumps(piece.text)
-                logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_sent[index])
-                num_sent[index] += len(piece.text)
-                reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
-                scores = logprobs.model_dump_json() if logprobs is not None else "null"
-                yield event(
-                    f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
-                    f'"finish_reason": {reason}}}]{tail}'
-                )
+            for event in self._text_events(with_usage):
+                if event is None and client_has_left():
+                    return
+                yield event
             if with_usage:
-                yield event(f'{head}, "choices": [], "usage": {self._usage().model_dump_json()}}}')
-            yield event("[DONE]")
+                yield UsageEvent(f'{self._head}, "choices": [], "usage": {self._usage().model_dump_json()}}}')
+            yield DoneEvent("[DONE]")
             ending = "done"
         except GruServeError as error:
             ending = error.code
-            yield event(json.dumps(body_of(error)), "error")
+            yield ErrorEvent(body_of(error))
         finally:
-            completion.cancel()
             log.info(
                 "stream ended",
                 ending=ending,
                 num_generated=completion.num_generated,
                 duration_ms=round((time.perf_counter() - started) * 1000, 2),
             )
+
+    def _text_events(self, with_usage: bool) -> Iterator[TextEvent | None]:
+        # The JSON is assembled by hand: to dump the common fields in every event took a fifth of a busy stream's time.
+        head, tail = self._head, ', "usage": null}' if with_usage else "}"
+        num_sent = [0] * len(self._completion.choices)  # characters, of each choice
+        for item in self._completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
+            if item is None:
+                yield None
+                continue
+            choice, piece = item
+            index, text = choice.index, json.dumps(piece.text)
+            logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_sent[index])
+            num_sent[index] += len(piece.text)
+            reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
+            scores = logprobs.model_dump_json() if logprobs is not None else "null"
+            yield TextEvent(
+                f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
+                f'"finish_reason": {reason}}}]{tail}'
+            )
+
+    @property
+    def _head(self) -> str:
+        """The common fields as the beginning of a JSON object."""
+        return json.dumps(self._common_fields)[:-1]
 
     def _usage(self) -> schemas.Usage:
         completion = self._completion

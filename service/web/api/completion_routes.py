@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from flask import Response
@@ -14,7 +15,7 @@ from service.web.api import schemas
 from service.web.api.completion_answer import CompletionAnswer
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, MAX_CHOICES, CompletionBody
-from service.web.api.sse import client_monitor, stream_response
+from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import client_key
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
@@ -60,26 +61,15 @@ class CompletionRoutes(Resource):
         _check(body, self._limits)
         model = self._models.get(body.model if body.model is not None else self._default_model)
         request = _completion_request(model, body, self._limits)
-        streaming_client = client_key() if body.stream else None
-        self._admission.acquire(streaming_client)
-        try:
+        with ExitStack() as held:
+            held.enter_context(self._admission.admit(client_key() if body.stream else None))
             completion = Completion(model, request)
-        except BaseException:
-            self._admission.release(streaming_client)
-            raise
-
-        def close() -> None:
-            completion.cancel()
-            self._admission.release(streaming_client)
-
-        answer = CompletionAnswer(model, completion)
-        if body.stream:
+            held.callback(completion.cancel)
+            answer = CompletionAnswer(model, completion)
+            if not body.stream:
+                return answer.whole(client_monitor())
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return stream_response(answer.events(client_monitor(), with_usage), close)
-        try:
-            return answer.whole(client_monitor())
-        finally:
-            close()
+            return EventStream(answer.events(client_monitor(), with_usage), held, named=False)
 
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:

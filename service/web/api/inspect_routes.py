@@ -47,7 +47,7 @@ class InspectRoutes(Resource):
         units in all its layers.
         """
         inspection_request = _inspection_request(body, self._default_model)
-        with self._admission, self._inspections:
+        with self._admission.admit(), self._inspections.admit():
             return _answer(self._inspector.inspect(current_owner(), inspection_request))
 
 

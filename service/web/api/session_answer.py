@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import structlog
 from flask import Response
@@ -16,8 +16,9 @@ from service.generation.session_service import FeedResult
 from service.sessions.session import SessionSummary
 from service.web.api import session_schemas as schemas
 from service.web.api.completion_answer import logprobs_of
+from service.web.api.events import DoneEvent, ErrorEvent, Events, ReconnectEvent, TextEvent
 from service.web.api.schemas import Usage
-from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S, event
+from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
 from service.web.gate.error_responses import body_of, error_response
 
 log = structlog.get_logger(__name__)
@@ -65,8 +66,8 @@ def run_answer(stream: RunStream, client_has_left: Callable[[], bool]) -> Respon
     return Response(json.dumps(answer), mimetype="application/json")
 
 
-def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Iterator[bytes | None]:
-    """Yield server-sent events, and None whenever there was nothing to send for `IDLE_S`.
+def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Events:
+    """Yield the events of a run, and None whenever there was nothing to send for `IDLE_S`.
 
     The id of an event is the position after its text, so a client can resume from it. The last event is `done`;
     `reconnect` if the process drains, so that the client resumes on another server; or `error`.
@@ -80,17 +81,16 @@ def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Iterat
                 yield None
                 continue
             num_chars += len(piece.text)
-            yield event(json.dumps({"text": piece.text}), "text", piece.position)
-        yield event(json.dumps(_final_fields(stream)), "done", stream.position)
+            yield TextEvent(json.dumps({"text": piece.text}), piece.position)
+        yield DoneEvent(json.dumps(_final_fields(stream)), stream.position)
         ending = "done"
     except Draining:
-        ending, position = "reconnect", stream.resume_position
-        yield event(json.dumps({"position": position}), "reconnect", position)
+        ending = "reconnect"
+        yield ReconnectEvent(stream.resume_position)
     except GruServeError as error:
         ending = error.code
-        yield event(json.dumps(body_of(error)), "error")
+        yield ErrorEvent(body_of(error))
     finally:
-        stream.close()
         log.info(
             "session stream ended",
             ending=ending,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from flask import Response, request
 from pydantic import BaseModel
 
 from service.errors import InvalidValue
-from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.model.charset import Charset
@@ -20,7 +19,7 @@ from service.web.api import session_schemas as schemas
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.api.session_answer import feed_answer, run_answer, run_events, session_answer
-from service.web.api.sse import client_monitor, stream_response
+from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import client_key, current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
@@ -55,7 +54,7 @@ class SessionRoutes(Resource):
         _check_length(body.text, self._limits)
         model = body.model if body.model is not None or body.state is not None else self._default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
-        with self._admission, _blaming("text"):
+        with self._admission.admit(), _blaming("text"):
             session, is_new = self._sessions.create(current_owner(), new, client_monitor())
         return _json(session_answer(session.summary), 201 if is_new else 200)
 
@@ -128,7 +127,7 @@ class SessionRoutes(Resource):
         feed_request = FeedRequest(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
-        with self._admission, _blaming("text"):
+        with self._admission.admit(), _blaming("text"):
             return feed_answer(self._sessions.feed(_key(path), feed_request, client_monitor()))
 
     @Route(
@@ -157,15 +156,13 @@ class SessionRoutes(Resource):
             return self._models.for_state(session.model, session.identity).charset
 
         run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
-        streaming_client = client_key() if body.stream else None
-        self._admission.acquire(streaming_client)
-        try:
-            client_has_left = client_monitor()
-            stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_has_left)
-        except BaseException:
-            self._admission.release(streaming_client)
-            raise
-        return self._deliver(stream, streaming_client)
+        with ExitStack() as held:
+            held.enter_context(self._admission.admit(client_key() if body.stream else None))
+            stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_monitor())
+            held.callback(stream.close)
+            if not body.stream:
+                return run_answer(stream, client_monitor())
+            return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
         "GET",
@@ -181,30 +178,11 @@ class SessionRoutes(Resource):
         A run that was interrupted is continued with its original settings. If another connection still streams the run,
         that connection gets an error and this one takes over.
         """
-        streaming_client = client_key()
-        self._admission.acquire(streaming_client)
-        try:
+        with ExitStack() as held:
+            held.enter_context(self._admission.admit(client_key()))
             stream = self._sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
-        except BaseException:
-            self._admission.release(streaming_client)
-            raise
-        return self._deliver(stream, streaming_client)
-
-    def _deliver(self, stream: RunStream, streaming_client: str | None) -> Response:
-        """Answer with a run: as a stream if there is a `streaming_client`, else as one JSON document."""
-
-        def close() -> None:
-            try:
-                stream.close()
-            finally:
-                self._admission.release(streaming_client)
-
-        if streaming_client is not None:
-            return stream_response(run_events(stream, client_monitor()), close)
-        try:
-            return run_answer(stream, client_monitor())
-        finally:
-            close()
+            held.callback(stream.close)
+            return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
         "POST",
@@ -216,7 +194,7 @@ class SessionRoutes(Resource):
     )
     def rewind(self, path: schemas.SessionPath, body: schemas.RewindBody) -> Response:
         """Delete the text after a retained position. The session is then as it was at that position."""
-        with self._admission:
+        with self._admission.admit():
             return _json(session_answer(self._sessions.rewind(_key(path), body.position).summary))
 
     @Route(
@@ -229,7 +207,7 @@ class SessionRoutes(Resource):
     )
     def fork(self, path: schemas.SessionPath, body: schemas.ForkBody) -> Response:
         """Create a session with the same text. Unless another seed is given, its continuations are the same, too."""
-        with self._admission:
+        with self._admission.admit():
             session, is_new = self._sessions.fork(_key(path), body.id, body.position, body.seed)
         return _json(session_answer(session.summary), 201 if is_new else 200)
 

@@ -2,45 +2,98 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, closing, suppress
+from weakref import finalize
 
 from flask import Response, request
+
+from service.web.api.events import (
+    DoneEvent,
+    ErrorEvent,
+    Event,
+    Events,
+    PingEvent,
+    ReconnectEvent,
+    TextEvent,
+    UsageEvent,
+)
 
 FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
 PING_S = 10.0  # after this much silence a comment is sent, so that balancers don't close the connection
-_PING = b": ping\n\n"
 
 
-def event(data: str, kind: str | None = None, position: int | None = None) -> bytes:
-    """Frame an event.
+class EventStream(Response):
+    """A response that sends events as soon as they are yielded.
 
-    Args:
-        data: One line without line breaks, such as a JSON document.
-        kind: The event's type. None omits it, which browsers read as `message`.
-        position: The event's id. None omits it.
+    It owns what its request holds, such as a place and a run, and releases that once: when it is closed, or when it is
+    dropped unsent because a later step of the request failed.
     """
-    name = f"event: {kind}\n" if kind is not None else ""
+
+    events: Events  # what is sent; a later step, such as the metrics, may wrap it
+
+    def __init__(self, events: Events, held: ExitStack, *, named: bool) -> None:
+        """Take over what `held` holds.
+
+        Args:
+            events: None stands for nothing to send, which is the chance to send a ping.
+            held: Closed after the last event, even if none was read. The caller's own `with` then releases nothing.
+            named: Whether each event says what it is. OpenAI's clients expect that of errors only.
+        """
+        super().__init__(iter(()), mimetype="text/event-stream")
+        self.events, self._named = events, named
+        self.headers["Cache-Control"] = "no-cache"
+        self.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
+        self._held = held.pop_all()
+        finalize(self, self._held.close).atexit = False
+
+    def iter_encoded(self) -> Iterator[bytes]:
+        """Yield the framed events, and pings during silence."""
+        return (frame(event, named=self._named) for event in with_pings(self.events))
+
+    def close(self) -> None:
+        """End the stream, and release what it owns. Repeating it does nothing."""
+        with self._held, closing(self.events):
+            super().close()
+
+
+def frame(event: Event, *, named: bool) -> bytes:
+    """Frame an event. Errors have a name in every stream, other events if `named`."""
+    position: int | None = None
+    match event:
+        case TextEvent(data, position):
+            name = "text"
+        case UsageEvent(data):
+            name = "usage"
+        case DoneEvent(data, position):
+            name = "done"
+        case ReconnectEvent(position):
+            name, data = "reconnect", json.dumps({"position": position})
+        case ErrorEvent(body):
+            name, data = "error", json.dumps(body)
+        case PingEvent():
+            return b": ping\n\n"
     number = f"id: {position}\n" if position is not None else ""
-    return f"{number}{name}data: {data}\n\n".encode()
+    kind = f"event: {name}\n" if named or name == "error" else ""
+    return f"{number}{kind}data: {data}\n\n".encode()
 
 
-def stream_response(events: Iterator[bytes | None], on_close: Callable[[], None]) -> Response:
-    """Return a response that sends events as soon as they are yielded.
-
-    Args:
-        events: The framed events. It yields None when there is nothing to send, which is the chance to send a ping.
-        on_close: Called once when the stream ends, for whatever reason, even if no event was read.
-    """
-    response = Response(_with_pings(events), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
-    response.call_on_close(on_close)
-    return response
+def with_pings(events: Iterable[Event | None]) -> Iterator[Event]:
+    """Yield the events, and a ping after each `PING_S` of silence."""
+    last_sent = time.monotonic()
+    for event in events:
+        if event is not None:
+            yield event
+        elif time.monotonic() - last_sent < PING_S:
+            continue
+        else:
+            yield PingEvent()
+        last_sent = time.monotonic()
 
 
 def client_monitor() -> Callable[[], bool]:
@@ -61,15 +114,3 @@ def client_monitor() -> Callable[[], bool]:
         return True
 
     return has_left
-
-
-def _with_pings(events: Iterator[bytes | None]) -> Iterator[bytes]:
-    last_sent = time.monotonic()
-    for data in events:
-        if data is not None:
-            yield data
-        elif time.monotonic() - last_sent < PING_S:
-            continue
-        else:
-            yield _PING
-        last_sent = time.monotonic()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from service.errors import Overloaded, TooManyStreams
 
@@ -12,7 +13,8 @@ from service.errors import Overloaded, TooManyStreams
 class AdmissionLimit:
     """Limits the requests that hold a thread while they wait for an engine, so that some threads stay free.
 
-    As a context manager it admits one request that is not a stream. Any thread may use it.
+    `admit` is the only way in, and its block the only way out. A stream outlives the code that began it, so its answer
+    takes the block over (`EventStream`). Any thread may use it.
     """
 
     def __init__(self, max_requests: int, max_streams_per_client: int = 0) -> None:
@@ -22,8 +24,9 @@ class AdmissionLimit:
         self._streams: Counter[str] = Counter()  # open streams of each client key
         self._lock = threading.Lock()  # guards _streams
 
-    def acquire(self, streaming_client: str | None = None) -> None:
-        """Admit a request, or refuse it at once.
+    @contextmanager
+    def admit(self, streaming_client: str | None = None) -> Iterator[None]:
+        """Admit a request for as long as the block lasts, or refuse it at once.
 
         Args:
             streaming_client: Client key that the stream counts against. None if the request is not a stream.
@@ -34,37 +37,35 @@ class AdmissionLimit:
         """
         if not self._semaphore.acquire(blocking=False):
             raise Overloaded("the server is handling as many requests as it can: try again in a second")
+        try:
+            with self._counted(streaming_client):
+                yield
+        finally:
+            self._semaphore.release()
+
+    @contextmanager
+    def _counted(self, streaming_client: str | None) -> Iterator[None]:
+        """Count an open stream of a client during the block. Raises TooManyStreams."""
         if streaming_client is None:
+            yield
             return
         limit = self._max_streams_per_client
         with self._lock:
-            if not limit or self._streams[streaming_client] < limit:
-                self._streams[streaming_client] += 1
-                return
-        self._semaphore.release()
-        raise TooManyStreams(
-            f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
-        )
-
-    def release(self, streaming_client: str | None = None) -> None:
-        """Undo one successful `acquire`, which was called with the same `streaming_client`."""
-        if streaming_client is not None:
+            if limit and self._streams[streaming_client] >= limit:
+                raise TooManyStreams(
+                    f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
+                )
+            self._streams[streaming_client] += 1
+        try:
+            yield
+        finally:
             with self._lock:
                 self._streams[streaming_client] -= 1
                 if not self._streams[streaming_client]:
                     del self._streams[streaming_client]
-        self._semaphore.release()
 
     @property
     def num_streams(self) -> int:
         """Open streams of all clients."""
         with self._lock:
             return self._streams.total()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()

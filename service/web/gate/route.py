@@ -29,7 +29,7 @@ class Route:
     open: bool = False  # callers without an API key may use it, although the server has keys
     starts_work: bool = False  # computes or changes something, so it is refused while the process drains
     counts_as_start: bool = False  # counts against the rate limit, and a stream of it has a time to first token
-    streams: bool = False  # may answer with a stream of events
+    streams: bool = False  # may answer with a stream of events; has no HEAD, which would begin one
     is_check: bool = False  # called several times a second, so a success is logged at the level debug
 
     def __call__(self, view: View) -> View:

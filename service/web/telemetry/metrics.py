@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 
 from flask import Flask, Request, Response, g, request
 from prometheus_client import (
@@ -16,6 +15,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from service.web.api.events import Events, TextEvent
+from service.web.api.sse import EventStream
 from service.web.gate.guard import HTTP_METHODS
 from service.web.gate.route import current_route
 
@@ -24,10 +25,6 @@ _FIRST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _GAP_S = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _REQUEST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _STORE_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-# How events that carry no text begin: pings, the end of a completion, errors.
-_WITHOUT_TEXT = (b":", b"data: [DONE]", b"event: error")
-# The last event of a session's stream has its id on the first line, so its kind is searched for in its first bytes.
-_SESSION_DONE, _SESSION_RECONNECT, _HEAD_BYTES = b"\nevent: done\n", b"\nevent: reconnect\n", 64
 
 # Without this, each counter and histogram gets another series with the time at which it was created.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -100,10 +97,9 @@ class Metrics:
         if counter is None:
             counter = self._answers[method, route, status] = self._requests.labels(method, route, status)
         counter.inc()
-        if response.mimetype == "text/event-stream":
+        if isinstance(response, EventStream):
             # A resumed stream begins with text that was generated earlier, so it has no time to first token.
-            chunks: Iterable[bytes] = response.response  # type: ignore[assignment]
-            response.response = self._timed(chunks, began, is_new=current_route().counts_as_start)
+            response.events = self._timed(response.events, began, is_new=current_route().counts_as_start)
             response.call_on_close(lambda: self._duration(route).observe(time.perf_counter() - began))
         elif status < 400:
             self._duration(route).observe(time.perf_counter() - began)
@@ -115,18 +111,17 @@ class Metrics:
             duration = self._durations[route] = self._latency.labels(route)
         return duration
 
-    def _timed(self, chunks: Iterable[bytes], began: float, *, is_new: bool) -> Iterator[bytes]:
+    def _timed(self, events: Events, began: float, *, is_new: bool) -> Events:
         last: float | None = None
-        for chunk in chunks:
-            head = chunk[:_HEAD_BYTES]
-            if not head.startswith(_WITHOUT_TEXT) and _SESSION_DONE not in head and _SESSION_RECONNECT not in head:
+        for event in events:
+            if isinstance(event, TextEvent):
                 now = time.perf_counter()
                 if last is not None:
                     self._gaps.observe(now - last)
                 elif is_new:
                     self._first.observe(now - began)
                 last = now
-            yield chunk
+            yield event
 
 
 def register_metrics(app: Flask, metrics: Metrics) -> None:
