@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import FiniteRange, json_option, model_store_option, open_store
+from service.commands.options import FiniteRange, json_option, model_store_option, open_service
 
 if TYPE_CHECKING:
     from service.engine.stepper import Stepper
@@ -57,32 +57,29 @@ def bench_command(
 
     Example: gru-serve bench --rows 1,64 --seconds 1
     """
-    from service.engine.kernels import choose_kernel
     from service.settings import read_settings
 
-    settings = read_settings()
-    threads = threads or settings.num_engine_threads
-    kernel = choose_kernel(settings.kernel, threads)
+    threads = threads or read_settings().num_engine_threads
     began = time.perf_counter()
-    version, artifact = open_store(model_store).load(model if model is not None else settings.model)
-    precision = settings.integer_precision or artifact.training.serving_precision
-    stepper, _ = kernel.load(artifact.config, artifact.tensors, precision)
-    facts: dict[str, Any] = {"model": version.ref, "precision": precision, "kernel": kernel.name, "threads": threads}
-    facts |= {"cores": len(os.sched_getaffinity(0)), "load_s": time.perf_counter() - began}
-    facts |= {"state_bytes": stepper.initial_hidden().nbytes}
-    if not as_json:
-        click.echo(f"{version.ref} in {precision} on {kernel.name}, {threads} of {facts['cores']} cores")
-        click.echo(f"loaded in {facts['load_s']:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
-        click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'for each text':>15}")
-    facts["rates"] = []
-    for num_rows in numbers_of_rows:
-        click.echo(f"measuring {num_rows} row{'s' * (num_rows > 1)} for {seconds:g} s", err=True)
-        rates = measure(stepper, num_rows, seconds)
-        rate, slowest, fastest = statistics.median(rates), min(rates), max(rates)
-        facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": slowest, "max": fastest})
+    with open_service(model_store, model, threads) as service:
+        loaded = service.models.get(service.default_model)
+        load_s = time.perf_counter() - began
+        version, precision, stepper = loaded.version.ref, loaded.precision, loaded.stepper
+        facts: dict[str, Any] = {"model": version, "precision": precision, "kernel": service.kernel.name}
+        facts |= {"threads": threads, "cores": len(os.sched_getaffinity(0)), "load_s": load_s}
+        facts |= {"state_bytes": stepper.initial_hidden().nbytes, "rates": []}
         if not as_json:
-            span = f"{slowest:,.0f}..{fastest:,.0f}"
-            click.echo(f"{num_rows:>6}{rate:>15,.0f}{span:>22}{rate / num_rows:>15,.0f}")
+            click.echo(f"{version} in {precision} on {service.kernel.name}, {threads} of {facts['cores']} cores")
+            click.echo(f"loaded in {load_s:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
+            click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'for each text':>15}")
+        for num_rows in numbers_of_rows:
+            click.echo(f"measuring {num_rows} row{'s' * (num_rows > 1)} for {seconds:g} s", err=True)
+            rates = measure(stepper, num_rows, seconds)
+            rate, slowest, fastest = statistics.median(rates), min(rates), max(rates)
+            facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": slowest, "max": fastest})
+            if not as_json:
+                span = f"{slowest:,.0f}..{fastest:,.0f}"
+                click.echo(f"{num_rows:>6}{rate:>15,.0f}{span:>22}{rate / num_rows:>15,.0f}")
     if as_json:
         click.echo(json.dumps(facts, indent=1))
 

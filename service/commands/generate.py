@@ -11,7 +11,7 @@ import click
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
-from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_store
+from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_service
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.model.charset import UnknownChars
 
@@ -69,21 +69,16 @@ def generate_command(
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
-    from service.engine.kernels import choose_kernel
     from service.generation.completion import Completion, CompletionRequest
-    from service.registry.loaded_models import EngineSettings, LoadedModel
-    from service.settings import read_settings
 
     if "" in stop:
         raise click.BadParameter("a stop string must not be empty", param_hint="--stop")
-    settings = read_settings()
-    kernel = choose_kernel(settings.kernel, num_threads=1)  # one text: a second core would mostly wait for the first
-    version, artifact = open_store(model_store).load(model if model is not None else settings.model)
-    loaded = LoadedModel(version, artifact, EngineSettings(kernel, settings.integer_precision))
     seed = secrets.randbits(63) if seed is None else seed
-    ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
-    completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))
-    try:
+    # One thread, because there is one text: a second core would mostly wait for the first.
+    with open_service(model_store, model, num_threads=1) as service:
+        loaded = service.models.get(service.default_model)
+        ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
+        completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))
         pieces = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
         if as_json:
             text = "".join(pieces)
@@ -93,5 +88,3 @@ def generate_command(
         for piece in pieces:
             click.echo(piece, nl=False)
         click.echo()
-    finally:
-        loaded.engine.close()

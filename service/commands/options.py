@@ -80,6 +80,21 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     return ModelStore(root)
 
 
+def open_service(model_store: Path | None, model: str | None, num_threads: int | None) -> Any:
+    """Open the service for one model, without sessions of a server. Use it as a context manager.
+
+    Args:
+        model_store: See open_store.
+        model: Name of the model, or None for the setting GRU_SERVE_MODEL.
+        num_threads: Engine threads, or None for the setting GRU_SERVE_ENGINE_THREADS.
+    """
+    from service.assembly import Service
+    from service.settings import read_settings
+
+    own = {"model_store": open_store(model_store).root, "model": model, "engine_threads": num_threads}
+    return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
+
+
 def _click_type(annotation: Any) -> Any:
     if typing.get_origin(annotation) is typing.Literal:
         return click.Choice(typing.get_args(annotation))

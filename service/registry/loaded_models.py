@@ -19,6 +19,7 @@ from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
 from service.engine.prefix_cache import PrefixCache
+from service.engine.stepper import Stepper
 from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
 from service.model.charset import Charset
@@ -51,6 +52,7 @@ class LoadedModel:
     arithmetic: str  # SHA-256 of all quantised numbers and the arithmetic's VERSION: how the model is computed
     identity: str  # SHA-256 of digest and arithmetic: states computed under one identity are valid under it only
     state_shape: tuple[int, int]  # (L, H)
+    stepper: Stepper  # used by the engine's thread; by others only while the engine has nothing to do
     gates: GateValues
     embedding: Float16  # (V, E), for inspection only
     prefixes: PrefixCache
@@ -61,7 +63,7 @@ class LoadedModel:
         self.charset = artifact.charset
         self.digest = artifact.digest
         self.precision = settings.precision or artifact.training.serving_precision
-        stepper, quantized = settings.kernel.load(artifact.config, artifact.tensors, self.precision)
+        self.stepper, quantized = settings.kernel.load(artifact.config, artifact.tensors, self.precision)
         self.arithmetic = hashlib.sha256(f"{VERSION} {quantized.digest}".encode()).hexdigest()
         self.identity = hashlib.sha256(f"{self.digest} {self.arithmetic}".encode()).hexdigest()
         self.state_shape = (artifact.config.num_layers, artifact.config.num_units)
@@ -69,7 +71,7 @@ class LoadedModel:
         self.embedding = artifact.tensors["embedding.weight"].astype(np.float16)
         self.prefixes = PrefixCache(settings.prefix_cache_bytes)
         self.engine = Engine(
-            stepper,
+            self.stepper,
             len(self.charset),
             settings.max_running,
             settings.max_waiting,

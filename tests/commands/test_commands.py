@@ -205,6 +205,14 @@ def test_generate__prints_what_the_api_returns(tiny_store: ModelStore) -> None:
     }  # fmt: skip
 
 
+def test_generate__needs_no_session_store(tiny_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings may be those of a server whose Redis can't be reached from here."""
+    monkeypatch.setenv("GRU_SERVE_SESSION_STORE", "redis://127.0.0.1:1/0")
+    store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
+    printed = run("generate", "--prompt", "R", "--max-tokens", "5", "--seed", "7", *store)
+    assert (printed.exit_code, len(printed.stdout)) == (0, 6), printed.stderr
+
+
 def test_generate__refuses_bad_input(tiny_store: ModelStore) -> None:
     store = ["--model", "tiny", "--model-store", str(tiny_store.root)]
     assert "U+00E9" in run("generate", "--prompt", "é", *store).stderr
