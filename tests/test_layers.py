@@ -48,11 +48,19 @@ ALLOWED = {
 # Modules that may import more than their package.
 EXTRA = {
     "web/app.py": {"assembly", "settings"},
-    "web/api/session_routes.py": {"sessions"},  # names sessions by their keys
-    "web/api/session_answer.py": {"sessions"},  # shows a session's record
+    "web/api/sessions/routes.py": {"sessions"},  # names sessions by their keys
+    "web/api/sessions/answer.py": {"sessions"},  # shows a session's record
     "web/gunicorn/server.py": {"settings"},
-    "web/api/health_routes.py": {"sessions"},  # checks that the session store can be reached
+    "web/api/operation/routes.py": {"sessions"},  # checks that the session store can be reached
     "sessions/session.py": {"engine"},  # a run has sampling settings
+}
+# What each room of `web` may import of the others.
+ROOMS = {
+    "gate": set[str](),
+    "api": {"gate"},
+    "telemetry": {"api", "gate"},
+    "gunicorn": {"app", "gate", "telemetry"},
+    "app": {"api", "gate", "telemetry"},
 }
 # The packages of `service` that may import a library. Libraries that are not listed may be imported everywhere.
 LIBRARIES = {
@@ -63,6 +71,9 @@ LIBRARIES = {
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {
     "__init__.py": "every package has one",
+    "routes.py": "the routes of one resource of the API",
+    "schemas.py": "what a resource accepts and answers; the one in api is shared by several",
+    "answer.py": "builds the answers of one resource",
 }
 
 
@@ -117,6 +128,21 @@ def test_imports__point_one_way() -> None:
         for module in imports(path):
             if module.split(".")[0] == "service" and part(module) not in allowed:
                 wrong.append(f"{place} imports {module}")
+    assert not wrong
+
+
+def test_imports__between_the_rooms_of_web_are_listed() -> None:
+    def room(module: str) -> str:
+        return module.split(".")[2]
+
+    rooms = {name: path for name, path in modules().items() if name.startswith("service.web.")}
+    assert {room(name) for name in rooms} == set(ROOMS)
+    wrong = [
+        f"{name} imports {module}"
+        for name, path in rooms.items()
+        for module in imports(path) & rooms.keys()
+        if room(module) not in ROOMS[room(name)] | {room(name)}
+    ]
     assert not wrong
 
 

@@ -12,16 +12,14 @@ from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
 from service.settings import SPARE_THREADS, Settings, read_settings
-from service.web.api.admin_routes import AdminRoutes
-from service.web.api.completion_routes import CompletionLimits, CompletionRoutes
-from service.web.api.health_routes import HealthRoutes
-from service.web.api.inspect_routes import InspectRoutes
-from service.web.api.metric_routes import MetricRoutes
-from service.web.api.model_routes import ModelRoutes
+from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
+from service.web.api.inspect.routes import InspectRoutes
+from service.web.api.models.routes import ModelRoutes
+from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
 from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
 from service.web.api.schemas import MAX_STOP_CHARS, ErrorAnswer
-from service.web.api.session_routes import SessionLimits, SessionRoutes
+from service.web.api.sessions.routes import SessionLimits, SessionRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain

@@ -1,8 +1,8 @@
-"""The routes, by resource: what each accepts (`schemas`), what it calls, and the answer it builds.
+"""The routes: a folder for each resource, with its `routes`, its `schemas` and, if it takes more code, its `answer`.
 
-`completion_routes`, `session_routes`, `inspect_routes`, `model_routes`, `health_routes` and `admin_routes` call the
-service. The bodies, paths and queries they accept are declared in `schemas`, `session_schemas` and `inspect_schemas`,
-which are also the source of /openapi.json. `completion_answer` and `session_answer` build the answers, `sse` frames the
-events of a stream, sends pings and notices when the client disconnects. `pages` serves the page at / and the API
-documentation.
+A `Resource` is a class whose methods are the views. A method's decorator, `gate.route.Route`, declares its method, its
+path and what it is. The annotations of the method's parameters are the schemas of path, query and body, from which
+validation and /openapi.json are generated. `schemas` has what several resources share, `events` the events of streams
+as values, `sse` frames them, sends pings and notices when the client disconnects. `pages` serves the page at / and the
+API documentation.
 """

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers. Validation, `/openapi.json` and `/docs` are generated from these classes.
+"""What the schemas of several resources share. Validation, `/openapi.json` and `/docs` are generated from the schemas.
 
 Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
 """
@@ -15,11 +15,9 @@ from pydantic_core import PydanticCustomError
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
-from service.engine.stepper import FinishReason
 from service.errors import InvalidValue
-from service.model.charset import Charset, UnknownChars
+from service.model.charset import Charset
 
-MAX_CHOICES = 128  # prompts x continuations in one request
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
 MAX_STOP_CHARS = 256
@@ -52,17 +50,6 @@ class Body(BaseModel):
         if isinstance(body, dict):
             return {name: value for name, value in body.items() if value is not None or name not in cls.model_fields}
         return body
-
-
-class StreamOptions(Body):
-    """Options of a streamed answer."""
-
-    include_usage: bool = Field(
-        False, description="send one more event before `[DONE]`, with the usage and without choices"
-    )
-    include_obfuscation: Annotated[bool, only(False)] = Field(
-        False, description="accepted for compatibility with OpenAI's clients; only false is supported"
-    )
 
 
 class SamplingBody(Body):
@@ -124,50 +111,6 @@ def _single_id(charset: Charset, char: str) -> int:
     return int(ids[0])
 
 
-class CompletionBody(SamplingBody):
-    """Body of POST /v1/completions. A token is a character."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"example": {"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 200, "seed": 7}}
-    )
-
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
-        description="the text to continue, or a list of texts"
-    )
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
-    )
-    n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of continuations of each prompt")
-    best_of: int | None = Field(
-        None,
-        ge=1,
-        le=MAX_CHOICES,
-        description="number of continuations to generate for each prompt, of which the `n` with the highest mean "
-        "log-probability per character are returned. Default: `n`",
-    )
-    echo: bool = Field(False, description="begin the text of each choice with the prompt")
-    logprobs: int | None = Field(
-        None,
-        ge=0,
-        le=20,
-        description="return the log-probability of each character, and of this many most likely characters at each "
-        "position",
-    )
-    stream: bool = Field(False, description="send the text as server-sent events while it is generated")
-    stream_options: StreamOptions | None = Field(None, description="only allowed with `stream`")
-    unknown_chars: UnknownChars = Field(
-        "error",
-        description="what to do with characters of the prompt that the model doesn't know: refuse the request "
-        "(`error`), replace them by similar ones (`fold`) or leave them out (`drop`)",
-    )
-    user: str | None = Field(
-        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
-    )
-    suffix: Annotated[str | None, only(None)] = Field(
-        None, description="not supported: the models can't take text after the gap into account"
-    )
-
-
 class Logprobs(BaseModel):
     """Log-probabilities of a text's characters, in nats.
 
@@ -183,18 +126,6 @@ class Logprobs(BaseModel):
         "null if `logprobs` is 0"
     )
     text_offset: list[int] = Field(description="position of each character in the text")
-
-
-class Choice(BaseModel):
-    """One continuation."""
-
-    index: int = Field(description="number of the choice; the choices of one prompt follow each other")
-    text: str
-    logprobs: Logprobs | None = None
-    finish_reason: FinishReason | None = Field(
-        description="why the text ended: `stop` after a stop string, `length` at `max_tokens`; null in events of a "
-        "stream that are followed by more text"
-    )
 
 
 class Usage(BaseModel):
@@ -213,89 +144,6 @@ class PromptTokensDetails(BaseModel):
 
     cached_tokens: int = Field(
         0, description="characters of the prompts that were not computed again, because their hidden state was cached"
-    )
-
-
-class CompletionAnswer(BaseModel):
-    """Answer of POST /v1/completions, in OpenAI's shape."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int = Field(description="seconds since 1970")
-    model: str = Field(description="name@version of the model that generated the text")
-    system_fingerprint: str = Field(
-        description="identifies model and arithmetic: with the same fingerprint, the same request and seed give the "
-        "same text"
-    )
-    choices: list[Choice]
-    usage: Usage | None = Field(
-        description="null in a stream, except in the event before `[DONE]` that `include_usage` requests"
-    )
-
-
-class ModelMeta(BaseModel):
-    """Properties of a model version."""
-
-    charset: str = Field(description="all characters that the model knows, in the order of their ids")
-    embedding_dim: int = Field(description="size of the vector that represents a character")
-    num_units: int = Field(description="units of each layer")
-    num_layers: int
-    num_parameters: int
-    digest: str = Field(description="SHA-256 of config and weights")
-    aliases: list[str] = Field(description="aliases of this version; it can be requested as name@alias")
-    validation_loss: float | None = Field(description="nats per character on held-out text; null if unknown")
-
-
-class ModelAnswer(BaseModel):
-    """A model version, in OpenAI's shape."""
-
-    id: str = Field(examples=["shakespeare@1"])
-    object: Literal["model"] = "model"
-    created: int = Field(description="time of publication, in seconds since 1970; 0 if unknown")
-    owned_by: str = "gru-serve"
-    meta: ModelMeta
-
-
-class ModelsAnswer(BaseModel):
-    """All versions in the model store."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelAnswer]
-
-
-class ModelPath(BaseModel):
-    """Path parameters of /v1/models/{id}."""
-
-    id: str = Field(max_length=200, description="name, name@version or name@alias")
-
-
-class ReadyQuery(BaseModel):
-    """Query parameters of /readyz."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    part: Literal["all", "completions"] = Field(
-        "all", description="what to check: everything, or only what completions need"
-    )
-    unready: Literal["503", "404"] = Field(
-        "503", description="status while requests can't be served; HAProxy lets running answers finish after a 404"
-    )
-
-
-class HealthAnswer(BaseModel):
-    """The process runs."""
-
-    status: Literal["ok"]
-
-
-class ReadyAnswer(BaseModel):
-    """Requests can be served."""
-
-    status: Literal["ready"]
-    kernel: str = Field(
-        description="what computes the steps: a variant of the C++ kernel, named after its instruction set, or torch. "
-        "It is not part of `system_fingerprint`, because all variants give the same bits",
-        examples=["avx512vnni"],
     )
 
 

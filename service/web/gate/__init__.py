@@ -1,7 +1,8 @@
 """What a request passes before its route is called: who may call it, how often, how many at a time; and its errors.
 
-`guard` gives a request its id, refuses new work while the process drains (`drain`), reads the body and parses it as
-JSON, and adds headers and the log line to the answer. `access` checks the API key. `rate_limit` limits how many
-requests a client starts in a given time, `admission` how many may wait for an engine at the same time.
-`error_responses` turns any exception into an error answer.
+`route` says what a route is; the others read it from the request, and none knows a path. `guard` gives a request its
+id, refuses new work while the process drains (`drain`), reads the body and parses it as JSON, and adds headers and the
+log line to the answer. `access` checks the API key. `rate_limit` limits how many requests a client starts in a given
+time, `admission` how many may wait for an engine at the same time. `error_responses` turns any exception into an error
+answer.
 """

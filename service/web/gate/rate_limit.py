@@ -29,18 +29,6 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
     if not rate:
         return
     is_shared = not storage_url.startswith("memory:")
-    options: dict[str, Any] = {}
-    if is_shared:
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-
-        options = {
-            "socket_connect_timeout": _STORAGE_TIMEOUT_S,
-            "socket_timeout": _STORAGE_TIMEOUT_S,
-            "retry": Retry(NoBackoff(), 0),
-            "max_connections": _MAX_CONNECTIONS,
-            "key_prefix": "gru-serve:starts",
-        }
     if storage_url.startswith("unix:"):
         storage_url = f"redis+{storage_url}"  # the name that the library has for it
     try:
@@ -51,7 +39,7 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
             application_limits_exempt_when=lambda: not current_route().counts_as_start,
             strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
             storage_uri=storage_url,
-            storage_options=options,
+            storage_options=_redis_options() if is_shared else {},
             in_memory_fallback_enabled=is_shared,
             # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
             swallow_errors=True,
@@ -60,6 +48,19 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
     except ValueError:
         # The message of the cause may have parts of the URL, such as the password.
         raise InvalidSettings("GRU_SERVE_SESSION_STORE is not a valid URL of Redis", param="session_store") from None
+
+
+def _redis_options() -> dict[str, Any]:
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    return {
+        "socket_connect_timeout": _STORAGE_TIMEOUT_S,
+        "socket_timeout": _STORAGE_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+        "max_connections": _MAX_CONNECTIONS,
+        "key_prefix": "gru-serve:starts",
+    }
 
 
 def _refusal(breached: RequestLimit) -> Response:

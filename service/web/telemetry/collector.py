@@ -51,7 +51,10 @@ class ServiceCollector(Collector):
             "Version of the service, and the kernel that computes.",
             {"version": __version__, "kernel": self._kernel},
         )
-        yield from self._engines(self._models.all())
+        models = self._models.all()
+        yield from self._engines(models)
+        yield from self._prefixes(models)
+        yield from self._ends(models)
         yield from self._served_versions()
         yield _gauge("open_streams", "Streams being sent.", self._admission.num_streams)
         yield _gauge("sessions", "Sessions in the memory of this process.", len(self._store))
@@ -63,54 +66,46 @@ class ServiceCollector(Collector):
 
     def _engines(self, models: list[LoadedModel]) -> Iterator[Metric]:
         """Yield the metrics that have one series per loaded model version."""
-
-        def gauge(name: str, help_text: str, value: Callable[[LoadedModel], float]) -> Metric:
-            family = GaugeMetricFamily(PREFIX + name, help_text, labels=["model_name"])
-            for model in models:
-                family.add_metric([model.version.ref], value(model))
-            return family
-
-        def counter(name: str, help_text: str, value: Callable[[LoadedModel], float]) -> Metric:
-            family = CounterMetricFamily(PREFIX + name, help_text, labels=["model_name"])
-            for model in models:
-                family.add_metric([model.version.ref], value(model))
-            return family
-
-        def histogram(name: str, help_text: str, buckets: Callable[[LoadedModel], Buckets]) -> Metric:
-            family = HistogramMetricFamily(PREFIX + name, help_text, labels=["model_name"])
-            for model in models:
-                add_buckets(family, [model.version.ref], buckets(model))
-            return family
-
-        yield gauge(
-            "num_requests_running", "Texts that the engine is advancing.", lambda model: model.engine.num_running
+        yield _gauges(
+            "num_requests_running", "Texts that the engine is advancing.", models, lambda one: one.engine.num_running
         )
-        yield gauge(
-            "num_requests_waiting", "Texts in the queue of the engine.",
-            lambda model: max(0, model.engine.num_open - model.engine.num_running),
-        )  # fmt: skip
-        yield counter(
+        yield _gauges(
+            "num_requests_waiting",
+            "Texts in the queue of the engine.",
+            models,
+            lambda one: max(0, one.engine.num_open - one.engine.num_running),
+        )
+        yield _counters(
             "prompt_tokens",
             "Characters of prompts and fed texts that the network was stepped over.",
-            lambda model: model.engine.counters.num_read,
+            models,
+            lambda one: one.engine.counters.num_read,
         )
-        yield counter("generation_tokens", "Characters generated.", lambda model: model.engine.counters.num_generated)
-        yield counter(
+        yield _counters(
+            "generation_tokens", "Characters generated.", models, lambda one: one.engine.counters.num_generated
+        )
+        yield _histograms(
+            "batch_size", "Texts advanced in one tick of the engine.", models, lambda one: one.engine.counters.batch
+        )
+        yield _histograms(
+            "tick_seconds", "Duration of one tick of the engine.", models, lambda one: one.engine.counters.tick_s
+        )
+
+    def _prefixes(self, models: list[LoadedModel]) -> Iterator[Metric]:
+        yield _counters(
             "prefix_cache_queries",
             "Characters of prompts that were looked up in the prefix cache.",
-            lambda model: model.prefixes.num_queried,
+            models,
+            lambda one: one.prefixes.num_queried,
         )
-        yield counter(
+        yield _counters(
             "prefix_cache_hits",
             "Characters of prompts that the prefix cache held, and that were not stepped again.",
-            lambda model: model.prefixes.num_hits,
+            models,
+            lambda one: one.prefixes.num_hits,
         )
-        yield histogram(
-            "batch_size", "Texts advanced in one tick of the engine.", lambda model: model.engine.counters.batch
-        )
-        yield histogram(
-            "tick_seconds", "Duration of one tick of the engine.", lambda model: model.engine.counters.tick_s
-        )
+
+    def _ends(self, models: list[LoadedModel]) -> Iterator[Metric]:
         ends = CounterMetricFamily(
             f"{PREFIX}request_success",
             "Finished continuations, by finish reason.",
@@ -150,6 +145,32 @@ def add_buckets(family: HistogramMetricFamily, labels: list[str], buckets: Bucke
     """Add a histogram to a family in Prometheus' form, in which each bucket also counts the smaller values."""
     bounds = [*map(str, map(float, buckets.bounds)), "+Inf"]
     family.add_metric(labels, list(zip(bounds, accumulate(list(buckets.counts)), strict=True)), buckets.total)
+
+
+def _gauges(name: str, help_text: str, models: list[LoadedModel], value: Callable[[LoadedModel], float]) -> Metric:
+    """Return a gauge with a series for each model."""
+    family = GaugeMetricFamily(PREFIX + name, help_text, labels=["model_name"])
+    for model in models:
+        family.add_metric([model.version.ref], value(model))
+    return family
+
+
+def _counters(name: str, help_text: str, models: list[LoadedModel], value: Callable[[LoadedModel], float]) -> Metric:
+    """Return a counter with a series for each model."""
+    family = CounterMetricFamily(PREFIX + name, help_text, labels=["model_name"])
+    for model in models:
+        family.add_metric([model.version.ref], value(model))
+    return family
+
+
+def _histograms(
+    name: str, help_text: str, models: list[LoadedModel], buckets: Callable[[LoadedModel], Buckets]
+) -> Metric:
+    """Return a histogram with a series for each model."""
+    family = HistogramMetricFamily(PREFIX + name, help_text, labels=["model_name"])
+    for model in models:
+        add_buckets(family, [model.version.ref], buckets(model))
+    return family
 
 
 def _gauge(name: str, help_text: str, value: float) -> Metric:

@@ -11,8 +11,8 @@ from pydantic_core import to_json
 
 from service.errors import InvalidValue
 from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
-from service.web.api import inspect_schemas as schemas
-from service.web.api.completion_answer import logprobs_of
+from service.web.api.completions.answer import logprobs_of
+from service.web.api.inspect import schemas
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.gate.access import current_owner

@@ -8,8 +8,9 @@ from flask import Response
 from service.errors import GruServeError, ModelNotFound
 from service.registry.loaded_models import LoadedModels
 from service.store.model_store import Description
+from service.web.api.models.schemas import ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 from service.web.api.resource import Resource
-from service.web.api.schemas import ERRORS, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
+from service.web.api.schemas import ERRORS
 from service.web.gate.route import Route
 
 log = structlog.get_logger(__name__)

@@ -14,10 +14,10 @@ from service.errors import Draining, GruServeError
 from service.generation.run_stream import RunStream
 from service.generation.session_service import FeedResult
 from service.sessions.session import SessionSummary
-from service.web.api import session_schemas as schemas
-from service.web.api.completion_answer import logprobs_of
+from service.web.api.completions.answer import logprobs_of
 from service.web.api.events import DoneEvent, ErrorEvent, Events, ReconnectEvent, TextEvent
 from service.web.api.schemas import Usage
+from service.web.api.sessions import schemas
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
 from service.web.gate.error_responses import body_of, error_response
 

@@ -123,7 +123,7 @@ def test_playground__loads_nothing_from_another_host_and_nothing_inline(client: 
             assert part.headers["Content-Security-Policy"] == policy
             assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", part.text)
             pending += [f"page/{name}" for name in re.findall(r'from "\./([^"]+)"', part.text)]
-    folder = Path(__file__).parent.parent.parent / "service" / "web" / "static" / "page"
+    folder = Path(__file__).parents[3] / "service" / "web" / "static" / "page"
     assert {path.name for path in folder.iterdir()} == {name.removeprefix("page/") for name in loaded} | {"page.html"}
     assert client.get("/page/../docs.html").status_code == 404
     assert client.get("/page/%2e%2e/docs.html").status_code == 404

@@ -25,7 +25,7 @@ from tests.harness.programs import free_port
 from tests.harness.redis_process import RedisProcess, redis_process
 from tests.harness.wait import wait_until
 
-OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+OPERATIONS = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 @pytest.fixture(autouse=True)

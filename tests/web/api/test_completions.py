@@ -17,9 +17,9 @@ from service.errors import EngineFailed
 from service.registry.loaded_models import LoadedModels
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.api import completion_routes
-from service.web.api.completion_routes import CompletionLimits, CompletionRoutes
-from service.web.api.schemas import CompletionAnswer, CompletionBody
+from service.web.api.completions import routes as completion_routes
+from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
+from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.error_responses import register_error_handlers
 from tests.harness.application import client_of

@@ -1,14 +1,26 @@
-"""GET /healthz and /readyz."""
+"""/healthz, /readyz, /metrics and /admin: for operators, supervisors and balancers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from flask import Response
 
-from service.errors import GruServeError, NotReady
+from service.errors import Forbidden, GruServeError, NotReady
 from service.registry.loaded_models import LoadedModels
+from service.registry.version_resolver import Resolution, VersionResolver
 from service.sessions.session_store import SessionStore
+from service.web.api.operation.schemas import (
+    HealthAnswer,
+    ReadyAnswer,
+    ReadyQuery,
+    ReloadAnswer,
+    ReloadBody,
+    ServedName,
+)
 from service.web.api.resource import Resource
-from service.web.api.schemas import ErrorAnswer, HealthAnswer, ReadyAnswer, ReadyQuery
+from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.gate.access import current_owner, is_local
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import Route
@@ -64,3 +76,51 @@ class HealthRoutes(Resource):
             raise NotReady(f"the default model can't be used: {error.code}") from error
         if part == "all":
             self._store.check()
+
+
+class MetricRoutes(Resource):
+    """The metrics, for Prometheus."""
+
+    name = "metrics"
+
+    def __init__(self, exposition: Callable[[], Response]) -> None:
+        """`exposition` returns the metrics in Prometheus' text format."""
+        self._exposition = exposition
+
+    @Route("GET", "/metrics")
+    def show(self) -> Response:
+        """Return all metrics."""
+        return self._exposition()
+
+
+class AdminRoutes(Resource):
+    """The routes for operators of the server."""
+
+    name = "admin"
+    errors = ERRORS | {"403": ErrorAnswer}
+
+    def __init__(self, resolver: VersionResolver) -> None:
+        self._resolver = resolver
+
+    @Route(
+        "POST",
+        "/admin/reload",
+        "Serve new model versions",
+        {"200": ReloadAnswer},
+        starts_work=True,
+        counts_as_start=True,
+    )
+    def reload(self, body: ReloadBody) -> Response:  # noqa: ARG002 - the schema refuses every field
+        """Look up each model name in the store again, and load the version that it refers to now.
+
+        If a version can't be loaded, the previous one stays in service. Needs an API key. On a server without API keys
+        the request has to be sent from the server's own machine.
+        """
+        if not current_owner() and not is_local():
+            raise Forbidden("this server has no API keys, so it accepts this request only from its own machine")
+        answer = ReloadAnswer(data=[_served_name(resolution) for resolution in self._resolver.refresh()])
+        return Response(answer.model_dump_json(), mimetype="application/json")
+
+
+def _served_name(resolution: Resolution) -> ServedName:
+    return ServedName(name=resolution.name, model=resolution.model, failed=resolution.failed, code=resolution.code)

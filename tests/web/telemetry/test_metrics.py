@@ -23,7 +23,7 @@ from tests.harness.models import publish_tiny
 from tests.harness.wait import wait_until
 
 Labels = dict[str, str]
-DOCS = (Path(__file__).parent.parent.parent / "docs" / "operations.md").read_text()
+DOCS = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from service.generation.session_service import FeedRequest, NewSession, SessionS
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels
 from service.sessions.session import SessionKey
-from service.web.api import session_schemas as schemas
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
-from service.web.api.session_answer import feed_answer, run_answer, run_events, session_answer
+from service.web.api.sessions import schemas
+from service.web.api.sessions.answer import feed_answer, run_answer, run_events, session_answer
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import client_key, current_owner
 from service.web.gate.admission import AdmissionLimit

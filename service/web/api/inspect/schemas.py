@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.web.api.schemas import Body, Logprobs
-from service.web.api.session_schemas import MAX_STATE_CHARS, NextCharacter, Position, SessionId
+from service.web.api.sessions.schemas import MAX_STATE_CHARS, NextCharacter, Position, SessionId
 
 
 class InspectBody(Body):

@@ -16,8 +16,9 @@ from service.errors import GruServeError
 from service.generation.completion import Completion, CompletionChunk
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
-from service.web.api import schemas
+from service.web.api.completions import schemas
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
+from service.web.api.schemas import Logprobs, PromptTokensDetails, Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
 from service.web.gate.error_responses import body_of, error_response
 
@@ -114,23 +115,23 @@ class CompletionAnswer:
         """The common fields as the beginning of a JSON object."""
         return json.dumps(self._common_fields)[:-1]
 
-    def _usage(self) -> schemas.Usage:
+    def _usage(self) -> Usage:
         completion = self._completion
-        return schemas.Usage(
+        return Usage(
             prompt_tokens=completion.num_prompt,
             completion_tokens=completion.num_generated,
             total_tokens=completion.num_prompt + completion.num_generated,
-            prompt_tokens_details=schemas.PromptTokensDetails(cached_tokens=completion.num_cached),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.num_cached),
         )
 
-    def _no_scores(self) -> schemas.Logprobs | None:
+    def _no_scores(self) -> Logprobs | None:
         """Return the log-probabilities of an empty text, or None if none were requested."""
         if self._completion.request.num_logprobs is None:
             return None
-        return schemas.Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        return Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
 
 
-def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int) -> schemas.Logprobs | None:
+def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int) -> Logprobs | None:
     """Return the log-probabilities of a text's characters in OpenAI's shape, or None without scores.
 
     `offset` is the position of the text's first character in the whole text.
@@ -143,7 +144,7 @@ def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int)
         for char, value, ids, values in zip(text, chosen, scores.top_ids.tolist(), scores.top.tolist(), strict=True):
             top = {charset.characters[char_id]: logprob for char_id, logprob in zip(ids, values, strict=True)}
             tops.append(None if value is None else top | {char: value})
-    return schemas.Logprobs(
+    return Logprobs(
         tokens=list(text),
         token_logprobs=chosen,
         top_logprobs=tops or None,

@@ -11,10 +11,11 @@ from flask import Response
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.web.api import schemas
-from service.web.api.completion_answer import CompletionAnswer
+from service.web.api.completions import schemas
+from service.web.api.completions.answer import CompletionAnswer
+from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody
 from service.web.api.resource import Resource
-from service.web.api.schemas import ERRORS, MAX_CHOICES, CompletionBody
+from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import client_key
 from service.web.gate.admission import AdmissionLimit

@@ -1,0 +1,1 @@
+"""/v1/models: the versions in the model store."""

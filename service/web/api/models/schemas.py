@@ -1,0 +1,46 @@
+"""The paths of /v1/models, and the bodies of the answers.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ModelMeta(BaseModel):
+    """Properties of a model version."""
+
+    charset: str = Field(description="all characters that the model knows, in the order of their ids")
+    embedding_dim: int = Field(description="size of the vector that represents a character")
+    num_units: int = Field(description="units of each layer")
+    num_layers: int
+    num_parameters: int
+    digest: str = Field(description="SHA-256 of config and weights")
+    aliases: list[str] = Field(description="aliases of this version; it can be requested as name@alias")
+    validation_loss: float | None = Field(description="nats per character on held-out text; null if unknown")
+
+
+class ModelAnswer(BaseModel):
+    """A model version, in OpenAI's shape."""
+
+    id: str = Field(examples=["shakespeare@1"])
+    object: Literal["model"] = "model"
+    created: int = Field(description="time of publication, in seconds since 1970; 0 if unknown")
+    owned_by: str = "gru-serve"
+    meta: ModelMeta
+
+
+class ModelsAnswer(BaseModel):
+    """All versions in the model store."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelAnswer]
+
+
+class ModelPath(BaseModel):
+    """Path parameters of /v1/models/{id}."""
+
+    id: str = Field(max_length=200, description="name, name@version or name@alias")

@@ -1,0 +1,1 @@
+"""/healthz, /readyz, /metrics and /admin/reload: for supervisors, balancers, Prometheus and operators."""
