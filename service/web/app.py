@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import structlog
@@ -37,6 +36,9 @@ from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
 from service.web.gate.error_responses import register_error_handlers, validation_error_response
 from service.web.gate.guard import register_body_check, register_guard
+from service.web.gate.origins import HostPolicy, is_loopback, register_origins
+from service.web.gate.paths import register_paths
+from service.web.gate.proxies import register_proxies
 from service.web.gate.rate_limit import register_rate_limit
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
@@ -85,8 +87,11 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     drain = Drain(settings.drain_s, settings.drain_notice_s)
     metrics = Metrics()
+    register_paths(app)
     register_guard(app, drain)
     register_metrics(app, metrics)
+    register_proxies(app, settings.parsed_proxies)
+    register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
     register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes)
@@ -131,7 +136,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         kernel=kernel.name,
         engine_threads=settings.num_engine_threads,
     )
-    if keys is None and not _is_loopback(settings.host):
+    if keys is None and not is_loopback(settings.host):
         log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)
     return app
 
@@ -154,12 +159,6 @@ def _session_store(
         raise InvalidSettings(f"GRU_SERVE_SESSION_STORE {error}", param="session_store") from None
     closing.callback(store.close)
     return store
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
 
 
 def _state_keys(settings: Settings) -> list[str]:

@@ -126,7 +126,7 @@ def test_log__quotes_no_request_that_gunicorn_can_not_parse(server: Server) -> N
     for data in (
         f"GET /v1/sessions/{OLD} x HTTP/9.9\r\n\r\n",
         f"GET / HTTP/1.1\r\nAuthorization {OLD}: x\r\n\r\n",
-        f"GET / HTTP/1.1\r\nHost: a\r\n Bearer {OLD}\r\n\r\n",
+        f"GET / HTTP/1.1\r\nHost: localhost\r\n Bearer {OLD}\r\n\r\n",
         f"{OLD} / HTTP/1.1\r\n\r\n",
         f"GET / HTTP/1.1\r\nContent-Length: {OLD}\r\n\r\n",
     ):
@@ -218,5 +218,3 @@ def test_versions__are_found_by_polling(store: ModelStore) -> None:
         assert model() == "tiny@1"
         publish_tiny(store, seed=1)
         wait_until(lambda: model() == "tiny@2")
-        (answer,) = server.call("POST", "/admin/reload", {})[1]["data"]
-        assert answer == {"name": "tiny", "model": "tiny@2", "failed": None, "code": None}

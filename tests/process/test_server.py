@@ -115,7 +115,7 @@ def test_body_of_unknown_length__is_read(server: Server) -> None:
     connection.close()
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_stalled_headers__hold_no_thread(server: Server) -> None:
 def test_clients_that_keep_their_side_open__delay_no_other(server: Server) -> None:
     connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
     for connection in connections:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     for connection in connections:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     # If the server waited two seconds for each of them in turn, this would time out.

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from pydantic import SecretStr
 
+from service.api_keys import new_key
 from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.store.model_store import ModelStore
@@ -77,14 +79,17 @@ def test_ids_and_seeds__are_random_by_default(client: FlaskClient) -> None:
     assert all(0 <= answer["seed"] < 2**53 for answer in answers)  # JavaScript's numbers represent it exactly
 
 
-def test_sessions__are_listed_in_pages(client: FlaskClient) -> None:
-    for number in range(5):
-        ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
-    first = ok(client.get("/v1/sessions?after=page&limit=2"))
-    assert [one["id"] for one in first["data"]] == ["page0", "page1"]
-    assert first["has_more"] is True
-    rest = ok(client.get("/v1/sessions?after=page1&limit=3"))
-    assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
+def test_sessions__are_listed_in_pages(tiny_store: ModelStore) -> None:
+    key, entry = new_key("alice")
+    with client_of(Settings(model_store=tiny_store.root, model="tiny", api_keys=SecretStr(entry)), key) as client:
+        for number in range(5):
+            ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
+        first = ok(client.get("/v1/sessions?after=page&limit=2"))
+        assert [one["id"] for one in first["data"]] == ["page0", "page1"]
+        assert first["has_more"] is True
+        rest = ok(client.get("/v1/sessions?after=page1&limit=3"))
+        assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
+        assert rest["has_more"] is False
 
 
 def test_feed__returns_the_distribution_of_the_next_character(client: FlaskClient, session: str) -> None:
@@ -257,7 +262,7 @@ def test_portable_state__that_is_bad_is_refused(tiny_store: ModelStore) -> None:
                 response = client.post("/v1/sessions", json={"state": bad})
                 refusals.add((response.status_code, response.get_json()["error"]["code"]))
         assert refusals == expected
-        assert len(ok(client.get("/v1/sessions"))["data"]) == 1
+        assert "\ngru_serve:sessions 1.0\n" in client.get("/metrics").text
 
 
 @pytest.fixture

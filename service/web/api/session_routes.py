@@ -11,7 +11,7 @@ from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel
 from werkzeug.exceptions import MethodNotAllowed
 
-from service.errors import InvalidValue
+from service.errors import InvalidValue, ListingNeedsKeys
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -67,9 +67,22 @@ def sessions_blueprint(
         """
         return create(path.id, body)
 
-    @blueprint.get("/v1/sessions", summary="List your sessions", responses={"200": schemas.SessionsAnswer})
+    @blueprint.get(
+        "/v1/sessions",
+        summary="List your sessions",
+        responses={"200": schemas.SessionsAnswer, "403": ErrorAnswer},
+    )
     def index(query: schemas.PageQuery) -> Response:
-        """List your sessions in the order of their ids, in pages."""
+        """List your sessions in the order of their ids, in pages.
+
+        Only on a server with API keys: without them all sessions have the same owner, and whoever knows the id of one can
+        use it.
+        """
+        if not current_owner():
+            raise ListingNeedsKeys(
+                "this server has no API keys, so it can't tell your sessions from those of others, and their ids are all "
+                "that protects them: remember the ids of your sessions, or let the operator set GRU_SERVE_API_KEYS"
+            )
         page = sessions.page(current_owner(), query.after, query.limit + 1)
         data = [session_answer(session) for session in page[: query.limit]]
         return _json(schemas.SessionsAnswer(data=data, has_more=len(page) > query.limit))

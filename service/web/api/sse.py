@@ -37,7 +37,7 @@ def stream_response(events: Iterator[bytes | None], on_close: Callable[[], None]
         on_close: Called once when the stream ends, for whatever reason, even if no event was read.
     """
     response = Response(_with_pings(events), mimetype="text/event-stream")
-    response.headers["Cache-Control"] = "no-cache"
+    response.headers["Cache-Control"] = "no-cache, no-transform"  # a proxy that compresses would hold events back
     response.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
     response.call_on_close(on_close)
     return response

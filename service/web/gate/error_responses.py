@@ -31,7 +31,7 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
 # Codes of errors that only this layer finds, in HTTP, in bodies and against schemas. No exception has these codes.
 STATUS_OF_EDGE_CODE = {
     "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
-    "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
+    "bad_request": 400, "host_not_allowed": 403, "origin_not_allowed": 403, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
     "unsupported_media_type": 415, "rate_limited": 429,
 }  # fmt: skip
 
