@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -206,7 +207,7 @@ def test_body__of_100_mb_without_a_key_is_not_read(closed: Server) -> None:
         )
         answer = connection.recv(65_536)
         assert answer.startswith(b"HTTP/1.1 401")
-        with pytest.raises(OSError):  # reset, because the server has closed the connection
+        with contextlib.suppress(ConnectionError):  # until the server has closed the connection
             while num_sent < 100_000_000:
                 num_sent += connection.send(b" " * 65_536)
     assert num_sent < 30_000_000  # the buffers of two sockets, and what the server discards
@@ -229,7 +230,7 @@ def test_connection__survives_a_refused_request_with_a_small_body(closed: Server
 
 
 def test_allowed_hosts__restrict_names_and_never_addresses(environment: dict[str, str]) -> None:
-    """Kubernetes' probes, Prometheus and most balancers send the server's address, which no page can take as its name."""
+    """Kubernetes' probes, Prometheus and most balancers send the server's address, which no page can have as a name."""
     settings = {"GRU_SERVE_HOST": "0.0.0.0", "GRU_SERVE_ALLOWED_HOSTS": "api.example, *.gru.example"}
     with serving(SERVE, environment | settings) as server:
         for host in ("api.example", "API.example:8000", "eu.gru.example", "a.b.gru.example:1", "10.1.2.3:8000",

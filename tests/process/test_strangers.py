@@ -78,7 +78,8 @@ CALLS: list[tuple[str, str, object]] = [
 @pytest.mark.parametrize(
     "host",
     ["rebound.example", "rebound.example:8000", "localhost.rebound.example", "127.0.0.1.rebound.example", "10.0.0.1",
-     "0.0.0.0", "[fd00::1]:80", "127.1", "localhost:80:90", "me@localhost", "localhost/", "[::1", "::1", "localhost\xb2"],
+     "0.0.0.0", "[fd00::1]:80", "127.1", "localhost:80:90", "me@localhost", "localhost/", "[::1", "::1",
+     "localhost\xb2"],
 )  # fmt: skip
 def test_host__on_a_loopback_address_has_to_be_a_loopback_name(server: Server, host: str) -> None:
     """A page whose name resolves to 127.0.0.1 sends its own name."""
@@ -109,8 +110,9 @@ def test_host__may_be_missing_and_health_checks_may_send_any(server: Server) -> 
 
 @pytest.mark.parametrize(
     "origin",
-    ["http://foreign.example", "https://foreign.example", "http://localhost:1", "http://localhost", "null", "file://", "",
-     "http://localhost:{port}.foreign.example", "http://a@localhost:{port}", "localhost:{port}", "http://127.0.0.1:{port}"],
+    ["http://foreign.example", "https://foreign.example", "http://localhost:1", "http://localhost", "null", "file://",
+     "", "http://localhost:{port}.foreign.example", "http://a@localhost:{port}", "localhost:{port}",
+     "http://127.0.0.1:{port}"],
 )  # fmt: skip
 def test_origin__that_is_foreign_is_refused(server: Server, origin: str) -> None:
     host = f"localhost:{server.port}"
@@ -189,15 +191,15 @@ def test_header__can_not_replace_what_the_server_knows_of_a_request(server: Serv
 
 
 @pytest.mark.parametrize(
-    "id",
+    "name",
     ["abc%0A", "abc%0a%0a", "%0Aabc", "abc%0D", "abc%00", "%00", "abc%E2%80%A8", "abc%C2%85", "a%D9%A1", "%EF%BC%91",
      "%C3%A9", "abc%FF", "a%20", "%20a", "a%25", "-a", ".", "..", "~", "a" * 129],
 )  # fmt: skip
-def test_id__is_checked_whole(server: Server, id: str) -> None:
+def test_id__is_checked_whole(server: Server, name: str) -> None:
     for method, path, body in (
-        ("PUT", f"/v1/sessions/{id}", {}),
-        ("GET", f"/v1/sessions/{id}", None),
-        ("POST", f"/v1/sessions/{id}/feed", {"text": "a"}),
+        ("PUT", f"/v1/sessions/{name}", {}),
+        ("GET", f"/v1/sessions/{name}", None),
+        ("POST", f"/v1/sessions/{name}/feed", {"text": "a"}),
     ):
         answer = send(server, method, path, body=body)
         assert (answer.status, answer.code, answer.error["param"]) == (400, "out_of_range", "id"), (method, path)

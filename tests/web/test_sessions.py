@@ -17,6 +17,20 @@ from flask.testing import FlaskClient
 from pydantic import SecretStr
 
 from service.api_keys import new_key
+from service.errors import (
+    EngineFailed,
+    GruServeError,
+    InvalidArtifact,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    PositionGone,
+    RevisionConflict,
+    RunTakenOver,
+    SessionLost,
+    StoreUnavailable,
+)
+from service.generation.run_stream import RunStream
 from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.store.model_store import ModelStore
@@ -171,6 +185,30 @@ def test_stream__has_positions_as_ids_and_resumes_from_each(client: FlaskClient,
     both = {"query_string": {"after": 6}, "headers": {"Last-Event-ID": "300"}}
     assert events(client.get(f"{session}/generate", **both))[0][2]["text"] == text[294:]
     assert events(client.get(f"{session}/generate"))[0][2]["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("error", "may_be_resumed"),
+    [
+        (EngineFailed, True), (NotReady, True), (Overloaded, True), (StoreUnavailable, True), (OutcomeUnknown, True),
+        (RunTakenOver, False), (RevisionConflict, False), (SessionLost, False), (PositionGone, False),
+        (InvalidArtifact, False),
+    ],
+)  # fmt: skip
+def test_stream__says_whether_it_may_be_resumed_after_its_error(
+    client: FlaskClient, session: str, monkeypatch: pytest.MonkeyPatch, error: type[GruServeError], may_be_resumed: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("it failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStream, "chunks", fail)
+        response = client.post(f"{session}/generate", json={"max_tokens": 5, "stream": True})
+        (data,) = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+        response.close()
+    shown = json.loads(data)["error"]
+    assert shown["code"] == error.code
+    assert shown.get("retry", False) is may_be_resumed
 
 
 def test_resume__without_a_run_or_at_a_bad_position_is_refused(client: FlaskClient, session: str) -> None:

@@ -48,8 +48,8 @@ def admin_blueprint(resolver: VersionResolver) -> APIBlueprint:
         # The address of the client proves nothing: through a proxy on this machine every request comes from it.
         if not current_owner():
             raise Forbidden(
-                "this server has no API keys, so it can't tell its operator from others: set GRU_SERVE_API_KEYS, or wait "
-                "until it looks for new versions by itself (GRU_SERVE_MODEL_POLL_S)"
+                "this server has no API keys, so it can't tell its operator from others: set GRU_SERVE_API_KEYS, or "
+                "wait until it looks for new versions by itself (GRU_SERVE_MODEL_POLL_S)"
             )
         answer = ReloadAnswer(data=[_served_name(resolution) for resolution in resolver.refresh()])
         return Response(answer.model_dump_json(), mimetype="application/json")

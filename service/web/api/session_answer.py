@@ -18,7 +18,7 @@ from service.web.api import session_schemas as schemas
 from service.web.api.completion_answer import logprobs_of
 from service.web.api.schemas import Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S, event
-from service.web.gate.error_responses import body_of, error_response
+from service.web.gate.error_responses import error_response, stream_body_of
 
 log = structlog.get_logger(__name__)
 
@@ -88,7 +88,7 @@ def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Iterat
         yield event(json.dumps({"position": position}), "reconnect", position)
     except GruServeError as error:
         ending = error.code
-        yield event(json.dumps(body_of(error)), "error")
+        yield event(json.dumps(stream_body_of(error)), "error")
     finally:
         stream.close()
         log.info(

@@ -75,13 +75,13 @@ def sessions_blueprint(
     def index(query: schemas.PageQuery) -> Response:
         """List your sessions in the order of their ids, in pages.
 
-        Only on a server with API keys: without them all sessions have the same owner, and whoever knows the id of one can
-        use it.
+        Only on a server with API keys. Without them all sessions have the same owner, and the id of a session is all
+        that protects it.
         """
         if not current_owner():
             raise ListingNeedsKeys(
-                "this server has no API keys, so it can't tell your sessions from those of others, and their ids are all "
-                "that protects them: remember the ids of your sessions, or let the operator set GRU_SERVE_API_KEYS"
+                "this server has no API keys, so a list would show everybody's sessions, and the id of a session is "
+                "all that protects it: remember the ids of your sessions, or let the operator set GRU_SERVE_API_KEYS"
             )
         page = sessions.page(current_owner(), query.after, query.limit + 1)
         data = [session_answer(session) for session in page[: query.limit]]

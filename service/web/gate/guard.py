@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_DISCARD_BYTES, _DISCARD_S = 2**21, 0.5
+_DISCARD_BYTES, _DISCARD_S = 2**21, 1.0  # of a body that nobody wants; larger ones end the connection
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 

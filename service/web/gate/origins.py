@@ -147,7 +147,7 @@ def _is_foreign(host: str, origin: str | None) -> bool:
 
 
 def _is_same_host(origin: str, host: str) -> bool:
-    """Return whether an origin has the name and port of a Host. Its scheme is ignored: a balancer may have ended TLS."""
+    """Return whether an origin has the name and port of a Host. Schemes may differ: a balancer may have ended TLS."""
     found = _ORIGIN.fullmatch(origin)
     if found is None or not host:
         return False

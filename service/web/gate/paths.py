@@ -1,4 +1,4 @@
-"""Each route has one path. Others are not redirected to it, so that a balancer which refuses a path refuses the route."""
+"""Each route has one path, and no other leads to it: so a balancer that refuses the path refuses the route."""
 
 from __future__ import annotations
 
