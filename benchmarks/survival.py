@@ -519,7 +519,7 @@ def slow(rounds: int) -> Figures:
         def disturb() -> None:
             for number in range(500):
                 connection = socket.create_connection(("127.0.0.1", deployment.balancer.port))
-                head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 connection.sendall(head + (b"X-Slow: a" if number % 2 else b"Content-Length: 100\r\n\r\n{"))
                 connections.append(connection)
 

@@ -9,7 +9,8 @@
     │       └── StateModelMismatch  state_model_mismatch
     ├── AccessDenied                the caller may not do this
     │   ├── InvalidApiKey           invalid_api_key
-    │   └── Forbidden               forbidden
+    │   ├── Forbidden               forbidden
+    │   └── ListingNeedsKeys        listing_needs_keys
     ├── NotFound                    the thing named in the request doesn't exist
     │   ├── ModelNotFound           model_not_found
     │   └── SessionNotFound         session_not_found
@@ -111,9 +112,15 @@ class InvalidApiKey(AccessDenied):
 
 
 class Forbidden(AccessDenied):
-    """The route is not open to this caller: without API keys, only the server's own machine may use it."""
+    """The route needs an API key, and the server has none: so nobody may use it."""
 
     code = "forbidden"
+
+
+class ListingNeedsKeys(AccessDenied):
+    """The server has no API keys, so a list of sessions would have those of everybody."""
+
+    code = "listing_needs_keys"
 
 
 class NotFound(GruServeError):

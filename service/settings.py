@@ -6,7 +6,9 @@ error, which names the variable and never shows the value of a secret.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,6 +22,9 @@ from service.model.quantize import IntegerPrecision
 
 PREFIX = "GRU_SERVE_"
 _MIN_KEY_CHARS = 16
+_MAX_PROXIES = 16
+_HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
+_ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
 SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
@@ -120,6 +125,21 @@ class Settings(BaseSettings):
         description="file with API keys: name:sha256-hex entries as `gru-serve keys new` prints them, one per line; "
         "read again when it changes",
     )
+    allowed_hosts: str = Field(
+        "",
+        description="names by which clients may call the server, comma-separated, such as "
+        "api.example.org,*.example.org; *: any; empty: loopback names on a loopback address, any elsewhere",
+    )
+    allowed_origins: str = Field(
+        "",
+        description="origins whose web pages may call the server, comma-separated, such as https://example.org; "
+        "*: all; empty: only its own page",
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="number of proxies in front of the server, or their networks, comma-separated, such as 10.0.0.0/8: "
+        "their X-Forwarded-For names the client; empty: no proxy is trusted",
+    )
     rate_limit: str = Field(
         "",
         description="limit on POST and PUT requests for each API key (without keys: each address), such as 600/minute; "
@@ -162,9 +182,36 @@ class Settings(BaseSettings):
     @field_validator("state_keys")
     @classmethod
     def _check_state_keys(cls, keys: SecretStr) -> SecretStr:
-        if any(len(key) < _MIN_KEY_CHARS for key in _split(keys)):
+        if any(len(key) < _MIN_KEY_CHARS for key in _split(keys.get_secret_value())):
             raise ValueError(f"each key must have at least {_MIN_KEY_CHARS} characters")
         return keys
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_allowed_hosts(cls, hosts: str) -> str:
+        for host in _split(hosts):
+            if host != "*" and not _HOST.fullmatch(host) and not _is_address(host):
+                raise ValueError("a host is a name such as api.example.org or *.example.org, without scheme and port")
+        return hosts
+
+    @field_validator("allowed_origins")
+    @classmethod
+    def _check_allowed_origins(cls, origins: str) -> str:
+        for origin in _split(origins):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError("an origin is a scheme and a host, such as https://example.org, without a path")
+        return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_trusted_proxies(cls, proxies: str) -> str:
+        try:
+            _parse_proxies(proxies)
+        except ValueError:
+            raise ValueError(
+                f"must be a number of proxies, 0 to {_MAX_PROXIES}, or networks such as 10.0.0.0/8,192.168.1.7"
+            ) from None
+        return proxies
 
     @field_validator("rate_limit")
     @classmethod
@@ -183,7 +230,22 @@ class Settings(BaseSettings):
     @property
     def state_key_list(self) -> list[str]:
         """The keys in `state_keys`, as a list."""
-        return _split(self.state_keys)
+        return _split(self.state_keys.get_secret_value())
+
+    @property
+    def allowed_host_list(self) -> list[str]:
+        """The names in `allowed_hosts`, in lower case; IPv6 addresses without brackets."""
+        return [host.lower().strip("[]") for host in _split(self.allowed_hosts)]
+
+    @property
+    def allowed_origin_list(self) -> list[str]:
+        """The origins in `allowed_origins`, in lower case."""
+        return [origin.lower() for origin in _split(self.allowed_origins)]
+
+    @property
+    def parsed_proxies(self) -> int | list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+        """`trusted_proxies` as a number of proxies, or as networks."""
+        return _parse_proxies(self.trusted_proxies)
 
     @property
     def num_http_threads(self) -> int:
@@ -201,8 +263,26 @@ class Settings(BaseSettings):
         return self.engine_threads or max(1, len(os.sched_getaffinity(0)) - 1)
 
 
-def _split(keys: SecretStr) -> list[str]:
-    return [key for part in keys.get_secret_value().split(",") if (key := part.strip())]
+def _split(listed: str) -> list[str]:
+    return [entry for part in listed.split(",") if (entry := part.strip())]
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_proxies(proxies: str) -> int | list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Return a number of proxies, or networks. Raises ValueError if the text is neither."""
+    if not re.fullmatch("[0-9]*", proxies):
+        return [ipaddress.ip_network(network) for network in _split(proxies)]
+    number = int(proxies or "0")
+    if number > _MAX_PROXIES:
+        raise ValueError(proxies)
+    return number
 
 
 def read_settings(**overrides: Any) -> Settings:

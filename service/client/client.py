@@ -14,9 +14,6 @@ from urllib.parse import urlencode
 from service.client.inspection import Inspection
 from service.client.transport import ServerError, StreamBroken, Transport
 
-# A stream that ends with one of these errors can be resumed on another server, or on this one a little later.
-_RESUMABLE_ERRORS = ("engine_failed", "not_ready", "draining", "session_store_unavailable", "outcome_unknown")
-
 
 class Client(Transport):
     """A server and the sessions on it. Any number of threads may share a client, but not a session."""
@@ -232,7 +229,8 @@ def _events(
 ) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Yield (position, kind, data) of each complete event of a stream, and close the connection after the last.
 
-    Ends early after an error that another attempt may overcome. Raises ServerError after any other error event.
+    Ends early after an error that the server marks with `retry`: the stream can be resumed, there or at another server.
+    Raises ServerError after any other error event.
     """
     fields: dict[str, str] = {}
     try:
@@ -244,7 +242,7 @@ def _events(
                 fields[name] = value
             elif "data" in fields:
                 data = json.loads(fields["data"])
-                if fields["event"] == "error" and data["error"]["code"] in _RESUMABLE_ERRORS:
+                if fields["event"] == "error" and data["error"].get("retry") is True:
                     return
                 if fields["event"] == "error":
                     raise ServerError(200, data["error"])
@@ -252,4 +250,5 @@ def _events(
             if not name:
                 fields = {}
     finally:
+        response.close()  # it has the socket if the server closes the connection after it
         connection.close()

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,12 +20,13 @@ Result = TypeVar("Result")
 class ServerError(Exception):
     """The server refused a request or failed. The fields come from its error response."""
 
-    def __init__(self, status: int, error: dict[str, Any]) -> None:
+    def __init__(self, status: int, error: dict[str, Any], retry_after_s: float = 0.0) -> None:
         super().__init__(f"{error.get('message', 'no message')} ({status} {error.get('code')})")
         self.status = status  # 200 for an error inside a stream
         self.code: str | None = error.get("code")  # such as session_not_found
         self.param: str | None = error.get("param")  # the field that is at fault; None if there is none
         self.position: int | None = error.get("position")  # of the session, in a position conflict
+        self.retry_after_s = retry_after_s  # how long the server wants to be left alone; 0 if it does not say
 
 
 class StreamBroken(Exception):
@@ -42,13 +44,16 @@ class Patience:
         """Note progress."""
         self._pause_s, self._deadline = _FIRST_PAUSE_S, math.inf
 
-    def pause(self) -> bool:
-        """Wait after a failure, a little longer each time. Returns false, at once, if it is time to give up."""
-        now = time.monotonic()
+    def pause(self, at_least_s: float = 0.0) -> bool:
+        """Wait after a failure, a little longer each time, and at least as long as the server asks for.
+
+        Returns false, at once, if it is time to give up, or would be after the pause.
+        """
+        now, pause_s = time.monotonic(), max(self._pause_s, at_least_s)
         self._deadline = min(self._deadline, now + self._retry_s)
-        if now + self._pause_s > self._deadline:
+        if now + pause_s > self._deadline:
             return False
-        time.sleep(self._pause_s)
+        time.sleep(pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return True
 
@@ -61,7 +66,8 @@ class Transport:
         api_key: the API key, which is sent as a bearer token.
         timeout_s: how long a connection may be silent, in seconds. A stream never is for more than 10 s.
         retry_s: how long a call is repeated after its first failure, while the server is unreachable, overloaded or
-            busy with an earlier call. A stream counts from the first failure after the last text.
+            busy with an earlier call. A stream counts from the first failure after the last text. A pause is at least
+            as long as Retry-After; a call fails at once if that is longer than what is left of `retry_s`.
 
     Raises ValueError for a URL that is not http:// or https:// with a host.
     """
@@ -106,7 +112,7 @@ class Transport:
                 error = json.loads(response.read()).get("error", {})
             except ValueError:
                 error = {"message": "the response does not come from this service"}
-            raise ServerError(response.status, error)
+            raise ServerError(response.status, error, _seconds(response.headers.get("Retry-After")))
         return response
 
     def patience(self) -> Patience:
@@ -126,7 +132,9 @@ class Transport:
                 is_final = isinstance(error, ServerError) and not (
                     error.status in _RETRIED_STATUSES or error.code == "session_busy"
                 )
-                if is_final or not patience.pause():
+                # A busy session may be free long before the second that its error names has passed.
+                asked_s = error.retry_after_s if isinstance(error, ServerError) and error.status != 409 else 0.0
+                if is_final or not patience.pause(asked_s):
                     raise
 
     def close(self) -> None:
@@ -150,3 +158,15 @@ class Transport:
         except ValueError as error:
             raise StreamBroken("the response is not JSON, or not complete") from error
         return document
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Return the seconds of a Retry-After, which is a number or a date; 0 without one that can be read."""
+    if retry_after is None:
+        return 0.0
+    if retry_after.isascii() and retry_after.isdecimal():
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -25,6 +24,9 @@ from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
 from service.web.gate.error_responses import register_error_handlers, validation_error_response
 from service.web.gate.guard import register_body_check, register_guard
+from service.web.gate.origins import HostPolicy, is_loopback, register_origins
+from service.web.gate.paths import register_paths
+from service.web.gate.proxies import register_proxies
 from service.web.gate.rate_limit import register_rate_limit
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
@@ -80,8 +82,11 @@ def _openapi_app() -> OpenAPI:
 
 def _register_gates(app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics) -> None:
     """Add what every request passes. The order matters: the body is read last, after everything that may refuse."""
+    register_paths(app)
     register_guard(app, drain)
     register_metrics(app, metrics)
+    register_proxies(app, settings.parsed_proxies)
+    register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
     register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes)
@@ -126,11 +131,5 @@ def _log_start(settings: Settings, service: Service, keys: ApiKeys | None) -> No
         kernel=service.kernel.name,
         engine_threads=settings.num_engine_threads,
     )
-    if keys is None and not _is_loopback(settings.host):
+    if keys is None and not is_loopback(settings.host):
         log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)
-
-
-def _is_loopback(host: str) -> bool:
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

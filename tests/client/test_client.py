@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import socket
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email.utils import formatdate
 
 import pytest
 
-from service.client import Client
+from service.client import Client, ServerError
 from service.web.api.sse import IDLE_S, PING_S
 from tests.harness.programs import free_port
 
@@ -102,3 +106,91 @@ def test_client__has_patience_for_more_than_one_ping() -> None:
 def test_client__gives_up_on_an_absent_server_after_retry_s() -> None:
     with pytest.raises(ConnectionRefusedError):
         Client(f"http://127.0.0.1:{free_port()}", retry_s=0.1).create()
+
+
+@contextmanager
+def played(answers: list[bytes]) -> Iterator[tuple[str, list[tuple[float, bytes]]]]:
+    """Serve one raw answer on each connection. Yields the URL, and the time and text of each request so far."""
+    requests: list[tuple[float, bytes]] = []
+
+    def serve(listener: socket.socket) -> None:
+        for answer in answers:
+            connection, _ = listener.accept()
+            with connection:
+                connection.settimeout(30)
+                request = b""
+                while b"\r\n\r\n" not in request:
+                    part = connection.recv(65_536)
+                    assert part, "the client closed its connection before it had sent a request"
+                    request += part
+                requests.append((time.monotonic(), request))
+                connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve, listener)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
+        served.result(30)
+
+
+def head(kind: str, status: str = "200 OK", *lines: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Type: {kind}", "Connection: close", *lines, "", ""]).encode()
+
+
+FACTS = head("application/json") + b'{"id": "a", "model": "tiny@1", "seed": 7, "position": 6}'
+STREAM = head("text/event-stream")
+LAST = (
+    b'id: 9\nevent: text\ndata: {"text": "abc"}\n\nid: 9\nevent: done\ndata: {"finish_reason": "length", "position": 9,'
+)
+LAST += b'"sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}\n\n'
+
+
+def test_stream__that_ends_with_an_error_is_resumed_if_the_server_says_so() -> None:
+    """The client knows no code: a server of a later version may have others."""
+    error = b'event: error\ndata: {"error": {"message": "m", "code": "unheard_of", "retry": true}}\n\n'
+    with played([FACTS, STREAM + error, STREAM + LAST]) as (url, requests), Client(url) as client:
+        session = client.open("a")
+        client.close()
+        assert "".join(session.generate(3)) == "abc"
+    assert requests[2][1].startswith(b"GET /v1/sessions/a/generate ")
+
+
+@pytest.mark.parametrize("retry", [b"", b', "retry": false'])
+def test_stream__that_ends_with_any_other_error_is_not_resumed(retry: bytes) -> None:
+    error = b'event: error\ndata: {"error": {"message": "m", "code": "engine_failed"' + retry + b"}}\n\n"
+    with played([FACTS, STREAM + error]) as (url, _), Client(url) as client:
+        session = client.open("a")
+        client.close()
+        with pytest.raises(ServerError) as failed:
+            "".join(session.generate(3))
+    assert failed.value.code == "engine_failed"
+
+
+def refusal(status: str, *lines: str) -> bytes:
+    return head("application/json", status, *lines) + b'{"error": {"message": "m", "code": "c"}}'
+
+
+@pytest.mark.parametrize("status", ["429 Too Many Requests", "503 Service Unavailable"])
+@pytest.mark.parametrize("is_date", [False, True])
+def test_call__waits_as_long_as_the_server_asks(status: str, is_date: bool) -> None:
+    # A date has no fractions of a second, so a date two seconds from now is between one and two seconds away.
+    retry_after = formatdate(time.time() + 2, usegmt=True) if is_date else "1"
+    refused = refusal(status, f"Retry-After: {retry_after}")
+    with played([refused, FACTS]) as (url, requests), Client(url) as client:
+        client.open("a")
+    assert requests[1][0] - requests[0][0] >= 0.9
+
+
+def test_call__that_would_have_to_wait_longer_than_its_patience_fails_at_once() -> None:
+    for retry_after in ("60", "9" * 400, formatdate(time.time() + 60, usegmt=True)):
+        refused = refusal("429 Too Many Requests", f"Retry-After: {retry_after}")
+        with played([refused]) as (url, _), Client(url, retry_s=30) as client, pytest.raises(ServerError) as failed:
+            client.open("a")
+        assert failed.value.status == 429
+        assert failed.value.retry_after_s > 30
+
+
+def test_call__ignores_a_retry_after_that_it_can_not_read_and_that_of_a_busy_session() -> None:
+    answers = [refusal("503 Service Unavailable", f"Retry-After: {value}") for value in ("soon", "-1", "\u0661", "1.5")]
+    busy = head("application/json", "409 Conflict", "Retry-After: 9") + b'{"error": {"code": "session_busy"}}'
+    with played([*answers, busy, FACTS]) as (url, _), Client(url, retry_s=5) as client:
+        assert client.open("a").id == "a"

@@ -13,11 +13,13 @@ from service.web.app import create_app
 
 
 @contextmanager
-def client_of(settings: Settings) -> Iterator[FlaskClient]:
-    """Return a client of an application; its engines end with the block."""
+def client_of(settings: Settings, key: str | None = None) -> Iterator[FlaskClient]:
+    """Return a client of an application, which sends `key` if there is one; its engines end with the block."""
     app = create_app(settings)
     try:
         with app.test_client() as client:
+            if key is not None:
+                client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {key}"
             yield client
     finally:
         app.extensions["gru_serve"].close()

@@ -12,6 +12,9 @@ from tests.harness.browser import ENVIRONMENT, OpenPage
 from tests.harness.server import SERVE, Server, serving
 
 KEY, ENTRY = new_key("alice")
+BLOCK_STORAGE = """for (const name of ["sessionStorage", "localStorage"]) {
+  Object.defineProperty(window, name, { get() { throw new DOMException("blocked", "SecurityError"); } });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +56,23 @@ def test_key__is_asked_for_and_stored_for_the_tab_only(open_page: OpenPage, serv
     other_tab = screen.page.context.new_page()
     other_tab.goto(screen.url)
     expect(other_tab.locator("#key")).to_be_visible()
+
+
+def test_page__works_where_the_browser_blocks_storage(open_page: OpenPage) -> None:
+    """Every access throws then. The page has the key and the text until it is left."""
+    screen = open_page(is_ready=False)
+    screen.page.add_init_script(BLOCK_STORAGE)
+    for _ in range(2):
+        screen.page.reload()
+        expect(screen.page.locator("#key")).to_be_visible()
+        screen.page.fill("#key input", KEY)
+        screen.page.keyboard.press("Enter")
+        screen.wait_until_ready()
+        expect(screen.page.locator("#key")).to_be_hidden()
+        screen.type("ROMEO:")
+        screen.generate(max_tokens=20, seed=1)
+        assert len(screen.text) == 26
+        screen.click_char(10)
+        screen.page.click(".column.active .fork")
+        expect(screen.page.locator(".column")).to_have_count(2)
+        expect(screen.page.locator("#trouble")).to_have_text("")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from service.client import Client
 from tests.harness.browser import ENVIRONMENT, OpenPage
@@ -162,3 +163,27 @@ def test_saved_state__is_refused_if_the_file_is_no_state(open_page: OpenPage, tm
     screen.page.set_input_files("#file", tmp_path / "large.json")
     expect(screen.page.locator("#trouble")).to_contain_text("too large")
     expect(screen.page.locator(".column")).to_have_count(1)
+
+
+def test_stream__is_resumed_after_an_error_that_the_server_marks(open_page: OpenPage, client: Client) -> None:
+    """The page knows no code. The first answer to the request is lost, and an error arrives in its place."""
+    screen = open_page()
+    screen.type("ROMEO:")
+    error = {"message": "It failed.", "code": "unheard_of", "retry": True}
+
+    def fail(route: Route) -> None:
+        route.fetch()  # the server generates the text
+        route.fulfill(content_type="text/event-stream", body=f"event: error\ndata: {json.dumps({'error': error})}\n\n")
+
+    screen.page.route("**/generate", fail, times=1)
+    screen.generate(max_tokens=50, seed=3)
+    whole = continued(client, "ROMEO:", 50, 3)
+    screen.shows(whole)
+    expect(screen.page.locator("#trouble")).to_have_text("")
+
+    error = {"message": "It failed for good.", "code": "engine_failed"}
+    screen.page.route("**/generate", fail, times=1)
+    screen.set(max_tokens=50, seed=4)
+    screen.page.click("#go")
+    expect(screen.page.locator("#trouble")).to_have_text("It failed for good.")
+    screen.shows(continued(client, whole, 50, 4))  # the page shows the server's text

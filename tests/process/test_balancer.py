@@ -160,7 +160,7 @@ def test_streams__reach_the_client_event_by_event() -> None:
     "path", ["/metrics", "//metrics", "/%6detrics", "/metrics/", "/metrics?a=b", "/admin/reload", "/%61dmin/x"]
 )
 def test_internal_routes__can_not_be_reached(balancer: Balancer, path: str) -> None:
-    request = f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     assert answer(balancer, request) == (404, "not_found", None)
     request = f"GET http://127.0.0.1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
     assert answer(balancer, request) == (404, "not_found", None)
@@ -189,9 +189,9 @@ def test_log__has_no_session_id(balancer: Balancer) -> None:
 def test_errors__of_the_balancer_have_the_shape_of_the_servers() -> None:
     with balancing([free_port()], timeout_http__request="300ms", timeout_queue="100ms") as alone:
         for path in ("/v1/completions", "/v1/sessions", "/v1/sessions/a"):
-            request = f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode()
+            request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
             assert answer(alone, request) == (503, "not_ready", "1")
-        slow_body = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{"
+        slow_body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
         assert answer(alone, slow_body) == (408, "incomplete_body", None)
 
 
@@ -206,7 +206,7 @@ def test_errors__of_malformed_http_are_haproxys_own() -> None:
 
 def test_slow_senders__never_reach_a_replica(environment: dict[str, str]) -> None:
     """Ten times as many clients as a replica has threads; half of them stop in the head, half in the body."""
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with replicas(1, environment) as servers, balancing([servers[0].port]) as balancer, ExitStack() as stack:
         files = len(list((servers[0].worker / "fd").iterdir()))
         for number in range(10 * NUM_THREADS):

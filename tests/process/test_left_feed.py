@@ -42,7 +42,9 @@ def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balance
         num_logged = len(server.logged("request"))
         with socket.create_connection(("127.0.0.1", entry.port)) as connection:
             body = json.dumps({"text": "a" * NUM_CHARS, "position": 6}).encode()
-            head = f"POST /v1/sessions/{session.id}/feed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            head = (
+                f"POST /v1/sessions/{session.id}/feed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            )
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
             def is_busy() -> bool:

@@ -92,10 +92,10 @@ def test_gunicorn__can_serve_the_application_by_itself(server: Server, environme
 
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-def test_body_of_10_mb__gets_an_answer_and_no_reset(server: Server, chunked: bool, keep: bool) -> None:
+def test_body_that_is_too_large__gets_an_answer_and_no_reset(server: Server, chunked: bool, keep: bool) -> None:
     connection = server.connect()
     headers = {"Content-Type": "application/json"} | ({} if keep else {"Connection": "close"})
-    body = (b"x" * 10_000 for _ in range(1000)) if chunked else b"x" * 10_000_000
+    body = (b"x" * 10_000 for _ in range(150)) if chunked else b"x" * 1_500_000
     connection.request("POST", "/v1/completions", body, headers, encode_chunked=chunked)
     response = connection.getresponse()
     assert response.status == 413
@@ -115,7 +115,7 @@ def test_body_of_unknown_length__is_read(server: Server) -> None:
     connection.close()
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_stalled_headers__hold_no_thread(server: Server) -> None:
 def test_clients_that_keep_their_side_open__delay_no_other(server: Server) -> None:
     connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(NUM_THREADS)]
     for connection in connections:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     for connection in connections:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     # If the server waited two seconds for each of them in turn, this would time out.

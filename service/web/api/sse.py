@@ -47,7 +47,7 @@ class EventStream(Response):
         """
         super().__init__(iter(()), mimetype="text/event-stream")
         self.events, self._named = events, named
-        self.headers["Cache-Control"] = "no-cache"
+        self.headers["Cache-Control"] = "no-cache, no-transform"  # a proxy that compresses would hold events back
         self.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
         self._held = held.pop_all()
         finalize(self, self._held.close).atexit = False

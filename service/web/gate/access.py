@@ -9,6 +9,7 @@ from flask import Flask, g, request
 
 from service.api_keys import ApiKeys
 from service.errors import InvalidApiKey
+from service.web.gate.proxies import parse_address
 from service.web.gate.route import current_route
 
 
@@ -45,28 +46,10 @@ def client_key() -> str:
     return f"key/{current_owner()}" if current_owner() else f"address/{_network(request.remote_addr or '')}"
 
 
-def is_local() -> bool:
-    """Return whether the current request was sent from this machine, and not forwarded by a proxy on it."""
-    if "X-Forwarded-For" in request.headers or "Forwarded" in request.headers:
-        return False
-    try:
-        address = _address(request.remote_addr or "")
-    except ValueError:
-        return False
-    return address.is_loopback
-
-
 def _network(text: str) -> str:
     """Return an IPv4 address, or the /64 network of an IPv6 address, because one client may have that whole network."""
     try:
-        address = _address(text)
+        address = parse_address(text)
     except ValueError:
         return "unknown"
     return str(address) if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Parse an address; one that maps IPv4 into IPv6 becomes IPv4. Raises ValueError."""
-    address = ipaddress.ip_address(text)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address

@@ -31,7 +31,8 @@ STATUS_OF_CATEGORY: dict[type[GruServeError], int] = {
 # Codes of errors that only this layer finds, in HTTP, in bodies and against schemas. No exception has these codes.
 STATUS_OF_EDGE_CODE = {
     "invalid_json": 400, "unknown_field": 400, "missing_field": 400, "wrong_type": 400, "unsupported_value": 400,
-    "bad_request": 400, "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
+    "bad_request": 400, "host_not_allowed": 403, "origin_not_allowed": 403,
+    "not_found": 404, "method_not_allowed": 405, "incomplete_body": 408, "body_too_large": 413,
     "unsupported_media_type": 415, "rate_limited": 429,
 }  # fmt: skip
 
@@ -57,6 +58,11 @@ _CODE_OF_STATUS = {
 }
 # Not logged for each request: starting and stopping are normal, and the session store's outage is logged once.
 _EXPECTED = ("not_ready", "draining", "session_store_unavailable")
+# A session's stream that ends with one of these may be resumed, at this server a little later or at another one.
+_RESUMABLE = (
+    errors.LimitReached, errors.NotReady, errors.Draining, errors.EngineFailed, errors.StoreUnavailable,
+    errors.OutcomeUnknown,
+)  # fmt: skip
 _RETRY_AFTER_S = "1"
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
@@ -79,6 +85,14 @@ def body_of(error: GruServeError) -> dict[str, Any]:
     body = error_body(error.message, error.code, error.param, status_of(type(error)))
     if isinstance(error, PositionConflict):
         body["error"]["position"] = error.position
+    return body
+
+
+def stream_body_of(error: GruServeError) -> dict[str, Any]:
+    """Return the body for an exception that ends a session's stream. `retry` is true if the stream may be resumed."""
+    body = body_of(error)
+    if isinstance(error, _RESUMABLE):
+        body["error"]["retry"] = True
     return body
 
 

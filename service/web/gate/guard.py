@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -23,7 +24,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_DISCARD_BYTES = 32 * 1024 * 1024
+_DISCARD_BYTES, _DISCARD_S = 2**21, 1.0  # of a body that nobody wants; larger ones end the connection
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
@@ -48,8 +49,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
     @app.after_request
     def _finish(response: Response) -> Response:
-        if response.status_code >= 400 and not g.get("body_was_read"):
-            _discard_body()
+        if not g.get("body_was_read") and _has_body():
+            response.call_on_close(_discarder())
         response.headers["X-Request-Id"] = g.get("request_id", "")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -95,7 +96,7 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
         g.body_was_read = True  # also if reading fails
         try:
             if len(request.get_data()) > max_body_bytes:
-                _discard_body()
+                g.body_was_read = False  # not all of it
                 return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
@@ -124,12 +125,30 @@ def _logged_path(app: Flask) -> str:
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
 
 
-def _discard_body() -> None:
-    """Read and drop the rest of the body, up to a limit.
+def _has_body() -> bool:
+    return bool(request.content_length) or "Transfer-Encoding" in request.headers
 
-    If the connection were closed while the client still sends, the client would see a reset instead of the error.
+
+def _discarder() -> Callable[[], None]:
+    """Return a function that reads and drops a body that nobody wants, after the answer, for a short time.
+
+    If the connection were closed while the client still sends, many clients would report a reset instead of the answer.
     """
-    stream, remaining = request.environ["wsgi.input"], _DISCARD_BYTES
-    with suppress(Exception):  # the client stalls, disconnects or sends a malformed body: it is refused all the same
-        while remaining > 0 and (chunk := stream.read(min(65_536, remaining))):
-            remaining -= len(chunk)
+    stream, connection = request.environ["wsgi.input"], request.environ.get("gunicorn.socket")
+
+    def discard() -> None:
+        remaining, deadline = _DISCARD_BYTES, time.monotonic() + _DISCARD_S
+        before = connection.gettimeout() if connection is not None else None
+        with suppress(Exception):  # the client stalls, disconnects or sends a malformed body: it has its answer
+            while remaining > 0 and (remaining_s := deadline - time.monotonic()) > 0:
+                if connection is not None:
+                    connection.settimeout(remaining_s)
+                chunk = stream.read(min(65_536, remaining))
+                if not chunk:
+                    break
+                remaining -= len(chunk)
+        if connection is not None:
+            with suppress(OSError):
+                connection.settimeout(before)
+
+    return discard

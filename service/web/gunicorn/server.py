@@ -97,6 +97,8 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
         "keepalive": _KEEPALIVE_S,
         "graceful_timeout": settings.drain_s + _EXIT_S,
         "timeout": 120,  # of the worker's main loop, not of a request; loading the model has to fit into it
+        # Otherwise a proxy on this machine would pass on a client's headers that replace the scheme or the path.
+        "forwarded_allow_ips": "",
         "control_socket_disable": True,  # it would be created in a home directory that may be read-only
         "worker_tmp_dir": _SHM if os.access(_SHM, os.W_OK) else None,  # in memory: it gets a heartbeat every second
         "logger_class": _Logs,

@@ -11,7 +11,9 @@ from urllib.parse import unquote
 import flask_openapi_swagger
 import pytest
 from flask.testing import FlaskClient
+from pydantic import SecretStr
 
+from service.api_keys import new_key
 from service.engine.kernels import choose_kernel
 from service.engine.torch_stepper import TorchStepper
 from service.errors import ModelNotFound
@@ -227,7 +229,8 @@ def test_model_store__with_unusable_entries_still_serves_the_others(tmp_path: Pa
 def test_new_version__is_served_after_a_reload(tmp_path: Path) -> None:
     store = ModelStore(tmp_path)
     publish_tiny(store)
-    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+    key, entry = new_key("operator")
+    with client_of(Settings(model_store=tmp_path, model="tiny", api_keys=SecretStr(entry)), key) as client:
         body = {"prompt": "a", "model": "tiny", "seed": 1}
         assert client.post("/v1/completions", json=body).get_json()["model"] == "tiny@1"
         publish_tiny(store, seed=1)

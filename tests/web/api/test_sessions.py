@@ -14,7 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 from flask.testing import FlaskClient
+from pydantic import SecretStr
 
+from service.api_keys import new_key
+from service.errors import (
+    EngineFailed,
+    GruServeError,
+    InvalidArtifact,
+    NotReady,
+    OutcomeUnknown,
+    Overloaded,
+    PositionGone,
+    RevisionConflict,
+    RunTakenOver,
+    SessionLost,
+    StoreUnavailable,
+)
+from service.generation.run_stream import RunStream
 from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.store.model_store import ModelStore
@@ -77,14 +93,17 @@ def test_ids_and_seeds__are_random_by_default(client: FlaskClient) -> None:
     assert all(0 <= answer["seed"] < 2**53 for answer in answers)  # JavaScript's numbers represent it exactly
 
 
-def test_sessions__are_listed_in_pages(client: FlaskClient) -> None:
-    for number in range(5):
-        ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
-    first = ok(client.get("/v1/sessions?after=page&limit=2"))
-    assert [one["id"] for one in first["data"]] == ["page0", "page1"]
-    assert first["has_more"] is True
-    rest = ok(client.get("/v1/sessions?after=page1&limit=3"))
-    assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
+def test_sessions__are_listed_in_pages(tiny_store: ModelStore) -> None:
+    key, entry = new_key("alice")
+    with client_of(Settings(model_store=tiny_store.root, model="tiny", api_keys=SecretStr(entry)), key) as client:
+        for number in range(5):
+            ok(client.put(f"/v1/sessions/page{number}", json={}), 201)
+        first = ok(client.get("/v1/sessions?after=page&limit=2"))
+        assert [one["id"] for one in first["data"]] == ["page0", "page1"]
+        assert first["has_more"] is True
+        rest = ok(client.get("/v1/sessions?after=page1&limit=3"))
+        assert [one["id"] for one in rest["data"]] == ["page2", "page3", "page4"]
+        assert rest["has_more"] is False
 
 
 def test_feed__returns_the_distribution_of_the_next_character(client: FlaskClient, session: str) -> None:
@@ -166,6 +185,30 @@ def test_stream__has_positions_as_ids_and_resumes_from_each(client: FlaskClient,
     both = {"query_string": {"after": 6}, "headers": {"Last-Event-ID": "300"}}
     assert events(client.get(f"{session}/generate", **both))[0][2]["text"] == text[294:]
     assert events(client.get(f"{session}/generate"))[0][2]["text"] == text
+
+
+@pytest.mark.parametrize(
+    ("error", "may_be_resumed"),
+    [
+        (EngineFailed, True), (NotReady, True), (Overloaded, True), (StoreUnavailable, True), (OutcomeUnknown, True),
+        (RunTakenOver, False), (RevisionConflict, False), (SessionLost, False), (PositionGone, False),
+        (InvalidArtifact, False),
+    ],
+)  # fmt: skip
+def test_stream__says_whether_it_may_be_resumed_after_its_error(
+    client: FlaskClient, session: str, monkeypatch: pytest.MonkeyPatch, error: type[GruServeError], may_be_resumed: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("it failed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStream, "chunks", fail)
+        response = client.post(f"{session}/generate", json={"max_tokens": 5, "stream": True})
+        (data,) = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+        response.close()
+    shown = json.loads(data)["error"]
+    assert shown["code"] == error.code
+    assert shown.get("retry", False) is may_be_resumed
 
 
 def test_resume__without_a_run_or_at_a_bad_position_is_refused(client: FlaskClient, session: str) -> None:
@@ -257,7 +300,7 @@ def test_portable_state__that_is_bad_is_refused(tiny_store: ModelStore) -> None:
                 response = client.post("/v1/sessions", json={"state": bad})
                 refusals.add((response.status_code, response.get_json()["error"]["code"]))
         assert refusals == expected
-        assert len(ok(client.get("/v1/sessions"))["data"]) == 1
+        assert "\ngru_serve:sessions 1.0\n" in client.get("/metrics").text
 
 
 @pytest.fixture

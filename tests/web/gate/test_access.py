@@ -15,7 +15,7 @@ from service.api_keys import new_key, read_keys
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from service.web.gate.access import client_key, is_local, register_access
+from service.web.gate.access import client_key, register_access
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import register_error_handlers
 from service.web.gate.guard import register_guard
@@ -182,26 +182,6 @@ def test_client_key__without_api_keys_is_the_address_or_ipv6_network(
         with client.application.test_request_context(environ_base={"REMOTE_ADDR": address}):
             keys.append(client_key())
     assert (keys[0] == keys[1]) == is_same
-
-
-@pytest.mark.parametrize(
-    ("address", "headers", "expected"),
-    [
-        ("127.0.0.1", {}, True),
-        ("127.8.0.1", {}, True),
-        ("::1", {}, True),
-        ("::ffff:127.0.0.1", {}, True),
-        ("10.0.0.1", {}, False),
-        ("", {}, False),
-        ("127.0.0.1", {"X-Forwarded-For": "127.0.0.1"}, False),
-        ("127.0.0.1", {"Forwarded": "for=10.0.0.1"}, False),
-    ],
-)
-def test_is_local__accepts_only_direct_loopback_connections(
-    client: FlaskClient, address: str, headers: dict[str, str], expected: bool
-) -> None:
-    with client.application.test_request_context(environ_base={"REMOTE_ADDR": address}, headers=headers):
-        assert is_local() is expected
 
 
 @pytest.mark.parametrize(

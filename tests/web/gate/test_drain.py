@@ -128,9 +128,7 @@ def test_draining_server__refuses_work_and_changes_nothing(
     assert draining.get("/v1/sessions/b").status_code == 404
 
 
-@pytest.mark.parametrize(
-    "path", ["/healthz", "/v1/models", "/v1/sessions", "/v1/sessions/a", "/v1/sessions/a/text", "/openapi.json"]
-)
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/sessions/a", "/v1/sessions/a/text", "/openapi.json"])
 def test_draining_server__answers_requests_that_only_read(draining: FlaskClient, path: str) -> None:
     assert draining.get(path).status_code == 200
 

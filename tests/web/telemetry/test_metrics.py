@@ -11,8 +11,10 @@ from flask.testing import FlaskClient
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import SecretStr
 
 from service import __version__
+from service.api_keys import new_key
 from service.engine.counters import Buckets
 from service.settings import Settings
 from service.store.model_store import ModelStore
@@ -29,9 +31,12 @@ DOCS = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[FlaskClient]:
     publish_tiny(ModelStore(tmp_path))
-    with client_of(
-        Settings(model_store=tmp_path, model="tiny", kernel="torch", max_sessions=2, model_poll_s=0)
-    ) as client:
+    key, entry = new_key("operator")
+    keys = SecretStr(entry)
+    settings = Settings(
+        model_store=tmp_path, model="tiny", kernel="torch", max_sessions=2, model_poll_s=0, api_keys=keys
+    )
+    with client_of(settings, key) as client:
         yield client
 
 

@@ -20,7 +20,7 @@ from service.web.api.completions import schemas
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
 from service.web.api.schemas import Logprobs, PromptTokensDetails, Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
-from service.web.gate.error_responses import body_of, error_response
+from service.web.gate.error_responses import error_response, stream_body_of
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +82,7 @@ class CompletionAnswer:
             ending = "done"
         except GruServeError as error:
             ending = error.code
-            yield ErrorEvent(body_of(error))
+            yield ErrorEvent(stream_body_of(error))
         finally:
             log.info(
                 "stream ended",

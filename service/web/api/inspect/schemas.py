@@ -17,8 +17,7 @@ class InspectBody(Body):
     """Body of POST /v1/inspect."""
 
     model_config = ConfigDict(
-        json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "gates": True, "logprobs": 5}},
-        regex_engine="python-re",
+        json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "gates": True, "logprobs": 5}}
     )
 
     model: str | None = Field(

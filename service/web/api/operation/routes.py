@@ -20,7 +20,7 @@ from service.web.api.operation.schemas import (
 )
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
-from service.web.gate.access import current_owner, is_local
+from service.web.gate.access import current_owner
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import Route
@@ -113,11 +113,14 @@ class AdminRoutes(Resource):
     def reload(self, body: ReloadBody) -> Response:  # noqa: ARG002 - the schema refuses every field
         """Look up each model name in the store again, and load the version that it refers to now.
 
-        If a version can't be loaded, the previous one stays in service. Needs an API key. On a server without API keys
-        the request has to be sent from the server's own machine.
+        If a version can't be loaded, the previous one stays in service. Only on a server with API keys.
         """
-        if not current_owner() and not is_local():
-            raise Forbidden("this server has no API keys, so it accepts this request only from its own machine")
+        # The address of the client proves nothing: through a proxy on this machine every request comes from it.
+        if not current_owner():
+            raise Forbidden(
+                "this server has no API keys, so it can't tell its operator from others: set GRU_SERVE_API_KEYS, or "
+                "wait until it looks for new versions by itself (GRU_SERVE_MODEL_POLL_S)"
+            )
         answer = ReloadAnswer(data=[_served_name(resolution) for resolution in self._resolver.refresh()])
         return Response(answer.model_dump_json(), mimetype="application/json")
 

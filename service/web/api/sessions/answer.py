@@ -19,7 +19,7 @@ from service.web.api.events import DoneEvent, ErrorEvent, Events, ReconnectEvent
 from service.web.api.schemas import Usage
 from service.web.api.sessions import schemas
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
-from service.web.gate.error_responses import body_of, error_response
+from service.web.gate.error_responses import error_response, stream_body_of
 
 log = structlog.get_logger(__name__)
 
@@ -89,7 +89,7 @@ def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Events
         yield ReconnectEvent(stream.resume_position)
     except GruServeError as error:
         ending = error.code
-        yield ErrorEvent(body_of(error))
+        yield ErrorEvent(stream_body_of(error))
     finally:
         log.info(
             "session stream ended",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flask import Response, request
 from pydantic import BaseModel
 
-from service.errors import InvalidValue
+from service.errors import InvalidValue, ListingNeedsKeys
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.model.charset import Charset
@@ -85,9 +85,18 @@ class SessionRoutes(Resource):
         """
         return self._create(path.id, body)
 
-    @Route("GET", "/v1/sessions", "List your sessions", {"200": schemas.SessionsAnswer})
+    @Route("GET", "/v1/sessions", "List your sessions", {"200": schemas.SessionsAnswer, "403": ErrorAnswer})
     def index(self, query: schemas.PageQuery) -> Response:
-        """List your sessions in the order of their ids, in pages."""
+        """List your sessions in the order of their ids, in pages.
+
+        Only on a server with API keys. Without them all sessions have the same owner, and the id of a session is all
+        that protects it.
+        """
+        if not current_owner():
+            raise ListingNeedsKeys(
+                "this server has no API keys, so a list would show everybody's sessions, and the id of a session is "
+                "all that protects it: remember the ids of your sessions, or let the operator set GRU_SERVE_API_KEYS"
+            )
         page = self._sessions.page(current_owner(), query.after, query.limit + 1)
         data = [session_answer(session) for session in page[: query.limit]]
         return _json(schemas.SessionsAnswer(data=data, has_more=len(page) > query.limit))

@@ -1,6 +1,8 @@
 // HTTP calls to the service: adds the API key, retries calls that may succeed later, reads event streams.
 
-const KEY = "gru-serve.key"; // in sessionStorage only, so that the key is deleted when the tab is closed
+import { readItem, writeItem } from "./tabstorage.js";
+
+const KEY = "gru-serve.key"; // name of the tab's stored API key, which is deleted when the tab is closed
 const RETRYABLE_STATUSES = new Set([429, 502, 503, 504]);
 const FIRST_PAUSE_MS = 100;
 const LONGEST_PAUSE_MS = 2000;
@@ -33,6 +35,7 @@ export const pause = (ms, signal) =>
  * onProblem(message): a call is failing and is retried; null once a call succeeds.
  */
 export class Api {
+  #key = readItem(KEY); // the API key; null if the server has not asked for one
   #askKey;
   #onProblem;
   #keyPrompt = null; // the promise of the key dialog while it is open
@@ -102,8 +105,8 @@ export class Api {
           continue;
         }
         const isRetryable = RETRYABLE_STATUSES.has(error.status) || error.code === "session_busy";
-        if (!isRetryable || performance.now() - started > GIVE_UP_AFTER_MS) throw error;
-        retryAfterMs = 1000 * Number(response.headers.get("Retry-After") ?? 0);
+        retryAfterMs = 1000 * (Number(response.headers.get("Retry-After")) || 0); // 0 also if it is a date
+        if (!isRetryable || performance.now() - started + retryAfterMs > GIVE_UP_AFTER_MS) throw error;
         if (error.code !== "session_busy") this.#onProblem(`${error.message} Trying again …`);
       } catch (error) {
         if (signal?.aborted) throw signal.reason;
@@ -116,14 +119,14 @@ export class Api {
 
   #headers(extra) {
     const headers = { "Content-Type": "application/json", ...extra };
-    const key = sessionStorage.getItem(KEY);
-    if (key) headers.Authorization = `Bearer ${key}`;
+    if (this.#key) headers.Authorization = `Bearer ${this.#key}`;
     return headers;
   }
 
   /** Ask the user for a key. Calls that are refused at the same time share one dialog. */
   async #replaceKey(message) {
     this.#keyPrompt ??= this.#askKey(message).finally(() => (this.#keyPrompt = null));
-    sessionStorage.setItem(KEY, await this.#keyPrompt);
+    this.#key = await this.#keyPrompt;
+    writeItem(KEY, this.#key);
   }
 }

@@ -2,7 +2,6 @@
 
 import { ApiError, pause } from "./api.js";
 
-const RESUMABLE_CODES = new Set(["engine_failed", "not_ready", "draining", "overloaded"]); // of errors in a stream
 const SESSION_LOST_STATUSES = new Set([404, 410]);
 const MAX_FEED_CHARS = 8192;
 const RESUME_PAUSE_MS = 50;
@@ -259,7 +258,7 @@ export class Branch extends EventTarget {
     for await (const { id, kind, data } of events) {
       run.signal.throwIfAborted();
       if (kind === "done") return true;
-      if (kind === "error" && !RESUMABLE_CODES.has(data.error.code)) throw new ApiError(200, data.error);
+      if (kind === "error" && !data.error.retry) throw new ApiError(200, data.error); // else the stream may be resumed
       if (kind !== "text") return false;
       const chars = Array.from(data.text);
       const fresh = chars.slice(Math.max(0, chars.length - (id - this.serverEnd)));
