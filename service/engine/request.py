@@ -12,7 +12,7 @@ from service.arrays import Float32, Ids, write_state
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution
-from service.engine.stepper import FinishReason, Row, StepResult
+from service.engine.stepper import FinishReason, Row, StepResult, check_ids, check_state
 from service.errors import EngineFailed
 
 EndReason = FinishReason | Literal["cancelled"]
@@ -41,17 +41,26 @@ class Request:
     num_next: int | None = None
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
-        """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`."""
+        """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`.
+
+        This is the one place where a request is checked completely, so the row is one that a stepper can advance to its
+        end. Raises InvalidValue.
+        """
         if self.hidden is not None:
+            check_state(self.hidden, initial_hidden.shape)
             write_state(initial_hidden, self.hidden)
+        generated: list[int] = []
+        if self.generated is not None:
+            check_ids(self.generated, vocab_size, "prompt")
+            generated = self.generated.tolist()
         history = None
         if self.sampling.penalizes:
-            history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
-        generated: list[int] = [] if self.generated is None else self.generated.tolist()
-        if history is not None:
+            prompt = self.prompt if self.history_prompt is None else self.history_prompt
+            check_ids(prompt, vocab_size, "prompt")
+            history = History(vocab_size, prompt)
             for char in generated:
                 history.add(char)
-        return Row(
+        row = Row(
             hidden=initial_hidden,
             position=self.position,
             prompt=self.prompt,
@@ -66,6 +75,8 @@ class Request:
             num_next=self.num_next,
             tail=generated[-max(map(len, self.stops)) :] if self.stops else [],
         )
+        row.check(initial_hidden.shape, vocab_size)
+        return row
 
 
 @dataclass(frozen=True)
@@ -108,7 +119,7 @@ class Handle:
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
         self.wants_snapshot = False
         self._check_engine = check_engine
-        self._failure: EngineFailed | None = None
+        self._failure: str | None = None  # why there will be no more results
         self._parts: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
         self._reader_wants_parts = False
@@ -165,8 +176,8 @@ class Handle:
         self.wants_snapshot = False  # first: as soon as there is a snapshot, the next one may be requested
         self.snapshot = snapshot
 
-    def fail(self, failure: EngineFailed) -> None:
-        """Make every wait raise `failure`, because there will be no more results. The engine calls this."""
+    def fail(self, failure: str) -> None:
+        """Make every wait raise EngineFailed with this message: there are no more results. The engine calls this."""
         with self._ready:
             self._failure = failure
             self._ready.notify_all()
@@ -175,7 +186,7 @@ class Handle:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
         while self.end is None and not (for_parts and self._parts):
             if self._failure is not None:
-                raise self._failure
+                raise EngineFailed(self._failure)
             self._check_engine()
             left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
             if left <= 0:

@@ -14,7 +14,7 @@ from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, variants
 from service.engine.native.rows import Rows
-from service.engine.stepper import Row, StepResult
+from service.engine.stepper import InvalidRows, Row, StepResult
 from service.model.quantize import QuantizedGRU
 
 _BITS = {"int8": 8, "int4": 4}
@@ -53,11 +53,19 @@ class NativeStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
-        shape = (self.config.num_layers, self.config.num_units)
-        batch = Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
+        try:
+            batch = self._batch(rows, num_chars)
+        except Exception as error:  # nothing has been computed yet
+            if invalid := InvalidRows.among(rows, lambda row: self._batch([row], num_chars)):
+                raise invalid from error
+            raise
         if batch.active:
             check(self._library.functions.gru_advance(self._kernel, batch.records.ctypes.data, len(batch.active)))
         return batch.finish()
+
+    def _batch(self, rows: Sequence[Row], num_chars: int) -> Rows:
+        shape = (self.config.num_layers, self.config.num_units)
+        return Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
         """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.
