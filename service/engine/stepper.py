@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from service.arrays import Float32, Ids
+from service.arrays import MAX_POSITION, Float32, Ids, is_state
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution, Scores
@@ -17,14 +17,10 @@ from service.errors import InvalidValue
 
 FinishReason = Literal["stop", "length"]
 
-# Characters that a text may have. Every client reads JSON integers up to this one exactly, and a position in the kernel,
-# an int64, can't overflow.
-MAX_POSITION = 2**53
 MAX_STOPS = 16
 MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
 _MEASURED_CHARS = 2048  # characters between two calls of `progress` in `mean_loss`
-_PIECE = 500  # numbers of a state in one numpy call: for more than that numpy releases the interpreter's lock
 
 
 @dataclass(eq=False)
@@ -117,11 +113,8 @@ def check_state(hidden: Float32, shape: tuple[int, ...]) -> None:
     """Raise InvalidValue unless an array is an (L, H) float32 state of a GRU: all its numbers are within -1 to 1."""
     if hidden.shape != shape or hidden.dtype != np.float32 or not hidden.flags.c_contiguous:
         raise InvalidValue(f"the state of a text must be {shape} float32", param="state")
-    numbers = hidden.ravel()
-    for start in range(0, numbers.size, _PIECE):
-        part = numbers[start : start + _PIECE]
-        if not (part.max() <= 1 and part.min() >= -1):  # also refuses NaN
-            raise InvalidValue("the state of a text has a number outside -1 to 1, or not a number", param="state")
+    if not is_state(hidden):
+        raise InvalidValue("the state of a text has a number outside -1 to 1, or not a number", param="state")
 
 
 def check_ids(ids: Ids, vocab_size: int, param: str) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from service.arrays import Float32, Ids
 from service.engine.request import End, Request, Snapshot
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stop import completed
-from service.errors import ClientGone
+from service.errors import ClientGone, InvalidValue
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
@@ -213,3 +214,22 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
     """
     normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
     return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
+
+
+def with_biases(sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float]) -> SamplingSettings:
+    """Return sampling settings with a `logit_bias` of these characters, for a model with this charset.
+
+    Raises UnknownCharacters for a character that the model doesn't know, InvalidValue for what is not one character.
+    """
+    pairs = []
+    for char, bias in biases.items():
+        try:
+            ids = charset.encode(char)
+        except InvalidValue as error:
+            error.param = "logit_bias"
+            raise
+        if len(ids) != 1:
+            raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
+        if bias != 0:
+            pairs.append((int(ids[0]), bias))
+    return replace(sampling, logit_bias=tuple(sorted(pairs)))

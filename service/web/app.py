@@ -108,7 +108,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
-    app.register_api(sessions_blueprint(sessions, models, settings.model, session_limits, admission))
+    app.register_api(sessions_blueprint(sessions, settings.model, session_limits, admission))
     app.register_api(inspect_blueprint(Inspector(models, sessions.get, sealer), settings.model, admission))
     app.register_api(models_blueprint(models))
     app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))

@@ -10,6 +10,7 @@ from flask_openapi import APIBlueprint, Tag
 
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
+from service.generation.reader import with_biases
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web.api import schemas
 from service.web.api.completion_answer import CompletionAnswer
@@ -118,7 +119,7 @@ def _completion_request(model: LoadedModel, body: CompletionBody, limits: Comple
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=body.sampling_settings(lambda: model.charset),
+        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias),
         stop=body.stop_strings,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,

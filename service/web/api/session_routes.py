@@ -15,8 +15,6 @@ from service.errors import InvalidValue
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
-from service.model.charset import Charset
-from service.registry.loaded_models import LoadedModels
 from service.sessions.session import SessionKey
 from service.web.api import session_schemas as schemas
 from service.web.api.schemas import ERRORS, ErrorAnswer
@@ -37,7 +35,7 @@ class SessionLimits:
 
 
 def sessions_blueprint(
-    sessions: SessionService, models: LoadedModels, default_model: str, limits: SessionLimits, admission: AdmissionLimit
+    sessions: SessionService, default_model: str, limits: SessionLimits, admission: AdmissionLimit
 ) -> APIBlueprint:
     """The routes of sessions."""
     blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
@@ -120,11 +118,9 @@ def sessions_blueprint(
         if not 0 < body.max_tokens <= limits.max_tokens:
             raise InvalidValue(f"max_tokens: 1 to {limits.max_tokens} characters a request", param="max_tokens")
 
-        def charset() -> Charset:
-            session = sessions.get(_key(path))
-            return models.for_state(session.model, session.identity).charset
-
-        run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
+        run_request = RunRequest(
+            body.max_tokens, body.sampling_settings, body.stop_strings, body.seed, tuple(body.logit_bias.items())
+        )
         streaming_client = client_key() if body.stream else None
         admission.acquire(streaming_client)
         try:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage
@@ -25,7 +26,6 @@ _POSITION = (
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
     "Default: the end of the text"
 )
-_MAX_POSITION = 2**53  # every client reads JSON integers up to this one exactly
 
 SessionId = Annotated[
     str,
@@ -35,7 +35,7 @@ SessionId = Annotated[
         "without API keys, anyone who knows the id can use the session",
     ),
 ]
-Position = Annotated[int, Field(ge=0, le=_MAX_POSITION)]
+Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
 Seed = Annotated[int, Field(ge=-_SEED_LIMIT, lt=_SEED_LIMIT)]
 
 
