@@ -16,8 +16,8 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Ids = NDArray[np.int64]  # character ids: indices into a model's charset
 
-# Characters that a text may have. Every client reads JSON integers up to this one exactly, and a position in the kernel,
-# an int64, can't overflow.
+# Characters that a text may have. Every client reads JSON integers up to this one exactly, and positions can't overflow
+# the kernel's int64.
 MAX_POSITION = 2**53
 _PIECE = 500  # numbers of a state in one numpy call: for more than that numpy releases the interpreter's lock
 
@@ -33,7 +33,7 @@ def write_state(target: Float32, state: Float32) -> None:
 
 
 def is_state(state: Float32) -> bool:
-    """Whether a GRU can have the numbers of this contiguous array as its state: all are within -1 to 1, and none is NaN."""
+    """Whether a GRU can have the numbers of this contiguous array as its state: all are within -1 to 1."""
     numbers = state.ravel()
     parts = (numbers[start : start + _PIECE] for start in range(0, numbers.size, _PIECE))
     return all(part.max() <= 1 and part.min() >= -1 for part in parts)

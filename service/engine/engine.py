@@ -69,8 +69,8 @@ class Engine:
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
-        # Why the engine has failed for good. A message and not an exception: an exception that is raised again and again
-        # gathers the tracebacks of all its callers, and with them their memory.
+        # Why the engine has failed for good. Not an exception: one that is raised again and again gathers the tracebacks
+        # of all its callers, and with them their memory.
         self._failure: str | None = None
         self._tick_started: float | None = None  # None while no step is running
 
@@ -81,7 +81,7 @@ class Engine:
         work of a text that has just ended, because they take its place.
         """
         self._require_room(len(requests), already_admitted)
-        # Here and not on the engine's thread, so that a request that can't be computed fails alone, before it is accepted.
+        # On the caller's thread, so that a request that can't be computed fails alone, before it is accepted.
         texts = [
             _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
             for request in requests

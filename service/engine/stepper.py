@@ -139,7 +139,7 @@ class InvalidRows(Exception):
         for row in rows:
             try:
                 attempt(row)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - any error says that this row can't be advanced
                 causes[row] = error
         return cls(causes) if causes else None
 

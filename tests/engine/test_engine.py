@@ -544,5 +544,9 @@ def test_failed_engine__raises_a_new_exception_each_time() -> None:
         ways: list[Callable[[], object]] = [handle.wait, lambda: handle.read(None), engine.check]
         ways += [lambda: engine.submit([request()]), lambda: engine.submit([request(max_chars=0)])]
         for way in ways:
-            raised = [pytest.raises(EngineFailed, way).value for _ in range(3)]
-            assert len({id(error) for error in raised}) == 3
+            raised = []
+            for _ in range(3):
+                with pytest.raises(EngineFailed) as caught:
+                    way()
+                raised.append(caught.value)
+            assert len(set(map(id, raised))) == 3

@@ -1,4 +1,4 @@
-"""Requests that no row of the engine can represent: each is refused alone, and the real server serves everybody else."""
+"""Requests that no row of the engine can represent: each is refused alone, and the real server serves all others."""
 
 from __future__ import annotations
 

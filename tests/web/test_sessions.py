@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -397,8 +398,14 @@ def test_generate__biases_belong_to_the_model_that_the_lease_gives(
     generate = RunRegistry.generate
 
     def move_first(*arguments: Any) -> RunStream:
-        ok(client.post("/v1/sessions/s/feed", json={"text": "", "rebase": "few", "num_next": 0}))
+        moving = threading.Thread(target=move)  # a thread of its own, because this one has a request's context
+        moving.start()
+        moving.join()
         return generate(*arguments)
+
+    def move() -> None:
+        with client.application.test_client() as other:
+            ok(other.post("/v1/sessions/s/feed", json={"text": "", "rebase": "few", "num_next": 0}))
 
     with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         ok(client.put("/v1/sessions/s", json={"text": "ab"}), 201)
