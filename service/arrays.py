@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Float16 = NDArray[np.float16]
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
 Ids = NDArray[np.int64]  # character ids: indices into a model's charset
 
 # Characters that a text may have. Every client reads JSON integers up to this one exactly, and positions can't overflow

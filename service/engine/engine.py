@@ -69,8 +69,8 @@ class Engine:
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
-        # Why the engine has failed for good. Not an exception: one that is raised again and again gathers the tracebacks
-        # of all its callers, and with them their memory.
+        # Why the engine has failed for good. Not an exception: one that is raised again and again gathers the
+        # tracebacks of all its callers, and with them their memory.
         self._failure: str | None = None
         self._tick_started: float | None = None  # None while no step is running
 

@@ -16,6 +16,7 @@ from service.engine.stepper import FinishReason, Row, StepResult, check_ids, che
 from service.errors import EngineFailed
 
 EndReason = FinishReason | Literal["cancelled"]
+_BLOCK_PARTS = 64
 _CHECK_S = 0.5  # how often a waiting reader checks that the engine is still stepping
 
 
@@ -120,7 +121,9 @@ class Handle:
         self.wants_snapshot = False
         self._check_engine = check_engine
         self._failure: str | None = None  # why there will be no more results
-        self._parts: list[StepResult] = []
+        self._parts: list[StepResult] = []  # of the last ticks
+        # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
+        self._blocks: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
         self._reader_wants_parts = False
 
@@ -150,7 +153,7 @@ class Handle:
             self._wait(None if timeout_s is None else started + timeout_s, for_parts=flush_interval_s is not None)
             if flush_interval_s is None and self.end is None:
                 return None
-            parts, self._parts = self._parts, []
+            parts, self._blocks, self._parts = [*self._blocks, *self._parts], [], []
         return StepResult.join(parts) if parts else None
 
     def wait(self) -> End:
@@ -166,9 +169,12 @@ class Handle:
         with self._ready:
             if part is not None and (len(part.chars) or part.prompt_scores is not None):
                 self._parts.append(part)
+                if len(self._parts) == _BLOCK_PARTS:
+                    self._blocks.append(StepResult.join(self._parts))
+                    self._parts = []
             if end is not None:
                 self.end = end
-            if end is not None or (self._reader_wants_parts and self._parts):
+            if end is not None or (self._reader_wants_parts and (self._parts or self._blocks)):
                 self._ready.notify_all()
 
     def publish_snapshot(self, snapshot: Snapshot) -> None:
@@ -184,7 +190,7 @@ class Handle:
 
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
-        while self.end is None and not (for_parts and self._parts):
+        while self.end is None and not (for_parts and (self._parts or self._blocks)):
             if self._failure is not None:
                 raise EngineFailed(self._failure)
             self._check_engine()

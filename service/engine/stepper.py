@@ -211,7 +211,7 @@ def mean_loss(stepper: Stepper, ids: Ids, progress: Callable[[int], object] = la
     while row.finished is None:
         scores = stepper.advance([row], _MEASURED_CHARS)[0].prompt_scores
         if scores is not None:
-            total -= float(scores.chosen[first:].sum())
+            total -= float(scores.chosen[first:].sum(dtype=np.float64))
             progress(len(scores.chosen) - first)
             first = 0
     return total / (len(ids) - 1)

@@ -84,9 +84,14 @@ class Reader:
         Raises PositionGone.
         """
         begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
+        is_between = num_logprobs is not None and begin < start
+        if is_between:  # only what is returned gets scores
+            begin, hidden = start, state_at(model, text, start)
         ids = model.charset.exact(text.slice(begin, end))
-        after, scores = step(model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next)
-        return scores.slice(start - begin, None) if scores is not None else None, after.next
+        after, scores = step(
+            model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next, already_admitted=is_between
+        )
+        return scores, after.next
 
     def truncate(self, model: LoadedModel, text: Text, position: int) -> Text:
         """Return the text up to a retained position, with the state there. Raises PositionGone."""

@@ -15,6 +15,7 @@ from service.api_keys import read_keys
 from service.engine.kernels import choose_kernel
 from service.errors import InvalidSettings
 from service.generation.inspector import Inspector
+from service.generation.score_budget import ScoreBudget
 from service.generation.session_service import SessionService
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import EngineSettings, LoadedModels
@@ -97,7 +98,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_texts=settings.max_batch + settings.max_queue,
     )
     admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
-    app.register_api(completions_blueprint(models, settings.model, limits, admission))
+    score_budget = ScoreBudget(settings.max_scores)
+    app.register_api(completions_blueprint(models, settings.model, limits, admission, score_budget))
     closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, closing)
@@ -108,8 +110,10 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
-    app.register_api(sessions_blueprint(sessions, settings.model, session_limits, admission))
-    app.register_api(inspect_blueprint(Inspector(models, sessions.get, sealer), settings.model, admission))
+    app.register_api(sessions_blueprint(sessions, settings.model, session_limits, admission, score_budget))
+    app.register_api(
+        inspect_blueprint(Inspector(models, sessions.get, sealer), settings.model, admission, score_budget)
+    )
     app.register_api(models_blueprint(models))
     app.register_api(health_blueprint(models, settings.model, store, drain, kernel.name))
     app.register_api(admin_blueprint(models.resolver))

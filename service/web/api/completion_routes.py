@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from flask import Response
 from flask_openapi import APIBlueprint, Tag
 
+from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases
+from service.generation.score_budget import ScoreBudget
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web.api import schemas
 from service.web.api.completion_answer import CompletionAnswer
 from service.web.api.schemas import ERRORS, MAX_CHOICES, CompletionBody
 from service.web.api.sse import client_monitor, stream_response
-from service.web.gate.access import client_key
+from service.web.gate.access import client_key, current_owner
 from service.web.gate.admission import AdmissionLimit
-
-_MAX_SCORES = 2_000_000  # log-probabilities in one answer; all are in memory until it is complete
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,11 @@ class CompletionLimits:
 
 
 def completions_blueprint(
-    models: LoadedModels, default_model: str, limits: CompletionLimits, admission: AdmissionLimit
+    models: LoadedModels,
+    default_model: str,
+    limits: CompletionLimits,
+    admission: AdmissionLimit,
+    score_budget: ScoreBudget,
 ) -> APIBlueprint:
     """The route of completions."""
     blueprint = APIBlueprint("completions", __name__, abp_tags=[Tag(name="completions")], abp_responses=ERRORS)
@@ -49,14 +53,18 @@ def completions_blueprint(
         request = _completion_request(model, body, limits)
         streaming_client = client_key() if body.stream else None
         admission.acquire(streaming_client)
+        scores = score_budget.reservation()
         try:
+            scores.require(request.num_scores)
             completion = Completion(model, request)
         except BaseException:
+            scores.release()
             admission.release(streaming_client)
             raise
 
         def close() -> None:
             completion.cancel()
+            scores.release()
             admission.release(streaming_client)
 
         answer = CompletionAnswer(model, completion)
@@ -64,9 +72,10 @@ def completions_blueprint(
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return stream_response(answer.events(client_monitor(), with_usage), close)
         try:
-            return answer.whole(client_monitor())
-        finally:
+            return answer.whole(client_monitor(), close)
+        except BaseException:
             close()
+            raise
 
     return blueprint
 
@@ -96,14 +105,6 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
             f"n: {len(prompts)} prompts x {best_of} continuations exceed {min(MAX_CHOICES, limits.max_texts)} texts",
             param="n" if body.best_of is None else "best_of",
         )
-    if body.logprobs is not None:
-        num_scored = sum(map(len, prompts)) * body.echo * best_of + body.max_tokens * len(prompts) * best_of
-        if num_scored * (1 + body.logprobs) > _MAX_SCORES:
-            raise InvalidValue(
-                f"logprobs: {num_scored} characters with {body.logprobs} alternatives each don't fit into one answer: "
-                f"request at most {_MAX_SCORES // (1 + body.logprobs)} characters",
-                param="logprobs",
-            )
 
 
 def _completion_request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits) -> CompletionRequest:
@@ -125,4 +126,5 @@ def _completion_request(model: LoadedModel, body: CompletionBody, limits: Comple
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,
         echo=body.echo,
+        cache_scope=CacheScope(current_owner(), body.cache_salt or ""),
     )

@@ -14,6 +14,7 @@ from werkzeug.exceptions import MethodNotAllowed
 from service.errors import InvalidValue
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
+from service.generation.score_budget import ScoreBudget
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.sessions.session import SessionKey
 from service.web.api import session_schemas as schemas
@@ -35,7 +36,11 @@ class SessionLimits:
 
 
 def sessions_blueprint(
-    sessions: SessionService, default_model: str, limits: SessionLimits, admission: AdmissionLimit
+    sessions: SessionService,
+    default_model: str,
+    limits: SessionLimits,
+    admission: AdmissionLimit,
+    score_budget: ScoreBudget,
 ) -> APIBlueprint:
     """The routes of sessions."""
     blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
@@ -100,8 +105,14 @@ def sessions_blueprint(
         feed_request = FeedRequest(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
-        with admission, _blaming("text"):
-            return feed_answer(sessions.feed(_key(path), feed_request, client_monitor()))
+        scores = score_budget.reservation()
+        try:
+            with admission, _blaming("text"):
+                result = sessions.feed(_key(path), feed_request, client_monitor(), scores.require)
+            return feed_answer(result, scores.release)
+        except BaseException:
+            scores.release()
+            raise
 
     @blueprint.post(
         "/v1/sessions/<id>/generate", summary="Continue a session's text", responses={"200": schemas.GenerateAnswer}
