@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
-from service.engine.native.binding import variants
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import Pace, flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling_settings import SamplingSettings

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.native import binding
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.kernels import choose_kernel
+from service.engine.native import binding, native_stepper
+from service.engine.native.native_stepper import NativeStepper, variants
+from service.engine.native.self_check import EXPECTED, digest_of
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import InvalidRows, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
+from service.errors import InvalidSettings
 from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
 from tests.harness.rows import KINDS, outcome, quantized, row, run, with_checkpoints
 
-VARIANTS = binding.variants()
+VARIANTS = list(variants())
+CLOCK_SLACK = 4  # a busy machine has cold caches
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
 SETTINGS = [
     PLAIN,
@@ -282,10 +288,55 @@ def test_kernel__invalid_sizes_are_refused_before_memory_is_touched(sizes: tuple
 
 def test_variants__without_the_library_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     binding.load.cache_clear()
+    variants.cache_clear()
     try:
         monkeypatch.setattr(binding, "find_spec", lambda _: None)
-        assert binding.variants() == []
+        assert variants() == ()
         with pytest.raises(RuntimeError, match="not compiled"):
             NativeStepper(quantized())
     finally:
         binding.load.cache_clear()
+        variants.cache_clear()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_self_check__expects_what_every_stepper_computes(variant: str) -> None:
+    assert digest_of(partial(NativeStepper, variant=variant)) == digest_of(TorchStepper) == EXPECTED
+
+
+def test_self_check__takes_less_than_50_ms_of_the_processor() -> None:
+    variants.cache_clear()
+    started = time.process_time()
+    assert list(variants()) == VARIANTS
+    assert time.process_time() - started < 0.05 * CLOCK_SLACK
+
+
+def test_variants__that_compute_other_numbers_are_not_offered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One variant, as on a processor that breaks it, and then all: then torch serves, and `native` is refused."""
+    check = native_stepper.digest_of
+
+    def broken(make_stepper: Any, wrong: set[str]) -> str:
+        names: list[str] = []
+
+        def note(model: QuantizedGRU) -> Stepper:
+            stepper = make_stepper(model)
+            names.append(stepper.variant)
+            return stepper
+
+        digest = check(note)
+        return "other" if wrong & set(names) else digest
+
+    try:
+        for wrong in ({VARIANTS[0]}, set(VARIANTS)):
+            variants.cache_clear()
+            caplog.clear()
+            monkeypatch.setattr(native_stepper, "digest_of", partial(broken, wrong=wrong))
+            assert list(variants()) == [name for name in VARIANTS if name not in wrong]
+            assert [record for record in caplog.records if VARIANTS[0] in record.getMessage()]
+        assert choose_kernel("auto", 1).name == "torch"
+        with pytest.raises(InvalidSettings, match="other numbers"):
+            choose_kernel("native", 1)
+    finally:
+        variants.cache_clear()

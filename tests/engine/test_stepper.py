@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine.integer_product import IntegerProduct
-from service.engine.native.binding import variants
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult

@@ -122,7 +122,7 @@ def read_layout(description: str) -> dict[str, np.dtype[np.void]]:
     return dtypes
 
 
-def variants() -> list[str]:
+def supported_variants() -> list[str]:
     """Return the names of the kernel's variants that this processor can run, best first; empty without a kernel."""
     library, names = load(), list[str]()
     while library is not None and (name := library.functions.gru_variant(len(names))) is not None:
