@@ -32,7 +32,7 @@ COPY setup.py README.md LICENSE ./
 COPY service service
 # Fails the build if the kernel is missing: the server would then need torch, which the image does not contain.
 RUN pip install -q --no-deps . \
- && cd / && /opt/gru-serve/bin/python -c 'from service.engine.native.binding import variants; assert variants(), "the kernel was not compiled"'
+ && cd / && /opt/gru-serve/bin/python -c 'from service.engine.native.native_stepper import variants; assert variants(), "the kernel was not compiled"'
 
 
 FROM docker.io/library/python:3.11-slim-bookworm

@@ -36,5 +36,5 @@ ifeq ($(shell uname -s),Linux)
 	$(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)"
 endif
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from service.engine.native.binding import variants; print("kernel:", ", ".join(variants()) or "torch; the faster kernel was not compiled because there is no C++17 compiler")'
+	@$(BIN)/python -c 'from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "torch; the faster kernel was not compiled because there is no C++17 compiler")'
 	touch $@

@@ -28,7 +28,8 @@
     │   └── ModelChanged            model_changed
     ├── LimitReached                too much work is open already; try again later
     │   ├── Overloaded              overloaded
-    │   └── TooManyStreams          too_many_streams
+    │   ├── TooManyStreams          too_many_streams
+    │   └── TooManyScores           too_many_scores
     ├── Unavailable                 a part of the service can't work at present
     │   ├── NotReady                not_ready
     │   ├── Draining                draining
@@ -225,6 +226,12 @@ class TooManyStreams(LimitReached):
     """The caller has the largest allowed number of streams open."""
 
     code = "too_many_streams"
+
+
+class TooManyScores(LimitReached):
+    """Other requests have reserved the log-probabilities that the server computes at a time."""
+
+    code = "too_many_scores"
 
 
 class Unavailable(GruServeError):

@@ -69,6 +69,13 @@ class Settings(BaseSettings):
     max_prompt_chars: int = Field(
         100_000, ge=1, le=100_000_000, description="longest accepted prompt or fed text, in characters"
     )
+    max_scores: int = Field(
+        2**22,
+        ge=1000,
+        le=2**40,
+        description="log-probabilities in memory, of all requests together; more are refused. A scored character has "
+        "one, and each alternative to it another",
+    )
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest accepted request body")
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(

@@ -14,11 +14,14 @@ from service.engine.counters import Counters
 from service.engine.pace import Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import Row, Stepper, StepResult
+from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
 
 log = structlog.get_logger(__name__)
 
+_FAILED = "the engine has failed: restart the server"
+_CLOSING = "the engine is shutting down: try again in a moment"
+_NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
 _SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
 
 
@@ -27,7 +30,7 @@ class _Text:
     """A request in the scheduler."""
 
     handle: Handle
-    row: Row | None = None  # None while the text is waiting
+    row: Row
 
 
 class Engine:
@@ -66,37 +69,47 @@ class Engine:
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
-        self._failure: EngineFailed | None = None
+        # Why the engine has failed for good. Not an exception: one that is raised again and again gathers the
+        # tracebacks of all its callers, and with them their memory.
+        self._failure: str | None = None
         self._tick_started: float | None = None  # None while no step is running
 
     def submit(self, requests: Sequence[Request], *, already_admitted: bool = False) -> list[Handle]:
-        """Accept all of these requests, or none. Raises Overloaded and EngineFailed.
+        """Accept all of these requests, or none. Raises InvalidValue, Overloaded and EngineFailed.
 
         With `already_admitted` the engine does not refuse them for lack of room. Use it for requests that continue the
         work of a text that has just ended, because they take its place.
         """
-        handles = [Handle(request, self.check) for request in requests]
+        self._require_room(len(requests), already_admitted)
+        # On the caller's thread, so that a request that can't be computed fails alone, before it is accepted.
+        texts = [
+            _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
+            for request in requests
+        ]
         with self._changed:
-            self.check()
-            if self._closing:
-                raise EngineFailed("the engine is shutting down: try again in a moment")
-            if self._num_open + len(handles) > self._max_open and not already_admitted:
-                raise Overloaded("the server is busy and its queue is full: try again in a second")
+            self._require_room(len(requests), already_admitted)
             step_here = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
-                self._num_open += len(handles)
-                self._inbox.extend(_Text(handle) for handle in handles)
+                self._num_open += len(texts)
+                self._inbox.extend(texts)
                 self._start()
                 self._changed.notify_all()
         if step_here:
-            self._step_here(handles[0])
-        return handles
+            self._step_here(texts[0])
+        return [text.handle for text in texts]
+
+    def _require_room(self, num_texts: int, already_admitted: bool) -> None:
+        self.check()
+        if self._closing:
+            raise EngineFailed(_CLOSING)
+        if self._num_open + num_texts > self._max_open and not already_admitted:
+            raise Overloaded("the server is busy and its queue is full: try again in a second")
 
     def check(self) -> None:
         """Raise EngineFailed if the engine has failed, or a step has taken longer than `stall_s`."""
         if self._failure is not None:
-            raise self._failure
+            raise EngineFailed(self._failure)
         started = self._tick_started
         if started is not None and self._clock() - started > self._stall_s:
             raise EngineFailed(f"the engine is stuck: its step has taken more than {self._stall_s:.0f} seconds")
@@ -137,25 +150,31 @@ class Engine:
             self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
             self._thread.start()
 
-    def _step_here(self, handle: Handle) -> None:
+    def _step_here(self, text: _Text) -> None:
         """Step a short text on the caller's thread, which holds `_stepping`, and release it."""
+        row = text.row
         try:
-            row = handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
             result = self._advance([row], _SHORT_CHARS)[0]
+        except InvalidRows as invalid:
+            _log_invalid(invalid)
+            raise EngineFailed(_NOT_COMPUTABLE) from invalid
         except BaseException as error:
+            _log_failure(error)
             with self._changed:
-                self._failure = _failed(error)
+                self._failure = _FAILED
                 self._changed.notify_all()  # so that the engine's thread fails its texts and ends
-            raise self._failure from error
+            raise EngineFailed(_FAILED) from error
         finally:
             self._stepping.release()
-        handle.publish(result, _end(row, row.finished or "length"))
+        text.handle.publish(result, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         before = sum([row.position for row in rows])
         self._tick_started = started = self._clock()
-        results = self._stepper.advance(rows, num_chars)
-        self._tick_started = None
+        try:
+            results = self._stepper.advance(rows, num_chars)
+        finally:
+            self._tick_started = None
         duration_s = self._clock() - started
         num_stepped = sum([row.position for row in rows]) - before
         num_generated = sum([len(result.chars) for result in results])
@@ -168,9 +187,11 @@ class Engine:
                 self._tick()
             # Not if it was retired: then it may already have a new thread, with new texts.
             if self._closing:
-                self._fail_open_texts(EngineFailed("the engine is shutting down: try again in a moment"))
+                self._fail_open_texts(_CLOSING)
         except BaseException as error:  # noqa: BLE001 - otherwise callers would wait for a dead thread
-            self._fail(self._failure or _failed(error))
+            if self._failure is None:
+                _log_failure(error)
+            self._fail(_FAILED)
 
     def _wait_for_work(self) -> bool:
         """Wait until there is a text, and move new ones to the scheduler. Return False if the thread must end."""
@@ -179,7 +200,7 @@ class Engine:
             while not (self._inbox or scheduler.has_work or self._closing or self._retired or self._failure):
                 self._changed.wait()
             if self._failure is not None:
-                raise self._failure
+                raise EngineFailed(self._failure)
             if self._closing or not (self._inbox or scheduler.has_work):
                 self._thread = None
                 return False
@@ -191,18 +212,22 @@ class Engine:
         """Admit waiting texts, advance all texts of the batch, and hand the new characters over to the handles."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
-        for text in scheduler.admit():
-            text.row = self._row(text)
+        scheduler.admit()
         texts = scheduler.running
-        rows = [text.row for text in texts if text.row is not None]
+        rows = [text.row for text in texts]
         if not rows:
             return
         num_chars = self._pace.num_chars(len(rows))
         with self._stepping:
             if self._failure is not None:
-                raise self._failure
+                raise EngineFailed(self._failure)
             started = self._clock()
-            results = self._advance(rows, num_chars)
+            try:
+                results = self._advance(rows, num_chars)
+            except InvalidRows as invalid:
+                _log_invalid(invalid)
+                self._fail_texts([text for text in texts if text.row in invalid.causes], _NOT_COMPUTABLE)
+                return  # the next tick advances the others
             self._pace.measured(len(rows), num_chars, self._clock() - started)
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
@@ -212,20 +237,16 @@ class Engine:
             if text.handle.wants_snapshot and row.finished is None:
                 text.handle.publish_snapshot(_snapshot(row))
 
-    def _row(self, text: _Text) -> Row:
-        return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
-
     def _end(self, texts: Sequence[_Text], reason: EndReason) -> None:
         self._remove(texts)
         for text in texts:
-            row = text.row if text.row is not None else self._row(text)
-            text.handle.publish(None, _end(row, reason))
+            text.handle.publish(None, _end(text.row, reason))
 
     def _remove(self, texts: Sequence[_Text]) -> None:
         if texts:
             for text in texts:
                 if text.handle.request.max_chars:
-                    self.counters.ended(text.row.finished if text.row is not None else None)
+                    self.counters.ended(text.row.finished)
             self._scheduler.remove(texts)
             with self._changed:
                 self._num_open -= len(texts)
@@ -235,21 +256,28 @@ class Engine:
             inbox, self._inbox = self._inbox, []
         return [*self._scheduler.running, *self._scheduler.waiting, *inbox]
 
-    def _fail(self, failure: EngineFailed) -> None:
+    def _fail(self, failure: str) -> None:
         with self._changed:
             self._failure = failure
         self._fail_open_texts(failure)
 
-    def _fail_open_texts(self, failure: EngineFailed) -> None:
-        texts = self._open_texts()
+    def _fail_open_texts(self, failure: str) -> None:
+        self._fail_texts(self._open_texts(), failure)
+
+    def _fail_texts(self, texts: Sequence[_Text], failure: str) -> None:
         for text in texts:
             text.handle.fail(failure)
         self._remove(texts)
 
 
-def _failed(error: BaseException) -> EngineFailed:
+def _log_failure(error: BaseException) -> None:
     log.error("the engine failed", error=type(error).__name__, exc_info=error)
-    return EngineFailed("the engine has failed: restart the server")
+
+
+def _log_invalid(invalid: InvalidRows) -> None:
+    """Log the first cause. The engine accepts only rows that can be advanced, so this is a fault of ours."""
+    cause = next(iter(invalid.causes.values()))
+    log.error("texts can't be computed", num_texts=len(invalid.causes), error=type(cause).__name__, exc_info=cause)
 
 
 def _is_short(request: Request) -> bool:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Literal
 
 from service.arrays import Float32
-from service.engine.native.binding import variants
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.stepper import Stepper
 from service.errors import InvalidSettings
 from service.model.config import ModelConfig
@@ -37,8 +37,9 @@ def check_kernel(choice: KernelChoice) -> None:
     is_native, is_torch = bool(variants()), find_spec("torch") is not None
     if choice == "native" and not is_native:
         raise InvalidSettings(
-            "kernel=native, but the native kernel was not compiled when this package was installed: install the "
-            "package again on a machine with a C++17 compiler, or set kernel=auto",
+            "kernel=native, but the native kernel was not compiled when this package was installed, or computes other "
+            "numbers than it must, as the log says: install the package again on a machine with a C++17 compiler, or "
+            "set kernel=auto",
             param="kernel",
         )
     if not is_torch and (choice == "torch" or not is_native):
@@ -66,6 +67,4 @@ def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
 
         torch.set_num_threads(num_threads)  # of the whole process
         return Kernel("torch", TorchStepper)
-    from service.engine.native.native_stepper import NativeStepper
-
     return Kernel(available[0], lambda model: NativeStepper(model, num_threads))

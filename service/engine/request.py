@@ -12,10 +12,11 @@ from service.arrays import Float32, Ids, write_state
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution
-from service.engine.stepper import FinishReason, Row, StepResult
+from service.engine.stepper import FinishReason, Row, StepResult, check_ids, check_state
 from service.errors import EngineFailed
 
 EndReason = FinishReason | Literal["cancelled"]
+_BLOCK_PARTS = 64
 _CHECK_S = 0.5  # how often a waiting reader checks that the engine is still stepping
 
 
@@ -41,17 +42,26 @@ class Request:
     num_next: int | None = None
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
-        """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`."""
+        """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`.
+
+        This is the one place where a request is checked completely, so the row is one that a stepper can advance to its
+        end. Raises InvalidValue.
+        """
         if self.hidden is not None:
+            check_state(self.hidden, initial_hidden.shape)
             write_state(initial_hidden, self.hidden)
+        generated: list[int] = []
+        if self.generated is not None:
+            check_ids(self.generated, vocab_size, "prompt")
+            generated = self.generated.tolist()
         history = None
         if self.sampling.penalizes:
-            history = History(vocab_size, self.prompt if self.history_prompt is None else self.history_prompt)
-        generated: list[int] = [] if self.generated is None else self.generated.tolist()
-        if history is not None:
+            prompt = self.prompt if self.history_prompt is None else self.history_prompt
+            check_ids(prompt, vocab_size, "prompt")
+            history = History(vocab_size, prompt)
             for char in generated:
                 history.add(char)
-        return Row(
+        row = Row(
             hidden=initial_hidden,
             position=self.position,
             prompt=self.prompt,
@@ -66,6 +76,8 @@ class Request:
             num_next=self.num_next,
             tail=generated[-max(map(len, self.stops)) :] if self.stops else [],
         )
+        row.check(initial_hidden.shape, vocab_size)
+        return row
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,10 @@ class Handle:
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
         self.wants_snapshot = False
         self._check_engine = check_engine
-        self._failure: EngineFailed | None = None
-        self._parts: list[StepResult] = []
+        self._failure: str | None = None  # why there will be no more results
+        self._parts: list[StepResult] = []  # of the last ticks
+        # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
+        self._blocks: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
         self._reader_wants_parts = False
 
@@ -139,7 +153,7 @@ class Handle:
             self._wait(None if timeout_s is None else started + timeout_s, for_parts=flush_interval_s is not None)
             if flush_interval_s is None and self.end is None:
                 return None
-            parts, self._parts = self._parts, []
+            parts, self._blocks, self._parts = [*self._blocks, *self._parts], [], []
         return StepResult.join(parts) if parts else None
 
     def wait(self) -> End:
@@ -155,9 +169,12 @@ class Handle:
         with self._ready:
             if part is not None and (len(part.chars) or part.prompt_scores is not None):
                 self._parts.append(part)
+                if len(self._parts) == _BLOCK_PARTS:
+                    self._blocks.append(StepResult.join(self._parts))
+                    self._parts = []
             if end is not None:
                 self.end = end
-            if end is not None or (self._reader_wants_parts and self._parts):
+            if end is not None or (self._reader_wants_parts and (self._parts or self._blocks)):
                 self._ready.notify_all()
 
     def publish_snapshot(self, snapshot: Snapshot) -> None:
@@ -165,17 +182,17 @@ class Handle:
         self.wants_snapshot = False  # first: as soon as there is a snapshot, the next one may be requested
         self.snapshot = snapshot
 
-    def fail(self, failure: EngineFailed) -> None:
-        """Make every wait raise `failure`, because there will be no more results. The engine calls this."""
+    def fail(self, failure: str) -> None:
+        """Make every wait raise EngineFailed with this message: there are no more results. The engine calls this."""
         with self._ready:
             self._failure = failure
             self._ready.notify_all()
 
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
-        while self.end is None and not (for_parts and self._parts):
+        while self.end is None and not (for_parts and (self._parts or self._blocks)):
             if self._failure is not None:
-                raise self._failure
+                raise EngineFailed(self._failure)
             self._check_engine()
             left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
             if left <= 0:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, TypeAdapter
 
 # The API's schema and the command line take limits and help from here. The kernel's row has a field of each name.
 Temperature = Annotated[
@@ -45,14 +45,18 @@ FrequencyPenalty = Annotated[
     Field(ge=-2, le=2, description="subtracted from a character's logit for each time that it was generated before"),
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+MAX_BIASES = 1024
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How to choose a character from the model's distribution. The defaults draw from it unchanged.
 
-    The repetition penalty is that of Keskar et al. 2019; the presence and frequency penalties are OpenAI's.
+    The repetition penalty is that of Keskar et al. 2019; the presence and frequency penalties are OpenAI's. Creating an
+    object checks nothing: `check` does, and so does pydantic wherever it reads settings from a record.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     temperature: Temperature = 1.0
     top_k: TopK = 0
@@ -61,7 +65,8 @@ class SamplingSettings:
     repetition_penalty: RepetitionPenalty = 1.0
     presence_penalty: PresencePenalty = 0.0
     frequency_penalty: FrequencyPenalty = 0.0
-    logit_bias: tuple[tuple[int, Bias], ...] = ()  # (id, added to its logit) pairs
+    # (id, added to its logit) pairs
+    logit_bias: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], Bias], ...], Field(max_length=MAX_BIASES)] = ()
 
     @cached_property
     def is_plain(self) -> bool:
@@ -78,6 +83,12 @@ class SamplingSettings:
         """Whether characters drawn before matter, so that the row needs a History."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    def check(self) -> None:
+        """Raise ValueError if a number is outside its limits, or there are too many biases."""
+        _CHECKER.validate_python({name: getattr(self, name) for name in _NAMES})
 
+
+_NAMES = tuple(field.name for field in fields(SamplingSettings))
+_CHECKER = TypeAdapter(SamplingSettings)
 PLAIN = SamplingSettings()
 NUMBERS = tuple(field.name for field in fields(SamplingSettings) if field.name != "logit_bias")  # one number each

@@ -7,22 +7,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.arrays import Float32, Float64, Ids
+from service.arrays import Float32, Ids, Int32
 from service.engine.arithmetic import exp, log
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probabilities, in nats, of m characters under the model's own distribution, before any sampling setting."""
+    """Log-probabilities, in nats, of m characters under the model's own distribution, before any sampling setting.
 
-    chosen: Float64  # (m,), of the characters themselves
-    top_ids: Ids  # (m, k), the k likeliest characters at each place, in falling order; equal ones in the order of ids
-    top: Float64  # (m, k), log-probabilities of top_ids
+    They are computed in float64, and stored in half the memory.
+    """
+
+    chosen: Float32  # (m,), of the characters themselves
+    top_ids: Int32  # (m, k), the k likeliest characters at each place, in falling order; equal ones in the order of ids
+    top: Float32  # (m, k), log-probabilities of top_ids
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """Concatenate the scores of consecutive characters. Needs at least one part; all must have the same k."""
+        if len(parts) == 1:
+            return parts[0]
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")))
+
+    @classmethod
+    def none(cls) -> Scores:
+        """Return the scores of a text without characters."""
+        return cls(np.empty(0, np.float32), np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
 
     def slice(self, start: int, end: int | None) -> Scores:
         """Return the scores of characters start .. end - 1."""
@@ -33,8 +43,8 @@ class Scores:
 class Distribution:
     """The k likeliest next characters."""
 
-    ids: Ids  # (k,), likeliest first
-    logprobs: Float64  # (k,), in nats
+    ids: Int32  # (k,), likeliest first
+    logprobs: Float32  # (k,), in nats
 
 
 def score(logits: Float32, chars: Ids, num_top: int) -> Scores:
@@ -46,4 +56,10 @@ def score(logits: Float32, chars: Ids, num_top: int) -> Scores:
     logprobs = shifted - log(total)
     top_ids = np.argsort(-logits, axis=1, kind="stable")[:, :num_top]
     chosen = np.take_along_axis(logprobs, chars[:, None], axis=1)[:, 0]
-    return Scores(chosen, top_ids, np.take_along_axis(logprobs, top_ids, axis=1))
+    top = np.take_along_axis(logprobs, top_ids, axis=1)
+    return Scores(chosen.astype(np.float32), top_ids.astype(np.int32), top.astype(np.float32))
+
+
+def num_scores(num_chars: int, num_top: int | None) -> int:
+    """Return how many log-probabilities the scores of num_chars characters have; 0 if num_top is None: no scores."""
+    return 0 if num_top is None else num_chars * (1 + num_top)

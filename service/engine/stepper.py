@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
 
-from service.arrays import Float32, Ids
+from service.arrays import MAX_POSITION, Float32, Ids, is_state
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution, Scores
+from service.errors import InvalidValue
 
 FinishReason = Literal["stop", "length"]
+
+MAX_STOPS = 16
+MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
 _MEASURED_CHARS = 2048  # characters between two calls of `progress` in `mean_loss`
 
@@ -67,6 +72,77 @@ class Row:
         """Whether the next characters need scores."""
         return self.num_logprobs is not None and (self.score_prompt or not self.is_reading)
 
+    def check(self, shape: tuple[int, ...], vocab_size: int) -> None:
+        """Raise InvalidValue unless a stepper can advance this row, which was not advanced yet, to its end.
+
+        Args:
+            shape: (L, H) of the model's states.
+            vocab_size: V, the characters of the model.
+        """
+        check_state(self.hidden, shape)
+        end = self.position + len(self.prompt) + self.max_chars
+        if not 0 <= self.position <= end <= MAX_POSITION or self.max_chars < 0:
+            raise InvalidValue(
+                f"position: a text of {self.position} characters can't get {len(self.prompt) + self.max_chars} more, "
+                f"because a text has at most {MAX_POSITION}",
+                param="position",
+            )
+        check_ids(self.prompt, vocab_size, "prompt")
+        if len(self.stops) > MAX_STOPS or sum(map(len, self.stops)) > MAX_STOP_IDS or not all(map(len, self.stops)):
+            raise InvalidValue(
+                f"stop: at most {MAX_STOPS} strings, not empty, of together {MAX_STOP_IDS} characters", param="stop"
+            )
+        for stop in self.stops:
+            check_ids(stop, vocab_size, "stop")
+        if self.sampling is not PLAIN:
+            try:
+                self.sampling.check()
+            except ValueError as error:
+                raise InvalidValue("a sampling setting is outside its limits") from error
+            if any(char >= vocab_size for char, _ in self.sampling.logit_bias):
+                raise InvalidValue("logit_bias: a character that the model doesn't have", param="logit_bias")
+            if self.sampling.penalizes and self.history is None:
+                raise InvalidValue("penalties need a history")
+        if any(count is not None and count < 0 for count in (self.num_logprobs, self.num_next)):
+            raise InvalidValue("logprobs: a number of characters can't be negative", param="logprobs")
+        if any(a >= b for a, b in pairwise((self.position, *self.checkpoint_positions))):
+            raise InvalidValue("the positions of checkpoints must rise, and be after the row's position")
+
+
+def check_state(hidden: Float32, shape: tuple[int, ...]) -> None:
+    """Raise InvalidValue unless an array is an (L, H) float32 state of a GRU: all its numbers are within -1 to 1."""
+    if hidden.shape != shape or hidden.dtype != np.float32 or not hidden.flags.c_contiguous:
+        raise InvalidValue(f"the state of a text must be {shape} float32", param="state")
+    if not is_state(hidden):
+        raise InvalidValue("the state of a text has a number outside -1 to 1, or not a number", param="state")
+
+
+def check_ids(ids: Ids, vocab_size: int, param: str) -> None:
+    """Raise InvalidValue, naming `param`, unless an array is (n,) integers from 0 to V - 1."""
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise InvalidValue(f"{param}: ids of characters must be (n,) integers", param=param)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise InvalidValue(f"{param}: a character that the model doesn't have", param=param)
+
+
+class InvalidRows(Exception):
+    """A stepper can't advance some of the rows, and has changed none: it can be called again with the others."""
+
+    def __init__(self, causes: Mapping[Row, Exception]) -> None:
+        super().__init__(f"{len(causes)} rows can't be advanced")
+        self.causes = causes  # why, for each row that can't be advanced; at least one
+
+    @classmethod
+    def among(cls, rows: Iterable[Row], attempt: Callable[[Row], object]) -> InvalidRows | None:
+        """Return an exception that names the rows for which `attempt` raises; None if there are none."""
+        causes: dict[Row, Exception] = {}
+        for row in rows:
+            try:
+                attempt(row)
+            except Exception as error:  # noqa: BLE001 - any error says that this row can't be advanced
+                causes[row] = error
+        return cls(causes) if causes else None
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -112,7 +188,10 @@ class Stepper(Protocol):
         """Advance every row by `num_chars` characters, or to its end if that is nearer. Return a result for each row.
 
         Rows must be distinct; their number is arbitrary. A finished row is left unchanged. A row with an empty prompt
-        and max_chars = 0 is finished without a step. After an exception the rows must not be used any more.
+        and max_chars = 0 is finished without a step.
+
+        Raises InvalidRows, before it changes any row, if it can't represent some of them. After any other exception the
+        rows must not be used any more.
         """
         ...
 
@@ -132,7 +211,7 @@ def mean_loss(stepper: Stepper, ids: Ids, progress: Callable[[int], object] = la
     while row.finished is None:
         scores = stepper.advance([row], _MEASURED_CHARS)[0].prompt_scores
         if scores is not None:
-            total -= float(scores.chosen[first:].sum())
+            total -= float(scores.chosen[first:].sum(dtype=np.float64))
             progress(len(scores.chosen) - first)
             first = 0
     return total / (len(ids) - 1)

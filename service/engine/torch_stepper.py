@@ -17,7 +17,7 @@ from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
 from service.engine.scores import Distribution, score
-from service.engine.stepper import Row, StepResult
+from service.engine.stepper import InvalidRows, Row, StepResult
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
@@ -48,6 +48,10 @@ class TorchStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
+        shape = (self.config.num_layers, self.config.num_units)
+        new = [row for row in rows if row.finished is None and not row.num_read and not row.num_generated]
+        if invalid := InvalidRows.among(new, lambda row: row.check(shape, self.config.vocab_size)):
+            raise invalid
         results: dict[Row, list[StepResult]] = {row: [] for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:

@@ -9,10 +9,11 @@ import numpy as np
 
 from service.arrays import Ids
 from service.engine.pace import flush_interval
+from service.engine.prefix_cache import NOBODY, CacheScope
 from service.engine.request import End, Handle, Request
 from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.engine.scores import Scores
+from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter
 from service.generation.reader import stop_ids
@@ -36,7 +37,15 @@ class CompletionRequest:
     # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
     # log-probabilities are returned.
     num_logprobs: int | None = None
+    cache_scope: CacheScope = NOBODY  # whose states after prompts are used
     echo: bool = False  # the prompt is part of the returned text, with its log-probabilities if those are returned
+
+    @property
+    def num_scores(self) -> int:
+        """The largest number of log-probabilities that are in memory for it at a time."""
+        num_chars = self.max_chars * len(self.prompts) + (sum(map(len, self.prompts)) if self.scores_prompt else 0)
+        num_top = 0 if self.num_logprobs is None and self.best_of > self.n else self.num_logprobs
+        return num_scores(num_chars * self.best_of, num_top)
 
     @property
     def scores_prompt(self) -> bool:
@@ -60,13 +69,18 @@ class Choice:
         self.index = index  # among all continuations of the request; those of one prompt follow one another
         self.prompt, self.handle = prompt, handle
         self.num_generated = 0  # characters
-        self.mean_logprob = 0.0  # of the characters generated so far, if they are scored
+        self._logprob = 0.0  # of the text generated so far, if it is scored: the sum over its characters, in float64
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
         self._stop_filter = StopFilter(request.stop)
         self._scores: list[Scores] = []  # of characters that were read or generated, and not yet returned
         self._num_echoed = 0 if request.echo else len(prompt)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of the characters generated so far, if they are scored."""
+        return self._logprob / max(1, self.num_generated)
 
     @property
     def finish_reason(self) -> FinishReason:
@@ -101,8 +115,7 @@ class Choice:
             shown = self._echo(len(part.prompt_scores.chosen))
         text = self._model.charset.decode(part.chars)
         if part.scores is not None:
-            total = self.mean_logprob * self.num_generated + float(part.scores.chosen.sum())
-            self.mean_logprob = total / (self.num_generated + len(text))
+            self._logprob += float(part.scores.chosen.sum(dtype=np.float64))
             if self._request.num_logprobs is not None:
                 self._scores.append(part.scores)
         self.num_generated += len(text)
@@ -124,9 +137,9 @@ class Choice:
     def _cache_states(self, end: End) -> None:
         prompt = self._model.charset.decode(self.prompt)
         for position, hidden in end.checkpoints.items():
-            self._model.prefixes.put(prompt[:position], hidden)
+            self._model.prefixes.put(self._request.cache_scope, prompt[:position], hidden)
         if end.reason != "cancelled":
-            self._model.prefixes.put(prompt + self.generated, end.hidden)
+            self._model.prefixes.put(self._request.cache_scope, prompt + self.generated, end.hidden)
 
 
 class Completion:
@@ -190,13 +203,13 @@ class Completion:
     def _requests(self, model: LoadedModel, prompt: Ids) -> list[Request]:
         request = self.request
         text = model.charset.decode(prompt)
-        start, hidden = (0, None) if request.scores_prompt else model.prefixes.longest(text)
+        start, hidden = (0, None) if request.scores_prompt else model.prefixes.longest(request.cache_scope, text)
         self.num_cached += start
         if request.best_of > 1 and not request.scores_prompt and start < len(prompt):
             # Read the prompt once, not best_of times.
             handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=start)])[0]
             hidden, start = handle.wait().hidden, len(prompt)
-            model.prefixes.put(text, hidden)
+            model.prefixes.put(request.cache_scope, text, hidden)
         scored = request.num_logprobs is not None or request.best_of > request.n
         return [
             Request(

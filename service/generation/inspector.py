@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.arrays import Float16, Float32, Ids
-from service.engine.scores import Distribution, Scores
+from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, UnknownCharacters
 from service.generation.reader import state_at, step
 from service.registry.loaded_models import LoadedModel, LoadedModels
@@ -77,15 +77,20 @@ class Inspector:
         """load: returns a session."""
         self._models, self._load, self._sealer = models, load, sealer
 
-    def inspect(self, owner: str, request: InspectionRequest) -> InspectionResult:
-        """Inspect a text.
+    def inspect(
+        self, owner: str, request: InspectionRequest, reserve: Callable[[int], None] = lambda _: None
+    ) -> InspectionResult:
+        """Inspect a text. `reserve` is called with the number of log-probabilities, and may refuse them.
 
         Raises InvalidValue, UnknownCharacters, ModelNotFound, SessionNotFound, SessionGone, PositionConflict,
         PositionGone, ModelChanged, InvalidState, Overloaded, EngineFailed.
         """
         if request.session is None:
-            return self._inspect_from(self._in_text(request), request)
-        return self._inspect_from(self._in_session(SessionKey(owner, request.session), request), request)
+            origin = self._in_text(request)
+        else:
+            origin = self._in_session(SessionKey(owner, request.session), request)
+        reserve(num_scores(len(origin.ids), request.num_logprobs))
+        return self._inspect_from(origin, request)
 
     def _in_session(self, key: SessionKey, request: InspectionRequest) -> _Start:
         session = self._load(key)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from service.arrays import Float32, Ids
 from service.engine.request import End, Request, Snapshot
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stop import completed
-from service.errors import ClientGone
+from service.errors import ClientGone, InvalidValue
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
@@ -83,9 +84,14 @@ class Reader:
         Raises PositionGone.
         """
         begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
+        is_between = num_logprobs is not None and begin < start
+        if is_between:  # only what is returned gets scores
+            begin, hidden = start, state_at(model, text, start)
         ids = model.charset.exact(text.slice(begin, end))
-        after, scores = step(model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next)
-        return scores.slice(start - begin, None) if scores is not None else None, after.next
+        after, scores = step(
+            model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next, already_admitted=is_between
+        )
+        return scores, after.next
 
     def truncate(self, model: LoadedModel, text: Text, position: int) -> Text:
         """Return the text up to a retained position, with the state there. Raises PositionGone."""
@@ -213,3 +219,22 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
     """
     normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
     return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
+
+
+def with_biases(sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float]) -> SamplingSettings:
+    """Return sampling settings with a `logit_bias` of these characters, for a model with this charset.
+
+    Raises UnknownCharacters for a character that the model doesn't know, InvalidValue for what is not one character.
+    """
+    pairs = []
+    for char, bias in biases.items():
+        try:
+            ids = charset.encode(char)
+        except InvalidValue as error:
+            error.param = "logit_bias"
+            raise
+        if len(ids) != 1:
+            raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
+        if bias != 0:
+            pairs.append((int(ids[0]), bias))
+    return replace(sampling, logit_bias=tuple(sorted(pairs)))

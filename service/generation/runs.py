@@ -21,8 +21,9 @@ from service.errors import (
     SessionBusy,
     StoreUnavailable,
 )
-from service.generation.reader import Reader
+from service.generation.reader import Reader, with_biases
 from service.generation.run_stream import ActiveRun, RunStream
+from service.model.charset import Charset
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session, SessionKey
@@ -46,6 +47,13 @@ class RunRequest:
     sampling: SamplingSettings
     stops: tuple[str, ...] = ()
     seed: int | None = None  # None for the session's seed
+    # (character, added to its logit) pairs. They get ids with the session's model when the run starts, because until
+    # then another request may move the session to another model. `sampling` has no biases.
+    biases: tuple[tuple[str, float], ...] = ()
+
+    def for_charset(self, charset: Charset) -> RunRequest:
+        """Return the request with its biases in `sampling`. Raises UnknownCharacters, InvalidValue."""
+        return replace(self, sampling=with_biases(self.sampling, charset, dict(self.biases)), biases=())
 
     def new_run(self, session: Session) -> Run:
         """Return the run that this request starts at the end of a session."""
@@ -100,21 +108,29 @@ class RunRegistry:
     ) -> RunStream:
         """Continue a session; or, if `position` says that this is a repeated request, resume the run that it began.
 
-        Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, Overloaded, EngineFailed.
+        Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, UnknownCharacters,
+        InvalidValue, Overloaded, EngineFailed.
         """
 
+        def resolved(session: Session) -> RunRequest:
+            if not request.biases:
+                return request
+            return request.for_charset(self._models.for_state(session.model, session.identity).charset)
+
         def choose(session: Session) -> tuple[Session, Run, int]:
-            if request.matches_last_run(session, position):
+            wanted = resolved(session)
+            if wanted.matches_last_run(session, position):
                 return session, *_resumable(session, position)
             session = self.replayed(session, position)
             session.require_position(position)
-            return session, request.new_run(session), session.position
+            return session, wanted.new_run(session), session.position
 
         start = _Start(self._models, self._reader, choose)
         try:
             return self.without_left_client(key, lambda: self._begin(key, start, client_has_left))
         except SessionBusy:
-            if not request.matches_last_run(self._store.load(key), position):
+            session = self._store.load(key)
+            if not resolved(session).matches_last_run(session, position):
                 raise
             return self._take_over(key, start, client_has_left)
 

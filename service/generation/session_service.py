@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from service.engine.scores import Distribution, Scores
+from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
 from service.generation.reader import Reader
 from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
@@ -165,9 +165,15 @@ class SessionService:
         )
 
     def feed(
-        self, key: SessionKey, request: FeedRequest, client_has_left: Callable[[], bool] | None = None
+        self,
+        key: SessionKey,
+        request: FeedRequest,
+        client_has_left: Callable[[], bool] | None = None,
+        reserve: Callable[[int], None] = lambda _: None,
     ) -> FeedResult:
         """Step the network over more text. Text that the session has already at its position is not stepped again.
+
+        `reserve` is called with the number of log-probabilities, before they are computed, and may refuse them.
 
         Raises PositionConflict, PositionGone, UnknownCharacters, ModelNotFound (of rebase), ClientGone.
         """
@@ -180,8 +186,8 @@ class SessionService:
             if target is not None and target.identity != session.identity:
                 session = self._rebased(session, target, request.position, client_has_left)
             if request.position is not None and request.position != session.position:
-                return session, self._repeated_feed(session, request)
-            session, result = self._fed(session, request, client_has_left)
+                return session, self._repeated_feed(session, request, reserve)
+            session, result = self._fed(session, request, client_has_left, reserve)
             return session if result.text or request.rebase is not None else before, result
 
         return self._update(key, change, idempotent=request.position is not None)
@@ -227,11 +233,16 @@ class SessionService:
         return self._reader.truncate(model, session.text, position)
 
     def _fed(
-        self, session: Session, request: FeedRequest, client_has_left: Callable[[], bool] | None
+        self,
+        session: Session,
+        request: FeedRequest,
+        client_has_left: Callable[[], bool] | None,
+        reserve: Callable[[int], None],
     ) -> tuple[Session, FeedResult]:
         """Feed at the end of the session."""
         model = self._models.for_state(session.model, session.identity)
         ids = model.charset.encode(request.text, request.unknown_chars)
+        reserve(num_scores(len(ids), request.num_logprobs))
         reading = self._reader.read(model, session.text, ids, request.num_logprobs, request.num_next, client_has_left)
         text = model.charset.decode(ids)
         result = FeedResult(model, text, reading.text.position, reading.next, reading.scores)
@@ -260,7 +271,7 @@ class SessionService:
         text = self._reader.reread(model, session.text, client_has_left)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
 
-    def _repeated_feed(self, session: Session, request: FeedRequest) -> FeedResult:
+    def _repeated_feed(self, session: Session, request: FeedRequest, reserve: Callable[[int], None]) -> FeedResult:
         """Answer a feed whose text the session has already. Raises PositionConflict if it has another text there."""
         model = self._models.for_state(session.model, session.identity)
         text = model.charset.decode(model.charset.encode(request.text, request.unknown_chars))
@@ -272,6 +283,7 @@ class SessionService:
                 session.position,
             )
         num_logprobs = request.num_logprobs if text else None
+        reserve(num_scores(len(text), num_logprobs))
         scores, following = self._reader.score(model, session.text, start, end, num_logprobs, request.num_next)
         return FeedResult(model, text, end, following, scores)
 

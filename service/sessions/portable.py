@@ -21,7 +21,7 @@ from itsdangerous import BadData, Signer
 from itsdangerous.encoding import base64_decode, base64_encode
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.arrays import Float32
+from service.arrays import MAX_POSITION, Float32, is_state
 from service.errors import InvalidState, StateExpired, StateModelMismatch
 
 _SALT = b"gru-serve portable state 1"
@@ -36,7 +36,7 @@ class StateHeader(BaseModel):
 
     model: str = Field(max_length=200, description="name@version")
     identity: str = Field(max_length=64, description="LoadedModel.identity of the model that computed the state")
-    position: int = Field(ge=0, lt=2**63)
+    position: int = Field(ge=0, le=MAX_POSITION)
     seed: int = Field(ge=-(2**63), lt=2**63)
     expires_at: float | None = Field(description="seconds since 1970")
 
@@ -61,7 +61,7 @@ class OpenedState:
         if len(self.data) != 4 * int(np.prod(shape)):
             raise InvalidState("the state has the wrong size for its model", param="state")
         hidden = np.frombuffer(self.data, "<f4").reshape(shape).astype(np.float32)
-        if not (np.abs(hidden) <= 1).all():  # also refuses NaN
+        if not is_state(hidden):
             raise InvalidState("the state has values outside -1 to 1, which a GRU never has", param="state")
         return hidden
 

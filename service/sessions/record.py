@@ -20,14 +20,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
+from typing import Annotated
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.arrays import Float32
+from service.arrays import Float32, is_state
 from service.errors import SessionLost
-from service.sessions.session import Run, Session, SessionKey, SessionSummary
+from service.sessions.session import Position, Run, Session, SessionKey, SessionSummary
 from service.sessions.text import Segment, Text
 
 _VERSION, _OLD_VERSION = 2, 1
@@ -48,10 +50,10 @@ class _Header(BaseModel):
     seed: int
     ttl_s: float
     created_at: float
-    shape: tuple[int, int]  # (L, H), of each state
-    start: int = Field(ge=0)  # position of the first retained character
-    position: int | None = None  # after the last character; None in version 1
-    ends: list[int]  # positions of the checkpoints
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # (L, H), of each state
+    start: Position  # position of the first retained character
+    position: Position | None = None  # after the last character; None in version 1
+    ends: list[Position]  # positions of the checkpoints
     run: Run | None
     origin: str | None  # hexadecimal
 
@@ -160,7 +162,10 @@ def decode(record: Record, read: Reader, key: SessionKey, revision: int, expires
     """
     try:
         version, header, body = _parse(record.data)
+        if any(a >= b for a, b in pairwise(header.ends)):
+            raise ValueError("the positions of the checkpoints don't rise")
         text = _old_text(header, body) if version == _OLD_VERSION else _text(header, body, record.settled, read)
+        origin = bytes.fromhex(header.origin) if header.origin is not None else None
     except (struct.error, ValueError) as error:  # ValueError includes pydantic's
         raise SessionLost(_DAMAGED) from error
     return Session(
@@ -174,7 +179,7 @@ def decode(record: Record, read: Reader, key: SessionKey, revision: int, expires
         expires_at=expires_at,
         text=text,
         run=header.run,
-        origin=bytes.fromhex(header.origin) if header.origin is not None else None,
+        origin=origin,
         revision=revision,
     )
 
@@ -245,8 +250,11 @@ def _old_text(header: _Header, body: bytes) -> Text:
 
 
 def _state(data: bytes, shape: tuple[int, int]) -> Float32:
-    """Raises ValueError if the data are no (L, H) state."""
-    return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+    """Raises ValueError if the data are no (L, H) state of a GRU."""
+    state = np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+    if not is_state(state):
+        raise ValueError("a state has a number that no GRU can have")
+    return state
 
 
 def _stored_segment(segments: tuple[Segment, ...], begin: int) -> StoredSegment:

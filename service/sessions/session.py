@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from service.arrays import Float32
+from pydantic import ConfigDict, Field
+
+from service.arrays import MAX_POSITION, Float32
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
 from service.errors import PositionConflict
 from service.sessions.text import Text
+
+Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text; limits the numbers of a stored record
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +31,10 @@ class Run:
     A run that was interrupted is unfinished, and can be resumed. The field names are part of the stored record.
     """
 
-    start: int  # the position at which it began
-    max_chars: int  # generates at most this many characters
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)  # for stored records
+
+    start: Position  # the position at which it began
+    max_chars: Position  # generates at most this many characters
     seed: int
     sampling: SamplingSettings
     stops: tuple[str, ...] = ()  # strings that end the run; they don't become part of the text
@@ -35,7 +42,7 @@ class Run:
     # sampling settings have no such penalty.
     context: str = ""
     finish_reason: FinishReason | None = None  # None while the run is unfinished
-    end: int | None = None  # the position at which it ended; None while it is unfinished
+    end: Position | None = None  # the position at which it ended; None while it is unfinished
 
     @property
     def is_finished(self) -> bool:

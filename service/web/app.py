@@ -10,6 +10,7 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
+from service.generation.score_budget import ScoreBudget
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.inspect.routes import InspectRoutes
@@ -103,10 +104,11 @@ def _resources(
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
+    score_budget = ScoreBudget(settings.max_scores)
     return [
-        CompletionRoutes(models, default, completion_limits, admission),
-        SessionRoutes(service.sessions, models, default, session_limits, admission),
-        InspectRoutes(service.inspector, default, admission),
+        CompletionRoutes(models, default, completion_limits, admission, score_budget),
+        SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
+        InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),

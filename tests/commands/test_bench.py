@@ -25,7 +25,7 @@ from benchmarks.peers.comparison import PEERS, start_workers
 from benchmarks.peers.environment import Skipped
 from service.__main__ import main
 from service.commands.bench import Texts
-from service.engine.native.binding import variants
+from service.engine.native.native_stepper import variants
 from service.engine.torch_stepper import TorchStepper
 from service.model.gru import GRUCharModel
 from service.model.quantize import quantize

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from service import __version__
 from service.__main__ import main
-from service.engine.native.binding import variants
+from service.engine.native.native_stepper import variants
 from service.store.model_store import ModelStore
 from service.training.trainer import Trainer
 from tests.harness.models import publish_tiny

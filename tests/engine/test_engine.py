@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
-from service.engine.native.binding import variants
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import Pace, flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
-from service.errors import EngineFailed, Overloaded
+from service.errors import EngineFailed, InvalidValue, Overloaded
 from tests.harness.rows import CHARSET, quantized
 
 STEPPER = TorchStepper(quantized())
@@ -448,3 +447,105 @@ def test_flush_interval__grows_with_the_number_of_open_texts() -> None:
     assert flush_interval(1, 0.025) == 0.025
     assert flush_interval(40, 0.025) == 0.025
     assert flush_interval(256, 0.025) == 0.16
+
+
+HUGE = 2**63 - 1
+LONE = np.array([len(CHARSET)])  # an id that the model doesn't have
+UNREPRESENTABLE: dict[str, dict[str, Any]] = {
+    "position after the last one": {"position": HUGE},
+    "end after the last one": {"position": 2**53 - 35},
+    "position below 0": {"position": -1},
+    "no number of characters": {"max_chars": -1},
+    "too many characters": {"max_chars": HUGE},
+    "bias of an unknown character": {"sampling": SamplingSettings(logit_bias=((len(CHARSET), 1.0),))},
+    "bias of a negative id": {"sampling": SamplingSettings(logit_bias=((-1, 1.0),))},
+    "infinite bias": {"sampling": SamplingSettings(logit_bias=((1, float("inf")),))},
+    "too many biases": {"sampling": SamplingSettings(logit_bias=((1, 1.0),) * 1025)},
+    "temperature that is no number": {"sampling": SamplingSettings(temperature=float("nan"))},
+    "negative temperature": {"sampling": SamplingSettings(temperature=-1.0)},
+    "top_k above its limit": {"sampling": SamplingSettings(top_k=HUGE)},
+    "infinite penalty": {"sampling": SamplingSettings(repetition_penalty=float("inf"))},
+    "state of another shape": {"hidden": np.zeros((1, 63), np.float32)},
+    "state of another dtype": {"hidden": np.zeros((1, 64))},
+    "state that is no number": {"hidden": np.full((1, 64), np.nan, np.float32)},
+    "infinite state": {"hidden": np.full((1, 64), np.inf, np.float32)},
+    "state above 1": {"hidden": np.full((1, 64), 1.5, np.float32)},
+    "empty stop string": {"stops": (np.empty(0, np.int64),)},
+    "stop string of unknown characters": {"stops": (LONE,)},
+    "too many stop strings": {"stops": (LONE - 1,) * 17},
+    "stop string that is too long": {"stops": (np.zeros(8193, np.int64),)},
+    "unknown characters before it": {"generated": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
+    "unknown characters in its history": {"history_prompt": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
+    "negative number of alternatives": {"num_logprobs": -1},
+    "negative number of next characters": {"num_next": -1},
+    "checkpoint before it": {"checkpoint_positions": (0, 3)},
+    "checkpoints that fall": {"checkpoint_positions": (3, 2)},
+}
+
+
+@pytest.mark.parametrize("fault", UNREPRESENTABLE)
+def test_submit__refuses_a_request_that_no_row_can_represent(stepper: Stepper, fault: str) -> None:
+    """On the caller's thread, whether the engine is idle or busy; other texts don't notice."""
+    with running(stepper) as engine:
+        for max_chars in (UNREPRESENTABLE[fault].get("max_chars", 30), 0):
+            changes = UNREPRESENTABLE[fault] | ({"max_chars": max_chars} if "end" not in fault else {})
+            if fault in ("no number of characters", "too many characters") and max_chars == 0:
+                continue
+            beside = engine.submit([request(max_chars=200)])[0]
+            with pytest.raises(InvalidValue):
+                engine.submit([request(), request(**changes)])
+            assert beside.wait().position == 206
+            with pytest.raises(InvalidValue):
+                engine.submit([request(**changes)])
+        for ids in (LONE, LONE - len(CHARSET) - 1, np.array([[1]]), np.array([1.0])):
+            with pytest.raises(InvalidValue):
+                engine.submit([Request(ids, 5, 0)])
+        assert engine.num_open == 0
+        assert engine.submit([request(max_chars=0)])[0].wait().position == 6
+
+
+def test_engine__text_that_the_stepper_refuses_fails_alone(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if a fault of ours lets a row pass that the stepper can't represent: neighbours get what they get alone."""
+    bias = SamplingSettings(logit_bias=((len(CHARSET), 1.0),))
+    make_row = Request.row
+
+    def unchecked(self: Request, *arguments: Any) -> Row:
+        row = make_row(self, *arguments)
+        if self.seed == 666:
+            row.sampling = bias
+        return row
+
+    monkeypatch.setattr(Request, "row", unchecked)
+    with running(stepper, max_running=4) as engine:
+        expected = result(engine.submit([request(max_chars=300)])[0])
+        for num_bad in (1, 2, 4):
+            bad = [request(seed=666)] * num_bad
+            handles = engine.submit([request(max_chars=300), *bad, request(max_chars=300)])
+            for handle in handles[1:-1]:
+                with pytest.raises(EngineFailed):
+                    handle.wait()
+                with pytest.raises(EngineFailed):
+                    handle.read(None)
+            assert [result(handles[0]), result(handles[-1])] == [expected] * 2
+        with pytest.raises(EngineFailed):
+            engine.submit([request(max_chars=0, seed=666, num_next=1)])  # stepped on this thread
+        engine.check()
+        assert engine.num_open == 0
+        assert result(engine.submit([request(max_chars=300)])[0]) == expected
+
+
+def test_failed_engine__raises_a_new_exception_each_time() -> None:
+    """One that is raised again gathers the tracebacks of all callers, and with them whatever their frames hold."""
+    failing = _Failing(RuntimeError())
+    with running(failing) as engine:
+        handle = engine.submit([request()])[0]
+        failing.open()
+        ways: list[Callable[[], object]] = [handle.wait, lambda: handle.read(None), engine.check]
+        ways += [lambda: engine.submit([request()]), lambda: engine.submit([request(max_chars=0)])]
+        for way in ways:
+            raised = []
+            for _ in range(3):
+                with pytest.raises(EngineFailed) as caught:
+                    way()
+                raised.append(caught.value)
+            assert len(set(map(id, raised))) == 3

@@ -14,8 +14,7 @@ import pytest
 
 from service.engine import kernels
 from service.engine.kernels import KernelChoice, choose_kernel
-from service.engine.native.binding import variants
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidSettings
 from service.store.model_store import ModelStore

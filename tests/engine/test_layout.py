@@ -15,7 +15,7 @@ import pytest
 
 from service.engine.native import binding, native_stepper
 from service.engine.native.binding import FIELDS, LayoutMismatch, open_library, read_layout
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.torch_stepper import TorchStepper
 from tests.harness.rows import DEEP, KINDS, outcome, quantized, with_checkpoints
 
@@ -30,7 +30,7 @@ extern "C" const char* gru_describe_layout() {
 }
 """
 
-needs_kernel = pytest.mark.skipif(not binding.variants(), reason="the kernel was not compiled: no C++17 compiler")
+needs_kernel = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 
 
@@ -102,7 +102,7 @@ def test_layout__fields_that_changed_places_are_written_where_they_are(
                     offset(original[structure], first),
                 ]
     monkeypatch.setattr(native_stepper, "load", lambda: reordered)
-    monkeypatch.setattr(native_stepper, "variants", lambda: ["portable"])
+    monkeypatch.setattr(native_stepper, "variants", lambda: ("portable",))
     stepper, reference = NativeStepper(model), TorchStepper(model)
     expected = outcome(reference, [with_checkpoints(reference, **kind) for kind in KINDS])
     assert outcome(stepper, [with_checkpoints(stepper, **kind) for kind in KINDS]) == expected
@@ -161,7 +161,7 @@ def test_load__library_of_another_layout_is_refused_with_a_warning(
     try:
         with caplog.at_level(logging.WARNING):
             assert binding.load() is None
-        assert binding.variants() == []
+        assert binding.supported_variants() == []
         assert f"its field {structure}.{name} is" in caplog.text
         assert "install the package again" in caplog.text
     finally:

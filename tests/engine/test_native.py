@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.engine.native import binding
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.kernels import choose_kernel
+from service.engine.native import binding, native_stepper
+from service.engine.native.native_stepper import NativeStepper, variants
+from service.engine.native.self_check import EXPECTED, digest_of
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.engine.stepper import Row, Stepper
+from service.engine.stepper import InvalidRows, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
+from service.errors import InvalidSettings
 from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
 from tests.harness.rows import KINDS, outcome, quantized, row, run, with_checkpoints
 
-VARIANTS = binding.variants()
+VARIANTS = list(variants())
+CLOCK_SLACK = 4  # a busy machine has cold caches
 CHINESE = "".join(chr(0x4E00 + index) for index in range(5000))
 SETTINGS = [
     PLAIN,
     SamplingSettings(temperature=0),
     SamplingSettings(temperature=0.7, top_k=5, top_p=0.8, min_p=0.02),
     SamplingSettings(temperature=1e-300, top_p=0.5),
-    SamplingSettings(top_k=10**6, min_p=1.0),
+    SamplingSettings(top_k=65_536, min_p=1.0),
     SamplingSettings(repetition_penalty=1.3, presence_penalty=-0.5, frequency_penalty=0.7, logit_bias=((1, 3.0),)),
 ]
 
@@ -224,17 +230,16 @@ def test_kernel__ids_outside_the_charset_are_read_as_the_nearest_id() -> None:
 
 def test_native_stepper__arrays_of_the_wrong_shape_are_refused() -> None:
     stepper = NativeStepper(quantized())
-    for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32), np.zeros((1, 64))):
-        with pytest.raises(ValueError, match="the state of a row"):
-            stepper.advance([row(stepper, hidden=hidden)], 1)
-    for bias in ((-1, 1.0), (10**6, 1.0)):
-        with pytest.raises(ValueError, match="logit_bias"):
-            stepper.advance([row(stepper, sampling=SamplingSettings(logit_bias=(bias,)))], 1)
     penalizing = SamplingSettings(presence_penalty=1.0)
-    with pytest.raises(ValueError, match="penalties need a history"):
-        stepper.advance([row(stepper, sampling=penalizing, history=None)], 1)
-    with pytest.raises(ValueError, match="the arrays of a history"):
-        stepper.advance([row(stepper, sampling=penalizing, history=History(3, np.empty(0, np.int64)))], 1)
+    bad = [row(stepper, hidden=hidden) for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32))]
+    bad += [row(stepper, sampling=SamplingSettings(logit_bias=(bias,))) for bias in ((-1, 1.0), (10**6, 1.0))]
+    bad += [row(stepper, sampling=penalizing, history=None)]
+    bad += [row(stepper, sampling=penalizing, history=History(3, np.empty(0, np.int64)))]
+    good = row(stepper)
+    with pytest.raises(InvalidRows) as caught:
+        stepper.advance([*bad, good], 1)
+    assert [*caught.value.causes] == bad
+    assert good.num_read == 0
     with pytest.raises(ValueError, match="states"):
         stepper.recurrent_products(np.zeros((1, 63), np.int8))
     with pytest.raises(ValueError, match="states"):
@@ -283,10 +288,55 @@ def test_kernel__invalid_sizes_are_refused_before_memory_is_touched(sizes: tuple
 
 def test_variants__without_the_library_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     binding.load.cache_clear()
+    variants.cache_clear()
     try:
         monkeypatch.setattr(binding, "find_spec", lambda _: None)
-        assert binding.variants() == []
+        assert variants() == ()
         with pytest.raises(RuntimeError, match="not compiled"):
             NativeStepper(quantized())
     finally:
         binding.load.cache_clear()
+        variants.cache_clear()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_self_check__expects_what_every_stepper_computes(variant: str) -> None:
+    assert digest_of(partial(NativeStepper, variant=variant)) == digest_of(TorchStepper) == EXPECTED
+
+
+def test_self_check__takes_less_than_50_ms_of_the_processor() -> None:
+    variants.cache_clear()
+    started = time.process_time()
+    assert list(variants()) == VARIANTS
+    assert time.process_time() - started < 0.05 * CLOCK_SLACK
+
+
+def test_variants__that_compute_other_numbers_are_not_offered(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One variant, as on a processor that breaks it, and then all: then torch serves, and `native` is refused."""
+    check = native_stepper.digest_of
+
+    def broken(make_stepper: Any, wrong: set[str]) -> str:
+        names: list[str] = []
+
+        def note(model: QuantizedGRU) -> Stepper:
+            stepper = make_stepper(model)
+            names.append(stepper.variant)
+            return stepper
+
+        digest = check(note)
+        return "other" if wrong & set(names) else digest
+
+    try:
+        for wrong in ({VARIANTS[0]}, set(VARIANTS)):
+            variants.cache_clear()
+            caplog.clear()
+            monkeypatch.setattr(native_stepper, "digest_of", partial(broken, wrong=wrong))
+            assert list(variants()) == [name for name in VARIANTS if name not in wrong]
+            assert [record for record in caplog.records if VARIANTS[0] in record.getMessage()]
+        assert choose_kernel("auto", 1).name == "torch"
+        with pytest.raises(InvalidSettings, match="other numbers"):
+            choose_kernel("native", 1)
+    finally:
+        variants.cache_clear()

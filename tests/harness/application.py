@@ -26,9 +26,10 @@ def client_of(settings: Settings, key: str | None = None) -> Iterator[FlaskClien
 
 
 def ok(response: Any, status: int = 200) -> Any:
-    """Check the status of an answer; return its JSON."""
-    assert response.status_code == status, response.text
-    return response.get_json()
+    """Check the status of an answer; return its JSON. Close it, as a server does when it has sent it."""
+    with response:
+        assert response.status_code == status, response.text
+        return response.get_json()
 
 
 def refused(response: Any, status: int, code: str, param: str | None = None) -> dict[str, Any]:

@@ -34,9 +34,9 @@ FIELDS: dict[str, dict[str, str]] = {
         "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "in_prompt": "*u1", "num_generated": "*f8",
         "num_stops": "i8", "stop_lengths": "*i8", "stop_ids": "*i8", "text": "*i8", "text_length": "i8",
-        "num_top": "i8", "scores_start": "i8", "chosen": "*f8", "top_ids": "*i8", "top": "*f8",
+        "num_top": "i8", "scores_start": "i8", "chosen": "*f4", "top_ids": "*i4", "top": "*f4",
         "num_checkpoints": "i8", "checkpoint_positions": "*i8", "checkpoints": "*f4",
-        "reaches_length": "i8", "num_next": "i8", "next_ids": "*i8", "next": "*f8",
+        "reaches_length": "i8", "num_next": "i8", "next_ids": "*i4", "next": "*f4",
     },
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def read_layout(description: str) -> dict[str, np.dtype[np.void]]:
     return dtypes
 
 
-def variants() -> list[str]:
+def supported_variants() -> list[str]:
     """Return the names of the kernel's variants that this processor can run, best first; empty without a kernel."""
     library, names = load(), list[str]()
     while library is not None and (name := library.functions.gru_variant(len(names))) is not None:

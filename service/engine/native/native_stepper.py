@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from collections.abc import Sequence
 from ctypes import c_void_p
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32
 from service.engine.gates import gate_scales
-from service.engine.native.binding import Library, check, load, variants
+from service.engine.native.binding import Library, check, load, supported_variants
 from service.engine.native.rows import Rows
-from service.engine.stepper import Row, StepResult
+from service.engine.native.self_check import EXPECTED, digest_of
+from service.engine.stepper import InvalidRows, Row, StepResult
 from service.model.quantize import QuantizedGRU
 
+log = logging.getLogger(__name__)
+
 _BITS = {"int8": 8, "int4": 4}
+
+
+@cache
+def variants() -> tuple[str, ...]:
+    """Return the variants of the kernel that this processor can run and that compute what they must, best first.
+
+    Checking them takes a few milliseconds, at the first call. A variant that fails is logged.
+    """
+    checked = []
+    for name in supported_variants():
+        if digest_of(lambda model, name=name: NativeStepper(model, variant=name)) == EXPECTED:  # type: ignore[misc]
+            checked.append(name)
+        else:
+            log.error(
+                "the variant %s of the native kernel is not used, because it computes other numbers than it must: "
+                "install the package again without flags such as -ffast-math",
+                name,
+            )
+    return tuple(checked)
+
+
+def _best() -> str:
+    available = variants()
+    if not available:
+        raise RuntimeError("no variant of the native kernel computes what it must: the log has their names")
+    return available[0]
 
 
 class NativeStepper:
@@ -39,10 +70,10 @@ class NativeStepper:
         always_together: bool = False,
     ) -> None:
         self.config = model.config
-        library, available = load(), variants()
-        if library is None or not available:
+        library = load()
+        if library is None:
             raise RuntimeError("the native kernel was not compiled for this version of the package")
-        self.variant = variant or available[0]
+        self.variant = variant if variant is not None else _best()
         self._library = library
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.functions.gru_destroy, self._kernel)
@@ -53,11 +84,19 @@ class NativeStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
-        shape = (self.config.num_layers, self.config.num_units)
-        batch = Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
+        try:
+            batch = self._batch(rows, num_chars)
+        except Exception as error:  # nothing has been computed yet
+            if invalid := InvalidRows.among(rows, lambda row: self._batch([row], num_chars)):
+                raise invalid from error
+            raise
         if batch.active:
             check(self._library.functions.gru_advance(self._kernel, batch.records.ctypes.data, len(batch.active)))
         return batch.finish()
+
+    def _batch(self, rows: Sequence[Row], num_chars: int) -> Rows:
+        shape = (self.config.num_layers, self.config.num_units)
+        return Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
         """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Float32, Float64, Ids
+from service.arrays import Float32, Ids, Int32
 from service.engine.sampling import History
 from service.engine.sampling_settings import NUMBERS, SamplingSettings
 from service.engine.scores import Distribution, Scores
@@ -169,10 +169,10 @@ class Rows:
         record, num_steps = self.records[i], self._num_steps[i]
         num_read = 0 if row.score_prompt else int(record["num_prompt"])
         num_top, num_scores = min(num_logprobs, self._vocab_size), num_steps - num_read
-        arrays: tuple[Float64, Ids, Float64] = (
-            np.empty(num_scores),
-            np.empty((num_scores, num_top), np.int64),
-            np.empty((num_scores, num_top)),
+        arrays: tuple[Float32, Int32, Float32] = (
+            np.empty(num_scores, np.float32),
+            np.empty((num_scores, num_top), np.int32),
+            np.empty((num_scores, num_top), np.float32),
         )
         self._scores[i] = Scores(*arrays)
         record["num_top"], record["scores_start"] = num_top, num_read
@@ -199,7 +199,7 @@ class Rows:
 
     def _add_next(self, i: int, num_next: int) -> None:
         record, size = self.records[i], min(num_next, self._vocab_size)
-        following = self._next[i] = Distribution(np.empty(size, np.int64), np.empty(size))
+        following = self._next[i] = Distribution(np.empty(size, np.int32), np.empty(size, np.float32))
         record["reaches_length"] = self._num_steps[i] == self._num_left[i]
         record["num_next"] = size
         record["next_ids"], record["next"] = following.ids.ctypes.data, following.logprobs.ctypes.data

@@ -6,7 +6,6 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -15,8 +14,6 @@ from pydantic_core import PydanticCustomError
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
-from service.errors import InvalidValue
-from service.model.charset import Charset
 
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 10_000_000  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
@@ -86,29 +83,10 @@ class SamplingBody(Body):
         """`stop` as a tuple, whichever form the caller gave it in."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
-    def sampling_settings(self, charset_of: Callable[[], Charset]) -> SamplingSettings:
-        """Return the settings for a model whose charset `charset_of` looks up; it is called only if there are biases.
-
-        Raises UnknownCharacters for a bias of a character that the model doesn't know, InvalidValue for a bias of
-        something that is not one character.
-        """
-        biases: list[tuple[int, float]] = []
-        try:
-            charset = charset_of() if self.logit_bias else None
-            if charset is not None:
-                biases = sorted((_single_id(charset, char), bias) for char, bias in self.logit_bias.items())
-        except InvalidValue as error:
-            error.param = "logit_bias"
-            raise
-        numbers = {name: getattr(self, name) for name in NUMBERS}
-        return SamplingSettings(**numbers, logit_bias=tuple((char, bias) for char, bias in biases if bias != 0))
-
-
-def _single_id(charset: Charset, char: str) -> int:
-    ids = charset.encode(char)
-    if len(ids) != 1:
-        raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
-    return int(ids[0])
+    @property
+    def sampling_settings(self) -> SamplingSettings:
+        """All sampling settings but `logit_bias`, whose characters only get ids with the model that generates."""
+        return SamplingSettings(**{name: getattr(self, name) for name in NUMBERS})
 
 
 class Logprobs(BaseModel):

@@ -7,10 +7,9 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
-from weakref import finalize
+from contextlib import ExitStack, suppress
 
-from flask import Response, request
+from flask import request
 
 from service.web.api.events import (
     DoneEvent,
@@ -22,18 +21,15 @@ from service.web.api.events import (
     TextEvent,
     UsageEvent,
 )
+from service.web.api.responses import HoldingResponse
 
 FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
 PING_S = 10.0  # after this much silence a comment is sent, so that balancers don't close the connection
 
 
-class EventStream(Response):
-    """A response that sends events as soon as they are yielded.
-
-    It owns what its request holds, such as a place and a run, and releases that once: when it is closed, or when it is
-    dropped unsent because a later step of the request failed.
-    """
+class EventStream(HoldingResponse):
+    """A response that sends events as soon as they are yielded."""
 
     events: Events  # what is sent; a later step, such as the metrics, may wrap it
 
@@ -45,20 +41,20 @@ class EventStream(Response):
             held: Closed after the last event, even if none was read. The caller's own `with` then releases nothing.
             named: Whether each event says what it is. OpenAI's clients expect that of errors only.
         """
-        super().__init__(iter(()), mimetype="text/event-stream")
+        super().__init__(iter(()), held, "text/event-stream")
         self.events, self._named = events, named
         self.headers["Cache-Control"] = "no-cache, no-transform"  # a proxy that compresses would hold events back
         self.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
-        self._held = held.pop_all()
-        finalize(self, self._held.close).atexit = False
 
     def iter_encoded(self) -> Iterator[bytes]:
         """Yield the framed events, and pings during silence."""
         return (frame(event, named=self._named) for event in with_pings(self.events))
 
     def close(self) -> None:
-        """End the stream, and release what it owns. Repeating it does nothing."""
-        with self._held, closing(self.events):
+        """End the stream, and release what it holds. Repeating it does nothing."""
+        try:
+            self.events.close()
+        finally:
             super().close()
 
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from service.engine.request import Handle
 from service.errors import EngineFailed
+from service.generation.score_budget import ScoreBudget
 from service.registry.loaded_models import LoadedModels
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web.api.completions import routes as completion_routes
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.error_responses import register_error_handlers
-from tests.harness.application import client_of
+from tests.harness.application import client_of, ok
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
@@ -30,9 +30,7 @@ GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "
 
 def complete(client: FlaskClient, **changes: Any) -> Any:
     """The answer to `GOOD` with some fields changed."""
-    response = client.post("/v1/completions", json=GOOD | changes)
-    assert response.status_code == 200, response.text
-    return response.get_json()
+    return ok(client.post("/v1/completions", json=GOOD | changes))
 
 
 def test_completion__has_openais_shape(client: FlaskClient) -> None:
@@ -230,20 +228,12 @@ def test_logit_bias__accepts_a_character_in_any_unicode_form(tmp_path: Path, for
         assert complete(client, logit_bias={form: 100.0})["choices"][0]["text"] == "\u00e9" * 20
 
 
-def test_logprobs__too_many_for_one_answer_are_refused(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(completion_routes, "_MAX_SCORES", 100)
-    response = client.post("/v1/completions", json=GOOD | {"logprobs": 5, "max_tokens": 17})
-    assert response.status_code == 400
-    assert response.get_json()["error"]["param"] == "logprobs"
-    assert complete(client, logprobs=5, max_tokens=16)
-
-
 def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore) -> None:
     models = LoadedModels(tiny_store, 1, engine_settings())
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1)).register(app)
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), ScoreBudget(1000)).register(app)
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

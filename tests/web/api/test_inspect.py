@@ -86,7 +86,7 @@ def test_states__equal_the_engines_bit_for_bit(client: FlaskClient, store: Model
 
 @pytest.mark.parametrize("kernel", ["native", "torch"])
 def test_states__are_the_same_for_every_kernel(store: ModelStore, kernel: str, client: FlaskClient) -> None:
-    from service.engine.native.binding import variants
+    from service.engine.native.native_stepper import variants
 
     if kernel == "native" and not variants():
         pytest.skip("the kernel was not compiled here")

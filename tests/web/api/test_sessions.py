@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,11 +33,13 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.generation.run_stream import RunStream
+from service.generation.runs import RunRegistry
 from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
 from tests.harness.application import client_of, ok, refused
+from tests.harness.models import publish_tiny
 from tests.harness.portable_states import changed
 
 KEYS = "the first of the keys, the key of last year"
@@ -424,3 +428,33 @@ def test_position__before_the_retained_text_is_gone(tiny_store: ModelStore) -> N
             client.post("/v1/sessions/a/generate", json={"max_tokens": 769}), 400, "out_of_range", "max_tokens"
         )
         assert "768" in error["message"]
+
+
+def test_generate__biases_belong_to_the_model_that_the_lease_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session moves to a model with fewer characters after the route has read the request, and before it leases."""
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    publish_tiny(store, "few", charset=" ab")
+    generate = RunRegistry.generate
+
+    def move_first(*arguments: Any) -> RunStream:
+        moving = threading.Thread(target=move)  # a thread of its own, because this one has a request's context
+        moving.start()
+        moving.join()
+        return generate(*arguments)
+
+    def move() -> None:
+        with client.application.test_client() as other:
+            ok(other.post("/v1/sessions/s/feed", json={"text": "", "rebase": "few", "num_next": 0}))
+
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+        ok(client.put("/v1/sessions/s", json={"text": "ab"}), 201)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunRegistry, "generate", move_first)
+            body = {"max_tokens": 40, "logit_bias": {"z": 1.0}}
+            refused(client.post("/v1/sessions/s/generate", json=body), 400, "unknown_characters", "logit_bias")
+        forced = ok(client.post("/v1/sessions/s/generate", json={"max_tokens": 40, "logit_bias": {"b": 100.0}}))
+        assert forced["text"] == "b" * 40
+        ok(client.get("/readyz"))

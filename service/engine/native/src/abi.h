@@ -64,9 +64,9 @@ GRU_FIELD(int64_t, text_length)          // ids generated before this call; upda
 
 GRU_FIELD(int64_t, num_top)       // likeliest characters to report at each step, at most V; -1: no scores
 GRU_FIELD(int64_t, scores_start)  // the first step with scores; its scores have index 0 in the arrays below
-GRU_FIELD(double*, chosen)        // (num_steps - scores_start,) out: log-probability of the step's own character
-GRU_FIELD(int64_t*, top_ids)      // (num_steps - scores_start, num_top) out: the likeliest characters
-GRU_FIELD(double*, top)           // (num_steps - scores_start, num_top) out: their log-probabilities
+GRU_FIELD(float*, chosen)         // (num_steps - scores_start,) out: log-probability of the step's own character
+GRU_FIELD(int32_t*, top_ids)      // (num_steps - scores_start, num_top) out: the likeliest characters
+GRU_FIELD(float*, top)            // (num_steps - scores_start, num_top) out: their log-probabilities
 
 GRU_FIELD(int64_t, num_checkpoints)              // states to copy during this call
 GRU_FIELD(const int64_t*, checkpoint_positions)  // (num_checkpoints,) in rising order
@@ -74,6 +74,6 @@ GRU_FIELD(float*, checkpoints)                   // (num_checkpoints, L, H) out:
 
 GRU_FIELD(int64_t, reaches_length)  // 1 if the text is finished after num_steps steps
 GRU_FIELD(int64_t, num_next)        // likeliest next characters to report when the text is finished; -1: none
-GRU_FIELD(int64_t*, next_ids)       // (num_next,) out: the likeliest characters
-GRU_FIELD(double*, next)            // (num_next,) out: their log-probabilities
+GRU_FIELD(int32_t*, next_ids)       // (num_next,) out: the likeliest characters
+GRU_FIELD(float*, next)             // (num_next,) out: their log-probabilities
 GRU_END

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import structlog
 from flask import Response
 
 from service.engine.scores import Scores
-from service.errors import GruServeError
+from service.errors import ClientGone, GruServeError
 from service.generation.completion import Completion, CompletionChunk
-from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
-from service.web.api.completions import schemas
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
-from service.web.api.schemas import Logprobs, PromptTokensDetails, Usage
+from service.web.api.json_pieces import dumps, logprobs_pieces
+from service.web.api.responses import json_response
+from service.web.api.schemas import PromptTokensDetails, Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
-from service.web.gate.error_responses import error_response, stream_body_of
+from service.web.gate.error_responses import stream_body_of
 
 log = structlog.get_logger(__name__)
 
@@ -39,10 +39,11 @@ class CompletionAnswer:
             "system_fingerprint": model.fingerprint,
         }
 
-    def whole(self, client_has_left: Callable[[], bool]) -> Response:
-        """Wait until everything is generated, and return one JSON answer. Raises EngineFailed.
+    def whole(self, client_has_left: Callable[[], bool], held: ExitStack) -> Response:
+        """Wait until everything is generated, and return one JSON answer.
 
-        If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
+        `held`: see `json_response`. Raises EngineFailed, and ClientGone if `client_has_left()` returns true
+        meanwhile.
         """
         completion = self._completion
         pieces: list[list[CompletionChunk]] = [[] for _ in completion.choices]
@@ -50,19 +51,28 @@ class CompletionAnswer:
             if item is not None:
                 pieces[item[0].index].append(item[1])
             elif client_has_left():
-                return error_response("the client has closed the connection", "client_gone")
+                raise ClientGone("the client has closed the connection")
+        return json_response(self._pieces(pieces), held)
+
+    def _pieces(self, pieces: list[list[CompletionChunk]]) -> Iterator[str]:
+        """Yield one JSON document from the parts of each choice, which are dropped when they were written."""
+        completion = self._completion
+        yield dumps(self._common_fields)[:-1] + ',"choices":['
         chosen = [choice for group in completion.chosen() for choice in group]
-        choices = []
         for index, choice in enumerate(chosen):
-            parts = pieces[choice.index]
-            scores = [part.scores for part in parts if part.scores is not None]
-            text = "".join(part.text for part in parts)
-            logprobs = logprobs_of(text, Scores.join(scores), self._charset, 0) if scores else self._no_scores()
-            choices.append(
-                schemas.Choice(index=index, text=text, logprobs=logprobs, finish_reason=choice.finish_reason)
-            )
-        answer = schemas.CompletionAnswer(**self._common_fields, choices=choices, usage=self._usage())
-        return Response(answer.model_dump_json(), mimetype="application/json")
+            parts, pieces[choice.index] = pieces[choice.index], []
+            text, scores = "".join(part.text for part in parts), self._scores_of(parts)
+            parts.clear()
+            yield f'{"," if index else ""}{{"index":{index},"text":{dumps(text)},"logprobs":'
+            yield from logprobs_pieces(text, scores, self._charset, 0)
+            yield f',"finish_reason":"{choice.finish_reason}"}}'
+        yield f'],"usage":{self._usage().model_dump_json()}}}'
+
+    def _scores_of(self, parts: list[CompletionChunk]) -> Scores | None:
+        scores = [part.scores for part in parts if part.scores is not None]
+        if not scores and self._completion.request.num_logprobs is not None:
+            return Scores.none()
+        return Scores.join(scores) if scores else None
 
     def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Events:
         """Yield the events of a stream, and None whenever there was nothing to send for `IDLE_S`.
@@ -101,10 +111,9 @@ class CompletionAnswer:
                 continue
             choice, piece = item
             index, text = choice.index, json.dumps(piece.text)
-            logprobs = logprobs_of(piece.text, piece.scores, self._charset, num_sent[index])
+            scores = "".join(logprobs_pieces(piece.text, piece.scores, self._charset, num_sent[index]))
             num_sent[index] += len(piece.text)
             reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
-            scores = logprobs.model_dump_json() if logprobs is not None else "null"
             yield TextEvent(
                 f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
                 f'"finish_reason": {reason}}}]{tail}'
@@ -123,30 +132,3 @@ class CompletionAnswer:
             total_tokens=completion.num_prompt + completion.num_generated,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.num_cached),
         )
-
-    def _no_scores(self) -> Logprobs | None:
-        """Return the log-probabilities of an empty text, or None if none were requested."""
-        if self._completion.request.num_logprobs is None:
-            return None
-        return Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-
-
-def logprobs_of(text: str, scores: Scores | None, charset: Charset, offset: int) -> Logprobs | None:
-    """Return the log-probabilities of a text's characters in OpenAI's shape, or None without scores.
-
-    `offset` is the position of the text's first character in the whole text.
-    """
-    if scores is None:
-        return None
-    chosen = [None if math.isnan(value) else value for value in scores.chosen.tolist()]
-    tops: list[dict[str, float] | None] = []
-    if scores.top_ids.shape[1]:
-        for char, value, ids, values in zip(text, chosen, scores.top_ids.tolist(), scores.top.tolist(), strict=True):
-            top = {charset.characters[char_id]: logprob for char_id, logprob in zip(ids, values, strict=True)}
-            tops.append(None if value is None else top | {char: value})
-    return Logprobs(
-        tokens=list(text),
-        token_logprobs=chosen,
-        top_logprobs=tops or None,
-        text_offset=list(range(offset, offset + len(text))),
-    )

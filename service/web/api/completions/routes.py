@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from flask import Response
 
+from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
+from service.generation.reader import with_biases
+from service.generation.score_budget import ScoreBudget
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
@@ -17,11 +20,9 @@ from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
-from service.web.gate.access import client_key
+from service.web.gate.access import client_key, current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
-
-_MAX_SCORES = 2_000_000  # log-probabilities in one answer; all are in memory until it is complete
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,15 @@ class CompletionRoutes(Resource):
     errors = ERRORS
 
     def __init__(
-        self, models: LoadedModels, default_model: str, limits: CompletionLimits, admission: AdmissionLimit
+        self,
+        models: LoadedModels,
+        default_model: str,
+        limits: CompletionLimits,
+        admission: AdmissionLimit,
+        score_budget: ScoreBudget,
     ) -> None:
         self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
+        self._score_budget = score_budget
 
     @Route(
         "POST",
@@ -64,11 +71,14 @@ class CompletionRoutes(Resource):
         request = _completion_request(model, body, self._limits)
         with ExitStack() as held:
             held.enter_context(self._admission.admit(client_key() if body.stream else None))
+            scores = self._score_budget.reservation()
+            held.callback(scores.release)
+            scores.require(request.num_scores)
             completion = Completion(model, request)
             held.callback(completion.cancel)
             answer = CompletionAnswer(model, completion)
             if not body.stream:
-                return answer.whole(client_monitor())
+                return answer.whole(client_monitor(), held)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return EventStream(answer.events(client_monitor(), with_usage), held, named=False)
 
@@ -98,14 +108,6 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
             f"n: {len(prompts)} prompts x {best_of} continuations exceed {min(MAX_CHOICES, limits.max_texts)} texts",
             param="n" if body.best_of is None else "best_of",
         )
-    if body.logprobs is not None:
-        num_scored = sum(map(len, prompts)) * body.echo * best_of + body.max_tokens * len(prompts) * best_of
-        if num_scored * (1 + body.logprobs) > _MAX_SCORES:
-            raise InvalidValue(
-                f"logprobs: {num_scored} characters with {body.logprobs} alternatives each don't fit into one answer: "
-                f"request at most {_MAX_SCORES // (1 + body.logprobs)} characters",
-                param="logprobs",
-            )
 
 
 def _completion_request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits) -> CompletionRequest:
@@ -121,10 +123,11 @@ def _completion_request(model: LoadedModel, body: CompletionBody, limits: Comple
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=body.sampling_settings(lambda: model.charset),
+        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias),
         stop=body.stop_strings,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,
         echo=body.echo,
+        cache_scope=CacheScope(current_owner(), body.cache_salt or ""),
     )

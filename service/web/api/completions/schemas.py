@@ -63,6 +63,12 @@ class CompletionBody(SamplingBody):
         description="what to do with characters of the prompt that the model doesn't know: refuse the request "
         "(`error`), replace them by similar ones (`fold`) or leave them out (`drop`)",
     )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="only prompts with the same salt, of the same API key, share cached hidden states",
+    )
     user: str | None = Field(
         None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
     )

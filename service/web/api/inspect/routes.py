@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import numpy as np
 from flask import Response
 from numpy.typing import NDArray
-from pydantic_core import to_json
 
 from service.errors import InvalidValue
 from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
-from service.web.api.completions.answer import logprobs_of
+from service.generation.score_budget import ScoreBudget
 from service.web.api.inspect import schemas
+from service.web.api.json_pieces import dumps, logprobs_pieces
 from service.web.api.resource import Resource
+from service.web.api.responses import json_response
 from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.api.sessions.answer import next_chars
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
 
+_PIECE_NUMBERS = 3 * 2**15  # in one piece; divisible by 3, so that base64 needs no padding in between
 _MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
 
 
@@ -28,8 +33,11 @@ class InspectRoutes(Resource):
     name = "inspect"
     errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
 
-    def __init__(self, inspector: Inspector, default_model: str, admission: AdmissionLimit) -> None:
+    def __init__(
+        self, inspector: Inspector, default_model: str, admission: AdmissionLimit, score_budget: ScoreBudget
+    ) -> None:
         self._inspector, self._default_model, self._admission = inspector, default_model, admission
+        self._score_budget = score_budget
         self._inspections = AdmissionLimit(_MAX_INSPECTIONS)
 
     @Route(
@@ -47,8 +55,13 @@ class InspectRoutes(Resource):
         units in all its layers.
         """
         inspection_request = _inspection_request(body, self._default_model)
-        with self._admission.admit(), self._inspections.admit():
-            return _answer(self._inspector.inspect(current_owner(), inspection_request))
+        with ExitStack() as held:
+            held.enter_context(self._admission.admit())
+            held.enter_context(self._inspections.admit())
+            scores = self._score_budget.reservation()
+            held.callback(scores.release)
+            result = self._inspector.inspect(current_owner(), inspection_request, scores.require)
+            return json_response(_pieces(result), held)
 
 
 def _inspection_request(body: schemas.InspectBody, default_model: str) -> InspectionRequest:
@@ -72,11 +85,9 @@ def _inspection_request(body: schemas.InspectBody, default_model: str) -> Inspec
     )
 
 
-def _answer(result: InspectionResult) -> Response:
-    characters, next_characters = result.model.charset.characters, result.next
-    scores = logprobs_of(result.text, result.scores, result.model.charset, result.start)
-    # A plain dict and not the schema's objects, which would copy the large arrays.
-    answer = {
+def _pieces(result: InspectionResult) -> Iterator[str]:
+    """Yield the answer in pieces: its arrays have tens of megabytes."""
+    fields: dict[str, object] = {
         "object": "inspection",
         "model": result.model.version.ref,
         "from": result.start,
@@ -85,21 +96,35 @@ def _answer(result: InspectionResult) -> Response:
         "dtype": "float16",
         "byte_order": "little",
         "order": schemas.InspectAnswer.model_fields["order"].default,
-        "before": _numbers(result.before),
-        "states": _numbers(result.states),
-        "gates": None,
-        "embedding": _numbers(result.embedding) if result.embedding is not None else None,
-        "logprobs": scores.model_dump() if scores is not None else None,
-        "next": None,
+        "next": next_chars(result.model.charset, result.next) if result.next is not None else None,
         "state": result.state,
     }
-    if result.gates is not None:
-        answer["gates"] = dict(zip(("reset", "update", "candidate"), map(_numbers, result.gates), strict=True))
-    if next_characters is not None:
-        pairs = zip(next_characters.ids.tolist(), next_characters.logprobs.tolist(), strict=True)
-        answer["next"] = [{"char": characters[char_id], "logprob": logprob} for char_id, logprob in pairs]
-    return Response(to_json(answer), mimetype="application/json")
+    yield dumps(fields)[:-1] + ',"before":'
+    yield from _numbers(result.before)
+    yield ',"states":'
+    yield from _numbers(result.states)
+    yield ',"embedding":'
+    yield from _numbers(result.embedding)
+    yield ',"gates":'
+    if result.gates is None:
+        yield "null"
+    else:
+        for start, gate in zip(('{"reset":', ',"update":', ',"candidate":'), result.gates, strict=True):
+            yield start
+            yield from _numbers(gate)
+        yield "}"
+    yield ',"logprobs":'
+    yield from logprobs_pieces(result.text, result.scores, result.model.charset, result.start)
+    yield "}"
 
 
-def _numbers(array: NDArray[np.float16]) -> dict[str, object]:
-    return {"shape": list(array.shape), "data": base64.b64encode(array.astype("<f2", copy=False).tobytes()).decode()}
+def _numbers(array: NDArray[np.float16] | None) -> Iterator[str]:
+    if array is None:
+        yield "null"
+        return
+    yield f'{{"shape":{dumps(list(array.shape))},"data":"'
+    numbers = array.ravel()
+    for start in range(0, numbers.size, _PIECE_NUMBERS):
+        part = numbers[start : start + _PIECE_NUMBERS].astype("<f2", copy=False)
+        yield base64.b64encode(part.tobytes()).decode()
+    yield '"}'

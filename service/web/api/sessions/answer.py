@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import structlog
 from flask import Response
-from pydantic_core import to_json
 
+from service.engine.scores import Distribution
 from service.errors import Draining, GruServeError
 from service.generation.run_stream import RunStream
 from service.generation.session_service import FeedResult
+from service.model.charset import Charset
 from service.sessions.session import SessionSummary
-from service.web.api.completions.answer import logprobs_of
 from service.web.api.events import DoneEvent, ErrorEvent, Events, ReconnectEvent, TextEvent
+from service.web.api.json_pieces import dumps, logprobs_pieces, rounded
+from service.web.api.responses import json_response
 from service.web.api.schemas import Usage
 from service.web.api.sessions import schemas
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
@@ -38,20 +41,31 @@ def session_answer(session: SessionSummary) -> schemas.SessionAnswer:
     )
 
 
-def feed_answer(result: FeedResult) -> Response:
-    """Answer a feed: the new position, the next characters, and the log-probabilities if they were requested."""
-    characters = result.model.charset.characters
-    ids, logprobs = (result.next.ids.tolist(), result.next.logprobs.tolist()) if result.next is not None else ([], [])
-    # Plain dicts and not the schema's objects. A client may feed at every keystroke, and the objects would take as long
-    # as the network does.
-    next_chars = [{"char": characters[char_id], "logprob": value} for char_id, value in zip(ids, logprobs, strict=True)]
-    scores = logprobs_of(result.text, result.scores, result.model.charset, result.position - len(result.text))
-    answer = {
-        "position": result.position,
-        "next": next_chars,
-        "logprobs": scores.model_dump() if scores is not None else None,
-    }
-    return Response(to_json(answer), mimetype="application/json")
+def feed_answer(result: FeedResult, held: ExitStack) -> Response:
+    """Answer a feed: the new position, the next characters, and the log-probabilities if they were requested.
+
+    `held`: see `json_response`.
+    """
+    return json_response(_feed_pieces(result), held)
+
+
+def _feed_pieces(result: FeedResult) -> Iterator[str]:
+    # Not the schema's objects: a client may feed at every keystroke, and they would take as long as the network does.
+    yield f'{{"position":{result.position},"next":{dumps(next_chars(result.model.charset, result.next))},"logprobs":'
+    start = result.position - len(result.text)
+    yield from logprobs_pieces(result.text, result.scores, result.model.charset, start)
+    yield "}"
+
+
+def next_chars(charset: Charset, distribution: Distribution | None) -> list[dict[str, str | float]]:
+    """Return the likeliest next characters with their log-probabilities; an empty list if none were requested."""
+    if distribution is None:
+        return []
+    logprobs = rounded(distribution.logprobs)
+    return [
+        {"char": charset.characters[char_id], "logprob": logprob}
+        for char_id, logprob in zip(distribution.ids.tolist(), logprobs, strict=True)
+    ]
 
 
 def run_answer(stream: RunStream, client_has_left: Callable[[], bool]) -> Response:

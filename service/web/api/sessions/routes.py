@@ -11,9 +11,8 @@ from pydantic import BaseModel
 
 from service.errors import InvalidValue, ListingNeedsKeys
 from service.generation.runs import RunRequest
+from service.generation.score_budget import ScoreBudget
 from service.generation.session_service import FeedRequest, NewSession, SessionService
-from service.model.charset import Charset
-from service.registry.loaded_models import LoadedModels
 from service.sessions.session import SessionKey
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
@@ -42,13 +41,13 @@ class SessionRoutes(Resource):
     def __init__(
         self,
         sessions: SessionService,
-        models: LoadedModels,
         default_model: str,
         limits: SessionLimits,
         admission: AdmissionLimit,
+        score_budget: ScoreBudget,
     ) -> None:
-        self._sessions, self._models, self._default_model = sessions, models, default_model
-        self._limits, self._admission = limits, admission
+        self._sessions, self._default_model, self._limits = sessions, default_model, limits
+        self._admission, self._score_budget = admission, score_budget
 
     def _create(self, session_id: str | None, body: schemas.CreateBody) -> Response:
         _check_length(body.text, self._limits)
@@ -136,8 +135,12 @@ class SessionRoutes(Resource):
         feed_request = FeedRequest(
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
-        with self._admission.admit(), _blaming("text"):
-            return feed_answer(self._sessions.feed(_key(path), feed_request, client_monitor()))
+        with ExitStack() as held:
+            scores = self._score_budget.reservation()
+            held.callback(scores.release)
+            with self._admission.admit(), _blaming("text"):
+                result = self._sessions.feed(_key(path), feed_request, client_monitor(), scores.require)
+            return feed_answer(result, held)
 
     @Route(
         "POST",
@@ -160,11 +163,9 @@ class SessionRoutes(Resource):
         if not 0 < body.max_tokens <= self._limits.max_tokens:
             raise InvalidValue(f"max_tokens: 1 to {self._limits.max_tokens} characters a request", param="max_tokens")
 
-        def charset() -> Charset:
-            session = self._sessions.get(_key(path))
-            return self._models.for_state(session.model, session.identity).charset
-
-        run_request = RunRequest(body.max_tokens, body.sampling_settings(charset), body.stop_strings, body.seed)
+        run_request = RunRequest(
+            body.max_tokens, body.sampling_settings, body.stop_strings, body.seed, tuple(body.logit_bias.items())
+        )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(client_key() if body.stream else None))
             stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_monitor())

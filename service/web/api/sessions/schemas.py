@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage
@@ -27,7 +28,6 @@ _POSITION = (
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
     "Default: the end of the text"
 )
-_MAX_POSITION = 2**53  # every client reads JSON integers up to this one exactly
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}")
 _NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
@@ -52,7 +52,7 @@ SessionId = Annotated[
         "without API keys, anyone who knows the id can use the session",
     ),
 ]
-Position = Annotated[int, Field(ge=0, le=_MAX_POSITION)]
+Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]
 Seed = Annotated[int, Field(ge=-_SEED_LIMIT, lt=_SEED_LIMIT)]
 
 

@@ -1,0 +1,96 @@
+"""A few steps of a small fixed model, whose bits are known: whether a variant of the kernel computes what it must.
+
+A compiler that was told to reorder sums (`-ffast-math`), or a processor or emulator that computes differently, would
+give other texts under an unchanged fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from service.arrays import Float32
+from service.engine.sampling import History
+from service.engine.sampling_settings import PLAIN, SamplingSettings
+from service.engine.stepper import Row, Stepper
+from service.model.config import ModelConfig
+from service.model.quantize import IntegerPrecision, QuantizedGRU, QuantizedLayer, QuantizedLinear
+
+# SHA-256 of everything that `digest_of` computes, with `service.engine.arithmetic.VERSION` 1. Both steppers give it.
+EXPECTED = "288f04df97ccf02c4afded02bad171b4068047a6b408eb7093d0653fd488080e"
+
+_UNITS = 77  # no multiple of the numbers that any instruction set handles at a time
+_CHARSET = "".join(map(chr, range(97, 97 + 53)))
+_NUM_CHARS = 24
+_SETTINGS = (
+    PLAIN,
+    SamplingSettings(temperature=0.0, logit_bias=((3, 0.25), (7, -1.5))),
+    SamplingSettings(temperature=0.7, top_k=9, top_p=0.85, min_p=0.01),
+    SamplingSettings(repetition_penalty=1.3, presence_penalty=0.2, frequency_penalty=0.1, top_p=0.95),
+)
+
+
+def digest_of(make_stepper: Callable[[QuantizedGRU], Stepper]) -> str:
+    """Return the SHA-256 of all characters, states and log-probabilities that a stepper computes, in hexadecimal."""
+    digest = hashlib.sha256()
+    precisions: tuple[IntegerPrecision, ...] = ("int8", "int4")
+    for precision in precisions:
+        stepper = make_stepper(_model(precision))
+        rows = [_row(stepper, seed) for seed in range(2 * len(_SETTINGS))]
+        for result, row in zip(stepper.advance(rows, 2 * _NUM_CHARS), rows, strict=True):
+            parts = [result.chars.astype("<i8"), row.hidden.astype("<f4")]
+            for scores in (result.scores, result.prompt_scores):
+                if scores is not None:
+                    parts += [scores.chosen.astype("<f4"), scores.top_ids.astype("<i4"), scores.top.astype("<f4")]
+            for part in parts:
+                digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def _row(stepper: Stepper, seed: int) -> Row:
+    sampling = _SETTINGS[seed % len(_SETTINGS)]
+    prompt = _numbers(5, seed, len(_CHARSET)).astype(np.int64)
+    return Row(
+        stepper.initial_hidden(),
+        position=seed * 1000,
+        prompt=prompt,
+        max_chars=_NUM_CHARS,
+        seed=seed,
+        sampling=sampling,
+        history=History(len(_CHARSET), prompt) if sampling.penalizes else None,
+        num_logprobs=4,
+        score_prompt=True,
+    )
+
+
+@cache
+def _model(precision: IntegerPrecision) -> QuantizedGRU:
+    config = ModelConfig(charset=_CHARSET, embedding_dim=1, num_units=_UNITS, num_layers=2)
+    largest = {"int8": 127, "int4": 7}[precision]
+    layers = (
+        QuantizedLayer(_linear(3 * _UNITS, 1, largest), None),
+        QuantizedLayer(_linear(3 * _UNITS, 2, largest), _linear(3 * _UNITS, 3, largest)),
+    )
+    table = _fractions(len(_CHARSET) * 3 * _UNITS, 4).reshape(len(_CHARSET), 3 * _UNITS)
+    return QuantizedGRU(config, precision, table, layers, _linear(len(_CHARSET), 5, 127))
+
+
+def _linear(num_rows: int, seed: int, largest: int) -> QuantizedLinear:
+    weight = _numbers(num_rows * _UNITS, seed, 2 * largest + 1) - largest
+    scale = (1 + _fractions(num_rows, seed + 100) / 4) * np.float32(0.5 / (largest * 127))
+    return QuantizedLinear(weight.astype(np.int8).reshape(num_rows, _UNITS), scale, _fractions(num_rows, seed + 200))
+
+
+def _numbers(size: int, seed: int, limit: int) -> NDArray[np.int64]:
+    """Return (size,) numbers below `limit` without a pattern: integer arithmetic, so they are the same everywhere."""
+    mixed = (np.arange(size, dtype=np.int64) + 7919 * seed + 1) * 2654435761 % 2**32
+    return (mixed * 40503 // 2**16) % 65_521 % limit
+
+
+def _fractions(size: int, seed: int) -> Float32:
+    """Return (size,) numbers from -1 to 1 that float32 represents exactly."""
+    return (_numbers(size, seed, 2049).astype(np.float32) - 1024) / 1024
