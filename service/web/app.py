@@ -137,7 +137,11 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         engine_threads=settings.num_engine_threads,
     )
     if keys is None and not is_loopback(settings.host):
-        log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)
+        log.warning(
+            "no API keys: anyone who can reach this address can use the service",
+            host=settings.host,
+            any_name=not settings.allowed_host_list,  # then pages of other sites can, too: GRU_SERVE_ALLOWED_HOSTS
+        )
     return app
 
 
