@@ -137,11 +137,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         engine_threads=settings.num_engine_threads,
     )
     if keys is None and not is_loopback(settings.host):
-        log.warning(
-            "no API keys: anyone who can reach this address can use the service",
-            host=settings.host,
-            any_name=not settings.allowed_host_list,  # then pages of other sites can, too: GRU_SERVE_ALLOWED_HOSTS
-        )
+        log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)
     return app
 
 
