@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pydantic
@@ -40,13 +41,25 @@ def test_settings__an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyP
         ("PRECISION", "float32"),
         ("RATE_LIMIT", "often"),
         ("RATE_LIMIT", "0/minute"),
+        ("ALLOWED_HOSTS", "http://example.org"),
+        ("ALLOWED_HOSTS", "localhost,example.org:80"),
+        ("ALLOWED_HOSTS", "a.*.org"),
+        ("ALLOWED_HOSTS", "10.0.0.0/8"),
+        ("ALLOWED_ORIGINS", "example.org"),
+        ("ALLOWED_ORIGINS", "https://example.org/"),
+        ("ALLOWED_ORIGINS", "null"),
+        ("TRUSTED_PROXIES", "-1"),
+        ("TRUSTED_PROXIES", "17"),
+        ("TRUSTED_PROXIES", "balancer"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("TRUSTED_PROXIES", "1,10.0.0.0/8"),
     ],
 )
 def test_settings__an_error_names_the_variable_and_its_value(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(f"GRU_SERVE_{name}", value)
-    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name}={value}: "):
+    with pytest.raises(InvalidSettings, match=re.escape(f"GRU_SERVE_{name}={value}: ")):
         read_settings()
 
 
@@ -94,6 +107,18 @@ def test_settings__state_keys_are_split_and_not_printed(monkeypatch: pytest.Monk
     settings = read_settings()
     assert settings.state_key_list == ["a long enough key", "another long key"]
     assert "long" not in repr(settings)
+
+
+def test_settings__lists_of_hosts_origins_and_proxies_are_parsed() -> None:
+    settings = read_settings(
+        allowed_hosts="API.example.org, *.example.org,[FD00::1],10.0.0.7,my_app,",
+        allowed_origins=" HTTPS://Example.org:8443 ,app://page,*",
+        trusted_proxies="10.0.0.0/8, fd00::/8,192.168.1.7",
+    )
+    assert settings.allowed_host_list == ["api.example.org", "*.example.org", "fd00::1", "10.0.0.7", "my_app"]
+    assert settings.allowed_origin_list == ["https://example.org:8443", "app://page", "*"]
+    assert list(map(str, settings.parsed_proxies)) == ["10.0.0.0/8", "fd00::/8", "192.168.1.7/32"]  # type: ignore[arg-type]
+    assert [read_settings(trusted_proxies=number).parsed_proxies for number in ("", "0", "2")] == [0, 0, 2]
 
 
 def test_settings__can_not_be_changed() -> None:

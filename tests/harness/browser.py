@@ -24,11 +24,11 @@ OpenPage = Callable[..., Screen]  # the type of the fixture `open_page`
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
+def chromium(*flags: str) -> Iterator[Browser]:
     """Launch Debian's Chromium, or the program that the variable CHROMIUM names; close it with the block."""
     path = program(os.environ.get("CHROMIUM", "chromium"))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=[*_FLAGS, *flags])
         try:
             yield browser
         finally:

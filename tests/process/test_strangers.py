@@ -87,6 +87,10 @@ def test_host__on_a_loopback_address_has_to_be_a_loopback_name(server: Server, h
         answer = send(server, method, path, {"Host": host}, body)
         assert (answer.status, answer.code) == (403, "host_not_allowed"), (method, path)
         assert "GRU_SERVE_ALLOWED_HOSTS" in answer.error["message"]
+    # A proxy that replaces Host may send the client's in another header, possibly after one that the client sent.
+    for others in (host, f"localhost, {host}", f"{host},localhost"):
+        answer = send(server, "DELETE", "/v1/sessions/mine", {"X-Forwarded-Host": others})
+        assert (answer.status, answer.code) == (403, "host_not_allowed")
     assert send(server, "GET", "/v1/sessions/mine").status == 200
     assert send(server, "GET", "/v1/sessions/other").status == 404
 

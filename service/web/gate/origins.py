@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection
+from functools import lru_cache
 
 from flask import Flask, Response, request
 
@@ -60,6 +61,7 @@ class HostPolicy:
         return not self._is_local and _is_address(name)
 
 
+@lru_cache(maxsize=256)  # parsing an address takes longer than the rest of the check
 def is_loopback(host: str) -> bool:
     """Return whether a name or address means the machine itself. An IPv6 address has no brackets."""
     try:
@@ -84,16 +86,15 @@ def register_origins(app: Flask, hosts: HostPolicy, allowed_origins: Collection[
 
     @app.before_request
     def _check_origin() -> Response | None:
-        host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-        # Without Host, or with an empty one, the client is no browser.
-        if host and request.path not in _CHECKS and not hosts.accepts(host):
+        names, origin = _requested_hosts(), request.headers.get("Origin")
+        if request.path not in _CHECKS and not all(hosts.accepts(name) for name in names):
             return error_response(
                 "the server does not answer to the name in the header Host: if the name is right, its operator has to "
                 "add it to GRU_SERVE_ALLOWED_HOSTS",
                 "host_not_allowed",
             )
         is_allowed = is_for_all or (origin is not None and origin.lower() in allowed_origins)
-        if not is_allowed and _is_foreign(host, origin):
+        if not is_allowed and _is_foreign(names, origin):
             return error_response(
                 "pages of this origin may not call the server: if they should, its operator has to add the origin to "
                 "GRU_SERVE_ALLOWED_ORIGINS",
@@ -126,7 +127,16 @@ def _preflight_response() -> Response:
     return response
 
 
-def _is_foreign(host: str, origin: str | None) -> bool:
+def _requested_hosts() -> list[str]:
+    """Return the names, with ports, under which the client called; none if it sent none, because then it is no browser.
+
+    A proxy that replaces Host may send the client's in another header.
+    """
+    sent = [request.headers.get("Host", ""), *request.headers.get("X-Forwarded-Host", "").split(",")]
+    return [name.strip() for name in sent if name.strip()]
+
+
+def _is_foreign(names: list[str], origin: str | None) -> bool:
     """Return whether a page of another origin made a browser send the current request.
 
     Only browsers send these headers, and no page can change them. Sec-Fetch-Site is the browser's own comparison, so it
@@ -136,7 +146,7 @@ def _is_foreign(host: str, origin: str | None) -> bool:
     if site in ("same-origin", "none"):
         return False
     if origin is not None:
-        return not _is_same_host(origin.lower(), host.lower())
+        return not any(_is_same_host(origin.lower(), name.lower()) for name in names)
     # A link on another site may open the page: what it opens can't be read there.
     is_link = (
         request.method in ("GET", "HEAD")
@@ -149,7 +159,7 @@ def _is_foreign(host: str, origin: str | None) -> bool:
 def _is_same_host(origin: str, host: str) -> bool:
     """Return whether an origin has the name and port of a Host. Schemes may differ: a balancer may have ended TLS."""
     found = _ORIGIN.fullmatch(origin)
-    if found is None or not host:
+    if found is None:
         return False
     default = ":" + _DEFAULT_PORTS.get(found["scheme"], "")
     return found["host"].removesuffix(default) == host.removesuffix(default)
