@@ -38,7 +38,8 @@ def check_kernel(choice: KernelChoice) -> None:
     if choice == "native" and not is_native:
         raise InvalidSettings(
             "kernel=native, but the native kernel was not compiled when this package was installed, or computes other "
-            "numbers than it must, as the log says: install the package again on a machine with a C++17 compiler, or set kernel=auto",
+            "numbers than it must, as the log says: install the package again on a machine with a C++17 compiler, or "
+            "set kernel=auto",
             param="kernel",
         )
     if not is_torch and (choice == "torch" or not is_native):
