@@ -217,8 +217,8 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
 
     The model can't complete such a stop string.
     """
-    normalised = [normalised(stop) for stop in stops]
-    return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
+    known = (stop for stop in map(normalised, stops) if all(char in charset for char in stop))
+    return tuple(map(charset.encode, known))
 
 
 def with_biases(sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float]) -> SamplingSettings:
