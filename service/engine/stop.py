@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
+
+from service.model.normal_form import normalised
 
 
 def completed(text: str, stops: Sequence[str]) -> str:
@@ -50,4 +51,4 @@ class StopFilter:
 
 def _normalised(stops: Sequence[str]) -> list[str]:
     """Return stop strings in Unicode's normal form C, in which models write."""
-    return [unicodedata.normalize("NFC", stop) for stop in stops]
+    return [normalised(stop) for stop in stops]

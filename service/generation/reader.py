@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +14,7 @@ from service.engine.scores import Distribution, Scores
 from service.engine.stop import completed
 from service.errors import ClientGone, InvalidValue
 from service.model.charset import Charset
+from service.model.normal_form import normalised
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
 from service.sessions.text import Retention, Text
@@ -217,8 +217,8 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
 
     The model can't complete such a stop string.
     """
-    normalised = [unicodedata.normalize("NFC", stop) for stop in stops]
-    return tuple(charset.encode(stop) for stop in normalised if all(char in charset for char in stop))
+    known = (stop for stop in map(normalised, stops) if all(char in charset for char in stop))
+    return tuple(map(charset.encode, known))
 
 
 def with_biases(sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float]) -> SamplingSettings:

@@ -7,8 +7,8 @@ or as two. A character is one code point of the normalised text; its id is its i
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from service.arrays import Ids
 from service.errors import InvalidCharset, UnknownCharacters
+from service.model.normal_form import code_points, normalised_pieces
 
 UnknownChars = Literal["error", "fold", "drop"]  # what to do with unknown characters, see Charset.encode
 
 MAX_CHARSET = 65_536
 _SHORT = 8  # characters up to which a text is encoded without numpy
+_REMEMBERED = 8192  # unknown characters whose spelling is remembered
 _MAX_NAMED = 10  # unknown characters that an error names at most
 
 # Plain spellings of characters that Unicode's compatibility decomposition doesn't change, nearest first. Folding takes
@@ -64,7 +66,7 @@ class Charset:
     @classmethod
     def from_corpus(cls, text: str) -> Charset:
         """Return the charset of all characters of `text` after NFC, in the order of their code points."""
-        return cls("".join(sorted(set(unicodedata.normalize("NFC", text)))))
+        return cls("".join(sorted(set().union(*normalised_pieces(text)))))
 
     def __len__(self) -> int:
         return len(self.characters)
@@ -79,10 +81,15 @@ class Charset:
     @cached_property
     def _table(self) -> Ids:
         """(highest code point + 2,) int64: code point -> id, or -1 for an unknown one. The last entry is always -1."""
-        points = _code_points(self.characters)
+        points = code_points(self.characters)
         table = np.full(int(points.max()) + 2, -1, dtype=np.int64)
         table[points] = np.arange(len(points))
         return table
+
+    @cached_property
+    def _points(self) -> NDArray[np.uint32]:
+        """(V,) little-endian code points of the characters."""
+        return code_points(self.characters)
 
     def encode(self, text: str, unknown: UnknownChars = "error") -> Ids:
         """Return the (n,) int64 ids of `text` after NFC.
@@ -99,25 +106,40 @@ class Charset:
         if len(text) <= _SHORT and text.isascii() and all(char in self._id_of for char in text):
             # For a single keystroke this is ten times faster than the general case below.
             return np.array([self._id_of[char] for char in text], np.int64)
-        text = unicodedata.normalize("NFC", text)
+        parts: list[Ids] = []
+        position = 0
+        for piece in normalised_pieces(text):
+            part, num_chars = self._encode_piece(piece, unknown, position, len(text))
+            parts.append(part)
+            position += num_chars
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _encode_piece(self, text: str, unknown: UnknownChars, start: int, end: int) -> tuple[Ids, int]:
+        """Return the ids of a piece in normal form, and its length before folding.
+
+        start, end: position of the piece in the text, and the end of the text, for an error. The first piece that has
+        to be refused ends the work.
+        """
         ids = self._look_up(text)
         if not (ids < 0).any():
-            return ids
+            return ids, len(text)
         text = self._decompose(text)
         ids = self._look_up(text)
         if not (ids < 0).any():
-            return ids
+            return ids, len(text)
         if unknown == "drop":
-            return ids[ids >= 0]
+            return ids[ids >= 0], len(text)
         if unknown == "fold":
-            folded = self._fold(text)
-            ids = self._look_up(folded)
-            if not (ids < 0).any():
-                return ids
+            folded = self._look_up(self._fold(text))
+            if not (folded < 0).any():
+                return folded, len(text)
             # The error gives positions in the text before folding, because that is what the caller knows.
-            known = [char in self or self._nearest(char) is not None for char in text]
-            raise self._unknown_error(text, (position for position, ok in enumerate(known) if not ok), folded=True)
-        raise self._unknown_error(text, np.flatnonzero(ids < 0).tolist(), folded=False)
+            hopeless = {char for char in set(text) if char not in self and self._nearest(char) is None}
+            positions = [position for position, char in enumerate(text) if char in hopeless]
+        else:
+            positions = np.flatnonzero(ids < 0).tolist()
+        is_last = start + len(text) >= end
+        raise self._unknown_error(text, positions, start, folded=unknown == "fold", is_last=is_last)
 
     def exact(self, text: str) -> Ids:
         """Return the (n,) int64 ids of exactly these n characters, without normalisation. The inverse of `decode`.
@@ -131,7 +153,13 @@ class Charset:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text with these ids. Raises IndexError for an id outside 0..V-1."""
-        indices = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
+        indices = ids if isinstance(ids, np.ndarray) else list(ids)
+        if len(indices) > _SHORT:
+            array = np.asarray(indices, np.int64)
+            if array.min() < 0:
+                raise IndexError(f"no character has the id {array.min()}")
+            return self._points[array].tobytes().decode("utf-32-le")
+        indices = [*map(int, indices)]
         if indices and min(indices) < 0:
             raise IndexError(f"no character has the id {min(indices)}")
         return "".join(map(self.characters.__getitem__, indices))
@@ -141,11 +169,11 @@ class Charset:
 
         A model with such a charset generates letter and mark as two characters, and must be able to read them.
         """
-        parts_of = {char: unicodedata.normalize("NFD", char) for char in set(text) if char not in self}
-        return text.translate({ord(c): parts for c, parts in parts_of.items() if all(part in self for part in parts)})
+        parts_of = {char: self._parts(char) for char in set(text) if char not in self}
+        return text.translate({ord(char): parts for char, parts in parts_of.items() if parts is not None})
 
     def _look_up(self, text: str) -> Ids:
-        points = _code_points(text)
+        points = code_points(text)
         return self._table[np.minimum(points, len(self._table) - 1)]
 
     def _fold(self, text: str) -> str:
@@ -154,33 +182,45 @@ class Charset:
         nearest = {char: self._nearest(char) for char in set(text) if char not in self}
         return text.translate({ord(char): near for char, near in nearest.items() if near is not None})
 
-    def _nearest(self, char: str) -> str | None:
-        """Return what `fold` writes for an unknown character, or None if no spelling of it is known."""
-        for spelling in _spellings(char):
-            if all(part in self for part in spelling):
-                return spelling
-        return None
+    # Both remember what they found for the characters that were unknown last.
 
-    def _unknown_error(self, text: str, positions: Iterable[int], *, folded: bool) -> UnknownCharacters:
-        positions = list(positions)
-        named = ", ".join(f"{describe(text[position])} at {position}" for position in positions[:_MAX_NAMED])
-        more = f" and {len(positions) - _MAX_NAMED} more" if len(positions) > _MAX_NAMED else ""
+    @cached_property
+    def _parts(self) -> Callable[[str], str | None]:
+        """A function that returns the letter and marks of an unknown character, or None if some are unknown too."""
+
+        def parts(char: str) -> str | None:
+            decomposed = unicodedata.normalize("NFD", char)
+            return decomposed if all(part in self for part in decomposed) else None
+
+        return lru_cache(_REMEMBERED)(parts)
+
+    @cached_property
+    def _nearest(self) -> Callable[[str], str | None]:
+        """A function that returns what `fold` writes for an unknown character, or None if no spelling is known."""
+
+        def nearest(char: str) -> str | None:
+            return next((near for near in _spellings(char) if all(part in self for part in near)), None)
+
+        return lru_cache(_REMEMBERED)(nearest)
+
+    def _unknown_error(
+        self, text: str, positions: Sequence[int], start: int = 0, *, folded: bool, is_last: bool = True
+    ) -> UnknownCharacters:
+        """Describe unknown characters at these positions of a piece that begins at `start` of the text."""
+        named = ", ".join(f"{describe(text[position])} at {start + position}" for position in positions[:_MAX_NAMED])
+        more = f"{'' if is_last else 'at least '}{len(positions) - _MAX_NAMED} more"
+        named += f" and {more}" if len(positions) > _MAX_NAMED else "" if is_last else ", and possibly more"
         what = "knows no similar character to" if folded else "doesn't know"
         hint = 'unknown_chars "drop" leaves such characters out'
         if not folded:
             hint = f'unknown_chars "fold" replaces such characters by the nearest known ones; {hint}'
-        return UnknownCharacters(f"the model {what} {named}{more}; {hint}")
+        return UnknownCharacters(f"the model {what} {named}; {hint}")
 
 
 def describe(char: str) -> str:
     """Return a character in a form that is safe in any log, header or terminal, such as 'é' (U+00E9)."""
     shown = f"'{char}' " if char.isprintable() else ""
     return f"{shown}(U+{ord(char):04X})" if shown else f"U+{ord(char):04X}"
-
-
-def _code_points(text: str) -> NDArray[np.uint32]:
-    # JSON escapes can contain half surrogate pairs. They pass here, and are then unknown characters.
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 def _spellings(char: str) -> Iterable[str]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+import time
 import unicodedata
+from functools import partial
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.errors import InvalidCharset, UnknownCharacters
+from service.model import charset as charset_module
+from service.model import normal_form
 from service.model.charset import Charset
+from service.model.normal_form import normalised_pieces
 
+normal_form._classes()  # made at the first use, which no deadline of a test should include
 ASCII = Charset("".join(map(chr, range(32, 127))) + "\n")
 
 
@@ -74,6 +82,89 @@ def test_encode__the_error_names_at_most_ten_characters() -> None:
 )
 def test_fold__writes_the_nearest_known_spelling(text: str, folded: str) -> None:
     assert ASCII.decode(ASCII.encode(text, "fold")) == folded
+
+
+# Characters that compose, decompose, move, fold, or lie at the border of a rule.
+DIFFICULT = "ae\u0301\u0323\u0302\u0344\u0f73\u0f71 \r\n\t'’“éüß…ﬁ½\u1112\u1161\u11ab\u09c7\u09be한À中\ud800\udc00"
+DIFFICULT += "\U0001f600\U0001d15e"
+CHARSETS = [" '\",-.abcdefghijklmnopqrstuvwxyz\n", "abeé \r", "ae\u0301\u0323 ", "abcß中\U0001f600 "]
+
+
+def encoded_at_once(charset: Charset, text: str, unknown: str) -> list[int] | None:
+    """The ids of a text by the rules of `encode`, applied to all of it one after the other; None if it is refused."""
+    text = unicodedata.normalize("NFC", text)
+    parts = {char: unicodedata.normalize("NFD", char) for char in set(text) if char not in charset}
+    if parts:
+        known = {ord(char): part for char, part in parts.items() if all(one in charset for one in part)}
+        text = text.translate(known)
+    missing = {char for char in set(text) if char not in charset}
+    if missing and unknown == "fold":
+        text = text if "\r" in charset else text.replace("\r\n", "\n")
+        nearest = {char: charset._nearest(char) for char in missing}
+        text = "".join(char if (near := nearest.get(char)) is None else near for char in text)
+    if unknown == "drop":
+        text = "".join(char for char in text if char in charset)
+    if any(char not in charset for char in text):
+        return None
+    return [charset.characters.index(char) for char in text]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    text=st.text(st.sampled_from(DIFFICULT), max_size=60) | st.text(max_size=30),
+    repeats=st.integers(1, 40),
+    unknown=st.sampled_from(["error", "fold", "drop"]),
+    charset=st.sampled_from([Charset(characters) for characters in CHARSETS]),
+    piece_chars=st.integers(1, 50),
+)
+def test_encode__in_pieces_gives_the_ids_of_the_whole_text(
+    text: str, repeats: int, unknown: Any, charset: Charset, piece_chars: int
+) -> None:
+    text *= repeats
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charset_module, "normalised_pieces", partial(normalised_pieces, piece_chars=piece_chars))
+        try:
+            got = charset.encode(text, unknown).tolist()
+        except UnknownCharacters:
+            got = None
+    assert got == encoded_at_once(charset, text, unknown)
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from(DIFFICULT), max_size=200), st.integers(1, 50))
+def test_normalised_pieces__are_the_normal_form(text: str, piece_chars: int) -> None:
+    assert "".join(normalised_pieces(text, piece_chars)) == unicodedata.normalize("NFC", text)
+
+
+def test_normal_form__marks_are_all_within_its_table() -> None:
+    """A new version of Unicode may add some after the last code point that the module looks at."""
+    for point in range(normal_form._LAST_POINT + 1, sys.maxunicode + 1):
+        char = chr(point)
+        assert not unicodedata.combining(char)
+        assert len(unicodedata.decomposition(char).split()) < 2 or "<" in unicodedata.decomposition(char)
+
+
+def test_encode__long_runs_of_marks_take_time_in_proportion() -> None:
+    """Sorting 100,000 marks by insertion, as `unicodedata` does, would take seconds and hold the interpreter."""
+    charset = Charset("ab")
+    for run in ("\u0301\u0323\u0302" * 33_333, "\u0f73" * 100_000, "\u0344\u0323" * 50_000):
+        started = time.process_time()
+        assert charset.encode("a" + run + "b", "drop").tolist() in ([0, 1], [1])
+        assert time.process_time() - started < 2
+
+
+def test_fold__distinct_unknown_characters_are_refused_at_the_first_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+
+    def spellings(char: str) -> list[str]:
+        looked_up.append(char)
+        return []
+
+    monkeypatch.setattr(charset_module, "_spellings", spellings)
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    with pytest.raises(UnknownCharacters, match="at least 4086 more"):
+        Charset("ab").encode(text, "fold")
+    assert len(looked_up) <= 4096
 
 
 def test_fold__keeps_known_characters() -> None:
