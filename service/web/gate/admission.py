@@ -38,17 +38,17 @@ class AdmissionLimit:
         if not self._semaphore.acquire(blocking=False):
             raise Overloaded("the server is handling as many requests as it can: try again in a second")
         try:
-            with self._counted(streaming_client):
+            if streaming_client is None:
                 yield
+            else:
+                with self._counted(streaming_client):
+                    yield
         finally:
             self._semaphore.release()
 
     @contextmanager
-    def _counted(self, streaming_client: str | None) -> Iterator[None]:
+    def _counted(self, streaming_client: str) -> Iterator[None]:
         """Count an open stream of a client during the block. Raises TooManyStreams."""
-        if streaming_client is None:
-            yield
-            return
         limit = self._max_streams_per_client
         with self._lock:
             if limit and self._streams[streaming_client] >= limit:

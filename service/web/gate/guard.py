@@ -67,7 +67,7 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
 
 def register_body_check(app: Flask, max_body_bytes: int) -> None:
-    """Read and parse the body of each request before the route validates it.
+    """Read and parse the body of each request before the route validates it, and refuse HEAD of a stream.
 
     Register it after everything that refuses requests without reading their bodies.
     """
@@ -75,15 +75,13 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
 
     @app.before_request
-    def _refuse_head_of_stream() -> None:
-        # Flask would handle it as GET, which takes a run from the connection that streams it.
-        if request.method == "HEAD" and current_route().streams:
+    def _check_body() -> Response | None:
+        route = current_route()
+        if route.streams and request.method == "HEAD":
+            # Flask would handle it as GET, which takes a run from the connection that streams it.
             methods = app.create_url_adapter(request).allowed_methods()  # type: ignore[union-attr]
             raise MethodNotAllowed(valid_methods=[method for method in methods if method != "HEAD"])
-
-    @app.before_request
-    def _check_body() -> Response | None:
-        if not current_route().takes_body:
+        if not route.takes_body:
             return None
         if request.content_encoding not in (None, "", "identity"):
             return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,17 @@ def test_routes__that_change_something_start_work(client: FlaskClient) -> None:
         assert route.starts_work or (route.method == "GET" and not route.streams), rule.rule
         assert route.starts_work or not route.counts_as_start, rule.rule
         assert route.counts_as_start == (route.method in ("POST", "PUT")), rule.rule  # as docs/operations.md says
+
+
+def test_routes__whose_views_stream_or_wait_for_an_engine_say_so(client: FlaskClient) -> None:
+    sources = [
+        (route, inspect.getsource(inspect.unwrap(client.application.view_functions[rule.endpoint])))
+        for rule, route in declared(client)
+    ]
+    assert sum(route.streams for route, _ in sources) == 3
+    for route, source in sources:
+        assert ("EventStream(" in source) == route.streams, route.path
+        assert route.starts_work or ".admit(" not in source, route.path
 
 
 def test_gate_and_telemetry__mention_no_path(client: FlaskClient) -> None:
