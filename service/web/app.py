@@ -119,6 +119,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     if settings.model_poll_s:
         closing.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
     app.extensions["gru_serve"] = closing
+    app.extensions["gru_serve_keys"] = keys  # for the gunicorn worker, which doesn't wait for a stranger's body
     drain.on_interrupt(lambda: sessions.runs.interrupt_all(INTERRUPT_S / 2))
     drain.on_interrupt(models.close)  # last, because saving the runs needs the engines; completions get an error
     app.extensions["gru_serve_drain"] = drain  # for the gunicorn worker

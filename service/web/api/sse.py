@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from enum import Enum, auto
 
 from flask import Response, request
 
@@ -14,6 +16,7 @@ FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
 PING_S = 10.0  # after this much silence a comment is sent, so that balancers don't close the connection
 _PING = b": ping\n\n"
+_IS_STREAM = "gru_serve.is_stream"  # in the environ of a request whose answer is a stream
 
 
 def event(data: str, kind: str | None = None, position: int | None = None) -> bytes:
@@ -36,7 +39,8 @@ def stream_response(events: Iterator[bytes | None], on_close: Callable[[], None]
         events: The framed events. It yields None when there is nothing to send, which is the chance to send a ping.
         on_close: Called once when the stream ends, for whatever reason, even if no event was read.
     """
-    response = Response(_with_pings(events), mimetype="text/event-stream")
+    request.environ[_IS_STREAM] = True
+    response = Response(_with_pings(events, request.environ.get("gunicorn.socket")), mimetype="text/event-stream")
     response.headers["Cache-Control"] = "no-cache"
     response.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
     response.call_on_close(on_close)
@@ -44,31 +48,69 @@ def stream_response(events: Iterator[bytes | None], on_close: Callable[[], None]
 
 
 def client_monitor() -> Callable[[], bool]:
-    """Return a function that tells whether the client of the current request has closed its connection.
+    """Return a function that tells whether the client of the current request has left.
 
     The function works after the request context has ended, too. Without gunicorn it always returns False.
+
+    A client that has ended its side of the connection may still wait for the answer (a half-closed connection), or may
+    have closed the whole connection: TCP announces both in the same way. They differ when something is sent: a closed
+    connection answers with a reset. A stream that is silent sends a ping then (`stream_response`). Before a whole
+    answer the function sends `100 Continue`, which every client of HTTP/1.1 skips, at intervals that double. A client
+    of HTTP/1.0 would not skip it, so it gets its answer in any case.
+
+    Other threads that call the function need what the request holds, such as its session. For them a client that has
+    ended its side has left.
     """
-    connection = request.environ.get("gunicorn.socket")
+    environ, thread = request.environ, threading.get_ident()
+    connection = environ.get("gunicorn.socket")
+    can_ask = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    interval_s, next_at = IDLE_S, 0.0
 
     def has_left() -> bool:
+        nonlocal interval_s, next_at
         if connection is None:
             return False
-        with suppress(OSError, ValueError):
-            poll = select.poll()
-            poll.register(connection, select.POLLIN)
-            # A closed connection is readable but has no bytes. Bytes would be the client's next request.
-            return bool(poll.poll(0)) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        return True
+        state = _state_of(connection)
+        if state is not _State.HALF_CLOSED:
+            return state is _State.CLOSED
+        if threading.get_ident() != thread:
+            return True
+        if not can_ask or _IS_STREAM in environ or time.monotonic() < next_at:
+            return False
+        next_at, interval_s = time.monotonic() + interval_s, 2 * interval_s
+        with suppress(OSError):
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
+        return _state_of(connection) is _State.CLOSED
 
     return has_left
 
 
-def _with_pings(events: Iterator[bytes | None]) -> Iterator[bytes]:
+class _State(Enum):
+    OPEN = auto()
+    HALF_CLOSED = auto()  # the client sends nothing more, and may still read
+    CLOSED = auto()
+
+
+def _state_of(connection: socket.socket) -> _State:
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        events = sum(event for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return _State.CLOSED
+    if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+        return _State.CLOSED
+    return _State.HALF_CLOSED if events else _State.OPEN
+
+
+def _with_pings(events: Iterator[bytes | None], connection: socket.socket | None = None) -> Iterator[bytes]:
     last_sent = time.monotonic()
     for data in events:
         if data is not None:
             yield data
-        elif time.monotonic() - last_sent < PING_S:
+        elif time.monotonic() - last_sent < PING_S and (
+            connection is None or _state_of(connection) is not _State.HALF_CLOSED
+        ):
             continue
         else:
             yield _PING
