@@ -1,7 +1,7 @@
 """Strangers who need no key: idle connections, begun requests, and clients that never close their side.
 
 Each attack runs against the real server. A session in its memory survives, others are answered meanwhile, and
-afterwards descriptors and threads are what they were. `benchmarks.strangers` measures the latency of others during such attacks.
+afterwards descriptors and threads are what they were. `benchmarks.strangers` measures how long others wait meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 

@@ -131,9 +131,10 @@ def test_too_long_bodies__are_handed_out_early_and_skipped() -> None:
 def test_skipped_body__has_a_limit() -> None:
     client = Client()
     client.send(HEAD + b"Content-Length: 99999999999999\r\n\r\n")
+    for _ in range(512):
+        client.send(b"a" * 65_536)
     with pytest.raises(Refusal):
-        for _ in range(1000):
-            client.send(b"a" * 65_536)
+        client.send(b"a")
 
 
 def test_unwanted_body__is_not_waited_for() -> None:

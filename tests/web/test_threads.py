@@ -48,7 +48,7 @@ def test_threads__that_can_not_start_leave_the_task_to_others(monkeypatch: pytes
     pool = Threads(work, min_threads=1, max_threads=5)
     wait_until(lambda: num_threads() == 1)
 
-    def refuse(self: threading.Thread) -> None:
+    def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:

@@ -15,6 +15,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -95,10 +96,8 @@ class Poller:
 
     def wake(self) -> None:
         """End a running `run_once`. Any thread or signal handler may call this."""
-        try:
+        with suppress(OSError):  # the buffer is full, so the thread is about to wake
             self._wake_fd.send(b"\0")
-        except OSError:
-            pass  # the buffer is full, so the thread is about to wake
 
     def run_once(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for something to happen, and handle it."""
@@ -263,10 +262,8 @@ class Poller:
             self._drop(connection)
 
     def _take_finished(self, _: Any) -> None:
-        try:
+        with suppress(BlockingIOError):
             self._woken_fd.recv(4096)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 connection, can_be_reused = self._finished.get_nowait()

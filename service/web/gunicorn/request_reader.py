@@ -68,7 +68,7 @@ class RequestReader:
         self._searched = 0  # bytes of it that contain no end of a head
         self._request: Any = None  # whose body has not arrived completely
         self._body = bytearray()
-        self._framing: _Length | _Chunks | None = None  # of the body that is being read or skipped
+        self._framing: _Length | _Chunks = _Length(0)  # of the body that is being read or skipped
         self._num_skipped = 0
         self._num_requests = 0
 
@@ -85,7 +85,7 @@ class RequestReader:
     @property
     def is_skipping(self) -> bool:
         """Whether the rest of the last request's body has still to arrive."""
-        return self._request is None and self._framing is not None
+        return self._request is None and not self._framing.is_complete
 
     @property
     def num_bytes(self) -> int:
@@ -117,7 +117,6 @@ class RequestReader:
                     return self._hand_out()
                 if expects and not self._received:
                     send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        assert self._framing is not None
         self._body += self._framing.take(self._received)
         if self._framing.is_complete or len(self._body) > self._max_body_bytes:
             return self._hand_out()
@@ -127,22 +126,17 @@ class RequestReader:
         request, self._request = self._request, None
         request.body = io.BytesIO(bytes(self._body))
         self._body.clear()
-        if self._framing is not None and self._framing.is_complete:
-            self._framing = None
         self._num_skipped = 0
         return request
 
     def _skip(self) -> bool:
         """Drop what has arrived of the rest of a body; return whether that was all. Raises Refusal."""
-        assert self._framing is not None
         before = len(self._received)
         self._framing.take(self._received)
         self._num_skipped += before - len(self._received)
-        if self._framing.is_complete:
-            self._framing = None
-        elif self._num_skipped > _SKIP_BYTES:
+        if self._num_skipped > _SKIP_BYTES:
             raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body_too_large", "the body does not end")
-        return self._framing is None
+        return self._framing.is_complete
 
     def _read_head(self) -> Any:
         """Return the next request without its body, or None if its head has not arrived. Raises Refusal."""
@@ -169,8 +163,8 @@ class _Bytes(Unreader):
     """Bytes in memory, for gunicorn's parser."""
 
     def __init__(self, data: bytes) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.unread(data)  # type: ignore[no-untyped-call]
+        super().__init__()
+        self.unread(data)
 
     def chunk(self, size_hint: int | None = None) -> bytes:  # noqa: ARG002
         """Return nothing: the parser has all bytes."""

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -53,7 +54,8 @@ class Worker(BaseWorker):
 
     limits: WorkerLimits  # worker_class sets it
     _drain: Drain | None = None  # None until the application is built
-    _poller: Poller | None = None
+    _poller: Poller | None = None  # None until the worker runs
+    _linger_s = _LINGER_S
 
     def init_signals(self) -> None:
         """Set gunicorn's handlers, and ignore the signals that the parent handles alone."""
@@ -97,22 +99,20 @@ class Worker(BaseWorker):
         # Connections with a request that arrived before draining began and is not answered yet.
         self._busy: set[Connection] = set()
         self._linger_until = math.inf
-        self._threads = Threads(self._work, limits.min_threads, limits.max_threads)
-        self._poller = Poller(self.cfg, self.sockets, limits.connections, _body_check(app), self._serve)
+        poller = self._poller = Poller(self.cfg, self.sockets, limits.connections, _body_check(app), self._serve)
+        self._threads = Threads(partial(self._work, poller), limits.min_threads, limits.max_threads)
         while self.alive:
             self.notify()
-            self._poller.run_once(_DRAIN_POLL_S if self._is_draining else _POLL_S)
+            poller.run_once(_DRAIN_POLL_S if self._is_draining else _POLL_S)
             if self.ppid != os.getppid() and not self._is_draining:
                 log.warning("the parent process has ended: draining")
                 self.handle_exit(signal.SIGTERM, None)
-            self._advance_drain(self._poller)
-        self._poller.abort()
+            self._advance_drain(poller)
+        poller.abort()
         self._threads.close(_JOIN_S)
-        self._poller.close()
+        poller.close()
         # An engine thread that is inside a step while the process exits would abort it.
         app.extensions["gru_serve"].close()
-
-    _linger_s = _LINGER_S
 
     @property
     def _is_draining(self) -> bool:
@@ -137,15 +137,15 @@ class Worker(BaseWorker):
             self._busy.add(connection)
         self._threads.submit((connection, request))
 
-    def _work(self, task: tuple[Connection, Any]) -> None:
+    def _work(self, poller: Poller, task: tuple[Connection, Any]) -> None:
+        """Answer a request in a thread, and give its connection back to the poller."""
         connection, request = task
         can_be_reused = False
         try:
             can_be_reused = self._answer(connection, request)
         finally:
             self._busy.discard(connection)
-            assert self._poller is not None
-            self._poller.finish(connection, can_be_reused)
+            poller.finish(connection, can_be_reused)
 
     def _answer(self, connection: Connection, request: Any) -> bool:
         """Answer a request completely, streams included; return whether the connection can be used again."""
@@ -155,7 +155,8 @@ class Worker(BaseWorker):
             environ["wsgi.multithread"] = True
             if self._is_draining:
                 response.force_close()
-            pieces = self.wsgi(environ, response.start_response)
+            app: Any = self.wsgi
+            pieces = app(environ, response.start_response)
             try:
                 for piece in pieces:
                     response.write(piece)
