@@ -18,6 +18,7 @@ from service.web.gunicorn.request_reader import Refusal, RequestReader
 
 _RECEIVE_BYTES = 65_536
 _SLICE_BYTES = 65_536
+_IPV4_IN_IPV6 = bytes(10) + b"\xff\xff"
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -87,6 +88,7 @@ class Connection:
         self.sock = ClientSocket(fileno=sock.detach())
         self.sock.setblocking(False)
         self.client, self.server, self.reader = client, server, reader
+        self.network = _network(client)
         self.phase = Phase.READING
         self.waiting_since = 0.0  # when it was accepted, or got its last answer; on the clock of time.monotonic
         self.began_at: float | None = None  # when the current request began to arrive
@@ -94,11 +96,6 @@ class Connection:
         self.num_counted = 0  # bytes that the poller counts for this connection
         self.num_lingered = 0  # bytes dropped while LINGERING
         self.is_registered = False  # with the poller's selector
-
-    @property
-    def address(self) -> str:
-        """The client's address, without its port."""
-        return self.client[0] if isinstance(self.client, tuple) else ""
 
     def fileno(self) -> int:
         """The descriptor, for selectors. -1 if it is closed."""
@@ -130,6 +127,15 @@ class Connection:
         """Close the connection. Repeating it does nothing."""
         with suppress(OSError):
             self.sock.close()
+
+
+def _network(client: Any) -> str | bytes:
+    """Return what counts as one client: an IPv4 address, or a /64 network of IPv6, which one client may have whole."""
+    host = client[0].partition("%")[0] if isinstance(client, tuple) else ""
+    if ":" not in host:
+        return host
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return packed if packed.startswith(_IPV4_IN_IPV6) else packed[:8]
 
 
 def refusal_answer(refusal: Refusal) -> bytes:

@@ -186,13 +186,13 @@ class Poller:
         candidates = [one for one in self._connections if one.phase is not Phase.SERVING and weight_of(one)]
         if not candidates:
             return False
-        totals: Counter[str] = Counter()
+        totals: Counter[str | bytes] = Counter()
         for one in candidates:
-            totals[one.address] += weight_of(one)
-        address, total = totals.most_common(1)[0]
+            totals[one.network] += weight_of(one)
+        network, total = totals.most_common(1)[0]
         to_free = max(1, total // _EVICTED_SHARE)
         for one in sorted(candidates, key=lambda one: one.waiting_since):
-            if one.address == address and to_free > 0:
+            if one.network == network and to_free > 0:
                 to_free -= weight_of(one)
                 if one.phase is Phase.READING and one.reader.has_begun:
                     message = "the server holds as many begun requests as it can: try again in a second"

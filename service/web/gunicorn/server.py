@@ -26,7 +26,7 @@ _SHM = "/dev/shm"  # noqa: S108
 _EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
 _BACKLOG = 2048  # connections that the kernel accepts for the process meanwhile
 _MAX_DESCRIPTORS = 65_536
-_OTHER_DESCRIPTORS = 128  # for models, keys, logs, and connections to Redis
+_OTHER_DESCRIPTORS = 128  # for models, keys, logs and whatever else the process opens
 _WAITING_CONNECTIONS = 4096  # which no thread is answering
 
 
@@ -107,7 +107,9 @@ class Server(BaseApplication):
 def gunicorn_config(settings: Settings) -> dict[str, Any]:
     """Return gunicorn's settings, under gunicorn's names."""
     num_threads = settings.num_http_threads
-    max_connections = min(num_threads + _WAITING_CONNECTIONS, _descriptor_limits()[0] - _OTHER_DESCRIPTORS)
+    is_shared = not settings.session_store.get_secret_value().startswith("memory:")
+    num_reserved = _OTHER_DESCRIPTORS + num_threads * is_shared  # each thread may have a connection to Redis
+    max_connections = min(num_threads + _WAITING_CONNECTIONS, _descriptor_limits()[0] - num_reserved)
     limits = WorkerLimits(
         ConnectionLimits(
             max_connections=max(max_connections, SPARE_THREADS),
