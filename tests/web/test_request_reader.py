@@ -1,4 +1,4 @@
-"""Requests from bytes that arrive in pieces of any size."""
+"""Requests from bytes that arrive in pieces of any size; which addresses count as one client."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 
+from service.web.gunicorn.connection import network_of
 from service.web.gunicorn.request_reader import MAX_HEAD_BYTES, Refusal, RequestReader
 
 HEAD = b"POST /a HTTP/1.1\r\nHost: a\r\n"
 MAX_BODY_BYTES = 1000
+WITHHELD = b"not waited for"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
@@ -28,7 +30,10 @@ class Client:
         """Return the paths and bodies of all requests so far."""
         self.reader.add(data)
         while (request := self.reader.next_request(self._on_interim)) is not None:
-            self.requests.append((request.uri, request.body.read()))
+            try:
+                self.requests.append((request.uri, request.body.read()))
+            except OSError:
+                self.requests.append((request.uri, WITHHELD))
         return self.requests
 
     def _on_interim(self, data: bytes) -> None:
@@ -112,7 +117,7 @@ def test_malformed_requests__are_refused(data: bytes, status: int | None) -> Non
 def test_too_long_bodies__are_handed_out_early_and_skipped() -> None:
     client = Client()
     client.send(HEAD + b"Content-Length: 5000\r\n\r\nab")
-    assert client.requests == [("/a", b"")]
+    assert client.requests == [("/a", WITHHELD)]
     assert client.reader.is_skipping
     assert not client.reader.has_begun
     client.send(b"c" * 4998 + b"GET /next HTTP/1.1\r\n\r\n")
@@ -139,7 +144,7 @@ def test_skipped_body__has_a_limit() -> None:
 
 def test_unwanted_body__is_not_waited_for() -> None:
     client = Client(may_send_body=False)
-    assert client.send(HEAD + b"Content-Length: 5\r\n\r\nab") == [("/a", b"")]
+    assert client.send(HEAD + b"Content-Length: 5\r\n\r\nab") == [("/a", WITHHELD)]
     assert client.send(b"cdeGET /next HTTP/1.1\r\n\r\n")[1:] == [("/next", b"")]
     assert client.send(HEAD + b"Content-Length: 0\r\n\r\n")[2:] == [("/a", b"")]
 
@@ -157,3 +162,15 @@ def test_expectation__gets_an_interim_answer_if_the_body_is_wanted() -> None:
         client = Client(may_send_body)
         assert len(client.send(data)) == 1
         assert client.interim == b""
+
+
+def test_network__of_an_address_is_what_one_client_may_have() -> None:
+    def same(one: str, other: str) -> bool:
+        return network_of((one, 1)) == network_of((other, 2))
+
+    assert same("192.0.2.1", "192.0.2.1")
+    assert not same("192.0.2.1", "192.0.2.2")
+    assert same("2001:db8::1", "2001:db8::ffff:1")
+    assert not same("2001:db8::1", "2001:db8:0:1::1")
+    assert same("fe80::1%eth0", "fe80::2")
+    assert not same("::ffff:192.0.2.1", "::ffff:192.0.2.2")

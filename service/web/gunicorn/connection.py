@@ -88,7 +88,7 @@ class Connection:
         self.sock = ClientSocket(fileno=sock.detach())
         self.sock.setblocking(False)
         self.client, self.server, self.reader = client, server, reader
-        self.network = _network(client)
+        self.network = network_of(client)
         self.phase = Phase.READING
         self.waiting_since = 0.0  # when it was accepted, or got its last answer; on the clock of time.monotonic
         self.began_at: float | None = None  # when the current request began to arrive
@@ -129,7 +129,7 @@ class Connection:
             self.sock.close()
 
 
-def _network(client: Any) -> str | bytes:
+def network_of(client: Any) -> str | bytes:
     """Return what counts as one client: an IPv4 address, or a /64 network of IPv6, which one client may have whole."""
     host = client[0].partition("%")[0] if isinstance(client, tuple) else ""
     if ":" not in host:

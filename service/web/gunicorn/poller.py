@@ -69,7 +69,8 @@ class Poller:
             may_send_body: Whether to wait for the body of a request, of which the head has arrived.
             serve: Gets each request that has arrived. It must not block, and `finish` has to follow from any thread.
         """
-        self._cfg, self._listeners, self._limits = cfg, list(listeners), limits
+        self._cfg, self._limits = cfg, limits
+        self._listeners = {listener: listener.getsockname() for listener in listeners}
         self._may_send_body, self._serve = may_send_body, serve
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
@@ -82,7 +83,7 @@ class Poller:
         self._is_accepting = False
         self._paused_until = 0.0
         self._next_scan = 0.0
-        self._logged_at = -math.inf
+        self._logged_at: dict[str, float] = {}  # when each event was last logged
 
     @property
     def num_connections(self) -> int:
@@ -146,37 +147,40 @@ class Poller:
 
     def _accept(self, listener: Any) -> None:
         for _ in range(_ACCEPTS):
-            if len(self._connections) >= self._limits.max_connections and not self._evict(lambda _: 1):
-                return  # a thread is answering each of them
+            if len(self._connections) >= self._limits.max_connections:
+                if not self._evict(lambda _: 1):
+                    return  # a thread is answering each of them
+                self._complain("connections closed: there are as many as allowed", num=len(self._connections))
             try:
                 sock, client = listener.accept()
+                reader = RequestReader(self._cfg, client, self._limits.max_body_bytes, self._may_send_body)
+                connection = Connection(sock, client, self._listeners[listener], reader)
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _NO_RESOURCES:
-                    # A listener that stays readable would keep this thread busy.
-                    self._paused_until = time.monotonic() + _PAUSE_S
-                    self._evict(lambda _: 1)
-                    self._complain(error)
-                    return
-                continue  # the client has left already
-            reader = RequestReader(self._cfg, client, self._limits.max_body_bytes, self._may_send_body)
-            connection = Connection(sock, client, listener.getsockname(), reader)
+                if error.errno not in _NO_RESOURCES:
+                    continue  # the client has left already
+                # A listener that stays readable would keep this thread busy.
+                self._paused_until = time.monotonic() + _PAUSE_S
+                self._evict(lambda _: 1)
+                self._complain(
+                    "no connection accepted: the system has no descriptor or memory left",
+                    error=errno.errorcode.get(error.errno or 0, ""),
+                    num=len(self._connections),
+                    advice="raise the limit of open files (RLIMIT_NOFILE)",
+                )
+                return
             connection.waiting_since = time.monotonic()
             connection.deadline = connection.waiting_since + min(_HEAD_S, self._limits.request_timeout_s)
             self._connections.add(connection)
             self._guarded(self._read, connection)
 
-    def _complain(self, error: OSError) -> None:
-        if time.monotonic() - self._logged_at < _LOG_INTERVAL_S:
-            return
-        self._logged_at = time.monotonic()
-        log.error(
-            "no connection accepted: the system has no descriptor or memory left",
-            error=errno.errorcode.get(error.errno or 0, ""),
-            num_connections=len(self._connections),
-            advice="raise the limit of open files (RLIMIT_NOFILE)",
-        )
+    def _complain(self, event: str, **fields: object) -> None:
+        """Log what strangers may cause at any rate, once a minute at most."""
+        now = time.monotonic()
+        if now - self._logged_at.get(event, -math.inf) >= _LOG_INTERVAL_S:
+            self._logged_at[event] = now
+            log.warning(event, **fields)
 
     def _evict(self, weight_of: Callable[[Connection], int]) -> bool:
         """Close the oldest connections of the address that takes most; return whether there was one.

@@ -114,17 +114,17 @@ class RequestReader:
                 if self._framing.num_bytes > self._max_body_bytes or not self._may_send_body(self._request):
                     if expects:
                         self._request.force_close()  # the client may send the body or not
-                    return self._hand_out()
+                    return self._hand_out(_Withheld())
                 if expects and not self._received:
                     send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._body += self._framing.take(self._received)
         if self._framing.is_complete or len(self._body) > self._max_body_bytes:
-            return self._hand_out()
+            return self._hand_out(io.BytesIO(bytes(self._body)))
         return None
 
-    def _hand_out(self) -> Any:
+    def _hand_out(self, body: io.IOBase) -> Any:
         request, self._request = self._request, None
-        request.body = io.BytesIO(bytes(self._body))
+        request.body = body
         self._body.clear()
         self._num_skipped = 0
         return request
@@ -157,6 +157,18 @@ class RequestReader:
         except (errors.ParseException, errors.NoMoreData, StopIteration) as error:
             status = _STATUS_OF_ERROR.get(type(error), HTTPStatus.BAD_REQUEST)
             raise Refusal(status, "bad_request", _MESSAGES[status], type(error).__name__) from None
+
+
+class _Withheld(io.RawIOBase):
+    """The body of a request that is handed out without it, for an application that reads it all the same."""
+
+    def readable(self) -> bool:
+        """Return true, as a file that is open for reading."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ARG002
+        """Raise OSError."""
+        raise OSError("the body was not waited for")
 
 
 class _Bytes(Unreader):

@@ -27,7 +27,7 @@ class Threads(Generic[Task]):
     """
 
     def __init__(self, work: Callable[[Task], None], min_threads: int, max_threads: int) -> None:
-        """Start `min_threads`. Raises RuntimeError if the system refuses them."""
+        """Start `min_threads`, or as many as the system allows. Raises RuntimeError if it allows none."""
         self._work, self._min_threads, self._max_threads = work, min_threads, max_threads
         self._lock = threading.Lock()  # guards the fields below
         self._threads: set[threading.Thread] = set()
@@ -35,8 +35,12 @@ class Threads(Generic[Task]):
         self._waiting: deque[Task] = deque()
         self._is_closed = False
         self._logged_at = -_LOG_INTERVAL_S
-        for _ in range(min_threads):
-            self._start(None)
+        self._start(None)
+        try:
+            for _ in range(min_threads - 1):
+                self._start(None)
+        except RuntimeError:
+            self._complain()
 
     def submit(self, task: Task) -> None:
         """Let a thread work on the task as soon as one is free."""
