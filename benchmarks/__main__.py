@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sessions": (),
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
+    "strangers": (),
     "page": ("chromium",),
 }
 

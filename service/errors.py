@@ -41,6 +41,7 @@
     ├── OutcomeUnknown              outcome_unknown: nobody knows whether the operation took effect
     └── OperatorError               raised at startup and by commands, never by a request
         ├── InvalidSettings         invalid_settings
+        ├── AddressUnusable         address_unusable
         ├── InvalidCharset          invalid_charset
         ├── InvalidCorpus           invalid_corpus
         ├── InvalidCheckpoint       invalid_checkpoint
@@ -294,6 +295,12 @@ class InvalidSettings(OperatorError):
     """An environment variable or option of the service is unknown or has an unusable value."""
 
     code = "invalid_settings"
+
+
+class AddressUnusable(OperatorError):
+    """The server can't listen on the address of its settings."""
+
+    code = "address_unusable"
 
 
 class InvalidCharset(OperatorError):

@@ -11,16 +11,16 @@ routes, one folder for each resource) and `telemetry` (metrics and logs). `app` 
 
 How a request passes through, and the modules that do it:
 
-1. `gunicorn.connection` reads it from the socket, within a deadline. `gunicorn.worker`, a gunicorn worker class, gives
-   it a thread. `gunicorn.server` configures gunicorn.
+1. `gunicorn.poller` reads it from its connection, head and body, within a deadline. `gunicorn.worker`, a gunicorn
+   worker class, gives it a thread. `gunicorn.server` configures gunicorn.
 2. Flask finds the route. What the route is (`gate.route.Route`: open, starts work, counts as a start, streams, is a
    check) is declared where it is defined, and every step before and after it reads that declaration. A step that knows
    a path is a mistake, which a test finds.
 3. `gate.guard` gives the request an id, and refuses work that would start while the process drains (`gate.drain`).
 4. `gate.access` checks its API key, unless the route is open.
 5. `gate.rate_limit` counts a start, and refuses it if its client starts too much in a given time.
-6. `gate.guard` reads the body and parses it as JSON. Then flask_openapi validates body, path and query against the
-   schemas of the resource.
+6. `gate.guard` takes the body, which has arrived, and parses it as JSON. Then flask_openapi validates body, path and
+   query against the schemas of the resource.
 7. The view in `api` calls the service. Inside the block `gate.admission.AdmissionLimit.admit` it counts among the
    requests that wait for an engine. The view returns JSON, or an `api.sse.EventStream`, which takes over what the block
    holds and releases it once, when the stream ends.

@@ -58,6 +58,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         drain.on_interrupt(service.models.close)  # last: saving the runs needs the engines; completions get an error
         app.extensions["gru_serve"] = closing.pop_all()
     app.extensions["gru_serve_drain"] = drain  # for the gunicorn worker
+    app.extensions["gru_serve_keys"] = keys  # for the gunicorn worker, which doesn't wait for a stranger's body
     _log_start(settings, service, keys)
     return app
 

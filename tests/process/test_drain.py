@@ -192,3 +192,14 @@ def test_clients_that_never_read__block_neither_health_checks_nor_the_exit(envir
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(GRACE_S) == 0
     assert "Traceback" not in "".join(server.log)
+
+
+def test_killed_parent__lets_the_worker_drain(environment: dict[str, str]) -> None:
+    """Nobody restarts the worker or stops it, so it ends by itself, and saves what it was doing."""
+    with serving(SERVE, environment) as server, ThreadPoolExecutor(1) as pool:
+        one, worker = Stream(), server.worker
+        pool.submit(stream, server, "a", MAX_CHARS, one)
+        assert one.began.wait(30)
+        server.process.kill()
+        wait_until(lambda: one.last == "reconnect")
+        wait_until(lambda: not worker.exists())

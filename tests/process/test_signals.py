@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.server import SERVE, Server, serving
+from tests.harness.programs import free_port
+from tests.harness.server import SERVE, Endpoint, Server, serving
 from tests.harness.wait import wait_until
 
 
@@ -20,7 +25,7 @@ def processes(server: Server) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2, signal.SIGHUP])
 def test_signal__starts_and_stops_no_process(tiny_store: ModelStore, number: signal.Signals) -> None:
     """A session in memory is found by every request afterwards; the log says why nothing happened."""
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
@@ -39,3 +44,49 @@ def test_signal__starts_and_stops_no_process(tiny_store: ModelStore, number: sig
         for _ in range(20):  # each on a connection of its own
             client.close()
             assert client.open(session.id).text() == "ROMEO:"
+
+
+def test_sighup__changes_nothing_with_sessions_in_redis(tiny_store: ModelStore, redis_url: str) -> None:
+    """Another worker would find the sessions, but while the old one drained, it would refuse half of the requests."""
+    environment = {
+        "GRU_SERVE_MODEL_STORE": str(tiny_store.root),
+        "GRU_SERVE_MODEL": "tiny",
+        "GRU_SERVE_SESSION_STORE": redis_url,
+    }
+    with serving(SERVE, environment) as server, Client(f"http://127.0.0.1:{server.port}") as client:
+        session, before = client.create("ROMEO:", seed=7), processes(server)
+        os.kill(before[0], signal.SIGHUP)
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: bool(server.logged("signal ignored")))
+        assert processes(server) == before
+        assert session.feed("a").position == 7
+
+
+def test_closed_terminal__ends_the_server_and_frees_its_port(tiny_store: ModelStore) -> None:
+    """The kernel sends SIGHUP to the whole group, as when a window is closed."""
+    environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
+    port = free_port()
+    command = [*SERVE[:-1], str(port)]
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, *command], env=os.environ | environment, stdin=end, stdout=end, stderr=end
+    )
+    os.close(end)
+    try:
+        wait_until(Endpoint(port).is_ready)
+        os.close(terminal)
+        assert process.wait(60) == 0
+        socket.create_server(("127.0.0.1", port)).close()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+# Makes the terminal on standard input the controlling one of a new session, and becomes the given command.
+ON_A_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""

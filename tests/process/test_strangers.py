@@ -1,289 +1,286 @@
-"""What strangers on the web can do through headers and paths, against the real server without API keys.
+"""Strangers who need no key: idle connections, begun requests, and clients that never close their side.
 
-tests/process/test_origins.py has pages of other origins, keys and proxies.
+Each attack runs against the real server. A session in its memory survives, others are answered meanwhile, and
+afterwards descriptors and threads are what they were. `benchmarks.strangers` measures how long others wait meanwhile.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
+import os
+import resource
+import select
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from service.api_keys import new_key
+from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.server import BODY, SERVE, Server, serving
+from tests.harness.programs import program
+from tests.harness.server import BODY, ENDLESS, SERVE, Server, ask, serving
+from tests.harness.wait import wait_until
 
-STREAM = BODY | {"stream": True}
+NUM_THREADS = 20  # the minimum for two texts that run and two that wait
+NUM_STRANGERS = 3 * NUM_THREADS
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+PING = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_descriptors() -> Iterator[None]:
+    """Let this process open the connections of all strangers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 4096:
+        pytest.skip(f"the hard limit of descriptors is {hard}, and the strangers need 4,096")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture(scope="module")
-def server(tiny_store: ModelStore) -> Iterator[Server]:
-    """A server on a loopback address with default settings, as on a developer's machine."""
-    environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
+def environment(tiny_store: ModelStore) -> dict[str, str]:
+    return {
+        "GRU_SERVE_MODEL_STORE": str(tiny_store.root),
+        "GRU_SERVE_MODEL": "tiny",
+        "GRU_SERVE_MAX_TOKENS": "10000000",
+        "GRU_SERVE_MAX_BATCH": "2",
+        "GRU_SERVE_MAX_QUEUE": "2",
+        "GRU_SERVE_HTTP_THREADS": str(NUM_THREADS),
+    }
+
+
+@pytest.fixture(scope="module")
+def server(environment: dict[str, str]) -> Iterator[Server]:
     with serving(SERVE, environment) as server:
-        assert server.call("PUT", "/v1/sessions/mine", {"text": "ROMEO:"})[0] == 201
         yield server
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The answer to one request."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    data: bytes
-
-    @property
-    def code(self) -> str | None:
-        """The code of an error of the service; None for any other answer."""
-        return self.error["code"] if self.status >= 400 else None
-
-    @property
-    def error(self) -> dict[str, Any]:
-        """The error, which has the shape of the service's errors."""
-        assert self.headers["Content-Type"] == "application/json", self.data
-        (error,) = json.loads(self.data).values()
-        assert set(error) == {"message", "type", "param", "code"}
-        return dict(error)
+def limited(num_descriptors: int, hard: int) -> list[str]:
+    """Return the command of a server with a soft and a hard limit of descriptors."""
+    code = (
+        f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, ({num_descriptors}, {hard})); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", code, *SERVE]
 
 
-def send(server: Server, method: str, path: str, headers: dict[str, str] | None = None, body: object = None) -> Answer:
-    """Send one request with headers of its own on a new connection."""
-    data = json.dumps(body) if body is not None else None
-    with closing(server.connect()) as connection:
-        connection.request(method, path, data, {"Content-Type": "application/json"} | (headers or {}))
-        response = connection.getresponse()
-        return Answer(response.status, response.headers, response.read())
+def connect(server: Server, data: bytes = b"", source: str = "127.0.0.1") -> socket.socket:
+    """Return a connection on which `data` has been sent."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30, source_address=(source, 0))
+    if data:
+        connection.sendall(data)
+    return connection
 
 
-# Every kind of call that a page could make: reading, changing, administration, the page itself, an unknown path.
-CALLS: list[tuple[str, str, object]] = [
-    ("GET", "/v1/sessions/mine/text", None),
-    ("DELETE", "/v1/sessions/mine", None),
-    ("PUT", "/v1/sessions/other", {}),
-    ("POST", "/v1/completions", BODY),
-    ("POST", "/admin/reload", {}),
-    ("OPTIONS", "/v1/completions", None),
-    ("GET", "/metrics", None),
-    ("GET", "/", None),
-    ("GET", "/nope", None),
-]
+@contextmanager
+def strangers(
+    server: Server, number: int, data: bytes = b"", source: str = "127.0.0.1"
+) -> Iterator[list[socket.socket]]:
+    """Connections on which each client has sent `data`, and sends and reads nothing more."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(connect(server, data, source)) for _ in range(number)]
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["rebound.example", "rebound.example:8000", "localhost.rebound.example", "127.0.0.1.rebound.example", "10.0.0.1",
-     "0.0.0.0", "[fd00::1]:80", "127.1", "localhost:80:90", "me@localhost", "localhost/", "[::1", "::1",
-     "localhost\xb2"],
-)  # fmt: skip
-def test_host__on_a_loopback_address_has_to_be_a_loopback_name(server: Server, host: str) -> None:
-    """A page whose name resolves to 127.0.0.1 sends its own name."""
-    for method, path, body in CALLS:
-        answer = send(server, method, path, {"Host": host}, body)
-        assert (answer.status, answer.code) == (403, "host_not_allowed"), (method, path)
-        assert "GRU_SERVE_ALLOWED_HOSTS" in answer.error["message"]
-    # A proxy that replaces Host may send the client's in another header, possibly after one that the client sent.
-    for others in (host, f"localhost, {host}", f"{host},localhost"):
-        answer = send(server, "DELETE", "/v1/sessions/mine", {"X-Forwarded-Host": others})
-        assert (answer.status, answer.code) == (403, "host_not_allowed")
-    assert send(server, "GET", "/v1/sessions/mine").status == 200
-    assert send(server, "GET", "/v1/sessions/other").status == 404
+def num_files(server: Server) -> int:
+    return len(os.listdir(server.worker / "fd"))
 
 
-@pytest.mark.parametrize(
-    "host", ["localhost", "LocalHost:80", "127.0.0.1", "127.9.8.7:1", "[::1]", "[::1]:80", "[::FFFF:127.0.0.1]:80"]
-)
-def test_host__that_is_a_loopback_name_is_accepted(server: Server, host: str) -> None:
-    assert send(server, "GET", "/v1/sessions/mine", {"Host": host}).status == 200
+def num_threads(server: Server) -> int:
+    return len(os.listdir(server.worker / "task"))
 
 
-def test_host__may_be_missing_and_health_checks_may_send_any(server: Server) -> None:
-    """HAProxy's checks are HTTP/1.0 without Host by default. Others send the address or a name of their own."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(b"GET /v1/sessions/mine HTTP/1.0\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.0 200")
-    for host in ("replica", "10.1.2.3:8000", "[fd00::1]:8000"):
-        for path in ("/healthz", "/readyz", "/readyz?unready=404"):
-            assert send(server, "GET", path, {"Host": host}).status == 200
+def cpu_s(server: Server) -> float:
+    """Return the processor time that the worker has used."""
+    fields = (server.worker / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize(
-    "origin",
-    ["http://foreign.example", "https://foreign.example", "http://localhost:1", "http://localhost", "null", "file://",
-     "", "http://localhost:{port}.foreign.example", "http://a@localhost:{port}", "localhost:{port}",
-     "http://127.0.0.1:{port}"],
-)  # fmt: skip
-def test_origin__that_is_foreign_is_refused(server: Server, origin: str) -> None:
-    host = f"localhost:{server.port}"
-    headers = {"Host": host, "Origin": origin.format(port=server.port)}
-    for method, path, body in CALLS:
-        answer = send(server, method, path, headers, body)
-        assert (answer.status, answer.code) == (403, "origin_not_allowed"), (method, path)
-        assert "GRU_SERVE_ALLOWED_ORIGINS" in answer.error["message"]
-        assert "Access-Control-Allow-Origin" not in answer.headers
-    assert send(server, "GET", "/v1/sessions/mine").status == 200
-    assert send(server, "GET", "/v1/sessions/other").status == 404
+def is_closed(connection: socket.socket) -> bool:
+    """Return whether the server has closed its side of a connection."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
-@pytest.mark.parametrize(
-    ("host", "origin", "site"),
-    [
-        ("localhost:{port}", "http://localhost:{port}", None),
-        ("LOCALHOST:{port}", "http://localhost:{port}", None),
-        ("localhost", "https://localhost", None),  # a balancer that ends TLS
-        ("localhost:443", "https://localhost", None),
-        ("[::1]:{port}", "http://[::1]:{port}", "same-origin"),
-        ("127.0.0.1:{port}", "https://gru.example", "same-origin"),  # a proxy that replaces Host
-        ("127.0.0.1:{port}", None, "none"),
-    ],
-)
-def test_origin__of_the_servers_own_page_is_accepted(
-    server: Server, host: str, origin: str | None, site: str | None
+def peek(connection: socket.socket) -> bytes:
+    """Return what has arrived, and leave it there."""
+    try:
+        return connection.recv(100, socket.MSG_PEEK) if select.select([connection], [], [], 0)[0] else b""
+    except ConnectionResetError:
+        return b""
+
+
+@contextmanager
+def unharmed(server: Server) -> Iterator[None]:
+    """Check that an attack inside the block costs no session, and that it leaves no descriptor and no thread."""
+    server.text()  # starts threads that the process starts when they are needed first
+    with Client(f"http://127.0.0.1:{server.port}") as client:
+        session = client.create("ROMEO:", seed=7)
+        client.close()
+        worker, files, threads = server.worker, num_files(server), num_threads(server)
+        yield
+        assert server.worker == worker
+        assert client.open(session.id).text() == "ROMEO:"
+        session.delete()
+        client.close()
+    wait_until(lambda: num_files(server) <= files)
+    assert num_threads(server) <= threads
+    assert "Traceback" not in "".join(server.log)
+
+
+@pytest.mark.parametrize("soft", [1024, 4096])
+def test_idle_connections__are_no_burden(environment: dict[str, str], soft: int) -> None:
+    """More than the soft limit of descriptors allows, and more than gunicorn's worker would accept."""
+    with serving(limited(soft, 4096), environment) as server, unharmed(server), strangers(server, 1600) as held:
+        assert server.text() == server.text()
+        assert server.call("GET", "/healthz")[0] == 200
+        assert not any(map(is_closed, held))
+
+
+def test_idle_connections__beyond_the_hard_limit_displace_the_oldest_of_their_own_address(
+    environment: dict[str, str],
 ) -> None:
-    sent = {"Host": host, "Origin": origin, "Sec-Fetch-Site": site}
-    headers = {name: value.format(port=server.port) for name, value in sent.items() if value is not None}
-    assert send(server, "POST", "/v1/completions", headers, BODY).status == 200
-    assert send(server, "GET", "/v1/sessions/mine", headers).status == 200
+    with serving(limited(300, 300), environment) as server, unharmed(server):
+        honest = server.connect()
+        ask(honest, "GET", "/healthz")
+        assert honest.getresponse().read()
+        with strangers(server, 600, source="127.0.0.2") as held:
+            assert server.call("GET", "/healthz")[0] == 200
+            wait_until(lambda: is_closed(held[0]))
+            assert not is_closed(held[-1])
+            ask(honest, "GET", "/healthz")
+            assert honest.getresponse().read() == b'{"status":"ok"}'
+        honest.close()
 
 
-@pytest.mark.parametrize("site", ["cross-site", "same-site", "unheard-of"])
-def test_request_of_another_site__without_an_origin_may_only_open_a_document(server: Server, site: str) -> None:
-    """Browsers send no Origin for an image or a script of another site, nor for a link. A link to the page works."""
-    image = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
-    for path in ("/v1/sessions/mine/generate", "/v1/models", "/"):
-        assert send(server, "GET", path, image).code == "origin_not_allowed"
-    link = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-    assert send(server, "GET", "/", link).status == 200
-    assert send(server, "GET", "/docs", link).status == 200
-    assert send(server, "POST", "/v1/completions", link, BODY).code == "origin_not_allowed"
-    assert send(server, "GET", "/", link | {"Sec-Fetch-Dest": "iframe"}).code == "origin_not_allowed"
+def test_descriptors__that_run_out_stop_nothing_but_accepting(environment: dict[str, str]) -> None:
+    """The limit of the running process is lowered, as if other parts of it had opened many files."""
+    with serving(SERVE, environment) as server, unharmed(server):
+        idle = server.connect()
+        ask(idle, "GET", "/healthz")
+        assert idle.getresponse().read()
+        pid = int(server.worker.name)
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (num_files(server), limits[1]))
+        with strangers(server, 10, PING) as waiting:
+            began, used = time.monotonic(), cpu_s(server)
+            time.sleep(1)  # the subject is what the process does in this time
+            assert cpu_s(server) - used < 0.5 * (time.monotonic() - began)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            for connection in waiting:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        idle.close()
 
 
-def test_cors__is_off_by_default(server: Server) -> None:
-    headers = {"Origin": "http://foreign.example", "Access-Control-Request-Method": "POST"}
-    for answer in (send(server, "OPTIONS", "/v1/completions", headers), send(server, "GET", "/v1/models")):
-        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+def test_threads__that_can_not_start_leave_the_others_working(environment: dict[str, str]) -> None:
+    with serving([*as_user(), *SERVE], environment) as server, unharmed(server):
+        limit_threads(server, 1)
+        busy = [server.open(ENDLESS) for _ in range(4)]  # all places
+        with strangers(server, NUM_STRANGERS, PING) as asking:
+            for connection in asking:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        with ExitStack() as stack:
+            for _ in range(NUM_STRANGERS):
+                connection = stack.enter_context(server.open(ENDLESS))
+                assert connection.recv(100).startswith(b"HTTP/1.1 429")
+        for connection in busy:
+            connection.close()
+        wait_until(lambda: server.call("POST", "/v1/completions", BODY)[0] == 200)
+        limit_threads(server, 10_000)
 
 
-def test_list__without_keys_is_refused(server: Server) -> None:
-    """It would show everybody's ids, and an id is all that protects a session."""
-    for query in ("", "?limit=1000", "?after=a"):
-        answer = send(server, "GET", f"/v1/sessions{query}")
-        assert (answer.status, answer.code) == (403, "listing_needs_keys")
-        assert "API keys" in answer.error["message"]
-        assert b"mine" not in answer.data
+def limit_threads(server: Server, number: int) -> None:
+    """Set the soft limit of the threads of the worker's user."""
+    command = [program("prlimit"), "--pid", server.worker.name, f"--nproc={number}:"]
+    subprocess.run([*as_user(), *command], check=True)
 
 
-@pytest.mark.parametrize("headers", [{}, {"X-Forwarded-For": "127.0.0.1"}, {"Host": "127.0.0.1"}])
-def test_reload__without_keys_is_refused_even_from_this_machine(server: Server, headers: dict[str, str]) -> None:
-    """Through a proxy on this machine that adds no header, every stranger's request looks like these."""
-    answer = send(server, "POST", "/admin/reload", headers, {})
-    assert (answer.status, answer.code) == (403, "forbidden")
-    assert "GRU_SERVE_API_KEYS" in answer.error["message"]
-
-
-@pytest.mark.parametrize("name", ["SCRIPT_NAME", "PATH_INFO", "X_FORWARDED_FOR", "REMOTE_ADDR"])
-def test_header__can_not_replace_what_the_server_knows_of_a_request(server: Server, name: str) -> None:
-    """A balancer refuses /admin by the path that it sees, so the path that the server sees has to be the same."""
-    answer = send(server, "POST", "/a/admin/reload", {name: "/a"}, {})
-    assert (answer.status, answer.code) == (404, "not_found")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["abc%0A", "abc%0a%0a", "%0Aabc", "abc%0D", "abc%00", "%00", "abc%E2%80%A8", "abc%C2%85", "a%D9%A1", "%EF%BC%91",
-     "%C3%A9", "abc%FF", "a%20", "%20a", "a%25", "-a", ".", "..", "~", "a" * 129],
-)  # fmt: skip
-def test_id__is_checked_whole(server: Server, name: str) -> None:
-    for method, path, body in (
-        ("PUT", f"/v1/sessions/{name}", {}),
-        ("GET", f"/v1/sessions/{name}", None),
-        ("POST", f"/v1/sessions/{name}/feed", {"text": "a"}),
-    ):
-        answer = send(server, method, path, body=body)
-        assert (answer.status, answer.code, answer.error["param"]) == (400, "out_of_range", "id"), (method, path)
-
-
-def test_fields__that_name_something_are_checked_whole(server: Server) -> None:
-    for name in ("abc\n", "abc\x00", "\u0661", "a\u2028"):
-        fork = send(server, "POST", "/v1/sessions/mine/fork", body={"id": name})
-        assert (fork.status, fork.code, fork.error["param"]) == (400, "out_of_range", "id")
-        inspected = send(server, "POST", "/v1/inspect", body={"session": name})
-        assert (inspected.status, inspected.code, inspected.error["param"]) == (400, "out_of_range", "session")
-        for model in (name, f"tiny@{name}", f"{name}@1", "tiny@1\n", "tiny\n"):
-            answer = send(server, "POST", "/v1/completions", body=BODY | {"model": model})
-            assert (answer.status, answer.code) == (404, "model_not_found"), model
-    for path in ("/v1/models/tiny%0A", "/v1/models/tiny@1%0A", "/v1/models/tiny@%D9%A1", "/v1/models/tiny%00"):
-        assert send(server, "GET", path).code == "model_not_found", path
-    for number in ("%D9%A1", "1%0A", "1_0", "%2B1", "%EF%BC%91", "0x1"):
-        answer = send(server, "GET", f"/v1/sessions/mine/text?from={number}")
-        assert (answer.status, answer.error["param"]) == (400, "from"), number
-    for number in ("\xb2", "1_0", "+1", "-1", "1.0", "0x1"):
-        answer = send(server, "GET", "/v1/sessions/mine/generate", {"Last-Event-ID": number})
-        assert (answer.status, answer.error["param"]) == (400, "Last-Event-ID"), number
+def as_user() -> list[str]:
+    """Return the beginning of a command that runs as a user whose number of threads can be limited, unlike root's."""
+    if os.getuid() != 0:
+        return []
+    return [
+        program("setpriv"), "--reuid=64321", "--clear-groups",
+        "--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override", "--bounding-set=-all,+dac_override",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status", "code"),
-    [
-        ("POST", "/v1//completions", 404, "not_found"),
-        ("GET", "//v1/models", 404, "not_found"),
-        ("POST", "//admin/reload", 404, "not_found"),
-        ("GET", "/v1/models/", 404, "not_found"),
-        ("GET", "/v1/../v1/models", 404, "not_found"),
-        ("GET", "/v1/./models", 404, "not_found"),
-        ("GET", "/v1/%2e%2e/metrics", 404, "not_found"),
-        ("GET", "/v1/models;a=b", 404, "not_found"),
-        ("GET", "/V1/models", 404, "not_found"),
-        ("GET", "/page/../page.html", 404, "not_found"),
-        ("GET", "/page/%2e%2e/%2e%2e/app.py", 404, "not_found"),
-        ("GET", "/page//page.css", 404, "not_found"),
-        ("GET", "/docs/", 404, "not_found"),
-        ("GET", "//foreign.example/..", 404, "not_found"),
-        ("GET", "/%0A", 404, "not_found"),
-        ("OPTIONS", "*", 404, "not_found"),
-        ("GET", "/v1/completions", 405, "method_not_allowed"),
-        ("DELETE", "/v1/models", 405, "method_not_allowed"),
-        ("PATCH", "/v1/sessions/mine", 405, "method_not_allowed"),
-        ("BREW", "/v1/completions", 405, "method_not_allowed"),
-        ("TRACE", "/", 405, "method_not_allowed"),
-    ],
+    "data",
+    [b"GET /healthz HTTP/1.1\r\nHo", HEAD + b"Content-Length: 100\r\n\r\n{", HEAD + b"Content-Length: 100\r\n\r\n"],
 )
-def test_path_and_method__without_a_route_get_an_error_of_our_shape(
-    server: Server, method: str, path: str, status: int, code: str
-) -> None:
-    """Nothing redirects: a redirect of a POST would be repeated, in plain HTTP if the balancer ends TLS."""
-    answer = send(server, method, path)
-    assert (answer.status, answer.code) == (status, code)
-    assert "Location" not in answer.headers
-    assert ("Allow" in answer.headers) == (status == 405)
-    assert answer.headers["X-Request-Id"]
+def test_begun_requests__hold_no_thread(server: Server, data: bytes) -> None:
+    with unharmed(server), strangers(server, NUM_STRANGERS, data):
+        for _ in range(3):
+            assert len(server.text()) == 50
+        with ExitStack() as stack:  # honest clients whose bodies arrive in two parts
+            halves = [stack.enter_context(connect(server, HEAD + b"Content-Length: 16\r\n\r\n{")) for _ in range(8)]
+            for connection in halves:
+                connection.sendall(b'"prompt": "a" }')
+                assert connection.recv(100).startswith((b"HTTP/1.1 200", b"HTTP/1.1 429"))
 
 
-def test_head_and_options__say_what_a_route_allows(server: Server) -> None:
-    head = send(server, "HEAD", "/v1/models")
-    assert (head.status, head.data) == (200, b"")
-    for path in ("/v1/completions", "/v1/sessions/mine/generate"):
-        assert (send(server, "HEAD", path).status, send(server, "HEAD", path).data) == (405, b"")
-    options = send(server, "OPTIONS", "/v1/completions")
-    assert (options.status, options.data) == (200, b"")
-    assert set(options.headers["Allow"].split(", ")) == {"OPTIONS", "POST"}
+def test_bodies__have_a_budget_for_all_together(environment: dict[str, str]) -> None:
+    """Bodies of 1.5 MB of which the last byte is missing: the oldest ones are refused when all take 64 MiB."""
+    size = 1_500_000
+    data = HEAD + f"Content-Length: {size}\r\n\r\n".encode() + b" " * (size - 1)
+    large = {"GRU_SERVE_MAX_BODY_BYTES": str(2 * size)}
+    with serving(SERVE, environment | large) as server, unharmed(server), strangers(server, 60, data) as held:
+        wait_until(lambda: b"429" in peek(held[0]) or is_closed(held[0]))
+        memory = int((server.worker / "statm").read_text().split()[1]) * resource.getpagesize()
+        assert len(server.text()) == 50
+        assert not is_closed(held[-1])
+        held[-1].sendall(b" ")
+        assert held[-1].recv(100).startswith(b"HTTP/1.1 400")
+        assert memory < 400_000_000
 
 
-def test_stream__may_not_be_changed_by_a_proxy(server: Server) -> None:
-    """A proxy that compresses a stream holds events back until it has enough of them."""
-    run = {"max_tokens": 5, "stream": True}
-    for method, path, body in (
-        ("POST", "/v1/completions", STREAM),
-        ("POST", "/v1/sessions/mine/generate", run),
-        ("GET", "/v1/sessions/mine/generate", None),
-    ):
-        answer = send(server, method, path, body=body)
-        assert answer.status == 200
-        assert answer.headers["Content-Type"].startswith("text/event-stream")
-        assert answer.headers["Cache-Control"] == "no-cache, no-transform"
+def test_body_of_a_stranger__is_not_waited_for(environment: dict[str, str]) -> None:
+    key, entry = new_key("alice")
+    with serving(SERVE, environment | {"GRU_SERVE_API_KEYS": entry}) as server:
+        for authorization in (b"", b"Authorization: Bearer nonsense\r\n"):
+            for framing in (b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"):
+                with connect(server, HEAD + authorization + framing + b"\r\n") as connection:
+                    connection.settimeout(10)
+                    assert connection.recv(100).startswith(b"HTTP/1.1 401")
+        body = json.dumps(BODY).encode()
+        head = HEAD + f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with connect(server, head) as connection:
+            connection.sendall(body)
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_clients_that_never_close__hold_no_thread(environment: dict[str, str]) -> None:
+    with serving(SERVE, environment) as server, unharmed(server), ExitStack() as stack:
+        held = []
+        for _ in range(NUM_STRANGERS):
+            held.append(stack.enter_context(connect(server, PING)))
+            assert held[-1].recv(1000).startswith(b"HTTP/1.1 200")
+        assert len(server.text()) == 50
+        idle = num_threads(server)
+        wait_until(lambda: num_files(server) < NUM_STRANGERS)  # the server closes them, although the clients do not
+        assert num_threads(server) <= idle
+
+
+def test_client_that_reads_slowly__is_dropped(environment: dict[str, str]) -> None:
+    """It reads a byte now and then, so that it never is silent."""
+    with serving(SERVE, environment | {"GRU_SERVE_SEND_TIMEOUT_S": "1"}) as server, unharmed(server):
+        body = ENDLESS | {"prompt": "ROMEO" * 5000, "logprobs": 5, "echo": True, "max_tokens": 1000, "stream": False}
+        with server.open(body, receive_bytes=4096) as connection:
+            connection.settimeout(0.1)
+
+            def is_reset() -> bool:
+                try:
+                    return connection.recv(1) == b""
+                except TimeoutError:
+                    return False
+                except ConnectionResetError:
+                    return True
+
+            wait_until(lambda: is_reset() or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0)

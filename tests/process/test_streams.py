@@ -47,6 +47,13 @@ def narrow(environment: dict[str, str]) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="module")
+def queued(environment: dict[str, str]) -> Iterator[Server]:
+    """A server with a place for one text, and for another one that waits."""
+    with serving(SERVE, environment | {"GRU_SERVE_MAX_BATCH": "1", "GRU_SERVE_MAX_QUEUE": "1"}) as server:
+        yield server
+
+
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai_client(server) as client:
@@ -299,6 +306,46 @@ def test_client_that_leaves__frees_its_place(narrow: Server, stream: bool, reset
         last = narrow.logged("stream ended")[ended]
         assert last["ending"] == "left"
         assert 0 < last["num_generated"] < ENDLESS["max_tokens"]
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_ends_its_side__still_gets_its_answer(queued: Server, stream: bool, version: str) -> None:
+    """It waits for more than a second for its place, so that the server looks after it several times."""
+    wait_until(lambda: is_free(queued))
+    with queued.open(ENDLESS) as holder:
+        assert holder.recv(1)
+        with queued.open(BODY | {"stream": stream}, version=version) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert select.select([connection], [], [], 1.2)[0] or (version == "1.0" and not stream)
+            holder.close()
+            connection.settimeout(30)
+            with connection.makefile("rb") as answer:
+                raw = answer.read()
+    assert raw.count(b" 200 OK") == 1
+    # Whole answers: the server asks whether the client is there, at intervals that double.
+    assert 0 < raw.count(b"HTTP/1.1 100 Continue\r\n\r\n") < 4 or stream or version == "1.0"
+    assert raw.endswith((b"data: [DONE]\n\n", b"[DONE]\n\n\r\n0\r\n\r\n")) or not stream
+    assert (b": ping\n\n" in raw) == stream
+
+
+def test_half_closed_client__that_leaves_frees_its_place(queued: Server) -> None:
+    """The first connection fills the batch, the second one the queue, and both have ended their side long before."""
+    wait_until(lambda: is_free(queued))
+    for stream in (False, True):
+        with queued.open(ENDLESS) as holder:
+            assert holder.recv(1)
+            with queued.open(BODY | {"stream": stream}) as connection:
+                connection.shutdown(socket.SHUT_WR)
+                wait_until(lambda connection=connection: bool(select.select([connection], [], [], 0)[0]))  # type: ignore[misc]
+                assert not is_free(queued)
+            wait_until(lambda: queue_has_room(queued))
+
+
+def queue_has_room(server: Server) -> bool:
+    """Return whether a text is admitted to the queue, while another one has the only place in the batch."""
+    with server.open(BODY | {"stream": True}) as connection:
+        return connection.recv(12) == b"HTTP/1.1 200"
 
 
 @pytest.mark.parametrize("stream", [False, True])

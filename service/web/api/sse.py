@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import select
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from enum import Enum, auto
 
-from flask import request
+from flask import has_request_context, request
 
 from service.web.api.events import (
     DoneEvent,
@@ -26,6 +28,7 @@ from service.web.api.responses import HoldingResponse
 FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
 PING_S = 10.0  # after this much silence a comment is sent, so that balancers don't close the connection
+_IS_STREAM = "gru_serve.is_stream"  # in the environ of a request whose answer is a stream
 
 
 class EventStream(HoldingResponse):
@@ -43,12 +46,16 @@ class EventStream(HoldingResponse):
         """
         super().__init__(iter(()), held, "text/event-stream")
         self.events, self._named = events, named
+        self._connection: socket.socket | None = None
+        if has_request_context():
+            request.environ[_IS_STREAM] = True
+            self._connection = request.environ.get("gunicorn.socket")
         self.headers["Cache-Control"] = "no-cache, no-transform"  # a proxy that compresses would hold events back
         self.headers["X-Accel-Buffering"] = "no"  # otherwise nginx would buffer the events
 
     def iter_encoded(self) -> Iterator[bytes]:
         """Yield the framed events, and pings during silence."""
-        return (frame(event, named=self._named) for event in with_pings(self.events))
+        return (frame(event, named=self._named) for event in with_pings(self.events, self._connection))
 
     def close(self) -> None:
         """End the stream, and release what it holds. Repeating it does nothing."""
@@ -79,13 +86,18 @@ def frame(event: Event, *, named: bool) -> bytes:
     return f"{number}{kind}data: {data}\n\n".encode()
 
 
-def with_pings(events: Iterable[Event | None]) -> Iterator[Event]:
-    """Yield the events, and a ping after each `PING_S` of silence."""
+def with_pings(events: Iterable[Event | None], connection: socket.socket | None = None) -> Iterator[Event]:
+    """Yield the events, and a ping after each `PING_S` of silence.
+
+    At each silence of a client that has ended its side of the connection, a ping asks whether it still reads.
+    """
     last_sent = time.monotonic()
     for event in events:
         if event is not None:
             yield event
-        elif time.monotonic() - last_sent < PING_S:
+        elif time.monotonic() - last_sent < PING_S and (
+            connection is None or _state_of(connection) is not _State.HALF_CLOSED
+        ):
             continue
         else:
             yield PingEvent()
@@ -93,20 +105,56 @@ def with_pings(events: Iterable[Event | None]) -> Iterator[Event]:
 
 
 def client_monitor() -> Callable[[], bool]:
-    """Return a function that tells whether the client of the current request has closed its connection.
+    """Return a function that tells whether the client of the current request has left.
 
     The function works after the request context has ended, too. Without gunicorn it always returns False.
+
+    A client that has ended its side of the connection may still wait for the answer (a half-closed connection), or may
+    have closed the whole connection: TCP announces both in the same way. They differ when something is sent: a closed
+    connection answers with a reset. A stream that is silent sends a ping then (`with_pings`). Before a whole
+    answer the function sends `100 Continue`, which every client of HTTP/1.1 skips, at intervals that double. A client
+    of HTTP/1.0 would not skip it, so it gets its answer in any case.
+
+    Other threads that call the function need what the request holds, such as its session. For them a client that has
+    ended its side has left.
     """
-    connection = request.environ.get("gunicorn.socket")
+    environ, thread = request.environ, threading.get_ident()
+    connection = environ.get("gunicorn.socket")
+    can_ask = environ.get("SERVER_PROTOCOL") == "HTTP/1.1"
+    interval_s, next_at = IDLE_S, 0.0
 
     def has_left() -> bool:
+        nonlocal interval_s, next_at
         if connection is None:
             return False
-        with suppress(OSError, ValueError):
-            poll = select.poll()
-            poll.register(connection, select.POLLIN)
-            # A closed connection is readable but has no bytes. Bytes would be the client's next request.
-            return bool(poll.poll(0)) and connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        return True
+        state = _state_of(connection)
+        if state is not _State.HALF_CLOSED:
+            return state is _State.CLOSED
+        if threading.get_ident() != thread:
+            return True
+        if not can_ask or _IS_STREAM in environ or time.monotonic() < next_at:
+            return False
+        next_at, interval_s = time.monotonic() + interval_s, 2 * interval_s
+        with suppress(OSError):
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n", socket.MSG_DONTWAIT)
+        return _state_of(connection) is _State.CLOSED
 
     return has_left
+
+
+class _State(Enum):
+    OPEN = auto()
+    HALF_CLOSED = auto()  # the client sends nothing more, and may still read
+    CLOSED = auto()
+
+
+def _state_of(connection: socket.socket) -> _State:
+    try:
+        poll = select.poll()
+        poll.register(connection, select.POLLRDHUP)
+        events = sum(event for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return _State.CLOSED
+    if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+        return _State.CLOSED
+    return _State.HALF_CLOSED if events else _State.OPEN

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import socket
+import sys
 from typing import Any
 
 import structlog
@@ -10,15 +14,20 @@ from gunicorn.app.base import BaseApplication
 from gunicorn.arbiter import Arbiter
 from gunicorn.glogging import Logger
 
+from service.errors import AddressUnusable
 from service.settings import SPARE_THREADS, Settings
-from service.web.gunicorn.worker import worker_with_deadlines
+from service.web.gunicorn.poller import ConnectionLimits
+from service.web.gunicorn.worker import WorkerLimits, worker_class
 from service.web.telemetry.logs import configure_logs
 
 log = structlog.get_logger(__name__)
 
 _SHM = "/dev/shm"  # noqa: S108
 _EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
-_KEEPALIVE_S = 75  # longer than balancers keep idle connections, so that they and not this server close them
+_BACKLOG = 2048  # connections that the kernel accepts for the process meanwhile
+_MAX_DESCRIPTORS = 65_536
+_OTHER_DESCRIPTORS = 128  # for models, keys, logs and whatever else the process opens
+_WAITING_CONNECTIONS = 4096  # which no thread is answering
 
 
 class _Logs(Logger):
@@ -33,10 +42,12 @@ class _Logs(Logger):
 
 
 class _Arbiter(Arbiter):
-    """gunicorn's parent process, without the signals that change the number of workers or start a second server.
+    """gunicorn's parent process, without the signals that start another worker.
 
     Sessions may be in the worker's memory. Another process on the same socket would answer 404 for them.
     """
+
+    has_terminal = False
 
     def handle_ttin(self) -> None:
         """SIGTTIN, with which gunicorn adds a worker."""
@@ -50,6 +61,12 @@ class _Arbiter(Arbiter):
         """SIGUSR2, with which gunicorn starts a second server on the same socket."""
         self._ignore("SIGUSR2")
 
+    def handle_hup(self) -> None:
+        """SIGHUP: the terminal of the server was closed, or gunicorn would replace the worker."""
+        if self.has_terminal:
+            self.handle_term()
+        self._ignore("SIGHUP")
+
     def _ignore(self, name: str) -> None:
         log.warning(
             "signal ignored",
@@ -60,15 +77,19 @@ class _Arbiter(Arbiter):
 
 
 class Server(BaseApplication):
-    """gunicorn with one gthread worker; the application and its model are built in the worker, after the fork."""
+    """gunicorn with one worker; the application and its model are built in the worker, after the fork."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         super().__init__()
 
     def run(self) -> None:
-        """Serve until a signal ends the process."""
-        _Arbiter(self).run()
+        """Serve until a signal ends the process. Raises AddressUnusable."""
+        resource.setrlimit(resource.RLIMIT_NOFILE, _descriptor_limits())
+        self.cfg.set("bind", f"fd://{_listen(self.settings).detach()}")
+        arbiter = _Arbiter(self)
+        arbiter.has_terminal = sys.stderr.isatty()
+        arbiter.run()
 
     def load_config(self) -> None:
         """Configure gunicorn. It reads no configuration file, environment variable or argument of its own."""
@@ -85,16 +106,25 @@ class Server(BaseApplication):
 
 def gunicorn_config(settings: Settings) -> dict[str, Any]:
     """Return gunicorn's settings, under gunicorn's names."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return {
-        "bind": f"{host}:{settings.port}",
-        "workers": 1,  # batches and sessions live in one process; for more capacity, run more replicas
-        "worker_class": worker_with_deadlines(
-            settings.request_timeout_s, settings.send_timeout_s, settings.num_http_threads - SPARE_THREADS // 2
+    num_threads = settings.num_http_threads
+    is_shared = not settings.session_store.get_secret_value().startswith("memory:")
+    num_reserved = _OTHER_DESCRIPTORS + num_threads * is_shared  # each thread may have a connection to Redis
+    max_connections = min(num_threads + _WAITING_CONNECTIONS, _descriptor_limits()[0] - num_reserved)
+    limits = WorkerLimits(
+        ConnectionLimits(
+            max_connections=max(max_connections, SPARE_THREADS),
+            max_body_bytes=settings.max_body_bytes,
+            request_timeout_s=settings.request_timeout_s,
+            max_received_bytes=max(64 * 2**20, 2 * settings.max_body_bytes),
         ),
-        "threads": settings.num_http_threads,
-        "worker_connections": settings.num_http_threads + 1000,
-        "keepalive": _KEEPALIVE_S,
+        min_threads=SPARE_THREADS,
+        max_threads=num_threads,
+        max_slow_readers=num_threads - SPARE_THREADS // 2,
+        send_timeout_s=settings.send_timeout_s,
+    )
+    return {
+        "workers": 1,  # batches and sessions live in one process; for more capacity, run more replicas
+        "worker_class": worker_class(limits),
         "graceful_timeout": settings.drain_s + _EXIT_S,
         "timeout": 120,  # of the worker's main loop, not of a request; loading the model has to fit into it
         # Otherwise a proxy on this machine would pass on a client's headers that replace the scheme or the path.
@@ -104,3 +134,34 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
         "logger_class": _Logs,
         "proc_name": "gru-serve",
     }
+
+
+def _descriptor_limits() -> tuple[int, int]:
+    """Return the soft and the hard limit of open files that the server runs with: it raises the soft one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    return (soft if soft != resource.RLIM_INFINITY and soft > highest else highest), hard
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """Listen on the address of the settings. gunicorn itself would try five times, and not say what to change."""
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        address = f"{settings.host}:{settings.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise AddressUnusable(
+                f"{address} is in use by another program: stop it, or choose another port with --port or GRU_SERVE_PORT"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise AddressUnusable(
+                f"{address} needs privileges: choose a port above 1023 with --port or GRU_SERVE_PORT"
+            ) from error
+        raise AddressUnusable(
+            f"can't listen on {address} ({error.strerror}): check --host or GRU_SERVE_HOST"
+        ) from error
+    return listener

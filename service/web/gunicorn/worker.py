@@ -1,48 +1,66 @@
-"""A gunicorn gthread worker with per-connection timeouts, and a graceful drain that a balancer can follow."""
+"""The gunicorn worker: it lets threads answer the requests that the poller reads, and drains at SIGTERM."""
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import Any
-from weakref import WeakSet
 
-from gunicorn.workers import gthread
+import structlog
+from gunicorn.http import wsgi
+from gunicorn.workers.base import Worker as BaseWorker
 
 from service.web.gate.drain import Drain
-from service.web.gunicorn.connection import Connection, set_limits
+from service.web.gunicorn.connection import ClientSocket, Connection, SlowClientLimit, refusal_answer
+from service.web.gunicorn.poller import ConnectionLimits, Poller
+from service.web.gunicorn.request_reader import Refusal
+from service.web.gunicorn.threads import Threads
 
+log = structlog.get_logger(__name__)
+
+_POLL_S = 1.0  # gunicorn's parent kills a worker that shows no sign of life for long
 _DRAIN_POLL_S = 0.05
 _LINGER_S = 2.0  # how long idle connections stay open after the drain: a request may be on its way on one of them
+_JOIN_S = 2.0
+_IGNORED_SIGNALS = (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2, signal.SIGHUP)  # some are sent to a whole group
+_LEFT = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF)
 
 
-class Worker(gthread.ThreadWorker):
-    """gunicorn's threaded worker with two changes.
+@dataclass(frozen=True)
+class WorkerLimits:
+    """What one worker process takes on."""
 
-    In gunicorn's own worker, a client that sends half a header and stops, or doesn't read its answer, would hold a
-    thread for ever, and a client that doesn't close its connection would stop the main loop. `Connection` limits both.
+    connections: ConnectionLimits
+    min_threads: int
+    max_threads: int
+    max_slow_readers: int  # threads that may wait for clients that read slowly
+    send_timeout_s: int  # seconds in which a client has to accept each slice of 64 KiB of an answer
 
-    At SIGTERM gunicorn's own worker stops accepting connections at once, so that a balancer's health checks and retried
-    requests are refused before the balancer knows why. This worker accepts and answers them until the drain is over.
+
+class Worker(BaseWorker):
+    """Answers requests in threads, and keeps accepting connections while it drains.
+
+    gunicorn's threaded worker gives each connection a thread before its request has arrived, and dies if the system
+    has no descriptor or thread left. At SIGTERM it stops accepting connections at once, so that a balancer's health
+    checks and retried requests are refused before the balancer knows why.
     """
 
+    limits: WorkerLimits  # worker_class sets it
     _drain: Drain | None = None  # None until the application is built
-
-    def init_process(self) -> None:
-        """Run the worker, after the fork: build the application, then accept connections until it ends."""
-        # gunicorn has no setting for the class of a connection.
-        gthread.TConn = Connection  # type: ignore[misc]
-        self._connections: WeakSet[Connection] = WeakSet()  # every open connection
-        # Connections with a request that arrived before draining began and is not answered yet.
-        self._busy: set[Connection] = set()
-        self._linger_s, self._linger_until = _LINGER_S, math.inf
-        super().init_process()
+    _poller: Poller | None = None  # None until the worker runs
+    _linger_s = _LINGER_S
 
     def init_signals(self) -> None:
-        """Set gunicorn's handlers, and ignore the signals that the parent ignores: some are sent to a whole group."""
+        """Set gunicorn's handlers, and ignore the signals that the parent handles alone."""
         super().init_signals()
-        for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2):
+        for number in _IGNORED_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def load_wsgi(self) -> None:
@@ -57,8 +75,7 @@ class Worker(gthread.ThreadWorker):
             super().handle_exit(sig, frame)
             return
         self._drain.begin()
-        self.max_keepalived = 0  # makes gunicorn answer with `Connection: close`
-        self.method_queue.defer(_do_nothing)  # wakes the main loop
+        self._wake()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """SIGINT or SIGQUIT: drain without time for open requests to finish."""
@@ -67,67 +84,113 @@ class Worker(gthread.ThreadWorker):
             return
         self._drain.begin(at_once=True)
         self._linger_s = 0.0
-        self.handle_exit(sig, frame)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._poller is not None:
+            self._poller.wake()
 
     def run(self) -> None:
-        """Run the main loop until the drain is over, then close the application."""
-        super().run()
-        # An engine thread that is inside a step while the process exits would abort it.
+        """Serve until the drain is over, then close the application."""
         app: Any = self.wsgi
+        limits = self.limits
+        ClientSocket.send_timeout_s = limits.send_timeout_s
+        ClientSocket.slow_clients = SlowClientLimit(limits.max_slow_readers)
+        # Connections with a request that arrived before draining began and is not answered yet.
+        self._busy: set[Connection] = set()
+        self._linger_until = math.inf
+        poller = self._poller = Poller(self.cfg, self.sockets, limits.connections, _body_check(app), self._serve)
+        self._threads = Threads(partial(self._work, poller), limits.min_threads, limits.max_threads)
+        while self.alive:
+            self.notify()
+            poller.run_once(_DRAIN_POLL_S if self._is_draining else _POLL_S)
+            if self.ppid != os.getppid() and not self._is_draining:
+                log.warning("the parent process has ended: draining")
+                self.handle_exit(signal.SIGTERM, None)
+            self._advance_drain(poller)
+        poller.abort()
+        self._threads.close(_JOIN_S)
+        poller.close()
+        # An engine thread that is inside a step while the process exits would abort it.
         app.extensions["gru_serve"].close()
 
-    def wait_for_and_dispatch_events(self, timeout: float | None) -> None:
-        """Run the main loop once: accept connections, and advance the drain if one has begun."""
+    @property
+    def _is_draining(self) -> bool:
+        return self._drain is not None and self._drain.has_begun
+
+    def _advance_drain(self, poller: Poller) -> None:
         drain = self._drain
-        if drain is None or not drain.has_begun or not self.alive:
-            super().wait_for_and_dispatch_events(timeout)
+        if drain is None or not drain.has_begun:
             return
-        super().wait_for_and_dispatch_events(_DRAIN_POLL_S)
         now = time.monotonic()
         if drain.should_interrupt(len(self._busy)):
             drain.interrupt(len(self._busy))
         if drain.is_interrupted and not self._busy and self._linger_until == math.inf:
             self._linger_until = now + self._linger_s
-        if drain.is_overdue or now >= self._linger_until or (drain.is_interrupted and self.nr_conns == 0):
-            self._end_loop()
+        is_empty = drain.is_interrupted and poller.num_connections == 0
+        if drain.is_overdue or now >= self._linger_until or is_empty:
+            self.alive = False
 
-    def _end_loop(self) -> None:
-        """End the main loop, and wake the threads that still wait for a client by closing its connection."""
-        for connection in list(self._connections):
-            connection.abort()
-        self.cfg.set("graceful_timeout", 0)  # gunicorn's own wait for open requests, which the drain has replaced
-        self.alive = False
+    def _serve(self, connection: Connection, request: Any) -> None:
+        """Let a thread answer a request. The poller calls this."""
+        if not self._is_draining:  # else it is refused or cheap, so the drain doesn't wait for it
+            self._busy.add(connection)
+        self._threads.submit((connection, request))
 
-    def enqueue_req(self, conn: Any) -> None:
-        """Hand a connection to the threads."""
-        self._connections.add(conn)
-        super().enqueue_req(conn)
-
-    def handle_request(self, req: Any, conn: Any) -> Any:
-        """Answer one request completely, streams included."""
-        drain = self._drain
-        if drain is None or drain.has_begun:  # refused or cheap, so the drain doesn't wait for it
-            return super().handle_request(req, conn)
-        self._busy.add(conn)
+    def _work(self, poller: Poller, task: tuple[Connection, Any]) -> None:
+        """Answer a request in a thread, and give its connection back to the poller."""
+        connection, request = task
+        can_be_reused = False
         try:
-            return super().handle_request(req, conn)
+            can_be_reused = self._answer(connection, request)
         finally:
-            self._busy.discard(conn)
+            self._busy.discard(connection)
+            poller.finish(connection, can_be_reused)
 
-    def handle(self, conn: Any) -> Any:
-        """Answer a request in a thread of the pool. Returns true if the connection stays open for another one."""
-        keep = super().handle(conn)
-        if not keep:
-            # Closing waits up to 2 s for the client to close its side. gunicorn would do that in its main loop.
-            conn.close(graceful=True)
-        return keep
+    def _answer(self, connection: Connection, request: Any) -> bool:
+        """Answer a request completely, streams included; return whether the connection can be used again."""
+        response = None
+        try:
+            response, environ = wsgi.create(request, connection.sock, connection.client, connection.server, self.cfg)
+            environ["wsgi.multithread"] = True
+            if self._is_draining:
+                response.force_close()
+            app: Any = self.wsgi
+            pieces = app(environ, response.start_response)
+            try:
+                for piece in pieces:
+                    response.write(piece)
+                response.close()
+            finally:
+                if hasattr(pieces, "close"):
+                    pieces.close()
+            return not response.should_close()
+        except OSError as error:
+            if error.errno not in _LEFT:
+                log.error("Socket error processing request.", error=repr(error))
+        except Exception as error:
+            log.error("Error handling request", error=type(error).__name__, exc_info=error)
+            if response is None or not response.headers_sent:
+                message = "internal error: the server's log has the details"
+                refusal = Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
+                connection.send_if_possible(refusal_answer(refusal))
+        return False
 
 
-def _do_nothing() -> None:
-    pass
+def _body_check(app: Any) -> Callable[[Any], bool]:
+    """Return the function that decides whether to wait for a request's body: not for that of a stranger."""
+    keys = app.extensions["gru_serve_keys"]
+
+    def may_send_body(request: Any) -> bool:
+        if keys is None:
+            return True
+        sent = [value for name, value in request.headers if name == "AUTHORIZATION"]
+        kind, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
+        return kind.lower() == "bearer" and keys.owner_of(token.strip()) is not None
+
+    return may_send_body
 
 
-def worker_with_deadlines(request_timeout_s: int, send_timeout_s: int, max_waiting_threads: int) -> type[Any]:
-    """Return the class for gunicorn's setting `worker_class`. The arguments are those of `set_limits`."""
-    set_limits(request_timeout_s, send_timeout_s, max_waiting_threads)
-    return Worker
+def worker_class(limits: WorkerLimits) -> type[Worker]:
+    """Return the class for gunicorn's setting `worker_class`."""
+    return type("Worker", (Worker,), {"limits": limits})
