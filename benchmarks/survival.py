@@ -77,7 +77,7 @@ class Replica:
     def wait_until_ready(self) -> None:
         """Wait until the server reports that it is ready for requests."""
         deadline = time.monotonic() + 60
-        while not self._is_ready():
+        while not self.is_ready():
             assert time.monotonic() < deadline, "a replica doesn't become ready"
             time.sleep(0.02)
 
@@ -91,7 +91,8 @@ class Replica:
             self.send(signal.SIGKILL)
         self.process.wait()
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Return whether it reports that it is ready."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", "/readyz")
@@ -137,12 +138,16 @@ class Deployment:
 
 @contextmanager
 def deployed(
-    num_replicas: int = 3, redis_in: Hole | None = None, server: Sequence[str] = SERVE, **settings: str
+    num_replicas: int = 3,
+    redis_in: Hole | None = None,
+    server: Sequence[str] = SERVE,
+    redis_options: Sequence[str] = (),
+    **settings: str,
 ) -> Iterator[Deployment]:
     """Run a deployment until the block ends."""
     place = {"address": redis_in.address, "prefix": redis_in.command} if redis_in is not None else {}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", **place))
+        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", *redis_options, **place))
         environment = DRAIN | {"GRU_SERVE_SESSION_STORE": redis.url} | settings
         replicas = [Replica(environment, server) for _ in range(num_replicas)]
         for replica in replicas:

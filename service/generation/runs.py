@@ -264,6 +264,6 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     # An interrupted run is resumed even from a position that was sent and not saved.
     end = run.end if run.end is not None else run.start + run.max_chars
     if after > end:
-        raise PositionConflict(f"the continuation ends at position {end}, not {after}", end, param="after")
+        raise PositionConflict(f"the continuation ends at position {end}, not {after}", session.position, param="after")
     session.text.nearest_checkpoint(min(after, run.start))
     return run, after
