@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sessions": (),
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
+    "consistency": ("redis-server", "haproxy"),
     "page": ("chromium",),
 }
 

@@ -27,6 +27,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,8 +106,8 @@ class Place:
 class World:
     """What all clients share."""
 
-    def __init__(self, seed: int, num_operations: int, num_sessions: int, longest_run: int) -> None:
-        self.num_operations, self.longest_run = num_operations, longest_run
+    def __init__(self, seed: int, num_operations: int, num_sessions: int, longest_run: int, think_s: float) -> None:
+        self.num_operations, self.longest_run, self.think_s = num_operations, longest_run, think_s
         self.num_done = 0
         self.counts: Counter[str] = Counter()
         self.unexpected: list[tuple[str, str, float, float]] = []  # session, what, start, end
@@ -230,29 +231,18 @@ def _events(response: http.client.HTTPResponse, streamed: Streamed) -> Iterator[
 
 
 class Client:
-    """A client that does random things to sessions, on a thread of its own, until there were enough operations."""
+    """A client that does random things to sessions until there were enough operations."""
 
     def __init__(self, world: World, port: int, name: str) -> None:
         self.name = name  # also the seed of its choices
-        self._thread = threading.Thread(target=self._run)
         self._world, self._caller, self._chance = world, Caller(port), random.Random(name)
-        self._failure: Exception | None = None
-
-    def start(self) -> None:
-        """Start its thread."""
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Wait for the end of its thread. Raises what that raised."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
 
     def close(self) -> None:
         """Close its connection."""
         self._caller.close()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Do them. Only one thread at a time may use a client."""
         kinds: list[tuple[Callable[[Place], None], int]] = [
             (self._feed, 30),
             (self._repeat_feed, 4),
@@ -272,6 +262,7 @@ class Client:
                     continue
                 try:
                     for _ in range(self._chance.randrange(1, 6)):
+                        time.sleep(self._chance.uniform(0, self._world.think_s))
                         if place.length == 0:
                             self._create(place)
                         elif place.length > _LONG_TEXT:
@@ -284,8 +275,6 @@ class Client:
                             break
                 finally:
                     place.turns.release()
-        except Exception as error:
-            self._failure = error
         finally:
             self.close()
 
@@ -521,7 +510,7 @@ class Client:
         """Fork a session. Its text becomes known by reading the new one, before others work on that."""
         position = self._chance.randrange(1, place.length + 1) if self._chance.random() < 0.6 else None
         new = Place(f"{place.name}.{self._chance.randrange(10**6)}", "", origin=place.name)
-        began = None
+        began, unknown = None, []
         for _ in range(_ATTEMPTS):
             answer = self._call(place, "fork", "POST", "/fork", {"id": new.name, "position": position})
             if answer is None:
@@ -530,7 +519,9 @@ class Client:
             if answer.is_ok:
                 ended, length = answer.ended, answer.body["position"]
                 break
-            if not self._note_refusal(place, answer, None, is_named=True) and answer.code != "session_busy":
+            if self._note_refusal(place, answer, None, is_named=True):
+                unknown.append(answer.began)
+            elif answer.code != "session_busy":
                 return
             time.sleep(self._chance.uniform(0, _PAUSE_S))
         else:
@@ -554,6 +545,8 @@ class Client:
         place.note(history.Fork(position=position, text=text, **facts))
         new.text, new.length = text, len(text)
         new.note(history.Create(text=text, is_new=True, position=length, **facts))
+        for at in unknown:  # a replica that was paused may make it again, after it was deleted
+            new.note(history.Create(text=text, began=at, client=self.name))
         self._note_text(new, answer)
         if len(text) != length:
             self._world.unexpected.append((new.name, "fork of another length", began, ended))
@@ -641,22 +634,32 @@ def run(
     *,
     num_sessions: int = NUM_SESSIONS,
     longest_run: int = 6000,
+    think_s: float = 0,
     paused_through_recovery: bool = False,
     settings: dict[str, str] | None = None,
 ) -> Verdict:
-    """Run clients and faults, and check what the clients were answered."""
+    """Run clients and faults, and check what the clients were answered.
+
+    Args:
+        seed: Of the clients' and the faults' choices. What happens also depends on the machine.
+        num_operations: How many calls all clients make.
+        num_sessions: How many sessions there are at a time.
+        longest_run: How many characters a stream has at most.
+        think_s: How long a client waits between two calls at most.
+        paused_through_recovery: See Injector.
+        settings: More settings of the servers.
+    """
     settings = settings or {}
     options = ("--appendfsync", "always" if seed % 4 == 0 else "everysec")
-    world = World(seed, num_operations, num_sessions, longest_run)
+    world = World(seed, num_operations, num_sessions, longest_run, think_s)
     with deployed(3, None, SERVE, options, **settings) as deployment:
         injector = Injector(deployment, seed, with_paused_recovery=paused_through_recovery)
         clients = [Client(world, deployment.balancer.port, f"{seed} client {number}") for number in range(NUM_CLIENTS)]
         injector.start()
         try:
-            for client in clients:
-                client.start()
-            for client in clients:
-                client.finish()
+            with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+                for running in [pool.submit(client.run) for client in clients]:
+                    running.result()
         finally:
             injector.stop()
         read_at_every_replica(world, deployment)
@@ -686,12 +689,14 @@ def judge(seed: int, world: World, injector: Injector, reference: ReferenceServe
     for place in world.all_places:
         calls, is_excused = place.calls, False
         for fault in injector.faults:
-            # The writes of the second before may be lost, and not even noticed. What follows can't be checked.
-            written = [call for call in place.calls if call.began <= fault.ended and call.ended >= fault.began - 1]
-            if fault.is_double and written:
-                is_excused = True
-                calls = [call for call in calls if call.began < fault.began - 1]
-                calls = [replace(call, ended=math.inf) if call.ended > fault.began - 1 else call for call in calls]
+            if fault.lost_until is None or not any(
+                call.began <= fault.lost_until and fault.began <= last_write(call) for call in place.calls
+            ):
+                continue
+            # These writes may be lost, and not even noticed. What follows can't be checked.
+            is_excused = True
+            calls = [call for call in calls if call.began < fault.began]
+            calls = [replace(call, ended=math.inf) if call.ended > fault.began else call for call in calls]
         num_excused += is_excused
         if place.lost_at:
             num_lost += 1
@@ -706,6 +711,16 @@ def judge(seed: int, world: World, injector: Injector, reference: ReferenceServe
     counts = Counter(dict(sorted(world.counts.items())))
     num_sessions = len(world.all_places)
     return Verdict(seed, counts, injector.faults, violations, num_sessions, num_lost, num_excused, num_undecided)
+
+
+def last_write(call: Operation) -> float:
+    """Return when a call may have changed its session last; -inf if it changes nothing."""
+    match call:
+        case history.Read() | history.Length() | history.Absent() | history.Fork() | history.NoRun():
+            return -math.inf
+        case history.Resume() | history.Generate(end=None):
+            return call.ended + _UNKNOWN_S  # a stream, which is saved on its way
+    return call.ended
 
 
 def wrong_errors(world: World, injector: Injector) -> list[str]:

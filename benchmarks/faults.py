@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import redis
@@ -28,7 +28,8 @@ class Fault:
     kind: str
     began: float
     ended: float
-    is_double: bool = False  # Redis lost its last second, and a replica died with it: writes may be lost
+    #: When Redis and a replica had died together. What was written between `began` and this may be lost.
+    lost_until: float | None = None
 
 
 class Exclusion:
@@ -99,7 +100,8 @@ class Injector:
         return [
             (self._restart_redis, 3),
             (self._kill_redis, 3),
-            (self._lose_last_second, 2),
+            (self._lose_last_second, 3),
+            (self._lose_last_second_twice, 1),
             (self._pause_redis, 3),
             (self._demote, 2),
         ]
@@ -112,13 +114,14 @@ class Injector:
             chance.choices([kind for kind, _ in kinds], [weight for _, weight in kinds])[0](chance)
 
     @contextmanager
-    def _noted(self, kind: str, *, is_double: bool = False) -> Iterator[None]:
+    def _noted(self, kind: str) -> Iterator[int]:
+        """Note a fault that ends with the block; give its number."""
         began = time.monotonic()
         with self._lock:
             number = len(self.faults)
-            self.faults.append(Fault(kind, began, began + _LONGEST_RECOVERY_S, is_double))
-        yield
-        self.faults[number] = Fault(kind, began, time.monotonic(), is_double)
+            self.faults.append(Fault(kind, began, began + _LONGEST_RECOVERY_S))
+        yield number
+        self.faults[number] = replace(self.faults[number], ended=time.monotonic())
 
     @contextmanager
     def _one_replica(self, chance: random.Random) -> Iterator[Replica]:
@@ -155,11 +158,11 @@ class Injector:
             time.sleep(_SETTLE_S)
 
     @contextmanager
-    def _recovery(self, kind: str, *, is_double: bool = False) -> Iterator[None]:
-        """Do something after which the replicas recover: the block ends when Redis works."""
+    def _recovery(self, kind: str) -> Iterator[int]:
+        """Do something after which the replicas recover: the block ends when Redis works. Gives the fault's number."""
         with self._recoveries.hold("pause" if self._with_paused_recovery else "recovery"):
-            with self._noted(kind, is_double=is_double):
-                yield
+            with self._noted(kind) as number:
+                yield number
                 deadline = time.monotonic() + _LONGEST_RECOVERY_S
                 while time.monotonic() < deadline:
                     with self._lock:
@@ -182,21 +185,24 @@ class Injector:
             self._deployment.redis.start()
 
     def _lose_last_second(self, chance: random.Random) -> None:
-        is_double = chance.random() < 0.3
-        kind = "redis and a replica killed, the last second lost" if is_double else "redis killed, the last second lost"
-        with self._losses.hold("loss"), self._recovery(kind, is_double=is_double):
+        with self._losses.hold("loss"), self._recovery("redis killed, the last second lost"):
             on_disk = self._deployment.redis.on_disk()
             time.sleep(chance.uniform(0.1, 0.9))
-            if is_double:
-                with self._one_replica(chance) as replica:
-                    replica.kill()
-                    self._lose(on_disk)
-                    replica.start()
-            else:
-                self._lose(on_disk)
+            self._lose(on_disk)
 
-    def _lose(self, on_disk: dict[Path, int]) -> None:
+    def _lose_last_second_twice(self, chance: random.Random) -> None:
+        with self._losses.hold("loss"), self._recovery("redis and a replica killed, the last second lost") as number:
+            on_disk = self._deployment.redis.on_disk()
+            time.sleep(chance.uniform(0.1, 0.9))
+            with self._one_replica(chance) as replica:
+                replica.kill()
+                self._lose(on_disk, number)
+                replica.start()
+
+    def _lose(self, on_disk: dict[Path, int], number: int | None = None) -> None:
         self._deployment.redis.kill()
+        if number is not None:
+            self.faults[number] = replace(self.faults[number], lost_until=time.monotonic())
         self._deployment.redis.lose_what_was_written_since(on_disk)
         self._deployment.redis.start()
 

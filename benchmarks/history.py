@@ -298,9 +298,9 @@ class _Rules:
             elif call.end == start + len(generated):
                 yield State(found.text + generated, Run(start, generated, RunState.FINISHED))
         run = state.run
-        if run is None or call.position != run.start or call.was_refused or not _is_delivered(call, run.text):
+        if run is None or call.position != run.start or call.was_refused or call.end not in (None, run.end):
             return
-        if self._reference(state.whole[: run.start], call.fields) == run.text:  # repeated
+        if _is_delivered(call, run.text) and self._reference(state.whole[: run.start], call.fields) == run.text:
             if call.end is None and run.may_continue:
                 yield replace(state, run=run.now(RunState.ACTIVE))
             else:

@@ -144,14 +144,15 @@ def sessions_blueprint(
         """Stream the last run from a position on: first the characters that were generated already, then new ones.
 
         A run that was interrupted is continued with its original settings. If another connection still streams the run,
-        that connection gets an error and this one takes over.
+        that connection gets an error and this one takes over, unless `take_over` is false.
         """
         if request.method == "HEAD":  # Flask would handle it as GET, which takes the stream from its connection
             raise MethodNotAllowed(valid_methods=["GET", "POST"])
         streaming_client = client_key()
         admission.acquire(streaming_client)
         try:
-            stream = sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
+            after = _resume_position(query.after)
+            stream = sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
         except BaseException:
             admission.release(streaming_client)
             raise
