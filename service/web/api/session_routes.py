@@ -11,7 +11,7 @@ from flask_openapi import APIBlueprint, Tag
 from pydantic import BaseModel
 from werkzeug.exceptions import MethodNotAllowed
 
-from service.errors import InvalidValue
+from service.errors import ClientGone, InvalidValue
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -41,6 +41,15 @@ def sessions_blueprint(
 ) -> APIBlueprint:
     """The routes of sessions."""
     blueprint = APIBlueprint("sessions", __name__, abp_tags=[Tag(name="sessions")], abp_responses=_ERRORS)
+
+    @blueprint.before_request
+    def require_client() -> None:
+        """Begin nothing for a client that has left: it may have repeated the call at another replica, and gone on.
+
+        A replica that was paused finds such requests when it wakes up.
+        """
+        if client_monitor()():
+            raise ClientGone("the client had closed the connection before the server began")
 
     def create(session_id: str | None, body: schemas.CreateBody) -> Response:
         _check_length(body.text, limits)
