@@ -54,7 +54,7 @@ _FAULT_CODES = ("outcome_unknown", "session_store_unavailable", "not_ready", "dr
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a request."""
+    """What a request was answered."""
 
     began: float  # monotonic
     ended: float
@@ -74,7 +74,7 @@ class Answer:
 
 @dataclass
 class Streamed:
-    """What came of a request for a stream."""
+    """What a request for a stream was answered."""
 
     answer: Answer  # of the request; its body is empty if the stream began
     first_at: float | None = None  # when its first event arrived
@@ -227,6 +227,9 @@ def _events(response: http.client.HTTPResponse, streamed: Streamed) -> Iterator[
             streamed.text += data["text"]
             streamed.position = position
             fields = {}
+            if position != streamed.start + len(streamed.text):
+                streamed.ending = "misplaced"  # which nothing allows
+                return
             yield
 
 
