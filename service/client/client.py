@@ -17,6 +17,8 @@ from service.client.transport import Patience, ServerError, StreamBroken, Transp
 # A stream that ends with one of these errors can be resumed on another server, or on this one a little later.
 _RESUMABLE_ERRORS = ("engine_failed", "not_ready", "draining", "session_store_unavailable", "outcome_unknown")
 
+# After one of these, another connection may have the stream.
+_LOST_ERRORS = ("run_taken_over", "revision_conflict")
 _Event = tuple[int, str, dict[str, Any]]  # position, kind and data
 
 
@@ -148,13 +150,13 @@ class Session:
                 if not patience.pause():  # the stream can be resumed, but delivers no text
                     raise
             except ServerError as error:
-                if error.code != "run_taken_over" or not patience.pause():
+                if error.code not in _LOST_ERRORS or not patience.pause():
                     raise
-                events = self._after_takeover(error, patience)
+                events = self._after_loss(error, patience)
                 continue
             events = self._client.retrying(lambda: self._stream(self.position, None), patience)
 
-    def _after_takeover(self, taken_over: ServerError, patience: Patience) -> Iterator[_Event]:
+    def _after_loss(self, loss: ServerError, patience: Patience) -> Iterator[_Event]:
         """Return the rest of a stream that another connection took, as soon as that one no longer reads it.
 
         It is never taken back: two clients would take it from each other without end. The other connection may be one
@@ -163,7 +165,7 @@ class Session:
         try:
             return self._client.retrying(lambda: self._stream(self.position, None, take_over=False), patience)
         except ServerError as error:
-            raise taken_over if error.code == "session_busy" else error from None
+            raise loss if error.code == "session_busy" else error from None
 
     def rewind(self, position: int) -> None:
         """Truncate the text to its first `position` characters. Raises ServerError."""

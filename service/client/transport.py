@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 _RETRIED_STATUSES = (429, 502, 503, 504)
+_RETRIED_CODES = ("session_busy", "revision_conflict")  # another call was in the way: a call names its position
 
 Result = TypeVar("Result")
 
@@ -124,7 +125,7 @@ class Transport:
                 return attempt()
             except (OSError, http.client.HTTPException, StreamBroken, ServerError) as error:
                 is_final = isinstance(error, ServerError) and not (
-                    error.status in _RETRIED_STATUSES or error.code == "session_busy"
+                    error.status in _RETRIED_STATUSES or error.code in _RETRIED_CODES
                 )
                 if is_final or not patience.pause():
                     raise

@@ -133,11 +133,13 @@ def playing(answers: list[bytes]) -> Iterator[tuple[Session, list[bytes]]]:
             served.result(30)
 
 
-def test_client__waits_for_the_connection_that_took_its_stream_over() -> None:
+@pytest.mark.parametrize("code", [b"run_taken_over", b"revision_conflict"])
+def test_client__waits_for_the_connection_that_took_its_stream_over(code: bytes) -> None:
     """Perhaps its own request of long ago, which a server that was paused carries out late."""
+    loss = TAKEN_OVER.replace(b"run_taken_over", code)
     answers = [
-        STREAM_HEAD + b'id: 8\nevent: text\ndata: {"text": "ab"}\n\n' + TAKEN_OVER,
-        BUSY,
+        STREAM_HEAD + b'id: 8\nevent: text\ndata: {"text": "ab"}\n\n' + loss,
+        BUSY.replace(b"session_busy", code) if code == b"revision_conflict" else BUSY,
         STREAM_HEAD
         + b'id: 9\nevent: text\ndata: {"text": "c"}\n\nid: 9\nevent: done\ndata: {"finish_reason": "length", '
         b'"position": 9, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}\n\n',
