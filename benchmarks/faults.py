@@ -97,7 +97,9 @@ class Injector:
         return [(self._kill, 4), (self._pause, 4), (self._replace, 2)]
 
     def _redis_faults(self) -> list[tuple[Callable[[random.Random], None], int]]:
+        paused = [(self._lose_last_second_of_a_paused_replica, 6)] if self._with_paused_recovery else []
         return [
+            *paused,
             (self._restart_redis, 3),
             (self._kill_redis, 3),
             (self._lose_last_second, 3),
@@ -198,6 +200,16 @@ class Injector:
                 replica.kill()
                 self._lose(on_disk, number)
                 replica.start()
+
+    def _lose_last_second_of_a_paused_replica(self, chance: random.Random) -> None:
+        with self._losses.hold("loss"), self._recovery("replica paused, redis killed, the last second lost"):
+            on_disk = self._deployment.redis.on_disk()
+            time.sleep(chance.uniform(0.1, 0.9))
+            with self._one_replica(chance) as replica:
+                replica.send(signal.SIGSTOP)
+                self._lose(on_disk)
+                time.sleep(chance.uniform(3, 10))
+                replica.send(signal.SIGCONT)
 
     def _lose(self, on_disk: dict[Path, int], number: int | None = None) -> None:
         self._deployment.redis.kill()
