@@ -5,5 +5,5 @@ slows both, and print ratios with their spread. The service imports nothing from
 
 Shared modules: `candidates` (what is compared by characters/s), `baselines` and `peers` (what the service is compared
 with), `pairs` (measuring in turns), `table` (printing), `sweep` (the kernel over sizes), `hole` (a network that drops
-packets).
+packets), `faults` (what is done to a deployment), `history` (checks what clients were answered).
 """

@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
     "strangers": (),
+    "consistency": ("redis-server", "haproxy"),
     "page": ("chromium",),
 }
 

@@ -12,7 +12,7 @@ waiting times.
   on their way.
 - rolling: replicas are replaced one after the other under 50 requests a second.
 - redis: Redis is killed and restarted under load.
-- paused: a replica that holds a lease is paused until the lease has expired, and then continues.
+- paused: a replica that streams a session is paused until another one has continued it, and then wakes up.
 - blackhole: all packets to and from Redis are dropped.
 - slow: 500 connections send their requests extremely slowly.
 """
@@ -35,6 +35,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ from tests.harness.redis_process import RedisProcess, redis_process
 
 Figures = dict[str, Any]
 NUM_CHARS = 2000
+NUM_FED = 12  # sessions on all replicas that are fed while one is paused
 SERVE = ["-m", "service"]
 # The server, but it saves runs at their start and their end only.
 SERVE_WITHOUT_SAVING = [
@@ -77,7 +79,7 @@ class Replica:
     def wait_until_ready(self) -> None:
         """Wait until the server reports that it is ready for requests."""
         deadline = time.monotonic() + 60
-        while not self._is_ready():
+        while not self.is_ready():
             assert time.monotonic() < deadline, "a replica doesn't become ready"
             time.sleep(0.02)
 
@@ -91,7 +93,8 @@ class Replica:
             self.send(signal.SIGKILL)
         self.process.wait()
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Return whether it reports that it is ready."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         try:
             connection.request("GET", "/readyz")
@@ -137,12 +140,16 @@ class Deployment:
 
 @contextmanager
 def deployed(
-    num_replicas: int = 3, redis_in: Hole | None = None, server: Sequence[str] = SERVE, **settings: str
+    num_replicas: int = 3,
+    redis_in: Hole | None = None,
+    server: Sequence[str] = SERVE,
+    redis_options: Sequence[str] = (),
+    **settings: str,
 ) -> Iterator[Deployment]:
     """Run a deployment until the block ends."""
     place = {"address": redis_in.address, "prefix": redis_in.command} if redis_in is not None else {}
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", **place))
+        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", *redis_options, **place))
         environment = DRAIN | {"GRU_SERVE_SESSION_STORE": redis.url} | settings
         replicas = [Replica(environment, server) for _ in range(num_replicas)]
         for replica in replicas:
@@ -373,21 +380,26 @@ def redis_kills(num_kills: int) -> Figures:
 
 
 def paused(num_pauses: int, seconds: float) -> Figures:
-    """Pause the process that holds a session's lease until another replica has continued the session."""
-    outcomes = Counter[str]()
+    """Pause a replica that streams a session until another one has continued it, and feed other sessions meanwhile."""
+    outcomes, resumed_s, fed_s = Counter[str](), list[float](), list[float]()
     with deployed(GRU_SERVE_MAX_TOKENS="1000000", GRU_SERVE_SESSION_TEXT_CHARS="2000000") as deployment:
         for number in range(num_pauses):
             deployment.wait_until_all_serve()
-            with Client(deployment.url, timeout_s=2, retry_s=60) as client:
+            with Client(deployment.url, retry_s=60) as client, ThreadPoolExecutor(NUM_FED) as pool:
                 session = client.create("ROMEO:", seed=number, id=f"paused{number}")
+                others = [client.create(id=f"fed{number}.{other}") for other in range(NUM_FED)]
                 replica = deployment.serving(session.id)
                 pieces = session.generate(400_000)
                 text = next(pieces)
                 replica.send(signal.SIGSTOP)
-                began = time.monotonic()
+                began = last = time.monotonic()
+                fed = [pool.submit(timed, other.feed, "ab") for other in others]
+                silence = 0.0
                 while len(text) < 100_000:  # from another replica
                     text += next(pieces)
-                taken_s = time.monotonic() - began
+                    silence, last = max(silence, time.monotonic() - last), time.monotonic()
+                resumed_s.append(silence)
+                fed_s += [each.result() for each in fed]
                 pieces.close()
                 session.feed("xyz")
                 expected = session.text()
@@ -400,11 +412,17 @@ def paused(num_pauses: int, seconds: float) -> Figures:
                 is_right = stored == expected == session.text() and expected[6:].startswith(text)
                 is_right = is_right and stored.endswith("xyz")
                 outcomes["not overwritten" if is_right else "OVERWRITTEN"] += 1
-    print(
-        f"{num_pauses} lease holders paused for {seconds:.0f} s: sessions {dict(outcomes)}; "
-        f"the last was continued on another replica within {taken_s:.1f} s"
-    )
-    return {"pauses": num_pauses, "outcomes": dict(outcomes)}
+    print(f"{num_pauses} replicas that streamed a session paused for {seconds:.0f} s: sessions {dict(outcomes)}")
+    report("  the stream was silent for at most", max(resumed_s), "s", "at most 5")
+    report(f"  {NUM_FED} other sessions were fed within", max(fed_s), "s", "at most 5")
+    return {"pauses": num_pauses, "outcomes": dict(outcomes), "silent_s": resumed_s, "fed_s": fed_s}
+
+
+def timed(call: Callable[..., object], *arguments: object) -> float:
+    """Return how many seconds a call takes."""
+    began = time.monotonic()
+    call(*arguments)
+    return time.monotonic() - began
 
 
 def latencies(url: str, seconds: float, call: Callable[[http.client.HTTPConnection], int]) -> list[float]:

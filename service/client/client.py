@@ -12,7 +12,11 @@ from typing import Any, Self
 from urllib.parse import urlencode
 
 from service.client.inspection import Inspection
-from service.client.transport import ServerError, StreamBroken, Transport
+from service.client.transport import Patience, ServerError, StreamBroken, Transport
+
+# After one of these, another connection may have the stream.
+_LOST_ERRORS = ("run_taken_over", "revision_conflict")
+_Event = tuple[int, str, dict[str, Any]]  # position, kind and data
 
 
 class Client(Transport):
@@ -95,6 +99,9 @@ class Session:
     def generate(self, max_tokens: int = 16, **fields: Any) -> Generator[str]:
         """Generate text and yield its pieces as they arrive. Resumes the stream by itself when it breaks.
 
+        If another connection resumes this stream, it keeps it. The rest is yielded here when that connection has ended,
+        if that happens within `retry_s`.
+
         If the caller stops reading early, the session's text ends with the last piece that was yielded: the next call
         rewinds the session to it.
 
@@ -110,7 +117,7 @@ class Session:
         try:
             yield from self._pieces(start, body)
         except ServerError:
-            # The request was refused, or another client has taken over the session. Its text must not be rewound.
+            # The request was refused, or another client works on the session. Its text must not be rewound.
             self._is_ahead = False
             raise
 
@@ -139,7 +146,23 @@ class Session:
             except (OSError, http.client.HTTPException, StreamBroken):
                 if not patience.pause():  # the stream can be resumed, but delivers no text
                     raise
+            except ServerError as error:
+                if error.code not in _LOST_ERRORS or not patience.pause():
+                    raise
+                events = self._after_loss(error, patience)
+                continue
             events = self._client.retrying(lambda: self._stream(self.position, None), patience)
+
+    def _after_loss(self, loss: ServerError, patience: Patience) -> Iterator[_Event]:
+        """Return the rest of a stream that another connection took, as soon as that one no longer reads it.
+
+        It is never taken back: two clients would take it from each other without end. The other connection may be one
+        that its client gave up long ago, such as a request that arrived late. Raises ServerError.
+        """
+        try:
+            return self._client.retrying(lambda: self._stream(self.position, None, take_over=False), patience)
+        except ServerError as error:
+            raise loss if error.code == "session_busy" else error from None
 
     def rewind(self, position: int) -> None:
         """Truncate the text to its first `position` characters. Raises ServerError."""
@@ -209,24 +232,26 @@ class Session:
             self.rewind(self.position)
         return self.position
 
-    def _stream(self, after: int, body: object) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """Return the events after a position: of a new stream if there is a body, else of the stream under way."""
+    def _stream(self, after: int, body: object, *, take_over: bool = True) -> Iterator[_Event]:
+        """Return the events after a position: of a new stream if there is a body, else of the stream under way.
+
+        take_over: whether another connection that reads that stream loses it.
+        """
         connection = self._client.connect()
         try:
             if body is not None:
                 response = self._client.send(connection, "POST", f"{self._path}/generate", body)
             else:
                 headers = {"Last-Event-ID": str(after)}
-                response = self._client.send(connection, "GET", f"{self._path}/generate", **headers)
+                query = "" if take_over else "?take_over=false"
+                response = self._client.send(connection, "GET", f"{self._path}/generate{query}", **headers)
         except BaseException:
             connection.close()
             raise
         return _events(connection, response)
 
 
-def _events(
-    connection: http.client.HTTPConnection, response: http.client.HTTPResponse
-) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _events(connection: http.client.HTTPConnection, response: http.client.HTTPResponse) -> Iterator[_Event]:
     """Yield (position, kind, data) of each complete event of a stream, and close the connection after the last.
 
     Ends early after an error that the server marks with `retry`: the stream can be resumed, there or at another server.

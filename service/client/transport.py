@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 _RETRIED_STATUSES = (429, 502, 503, 504)
+_RETRIED_CODES = ("session_busy", "revision_conflict")  # another call was in the way: a call names its position
 
 Result = TypeVar("Result")
 
@@ -130,7 +131,7 @@ class Transport:
                 return attempt()
             except (OSError, http.client.HTTPException, StreamBroken, ServerError) as error:
                 is_final = isinstance(error, ServerError) and not (
-                    error.status in _RETRIED_STATUSES or error.code == "session_busy"
+                    error.status in _RETRIED_STATUSES or error.code in _RETRIED_CODES
                 )
                 # A busy session may be free long before the second that its error names has passed.
                 asked_s = error.retry_after_s if isinstance(error, ServerError) and error.status != 409 else 0.0

@@ -135,14 +135,22 @@ class RunRegistry:
             return self._take_over(key, start, client_has_left)
 
     def resume(
-        self, key: SessionKey, after: int | None, client_has_left: Callable[[], bool] = lambda: False
+        self,
+        key: SessionKey,
+        after: int | None,
+        client_has_left: Callable[[], bool] = lambda: False,
+        *,
+        take_over: bool = True,
     ) -> RunStream:
         """Stream the last run from `after` (default: its start), resuming it if it was interrupted.
 
-        Takes it over from any other connection. Raises NoRun, PositionGone and what `generate` raises.
+        Takes it over from any other connection; without `take_over`, only from one whose client has left. Raises NoRun,
+        PositionGone and what `generate` raises.
         """
         start = _Start(self._models, self._reader, lambda session: (session, *_resumable(session, after)))
-        return self._take_over(key, start, client_has_left)
+        if take_over:
+            return self._take_over(key, start, client_has_left)
+        return self.without_left_client(key, lambda: self._begin(key, start, client_has_left))
 
     def replayed(self, session: Session, position: int | None) -> Session:
         """Return the session at a later position of its unfinished run, which the client says it has received.
@@ -280,6 +288,6 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     # An interrupted run is resumed even from a position that was sent and not saved.
     end = run.end if run.end is not None else run.start + run.max_chars
     if after > end:
-        raise PositionConflict(f"the continuation ends at position {end}, not {after}", end, param="after")
+        raise PositionConflict(f"the continuation ends at position {end}, not {after}", session.position, param="after")
     session.text.nearest_checkpoint(min(after, run.start))
     return run, after

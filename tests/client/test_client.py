@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import socket
 import time
@@ -13,7 +14,7 @@ from email.utils import formatdate
 
 import pytest
 
-from service.client import Client, ServerError
+from service.client import Client, ServerError, Session
 from service.web.api.sse import IDLE_S, PING_S
 from tests.harness.programs import free_port
 
@@ -96,6 +97,80 @@ def test_client__resumes_a_stream_whose_server_falls_silent() -> None:
             client.close()
             assert "".join(session.generate(3)) == "abc"
         served.result(30)
+
+
+HEAD = b"HTTP/1.1 %s\r\nContent-Type: %s\r\nConnection: close\r\n\r\n"
+STREAM_HEAD = HEAD % (b"200 OK", b"text/event-stream")
+BUSY = HEAD % (b"409 Conflict", b"application/json") + b'{"error": {"message": "busy", "code": "session_busy"}}'
+TAKEN_OVER = b'event: error\ndata: {"error": {"message": "taken over", "code": "run_taken_over"}}\n\n'
+
+
+@contextmanager
+def playing(answers: list[bytes]) -> Iterator[tuple[Session, list[bytes]]]:
+    """Play a server: give each connection the next answer, the last one again and again. Gives also the requests."""
+    facts = {"id": "a", "model": "tiny@1", "seed": 7, "position": 6}
+    answers = [HEAD % (b"200 OK", b"application/json") + json.dumps(facts).encode(), *answers]
+    requests: list[bytes] = []
+
+    def serve() -> None:
+        for number in itertools.count():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return  # the listener is closed
+            with connection:
+                connection.settimeout(30)
+                requests.append(connection.recv(65_536))
+                connection.sendall(answers[min(number, len(answers) - 1)])
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        served = pool.submit(serve)
+        try:
+            with Client(f"http://127.0.0.1:{listener.getsockname()[1]}", retry_s=0.5) as client:
+                session = client.open("a")
+                client.close()
+                yield session, requests
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            served.result(30)
+
+
+@pytest.mark.parametrize("code", [b"run_taken_over", b"revision_conflict"])
+def test_client__waits_for_the_connection_that_took_its_stream_over(code: bytes) -> None:
+    """Perhaps its own request of long ago, which a server that was paused carries out late."""
+    loss = TAKEN_OVER.replace(b"run_taken_over", code)
+    answers = [
+        STREAM_HEAD + b'id: 8\nevent: text\ndata: {"text": "ab"}\n\n' + loss,
+        BUSY.replace(b"session_busy", code) if code == b"revision_conflict" else BUSY,
+        STREAM_HEAD
+        + b'id: 9\nevent: text\ndata: {"text": "c"}\n\nid: 9\nevent: done\ndata: {"finish_reason": "length", '
+        b'"position": 9, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}\n\n',
+    ]
+    with playing(answers) as (session, requests):
+        assert "".join(session.generate(3)) == "abc"
+    for request in requests[2:]:
+        assert request.startswith(b"GET /v1/sessions/a/generate?take_over=false ")
+        assert b"last-event-id: 8\r\n" in request.lower()
+
+
+def test_client__gives_up_a_stream_that_another_connection_continues_to_read() -> None:
+    answers = [STREAM_HEAD + b'id: 8\nevent: text\ndata: {"text": "ab"}\n\n' + TAKEN_OVER, BUSY]
+    with playing(answers) as (session, requests):
+        pieces = session.generate(3)
+        assert next(pieces) == "ab"
+        with pytest.raises(ServerError) as error:
+            next(pieces)
+        assert error.value.code == "run_taken_over"
+    assert 2 < len(requests) < 30
+    assert not any(request.startswith(b"POST /v1/sessions/a/rewind") for request in requests)
+
+
+def test_client__gives_up_a_stream_that_is_taken_over_again_and_again() -> None:
+    with playing([STREAM_HEAD + TAKEN_OVER]) as (session, requests):
+        with pytest.raises(ServerError) as error:
+            next(session.generate(3))
+        assert error.value.code == "run_taken_over"
+    assert 2 < len(requests) < 30
 
 
 def test_client__has_patience_for_more_than_one_ping() -> None:

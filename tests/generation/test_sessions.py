@@ -177,6 +177,23 @@ def test_resume__raises_in_a_thread_that_waits_for_the_run(bench: Bench) -> None
     assert heard == ["run_taken_over"]
 
 
+def test_resume__without_takeover_leaves_the_run_to_a_client_that_is_there(bench: Bench) -> None:
+    bench.create()
+    has_left = False
+    key, request = SessionKey("", "a"), RunRequest(3000, PLAIN)
+    first = bench.sessions.runs.generate(key, request, None, lambda: has_left)
+    pieces = first.chunks(0.0, 5)
+    got = next(pieces)
+    assert got is not None
+    with pytest.raises(SessionBusy):
+        bench.sessions.runs.resume(key, got.position, take_over=False)
+    has_left = True
+    assert len(got.text + drain(bench.sessions.runs.resume(key, got.position, take_over=False))) == 3000
+    with pytest.raises(RunTakenOver):
+        list(pieces)
+    assert len(drain(bench.sessions.runs.resume(key, 6, take_over=False))) == 3000  # it is finished
+
+
 def test_generate__repeated_takes_over_its_first_attempt(bench: Bench) -> None:
     bench.create()
     request = RunRequest(2000, PLAIN)

@@ -1,15 +1,17 @@
-"""A feed whose client leaves is stopped, so that the session is free for others."""
+"""A call whose client leaves is stopped, so that the session is free for others, or never begun."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 
-from service.client import Client
+from service.client import Client, ServerError
 from service.store.model_store import ModelStore
 from tests.harness.balancer import balancing
 from tests.harness.server import SERVE, Endpoint, Server, serving
@@ -56,3 +58,38 @@ def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balance
         wait_until(lambda: not is_busy(), 10)
         assert session.feed("b").position == 7
         assert 499 in {line.get("status") for line in server.logged("request")[num_logged:]}
+
+
+def test_calls__whose_clients_left_before_they_began_do_nothing(server: Server) -> None:
+    """The server is paused while they arrive. It finds them when it wakes up."""
+    calls: list[tuple[str, str, dict[str, object]]] = [
+        ("PUT", "never", {"text": "abc"}),
+        ("POST", "there/feed", {"text": "abc"}),
+        ("POST", "there/generate", {"max_tokens": 5}),
+        ("POST", "there/generate", {"max_tokens": 5, "stream": True}),
+        ("POST", "there/rewind", {"position": 2}),
+        ("POST", "there/fork", {"id": "copy"}),
+        ("DELETE", "there", {}),
+    ]
+    with Client(f"http://127.0.0.1:{server.port}") as client:
+        session = client.create("ROMEO:", id="there")
+        num_logged = len(server.logged("request"))
+        pids = [server.process.pid, int(server.worker.name)]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            for method, path, content in calls:
+                with socket.create_connection(("127.0.0.1", server.port)) as connection:
+                    body = json.dumps(content).encode()
+                    head = f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: len(server.logged("request")) >= num_logged + len(calls))
+        assert {line["status"] for line in server.logged("request")[num_logged:]} == {499}
+        assert session.text() == "ROMEO:"
+        for name in ("never", "copy"):
+            with pytest.raises(ServerError) as error:
+                client.open(name)
+            assert error.value.code == "session_not_found"

@@ -28,7 +28,8 @@ NUM_CHARS = 300
 @pytest.fixture(scope="module")
 def server(tiny_store: ModelStore) -> Iterator[Server]:
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_MAX_TOKENS": "60000"}
+    environment |= {"GRU_SERVE_ENGINE_THREADS": "1", "GRU_SERVE_MAX_TOKENS": "400000"}
+    environment |= {"GRU_SERVE_SESSION_TEXT_CHARS": "500000"}
     with serving(SERVE, environment) as server:
         yield server
 
@@ -145,6 +146,24 @@ def test_client_that_leaves__stops_the_run(server: Server, client: Client) -> No
     again = client.create("ROMEO:", seed=7)
     assert "".join(again.generate(len(first) + 50)) == first + rest
     assert server.call("GET", f"/v1/sessions/{session.id}")[1]["position"] == session.position
+
+
+def test_two_clients_of_a_stream__both_get_all_of_it_and_take_it_from_each_other_once(
+    server: Server, client: Client
+) -> None:
+    num_chars = 200_000
+    whole = "".join(client.create("ROMEO:", seed=7).generate(num_chars))
+    first = client.create("ROMEO:", seed=7, id="shared")
+    second = client.open("shared")
+    num_before = len(server.logged("session stream ended"))
+    pieces, others = first.generate(num_chars), second.generate(num_chars)
+    text, other_text = next(pieces), next(others)
+    with ThreadPoolExecutor(2) as pool:
+        rest, other_rest = pool.submit("".join, pieces), pool.submit("".join, others)
+        assert text + rest.result(60) == whole
+        assert other_text + other_rest.result(60) == whole
+    endings = [line["ending"] for line in server.logged("session stream ended")[num_before:]]
+    assert endings.count("run_taken_over") == 1
 
 
 class Proxy:

@@ -32,7 +32,11 @@ class Resource:
             else:
                 add = getattr(blueprint, route.method.lower())
                 add(route.path, summary=route.summary, responses=dict(route.responses or {}))(view)
+        blueprint.before_request(self.before_view)
         app.register_api(blueprint)
+
+    def before_view(self) -> None:
+        """Refuse a request, by raising an error, before any view of the resource is called. Refuses none by default."""
 
     def _views(self) -> Iterator[tuple[Route, Callable[..., Response]]]:
         """Yield the declared routes in their order, and a function for each: flask_openapi stores fields in it."""

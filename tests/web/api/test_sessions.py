@@ -219,6 +219,8 @@ def test_resume__without_a_run_or_at_a_bad_position_is_refused(client: FlaskClie
     refused(client.get(f"{session}/generate?after=6"), 409, "no_run")
     ok(client.post(f"{session}/generate", json={"max_tokens": 10}))
     assert refused(client.get(f"{session}/generate?after=17"), 409, "position_conflict", "after")["position"] == 16
+    client.post(f"{session}/feed", json={"text": "ab"})  # the position is the length of the text, here too
+    assert refused(client.get(f"{session}/generate?after=17"), 409, "position_conflict", "after")["position"] == 18
     for bad in ("x", "-1", "1.5", "", "1" * 17, "²"):
         headers = {"Last-Event-ID": bad.encode().decode("latin-1")}
         refused(client.get(f"{session}/generate", headers=headers), 400, "out_of_range", "Last-Event-ID")

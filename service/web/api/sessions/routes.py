@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flask import Response, request
 from pydantic import BaseModel
 
-from service.errors import InvalidValue, ListingNeedsKeys
+from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
 from service.generation.runs import RunRequest
 from service.generation.score_budget import ScoreBudget
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -48,6 +48,14 @@ class SessionRoutes(Resource):
     ) -> None:
         self._sessions, self._default_model, self._limits = sessions, default_model, limits
         self._admission, self._score_budget = admission, score_budget
+
+    def before_view(self) -> None:
+        """Begin nothing for a client that has left: it may have repeated the call at another replica, and gone on.
+
+        A replica that was paused finds such requests when it continues.
+        """
+        if client_monitor()():
+            raise ClientGone("the client had closed the connection before the server began")
 
     def _create(self, session_id: str | None, body: schemas.CreateBody) -> Response:
         _check_length(body.text, self._limits)
@@ -186,11 +194,12 @@ class SessionRoutes(Resource):
         """Stream the last run from a position on: first the characters that were generated already, then new ones.
 
         A run that was interrupted is continued with its original settings. If another connection still streams the run,
-        that connection gets an error and this one takes over.
+        that connection gets an error and this one takes over, unless `take_over` is false.
         """
         with ExitStack() as held:
             held.enter_context(self._admission.admit(client_key()))
-            stream = self._sessions.runs.resume(_key(path), _resume_position(query.after), client_monitor())
+            after = _resume_position(query.after)
+            stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
             return EventStream(run_events(stream, client_monitor()), held, named=True)
 

@@ -180,6 +180,11 @@ class ResumeQuery(_Query):
         description="position after the last character that you have; default: the start of the run. The header "
         "`Last-Event-ID` takes precedence",
     )
+    take_over: bool = Field(
+        True,
+        description="take the run over from a connection that still reads it; with `false` the answer is then 409 "
+        "`session_busy`",
+    )
 
 
 class StateQuery(_Query):
