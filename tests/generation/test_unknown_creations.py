@@ -41,10 +41,10 @@ class PausedAtCreation(RedisStore):
 
     redis: RedisProcess | None = None  # None while it answers
 
-    def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
+    def _call(self, operation: Operation, key: SessionKey, *arguments: Any, **options: Any) -> list[Any]:
         if operation == "create" and self.redis is not None:
             self.redis.send(signal.SIGSTOP)
-        return super()._call(operation, key, *arguments)
+        return super()._call(operation, key, *arguments, **options)
 
 
 @contextmanager

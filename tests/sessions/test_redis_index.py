@@ -157,10 +157,10 @@ def test_index__has_a_session_that_a_list_removed_while_it_was_created(
 ) -> None:
     call = store._call
 
-    def call_after_a_list(operation: Any, *arguments: Any) -> list[Any]:
+    def call_after_a_list(operation: Any, *arguments: Any, **options: Any) -> list[Any]:
         if operation == "create":
             assert ids(store) == []
-        return call(operation, *arguments)
+        return call(operation, *arguments, **options)
 
     monkeypatch.setattr(store, "_call", call_after_a_list)
     store.create(session("a"))

@@ -159,7 +159,7 @@ def every_use(store: SessionStore) -> list[Callable[[SessionKey], Any]]:
         lambda key: store.update(key, unchanged),
         lambda key: store.update(key, with_changes(seed=99)),
         lambda key: store.begin(key, with_changes(seed=99)),
-        store.delete,
+        lambda key: (store.load(key), store.delete(key)),
     ]
 
 
@@ -495,6 +495,20 @@ def test_delete__makes_the_session_unknown(store: SessionStore) -> None:
     assert store.page("", "", 9) == []
     store.create(session(seed=9))  # the id is free again
     assert (store.load(A).seed, store.load(A).revision) == (9, 1)
+
+
+def test_delete__again_changes_nothing(store: SessionStore, clock: Clock) -> None:
+    """The answer to the first one may have been lost. Of a session that never was, or has expired, there was none."""
+    store.create(session())
+    store.delete(A)
+    store.delete(A)
+    with pytest.raises(SessionNotFound):
+        store.delete(B)
+    store.create(session(seed=9))
+    assert store.load(A).seed == 9
+    clock.now += 60
+    with pytest.raises(SessionGone):
+        store.delete(A)
 
 
 def test_delete__of_a_leased_session_is_refused(store: SessionStore) -> None:
