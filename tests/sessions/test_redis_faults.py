@@ -27,6 +27,7 @@ from service.errors import (
     Overloaded,
     RevisionConflict,
     SessionBusy,
+    SessionExists,
     SessionLost,
     SessionNotFound,
     StoreUnavailable,
@@ -546,6 +547,21 @@ def test_lost_answer__of_a_deletion_that_was_done_is_asked_for_again(server: Red
         assert proxy.num_intercepted == 2
 
 
+def test_lost_answer__of_a_deletion_and_of_its_repetition_is_safe_to_repeat(server: RedisProcess) -> None:
+    """The caller may delete again, and gets to know that it is done."""
+    with lossy_proxy(server.url) as proxy, replicas(proxy.url, server.url) as (one, other):
+        one.create(session())
+        proxy.lose_answer("delete", lambda: proxy.lose_answer("delete"))
+        with pytest.raises(StoreUnavailable):
+            one.delete(A)
+        assert proxy.num_intercepted == 2
+        when_served(partial(one.delete, A))
+        other.delete(A)
+        for store in (one, other):
+            with pytest.raises(SessionNotFound):
+                store.load(A)
+
+
 def test_lost_answer__of_a_creation_that_was_done_is_asked_for_again(server: RedisProcess) -> None:
     with lossy_proxy(server.url) as proxy, replicas(proxy.url, server.url) as (one, other):
         one.create(session())
@@ -560,6 +576,39 @@ def test_lost_answer__of_a_creation_that_was_done_is_asked_for_again(server: Red
         proxy.lose_answer("create", create_anew)
         with pytest.raises(OutcomeUnknown):
             one.create(session("c"))
+
+
+# Connections that were closed while nobody used them
+
+
+def test_idle_connection__that_was_closed_is_not_used(server: RedisProcess) -> None:
+    """By the server, its administrator or a proxy. What the calls answer is the same as without that."""
+    with replicas(server.url, server.url, lease_s=60) as (one, other), redis.Redis.from_url(server.url) as admin:
+        one.create(session())
+
+        def close_connections() -> None:
+            admin.client_kill_filter(_type="normal", skipme=True)
+            wait_until(lambda: len(admin.client_list()) == 1, 5)
+
+        other.update(A, appended("x"))
+        close_connections()
+        assert one.update(A, appended("y")) == 8  # its copy was stale: a conflict
+        close_connections()
+        with pytest.raises(SessionExists):
+            one.create(session())
+        lease, _ = one.begin(A, appended("z"))
+        assert lease is not None
+        admin.hset("gru-serve:/a", "u", 0)
+        other.update(A, appended("!"))
+        close_connections()
+        with pytest.raises(RevisionConflict):
+            lease.save(appended("?")(lease.session)[0])
+        close_connections()
+        one.delete(A)
+        close_connections()
+        one.create(session())
+        one.check()
+        assert characters(other.load(A)) == "ROMEO:"
 
 
 # A clock that steps back

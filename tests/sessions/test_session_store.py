@@ -545,6 +545,43 @@ def test_redis_store__updates_a_current_copy_in_one_exchange(replicas: list[Redi
     assert exchanges.operations[3:] == ["save"]
 
 
+def test_redis_store__creates_in_one_exchange(replicas: list[RedisStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for the owner's index are needed once in some minutes, and those for long texts once for each segment."""
+    one, _ = replicas
+    monkeypatch.setattr(one._index, "check_some", lambda _: None)
+    exchanges: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        send = getattr(one._server, name)
+
+        def count(*arguments: Any, **options: Any) -> Any:
+            exchanges.append(name)
+            return send(*arguments, **options)
+
+        return count
+
+    for name in ("_run_script", "_send_all"):
+        monkeypatch.setattr(one._server, name, counted(name))
+    one.create(session("first"))
+    assert len(exchanges) == 2
+    exchanges.clear()
+    one.create(session("a"))
+    assert exchanges == ["_run_script"]
+    assert [summary.id for summary in one.page("", "", 9)] == ["a", "first"]
+    exchanges.clear()
+    with pytest.raises(SessionExists):
+        one.create(session("a"))
+    assert exchanges == ["_run_script"]
+    exchanges.clear()
+    retention, hidden = Retention(), state(0)
+    states = dict.fromkeys(retention.checkpoint_positions(0, 9_000), hidden)
+    long = one.create(session("long", text=Text(hidden).extended("x" * 9_000, hidden, states, retention)))
+    assert exchanges == ["_send_all", "_send_all", "_run_script"]
+    exchanges.clear()
+    one.create(replace(long, id="fork"))
+    assert exchanges == ["_send_all", "_run_script"]
+
+
 def test_redis_store__without_a_cache_needs_two_exchanges(
     request: pytest.FixtureRequest, clock: Clock, exchanges: Exchanges
 ) -> None:
