@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -147,21 +148,17 @@ class RedisServer:
         with suppress(StoreUnavailable):
             self.ping()
 
-    def call(self, operation: Operation, key: str, *arguments: Any, around: tuple[Any, ...] | None = None) -> list[Any]:
+    def call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         """Run one operation on one session and return the script's answer.
-
-        around: A command that is to be done before and after it, in the same exchange.
 
         Raises StoreUnavailable if nothing was changed, OutcomeUnknown if a save may or may not have been done, and
         Overloaded if Redis has no memory for a new session.
         """
-        self.check()
-        started = time.perf_counter()
-        try:
-            return self._call(operation, key, arguments, around)
-        finally:
-            if self._observer is not None:
-                self._observer.observe(operation, time.perf_counter() - started)
+        return self._timed(operation, partial(self._run_script, key, operation, *arguments))
+
+    def call_between(self, command: tuple[Any, ...], operation: Operation, key: str, *arguments: Any) -> list[Any]:
+        """Do the same, and a command before and after it, in the same exchange."""
+        return self._timed(operation, partial(self._run_script_between, command, key, operation, *arguments))
 
     def keys(self, pattern: str) -> Iterator[str]:
         """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
@@ -311,13 +308,20 @@ class RedisServer:
         self._batch_client.close()
         self._ping_client.close()
 
-    def _call(
-        self, operation: Operation, key: str, arguments: Sequence[Any], around: tuple[Any, ...] | None
-    ) -> list[Any]:
+    def _timed(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
+        self.check()
+        started = time.perf_counter()
+        try:
+            return self._call(operation, run)
+        finally:
+            if self._observer is not None:
+                self._observer.observe(operation, time.perf_counter() - started)
+
+    def _call(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
         is_retry = False
         while True:
             try:
-                answer = self._run_script(key, operation, *arguments, around=around, is_retry=is_retry)
+                answer = run(is_retry=is_retry)
             except errors.RedisError as error:
                 is_lost = _is_without_answer(error)
                 if is_lost and not is_retry and isinstance(error, errors.ConnectionError):
@@ -329,17 +333,22 @@ class RedisServer:
                 raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
             return answer
 
-    def _run_script(
-        self, key: str, operation: Operation, *arguments: Any, around: tuple[Any, ...] | None, is_retry: bool
-    ) -> list[Any]:
+    def _run_script(self, key: str, operation: Operation, *arguments: Any, is_retry: bool = False) -> list[Any]:
         """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
         script = self._create_script if operation == "create" else self._other_script
+        return self._run(lambda client: script(keys=[key], args=[operation, *arguments], client=client), is_retry)
+
+    def _run_script_between(
+        self, command: tuple[Any, ...], key: str, operation: Operation, *arguments: Any, is_retry: bool = False
+    ) -> list[Any]:
+        script = self._create_script if operation == "create" else self._other_script
+        evaluate = partial(_evaluate_between, command=command, script=script, arguments=(key, operation, *arguments))
+        return self._run(evaluate, is_retry)
+
+    def _run(self, use: Callable[[Redis], Any], is_retry: bool) -> list[Any]:
         client = self._take(is_new=is_retry)
         try:
-            if around is None:
-                answer: list[Any] = script(keys=[key], args=[operation, *arguments], client=client)
-            else:
-                answer = _evaluate_between(client.connection, script, (key, operation, *arguments), around)
+            answer: list[Any] = use(client)
             if _change_of(client) != self._change:
                 raise _Superseded
         except BaseException:
@@ -513,15 +522,14 @@ def _is_closed(client: Redis) -> bool:
     return bool(poll.poll(0))  # from a connection that is idle and open nothing can be read
 
 
-def _evaluate_between(
-    connection: Any, script: Script, arguments: tuple[Any, ...], around: tuple[Any, ...]
-) -> list[Any]:
+def _evaluate_between(client: Redis, command: tuple[Any, ...], script: Script, arguments: tuple[Any, ...]) -> Any:
     """Run a script between two executions of a command, in one round trip, and return its answer.
 
     If the command itself fails, that is not an error: the server may be full.
     """
+    connection: Any = client.connection
     for _ in range(2):
-        commands = [around, ("EVALSHA", script.sha, 1, *arguments), around]
+        commands = [command, ("EVALSHA", script.sha, 1, *arguments), command]
         connection.send_packed_command(connection.pack_commands(commands))
         answers: list[Any] = []
         for _ in commands:
@@ -535,8 +543,7 @@ def _evaluate_between(
         connection.read_response()
     if isinstance(answers[1], errors.RedisError):
         raise answers[1]
-    evaluated: list[Any] = answers[1]
-    return evaluated
+    return answers[1]
 
 
 def _close(client: Redis) -> None:

@@ -109,9 +109,7 @@ class RedisStore:
         self._segments.write(record.segments, nonce, session.ttl_s)
         indexing = self._index.adding(session.key, session.ttl_s)
         try:
-            answer = self._call(
-                "create", session.key, nonce, record.data, _ms(session.ttl_s), record.settled, around=indexing
-            )
+            answer = self._call_create(session.key, indexing, nonce, record.data, _ms(session.ttl_s), record.settled)
         except Overloaded:
             self._segments.release(record.segments, nonce)
             raise
@@ -340,11 +338,12 @@ class RedisStore:
         if self._renewer.stop_renewing(lease):
             self._free(lease.session.key, lease.token)
 
-    def _call(
-        self, operation: Operation, key: SessionKey, *arguments: Any, around: tuple[Any, ...] | None = None
-    ) -> list[Any]:
+    def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
+        return self._server.call(operation, self._redis_key(key), self._now_ms(), self._renewer.lease_ms, *arguments)
+
+    def _call_create(self, key: SessionKey, indexing: tuple[Any, ...], *arguments: Any) -> list[Any]:
         times = self._now_ms(), self._renewer.lease_ms
-        return self._server.call(operation, self._redis_key(key), *times, *arguments, around=around)
+        return self._server.call_between(indexing, "create", self._redis_key(key), *times, *arguments)
 
     def _now(self) -> float:
         """Seconds since 1970, for what only this process sees."""

@@ -24,9 +24,9 @@ from service.sessions.session import SessionKey
 
 Item = TypeVar("Item")
 
-# One creation in 16 checks 48 ids. In the long run at most one id in three is then without a session, and most
+# One creation in 8 checks 24 ids. In the long run at most one id in three is then without a session, and most
 # creations don't wait for the check.
-_NUM_CHECKED, _CREATIONS_PER_CHECK = 48, 16
+_NUM_CHECKED, _CREATIONS_PER_CHECK = 24, 8
 _LONGEST_LIFE_MS = 30 * 24 * 3600 * 1000  # no session can ask for more
 _RETRY_S = 60.0
 _GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})

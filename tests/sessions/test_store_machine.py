@@ -80,6 +80,7 @@ class Known:
     may_be_leased: bool = False  # by a call whose outcome nobody knows
     may_be_lost: bool = False  # Redis has lost what only replicas know that were stopped, or have no record
     seen: dict[int, str] = field(default_factory=dict)  # by replica
+    deleted_by: int | None = None  # the replica that knows that there is none
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -114,7 +115,8 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "ending"):
             try:
-                self.finish()
+                if hasattr(self, "changed"):
+                    self.finish()
             finally:
                 self.ending.close()
 
@@ -138,6 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Note what is on Redis' disk now: the next restart may lose what is written after it."""
         self.on_disk = self.server.on_disk()
         self.marked = {session_id: replace(known, maybe={*known.maybe}) for session_id, known in self.sessions.items()}
+        self.changed: set[str] = set()  # sessions that somebody may have changed since
 
     def new_token(self) -> str:
         self.num_tokens += 1
@@ -172,6 +175,7 @@ class StoreMachine(RuleBasedStateMachine):
     def call(self, session_id: str, number: int, act: Callable[[RedisStore, SessionKey], Any]) -> Any:
         """Let a replica call. Returns its answer, or an error that may be."""
         known, store = self.sessions[session_id], self.stores[number]
+        self.changed.add(session_id)
         try:
             return act(store, SessionKey("", session_id))
         except SessionBusy as error:
@@ -267,6 +271,8 @@ class StoreMachine(RuleBasedStateMachine):
         if answer is None:
             self.leases.pop(session_id, None)
             self.sessions[session_id] = Known(may_be_lost=known.may_be_lost and bool(self.paused))
+            if known.text is not None:
+                self.sessions[session_id].deleted_by = number
         elif isinstance(answer, StoreUnavailable):
             known.may_be_deleted = True
 
@@ -389,11 +395,12 @@ class StoreMachine(RuleBasedStateMachine):
     def lose(self, session_id: str) -> None:
         """Note what may be lost: what only paused replicas have. The last replica knows saves, but not their texts."""
         known, before = self.sessions[session_id], self.marked[session_id]
-        if known == before:
+        if session_id not in self.changed:
             return
         live = [number for number in range(len(CACHES)) if number not in self.paused]
         keepers = [number for number in live if CACHES[number] and known.seen.get(number) == known.text]
-        if known.text is None or not keepers:
+        is_kept = known.deleted_by in live if known.text is None else bool(keepers)
+        if not is_kept:
             known.may_be_lost = True
             known.may_be_there = known.may_be_deleted = True
             kept = [known.seen[number] for number in live if CACHES[number] and number in known.seen]
