@@ -190,7 +190,7 @@ class LeaseRenewer:
                 )
                 for lease in batch
             ]
-            for lease, answer in zip(batch, self._server.call_all(calls), strict=True):
+            for lease, answer in zip(batch, self._server.call_all(calls, one_by_one=True), strict=True):
                 lease.due = self.next_due()
                 if answer[0] != b"ok" and not lease.is_ending and lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
@@ -250,7 +250,9 @@ class LeaseRenewer:
         self._segments.restore([saved for saved in cached if saved is not None])  # before the records that need them
         # Records are sent only for what the server lacks: after a clean restart that is nothing.
         questions = [self._command("lacks", key, *_parts(write.save_id)) for key, write in batch]
-        answers = dict(zip(batch, (answer[0] for answer in self._server.call_all(questions)), strict=True))
+        answers = dict(
+            zip(batch, (answer[0] for answer in self._server.call_all(questions, one_by_one=True)), strict=True)
+        )
         with self._lock:
             for (key, write), answer in answers.items():
                 if answer == b"parted":
@@ -259,7 +261,7 @@ class LeaseRenewer:
             while len(self._parted) > _MAX_AT_RISK:
                 self._parted.popitem(last=False)
         commands = [self._restoring(*item) for item, answer in answers.items() if answer == b"yes"]
-        for command, answer in zip(commands, self._server.call_all(commands), strict=True):
+        for command, answer in zip(commands, self._server.call_all(commands, one_by_one=True), strict=True):
             counts["num_restored"] += command[0] == "restore" and answer[0] == b"ok"
             counts["num_lost"] += command[0] == "bury" and b"lost" in command and answer[0] == b"ok"
 

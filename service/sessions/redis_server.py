@@ -258,17 +258,22 @@ class RedisServer:
             self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
 
-    def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    def call_all(self, calls: Sequence[tuple[Any, ...]], *, one_by_one: bool = False) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
 
-        Any thread may call. Raises StoreUnavailable.
+        Any thread may call. Raises StoreUnavailable. one_by_one: a call that is refused because of its key, for example
+        because the key has something else, is logged and answers "refused".
         """
         commands = [("EVALSHA", self._batch_script.sha, 1, key, operation, *rest) for operation, key, *rest in calls]
         try:
             answers = self._send_all(self._batch_client, commands)
-            for answer in answers:
-                if isinstance(answer, errors.RedisError):
+            for number, answer in enumerate(answers):
+                if not isinstance(answer, errors.RedisError):
+                    continue
+                if not one_by_one or _word(answer) not in _ABOUT_ONE_CALL:
                     raise answer
+                log.error("the session store refused a call", **_kind(answer))
+                answers[number] = [b"refused"]
             return answers
         except errors.RedisError as error:
             self._note_failure(error, may_be_about_one_call=True)

@@ -293,6 +293,19 @@ def test_recovery__waits_for_no_replica_that_cannot_restore(
         assert not look(broken) or not broken._server._has_to_restore()
 
 
+def test_recovery__is_not_stopped_by_a_key_that_has_something_else(server: RedisProcess) -> None:
+    with replicas(server, 1) as (one,), redis.Redis.from_url(server.url) as client:
+        on_disk = server.on_disk()
+        for session_id in "ab":
+            one.create(session(session_id))
+        server.kill()
+        server.lose_what_was_written_since(on_disk)
+        server.start()
+        client.set("gru-serve:/a", "not a session")
+        open_again(one)
+        assert text_of(one, B) == "ROMEO:"
+
+
 # Restarts, one after the other
 
 
