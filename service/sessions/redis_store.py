@@ -116,7 +116,7 @@ class RedisStore:
         if answer[0] == b"exists":
             self._segments.release(record.segments, nonce)
             raise SessionExists(f"there is already a session {session.id}")
-        session = self._saved(session, record, nonce, answer).session
+        session = self._saved(session, record, answer).session
         self._index.check_some(session.owner)
         return session
 
@@ -143,13 +143,12 @@ class RedisStore:
             except _SessionDeleted:
                 return  # the answer to this may have been lost
             try:
-                nonce = self._new_nonce()
-                answer = self._call("delete", key, lease.token, nonce)
+                answer = self._call("delete", key, lease.token, self._new_nonce())
                 if answer[0] == b"conflict":
                     raise RevisionConflict(_CHANGED)
                 before = lease.save_id
                 self._cache.drop(key)
-                self._renewer.record_deletion(key, SaveId(before.incarnation, before.revision + 1, nonce))
+                self._renewer.record_deletion(key, SaveId(before.incarnation, before.revision + 1, answer[1]))
                 self._index.discard(key.owner, [key.id])
                 self._segments.release(self._segments.of(lease.session), before.creation)
             finally:
@@ -257,7 +256,7 @@ class RedisStore:
         answer = self._call("claim", changed.key, *_parts(cached.save_id), token, *saving)
         if answer[0] == b"conflict":
             return False, None
-        saved = self._saved(changed, record, nonce, answer)
+        saved = self._saved(changed, record, answer)
         if not keep:
             return True, None
         lease = RedisLease(self, saved, token)
@@ -313,7 +312,7 @@ class RedisStore:
         answer = self._call("load", session.key, *_parts(lease.save_id))
         lease.unanswered = None
         if answer[0] == b"ok" and answer[3] == nonce:
-            lease.set_saved(self._saved(session, self._encode(session), nonce, [*answer[:3], answer[4]]))
+            lease.set_saved(self._saved(session, self._encode(session), [*answer[:3], answer[4], nonce]))
 
     def _save_once(self, lease: RedisLease, session: Session, nonce: bytes, release: bool) -> None:
         """Save. If a save with this nonce was done before, nothing changes."""
@@ -331,7 +330,7 @@ class RedisStore:
         lease.unanswered = None
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
-        lease.set_saved(self._saved(session, record, nonce, answer))
+        lease.set_saved(self._saved(session, record, answer))
         lease.due = self._renewer.next_due()
 
     def _release(self, lease: RedisLease) -> None:
@@ -383,9 +382,9 @@ class RedisStore:
             return cached
         return replace(cached, session=replace(cached.session, expires_at=expires_at))
 
-    def _saved(self, session: Session, record: Record, nonce: bytes, answer: list[Any]) -> CachedSession:
+    def _saved(self, session: Session, record: Record, answer: list[Any]) -> CachedSession:
         """Read an answer to an operation that saved; the session as it is stored now."""
-        save_id, expires_at = SaveId(answer[1], int(answer[2]), nonce), int(answer[3]) / 1000
+        save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[4]), int(answer[3]) / 1000
         text = session.text.with_hidden(read_state(session.hidden))
         session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
         saved = CachedSession(session, save_id, record.settled_hash)

@@ -39,6 +39,14 @@ local function whole(number) return string.format('%.0f', number) end
 local function epoch_of(save) return #save == NONCE_BYTES and save:sub(1, 16) or NO_EPOCH end
 local epoch = epoch_of(nonce or '')
 
+-- A caller that has not noticed the present epoch yet saves in that of the save before: epochs never go back.
+local function lifted(new_nonce)
+  return #new_nonce == NONCE_BYTES and epoch_of(new_nonce) < epoch and epoch .. new_nonce:sub(17) or new_nonce
+end
+
+-- Whether the last save is one with this nonce: then its caller repeats a call whose first answer got lost.
+local function is_done(new_nonce) return nonce and nonce:sub(-12) == new_nonce:sub(-12) end
+
 -- One HSET for all fields: each command costs Redis as much as the rest of the script.
 local function set(...) redis.call('HSET', key, ...) end
 
@@ -49,7 +57,7 @@ local function live_for(ms, ...) -- sets other fields too
 end
 
 local function write(new_incarnation, new_revision, new_nonce, record, ms, settled, new_holder, new_lease_end, new_history)
-  incarnation, revision = new_incarnation, new_revision
+  incarnation, revision, nonce = new_incarnation, new_revision, new_nonce
   if new_history ~= history then set('h', new_history) end
   live_for(ms, 'b', incarnation, 'r', whole(revision), 'n', new_nonce, 'd', record, 't', ms,
     'l', new_holder, 'u', new_lease_end, 'w', '', 's', '')
@@ -62,7 +70,7 @@ local function bury(kind, new_incarnation, new_revision, new_nonce, token)
   redis.call('PEXPIRE', key, REMEMBERED_MS)
 end
 
-local function saved() return {'ok', incarnation, whole(revision), whole(expires)} end
+local function saved() return {'ok', incarnation, whole(revision), whole(expires), nonce} end
 
 local function history_with(new_nonce) -- the history of a save that follows the stored one
   if epoch_of(new_nonce) == epoch then return history end
@@ -73,6 +81,7 @@ end
 
 local function save_next(new_nonce, record, ms, settled, token, lease_ms) -- lease_ms '': give the lease back as well
   local keeps = lease_ms ~= ''
+  new_nonce = lifted(new_nonce)
   write(incarnation, revision + 1, new_nonce, record, tonumber(ms), settled, keeps and token or '',
     keeps and whole(now + lease_ms) or 0, history_with(new_nonce))
   return saved()
@@ -127,13 +136,13 @@ end
 local operations = {}
 
 function operations.create(new_nonce, record, ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   if is_alive and not has_expired then return {'exists'} end
   -- Later than the incarnation before, even if the clock has stepped back since.
   local created = time[1] * 1e6 + time[2]
   if incarnation then created = math.max(created, tonumber(incarnation:sub(1, 16)) + 1) end
   -- No DEL first: after a write Redis no longer checks its memory limit.
-  write(string.format('%016.0f', created) .. new_nonce, 1, new_nonce, record, tonumber(ms), settled, '', 0, '')
+  write(string.format('%016.0f', created) .. new_nonce, 1, lifted(new_nonce), record, tonumber(ms), settled, '', 0, '')
   return saved()
 end
 
@@ -164,14 +173,14 @@ end
 
 -- Compare and save: lease and save in one, for a caller that has seen the last save.
 function operations.claim(seen_incarnation, seen_revision, seen_nonce, token, new_nonce, record, ms, lease_ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   local is_current = is_alive and not has_expired and is_save(seen_incarnation, seen_revision, seen_nonce)
   if not is_current or is_leased then return {'conflict'} end
   return save_next(new_nonce, record, ms, settled, token, lease_ms)
 end
 
 function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new_nonce, record, ms, lease_ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   if not is_alive or holder ~= token or not is_save(seen_incarnation, seen_revision, seen_nonce) then
     return {'conflict'}
   end
@@ -200,10 +209,11 @@ end
 -- A tombstone stays, by which a restart's recovery knows that an older copy is not to be restored. It counts as a save:
 -- whatever order the replicas restore in, the deletion is later than the save that it deleted.
 function operations.delete(token, new_nonce)
-  if tombstone == 'deleted' and holder == token then return {'ok'} end -- a repeated call, whose first answer got lost
+  if tombstone == 'deleted' and holder == token then return {'ok', nonce} end -- the first answer got lost
   if not is_alive or holder ~= token then return {'conflict'} end
-  bury('deleted', incarnation, revision + 1, new_nonce or '', token)
-  return {'ok'}
+  new_nonce = lifted(new_nonce or '')
+  bury('deleted', incarnation, revision + 1, new_nonce, token)
+  return {'ok', new_nonce}
 end
 
 -- After a restart that may have lost the last writes: does the server lack this save? 'parted': others have continued from

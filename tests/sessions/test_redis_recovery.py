@@ -360,6 +360,34 @@ def test_demotion__that_one_replica_saw_makes_all_recover(server: RedisProcess) 
         assert [text_of(store) for store in (one, other)] == ["ROMEO:"] * 2
 
 
+@pytest.mark.parametrize("deletes", [False, True])
+def test_replica__that_has_not_noticed_an_epoch_saves_in_it(server: RedisProcess, deletes: bool) -> None:
+    """What it saves is later than what was saved in that epoch before."""
+    with replicas(server, 2) as (one, other):
+        one.create(session())
+        begin_epoch(one, other)
+        assert one.update(A, appended("x")) == 7
+        assert text_of(other) == "ROMEO:x"
+        other._server._epoch = other._server._restored_epoch = b"1" * 16  # as if it had noticed nothing
+        if deletes:
+            other.delete(A)
+            other.create(session(characters="JULIET:"))
+        else:
+            assert other.update(A, appended("y")) == 8
+        expected = text_of(other)
+        begin_epoch(one, other)
+        assert [text_of(store) for store in (one, other)] == [expected] * 2
+
+
+def begin_epoch(*stores: RedisStore) -> None:
+    """Do what a replica does that has seen the server as a replica for a moment, and recover."""
+    stores[0]._server._left_epoch, stores[0]._server._probe_at = stores[0]._server.epoch, 0.0
+    look(stores[0])
+    for store in stores:
+        store._server._probe_at = 0.0
+    open_again(*stores)
+
+
 def test_long_outage__restores_over_older_saves_only(server: RedisProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage that is longer than deletions are remembered, an absent session may have been deleted."""
     monkeypatch.setattr(lease_renewer, "_REMEMBERED_S", 0.0)

@@ -88,7 +88,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.ending = ExitStack()
+        self.ending, self.is_up = ExitStack(), False
         directory = Path(self.ending.enter_context(tempfile.TemporaryDirectory()))
         options = ("--appendonly", "yes", "--appendfsync", "no")
         self.server: RedisProcess = self.ending.enter_context(redis_process(directory, *options))
@@ -111,11 +111,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.is_full = self.is_demoted = self.was_full = self.is_stopped = False
         self.mark()
         self.heal()
+        self.is_up = True
 
     def teardown(self) -> None:
         if hasattr(self, "ending"):
             try:
-                if hasattr(self, "changed"):
+                if self.is_up:
                     self.finish()
             finally:
                 self.ending.close()
@@ -378,10 +379,12 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(loses=st.booleans(), num_times=st.integers(1, 2))
     def restart(self, loses: bool, num_times: int) -> None:
         for _ in range(num_times):
+            self.is_up = False
             self.server.kill()
             if loses:
                 self.server.lose_what_was_written_since(self.on_disk)
             self.server.start()
+            self.is_up = True
             self.look()
         if self.is_full:
             self.fill()
