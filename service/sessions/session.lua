@@ -266,14 +266,18 @@ end
 function operations.attend(run, known, left, name, restored, window, patience)
   local facts = redis.call('HMGET', key, 'e', 'i', 'o', 'm')
   local current, opens, members, num_missing = facts[1] or NO_EPOCH, tonumber(facts[3] or 0), {}, 0
-  local begins = facts[2] ~= run or current < known or current == left
+  local has_changed = facts[2] ~= run or current == left
+  local begins = has_changed or current < known
   window = tonumber(window)
   local longest = tonumber(patience) or 4 * window
-  if begins then
+  if has_changed then
     -- Later than the epoch before, even if the clock has stepped back since.
     current = math.max(time[1] * 1e6 + time[2], tonumber(current) + 1, tonumber(known) + 1)
-    current, opens = string.format('%016.0f', current), now + window
+    current = string.format('%016.0f', current)
+  elseif begins then
+    current = known -- of another server
   end
+  if begins then opens = now + window end
   for other, epoch_restored, silent in (facts[4] or ''):gmatch('(%w+),(%d*),(%d+);') do
     silent = begins and now + longest or math.min(tonumber(silent), now + longest)
     if other ~= name and silent > now then
