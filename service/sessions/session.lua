@@ -124,6 +124,9 @@ local function refusal(seen_incarnation, seen_revision, seen_nonce)
   if incarnation < seen_incarnation or not follows(tonumber(seen_revision), seen_nonce) then return 'lost' end
 end
 
+-- A deletion that was seen has to stay, like a save that was: its caller is told which it is.
+local function refused_with(word) return word == 'deleted' and {word, incarnation, whole(revision), nonce} or {word} end
+
 local function describe(seen_nonce) -- the record only for a caller that doesn't have it
   local facts = {'ok', incarnation, whole(revision), nonce, whole(expires)}
   if nonce ~= seen_nonce then
@@ -148,7 +151,7 @@ end
 
 function operations.load(seen_incarnation, seen_revision, seen_nonce)
   local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
-  return refused and {refused} or describe(seen_nonce)
+  return refused and refused_with(refused) or describe(seen_nonce)
 end
 
 -- For a list: the record up to its header, if the session is there. In version 1 the header doesn't suffice.
@@ -162,7 +165,7 @@ end
 
 function operations.lease(seen_incarnation, seen_revision, seen_nonce, token, ms, requests_takeover)
   local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
-  if refused then return {refused} end
+  if refused then return refused_with(refused) end
   if is_leased and holder ~= token then
     if requests_takeover == '1' then set('w', '1') end
     return {'busy'}

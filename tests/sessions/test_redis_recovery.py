@@ -415,6 +415,24 @@ def test_reader__restores_what_it_read_if_the_writer_is_dead(server: RedisProces
         assert [text_of(store) for store in (reader, third)] == ["ROMEO:x"] * 2
 
 
+@pytest.mark.parametrize("sees", [RedisStore.load, RedisStore.delete])
+def test_reader__restores_a_deletion_that_it_has_seen(server: RedisProcess, sees: Callable[..., Any]) -> None:
+    """A caller that was told that a session is deleted never meets it again."""
+    with replicas(server, 2) as (one, other):
+        one.create(session())
+        on_disk = server.on_disk()
+        with replicas(server, 1) as (deleting,):
+            deleting.delete(A)
+            with suppress(SessionNotFound):
+                sees(other, A)
+        assert len(other) == 0
+        restart(server, on_disk)
+        open_again(one, other)
+        for store in (one, other):
+            with pytest.raises(SessionNotFound):
+                store.load(A)
+
+
 def test_history__is_known_over_many_restarts(server: RedisProcess) -> None:
     """A copy that is older than all epochs which the server lists is an older copy, and not a lost one."""
     with replicas(server, 2) as (one, other):

@@ -12,6 +12,7 @@ import os
 import signal
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
@@ -88,7 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.ending, self.is_up = ExitStack(), False
+        self.ending, self.is_up, self.trace = ExitStack(), False, deque[str](maxlen=100)
         directory = Path(self.ending.enter_context(tempfile.TemporaryDirectory()))
         options = ("--appendonly", "yes", "--appendfsync", "no")
         self.server: RedisProcess = self.ending.enter_context(redis_process(directory, *options))
@@ -135,6 +136,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(event=st.sampled_from(EVENTS))
     def happen(self, event: str) -> None:
+        self.note(event)
         getattr(self, event)()
 
     def mark(self) -> None:
@@ -142,6 +144,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.on_disk = self.server.on_disk()
         self.marked = {session_id: replace(known, maybe={*known.maybe}) for session_id, known in self.sessions.items()}
         self.changed: set[str] = set()  # sessions that somebody may have changed since
+
+    def note(self, *facts: Any) -> None:
+        """Add a line to what an assertion that fails reports: failures may depend on time, and not come again."""
+        self.trace.append(" ".join(map(str, facts)))
+
+    def ensure(self, condition: bool, message: str) -> None:
+        assert condition, "\n".join([*self.trace, message])
 
     def new_token(self) -> str:
         self.num_tokens += 1
@@ -151,16 +160,17 @@ class StoreMachine(RuleBasedStateMachine):
         """Compare a text that a replica has answered with what was seen before."""
         known = self.sessions[session_id]
         if known.text is None:
-            assert known.may_be_there or known.may_be_lost, f"{session_id}: {text} is there"
+            self.ensure(known.may_be_there or known.may_be_lost, f"{session_id}: {text} is there")
             before = ""
         else:
             before = known.text
         if known.may_be_lost and number in known.seen:
-            assert text.startswith(known.seen[number]), f"replica {number} went back from {known.seen[number]}: {text}"
-        assert text.startswith(before), f"{before} was seen, and now {text}"
+            before_here = known.seen[number]
+            self.ensure(text.startswith(before_here), f"replica {number} went back from {before_here}: {text}")
+        self.ensure(text.startswith(before), f"{before} was seen, and now {text}")
         more = tokens(text[len(before) :])
-        assert len(more) == len({*more}), f"doubled: {text}"
-        assert {*more} <= known.maybe, f"{text}: of {more} only {known.maybe} may be there"
+        self.ensure(len(more) == len({*more}), f"doubled: {text}")
+        self.ensure({*more} <= known.maybe, f"{text}: of {more} only {known.maybe} may be there")
         known.maybe -= {*more}
         known.text, known.may_be_there, known.may_be_deleted = text, False, False
         known.seen[number] = text
@@ -169,35 +179,39 @@ class StoreMachine(RuleBasedStateMachine):
         """Note that a replica has said that there is no such session."""
         known = self.sessions[session_id]
         is_deleted = known.text is None or known.may_be_deleted or known.may_be_lost
-        assert is_deleted, f"{session_id}: {known.text} was seen, and is not there"
+        self.ensure(is_deleted, f"{session_id}: {known.text} was seen, and is not there")
         if not known.may_be_lost:
             self.sessions[session_id] = Known(may_be_leased=known.may_be_leased)
 
     def call(self, session_id: str, number: int, act: Callable[[RedisStore, SessionKey], Any]) -> Any:
         """Let a replica call. Returns its answer, or an error that may be."""
-        known, store = self.sessions[session_id], self.stores[number]
+        store = self.stores[number]
         self.changed.add(session_id)
         try:
-            return act(store, SessionKey("", session_id))
-        except SessionBusy as error:
-            assert known.may_be_leased or self.leases.get(session_id), "nobody has leased it"
-            return error
-        except SessionLost as error:
-            assert known.may_be_lost, f"{session_id}: {known.text} is not lost"
-            return error
-        except SessionNotFound as error:
-            self.miss(session_id)
-            return error
-        except Overloaded as error:
-            assert self.is_full
-            return error
-        except (StoreUnavailable, OutcomeUnknown) as error:
-            known.may_be_leased = True
-            return error
-        except (RevisionConflict, SessionExists) as error:
+            answer = act(store, SessionKey("", session_id))
+            self.note(number, session_id, text_of(answer) if isinstance(answer, Session) else answer)
+            return answer
+        except GruServeError as error:
+            self.note(number, session_id, type(error).__name__)
+            self.check_error(session_id, error)
             return error
         finally:
             self.look()
+
+    def check_error(self, session_id: str, error: GruServeError) -> None:
+        known = self.sessions[session_id]
+        if isinstance(error, SessionBusy):
+            self.ensure(known.may_be_leased or bool(self.leases.get(session_id)), "nobody has leased it")
+        elif isinstance(error, SessionLost):
+            self.ensure(known.may_be_lost, f"{session_id}: {known} is not lost")
+        elif isinstance(error, SessionNotFound):
+            self.miss(session_id)
+        elif isinstance(error, Overloaded):
+            self.ensure(self.is_full, "the server is not full")
+        elif isinstance(error, StoreUnavailable | OutcomeUnknown):
+            known.may_be_leased = True
+        else:
+            self.ensure(isinstance(error, RevisionConflict | SessionExists), repr(error))
 
     # What callers do
 
@@ -205,6 +219,7 @@ class StoreMachine(RuleBasedStateMachine):
     def work(self, work: list[tuple[str, str, int]]) -> None:
         for name, session_id, number in work:
             known = self.sessions[session_id]
+            self.note(name)
             is_there = known.text is not None or known.may_be_there or known.may_be_lost
             getattr(self, name if is_there else "create")(session_id, number)
 
@@ -222,7 +237,7 @@ class StoreMachine(RuleBasedStateMachine):
         answer = self.call(session_id, number, lambda store, _: store.create(new))
         if isinstance(answer, Session):
             was_free = known.text is None or known.may_be_deleted or known.may_be_lost
-            assert was_free, f"{session_id}: {known.text} was seen, and could be created again"
+            self.ensure(was_free, f"{session_id}: {known.text} was seen, and could be created again")
             may_be_lost = known.may_be_lost
             self.sessions[session_id] = Known(token, may_be_lost=False, may_be_leased=known.may_be_leased)
             if may_be_lost:  # a replica that was stopped may still have the one before, and says that it is lost
@@ -234,7 +249,7 @@ class StoreMachine(RuleBasedStateMachine):
             known.maybe.add(token)
         elif isinstance(answer, SessionExists):
             is_there = known.text is not None or known.may_be_there or known.may_be_lost
-            assert is_there, "there was none"
+            self.ensure(is_there, "there was none")
 
     def load(self, session_id: str, number: int) -> None:
         if number not in self.paused:
@@ -325,7 +340,7 @@ class StoreMachine(RuleBasedStateMachine):
         for listed_id, known in self.sessions.items():
             if known.may_be_lost or known.may_be_deleted or known.may_be_there or self.was_full:
                 continue
-            assert (listed_id in found) == (known.text is not None), f"{listed_id}: {known}, listed: {found}"
+            self.ensure((listed_id in found) == (known.text is not None), f"{listed_id}: {known}, listed: {found}")
 
     def pass_time(self) -> None:
         """Let all leases end."""
@@ -339,11 +354,13 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(number=REPLICAS)
     def pause(self, number: int) -> None:
         if len(self.paused) < 2:
+            self.note("pause", number)
             self.paused.add(number)
 
     @rule(number=REPLICAS, calls_first=st.booleans(), session_id=IDS)
     def wake(self, number: int, calls_first: bool = False, session_id: str = "a") -> None:
         if number in self.paused:
+            self.note("wake", number, calls_first)
             self.paused.discard(number)
             if calls_first:  # before its thread has looked
                 self.load(session_id, number)
@@ -378,6 +395,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(loses=st.booleans(), num_times=st.integers(1, 2))
     def restart(self, loses: bool, num_times: int) -> None:
+        self.note("restart", loses, num_times)
         for _ in range(num_times):
             self.is_up = False
             self.server.kill()
@@ -419,6 +437,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(work=CALLS_OF_WORK)
     def demote(self, work: list[tuple[str, str, int]]) -> None:
         """Make the server a replica for some calls."""
+        self.note("demote")
         self.admin("REPLICAOF", "127.0.0.1", str(free_port()))
         self.is_demoted = True
         self.work(work)
@@ -439,6 +458,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(operation=st.sampled_from(CALLS), twice=st.booleans())
     def lose_answer(self, operation: str, twice: bool) -> None:
+        self.note("lose answer", operation, twice)
         again = (lambda: self.proxy.lose_answer(operation)) if twice else (lambda: None)
         self.proxy.lose_answer(operation, again)
 
@@ -446,6 +466,7 @@ class StoreMachine(RuleBasedStateMachine):
     def stop(self, data: st.DataObject) -> None:
         """Stop Redis during one call. What it has received it does when it continues."""
         name, session_id, number = data.draw(st.sampled_from(WORK)), data.draw(IDS), data.draw(REPLICAS)
+        self.note("stop", name)
         self.server.send(signal.SIGSTOP)
         self.is_stopped = True
         try:
