@@ -361,12 +361,13 @@ def test_full_server__refuses_new_sessions_at_its_limit(full: RedisProcess) -> N
     with replicas(full.url) as (one,):
         num_created = fill(one)
         assert num_created > 50
-        for number in range(200):
-            with pytest.raises(Overloaded):
+        for number in range(200):  # hardly one of them fits into what the first one that was refused has given back
+            with suppress(Overloaded):
                 one.create(session(f"more{number}", f"{number:04d}+" * 4000))
+                num_created += 1
         assert used_memory(full) < MAX_BYTES * 1.1
         one.check()  # it is not the server's absence
-        assert len(one.page("", "", 10_000)) == num_created
+        assert len(one.page("", "", 10_000)) == num_created < 250
 
 
 def test_full_server__goes_on_with_the_sessions_that_it_has(full: RedisProcess) -> None:
@@ -562,7 +563,7 @@ def test_clock_set_back__serves_a_session_that_was_made_anew(server: RedisProces
         call = calls_of_a(raw)
         _, incarnation, revision, nonce, _, record = call("load", b"", 0, b"")
         ahead = b"%016d" % (int(incarnation[:16]) + 20_000_000) + incarnation[16:]
-        assert call("restore", ahead, int(revision), nonce[::-1], record, 600_000, 600_000) == [b"ok"]
+        assert call("restore", ahead, int(revision), nonce[:16] + nonce[:15:-1], record, 600_000, 600_000) == [b"ok"]
         assert characters(one.load(A)) == "ROMEO:"
         other.delete(A)
         other.create(session(characters="JULIET:"))

@@ -26,6 +26,8 @@ import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from service.errors import (
     GruServeError,
@@ -46,7 +48,6 @@ from service.sessions.session_store import Lease
 from service.sessions.text import Text
 from tests.harness.clock import Clock
 from tests.harness.lossy_proxy import LossyProxy, lossy_proxy
-from tests.harness.programs import free_port
 from tests.harness.redis_process import RedisProcess, redis_process
 from tests.harness.wait import wait_until
 
@@ -438,7 +439,7 @@ class StoreMachine(RuleBasedStateMachine):
     def demote(self, work: list[tuple[str, str, int]]) -> None:
         """Make the server a replica for some calls."""
         self.note("demote")
-        self.admin("REPLICAOF", "127.0.0.1", str(free_port()))
+        self.admin("REPLICAOF", "127.0.0.1", "1")  # where no server listens
         self.is_demoted = True
         self.work(work)
         self.is_demoted = False
@@ -478,7 +479,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.heal()
 
     def admin(self, *command: str) -> None:
-        with redis.Redis.from_url(self.server.url) as client:
+        with redis.Redis.from_url(self.server.url, retry=Retry(NoBackoff(), 3)) as client:
             client.execute_command(*command)
 
 
