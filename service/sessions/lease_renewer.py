@@ -92,7 +92,8 @@ class LeaseRenewer:
         # When the server was heard of last before a change: what it got long before then is on its disk.
         self._last_contact = time.monotonic()
         self._next_prolong = time.monotonic() + _PROLONGED_S
-        self._next_sweep, self._unswept = time.monotonic() + _SWEEP_S, iter(())
+        self._next_sweep = time.monotonic() + _SWEEP_S
+        self._unswept: Iterator[tuple[SessionKey, SaveId]] = iter(())
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
         self._thread.start()

@@ -154,12 +154,17 @@ def use(store: SessionStore, key: SessionKey = A) -> None:
 
 def every_use(store: SessionStore) -> list[Callable[[SessionKey], Any]]:
     """Return all calls that need a session which is there."""
+
+    def delete_if_there(key: SessionKey) -> None:
+        store.load(key)  # a deleted one may be deleted again
+        store.delete(key)
+
     return [
         store.load,
         lambda key: store.update(key, unchanged),
         lambda key: store.update(key, with_changes(seed=99)),
         lambda key: store.begin(key, with_changes(seed=99)),
-        lambda key: (store.load(key), store.delete(key)),
+        delete_if_there,
     ]
 
 
