@@ -12,18 +12,31 @@ from service.sessions.session import Session, SessionKey
 _SESSION_BYTES = 1024  # what a session takes beside its states, its text and its run
 
 
-@dataclass(frozen=True, slots=True, order=True)
+_NONCE_BYTES = 28  # 16 digits of the epoch, 12 random bytes
+_NO_EPOCH = b"0" * 16  # of saves by versions of the service that had no epochs
+
+
+@dataclass(frozen=True, slots=True)
 class SaveId:
     """Identifies one save of a session: all three parts are compared, always."""
 
     incarnation: bytes  # of which creation it is; a later creation's is greater
     revision: int  # how often the session had been saved
-    nonce: bytes  # random; tells saves apart whose histories parted at equal revisions
+    nonce: bytes  # the epoch and random bytes; tells saves apart whose histories parted at equal revisions
 
     @property
     def creation(self) -> bytes:
         """The nonce of the save that created the session, with which the incarnation ends."""
         return self.incarnation[16:]
+
+    @property
+    def epoch(self) -> bytes:
+        """The epoch of the server in which it was made (see session.lua): 16 digits."""
+        return self.nonce[:16] if len(self.nonce) == _NONCE_BYTES else _NO_EPOCH
+
+    def is_later_than(self, other: SaveId) -> bool:
+        """Whether it was made after another save of the session, in the server's time."""
+        return (self.epoch, self.incarnation, self.revision) > (other.epoch, other.incarnation, other.revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +69,7 @@ class SessionCache:
         """Store a save, unless a later one is here: an answer to an earlier question may arrive late."""
         with self._lock:
             before = self._sessions.get(key)
-            if before is not None and _is_later(before.save_id, cached.save_id):
+            if before is not None and before.save_id.is_later_than(cached.save_id):
                 return
             self._drop(key)
             self._sessions[key] = cached
@@ -65,10 +78,16 @@ class SessionCache:
                 self._drop(next(iter(self._sessions)))
                 self.num_evicted += 1
 
-    def drop(self, key: SessionKey) -> None:
-        """Forget a session. Harmless if it isn't here."""
+    def drop(self, key: SessionKey, save_id: SaveId | None = None) -> None:
+        """Forget a session, or only this save of it. Harmless if it isn't here."""
         with self._lock:
-            self._drop(key)
+            if save_id is None or (key in self._sessions and self._sessions[key].save_id == save_id):
+                self._drop(key)
+
+    def save_ids(self) -> list[tuple[SessionKey, SaveId]]:
+        """Return which saves are here, those of the least recently used sessions first."""
+        with self._lock:
+            return [(key, cached.save_id) for key, cached in self._sessions.items()]
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -82,10 +101,6 @@ class SessionCache:
         cached = self._sessions.pop(key, None)
         if cached is not None:
             self._num_bytes -= _num_bytes(cached.session)
-
-
-def _is_later(one: SaveId, other: SaveId) -> bool:
-    return (one.incarnation, one.revision) > (other.incarnation, other.revision)
 
 
 def _num_bytes(session: Session) -> int:

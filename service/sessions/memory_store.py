@@ -24,7 +24,7 @@ _SESSION_BYTES = 1024  # memory of a session without its state and its text
 _SEGMENT_BYTES = 256  # memory of a segment without its state and its text
 _SLAB_BLOCK_BYTES = 2**24
 _SWEPT_SESSIONS = 256  # deleted under one hold of the lock: about a millisecond
-_MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
+_MAX_GONE = 100_000  # ids remembered of sessions that expired, or were evicted or deleted
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +70,7 @@ class MemoryStore:
         self._entries: OrderedDict[SessionKey, _Entry] = OrderedDict()  # the least recently used first
         self._ids: dict[str, SortedList[str]] = {}  # owner -> ids of its sessions
         self._expiries = _ExpiryTimes(clock())  # of idle sessions
-        self._gone: OrderedDict[SessionKey, None] = OrderedDict()
+        self._gone: OrderedDict[SessionKey, bool] = OrderedDict()  # the value: whether it was deleted
         self._slabs: dict[tuple[int, ...], _Slab] = {}
         self._segments = _SharedSegments()
         self._own_bytes = 0  # without segments
@@ -133,9 +133,13 @@ class MemoryStore:
 
     def delete(self, key: SessionKey) -> None:
         """See SessionStore."""
+        with self._lock:
+            if key not in self._entries and self._gone.get(key):
+                return  # the answer to the deletion may have been lost
         lease = self._lease(key)
         with self._lock:
             self._drop(key, self._leased(lease))
+            self._remember(key, was_deleted=True)
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
         """See SessionStore."""
@@ -225,7 +229,7 @@ class MemoryStore:
 
     def _get(self, key: SessionKey) -> _Entry:
         entry = self._find(key)
-        if entry is None and key in self._gone:
+        if entry is None and self._gone.get(key) is False:
             raise SessionGone("this session has expired, or was evicted to make room: create it again")
         if entry is None:
             raise SessionNotFound("there is no such session")
@@ -267,7 +271,10 @@ class MemoryStore:
         """Delete an idle session, but remember that it was there."""
         self._expiries.remove(key, entry.expires_at)
         self._drop(key, entry)
-        self._gone[key] = None
+        self._remember(key, was_deleted=False)
+
+    def _remember(self, key: SessionKey, was_deleted: bool) -> None:
+        self._gone[key] = was_deleted
         if len(self._gone) > _MAX_GONE:
             self._gone.popitem(last=False)
 

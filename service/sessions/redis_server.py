@@ -1,7 +1,8 @@
 """Calls session.lua on a Redis server, quickly or not at all.
 
 Calls fail fast while Redis is down. After a restart of Redis, or if another server has taken its place, they are
-refused until lost writes have been restored.
+refused until all processes have restored what it lost. The server itself knows which processes there are, and counts
+such changes: the time between two of them is an epoch (`attend` in session.lua).
 
 Of an error, only its kind and the first word of Redis' answer are logged: the rest may hold session ids, owners and the
 tokens of leases.
@@ -10,11 +11,15 @@ tokens of leases.
 from __future__ import annotations
 
 import errno
+import math
 import re
+import secrets
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -22,6 +27,7 @@ import structlog
 from redis import Redis
 from redis import exceptions as errors
 from redis.backoff import NoBackoff
+from redis.commands.core import Script
 from redis.maint_notifications import MaintNotificationsConfig
 from redis.retry import Retry
 
@@ -44,6 +50,9 @@ _UNKNOWN = (
 )
 _MAX_CONNECTIONS = 2**31 - 1  # every call uses one for its length, so the number of threads is the limit
 _PROBE_S = 1.0  # between two probes of a server that works
+_PATIENCE_WINDOWS = 4  # a process that was there is waited for this many recovery windows after it was heard of last
+_MAX_RESTORE_S = 60.0  # others no longer wait for a process that fails to restore for longer
+_NO_EPOCH = b"0" * 16
 _CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
 # NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. Whether every call gets an ERR, a probe finds out.
@@ -58,6 +67,8 @@ _ADVICE = {
     "MISCONF": "it can't write to its disk: see its log",
     "LOADING": "it is starting: wait",
 }
+# After these, the server may have the data of another one.
+_WAS_REPLICA = ("READONLY", "MASTERDOWN", "LOADING")
 _NO_PERMISSION = re.compile("ACL failure in script|^The user executing the script can't ")
 
 
@@ -77,8 +88,9 @@ class RedisServer:
     """Calls session.lua. Any number of threads may call; each call fails within about `timeout_s`.
 
     After a call has failed, all calls fail at once, until `ping` succeeds. A restart, or a failover to another server,
-    may have lost the last writes. All calls are refused from then until `recovery_window_s` after this process has
-    restored its own writes (`LeaseRenewer`), so that other replicas can restore theirs too.
+    may have lost the last writes. All calls are refused from then until this process has restored its own writes
+    (`LeaseRenewer`) and the others theirs: those that the server knows, for up to four recovery windows after each was
+    heard of last, and for one window also those that it doesn't know.
 
     A server that refuses to work, for example because it has become a replica, counts as replaced: connections made
     before are closed before their next use, and the server that works next is restored like another one.
@@ -86,9 +98,9 @@ class RedisServer:
     Args:
         url: Begins with `redis://`, `rediss://` or `unix://`.
         timeout_s: How long the server may take for an answer.
-        recovery_window_s: How long other replicas may take to restore their writes.
+        recovery_window_s: How long calls are refused at least, so that every replica notices the change.
         observer: Counts and times the calls.
-        probe_key: The key to which `ping` writes.
+        probe_key: The key to which `ping` writes, and which has what replicas know of the server.
     """
 
     def __init__(
@@ -109,12 +121,16 @@ class RedisServer:
         # (`_change_of`). If it has an older one, it leads to a server that may have been replaced.
         self._change = 0
         self._restored_change = 0  # the last writes have been restored in the server that has this number
-        self._recovered_at = 0.0  # monotonic time at which the recovery window ends
+        self._opens_at = 0.0  # monotonic time from which on calls are served; inf if that depends on other replicas
+        self._epoch, self._restored_epoch = _NO_EPOCH, b""  # the server's; the last one in which this process restored
+        self._left_epoch = b""  # in which the server was seen as a replica
+        self._restoring_since = math.inf  # monotonic; inf if this process has nothing to restore
 
+        self._name = secrets.token_hex(8)  # names this process among the replicas
         self._probe_at = 0.0  # monotonic time of the next probe
 
         # The following are for the thread that pings. Its client has one connection, which no other thread uses.
-        self._ping_change = 0  # of the connection
+        self._ping_change, self._ping_run_id = 0, b""  # of the connection
         self._pinged_change = 0  # of the connection on which the last ping succeeded
         self._batch_change = 0  # connections of `_batch_client` that are idle and older than this were closed
         self._inspected: bytes | None = None  # the server's process that was last inspected
@@ -138,13 +154,11 @@ class RedisServer:
         Raises StoreUnavailable if nothing was changed, OutcomeUnknown if a save may or may not have been done, and
         Overloaded if Redis has no memory for a new session.
         """
-        self.check()
-        started = time.perf_counter()
-        try:
-            return self._call(operation, key, arguments)
-        finally:
-            if self._observer is not None:
-                self._observer.observe(operation, time.perf_counter() - started)
+        return self._timed(operation, partial(self._run_script, key, operation, *arguments))
+
+    def call_between(self, command: tuple[Any, ...], operation: Operation, key: str, *arguments: Any) -> list[Any]:
+        """Do the same, and a command before and after it, in the same exchange."""
+        return self._timed(operation, partial(self._run_script_between, command, key, operation, *arguments))
 
     def keys(self, pattern: str) -> Iterator[str]:
         """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
@@ -165,6 +179,11 @@ class RedisServer:
                 self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
 
+    @property
+    def epoch(self) -> bytes:
+        """The epoch in which the server is: 16 digits. Each save's nonce begins with it."""
+        return self._epoch
+
     def check(self) -> None:
         """Raise StoreUnavailable while calls are refused."""
         if self._failed_at is not None or self._is_recovering():
@@ -178,18 +197,13 @@ class RedisServer:
         if that fails.
         """
         began = time.monotonic()
-        is_probe = self._failed_at is not None or began >= self._probe_at or self._ping_change != self._change
-        try:
-            if is_probe:
-                self._ping_client.connection_pool.disconnect()
-                self._ping_script(keys=[self._probe_key], args=["probe", "", 0])
-                self._probe_at = began + _PROBE_S
-            else:
+        if self._failed_at is None and not self._is_recovering() and began < self._probe_at:
+            with self._pinging():
                 self._ping_client.ping()
-        except errors.RedisError as error:
-            self._probe_at = 0.0
-            self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from None
+        if self._failed_at is not None or self._is_recovering() or began >= self._probe_at:
+            self._ping_client.connection_pool.disconnect()
+            self.attend()
+            self._probe_at = began + _PROBE_S
         if self._batch_change != self._change:
             # Those in use are other threads'.
             self._batch_client.connection_pool.disconnect(inuse_connections=False)
@@ -199,48 +213,120 @@ class RedisServer:
             if self._failed_at is not None and self._failed_at < began:
                 log.info("the session store is back")
                 self._failed_at = self._failure = None
-            return self._restored_change != self._change
+            return self._has_to_restore()
 
-    def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    def attend(self) -> None:
+        """Tell the server, and so the other replicas, that this one is there. For the thread that pings.
+
+        While it restores, it calls this again and again, and they wait. Raises StoreUnavailable.
+        """
+        left = self._left_epoch
+        with self._pinging():
+            epoch, wait_ms = self._attend(left)
+            if not self._restored_epoch:  # a process that has just started knows nothing that it could restore
+                self._restored_epoch = epoch
+                epoch, wait_ms = self._attend(left)
+        with self._lock:
+            was_open = not self._is_recovering()
+            self._epoch = epoch
+            if left == self._left_epoch:
+                self._left_epoch = b""
+            if self._has_to_restore():
+                self._restoring_since = min(self._restoring_since, time.monotonic())
+                return
+            self._restoring_since = math.inf
+            if not was_open:  # afterwards, nobody waits for others
+                self._opens_at = time.monotonic() + int(wait_ms) / 1000 if wait_ms else math.inf
+
+    def _attend(self, left: bytes, *, leaves: bool = False) -> list[bytes]:
+        """Call `attend` of the script; `leaves`: for the last time."""
+        self._ping_client.ping()  # connects, which finds out the server's process
+        window_ms = round(1000 * self._recovery_window_s)
+        gives_up = time.monotonic() - self._restoring_since > _MAX_RESTORE_S
+        patience_ms = "" if leaves or gives_up else _PATIENCE_WINDOWS * window_ms
+        facts = (self._ping_run_id, self._epoch, left, self._name, self._restored_epoch, window_ms, patience_ms)
+        answer: list[bytes] = self._ping_script(keys=[self._probe_key], args=["attend", "", 0, *facts])
+        return answer
+
+    @contextmanager
+    def _pinging(self) -> Iterator[None]:
+        """Note failures of the thread that pings. Raises StoreUnavailable."""
+        try:
+            yield
+        except errors.RedisError as error:
+            self._probe_at = 0.0
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from None
+
+    def call_all(self, calls: Sequence[tuple[Any, ...]], *, one_by_one: bool = False) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
 
-        Any thread may call. Raises StoreUnavailable.
+        Any thread may call. Raises StoreUnavailable. one_by_one: a call that is refused because of its key, for example
+        because the key has something else, is logged and answers "refused".
         """
+        commands = [("EVALSHA", self._batch_script.sha, 1, key, operation, *rest) for operation, key, *rest in calls]
         try:
-            with self._batch_client.pipeline(transaction=False) as pipeline:
-                for operation, key, *arguments in calls:
-                    self._batch_script(keys=[key], args=[operation, *arguments], client=pipeline)
-                # An error that a pipeline raises has the command in its message.
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
-            for answer in answers:
-                if isinstance(answer, errors.RedisError):
+            answers = self._send_all(self._batch_client, commands)
+            for number, answer in enumerate(answers):
+                if not isinstance(answer, errors.RedisError):
+                    continue
+                if not one_by_one or _word(answer) not in _ABOUT_ONE_CALL:
                     raise answer
+                log.error("the session store refused a call", **_kind(answer))
+                answers[number] = [b"refused"]
             return answers
         except errors.RedisError as error:
             self._note_failure(error, may_be_about_one_call=True)
             raise StoreUnavailable(_UNREACHABLE) from None
 
-    def mark_restored(self) -> None:
-        """Note that this process has restored its writes. Calls are allowed again when the recovery window is over.
+    def _send_all(self, client: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Send commands in one round trip and return their answers, also errors. Each may be repeated without harm."""
+        for _ in range(2):
+            with client.pipeline(transaction=False) as pipeline:
+                for command in commands:
+                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
+                # An error that a pipeline raises has the command in its message.
+                answers: list[Any] = pipeline.execute(raise_on_error=False)
+            if not any(isinstance(answer, errors.NoScriptError) for answer in answers):
+                break
+            client.script_load(_OTHER_SCRIPT)
+        return answers
 
-        If the server was replaced since the last ping, they have to be restored again.
+    def mark_restored(self) -> None:
+        """Note that this process has restored its writes. Calls are allowed again when all replicas have done so.
+
+        If the server was replaced since the last ping, they have to be restored again. For the thread that pings.
         """
-        self._close_idle()  # they are broken, and a call that is repeated because of that may have an unknown outcome
+        self._close_idle()
         with self._lock:
-            self._recovered_at = time.monotonic() + self._recovery_window_s  # other replicas may still be restoring
-            self._restored_change = self._pinged_change
+            self._opens_at = math.inf
+            self._restored_change, self._restored_epoch = self._pinged_change, self._epoch
+        with suppress(StoreUnavailable):
+            self.attend()
 
     def close(self) -> None:
-        """Close all connections."""
+        """Close all connections. Other replicas no longer wait for this one."""
+        if self._failed_at is None:
+            with suppress(errors.RedisError):
+                self._attend(b"", leaves=True)
         self._client.close()
         self._batch_client.close()
         self._ping_client.close()
 
-    def _call(self, operation: Operation, key: str, arguments: Sequence[Any]) -> list[Any]:
+    def _timed(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
+        self.check()
+        started = time.perf_counter()
+        try:
+            return self._call(operation, run)
+        finally:
+            if self._observer is not None:
+                self._observer.observe(operation, time.perf_counter() - started)
+
+    def _call(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
         is_retry = False
         while True:
             try:
-                answer = self._run_script(key, operation, *arguments, is_retry=is_retry)
+                answer = run(is_retry=is_retry)
             except errors.RedisError as error:
                 is_lost = _is_without_answer(error)
                 if is_lost and not is_retry and isinstance(error, errors.ConnectionError):
@@ -255,9 +341,19 @@ class RedisServer:
     def _run_script(self, key: str, operation: Operation, *arguments: Any, is_retry: bool = False) -> list[Any]:
         """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
         script = self._create_script if operation == "create" else self._other_script
+        return self._run(lambda client: script(keys=[key], args=[operation, *arguments], client=client), is_retry)
+
+    def _run_script_between(
+        self, command: tuple[Any, ...], key: str, operation: Operation, *arguments: Any, is_retry: bool = False
+    ) -> list[Any]:
+        script = self._create_script if operation == "create" else self._other_script
+        evaluate = partial(_evaluate_between, command=command, script=script, arguments=(key, operation, *arguments))
+        return self._run(evaluate, is_retry)
+
+    def _run(self, use: Callable[[Redis], Any], is_retry: bool) -> list[Any]:
         client = self._take(is_new=is_retry)
         try:
-            answer: list[Any] = script(keys=[key], args=[operation, *arguments], client=client)
+            answer: list[Any] = use(client)
             if _change_of(client) != self._change:
                 raise _Superseded
         except BaseException:
@@ -273,7 +369,7 @@ class RedisServer:
                 client = self._idle.pop()
             except IndexError:
                 break  # another thread was faster
-            if _change_of(client) == self._change:
+            if _change_of(client) == self._change and not _is_closed(client):
                 return client
             _close(client)
         return Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
@@ -316,14 +412,19 @@ class RedisServer:
                 event = "the session store can't be reached"
             else:
                 self._change += 1
+                if word in _WAS_REPLICA:
+                    self._left_epoch = self._epoch
                 event = "the session store refuses to work"
                 facts["advice"] = str(error) if isinstance(error, _Unsuitable) else _ADVICE.get(word, "see its log")
             if self._failure != event + word:
                 log.error(event, **facts)
             self._failed_at, self._failure = time.monotonic(), event + word
 
+    def _has_to_restore(self) -> bool:
+        return self._restored_change != self._change or self._restored_epoch != self._epoch
+
     def _is_recovering(self) -> bool:
-        return self._restored_change != self._change or time.monotonic() < self._recovered_at
+        return self._has_to_restore() or time.monotonic() < self._opens_at
 
     def _on_connect(self, connection: Any) -> None:
         """Prepare a new connection of `_client`. Raises _InRecovery during the recovery window."""
@@ -332,16 +433,11 @@ class RedisServer:
             raise _InRecovery
 
     def _on_ping_connect(self, connection: Any) -> None:
-        is_first = self._run_id is None
         info = self._identify(connection)
-        self._ping_change = connection.change
-        if is_first and _info(connection, "replication").get(b"master_replid2", b"").strip(b"0"):
-            # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
-            self._recovered_at = time.monotonic() + self._recovery_window_s
-        run_id = info[b"run_id"]
-        if run_id != self._inspected:
+        self._ping_change, self._ping_run_id = connection.change, info[b"run_id"]
+        if self._ping_run_id != self._inspected:
             self._warn_of_eviction(connection)
-            self._inspected = run_id
+            self._inspected = self._ping_run_id
 
     def _identify(self, connection: Any) -> dict[bytes, bytes]:
         """Prepare a new connection, and find out whether the server's process is the one of earlier connections.
@@ -352,15 +448,10 @@ class RedisServer:
         info = _info(connection, "server")
         _require_suitable(info)
         run_id = info[b"run_id"]
-        # Redis counts whole seconds, so the uptime may be up to one second less than it says.
-        uptime_s = max(0.0, float(info.get(b"uptime_in_seconds", "inf")) - 1)
         with self._lock:
             if self._run_id not in (None, run_id):
                 log.warning("the session store was restarted, or another server has taken its place")
                 self._change += 1
-            elif self._run_id is None and uptime_s < self._recovery_window_s:
-                # The server was just started, and other replicas may be restoring their writes.
-                self._recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
             self._run_id = run_id
             connection.change = self._change
         return info
@@ -383,11 +474,7 @@ class RedisServer:
         if not in_recovery:
             self.check()
         try:
-            with (self._batch_client if in_recovery else self._client).pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-                # An error that a pipeline raises has the command in its message.
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
+            answers = self._send_all(self._batch_client if in_recovery else self._client, commands)
             for answer in answers:
                 if isinstance(answer, errors.RedisError):
                     raise answer
@@ -428,6 +515,40 @@ def _client(url: str, timeout_s: float, on_connect: Callable[[Any], object]) -> 
 def _change_of(client: Redis) -> int:
     change: int = client.connection.change  # type: ignore[union-attr]
     return change
+
+
+def _is_closed(client: Redis) -> bool:
+    """Whether an idle connection was closed at its other end. A command sent on it may have an unknown outcome."""
+    socket = client.connection._sock  # type: ignore[union-attr]
+    if socket is None:
+        return True
+    poll = select.poll()
+    poll.register(socket, select.POLLIN)
+    return bool(poll.poll(0))  # from a connection that is idle and open nothing can be read
+
+
+def _evaluate_between(client: Redis, command: tuple[Any, ...], script: Script, arguments: tuple[Any, ...]) -> Any:
+    """Run a script between two executions of a command, in one round trip, and return its answer.
+
+    If the command itself fails, that is not an error: the server may be full.
+    """
+    connection: Any = client.connection
+    for _ in range(2):
+        commands = [command, ("EVALSHA", script.sha, 1, *arguments), command]
+        connection.send_packed_command(connection.pack_commands(commands))
+        answers: list[Any] = []
+        for _ in commands:
+            try:
+                answers.append(connection.read_response())
+            except errors.ResponseError as error:
+                answers.append(error)
+        if not isinstance(answers[1], errors.NoScriptError):
+            break
+        connection.send_command("SCRIPT", "LOAD", script.script)
+        connection.read_response()
+    if isinstance(answers[1], errors.RedisError):
+        raise answers[1]
+    return answers[1]
 
 
 def _close(client: Redis) -> None:

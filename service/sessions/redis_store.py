@@ -36,6 +36,10 @@ _LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
 
 
+class _SessionDeleted(SessionNotFound):
+    """The session was deleted lately."""
+
+
 class RedisLease:
     """Implements `Lease`. A thread of the store renews it; the lease of a process that dies ends soon by itself.
 
@@ -98,28 +102,28 @@ class RedisStore:
         )
 
     def create(self, session: Session) -> Session:
-        """See SessionStore."""
+        """See SessionStore. Takes one exchange with the server, and one or two for texts with stored segments."""
         session = replace(session, created_at=self._now())
-        nonce = _nonce()
-        self._index.add(session.key, session.ttl_s)
+        nonce = self._new_nonce()
         record = self._encode(session)
         self._segments.write(record.segments, nonce, session.ttl_s)
+        indexing = self._index.adding(session.key, session.ttl_s)
         try:
-            answer = self._call("create", session.key, nonce, record.data, _ms(session.ttl_s), record.settled)
+            answer = self._call_create(session.key, indexing, nonce, record.data, _ms(session.ttl_s), record.settled)
         except Overloaded:
             self._segments.release(record.segments, nonce)
             raise
         if answer[0] == b"exists":
             self._segments.release(record.segments, nonce)
             raise SessionExists(f"there is already a session {session.id}")
-        session = self._saved(session, record, nonce, answer).session
-        self._index.confirm(session.key)
+        session = self._saved(session, record, answer).session
+        self._index.check_some(session.owner)
         return session
 
     def load(self, key: SessionKey) -> Session:
         """See SessionStore."""
         cached = self._cache.get(key)
-        return self._loaded(key, cached, self._call("load", key, *_seen(cached))).session
+        return self._loaded(key, cached, self._call("load", key, *self._seen(key, cached))).session
 
     def update(self, key: SessionKey, change: Change[Answer], *, idempotent: bool = False) -> Answer:
         """See SessionStore. Takes one exchange with the server if the cached copy is current, else two or three."""
@@ -132,18 +136,23 @@ class RedisStore:
             return self._apply(key, change, keep=True, take_over=take_over)
 
     def delete(self, key: SessionKey) -> None:
-        """See SessionStore."""
-        lease = self._lease(key, take_over=False)
-        try:
-            answer = self._call("delete", key, lease.token)
-            if answer[0] == b"conflict":
-                raise RevisionConflict(_CHANGED)
-            self._cache.drop(key)
-            self._renewer.record_deletion(key, lease.save_id)
-            self._index.discard(key.owner, [key.id])
-            self._segments.release(self._segments.of(lease.session), lease.save_id.creation)
-        finally:
-            self._renewer.stop_renewing(lease)
+        """See SessionStore. Deleting is always safe to retry."""
+        with safe_to_retry():
+            try:
+                lease = self._lease(key, take_over=False)
+            except _SessionDeleted:
+                return  # the answer to this may have been lost
+            try:
+                answer = self._call("delete", key, lease.token, self._new_nonce())
+                if answer[0] == b"conflict":
+                    raise RevisionConflict(_CHANGED)
+                before = lease.save_id
+                self._cache.drop(key)
+                self._renewer.record_deletion(key, SaveId(before.incarnation, before.revision + 1, answer[1]))
+                self._index.discard(key.owner, [key.id])
+                self._segments.release(self._segments.of(lease.session), before.creation)
+            finally:
+                self._renewer.stop_renewing(lease)
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
         """See SessionStore. Takes two exchanges for each 200 sessions."""
@@ -238,15 +247,16 @@ class RedisStore:
 
         Returns whether it was saved, and the lease if it is to be kept.
         """
-        token, nonce = _nonce(), _nonce()
+        token, nonce = _token(), self._new_nonce()
         lease_ms = self._renewer.lease_ms if keep else ""
         record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
         self._segments.write(record.segments, cached.save_id.creation, changed.ttl_s)
         settled = _changed_settled(record, cached)
-        answer = self._call("claim", changed.key, *_seen(cached), token, nonce, record.data, ttl_ms, lease_ms, settled)
+        saving = nonce, record.data, ttl_ms, lease_ms, settled
+        answer = self._call("claim", changed.key, *_parts(cached.save_id), token, *saving)
         if answer[0] == b"conflict":
             return False, None
-        saved = self._saved(changed, record, nonce, answer)
+        saved = self._saved(changed, record, answer)
         if not keep:
             return True, None
         lease = RedisLease(self, saved, token)
@@ -254,11 +264,11 @@ class RedisStore:
         return True, lease
 
     def _lease(self, key: SessionKey, take_over: bool) -> RedisLease:
-        token, lease_ms = _nonce(), self._renewer.lease_ms
+        token, lease_ms = _token(), self._renewer.lease_ms
         deadline = time.monotonic() + 2 * lease_ms / 1000
         while True:
             cached = self._cache.get(key)
-            answer = self._call("lease", key, *_seen(cached), token, lease_ms, int(take_over))
+            answer = self._call("lease", key, *self._seen(key, cached), token, lease_ms, int(take_over))
             if answer[0] != b"busy":
                 break
             if not take_over or self._renewer.is_leased_here(key) or time.monotonic() > deadline:
@@ -281,8 +291,8 @@ class RedisStore:
         lease.is_ending = release
         try:
             if lease.unanswered is not None:
-                self._save_once(lease, *lease.unanswered, release=False)  # this save has to follow it
-            self._save_once(lease, session, _nonce(), release)
+                self._settle(lease, *lease.unanswered)  # this save has to follow it
+            self._save_once(lease, session, self._new_nonce(), release)
         except OutcomeUnknown:
             if release:
                 self._renewer.stop_renewing(lease)  # it ends by itself
@@ -293,6 +303,17 @@ class RedisStore:
         if release:
             self._renewer.stop_renewing(lease)
 
+    def _settle(self, lease: RedisLease, session: Session, nonce: bytes) -> None:
+        """Find out whether the last save was done, and do it if it may still be done."""
+        if SaveId(b"", 0, nonce).epoch == self._server.epoch:
+            self._save_once(lease, session, nonce, release=False)
+            return
+        # The server has changed since. Either it has that save, or it never will.
+        answer = self._call("load", session.key, *_parts(lease.save_id))
+        lease.unanswered = None
+        if answer[0] == b"ok" and answer[3] == nonce:
+            lease.set_saved(self._saved(session, self._encode(session), [*answer[:3], answer[4], nonce]))
+
     def _save_once(self, lease: RedisLease, session: Session, nonce: bytes, release: bool) -> None:
         """Save. If a save with this nonce was done before, nothing changes."""
         record, saved = self._encode(session), lease.saved
@@ -301,7 +322,7 @@ class RedisStore:
         settled = _changed_settled(record, saved)
         try:
             answer = self._call(
-                "save", session.key, lease.token, *_seen(saved), nonce, record.data, ttl_ms, lease_ms, settled
+                "save", session.key, lease.token, *_parts(saved.save_id), nonce, record.data, ttl_ms, lease_ms, settled
             )
         except OutcomeUnknown:
             lease.unanswered = session, nonce
@@ -309,7 +330,7 @@ class RedisStore:
         lease.unanswered = None
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
-        lease.set_saved(self._saved(session, record, nonce, answer))
+        lease.set_saved(self._saved(session, record, answer))
         lease.due = self._renewer.next_due()
 
     def _release(self, lease: RedisLease) -> None:
@@ -319,9 +340,16 @@ class RedisStore:
     def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
         return self._server.call(operation, self._redis_key(key), self._now_ms(), self._renewer.lease_ms, *arguments)
 
+    def _call_create(self, key: SessionKey, indexing: tuple[Any, ...], *arguments: Any) -> list[Any]:
+        times = self._now_ms(), self._renewer.lease_ms
+        return self._server.call_between(indexing, "create", self._redis_key(key), *times, *arguments)
+
     def _now(self) -> float:
         """Seconds since 1970, for what only this process sees."""
         return self._clock() if self._clock is not None else time.time()
+
+    def _new_nonce(self) -> bytes:
+        return self._server.epoch + _token()
 
     def _now_ms(self) -> int | str:
         """Milliseconds since 1970 for the script; "" makes it use the server's clock."""
@@ -336,6 +364,10 @@ class RedisStore:
             raise SessionGone("this session has expired: create it again")
         if word == b"none":
             raise SessionNotFound("there is no such session")
+        if word == b"deleted":
+            self._cache.drop(key)
+            self._renewer.record_deletion(key, SaveId(answer[1], int(answer[2]), answer[3]))
+            raise _SessionDeleted("there is no such session")
         save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[3]), int(answer[4]) / 1000
         if len(answer) > 5:
             record = Record(answer[5] or b"", answer[6] if len(answer) > 6 else b"")
@@ -343,6 +375,7 @@ class RedisStore:
             session = decode(record, read, key, save_id.revision, expires_at)
             loaded = CachedSession(session, save_id, record.settled_hash)
             self._cache.put(key, loaded)
+            self._renewer.record_save(key, save_id)
             if loaded.settled_hash is None:  # a version of the service that has no index wrote it
                 with suppress(GruServeError):
                     self._index.add(key, session.ttl_s)
@@ -353,16 +386,21 @@ class RedisStore:
             return cached
         return replace(cached, session=replace(cached.session, expires_at=expires_at))
 
-    def _saved(self, session: Session, record: Record, nonce: bytes, answer: list[Any]) -> CachedSession:
+    def _saved(self, session: Session, record: Record, answer: list[Any]) -> CachedSession:
         """Read an answer to an operation that saved; the session as it is stored now."""
-        save_id, expires_at = SaveId(answer[1], int(answer[2]), nonce), int(answer[3]) / 1000
+        save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[4]), int(answer[3]) / 1000
         text = session.text.with_hidden(read_state(session.hidden))
         session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
         saved = CachedSession(session, save_id, record.settled_hash)
         self._cache.put(session.key, saved)
-        self._renewer.record_write(session.key, save_id)
+        self._renewer.record_save(session.key, save_id)
         self._prolong(saved)
         return saved
+
+    def _seen(self, key: SessionKey, cached: CachedSession | None) -> tuple[bytes, int, bytes]:
+        """Return the last save that this process knows. The script leaves out a record that is the same."""
+        save_id = cached.save_id if cached is not None else self._renewer.parted(key)
+        return _parts(save_id) if save_id is not None else (b"", 0, b"")
 
     def _prolong(self, saved: CachedSession) -> None:
         """Let everything that a session needs live as long as it does, now that it was used.
@@ -380,11 +418,8 @@ class RedisStore:
         return f"{self._prefix}{key.owner}/{key.id}"
 
 
-def _seen(cached: CachedSession | None) -> tuple[bytes, int, bytes]:
-    """Return what identifies the copy that this process has. The script then leaves out a record that is the same."""
-    if cached is None:
-        return b"", 0, b""
-    return cached.save_id.incarnation, cached.save_id.revision, cached.save_id.nonce
+def _parts(save_id: SaveId) -> tuple[bytes, int, bytes]:
+    return save_id.incarnation, save_id.revision, save_id.nonce
 
 
 def _changed_settled(record: Record, saved: CachedSession) -> bytes:
@@ -392,7 +427,7 @@ def _changed_settled(record: Record, saved: CachedSession) -> bytes:
     return b"=" if saved.settled_hash == record.settled_hash else record.settled
 
 
-def _nonce() -> bytes:
+def _token() -> bytes:
     return secrets.token_bytes(12)
 
 

@@ -67,13 +67,16 @@ class SegmentStore:
             self._write(due)
 
     def prolong(self, saved: CachedSession) -> None:
-        """Do the same for a session as it was saved. Never fails: its next save does it again."""
+        """Do the same as `write` for a session as it was saved. Never fails: its next save does it again."""
         with suppress(GruServeError):
             self.write(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)
 
-    def restore(self, sessions: Iterable[CachedSession]) -> None:
-        """Do the same after a restart of Redis, also during the recovery window. Raises StoreUnavailable."""
+    def forget(self) -> None:
+        """Forget what Redis has: another server may have lost it."""
         self._lifetimes.clear()
+
+    def restore(self, sessions: Iterable[CachedSession]) -> None:
+        """Do the same as `write` for several sessions, also during the recovery window. Raises StoreUnavailable."""
         due: list[_Due] = []
         for saved in sessions:
             due += self._due(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)

@@ -2,7 +2,9 @@
 --
 -- KEYS[1]  the session, a hash:
 --   b  incarnation: which creation this is; later ones are greater      r  revision: how often it was saved
---   n  nonce of the last save. (b, r, n) identify a save: histories that parted have equal revisions and other nonces
+--   n  nonce of the last save, which begins with the epoch in which it was made (see `attend`). (b, r, n) identify a
+--      save: histories that parted have equal revisions and other nonces
+--   h  the last revision in each epoch before that of the last save: 'epoch:revision ', the latest entry last
 --   d  the record (record.py)                                           t  milliseconds that it lives after its last use
 --   p  settled text, which most saves don't change (record.py)
 --   x  when it expires, unless it is leased                             l  token of the lease
@@ -15,14 +17,17 @@
 -- Answers  a word, and what belongs to it.
 local key, op, now, longest_lease = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local REMEMBERED_MS = 600000 -- how long tombstones and expired sessions are remembered; longer than any recovery window
+local NO_EPOCH = '0000000000000000' -- of saves by versions of the service that had no epochs
+local NONCE_BYTES = 28 -- 16 digits of the epoch, 12 random bytes
+local MAX_EPOCHS = 8 -- in `h`
 
 local time = redis.call('TIME')
 now = now or time[1] * 1000 + math.floor(time[2] / 1000)
 
-local stored = redis.call('HMGET', key, 'b', 'r', 'n', 't', 'x', 'l', 'u', 'w', 's')
+local stored = redis.call('HMGET', key, 'b', 'r', 'n', 't', 'x', 'l', 'u', 'w', 's', 'h')
 local incarnation, revision, nonce = stored[1], tonumber(stored[2]), stored[3]
 local ttl, expires, holder, lease_end = tonumber(stored[4]), tonumber(stored[5]), stored[6], tonumber(stored[7])
-local takeover_requested, tombstone = stored[8] == '1', stored[9]
+local takeover_requested, tombstone, history = stored[8] == '1', stored[9], stored[10] or ''
 if tombstone == '' then tombstone = false end
 -- A lease that ends later than its longest length from now was given by a clock that has stepped back: it is over.
 local is_leased = lease_end and lease_end > now and lease_end <= now + longest_lease
@@ -30,6 +35,17 @@ local is_alive = revision and not tombstone
 local has_expired = is_alive and not is_leased and expires <= now
 
 local function whole(number) return string.format('%.0f', number) end
+
+local function epoch_of(save) return #save == NONCE_BYTES and save:sub(1, 16) or NO_EPOCH end
+local epoch = epoch_of(nonce or '')
+
+-- A caller that has not noticed the present epoch yet saves in that of the save before: epochs never go back.
+local function lifted(new_nonce)
+  return #new_nonce == NONCE_BYTES and epoch_of(new_nonce) < epoch and epoch .. new_nonce:sub(17) or new_nonce
+end
+
+-- Whether the last save is one with this nonce: then its caller repeats a call whose first answer got lost.
+local function is_done(new_nonce) return nonce and nonce:sub(-12) == new_nonce:sub(-12) end
 
 -- One HSET for all fields: each command costs Redis as much as the rest of the script.
 local function set(...) redis.call('HSET', key, ...) end
@@ -40,30 +56,59 @@ local function live_for(ms, ...) -- sets other fields too
   redis.call('PEXPIRE', key, whole(ms + REMEMBERED_MS))
 end
 
-local function write(new_incarnation, new_revision, new_nonce, record, ms, settled, new_holder, new_lease_end)
-  incarnation, revision = new_incarnation, new_revision
+local function write(new_incarnation, new_revision, new_nonce, record, ms, settled, new_holder, new_lease_end, new_history)
+  incarnation, revision, nonce = new_incarnation, new_revision, new_nonce
+  if new_history ~= history then set('h', new_history) end
   live_for(ms, 'b', incarnation, 'r', whole(revision), 'n', new_nonce, 'd', record, 't', ms,
     'l', new_holder, 'u', new_lease_end, 'w', '', 's', '')
   if (settled or '') == '' then redis.call('HDEL', key, 'p') elseif settled ~= '=' then set('p', settled) end
 end
 
-local function bury(kind, new_incarnation, new_revision, token)
-  set('s', kind, 'b', new_incarnation, 'r', whole(new_revision), 'n', '', 'l', token, 'u', 0, 'x', 0, 'd', '')
-  redis.call('HDEL', key, 'p')
+local function bury(kind, new_incarnation, new_revision, new_nonce, token)
+  set('s', kind, 'b', new_incarnation, 'r', whole(new_revision), 'n', new_nonce, 'l', token, 'u', 0, 'x', 0, 'd', '')
+  redis.call('HDEL', key, 'p', 'h')
   redis.call('PEXPIRE', key, REMEMBERED_MS)
 end
 
-local function saved() return {'ok', incarnation, whole(revision), whole(expires)} end
+local function saved() return {'ok', incarnation, whole(revision), whole(expires), nonce} end
+
+local function history_with(new_nonce) -- the history of a save that follows the stored one
+  if epoch_of(new_nonce) == epoch then return history end
+  local entries = history .. epoch .. ':' .. whole(revision) .. ' '
+  local _, num_entries = entries:gsub(' ', ' ')
+  return num_entries > MAX_EPOCHS and entries:gsub('^%S+ ', '') or entries
+end
 
 local function save_next(new_nonce, record, ms, settled, token, lease_ms) -- lease_ms '': give the lease back as well
   local keeps = lease_ms ~= ''
+  new_nonce = lifted(new_nonce)
   write(incarnation, revision + 1, new_nonce, record, tonumber(ms), settled, keeps and token or '',
-    keeps and whole(now + lease_ms) or 0)
+    keeps and whole(now + lease_ms) or 0, history_with(new_nonce))
   return saved()
 end
 
-local function is_older(than_incarnation, than_revision)
-  return incarnation < than_incarnation or (incarnation == than_incarnation and revision < than_revision)
+-- Whether the server lacks a save, and may store it again: nobody has saved since the epoch in which it was made.
+-- Within an epoch all saves of a session are one line, because each is made on condition that the one before is stored.
+local function is_missing(of_incarnation, of_revision, of_nonce)
+  if not revision then return true end
+  of_revision = tonumber(of_revision)
+  local of_epoch = epoch_of(of_nonce)
+  if epoch ~= of_epoch and epoch ~= NO_EPOCH then return epoch < of_epoch end
+  if incarnation ~= of_incarnation then return incarnation < of_incarnation end
+  return revision < of_revision or (tombstone == 'lost' and revision == of_revision and nonce == of_nonce)
+end
+
+-- Whether the stored save is this one or followed it. Of epochs before those in `h` nothing is known: then it is.
+local function follows(seen_revision, seen_nonce)
+  local seen_epoch, first = epoch_of(seen_nonce), nil
+  if seen_epoch == epoch or epoch == NO_EPOCH then
+    return seen_revision < revision or (seen_revision == revision and nonce == seen_nonce)
+  end
+  for entry, last in history:gmatch('(%d+):(%d+)') do
+    if entry == seen_epoch then return seen_revision <= tonumber(last) end
+    first = first or entry
+  end
+  return seen_epoch < (first or epoch)
 end
 
 local function is_save(seen_incarnation, seen_revision, seen_nonce)
@@ -72,14 +117,15 @@ end
 
 -- Why a caller that has seen this save can't have the session; nil if it can.
 local function refusal(seen_incarnation, seen_revision, seen_nonce)
-  if not revision or tombstone == 'deleted' then return 'none' end
-  if tombstone then return 'lost' end
+  if not revision then return 'none' end
+  if tombstone then return tombstone end
   if has_expired then return 'gone' end
-  if seen_incarnation == '' then return end
-  seen_revision = tonumber(seen_revision)
-  local has_parted = incarnation == seen_incarnation and revision == seen_revision and nonce ~= seen_nonce
-  if has_parted or is_older(seen_incarnation, seen_revision) then return 'lost' end
+  if seen_incarnation == '' or seen_incarnation < incarnation then return end
+  if incarnation < seen_incarnation or not follows(tonumber(seen_revision), seen_nonce) then return 'lost' end
 end
+
+-- A deletion that was seen has to stay, like a save that was: its caller is told which it is.
+local function refused_with(word) return word == 'deleted' and {word, incarnation, whole(revision), nonce} or {word} end
 
 local function describe(seen_nonce) -- the record only for a caller that doesn't have it
   local facts = {'ok', incarnation, whole(revision), nonce, whole(expires)}
@@ -93,19 +139,19 @@ end
 local operations = {}
 
 function operations.create(new_nonce, record, ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   if is_alive and not has_expired then return {'exists'} end
   -- Later than the incarnation before, even if the clock has stepped back since.
   local created = time[1] * 1e6 + time[2]
   if incarnation then created = math.max(created, tonumber(incarnation:sub(1, 16)) + 1) end
   -- No DEL first: after a write Redis no longer checks its memory limit.
-  write(string.format('%016.0f', created) .. new_nonce, 1, new_nonce, record, tonumber(ms), settled, '', 0)
+  write(string.format('%016.0f', created) .. new_nonce, 1, lifted(new_nonce), record, tonumber(ms), settled, '', 0, '')
   return saved()
 end
 
 function operations.load(seen_incarnation, seen_revision, seen_nonce)
   local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
-  return refused and {refused} or describe(seen_nonce)
+  return refused and refused_with(refused) or describe(seen_nonce)
 end
 
 -- For a list: the record up to its header, if the session is there. In version 1 the header doesn't suffice.
@@ -119,7 +165,7 @@ end
 
 function operations.lease(seen_incarnation, seen_revision, seen_nonce, token, ms, requests_takeover)
   local refused = refusal(seen_incarnation, seen_revision, seen_nonce)
-  if refused then return {refused} end
+  if refused then return refused_with(refused) end
   if is_leased and holder ~= token then
     if requests_takeover == '1' then set('w', '1') end
     return {'busy'}
@@ -130,14 +176,14 @@ end
 
 -- Compare and save: lease and save in one, for a caller that has seen the last save.
 function operations.claim(seen_incarnation, seen_revision, seen_nonce, token, new_nonce, record, ms, lease_ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   local is_current = is_alive and not has_expired and is_save(seen_incarnation, seen_revision, seen_nonce)
   if not is_current or is_leased then return {'conflict'} end
   return save_next(new_nonce, record, ms, settled, token, lease_ms)
 end
 
 function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new_nonce, record, ms, lease_ms, settled)
-  if is_alive and nonce == new_nonce then return saved() end -- a repeated call, whose first answer got lost
+  if is_alive and is_done(new_nonce) then return saved() end
   if not is_alive or holder ~= token or not is_save(seen_incarnation, seen_revision, seen_nonce) then
     return {'conflict'}
   end
@@ -165,41 +211,92 @@ end
 
 -- A tombstone stays, by which a restart's recovery knows that an older copy is not to be restored. It counts as a save:
 -- whatever order the replicas restore in, the deletion is later than the save that it deleted.
-function operations.delete(token)
-  if tombstone == 'deleted' and holder == token then return {'ok'} end -- a repeated call, whose first answer got lost
+function operations.delete(token, new_nonce)
+  if tombstone == 'deleted' and holder == token then return {'ok', nonce} end -- the first answer got lost
   if not is_alive or holder ~= token then return {'conflict'} end
-  bury('deleted', incarnation, revision + 1, token)
-  return {'ok'}
+  new_nonce = lifted(new_nonce or '')
+  bury('deleted', incarnation, revision + 1, new_nonce, token)
+  return {'ok', new_nonce}
 end
 
--- After a restart that may have lost the last writes: does the server lack this save?
-function operations.lacks(seen_incarnation, seen_revision)
-  return {(not revision or is_older(seen_incarnation, tonumber(seen_revision))) and 'yes' or 'no'}
+-- After a restart that may have lost the last writes: does the server lack this save? 'parted': others have continued from
+-- an older one.
+function operations.lacks(seen_incarnation, seen_revision, seen_nonce)
+  if is_missing(seen_incarnation, seen_revision, seen_nonce) then return {'yes'} end
+  local has_parted = is_alive and incarnation == seen_incarnation and not follows(tonumber(seen_revision), seen_nonce)
+  return {has_parted and 'parted' or 'no'}
 end
 
--- Store a lost save again, unless the server has a later one.
-function operations.restore(seen_incarnation, seen_revision, seen_nonce, record, ttl_ms, left_ms, settled)
-  if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
-  write(seen_incarnation, tonumber(seen_revision), seen_nonce, record, tonumber(ttl_ms), settled, '', 0)
+-- Store a lost save again. `only_over`: not if there is no session at all, which may have been deleted long ago.
+function operations.restore(seen_incarnation, seen_revision, seen_nonce, record, ttl_ms, left_ms, settled, only_over)
+  if not is_missing(seen_incarnation, seen_revision, seen_nonce) then return {'there'} end
+  if only_over == '1' and not revision then return {'none'} end
+  -- What the saves in between were is not known here.
+  local new_history = revision and incarnation == seen_incarnation and epoch == epoch_of(seen_nonce) and history or ''
+  write(seen_incarnation, tonumber(seen_revision), seen_nonce, record, tonumber(ttl_ms), settled, '', 0, new_history)
   expires = now + tonumber(left_ms)
   set('x', whole(expires))
   return {'ok'}
 end
 
--- The same for a session that was deleted ('deleted'), or whose record no replica has any more ('lost').
-function operations.bury(seen_incarnation, seen_revision, kind)
-  if revision and not is_older(seen_incarnation, tonumber(seen_revision)) then return {'there'} end
-  bury(kind, seen_incarnation, seen_revision, '')
+-- The same for a session that was deleted ('deleted'), or whose record this process no longer has ('lost').
+function operations.bury(seen_incarnation, seen_revision, seen_nonce, kind, only_over)
+  if not is_missing(seen_incarnation, seen_revision, seen_nonce) then return {'there'} end
+  if only_over == '1' and not revision then return {'none'} end
+  bury(kind, seen_incarnation, tonumber(seen_revision), seen_nonce, '')
   return {'ok'}
 end
 
--- What sessions need of a server, done to a key of its own.
-function operations.probe()
-  set('d', '')
-  redis.call('PEXPIRE', key, 10000)
-  redis.call('HGET', key, 'd')
+-- Is there a session? For a process that has a copy.
+function operations.exists()
+  return {refusal('') or 'ok'}
+end
+
+-- What each process does once a second to a key of the server's own. It says that it is there, and learns in which epoch
+-- the server is, and whether all calls have to wait.
+--
+-- An epoch is the time between two changes of the server that may have lost writes: each change begins one. In a new epoch
+-- the server recovers. Each process restores what it knows of earlier epochs, and none serves a call before all processes
+-- have done so: those that were there, unless they are silent for `patience`, and for `window` also those that the server
+-- doesn't know. A process that was silent for longer, such as one that was stopped, restores late, and only what nobody has
+-- changed since (`is_missing`).
+--   e  the epoch: 16 digits, greater than all before       i  the server's process, which is another one after a restart
+--   o  when `window` ends                                  m  processes: 'name,epoch it has restored in,silent from;'
+-- known     the latest epoch that the caller knows       left   '', or an epoch in which the caller saw a server that was
+-- restored  '', or an epoch in which it has restored            a replica and may have other data since
+-- patience  '' if the caller leaves
+-- Answers   the epoch, and for how many milliseconds calls have to wait: '' if nobody knows.
+function operations.attend(run, known, left, name, restored, window, patience)
+  local facts = redis.call('HMGET', key, 'e', 'i', 'o', 'm')
+  local current, opens, members, num_missing = facts[1] or NO_EPOCH, tonumber(facts[3] or 0), {}, 0
+  local has_changed = facts[2] ~= run or current == left
+  local begins = has_changed or current < known
+  window = tonumber(window)
+  local longest = tonumber(patience) or 4 * window
+  if has_changed then
+    -- Later than the epoch before, even if the clock has stepped back since.
+    current = math.max(time[1] * 1e6 + time[2], tonumber(current) + 1, tonumber(known) + 1)
+    current = string.format('%016.0f', current)
+  elseif begins then
+    current = known -- of another server
+  end
+  if begins then opens = now + window end
+  for other, epoch_restored, silent in (facts[4] or ''):gmatch('(%w+),(%d*),(%d+);') do
+    silent = begins and now + longest or math.min(tonumber(silent), now + longest)
+    if other ~= name and silent > now then
+      members[#members + 1] = other .. ',' .. epoch_restored .. ',' .. whole(silent) .. ';'
+      if epoch_restored ~= current then num_missing = num_missing + 1 end
+    end
+  end
+  if patience ~= '' then members[#members + 1] = name .. ',' .. restored .. ',' .. whole(now + longest) .. ';' end
+  set('e', current, 'i', run, 'o', whole(opens), 'm', table.concat(members))
+  redis.call('PEXPIRE', key, 30 * 24 * 3600 * 1000)
+  redis.call('HGET', key, 'e')
   redis.call('HDEL', key, 'x')
-  return {redis.call('HLEN', key) > 0 and redis.call('EXISTS', key) == 1 and redis.call('PTTL', key) > 0 and 'ok'}
+  -- What sessions need of a server beside that:
+  local works = redis.call('HLEN', key) > 0 and redis.call('EXISTS', key) == 1 and redis.call('PTTL', key) > 0
+  if not works or restored ~= current or num_missing > 0 then return {current, ''} end
+  return {current, whole(math.max(0, math.min(opens, now + window) - now))}
 end
 
 -- The following are for stored segments (segment_store.py), which are no sessions: the field `c` has the content, and the

@@ -24,9 +24,9 @@ from service.sessions.session import SessionKey
 
 Item = TypeVar("Item")
 
-# One creation in four checks twelve ids. In the long run at most one id in three is then without a session, and most
+# One creation in 8 checks 24 ids. In the long run at most one id in three is then without a session, and most
 # creations don't wait for the check.
-_NUM_CHECKED, _CREATIONS_PER_CHECK = 12, 4
+_NUM_CHECKED, _CREATIONS_PER_CHECK = 24, 8
 _LONGEST_LIFE_MS = 30 * 24 * 3600 * 1000  # no session can ask for more
 _RETRY_S = 60.0
 _GLOB = str.maketrans({char: f"\\{char}" for char in "*?[]\\"})
@@ -48,22 +48,27 @@ class SessionIndex:
         self._next_import = 0.0
 
     def add(self, key: SessionKey, ttl_s: float) -> None:
-        """Add a session that is about to be created. Raises StoreUnavailable, Overloaded."""
+        """Add a session, and let the index live as long. Raises StoreUnavailable, Overloaded."""
         index, ms, since = self._key(key.owner), self._lifetimes.extended_ms(ttl_s), self._lifetimes.now()
         self._server.execute([("ZADD", index, 0, key.id), *_living(index, ms)])
         self._lifetimes.note(index, ms, since)
 
-    def confirm(self, key: SessionKey) -> None:
-        """Add a session that has just been created, in case a list has not seen it in between, and check other ids.
+    def adding(self, key: SessionKey, ttl_s: float) -> tuple[Any, ...]:
+        """Return the command that adds a session. It has to be done before and after the session's creation.
 
-        Never fails: the session is there, and `add` has most probably sufficed.
+        Before, so that no session is missing if this process dies; after, in case a list has removed the id in between.
+        Raises StoreUnavailable, Overloaded.
         """
-        index = self._key(key.owner)
-        with suppress(GruServeError):
-            self._server.execute([("ZADD", index, 0, key.id)])
-            if not secrets.randbelow(_CREATIONS_PER_CHECK):
-                (ids,) = self._server.execute([("ZRANDMEMBER", index, _NUM_CHECKED)])
-                self._clean(key.owner, [session_id.decode() for session_id in ids])
+        if not self._lifetimes.suffices(self._key(key.owner), ttl_s):
+            self.add(key, ttl_s)
+        return "ZADD", self._key(key.owner), 0, key.id
+
+    def check_some(self, owner: str) -> None:
+        """After one creation in several, check some of the owner's ids. Never fails."""
+        if not secrets.randbelow(_CREATIONS_PER_CHECK):
+            with suppress(GruServeError):
+                (ids,) = self._server.execute([("ZRANDMEMBER", self._key(owner), _NUM_CHECKED)])
+                self._clean(owner, [session_id.decode() for session_id in ids])
 
     def prolong(self, key: SessionKey, ttl_s: float) -> None:
         """Let the index live as long as a session that was just used. Normally asks nothing of Redis. Never fails."""

@@ -83,7 +83,10 @@ class SessionStore(Protocol):
         ...
 
     def delete(self, key: SessionKey) -> None:
-        """Forget a session, as if it had never been. Raises SessionBusy, SessionNotFound, SessionGone."""
+        """Forget a session, as if it had never been. Raises SessionBusy, SessionNotFound, SessionGone.
+
+        For some time the store remembers which sessions were deleted. To delete one of them again changes nothing.
+        """
         ...
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:

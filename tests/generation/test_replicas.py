@@ -447,7 +447,7 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     on_disk = own_redis.on_disk()
     replica[0].feed(SessionKey("", "a"), FeedRequest("ab"))
     renewer = replica[1]._renewer
-    monkeypatch.setattr(renewer, "_restoring", lambda key, _: renewer._command("lacks", key, b"", 0))
+    monkeypatch.setattr(renewer, "_restoring", lambda key, _: renewer._command("lacks", key, b"", 0, b""))
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()

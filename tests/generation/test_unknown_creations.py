@@ -17,7 +17,6 @@ from service.sessions.portable import StateSealer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import Session, SessionKey
-from service.sessions.session_store import Operation
 from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
@@ -41,10 +40,10 @@ class PausedAtCreation(RedisStore):
 
     redis: RedisProcess | None = None  # None while it answers
 
-    def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
-        if operation == "create" and self.redis is not None:
+    def _call_create(self, *arguments: Any) -> list[Any]:
+        if self.redis is not None:
             self.redis.send(signal.SIGSTOP)
-        return super()._call(operation, key, *arguments)
+        return super()._call_create(*arguments)
 
 
 @contextmanager

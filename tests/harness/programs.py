@@ -10,6 +10,7 @@ import socket
 # Below the ports that the kernel gives out by itself (32768 and above on Linux): between the probe and the program's
 # start, neither an outgoing connection nor a server that listens on port 0 can get the same one.
 _PORTS = range(20_000, 32_000)
+_RANDOM = random.SystemRandom()  # Hypothesis seeds the others, so that all of its tests would get the same port
 
 
 def program(name: str) -> str:
@@ -29,7 +30,7 @@ def free_port() -> int:
     Redis (`--port 0` turns TCP off), containers, and servers that must get the same port again after a restart.
     """
     while True:
-        port = random.choice(_PORTS)
+        port = _RANDOM.choice(_PORTS)
         with socket.socket() as probe:
             # As the servers do: a connection of a former server that still closes does not take the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

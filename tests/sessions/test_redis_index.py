@@ -155,14 +155,13 @@ def test_index__lives_on_with_a_session_that_is_used(store: RedisStore, client: 
 def test_index__has_a_session_that_a_list_removed_while_it_was_created(
     store: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = store._call
+    create = store._call_create
 
-    def call_after_a_list(operation: Any, *arguments: Any) -> list[Any]:
-        if operation == "create":
-            assert ids(store) == []
-        return call(operation, *arguments)
+    def create_after_a_list(*arguments: Any) -> list[Any]:
+        assert ids(store) == []
+        return create(*arguments)
 
-    monkeypatch.setattr(store, "_call", call_after_a_list)
+    monkeypatch.setattr(store, "_call_create", create_after_a_list)
     store.create(session("a"))
     assert ids(store) == ["a"]
 

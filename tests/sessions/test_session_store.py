@@ -154,12 +154,17 @@ def use(store: SessionStore, key: SessionKey = A) -> None:
 
 def every_use(store: SessionStore) -> list[Callable[[SessionKey], Any]]:
     """Return all calls that need a session which is there."""
+
+    def delete_if_there(key: SessionKey) -> None:
+        store.load(key)  # a deleted one may be deleted again
+        store.delete(key)
+
     return [
         store.load,
         lambda key: store.update(key, unchanged),
         lambda key: store.update(key, with_changes(seed=99)),
         lambda key: store.begin(key, with_changes(seed=99)),
-        store.delete,
+        delete_if_there,
     ]
 
 
@@ -497,6 +502,20 @@ def test_delete__makes_the_session_unknown(store: SessionStore) -> None:
     assert (store.load(A).seed, store.load(A).revision) == (9, 1)
 
 
+def test_delete__again_changes_nothing(store: SessionStore, clock: Clock) -> None:
+    """The answer to the first one may have been lost. Of a session that never was, or has expired, there was none."""
+    store.create(session())
+    store.delete(A)
+    store.delete(A)
+    with pytest.raises(SessionNotFound):
+        store.delete(B)
+    store.create(session(seed=9))
+    assert store.load(A).seed == 9
+    clock.now += 60
+    with pytest.raises(SessionGone):
+        store.delete(A)
+
+
 def test_delete__of_a_leased_session_is_refused(store: SessionStore) -> None:
     store.create(session())
     lease = lease_of(store)
@@ -529,6 +548,43 @@ def test_redis_store__updates_a_current_copy_in_one_exchange(replicas: list[Redi
     assert lease is not None
     lease.save(replace(lease.session, seed=10), release=True)
     assert exchanges.operations[3:] == ["save"]
+
+
+def test_redis_store__creates_in_one_exchange(replicas: list[RedisStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for the owner's index are needed once in some minutes, and those for long texts once for each segment."""
+    one, _ = replicas
+    monkeypatch.setattr(one._index, "check_some", lambda _: None)
+    exchanges: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        send = getattr(one._server, name)
+
+        def count(*arguments: Any, **options: Any) -> Any:
+            exchanges.append(name)
+            return send(*arguments, **options)
+
+        return count
+
+    for name in ("_run", "_send_all"):
+        monkeypatch.setattr(one._server, name, counted(name))
+    one.create(session("first"))
+    assert len(exchanges) == 2
+    exchanges.clear()
+    one.create(session("a"))
+    assert exchanges == ["_run"]
+    assert [summary.id for summary in one.page("", "", 9)] == ["a", "first"]
+    exchanges.clear()
+    with pytest.raises(SessionExists):
+        one.create(session("a"))
+    assert exchanges == ["_run"]
+    exchanges.clear()
+    retention, hidden = Retention(), state(0)
+    states = dict.fromkeys(retention.checkpoint_positions(0, 9_000), hidden)
+    long = one.create(session("long", text=Text(hidden).extended("x" * 9_000, hidden, states, retention)))
+    assert exchanges == ["_send_all", "_send_all", "_run"]
+    exchanges.clear()
+    one.create(replace(long, id="fork"))
+    assert exchanges == ["_send_all", "_run"]
 
 
 def test_redis_store__without_a_cache_needs_two_exchanges(
