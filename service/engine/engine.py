@@ -16,10 +16,14 @@ from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
+from service.shares import Places
 
 log = structlog.get_logger(__name__)
 
 _SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
+# For this long after a tick with several clients, ticks stay short: a client that has been here may come back, and
+# would have to wait for the end of a long one.
+_SHORT_TICKS_S = 10.0
 
 
 @dataclass(eq=False)
@@ -27,7 +31,12 @@ class _Text:
     """A request in the scheduler."""
 
     handle: Handle
-    row: Row | None = None  # None while the text is waiting
+    row: Row | None = None  # None until it is advanced for the first time
+
+    @property
+    def client(self) -> str:
+        """For whom the text is advanced."""
+        return self.handle.request.client
 
 
 class Engine:
@@ -36,10 +45,13 @@ class Engine:
     A short text that is only read is stepped on the caller's thread while the engine is idle: waking the engine's
     thread, and being woken by it, would take longer.
 
+    Clients share the engine (see `Scheduler` and `Places`): one that has filled it leaves the same number of places
+    once more for the others.
+
     Args:
         vocab_size: characters of the stepper's model.
         max_running: texts in the batch at most.
-        max_waiting: texts that may wait for a place in the batch; further ones are refused.
+        max_waiting: texts of one client that may wait for a place in the batch; further ones are refused.
         stall_s: seconds after which a step that has not returned counts as stuck.
         clock: returns seconds; replaced in tests.
     """
@@ -54,15 +66,15 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stepper, self._vocab_size = stepper, vocab_size
-        self._max_open = max_running + max_waiting
         self._stall_s, self._clock = stall_s, clock
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
+        self._short_ticks_until = 0.0
         self.counters = Counters()  # written while holding `_stepping`, read by any thread
         self._stepping = threading.Lock()  # held by the thread that uses the stepper
         self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[_Text] = []
-        self._num_open = 0
+        self._places = Places(max_running + max_waiting, reserve=max_running + max_waiting)  # of all open texts
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
@@ -80,12 +92,10 @@ class Engine:
             self.check()
             if self._closing:
                 raise EngineFailed("the engine is shutting down: try again in a moment")
-            if self._num_open + len(handles) > self._max_open and not already_admitted:
-                raise Overloaded("the server is busy and its queue is full: try again in a second")
-            step_here = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
+            step_here = self._places.num_taken == 0 and len(requests) == 1 and _is_short(requests[0])
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
-                self._num_open += len(handles)
+                self._take_places(requests, always=already_admitted)
                 self._inbox.extend(_Text(handle) for handle in handles)
                 self._start()
                 self._changed.notify_all()
@@ -108,12 +118,12 @@ class Engine:
     @property
     def num_open(self) -> int:
         """Number of texts that are running or waiting."""
-        return self._num_open
+        return self._places.num_taken
 
     @property
     def num_running(self) -> int:
-        """Number of texts in the batch."""
-        return len(self._scheduler.running)
+        """Number of texts that are advanced, if necessary in turns."""
+        return self._scheduler.num_running
 
     def retire(self) -> None:
         """End the thread as soon as no text is open. The engine stays usable: a new text starts a new thread."""
@@ -131,6 +141,11 @@ class Engine:
             thread.join(self._stall_s)
         if self._stepping.acquire(timeout=self._stall_s):  # waits for a step on a caller's thread
             self._stepping.release()
+
+    def _take_places(self, requests: Sequence[Request], *, always: bool) -> None:
+        """Take a place for each request. They have the same client. Needs `_changed`. Raises Overloaded."""
+        if requests and not self._places.take(requests[0].client, len(requests), always=always):
+            raise Overloaded("the server is busy and its queue is full: try again in a second")
 
     def _start(self) -> None:
         if self._thread is None:
@@ -188,12 +203,13 @@ class Engine:
         return True
 
     def _tick(self) -> None:
-        """Admit waiting texts, advance all texts of the batch, and hand the new characters over to the handles."""
+        """Choose texts, advance them, and hand the new characters over to their handles."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
-        for text in scheduler.admit():
-            text.row = self._row(text)
-        texts = scheduler.running
+        texts = scheduler.choose(self._num_texts())
+        for text in texts:
+            if text.row is None:
+                text.row = self._row(text)
         rows = [text.row for text in texts if text.row is not None]
         if not rows:
             return
@@ -203,7 +219,9 @@ class Engine:
                 raise self._failure
             started = self._clock()
             results = self._advance(rows, num_chars)
-            self._pace.measured(len(rows), num_chars, self._clock() - started)
+            duration_s = self._clock() - started
+        self._pace.measured(len(rows), num_chars, duration_s)
+        scheduler.charge(duration_s)
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
         self._remove([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
@@ -211,6 +229,13 @@ class Engine:
             text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)
             if text.handle.wants_snapshot and row.finished is None:
                 text.handle.publish_snapshot(_snapshot(row))
+
+    def _num_texts(self) -> int:
+        """Return how many texts the next tick may have: few enough for a short tick while clients share the engine."""
+        now = self._clock()
+        if self._scheduler.num_clients > 1:
+            self._short_ticks_until = now + _SHORT_TICKS_S
+        return self._pace.num_rows() if now < self._short_ticks_until else self._scheduler.max_running
 
     def _row(self, text: _Text) -> Row:
         return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)
@@ -228,7 +253,8 @@ class Engine:
                     self.counters.ended(text.row.finished if text.row is not None else None)
             self._scheduler.remove(texts)
             with self._changed:
-                self._num_open -= len(texts)
+                for text in texts:
+                    self._places.give_back(text.client)
 
     def _open_texts(self) -> list[_Text]:
         with self._changed:

@@ -96,7 +96,12 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_prompt_chars=settings.max_prompt_chars,
         max_texts=settings.max_batch + settings.max_queue,
     )
-    admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
+    max_texts = settings.max_batch + settings.max_queue
+    admission = AdmissionLimit(
+        max_texts,
+        max_per_client=settings.max_streams,
+        num_reserved=settings.num_http_threads - SPARE_THREADS - max_texts,
+    )
     app.register_api(completions_blueprint(models, settings.model, limits, admission))
     closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)

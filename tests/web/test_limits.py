@@ -21,6 +21,7 @@ from pydantic import SecretStr
 from service.api_keys import new_key
 from service.errors import InvalidSettings, Overloaded, TooManyStreams
 from service.settings import Settings, read_settings
+from service.shares import work_for
 from service.store.model_store import ModelStore
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import Drain
@@ -231,7 +232,7 @@ def test_stream_limit__is_released_however_a_stream_ends(capped: FlaskClient) ->
 
 
 def test_admission_limit__counts_requests_and_streams() -> None:
-    admission = AdmissionLimit(3, max_streams_per_client=1)
+    admission = AdmissionLimit(3, max_per_client=1)
     admission.acquire("a")
     with pytest.raises(TooManyStreams):
         admission.acquire("a")
@@ -247,3 +248,35 @@ def test_admission_limit__counts_requests_and_streams() -> None:
     for _ in range(3):
         unlimited.acquire("a")
     assert unlimited.num_streams == 3
+
+
+def test_admission_limit__leaves_places_for_other_clients() -> None:
+    admission = AdmissionLimit(8, num_reserved=4)
+    for _ in range(8):
+        admission.acquire("greedy")
+    for client in ("greedy", "b", "b", "c"):
+        if client == "greedy":
+            with pytest.raises(Overloaded):
+                admission.acquire(client)
+        else:
+            admission.acquire(client)
+    assert admission.num_streams == 11
+
+
+def test_stream_limit__counts_whole_answers_separately() -> None:
+    """As many answers that are not streams are admitted as streams, and no more."""
+    admission = AdmissionLimit(9, max_per_client=2)
+    work_for("a")
+    for streaming_client in ("a", None, "a", None):
+        admission.acquire(streaming_client)
+    for streaming_client in ("a", None):
+        with pytest.raises(TooManyStreams, match="2"):
+            admission.acquire(streaming_client)
+    admission.acquire("b")
+    work_for("b")
+    admission.acquire()
+    admission.release()
+    work_for("a")
+    admission.release()
+    admission.acquire()
+    work_for("")

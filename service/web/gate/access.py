@@ -11,6 +11,7 @@ from flask import Flask, g, request
 
 from service.api_keys import ApiKeys
 from service.errors import InvalidApiKey
+from service.shares import work_for
 
 _OPEN = "is_open_to_all"
 View = TypeVar("View", bound=Callable[..., Any])
@@ -36,6 +37,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
     @app.before_request
     def _check_key() -> None:
         g.owner = ""
+        work_for(client_key())
         if keys is None or is_open(app, request.endpoint):
             return
         authorization = request.authorization
@@ -46,6 +48,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
         if name is None:
             raise InvalidApiKey("this API key is not known to the server: it has a typo, or it was replaced")
         g.owner = name
+        work_for(client_key())
         structlog.contextvars.bind_contextvars(key_name=name)
 
 
