@@ -11,7 +11,7 @@ import structlog
 
 from service.arrays import Float32, read_state
 from service.engine.counters import Counters
-from service.engine.pace import Pace
+from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import Row, Stepper, StepResult
@@ -206,14 +206,16 @@ class Engine:
         """Choose texts, advance them, and hand the new characters over to their handles."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
-        texts = scheduler.choose(self._num_texts())
+        tick_s = self._tick_s()
+        num_texts = self._pace.num_rows(tick_s) if tick_s < TICK_S else scheduler.max_running
+        texts = scheduler.choose(num_texts)
         for text in texts:
             if text.row is None:
                 text.row = self._row(text)
         rows = [text.row for text in texts if text.row is not None]
         if not rows:
             return
-        num_chars = self._pace.num_chars(len(rows))
+        num_chars = self._pace.num_chars(len(rows), tick_s)
         with self._stepping:
             if self._failure is not None:
                 raise self._failure
@@ -230,12 +232,12 @@ class Engine:
             if text.handle.wants_snapshot and row.finished is None:
                 text.handle.publish_snapshot(_snapshot(row))
 
-    def _num_texts(self) -> int:
-        """Return how many texts the next tick may have: few enough for a short tick while clients share the engine."""
+    def _tick_s(self) -> float:
+        """Return how long the next tick should take: less while clients share the engine."""
         now = self._clock()
         if self._scheduler.num_clients > 1:
             self._short_ticks_until = now + _SHORT_TICKS_S
-        return self._pace.num_rows() if now < self._short_ticks_until else self._scheduler.max_running
+        return SHARED_TICK_S if now < self._short_ticks_until else TICK_S
 
     def _row(self, text: _Text) -> Row:
         return text.handle.request.row(self._stepper.initial_hidden(), self._vocab_size)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-_TICK_S = 0.005  # the fixed cost of a tick is small beside this, and nobody notices the delay
+TICK_S = 0.005  # the fixed cost of a tick is small beside this, and nobody notices the delay
+# While clients share the engine. A client that is served again waits for the end of another one's tick first.
+SHARED_TICK_S = TICK_S / 2
 _MIN_TICK_CHARS = 4  # with hundreds of texts a tick then takes 20 ms: shorter ticks would mostly be fixed cost
 _MAX_TICK_CHARS = 256
-_MIN_TICK_ROWS = 32  # smaller batches would use the processor badly
+_MIN_TICK_ROWS = 16  # smaller batches would use the processor badly
 
 # A chunk of a stream takes about 50 us of Python. Above this many chunks a second in all streams, chunks get longer
 # instead. Without the limit, 256 streams get half as many characters.
@@ -15,14 +17,13 @@ _MAX_CHUNKS_PER_S = 1600
 class Pace:
     """Chooses how many characters a tick has, so that it takes `tick_s` seconds, from the time of earlier ones."""
 
-    def __init__(self, tick_s: float = _TICK_S) -> None:
-        self._tick_s = tick_s
+    def __init__(self) -> None:
         # Seconds for one character of one row, and the number of rows of the batch in which that was measured: of the
         # last batch of each order of magnitude, because ticks of different clients may take turns.
         self._measured: dict[int, tuple[float, int]] = {}
         self._last = (1e-3, 1)
 
-    def num_chars(self, num_rows: int) -> int:
+    def num_chars(self, num_rows: int, tick_s: float = TICK_S) -> int:
         """Return the number of characters for a batch of num_rows.
 
         If the batch is larger than the one that was measured, assumes that its time grows with the number of rows; if
@@ -30,7 +31,7 @@ class Pace:
         """
         row_s, num_measured = self._measured.get(num_rows.bit_length(), self._last)
         step_s = row_s * max(num_rows, num_measured)
-        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, round(self._tick_s / step_s)))
+        return max(_MIN_TICK_CHARS, min(_MAX_TICK_CHARS, round(tick_s / step_s)))
 
     def measured(self, num_rows: int, num_chars: int, duration_s: float) -> None:
         """Record how long a tick of num_chars characters in each of num_rows rows took."""
@@ -39,10 +40,10 @@ class Pace:
         self._last = (row_s if num_rows != num_before else 0.7 * before_s + 0.3 * row_s), num_rows
         self._measured[num_rows.bit_length()] = self._last
 
-    def num_rows(self) -> int:
+    def num_rows(self, tick_s: float) -> int:
         """Return the number of rows with which the shortest tick takes about `tick_s`."""
         row_s, _ = self._measured[max(self._measured)] if self._measured else self._last
-        return max(_MIN_TICK_ROWS, round(self._tick_s / (_MIN_TICK_CHARS * row_s)))
+        return max(_MIN_TICK_ROWS, round(tick_s / (_MIN_TICK_CHARS * row_s)))
 
 
 def flush_interval(num_open: int, minimum_s: float) -> float:

@@ -14,7 +14,7 @@ import pytest
 from service.engine.engine import Engine
 from service.engine.native.binding import variants
 from service.engine.native.native_stepper import NativeStepper
-from service.engine.pace import Pace, flush_interval
+from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
@@ -430,30 +430,32 @@ def test_read__returns_none_after_its_timeout() -> None:
 
 
 def test_pace__keeps_ticks_to_their_length() -> None:
-    pace = Pace(tick_s=0.004)
+    pace = Pace()
     for _ in range(50):
         pace.measured(1, pace.num_chars(1), pace.num_chars(1) * 100e-6)
-    assert 35 <= pace.num_chars(1) <= 40
+    assert 45 <= pace.num_chars(1) <= 50
+    assert 22 <= pace.num_chars(1, SHARED_TICK_S) <= 25
     assert pace.num_chars(64) == 4  # the minimum: a batch that has grown is assumed to take as much time for each row
     for _ in range(50):
         pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 0.5e-3)
-    assert 7 <= pace.num_chars(64) <= 9
+    assert 9 <= pace.num_chars(64) <= 11
     pace.measured(256, 1, 1.0)
     assert pace.num_chars(256) == 4
-    assert pace.num_chars(1) == 40  # batches of other sizes have not changed this
+    assert pace.num_chars(1) == 50  # batches of other sizes have not changed this
     for _ in range(50):
         pace.measured(1, 1, 1e-9)
     assert pace.num_chars(1) == 256
 
 
 def test_pace__limits_the_rows_of_a_short_tick() -> None:
-    pace = Pace(tick_s=0.005)
+    pace = Pace()
     pace.measured(1, 100, 0.005)
-    assert pace.num_rows() == 32
+    assert pace.num_rows(0.005) == 25
+    assert pace.num_rows(0.001) == 16
     pace.measured(256, 4, 256 * 4 * 25e-6)
-    assert pace.num_rows() == 50  # of four characters: 5 ms
+    assert pace.num_rows(0.005) == 50  # of four characters: 5 ms
     pace.measured(1, 100, 0.005)
-    assert pace.num_rows() == 50  # what a large batch costs, not a single text
+    assert pace.num_rows(0.005) == 50  # what a large batch costs, not a single text
 
 
 def test_engine__a_full_queue_of_one_client_does_not_refuse_others() -> None:
