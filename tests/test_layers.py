@@ -47,7 +47,7 @@ EXTRA = {
 LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
-    "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings"}, "pickle": set[str](),
+    "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {

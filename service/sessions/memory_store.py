@@ -8,7 +8,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -26,6 +25,7 @@ _SESSION_BYTES = 1024  # memory of a session without its state and its text
 _SEGMENT_BYTES = 256  # memory of a segment without its state and its text
 _SLAB_BLOCK_BYTES = 2**24
 _SWEPT_SESSIONS = 256  # deleted under one hold of the lock: about a millisecond
+_PAGE_SESSIONS = 100  # listed under one hold of the lock: about half a millisecond
 _MAX_GONE = 100_000  # ids remembered of sessions that expired or were evicted
 
 
@@ -159,12 +159,15 @@ class MemoryStore:
         while len(sessions) < limit:
             with self._lock:
                 ids = self._ids.get(owner, SortedList()).irange(after, inclusive=(False, True))
-                found = [key for key, _ in zip(ids, range(limit - len(sessions)), strict=False)]
+                found = list(islice(ids, min(_PAGE_SESSIONS, limit - len(sessions))))
+                entries = [self._find(SessionKey(owner, session_id)) for session_id in found]
+                sessions += [
+                    replace(entry.session.summary, expires_at=entry.expires_at)
+                    for entry in entries
+                    if entry is not None
+                ]
             if not found:
                 break
-            for session_id in found:
-                with suppress(SessionNotFound, SessionGone):
-                    sessions.append(self.load(SessionKey(owner, session_id)).summary)
             after = found[-1]
         return sessions
 

@@ -30,14 +30,14 @@ from service.web.api.health_routes import health_blueprint
 from service.web.api.inspect_routes import inspect_blueprint
 from service.web.api.model_routes import models_blueprint
 from service.web.api.pages import docs_blueprint, page_blueprint
-from service.web.api.schemas import MAX_STOP_CHARS, ErrorAnswer
+from service.web.api.schemas import MAX_CHOICES, MAX_STOP_CHARS, ErrorAnswer
 from service.web.api.session_routes import SessionLimits, sessions_blueprint
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
 from service.web.gate.error_responses import register_error_handlers, validation_error_response
 from service.web.gate.guard import register_body_check, register_guard
-from service.web.gate.rate_limit import register_rate_limit
+from service.web.gate.rate_limit import register_rate_limit, register_start_costs
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
@@ -90,6 +90,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     register_access(app, keys)
     register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes)
+    register_start_costs(app, settings.max_tokens, MAX_CHOICES)
     register_error_handlers(app)
     limits = CompletionLimits(
         max_tokens=settings.max_tokens,
