@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ UnknownChars = Literal["error", "fold", "drop"]  # what to do with unknown chara
 
 MAX_CHARSET = 65_536
 _SHORT = 8  # characters up to which a text is encoded without numpy
+_MAX_FOLDED = 4096  # different characters: finding a spelling takes some 10 us for each
 _MAX_NAMED = 10  # unknown characters that an error names at most
 
 # Plain spellings of characters that Unicode's compatibility decomposition doesn't change, nearest first. Folding takes
@@ -110,13 +112,13 @@ class Charset:
         if unknown == "drop":
             return ids[ids >= 0]
         if unknown == "fold":
-            folded = self._fold(text)
-            ids = self._look_up(folded)
+            nearest = self._nearest_of(text)
+            ids = self._look_up(self._fold(text, nearest))
             if not (ids < 0).any():
                 return ids
             # The error gives positions in the text before folding, because that is what the caller knows.
-            known = [char in self or self._nearest(char) is not None for char in text]
-            raise self._unknown_error(text, (position for position, ok in enumerate(known) if not ok), folded=True)
+            unknown_at = [place for place, char in enumerate(text) if char not in self and nearest.get(char) is None]
+            raise self._unknown_error(text, unknown_at, folded=True)
         raise self._unknown_error(text, np.flatnonzero(ids < 0).tolist(), folded=False)
 
     def exact(self, text: str) -> Ids:
@@ -148,10 +150,14 @@ class Charset:
         points = _code_points(text)
         return self._table[np.minimum(points, len(self._table) - 1)]
 
-    def _fold(self, text: str) -> str:
+    def _nearest_of(self, text: str) -> dict[str, str | None]:
+        """Return `_nearest` of the first unknown characters, of which a text that can be folded has far fewer."""
+        unknown = islice((char for char in dict.fromkeys(text) if char not in self), _MAX_FOLDED)
+        return {char: self._nearest(char) for char in unknown}
+
+    def _fold(self, text: str, nearest: dict[str, str | None]) -> str:
         if "\r" not in self:
             text = text.replace("\r\n", "\n")
-        nearest = {char: self._nearest(char) for char in set(text) if char not in self}
         return text.translate({ord(char): near for char, near in nearest.items() if near is not None})
 
     def _nearest(self, char: str) -> str | None:

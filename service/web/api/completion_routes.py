@@ -44,11 +44,11 @@ def completions_blueprint(
         previous one; the last is `[DONE]`.
         """
         _check(body, limits)
-        model = models.get(body.model if body.model is not None else default_model)
-        request = _completion_request(model, body, limits)
         streaming_client = client_key() if body.stream else None
         admission.acquire(streaming_client)
-        try:
+        try:  # from here on a thread may wait: first for the model
+            model = models.get(body.model if body.model is not None else default_model)
+            request = _completion_request(model, body, limits)
             completion = Completion(model, request)
         except BaseException:
             admission.release(streaming_client)

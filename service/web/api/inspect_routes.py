@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
 
 import numpy as np
 from flask import Response
@@ -18,14 +19,16 @@ from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
 
-_MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
+# At the same time: each needs tens of megabytes while its answer is built. One client may have two of them.
+_MAX_INSPECTIONS, _RESERVED_INSPECTIONS = 2, 3
+_ENCODED_BYTES = 3 * 2**17  # of numbers, encoded at a time: half a millisecond in which no other thread can run
 
 
 def inspect_blueprint(inspector: Inspector, default_model: str, admission: AdmissionLimit) -> APIBlueprint:
     """The route of inspections."""
     errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
     blueprint = APIBlueprint("inspect", __name__, abp_tags=[Tag(name="inspect")], abp_responses=errors)
-    inspections = AdmissionLimit(_MAX_INSPECTIONS)
+    inspections = AdmissionLimit(_MAX_INSPECTIONS, num_reserved=_RESERVED_INSPECTIONS)
 
     @blueprint.post(
         "/v1/inspect", summary="Inspect the states of the network", responses={"200": schemas.InspectAnswer}
@@ -68,7 +71,7 @@ def _answer(result: InspectionResult) -> Response:
     characters, next_characters = result.model.charset.characters, result.next
     scores = logprobs_of(result.text, result.scores, result.model.charset, result.start)
     # A plain dict and not the schema's objects, which would copy the large arrays.
-    answer = {
+    answer: dict[str, object] = {
         "object": "inspection",
         "model": result.model.version.ref,
         "from": result.start,
@@ -77,21 +80,41 @@ def _answer(result: InspectionResult) -> Response:
         "dtype": "float16",
         "byte_order": "little",
         "order": schemas.InspectAnswer.model_fields["order"].default,
-        "before": _numbers(result.before),
-        "states": _numbers(result.states),
+        "before": result.before,
+        "states": result.states,
         "gates": None,
-        "embedding": _numbers(result.embedding) if result.embedding is not None else None,
+        "embedding": result.embedding,
         "logprobs": scores.model_dump() if scores is not None else None,
         "next": None,
         "state": result.state,
     }
     if result.gates is not None:
-        answer["gates"] = dict(zip(("reset", "update", "candidate"), map(_numbers, result.gates), strict=True))
+        answer["gates"] = dict(zip(("reset", "update", "candidate"), result.gates, strict=True))
     if next_characters is not None:
         pairs = zip(next_characters.ids.tolist(), next_characters.logprobs.tolist(), strict=True)
         answer["next"] = [{"char": characters[char_id], "logprob": logprob} for char_id, logprob in pairs]
-    return Response(to_json(answer), mimetype="application/json")
+    parts = list(_json_parts(answer))
+    response = Response(parts, mimetype="application/json")
+    response.content_length = sum(map(len, parts))
+    return response
 
 
-def _numbers(array: NDArray[np.float16]) -> dict[str, object]:
-    return {"shape": list(array.shape), "data": base64.b64encode(array.astype("<f2", copy=False).tobytes()).decode()}
+def _json_parts(value: object) -> Iterator[bytes]:
+    """Yield JSON in pieces that are made quickly: one call for all of it would stop every other thread for long."""
+    if isinstance(value, dict) and value:
+        for place, (name, part) in enumerate(value.items()):
+            yield (b"," if place else b"{") + to_json(name) + b":"
+            yield from _json_parts(part)
+        yield b"}"
+    elif isinstance(value, np.ndarray):
+        yield from _numbers(value)
+    else:
+        yield to_json(value)
+
+
+def _numbers(array: NDArray[np.float16]) -> Iterator[bytes]:
+    yield b'{"shape":' + to_json(list(array.shape)) + b',"data":"'
+    data = memoryview(array.astype("<f2", copy=False).tobytes())
+    for start in range(0, len(data), _ENCODED_BYTES):
+        yield base64.b64encode(data[start : start + _ENCODED_BYTES])
+    yield b'"}'
