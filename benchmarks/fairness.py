@@ -18,8 +18,9 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from benchmarks.http import LETTERS, Figures, body, percentile, percentiles, posted, report, request, serving
@@ -62,13 +63,13 @@ def main() -> None:
 def compare(kind: str, undisturbed: list[list[list[float]]], disturbed: list[list[list[float]]]) -> Figures:
     """Print and return the times: of each client in each round, without and with the greedy client."""
     per_round = [
-        percentile(sum(busy, []), 99) / percentile(sum(calm, []), 99)
+        percentile(joined(busy), 99) / percentile(joined(calm), 99)
         for calm, busy in zip(undisturbed, disturbed, strict=True)
     ]
-    calm_of = [sum(times, []) for times in zip(*undisturbed, strict=True)]  # of each client
-    busy_of = [sum(times, []) for times in zip(*disturbed, strict=True)]
+    calm_of = [joined(times) for times in zip(*undisturbed, strict=True)]  # of each client
+    busy_of = [joined(times) for times in zip(*disturbed, strict=True)]
     ratios = [percentile(busy, 99) / percentile(calm, 99) for calm, busy in zip(calm_of, busy_of, strict=True)]
-    calm, busy = percentiles(sum(calm_of, [])), percentiles(sum(busy_of, []))
+    calm, busy = percentiles(joined(calm_of)), percentiles(joined(busy_of))
     print(f"first character beside a greedy client with {kind}, {calm['num']} and {busy['num']} requests:")
     print(f"  undisturbed: median {calm['median']:.1f} ms, 99th percentile {calm['p99']:.1f} ms")
     print(f"  disturbed: median {busy['median']:.1f} ms, 99th percentile {busy['p99']:.1f} ms")
@@ -78,6 +79,11 @@ def compare(kind: str, undisturbed: list[list[list[float]]], disturbed: list[lis
         "undisturbed_ms": calm, "disturbed_ms": busy, "ratio_by_round": summary(per_round),
         "ratio_by_client": summary(ratios),
     }  # fmt: skip
+
+
+def joined(times: Iterable[list[float]]) -> list[float]:
+    """Return the times of all clients, or of all rounds."""
+    return list(chain.from_iterable(times))
 
 
 def firsts(port: int, keys: list[str], seconds: float) -> list[list[float]]:

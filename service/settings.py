@@ -59,8 +59,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=131_072,
-        description="requests handled at the same time; 0: max_batch + max_queue, a quarter more for other clients when "
-        f"one client has taken those, and {SPARE_THREADS}",
+        description="requests handled at the same time; 0: max_batch + max_queue, a quarter more for other clients if "
+        f"one has taken those, and {SPARE_THREADS}",
     )
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters that one request may generate")
     max_prompt_chars: int = Field(

@@ -253,7 +253,9 @@ class LoadedModels:
         with self._lock:
             self._evicted = [model for model in self._evicted if model.engine.num_open]
             if len(self._evicted) >= self._max_models:
-                raise Overloaded("all models in memory are in use, so no other one can be loaded: try again in a second")
+                raise Overloaded(
+                    "all models in memory are in use, so no other one can be loaded: try again in a second"
+                )
 
     def _find(self, ref: str) -> LoadedModel | None:
         """Return a loaded model by its full name, and mark it as used."""

@@ -94,7 +94,7 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             return [started(small, address) for _ in range(25)].index(429)
 
         large = {"prompt": ["a", "b"], "n": 3, "max_tokens": 5000}  # 30,002 characters
-        for number, (body, status, cost) in enumerate([
+        requests: list[tuple[dict[str, object], int, int]] = [
             (small, 200, 1),
             (large, 200, 4),
             (large | {"n": 1, "best_of": 3}, 200, 4),
@@ -105,7 +105,8 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             ({"prompt": "a" * 99_000, "max_tokens": 1}, 200, 13),
             ({"prompt": {"a": 1}}, 400, 1),
             ({"prompt": "a", "n": 24, "max_tokens": 8192}, 200, 20),  # more than the limit: it uses all that is left
-        ]):  # fmt: skip
+        ]
+        for number, (body, status, cost) in enumerate(requests):
             address = f"10.0.0.{number}"
             assert started(body, address) == status
             assert num_left(address) == 20 - cost, body

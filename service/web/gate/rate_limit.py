@@ -27,11 +27,10 @@ _START_CHARS = 8192  # characters of one start; a request for more counts as sev
 def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> None:
     """Refuse requests that start work more often than `rate` allows.
 
-    All POST and PUT requests of a client count together; other methods don't count. A request counts once, and once
-    more for every further `_START_CHARS` characters that it reads and generates, see `register_start_costs`. `rate` is a rate such as
-    `600/minute`, or several separated by semicolons; empty sets no limit. `storage_url` says where requests are
-    counted: `memory:` counts those of this process, any URL of a Redis server (`redis://`, `rediss://`, `unix://`)
-    those of all replicas. Raises InvalidSettings if the URL is invalid.
+    All POST and PUT requests of a client count together; other methods don't count. `register_start_costs` lets large
+    requests count several times. `rate` is a rate such as `600/minute`, or several separated by semicolons; empty sets
+    no limit. `storage_url` says where requests are counted: `memory:` counts those of this process, any URL of a Redis
+    server (`redis://`, `rediss://`, `unix://`) those of all replicas. Raises InvalidSettings if the URL is invalid.
     """
     if not rate:
         return

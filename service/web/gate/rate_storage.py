@@ -6,6 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import ClassVar
 
 from limits.storage import SlidingWindowCounterSupport, Storage
 
@@ -20,7 +21,7 @@ class ProcessStorage(Storage, SlidingWindowCounterSupport):
     forgets the key that was used least recently. Any number of threads may call.
     """
 
-    STORAGE_SCHEME = ["process"]
+    STORAGE_SCHEME: ClassVar[list[str]] = ["process"]
 
     def __init__(
         self,
