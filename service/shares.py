@@ -22,12 +22,12 @@ def current_client() -> str:
     return _client.get()
 
 
-class Places:
-    """Places that clients share. Not safe for several threads.
+class SharedCapacity:
+    """A number of places that clients share. Not safe for several threads.
 
-    The first `size` places go to whoever asks first, so a client that is alone can use them all. `reserve` more places
-    are for the others: a client gets one of them only while it holds no more places than are free. So however many
-    clients have taken their part, another one finds half of the free places open to it.
+    The first `size` places are given in the order of the requests, so a client that is alone can have them all.
+    `reserve` more places are for the others: a client gets one of them only while it holds no more places than are
+    free. So each further client can have half of what is free, as with the dynamic thresholds of network switches.
     """
 
     def __init__(self, size: int, reserve: int) -> None:

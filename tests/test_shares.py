@@ -1,4 +1,4 @@
-"""Places that clients share, and the client of a thread."""
+"""SharedCapacity that clients share, and the client of a thread."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections import Counter
 import hypothesis.strategies as st
 from hypothesis import given
 
-from service.shares import Places, current_client, work_for
+from service.shares import SharedCapacity, current_client, work_for
 
 
-def test_places__a_client_that_is_alone_has_all_but_the_reserve() -> None:
-    places = Places(8, reserve=4)
+def test_shared_capacity__a_client_that_is_alone_has_all_but_the_reserve() -> None:
+    places = SharedCapacity(8, reserve=4)
     assert places.take("a", 5)
     assert not places.take("a", 4)  # all or none
     assert places.take("a", 3)
@@ -20,8 +20,8 @@ def test_places__a_client_that_is_alone_has_all_but_the_reserve() -> None:
     assert (places.num_taken, places.held_by("a"), places.num_clients) == (8, 8, 1)
 
 
-def test_places__a_newcomer_finds_half_of_the_free_ones_open() -> None:
-    places = Places(8, reserve=8)
+def test_shared_capacity__a_newcomer_finds_half_of_the_free_ones_open() -> None:
+    places = SharedCapacity(8, reserve=8)
     assert places.take("a", 8)
     for client, share in (("b", 4), ("c", 2), ("d", 1)):
         assert not places.take(client, share + 1)
@@ -33,8 +33,8 @@ def test_places__a_newcomer_finds_half_of_the_free_ones_open() -> None:
     assert places.take("e")
 
 
-def test_places__without_a_reserve_go_to_the_first() -> None:
-    places = Places(2, reserve=0)
+def test_shared_capacity__without_a_reserve_go_to_the_first() -> None:
+    places = SharedCapacity(2, reserve=0)
     assert places.take("a", 2)
     assert not places.take("b")
     assert places.take("b", always=True)
@@ -44,8 +44,8 @@ def test_places__without_a_reserve_go_to_the_first() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9), st.booleans()), max_size=60))
-def test_places__never_exceed_their_number_and_forget_clients(steps: list[tuple[str, int, bool]]) -> None:
-    places, held = Places(10, reserve=6), Counter[str]()
+def test_shared_capacity__never_exceed_their_number_and_forget_clients(steps: list[tuple[str, int, bool]]) -> None:
+    places, held = SharedCapacity(10, reserve=6), Counter[str]()
     for client, count, takes in steps:
         if not takes:
             places.give_back(client, held.pop(client, 0))

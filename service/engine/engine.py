@@ -16,7 +16,7 @@ from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
-from service.shares import Places
+from service.shares import SharedCapacity
 
 log = structlog.get_logger(__name__)
 
@@ -45,8 +45,8 @@ class Engine:
     A short text that is only read is stepped on the caller's thread while the engine is idle: waking the engine's
     thread, and being woken by it, would take longer.
 
-    Clients share the engine (see `Scheduler` and `Places`): one that has filled it leaves the same number of places
-    once more for the others.
+    Clients share the engine (see `Scheduler` and `SharedCapacity`): one that has filled it leaves the same number of
+    places once more for the others.
 
     Args:
         vocab_size: characters of the stepper's model.
@@ -74,7 +74,7 @@ class Engine:
         self._stepping = threading.Lock()  # held by the thread that uses the stepper
         self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[_Text] = []
-        self._places = Places(max_running + max_waiting, reserve=max_running + max_waiting)  # of all open texts
+        self._places = SharedCapacity(max_running + max_waiting, reserve=max_running + max_waiting)  # of all open texts
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None

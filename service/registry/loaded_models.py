@@ -27,7 +27,7 @@ from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
-from service.shares import Places, current_client
+from service.shares import SharedCapacity, current_client
 from service.store.model_store import ModelStore, ModelVersion
 
 _MAX_PENDING = 8  # versions that one client may have in the queue for loading
@@ -116,7 +116,7 @@ class LoadedModels:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
         self._evicted: list[LoadedModel] = []  # those that may still have texts
         self._pending: dict[str, _PendingLoad] = {}  # by full name
-        self._places = Places(_MAX_PENDING, reserve=_MAX_PENDING)  # one for each pending version
+        self._places = SharedCapacity(_MAX_PENDING, reserve=_MAX_PENDING)  # one for each pending version
         self._lock = threading.Lock()  # guards all of the above
         self._loading = threading.Lock()  # held while a version is loaded
         self.resolver = VersionResolver(store, lambda version: self._load(version, always=True))

@@ -7,7 +7,7 @@ from collections import Counter
 from types import TracebackType
 
 from service.errors import Overloaded, TooManyStreams
-from service.shares import Places, current_client
+from service.shares import SharedCapacity, current_client
 
 
 class AdmissionLimit:
@@ -17,14 +17,14 @@ class AdmissionLimit:
     """
 
     def __init__(self, max_requests: int, max_per_client: int = 0, num_reserved: int = 0) -> None:
-        """Share places between clients as `Places` does.
+        """Share places between clients as `SharedCapacity` does.
 
         Args:
             max_requests: Requests that are admitted at the same time, streams included.
             max_per_client: Streams of one client, and also its requests that are not streams. 0 sets no limit.
             num_reserved: Further requests for clients that hold few places.
         """
-        self._places = Places(max_requests, num_reserved)
+        self._places = SharedCapacity(max_requests, num_reserved)
         self._max_per_client = max_per_client
         self._streams: Counter[str] = Counter()  # open streams of each client that has one
         self._lock = threading.Lock()  # guards both

@@ -89,7 +89,7 @@ def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
         limiter = next(iter(app.extensions.get("limiter", ())), None)
         if limiter is None or request.method not in _STARTING or request.routing_exception is not None:
             return
-        num_more = _num_chars(request.get_json(), max_chars, max_texts) // _START_CHARS
+        num_more = (_num_chars(request.get_json(), max_chars, max_texts) - 1) // _START_CHARS
         if num_more < 1:
             return
         try:
