@@ -35,13 +35,15 @@ class SharedCapacity:
         self._held: Counter[str] = Counter()  # only clients that hold places
         self.num_taken = 0
 
-    def take(self, client: str, num_places: int = 1, *, always: bool = False) -> bool:
-        """Take all of these places, or none and return False. With `always`, take them even if they are not free."""
+    def has_room(self, client: str, num_places: int = 1) -> bool:
+        """Return whether the client may take this many places now."""
         held, taken = self._held[client] + num_places, self.num_taken + num_places
-        if not (always or taken <= self._size or held <= self._size + self._reserve - taken):
-            return False
-        self._held[client], self.num_taken = held, taken
-        return True
+        return taken <= self._size or held <= self._size + self._reserve - taken
+
+    def take(self, client: str, num_places: int = 1) -> None:
+        """Take places, also more than there are: ask `has_room` before."""
+        self._held[client] += num_places
+        self.num_taken += num_places
 
     def give_back(self, client: str, num_places: int = 1) -> None:
         """Make places free again that the client has taken."""

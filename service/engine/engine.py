@@ -82,7 +82,7 @@ class Engine:
         self._tick_started: float | None = None  # None while no step is running
 
     def submit(self, requests: Sequence[Request], *, already_admitted: bool = False) -> list[Handle]:
-        """Accept all of these requests, or none. Raises Overloaded and EngineFailed.
+        """Accept all of these requests of one client, or none. Raises Overloaded and EngineFailed.
 
         With `already_admitted` the engine does not refuse them for lack of room. Use it for requests that continue the
         work of a text that has just ended, because they take its place.
@@ -92,10 +92,13 @@ class Engine:
             self.check()
             if self._closing:
                 raise EngineFailed("the engine is shutting down: try again in a moment")
+            client = requests[0].client if requests else ""  # all of them have the same
+            if not already_admitted and not self._places.has_room(client, len(requests)):
+                raise Overloaded("the server is busy and its queue is full: try again in a second")
             step_here = self._places.num_taken == 0 and len(requests) == 1 and _is_short(requests[0])
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
-                self._take_places(requests, always=already_admitted)
+                self._places.take(client, len(requests))
                 self._inbox.extend(_Text(handle) for handle in handles)
                 self._start()
                 self._changed.notify_all()
@@ -141,11 +144,6 @@ class Engine:
             thread.join(self._stall_s)
         if self._stepping.acquire(timeout=self._stall_s):  # waits for a step on a caller's thread
             self._stepping.release()
-
-    def _take_places(self, requests: Sequence[Request], *, always: bool) -> None:
-        """Take a place for each request. They have the same client. Needs `_changed`. Raises Overloaded."""
-        if requests and not self._places.take(requests[0].client, len(requests), always=always):
-            raise Overloaded("the server is busy and its queue is full: try again in a second")
 
     def _start(self) -> None:
         if self._thread is None:

@@ -230,8 +230,9 @@ class LoadedModels:
             pending = self._pending.get(ref)
             if pending is None:
                 pending = _PendingLoad(current_client())
-                if not self._places.take(pending.client, always=always):
+                if not always and not self._places.has_room(pending.client):
                     raise Overloaded("too many model versions are to be loaded: try again in a second")
+                self._places.take(pending.client)
                 self._pending[ref] = pending
             pending.num_waiting += 1
         try:

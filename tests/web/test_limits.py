@@ -137,6 +137,29 @@ def test_rate_storage__forgets_what_is_old_and_whom_it_has_not_seen_for_longest(
     assert storage.reset() == 3
 
 
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_session_limit__a_client_does_not_push_out_the_sessions_of_others(
+    tiny_store: ModelStore, has_keys: bool
+) -> None:
+    entries = ENTRIES if has_keys else SecretStr("")
+    settings = Settings(model_store=tiny_store.root, model="tiny", api_keys=entries, max_sessions=20)
+    with client_of(settings) as client:
+
+        def call(method: str, session_id: str, who: str) -> int:
+            key, address = (BOB, "10.0.0.1") if who == "bob" else (ALICE, "10.0.0.2")
+            path, body = f"/v1/sessions/{session_id}", {} if method == "PUT" else None
+            environ = {"REMOTE_ADDR": address}
+            return client.open(
+                path, method=method, json=body, headers=bearer(key), environ_base=environ
+            ).status_code  # fmt: skip
+
+        assert [call("PUT", f"bob{number}", "bob") for number in range(5)] == [201] * 5
+        assert [call("PUT", f"alice{number}", "alice") for number in range(50)] == [201] * 50
+        assert [call("GET", f"bob{number}", "bob") for number in range(5)] == [200] * 5
+        kept = [call("GET", f"alice{number}", "alice") for number in range(50)]
+        assert kept == [410] * 35 + [200] * 15
+
+
 # Several replicas that count in one real Redis
 
 

@@ -52,8 +52,9 @@ class AdmissionLimit:
                     f"you have {limit} requests in progress that are not streams, which is the limit: wait until one "
                     "is answered"
                 )
-            if not self._places.take(client):
+            if not self._places.has_room(client):
                 raise Overloaded("the server is handling as many requests as it can: try again in a second")
+            self._places.take(client)
             if streaming_client is not None:
                 self._streams[client] += 1
 
