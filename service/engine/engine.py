@@ -123,6 +123,14 @@ class Engine:
         """Number of texts that are running or waiting."""
         return self._places.num_taken
 
+    def crowd_of(self, client: str) -> int:
+        """Return the number of open texts if every client had as many as this one.
+
+        A client's streams have to leave each other time, and the streams of the other clients as much, but need not
+        wait for the many texts of another client.
+        """
+        return self._places.held_by(client) * self._places.num_clients
+
     @property
     def num_running(self) -> int:
         """Number of texts that are advanced, if necessary in turns."""

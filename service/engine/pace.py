@@ -46,6 +46,6 @@ class Pace:
         return max(_MIN_TICK_ROWS, round(tick_s / (_MIN_TICK_CHARS * row_s)))
 
 
-def flush_interval(num_open: int, minimum_s: float) -> float:
-    """Return the seconds between two chunks of a stream: minimum_s, or more if the engine has many open texts."""
-    return max(minimum_s, num_open / _MAX_CHUNKS_PER_S)
+def flush_interval(crowd: int, minimum_s: float) -> float:
+    """Return the seconds between two chunks of a stream: minimum_s, or more in a large crowd, see `Engine.crowd_of`."""
+    return max(minimum_s, crowd / _MAX_CHUNKS_PER_S)

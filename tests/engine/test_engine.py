@@ -487,6 +487,16 @@ def test_engine__a_text_does_not_wait_for_the_end_of_another_clients_texts() -> 
             handle.cancel()
 
 
+def test_crowd__is_what_a_client_would_see_if_all_were_like_it() -> None:
+    gate = _Gate()
+    with running(gate) as engine:
+        handles = engine.submit([request(client="greedy")] * 100) + engine.submit([request(client="other")] * 2)
+        assert [engine.crowd_of(client) for client in ("greedy", "other", "nobody")] == [200, 4, 0]
+        gate.open()
+        for handle in handles:
+            handle.wait()
+
+
 def test_flush_interval__grows_with_the_number_of_open_texts() -> None:
     assert flush_interval(1, 0.025) == 0.025
     assert flush_interval(40, 0.025) == 0.025
