@@ -147,9 +147,13 @@ def test_session_limit__a_client_does_not_push_out_the_sessions_of_others(
 
         def call(method: str, session_id: str, who: str) -> int:
             key, address = (BOB, "10.0.0.1") if who == "bob" else (ALICE, "10.0.0.2")
-            path, body = f"/v1/sessions/{session_id}", {} if method == "PUT" else None
-            environ = {"REMOTE_ADDR": address}
-            answer = client.open(path, method=method, json=body, headers=bearer(key), environ_base=environ)
+            answer = client.open(
+                f"/v1/sessions/{session_id}",
+                method=method,
+                json={} if method == "PUT" else None,
+                headers=bearer(key),
+                environ_base={"REMOTE_ADDR": address},
+            )
             return answer.status_code
 
         assert [call("PUT", f"bob{number}", "bob") for number in range(5)] == [201] * 5

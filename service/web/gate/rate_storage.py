@@ -6,7 +6,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import ClassVar
 
 from limits.storage import SlidingWindowCounterSupport, Storage
 
@@ -21,7 +20,7 @@ class ProcessStorage(Storage, SlidingWindowCounterSupport):
     forgets the key that was used least recently. Any number of threads may call.
     """
 
-    STORAGE_SCHEME: ClassVar[list[str]] = ["process"]
+    STORAGE_SCHEME = ["process"]  # noqa: RUF012 - the base class has it so
 
     def __init__(
         self,
