@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "decode": (),
     "roofline": (),
     "http": (),
+    "fairness": (),
     "sessions": (),
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),

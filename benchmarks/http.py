@@ -317,10 +317,10 @@ def posted(request_body: dict[str, object]) -> tuple[str, dict[str, str]]:
     return json.dumps(request_body), {"Content-Type": "application/json"}
 
 
-def request(request_body: dict[str, object]) -> bytes:
+def request(request_body: dict[str, object], **more_headers: str) -> bytes:
     """Return all bytes of a request for a completion."""
     data, headers = posted(request_body)
-    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    head = "".join(f"{name}: {value}\r\n" for name, value in (headers | more_headers).items())
     first = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
     return f"{first}{head}Content-Length: {len(data)}\r\n\r\n{data}".encode()
 

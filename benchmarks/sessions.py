@@ -81,7 +81,7 @@ class Bench:
 
     def __init__(self, models: LoadedModels, model: LoadedModel) -> None:
         self.clock = Clock()
-        self.store = MemoryStore(10**8, 2**44, self.clock)
+        self.store = MemoryStore(10**8, 2**44, self.clock, self.clock)
         self.sessions = SessionService(models, self.store, StateSealer(["k" * 16]), 3600, Retention(), self.clock)
         self.model, self.chance = model, random.Random(1)
         self.ids: list[str] = []

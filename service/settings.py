@@ -7,6 +7,7 @@ error, which names the variable and never shows the value of a secret.
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -63,7 +64,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=131_072,
-        description=f"requests handled at the same time; 0: max_batch + max_queue + {SPARE_THREADS}",
+        description="requests handled at the same time; 0: max_batch + max_queue, a quarter more for other clients if "
+        f"one has taken those, and {SPARE_THREADS}",
     )
     max_tokens: int = Field(8192, ge=1, le=10_000_000, description="most characters that one request may generate")
     max_prompt_chars: int = Field(
@@ -257,7 +259,8 @@ class Settings(BaseSettings):
     @property
     def num_http_threads(self) -> int:
         """`http_threads`, or what 0 stands for."""
-        return self.http_threads or self.max_batch + self.max_queue + SPARE_THREADS
+        num_texts = self.max_batch + self.max_queue
+        return self.http_threads or num_texts + math.ceil(num_texts / 4) + SPARE_THREADS
 
     @property
     def integer_precision(self) -> IntegerPrecision | None:

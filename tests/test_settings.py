@@ -70,7 +70,7 @@ def test_settings__an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_settings__http_threads_suffice_for_all_texts_and_for_refusing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_settings(max_batch=10, max_queue=20).num_http_threads == 46
+    assert read_settings(max_batch=10, max_queue=20).num_http_threads == 30 + 8 + 16
     monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "45")
     with pytest.raises(InvalidSettings, match="http_threads must be at least 46"):
         read_settings(max_batch=10, max_queue=20)

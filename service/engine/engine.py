@@ -11,11 +11,12 @@ import structlog
 
 from service.arrays import Float32, read_state
 from service.engine.counters import Counters
-from service.engine.pace import Pace
+from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
 from service.errors import EngineFailed, Overloaded
+from service.shares import SharedCapacity
 
 log = structlog.get_logger(__name__)
 
@@ -23,6 +24,9 @@ _FAILED = "the engine has failed: restart the server"
 _CLOSING = "the engine is shutting down: try again in a moment"
 _NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
 _SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
+# For this long after a tick with several clients, ticks stay short: a client that has been here may come back, and
+# would have to wait for the end of a long one.
+_SHORT_TICKS_S = 10.0
 
 
 @dataclass(eq=False)
@@ -32,6 +36,11 @@ class _Text:
     handle: Handle
     row: Row
 
+    @property
+    def client(self) -> str:
+        """For whom the text is advanced."""
+        return self.handle.request.client
+
 
 class Engine:
     """Advances texts on its own thread, which does nothing else. Any thread may call any method.
@@ -39,10 +48,13 @@ class Engine:
     A short text that is only read is stepped on the caller's thread while the engine is idle: waking the engine's
     thread, and being woken by it, would take longer.
 
+    Clients share the engine (see `Scheduler` and `SharedCapacity`): one that has filled it leaves the same number of
+    places once more for the others.
+
     Args:
         vocab_size: characters of the stepper's model.
         max_running: texts in the batch at most.
-        max_waiting: texts that may wait for a place in the batch; further ones are refused.
+        max_waiting: texts of one client that may wait for a place in the batch; further ones are refused.
         stall_s: seconds after which a step that has not returned counts as stuck.
         clock: returns seconds; replaced in tests.
     """
@@ -57,15 +69,15 @@ class Engine:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stepper, self._vocab_size = stepper, vocab_size
-        self._max_open = max_running + max_waiting
         self._stall_s, self._clock = stall_s, clock
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
+        self._short_ticks_until = 0.0
         self.counters = Counters()  # written while holding `_stepping`, read by any thread
         self._stepping = threading.Lock()  # held by the thread that uses the stepper
         self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[_Text] = []
-        self._num_open = 0
+        self._places = SharedCapacity(max_running + max_waiting, reserve=max_running + max_waiting)  # of all open texts
         self._closing = False
         self._retired = False
         self._thread: threading.Thread | None = None
@@ -75,23 +87,24 @@ class Engine:
         self._tick_started: float | None = None  # None while no step is running
 
     def submit(self, requests: Sequence[Request], *, already_admitted: bool = False) -> list[Handle]:
-        """Accept all of these requests, or none. Raises InvalidValue, Overloaded and EngineFailed.
+        """Accept all of these requests of one client, or none. Raises InvalidValue, Overloaded and EngineFailed.
 
         With `already_admitted` the engine does not refuse them for lack of room. Use it for requests that continue the
         work of a text that has just ended, because they take its place.
         """
-        self._require_room(len(requests), already_admitted)
+        client = requests[0].client if requests else ""  # all of them have the same
+        self._require_room(client, len(requests), already_admitted)
         # On the caller's thread, so that a request that can't be computed fails alone, before it is accepted.
         texts = [
             _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
             for request in requests
         ]
         with self._changed:
-            self._require_room(len(requests), already_admitted)
-            step_here = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
+            self._require_room(client, len(requests), already_admitted)
+            step_here = self._places.num_taken == 0 and len(requests) == 1 and _is_short(requests[0])
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
-                self._num_open += len(texts)
+                self._places.take(client, len(requests))
                 self._inbox.extend(texts)
                 self._start()
                 self._changed.notify_all()
@@ -99,11 +112,11 @@ class Engine:
             self._step_here(texts[0])
         return [text.handle for text in texts]
 
-    def _require_room(self, num_texts: int, already_admitted: bool) -> None:
+    def _require_room(self, client: str, num_texts: int, already_admitted: bool) -> None:
         self.check()
         if self._closing:
             raise EngineFailed(_CLOSING)
-        if self._num_open + num_texts > self._max_open and not already_admitted:
+        if not already_admitted and not self._places.has_room(client, num_texts):
             raise Overloaded("the server is busy and its queue is full: try again in a second")
 
     def check(self) -> None:
@@ -121,12 +134,20 @@ class Engine:
     @property
     def num_open(self) -> int:
         """Number of texts that are running or waiting."""
-        return self._num_open
+        return self._places.num_taken
+
+    def crowd_of(self, client: str) -> int:
+        """Return the number of open texts if every client had as many as this one.
+
+        A client's streams have to leave each other time, and the streams of the other clients as much, but need not
+        wait for the many texts of another client.
+        """
+        return self._places.held_by(client) * self._places.num_clients
 
     @property
     def num_running(self) -> int:
-        """Number of texts in the batch."""
-        return len(self._scheduler.running)
+        """Number of texts that are advanced, if necessary in turns."""
+        return self._scheduler.num_running
 
     def retire(self) -> None:
         """End the thread as soon as no text is open. The engine stays usable: a new text starts a new thread."""
@@ -209,15 +230,15 @@ class Engine:
         return True
 
     def _tick(self) -> None:
-        """Admit waiting texts, advance all texts of the batch, and hand the new characters over to the handles."""
+        """Choose texts, advance them, and hand the new characters over to their handles."""
         scheduler = self._scheduler
         self._end([text for text in (*scheduler.running, *scheduler.waiting) if text.handle.is_cancelled], "cancelled")
-        scheduler.admit()
-        texts = scheduler.running
+        tick_s = self._tick_s()
+        texts = scheduler.choose(self._pace.num_rows(tick_s) if tick_s < TICK_S else scheduler.max_running)
         rows = [text.row for text in texts]
         if not rows:
             return
-        num_chars = self._pace.num_chars(len(rows))
+        num_chars = self._pace.num_chars(len(rows), tick_s)
         with self._stepping:
             if self._failure is not None:
                 raise EngineFailed(self._failure)
@@ -228,7 +249,9 @@ class Engine:
                 _log_invalid(invalid)
                 self._fail_texts([text for text in texts if text.row in invalid.causes], _NOT_COMPUTABLE)
                 return  # the next tick advances the others
-            self._pace.measured(len(rows), num_chars, self._clock() - started)
+            duration_s = self._clock() - started
+        self._pace.measured(len(rows), num_chars, duration_s)
+        scheduler.charge(duration_s)
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
         self._remove([text for text, row in zip(texts, rows, strict=True) if row.finished is not None])
@@ -236,6 +259,13 @@ class Engine:
             text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)
             if text.handle.wants_snapshot and row.finished is None:
                 text.handle.publish_snapshot(_snapshot(row))
+
+    def _tick_s(self) -> float:
+        """Return how long the next tick should take: less while clients share the engine."""
+        now = self._clock()
+        if self._scheduler.num_clients > 1:
+            self._short_ticks_until = now + _SHORT_TICKS_S
+        return SHARED_TICK_S if now < self._short_ticks_until else TICK_S
 
     def _end(self, texts: Sequence[_Text], reason: EndReason) -> None:
         self._remove(texts)
@@ -249,7 +279,8 @@ class Engine:
                     self.counters.ended(text.row.finished)
             self._scheduler.remove(texts)
             with self._changed:
-                self._num_open -= len(texts)
+                for text in texts:
+                    self._places.give_back(text.client)
 
     def _open_texts(self) -> list[_Text]:
         with self._changed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from service.arrays import Float32, Ids, write_state
@@ -14,6 +14,7 @@ from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution
 from service.engine.stepper import FinishReason, Row, StepResult, check_ids, check_state
 from service.errors import EngineFailed
+from service.shares import current_client
 
 EndReason = FinishReason | Literal["cancelled"]
 _BLOCK_PARTS = 64
@@ -40,6 +41,8 @@ class Request:
     generated: Ids | None = None
     checkpoint_positions: tuple[int, ...] = ()
     num_next: int | None = None
+    # For whom the text is advanced; see `shares`. It has no effect on the text.
+    client: str = field(default_factory=current_client, compare=False)
 
     def row(self, initial_hidden: Float32, vocab_size: int) -> Row:
         """Return a row for this request at its beginning. The row takes over the (L, H) array `initial_hidden`.

@@ -178,7 +178,9 @@ class Completion:
                 gather = flush_interval_s
                 if gather is not None:
                     later = gather and place == 0 and choice.index in begun
-                    gather = flush_interval(self._engine.num_open, gather) if later else 0.0
+                    gather = (
+                        flush_interval(self._engine.crowd_of(choice.handle.request.client), gather) if later else 0.0
+                    )
                 chunk = choice.read(gather, idle_s if place == 0 else 0.0)
                 if chunk is not None:
                     begun.add(choice.index)

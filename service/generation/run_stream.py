@@ -53,6 +53,7 @@ class ActiveRun:
         self.sent_position = lease.session.position  # how far the reader has sent the text; a save goes no further
         self.client_has_left = client_has_left
         self.engine = model.engine
+        self.client = handle.request.client  # for whom the engine works
         self.state = RunState.RUNNING
         self.is_over = False  # the session was saved, or could not be
         self._all_or_nothing = False  # the reader wants the whole text; a part would be useless
@@ -215,7 +216,7 @@ class RunStream:
                 if flush_interval_s is None
                 else 0.0
                 if first
-                else flush_interval(active.engine.num_open, flush_interval_s)
+                else flush_interval(active.engine.crowd_of(active.client), flush_interval_s)
             )
             active.sent_position = self.resume_position
             text = active.read(gather, idle_s)

@@ -6,9 +6,12 @@ This module knows nothing of HTTP.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +23,16 @@ from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
-from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
+from service.errors import GruServeError, InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
 from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
+from service.shares import SharedCapacity, current_client
 from service.store.model_store import ModelStore, ModelVersion
+
+_MAX_PENDING = 8  # versions that one client may have in the queue for loading
+_PENDING_WAIT_S = 30.0  # a request waits no longer than this for its turn
 
 _HINT = "to continue its text with another version, feed the session with `rebase`, which names that version"
 
@@ -87,17 +94,34 @@ class LoadedModel:
         return f"fp_{self.digest[:12]}_{self.precision}_{self.arithmetic[:12]}"
 
 
+@dataclass(eq=False)
+class _PendingLoad:
+    """A version that requests wait for."""
+
+    client: str  # for whom it takes a place in the queue
+    num_waiting: int = 0
+    error: GruServeError | None = None  # why it can't be loaded, once that is known
+
+
 class LoadedModels:
-    """The loaded versions, at most `max_models`. Loads from a store on demand. Any number of threads may use it."""
+    """The loaded versions, at most `max_models`. Loads from a store on demand. Any number of threads may use it.
+
+    Versions are loaded one at a time, and clients share the queue for it. An evicted model that still has texts stays
+    in memory until they end. There are at most `max_models` of these too: as long as all of them are in use, no request
+    gets another version loaded.
+    """
 
     def __init__(self, store: ModelStore, max_models: int, engine_settings: EngineSettings) -> None:
         self.store = store
         self._max_models = max_models
         self._engine_settings = engine_settings
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
-        self._loading: dict[str, threading.Lock] = {}  # by full name, while a version is being loaded
-        self._lock = threading.Lock()  # guards the two above
-        self.resolver = VersionResolver(store, self._load)
+        self._evicted: list[LoadedModel] = []  # those that may still have texts
+        self._pending: dict[str, _PendingLoad] = {}  # by full name
+        self._places = SharedCapacity(_MAX_PENDING, reserve=_MAX_PENDING)  # one for each pending version
+        self._lock = threading.Lock()  # guards all of the above
+        self._loading = threading.Lock()  # held while a version is loaded
+        self.resolver = VersionResolver(store, lambda version: self._load(version, always=True))
 
     def get(self, ref: str) -> LoadedModel:
         """Return the model that `ref` stands for, and load it if necessary.
@@ -112,6 +136,7 @@ class LoadedModels:
         Raises:
             ModelNotFound: the store has no such version.
             InvalidArtifact: its files are damaged.
+            Overloaded: it is not loaded, and too many others are to be loaded or are in use.
         """
         resolved = self.resolver.get(ref)
         try:
@@ -127,6 +152,12 @@ class LoadedModels:
     def resolve(self, ref: str) -> ModelVersion:
         """Return the version that `get` would use for `ref`, without loading it. Raises ModelNotFound."""
         return self.resolver.get(ref) or self.store.resolve(ref)
+
+    @property
+    def num_waiting(self) -> int:
+        """Number of requests that wait until a version is loaded."""
+        with self._lock:
+            return sum(pending.num_waiting for pending in self._pending.values())
 
     def all(self) -> list[LoadedModel]:
         """Return the models that are loaded now, least recently used first."""
@@ -144,6 +175,7 @@ class LoadedModels:
             ModelChanged: the store no longer has the version, or it has another identity now; and no version that is
                 loaded has this identity.
             InvalidArtifact: its files are damaged.
+            Overloaded: see `get`.
         """
         model = self.loaded(ref, identity)
         if model is None:
@@ -167,21 +199,66 @@ class LoadedModels:
 
     def close(self) -> None:
         """End all engines. Texts that they are working on fail with EngineFailed."""
-        for model in self.all():
+        with self._lock:
+            models = [*self._models.values(), *self._evicted]
+        for model in models:
             model.engine.close()
 
-    def _load(self, version: ModelVersion) -> LoadedModel:
+    def _load(self, version: ModelVersion, *, always: bool = False) -> LoadedModel:
+        """Return a version, and load it if necessary. With `always`, wait for it however much else is to be loaded."""
         model = self._find(version.ref)
         if model is not None:
             return model
-        with self._lock:
-            loading = self._loading.setdefault(version.ref, threading.Lock())
-        with loading:  # of two requests for one version, only the first loads it; other versions don't wait
+        with self._turn(version.ref, always) as pending:
             model = self._find(version.ref)
-            if model is None:
+            if model is not None:
+                return model
+            if pending.error is not None:  # found while this request waited; raised as an object of its own
+                raise copy.copy(pending.error)
+            if not always:
+                self._require_room()
+            try:
                 model = LoadedModel(*self.store.load(version.ref), self._engine_settings)
-                self._insert(model)
-        return model
+            except GruServeError as error:
+                pending.error = error
+                raise
+            self._insert(model)
+            return model
+
+    @contextmanager
+    def _turn(self, ref: str, always: bool) -> Iterator[_PendingLoad]:
+        """Wait until no other version is being loaded, and load none meanwhile. Raises Overloaded."""
+        with self._lock:
+            pending = self._pending.get(ref)
+            if pending is None:
+                pending = _PendingLoad(current_client())
+                if not always and not self._places.has_room(pending.client):
+                    raise Overloaded("too many model versions are to be loaded: try again in a second")
+                self._places.take(pending.client)
+                self._pending[ref] = pending
+            pending.num_waiting += 1
+        try:
+            if not self._loading.acquire(timeout=-1 if always else _PENDING_WAIT_S):
+                raise Overloaded("loading models takes too long: try again in a second")
+            try:
+                yield pending
+            finally:
+                self._loading.release()
+        finally:
+            with self._lock:
+                pending.num_waiting -= 1
+                if not pending.num_waiting:
+                    del self._pending[ref]
+                    self._places.give_back(pending.client)
+
+    def _require_room(self) -> None:
+        """Raise Overloaded if another model would be one too many in memory."""
+        with self._lock:
+            self._evicted = [model for model in self._evicted if model.engine.num_open]
+            if len(self._evicted) >= self._max_models:
+                raise Overloaded(
+                    "all models in memory are in use, so no other one can be loaded: try again in a second"
+                )
 
     def _find(self, ref: str) -> LoadedModel | None:
         """Return a loaded model by its full name, and mark it as used."""
@@ -193,7 +270,7 @@ class LoadedModels:
     def _insert(self, model: LoadedModel) -> None:
         with self._lock:
             self._models[model.version.ref] = model
-            self._loading.pop(model.version.ref, None)
             while len(self._models) > self._max_models:
                 _, evicted = self._models.popitem(last=False)
                 evicted.engine.retire()
+                self._evicted.append(evicted)

@@ -7,23 +7,25 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
-from sortedcontainers import SortedList
+from sortedcontainers import SortedDict, SortedList
 
 from service.arrays import Float32, read_state, write_state
 from service.errors import Overloaded, RevisionConflict, SessionBusy, SessionExists, SessionGone, SessionNotFound
 from service.sessions.session import Session, SessionKey, SessionSummary
 from service.sessions.session_store import Answer, Change, Lease
 from service.sessions.text import Segment, Text
+from service.shares import current_client
 
 _SESSION_BYTES = 1024  # memory of a session without its state and its text
 _SEGMENT_BYTES = 256  # memory of a segment without its state and its text
 _SLAB_BLOCK_BYTES = 2**24
 _SWEPT_SESSIONS = 256  # deleted under one hold of the lock: about a millisecond
+_PAGE_SESSIONS = 100  # listed under one hold of the lock: about half a millisecond
 _MAX_GONE = 100_000  # ids remembered of sessions that expired, or were evicted or deleted
 
 
@@ -31,7 +33,9 @@ _MAX_GONE = 100_000  # ids remembered of sessions that expired, or were evicted 
 class _Entry:
     session: Session  # its hidden is a view of the slab's slot; its expires_at is not kept up to date
     slot: int
-    expires_at: float
+    client: str  # which client created it, and has used its memory since
+    ends_at: float  # end of its life, monotonic
+    expires_at: float  # the same in seconds since 1970, as the wall clock was at its last use
     lease: _MemoryLease | None = None  # None while the session is idle
 
 
@@ -55,44 +59,56 @@ class _MemoryLease:
 class MemoryStore:
     """Implements `SessionStore`. Its sessions live as long as the process.
 
+    When it is full, the client that holds most loses its least recently used idle session: the one that creates
+    another session, if it would hold most then. So a client can't push out the sessions of those that hold less.
+
     Args:
-        max_sessions: The least recently used idle session is evicted to make room for one more than this.
+        max_sessions: A session is evicted to make room for one more than this.
         max_bytes: The same for the memory of all sessions. A session that grows while it is leased may exceed it until
             others are idle again.
-        clock: Seconds since 1970.
+        clock: Monotonic seconds. A step of the wall clock must not end sessions.
+        wall_clock: Seconds since 1970, only to be shown.
     """
 
     outlives_process = False
 
-    def __init__(self, max_sessions: int, max_bytes: int, clock: Callable[[], float] = time.time) -> None:
-        self._max_sessions, self._max_bytes, self._clock = max_sessions, max_bytes, clock
+    def __init__(
+        self,
+        max_sessions: int,
+        max_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._max_sessions, self._max_bytes, self._clock, self._wall_clock = max_sessions, max_bytes, clock, wall_clock
         self._lock = threading.Lock()  # guards everything below; held for microseconds
-        self._entries: OrderedDict[SessionKey, _Entry] = OrderedDict()  # the least recently used first
+        self._entries: dict[SessionKey, _Entry] = {}
         self._ids: dict[str, SortedList[str]] = {}  # owner -> ids of its sessions
-        self._expiries = _ExpiryTimes(clock())  # of idle sessions
+        self._clients: dict[str, _Holdings] = {}  # only clients that have sessions
+        self._by_sessions, self._by_bytes = _Ranking(), _Ranking()  # clients by what they hold
+        self._num_bytes = 0
+        self._expiries = _ExpiryTimes()  # of idle sessions
         self._gone: OrderedDict[SessionKey, bool] = OrderedDict()  # the value: whether it was deleted
         self._slabs: dict[tuple[int, ...], _Slab] = {}
-        self._segments = _SharedSegments()
-        self._own_bytes = 0  # without segments
         self.num_expired = self.num_evicted = 0  # so far
 
     def create(self, session: Session) -> Session:
         """See SessionStore."""
-        key, now = session.key, self._clock()
+        key, client, now = session.key, current_client(), self._wall_clock()
         session = replace(session, revision=1, created_at=now, expires_at=now + session.ttl_s)
         with self._lock:
             if self._find(key) is not None:
                 raise SessionExists(f"there is already a session {session.id}")
-            self._make_room_for(session)
+            self._make_room_for(session, client)
             slab = self._slab(session)
             slot = slab.put(session.hidden)
             stored = replace(session, text=session.text.with_hidden(slab.view(slot)))
-            self._entries[key] = _Entry(stored, slot, session.expires_at)
+            entry = _Entry(stored, slot, client, self._clock() + session.ttl_s, session.expires_at)
+            self._entries[key] = entry
             self._ids.setdefault(key.owner, SortedList()).add(key.id)
             self._gone.pop(key, None)
-            self._own_bytes += _own_bytes(session)
-            self._segments.add(session.text)
-            self._expiries.add(key, session.expires_at)
+            self._clients.setdefault(client, _Holdings()).add(session)
+            self._count(client)
+            self._expiries.add(key, entry.ends_at)
         return session
 
     def load(self, key: SessionKey) -> Session:
@@ -147,12 +163,15 @@ class MemoryStore:
         while len(sessions) < limit:
             with self._lock:
                 ids = self._ids.get(owner, SortedList()).irange(after, inclusive=(False, True))
-                found = [key for key, _ in zip(ids, range(limit - len(sessions)), strict=False)]
+                found = list(islice(ids, min(_PAGE_SESSIONS, limit - len(sessions))))
+                entries = [self._find(SessionKey(owner, session_id)) for session_id in found]
+                sessions += [
+                    replace(entry.session.summary, expires_at=entry.expires_at)
+                    for entry in entries
+                    if entry is not None
+                ]
             if not found:
                 break
-            for session_id in found:
-                with suppress(SessionNotFound, SessionGone):
-                    sessions.append(self.load(SessionKey(owner, session_id)).summary)
             after = found[-1]
         return sessions
 
@@ -180,14 +199,20 @@ class MemoryStore:
     @property
     def num_bytes(self) -> int:
         """About how much memory all sessions take. What forks share counts once."""
-        return self._own_bytes + self._segments.num_bytes
+        return self._num_bytes
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients that have sessions."""
+        return len(self._clients)
 
     def _lease(self, key: SessionKey) -> _MemoryLease:
         with self._lock:
             entry = self._get(key)
             if entry.lease is not None:
                 raise SessionBusy("another operation on this session is in progress: try again when it is finished")
-            self._expiries.remove(key, entry.expires_at)
+            self._expiries.remove(key, entry.ends_at)
+            del self._clients[entry.client].idle[key]
             entry.lease = _MemoryLease(self, _copy(entry))
             return entry.lease
 
@@ -197,16 +222,14 @@ class MemoryStore:
             old = entry.session
             if session.revision != old.revision or session.key != old.key:
                 raise RevisionConflict("another operation has changed the session in the meantime")
-            if session.text.segments is not old.text.segments:
-                self._segments.add(session.text)
-                self._segments.remove(old.text)
-            self._own_bytes += _own_bytes(session) - _own_bytes(old)
+            self._clients[entry.client].replace(old, session)
+            self._count(entry.client)
             entry.slot, view = self._put(entry, session)
             saved = replace(session, revision=old.revision + 1)
             entry.session = replace(saved, text=session.text.with_hidden(view))
             if release:
                 self._free(entry)
-            self._make_room()
+            self._make_room(entry.client, besides=session.key)
             return saved
 
     def _release(self, lease: _MemoryLease) -> None:
@@ -214,14 +237,14 @@ class MemoryStore:
             entry = self._entries.get(lease.session.key)
             if entry is not None and entry.lease is lease:
                 self._free(entry)
-                self._make_room()
+                self._make_room(entry.client, besides=entry.session.key)
 
     # The methods below need the lock.
 
     def _find(self, key: SessionKey) -> _Entry | None:
         """Return the session's entry; None if it isn't there, or has expired."""
         entry = self._entries.get(key)
-        if entry is not None and entry.lease is None and entry.expires_at <= self._clock():
+        if entry is not None and entry.lease is None and entry.ends_at <= self._clock():
             self.num_expired += 1
             self._expire(key, entry)
             return None
@@ -244,32 +267,49 @@ class MemoryStore:
     def _free(self, entry: _Entry) -> None:
         key = entry.session.key
         entry.lease = None
-        entry.expires_at = self._clock() + entry.session.ttl_s
-        self._entries.move_to_end(key)
-        self._expiries.add(key, entry.expires_at)
+        entry.ends_at = self._clock() + entry.session.ttl_s
+        entry.expires_at = self._wall_clock() + entry.session.ttl_s
+        self._clients[entry.client].idle[key] = None
+        self._expiries.add(key, entry.ends_at)
 
-    def _make_room_for(self, session: Session) -> None:
-        size = _own_bytes(session) + self._segments.num_new_bytes(session.text)
+    def _count(self, client: str) -> None:
+        """Rank a client again whose holdings have changed."""
+        holdings = self._clients[client]
+        self._num_bytes += holdings.num_bytes - self._by_bytes.amount(client)
+        self._by_bytes.set(client, holdings.num_bytes)
+        self._by_sessions.set(client, holdings.num_sessions)
+        if not holdings.num_sessions:
+            del self._clients[client]
+
+    def _make_room_for(self, session: Session, client: str) -> None:
+        size = self._clients.get(client, _Holdings()).num_new_bytes(session)
         if size > self._max_bytes:
             raise Overloaded("the session is larger than the memory limit of all sessions together")
-        self._make_room(num_sessions=1, num_bytes=size)
+        self._make_room(client, num_sessions=1, num_bytes=size)
         if len(self._entries) >= self._max_sessions or self.num_bytes + size > self._max_bytes:
             raise Overloaded("there is no room for another session, because all are in use: try again in a second")
 
-    def _make_room(self, num_sessions: int = 0, num_bytes: int = 0) -> None:
-        """Evict idle sessions until this much fits beside the rest."""
-
-        def is_full() -> bool:
-            too_many = len(self._entries) + num_sessions > self._max_sessions
-            return too_many or self.num_bytes + num_bytes > self._max_bytes
-
-        while is_full() and (idle := next((key for key, one in self._entries.items() if one.lease is None), None)):
+    def _make_room(
+        self, client: str, num_sessions: int = 0, num_bytes: int = 0, besides: SessionKey | None = None
+    ) -> None:
+        """Evict idle sessions until this much more of a client fits beside the rest, but not the session `besides`."""
+        while True:
+            if len(self._entries) + num_sessions > self._max_sessions:
+                clients = self._by_sessions.descending(client, num_sessions)
+            elif self.num_bytes + num_bytes > self._max_bytes:
+                clients = self._by_bytes.descending(client, num_bytes)
+            else:
+                return
+            idle = (key for name in clients for key in self._clients[name].idle if key != besides)
+            evicted = next(idle, None)
+            if evicted is None:
+                return
             self.num_evicted += 1
-            self._expire(idle, self._entries[idle])
+            self._expire(evicted, self._entries[evicted])
 
     def _expire(self, key: SessionKey, entry: _Entry) -> None:
         """Delete an idle session, but remember that it was there."""
-        self._expiries.remove(key, entry.expires_at)
+        self._expiries.remove(key, entry.ends_at)
         self._drop(key, entry)
         self._remember(key, was_deleted=False)
 
@@ -285,8 +325,8 @@ class MemoryStore:
         ids.remove(key.id)
         if not ids:
             del self._ids[key.owner]
-        self._segments.remove(session.text)
-        self._own_bytes -= _own_bytes(session)
+        self._clients[entry.client].remove(session)
+        self._count(entry.client)
         self._slab(session).free(entry.slot)
 
     def _slab(self, session: Session) -> _Slab:
@@ -305,34 +345,100 @@ class MemoryStore:
         return slot, self._slab(session).view(slot)
 
 
-class _ExpiryTimes:
-    """Keys by the second at which they expire. Each operation takes constant time. Not safe for several threads."""
+class _Holdings:
+    """The sessions of one client, and their memory. Not safe for several threads."""
 
-    def __init__(self, now: float) -> None:
-        self._keys: dict[int, set[SessionKey]] = {}  # by second
-        self._next = math.floor(now)  # the second that `due` looks at next
+    def __init__(self) -> None:
+        self.idle: OrderedDict[SessionKey, None] = OrderedDict()  # the least recently used first
+        self.num_sessions = 0
+        self._own_bytes = 0  # without segments
+        self._segments = _SharedSegments()
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory of all its sessions."""
+        return self._own_bytes + self._segments.num_bytes
+
+    def num_new_bytes(self, session: Session) -> int:
+        """Return how much memory another session takes."""
+        return _own_bytes(session) + self._segments.num_new_bytes(session.text)
+
+    def add(self, session: Session) -> None:
+        """Count a session, which is idle."""
+        self.idle[session.key] = None
+        self.num_sessions += 1
+        self._own_bytes += _own_bytes(session)
+        self._segments.add(session.text)
+
+    def replace(self, old: Session, new: Session) -> None:
+        """Count what has changed of a session."""
+        self._own_bytes += _own_bytes(new) - _own_bytes(old)
+        if new.text.segments is not old.text.segments:
+            self._segments.add(new.text)
+            self._segments.remove(old.text)
+
+    def remove(self, session: Session) -> None:
+        """Count a session no longer, idle or not."""
+        self.idle.pop(session.key, None)
+        self.num_sessions -= 1
+        self._own_bytes -= _own_bytes(session)
+        self._segments.remove(session.text)
+
+
+class _Ranking:
+    """Clients by an amount that they hold. Not safe for several threads."""
+
+    def __init__(self) -> None:
+        self._amounts: dict[str, int] = {}
+        self._sorted: SortedList[tuple[int, str]] = SortedList()
+
+    def amount(self, client: str) -> int:
+        """Return how much a client holds."""
+        return self._amounts.get(client, 0)
+
+    def set(self, client: str, amount: int) -> None:
+        """Note how much a client holds now. One that holds nothing is forgotten."""
+        before = self._amounts.pop(client, None)
+        if before is not None:
+            self._sorted.remove((before, client))
+        if amount:
+            self._amounts[client] = amount
+            self._sorted.add((amount, client))
+
+    def descending(self, client: str, more: int) -> Iterator[str]:
+        """Yield the clients that hold something, those with most first: this client as if it held that much more."""
+        own, has_come = self.amount(client) + more, client not in self._amounts
+        for amount, other in reversed(self._sorted):
+            if not has_come and own > amount:
+                has_come = True
+                yield client
+            if other != client:
+                yield other
+        if not has_come:
+            yield client
+
+
+class _ExpiryTimes:
+    """Keys by the second at which they expire. Not safe for several threads."""
+
+    def __init__(self) -> None:
+        self._keys: SortedDict[int, set[SessionKey]] = SortedDict()  # by second
 
     def add(self, key: SessionKey, at: float) -> None:
         """Add a key that expires at this time."""
-        self._keys.setdefault(self._second(at), set()).add(key)
+        self._keys.setdefault(math.ceil(at), set()).add(key)
 
     def remove(self, key: SessionKey, at: float) -> None:
         """Remove a key that was added with this time."""
-        keys = self._keys[self._second(at)]
+        keys = self._keys[math.ceil(at)]
         keys.remove(key)
         if not keys:
-            del self._keys[self._second(at)]
+            del self._keys[math.ceil(at)]
 
     def due(self, now: float, limit: int) -> list[SessionKey]:
-        """Return up to `limit` keys whose second is over, without removing them."""
-        found: list[SessionKey] = []
-        while self._next <= math.floor(now) and not found:
-            found = [key for key, _ in zip(self._keys.get(self._next, ()), range(limit), strict=False)]
-            self._next += not found
-        return found
-
-    def _second(self, at: float) -> int:
-        return max(self._next, math.ceil(at))
+        """Return up to `limit` keys of one second that is over, without removing them."""
+        second, keys = self._keys.peekitem(0) if self._keys else (math.inf, set())
+        return list(islice(keys, limit)) if second <= now else []
 
 
 class _Slab:

@@ -13,6 +13,7 @@ from service.assembly import Service
 from service.generation.score_budget import ScoreBudget
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
+from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
 from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
@@ -28,7 +29,7 @@ from service.web.gate.guard import register_body_check, register_guard
 from service.web.gate.origins import HostPolicy, is_loopback, register_origins
 from service.web.gate.paths import register_paths
 from service.web.gate.proxies import register_proxies
-from service.web.gate.rate_limit import register_rate_limit
+from service.web.gate.rate_limit import register_rate_limit, register_start_costs
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
@@ -46,7 +47,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     configure_logs(settings.log_level, settings.log_format)
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     metrics, drain = Metrics(), Drain(settings.drain_s, settings.drain_notice_s)
-    admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
+    admission = _admission_limit(settings)
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
         app = _openapi_app()
@@ -92,6 +93,7 @@ def _register_gates(app: OpenAPI, settings: Settings, keys: ApiKeys | None, drai
     register_access(app, keys)
     register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes)
+    register_start_costs(app, settings.max_tokens, MAX_CHOICES)
     register_error_handlers(app)
 
 
@@ -117,6 +119,12 @@ def _resources(
         DocsRoutes(),
         PageRoutes(),
     ]
+
+
+def _admission_limit(settings: Settings) -> AdmissionLimit:
+    max_texts = settings.max_batch + settings.max_queue
+    num_reserved = settings.num_http_threads - SPARE_THREADS - max_texts
+    return AdmissionLimit(max_texts, max_per_client=settings.max_streams, num_reserved=num_reserved)
 
 
 def _log_start(settings: Settings, service: Service, keys: ApiKeys | None) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from service.engine.engine import Engine
 from service.engine.native.native_stepper import NativeStepper, variants
-from service.engine.pace import Pace, flush_interval
+from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import End, Handle, Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
@@ -429,18 +429,71 @@ def test_read__returns_none_after_its_timeout() -> None:
 
 
 def test_pace__keeps_ticks_to_their_length() -> None:
-    pace = Pace(tick_s=0.004)
+    pace = Pace()
     for _ in range(50):
         pace.measured(1, pace.num_chars(1), pace.num_chars(1) * 100e-6)
-    assert 35 <= pace.num_chars(1) <= 40
+    assert 45 <= pace.num_chars(1) <= 50
+    assert 22 <= pace.num_chars(1, SHARED_TICK_S) <= 25
     assert pace.num_chars(64) == 4  # the minimum: a batch that has grown is assumed to take as much time for each row
     for _ in range(50):
         pace.measured(64, pace.num_chars(64), pace.num_chars(64) * 0.5e-3)
-    assert 7 <= pace.num_chars(64) <= 9
+    assert 9 <= pace.num_chars(64) <= 11
     pace.measured(256, 1, 1.0)
     assert pace.num_chars(256) == 4
-    pace.measured(1, 1, 1e-9)
+    assert pace.num_chars(1) == 50  # batches of other sizes have not changed this
+    for _ in range(50):
+        pace.measured(1, 1, 1e-9)
     assert pace.num_chars(1) == 256
+
+
+def test_pace__limits_the_rows_of_a_short_tick() -> None:
+    pace = Pace()
+    pace.measured(1, 100, 0.005)
+    assert pace.num_rows(0.005) == 25
+    assert pace.num_rows(0.001) == 16
+    pace.measured(256, 4, 256 * 4 * 25e-6)
+    assert pace.num_rows(0.005) == 50  # of four characters: 5 ms
+    pace.measured(1, 100, 0.005)
+    assert pace.num_rows(0.005) == 50  # what a large batch costs, not a single text
+
+
+def test_engine__a_full_queue_of_one_client_does_not_refuse_others() -> None:
+    gate = _Gate()
+    with running(gate, max_running=4, max_waiting=4) as engine:
+        handles = engine.submit([request(client="greedy")] * 8)
+        with pytest.raises(Overloaded):
+            engine.submit([request(client="greedy")])
+        handles += engine.submit([request(client="b")] * 4)
+        with pytest.raises(Overloaded):
+            engine.submit([request(client="b")])  # it holds as many places as are free
+        handles += engine.submit([request(client="c")] * 2)
+        handles += engine.submit([request(client="d")])
+        with pytest.raises(Overloaded):
+            engine.submit([request(client="greedy")])
+        gate.open()
+        assert len({tuple(result(handle)[0]) for handle in handles}) == 1
+        assert engine.num_open == 0
+        assert len(engine.submit([request(client="greedy")] * 8)) == 8  # all places are free again
+
+
+def test_engine__a_text_does_not_wait_for_the_end_of_another_clients_texts() -> None:
+    with running(max_running=4) as engine:
+        endless = engine.submit([request(max_chars=10**7, client="greedy")] * 100)
+        for handle in engine.submit([request(client="other", seed=seed) for seed in range(10)]):
+            handle.wait()
+        assert all(handle.end is None for handle in endless)
+        for handle in endless:
+            handle.cancel()
+
+
+def test_crowd__is_what_a_client_would_see_if_all_were_like_it() -> None:
+    gate = _Gate()
+    with running(gate) as engine:
+        handles = engine.submit([request(client="greedy")] * 100) + engine.submit([request(client="other")] * 2)
+        assert [engine.crowd_of(client) for client in ("greedy", "other", "nobody")] == [200, 4, 0]
+        gate.open()
+        for handle in handles:
+            handle.wait()
 
 
 def test_flush_interval__grows_with_the_number_of_open_texts() -> None:

@@ -176,7 +176,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def stores(self) -> Sequence[SessionStore]:
         """Return stores that share their sessions."""
-        return [MemoryStore(self.max_sessions, 10**7, self.clock)]
+        return [MemoryStore(self.max_sessions, 10**7, self.clock, self.clock)]
 
     def replica(self, store: SessionStore) -> SessionService:
         sealer = StateSealer(["0123456789abcdef"], self.clock)

@@ -81,7 +81,7 @@ def test_page__lists_what_the_memory_store_lists(
     redis_url: str, created: list[tuple[str, str]], deleted: set[int], pages: list[tuple[str, str, int]]
 ) -> None:
     clock = Clock()
-    memory = MemoryStore(1000, 2**30, clock)
+    memory = MemoryStore(1000, 2**30, clock, clock)
     with closing(new_store(redis_url, secrets.token_hex(8), clock)) as redis:
         for store in (memory, redis):
             for owner, session_id in created:

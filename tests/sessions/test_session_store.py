@@ -32,6 +32,7 @@ from service.sessions.redis_store import RedisStore
 from service.sessions.session import Run, Session, SessionKey
 from service.sessions.session_store import Lease, Operation, SessionStore
 from service.sessions.text import Retention, Segment, Text
+from service.shares import work_for
 from tests.harness.clock import Clock
 
 SHAPE = (1, 16)
@@ -68,7 +69,7 @@ def redis_store(
 
 
 STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
-    "memory": lambda _, clock: MemoryStore(100, 2**30, clock),
+    "memory": lambda _, clock: MemoryStore(100, 2**30, clock, clock),
     "redis": redis_store,
     "redis without its cache": lambda request, clock: redis_store(request, clock, cache_bytes=0),
 }
@@ -741,7 +742,7 @@ def test_redis_store__sees_that_another_replica_made_the_session_anew(
 
 
 def memory(clock: Clock, max_sessions: int = 3, max_bytes: int = 2**30) -> MemoryStore:
-    return MemoryStore(max_sessions, max_bytes, clock)
+    return MemoryStore(max_sessions, max_bytes, clock, clock)
 
 
 def outcome(store: MemoryStore, session_id: str) -> str | None:
@@ -851,18 +852,83 @@ def test_sweep__deletes_expired_sessions_up_to_its_limit(clock: Clock) -> None:
     assert store.num_bytes == 0
 
 
-def test_sweep__finds_all_sessions_after_the_clock_jumped(clock: Clock) -> None:
-    """Forwards or backwards."""
+@pytest.mark.parametrize("step_s", [10**10, -(10**9)])
+def test_memory_store__a_step_of_the_wall_clock_ends_no_session(clock: Clock, step_s: int) -> None:
+    """Nor does it keep one alive: the wall clock is only shown."""
+    wall = Clock()
+    store = MemoryStore(10, 2**30, clock, wall)
+    store.create(session("a", ttl_s=100))
+    wall.now += step_s
+    assert store.sweep(10) == 0  # and at once: it must not look at each second of the step
+    assert store.load(A).expires_at == 1_800_000_100
+    use(store, A)
+    assert store.load(A).expires_at == wall.now + 100
+    assert store.create(session("b", ttl_s=100)).created_at == wall.now
+    clock.now += 100
+    assert outcome(store, "a") == outcome(store, "b") == "session_gone"
+    assert store.sweep(10) == 0
+    assert store.num_bytes == 0
+
+
+def test_sweep__is_quick_after_the_process_was_paused(clock: Clock) -> None:
     store = memory(clock)
     store.create(session("a", ttl_s=100))
-    clock.now += 50
-    store.sweep(10)
-    clock.now -= 1000
-    store.create(session("b", ttl_s=100))
-    use(store, A)
-    clock.now += 10**6
-    assert store.sweep(10) + store.sweep(10) == 2
-    assert store.num_bytes == 0
+    store.sweep()
+    clock.now += 10**10
+    assert [store.sweep(), store.sweep()] == [1, 0]
+
+
+@pytest.fixture
+def as_client() -> Iterator[Callable[[str], None]]:
+    """Let this thread work for a client."""
+    yield work_for
+    work_for("")
+
+
+@pytest.mark.parametrize("limit", ["sessions", "bytes"])
+def test_memory_store__a_client_does_not_push_out_others(
+    clock: Clock, limit: str, as_client: Callable[[str], None]
+) -> None:
+    store = memory(clock, 100, 2**30) if limit == "sessions" else memory(clock, 10**6, 100 * 1200)
+    for number, client in enumerate(("modest", "two", "two")):
+        as_client(client)
+        store.create(session(f"{client}{number}"))
+    as_client("greedy")
+    for number in range(1000):
+        store.create(session(f"g{number}"))
+    assert [outcome(store, one) for one in ("modest0", "two1", "two2", "g0", "g999")] == [
+        None, None, None, "session_gone", None,
+    ]  # fmt: skip
+    num_greedy = len(store) - 3
+    as_client("modest")  # finds room
+    for number in range(40):
+        store.create(session(f"m{number}"))
+    assert all(outcome(store, f"m{number}") is None for number in range(40))
+    assert len(store) - 43 <= num_greedy - 38
+    for number in range(40, 1000):  # now it is the greedy one
+        store.create(session(f"m{number}"))
+    assert outcome(store, "g999") is None
+    assert outcome(store, "two1") is None
+
+
+def test_memory_store__a_growing_session_is_not_evicted_for_itself(
+    clock: Clock, as_client: Callable[[str], None]
+) -> None:
+    store = memory(clock, max_bytes=50_000)
+    for client in "ab":
+        as_client(client)
+        store.create(session(client))
+    change(store, B, text=text("x" * 48_000))
+    assert [outcome(store, one) for one in "ab"] == ["session_gone", None]
+
+
+def test_memory_store__forgets_clients_without_sessions(clock: Clock, as_client: Callable[[str], None]) -> None:
+    store = memory(clock)
+    for number in range(100):
+        as_client(f"stranger{number}")
+        store.create(session("a"))
+        store.delete(A)
+    assert (store.num_clients, store.num_bytes) == (0, 0)
 
 
 def test_memory_store__has_states_of_different_shapes(clock: Clock) -> None:

@@ -9,6 +9,7 @@ from flask import Flask, g, request
 
 from service.api_keys import ApiKeys
 from service.errors import InvalidApiKey
+from service.shares import work_for
 from service.web.gate.proxies import parse_address
 from service.web.gate.route import current_route
 
@@ -19,6 +20,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
     @app.before_request
     def _check_key() -> None:
         g.owner = ""
+        work_for(client_key())
         if keys is None or current_route().open:
             return
         authorization = request.authorization
@@ -29,6 +31,7 @@ def register_access(app: Flask, keys: ApiKeys | None) -> None:
         if name is None:
             raise InvalidApiKey("this API key is not known to the server: it has a typo, or it was replaced")
         g.owner = name
+        work_for(client_key())
         structlog.contextvars.bind_contextvars(key_name=name)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from service.errors import Overloaded, TooManyStreams
+from service.shares import SharedCapacity, current_client
 
 
 class AdmissionLimit:
@@ -17,52 +18,60 @@ class AdmissionLimit:
     takes the block over (`EventStream`). Any thread may use it.
     """
 
-    def __init__(self, max_requests: int, max_streams_per_client: int = 0) -> None:
-        """Admit `max_requests` at the same time, streams included. `max_streams_per_client` 0 sets no limit."""
-        self._semaphore = threading.BoundedSemaphore(max_requests)
-        self._max_streams_per_client = max_streams_per_client
-        self._streams: Counter[str] = Counter()  # open streams of each client key
-        self._lock = threading.Lock()  # guards _streams
+    def __init__(self, max_requests: int, max_per_client: int = 0, num_reserved: int = 0) -> None:
+        """Share places between clients as `SharedCapacity` does.
+
+        Args:
+            max_requests: Requests that are admitted at the same time, streams included.
+            max_per_client: Streams of one client, and also its requests that are not streams. 0 sets no limit.
+            num_reserved: Further requests for clients that hold few places.
+        """
+        self._places = SharedCapacity(max_requests, num_reserved)
+        self._max_per_client = max_per_client
+        self._streams: Counter[str] = Counter()  # open streams of each client that has one
+        self._lock = threading.Lock()  # guards both
 
     @contextmanager
     def admit(self, streaming_client: str | None = None) -> Iterator[None]:
         """Admit a request for as long as the block lasts, or refuse it at once.
 
         Args:
-            streaming_client: Client key that the stream counts against. None if the request is not a stream.
+            streaming_client: Client key that the stream counts against. None if the request is not a stream; it counts
+                against the current client.
 
         Raises:
             Overloaded: Too many requests are admitted already.
-            TooManyStreams: The client has too many open streams.
+            TooManyStreams: The client has too many open streams, or too many other requests.
         """
-        if not self._semaphore.acquire(blocking=False):
-            raise Overloaded("the server is handling as many requests as it can: try again in a second")
-        try:
-            if streaming_client is None:
-                yield
-            else:
-                with self._counted(streaming_client):
-                    yield
-        finally:
-            self._semaphore.release()
-
-    @contextmanager
-    def _counted(self, streaming_client: str) -> Iterator[None]:
-        """Count an open stream of a client during the block. Raises TooManyStreams."""
-        limit = self._max_streams_per_client
-        with self._lock:
-            if limit and self._streams[streaming_client] >= limit:
-                raise TooManyStreams(
-                    f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
-                )
-            self._streams[streaming_client] += 1
+        is_stream = streaming_client is not None
+        client = streaming_client if streaming_client is not None else current_client()
+        self._take(client, is_stream)
         try:
             yield
         finally:
             with self._lock:
-                self._streams[streaming_client] -= 1
-                if not self._streams[streaming_client]:
-                    del self._streams[streaming_client]
+                self._places.give_back(client)
+                self._streams[client] -= is_stream
+                if not self._streams[client]:
+                    del self._streams[client]
+
+    def _take(self, client: str, is_stream: bool) -> None:
+        limit = self._max_per_client
+        with self._lock:
+            num_streams = self._streams.get(client, 0)
+            if is_stream and limit and num_streams >= limit:
+                raise TooManyStreams(
+                    f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
+                )
+            if not is_stream and limit and self._places.held_by(client) - num_streams >= limit:
+                raise TooManyStreams(
+                    f"you have {limit} requests in progress that are not streams, which is the limit: wait until one "
+                    "is answered"
+                )
+            if not self._places.has_room(client):
+                raise Overloaded("the server is handling as many requests as it can: try again in a second")
+            self._places.take(client)
+            self._streams[client] += is_stream
 
     @property
     def num_streams(self) -> int:

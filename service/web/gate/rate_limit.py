@@ -6,40 +6,60 @@ import math
 import time
 from typing import Any
 
-from flask import Flask, Response
+import structlog
+from flask import Flask, Response, request
 from flask_limiter import Limiter, RequestLimit
+from limits.strategies import SlidingWindowCounterRateLimiter
 
 from service.errors import InvalidSettings
 from service.web.gate.access import client_key
 from service.web.gate.error_responses import error_response
+from service.web.gate.rate_storage import ProcessStorage
 from service.web.gate.route import current_route
+
+log = structlog.get_logger(__name__)
 
 _STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
 _MAX_CONNECTIONS = 2**31 - 1  # every request uses one for a moment, so the number of threads is the limit
+_START_CHARS = 8192  # characters of one start; a request for more counts as several
 
 
 def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> None:
     """Refuse requests that start work more often than `rate` allows.
 
-    All requests of a client to routes that count as a start count together. `rate` is a rate such as
-    `600/minute`, or several separated by semicolons; empty sets no limit. `storage_url` says where requests are
-    counted: `memory://` counts those of this process, any URL of a Redis server (`redis://`, `rediss://`, `unix://`)
-    those of all replicas. Raises InvalidSettings if the URL is invalid.
+    All requests of a client to routes that count as a start count together. `register_start_costs` lets large requests
+    count several times. `rate` is a rate such as `600/minute`, or several separated by semicolons; empty sets
+    no limit. `storage_url` says where requests are counted: `memory:` counts those of this process, any URL of a Redis
+    server (`redis://`, `rediss://`, `unix://`) those of all replicas. Raises InvalidSettings if the URL is invalid.
     """
     if not rate:
         return
     is_shared = not storage_url.startswith("memory:")
+    if not is_shared:
+        storage_url = f"{ProcessStorage.STORAGE_SCHEME[0]}://"
+    options: dict[str, Any] = {}
+    if is_shared:
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        options = {
+            "socket_connect_timeout": _STORAGE_TIMEOUT_S,
+            "socket_timeout": _STORAGE_TIMEOUT_S,
+            "retry": Retry(NoBackoff(), 0),
+            "max_connections": _MAX_CONNECTIONS,
+            "key_prefix": "gru-serve:starts",
+        }
     if storage_url.startswith("unix:"):
         storage_url = f"redis+{storage_url}"  # the name that the library has for it
     try:
-        Limiter(
+        limiter = Limiter(
             client_key,
             app=app,
             application_limits=[rate],
             application_limits_exempt_when=lambda: not current_route().counts_as_start,
             strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
             storage_uri=storage_url,
-            storage_options=_redis_options() if is_shared else {},
+            storage_options=options,
             in_memory_fallback_enabled=is_shared,
             # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
             swallow_errors=True,
@@ -48,19 +68,55 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
     except ValueError:
         # The message of the cause may have parts of the URL, such as the password.
         raise InvalidSettings("GRU_SERVE_SESSION_STORE is not a valid URL of Redis", param="session_store") from None
+    if is_shared:  # instead of the library's own storage: see ProcessStorage
+        limiter._fallback_limiter = SlidingWindowCounterRateLimiter(ProcessStorage())
 
 
-def _redis_options() -> dict[str, Any]:
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
+def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
+    """Count large requests several times. Does nothing without a rate limit.
 
-    return {
-        "socket_connect_timeout": _STORAGE_TIMEOUT_S,
-        "socket_timeout": _STORAGE_TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-        "max_connections": _MAX_CONNECTIONS,
-        "key_prefix": "gru-serve:starts",
-    }
+    A request is refused only if not a single start is left. So one that counts for more than the whole limit is
+    possible too, and uses it up. Register this after the check of the body, which it reads.
+
+    Args:
+        app: The application.
+        max_chars: Characters that a text may have. A request for more is refused later, and counts once.
+        max_texts: The same for its texts.
+    """
+
+    @app.before_request
+    def _count_cost() -> None:
+        limiter = next(iter(app.extensions.get("limiter", ())), None)
+        if limiter is None or not current_route().counts_as_start:
+            return
+        num_more = (_num_chars(request.get_json(), max_chars, max_texts) - 1) // _START_CHARS
+        if num_more < 1:
+            return
+        try:
+            for limit in limiter.current_limits:
+                limiter.limiter.hit(limit.limit, *limit.request_args, cost=min(num_more, limit.remaining))
+        except Exception as error:  # noqa: BLE001 - the storage has failed since it counted the request once
+            log.warning("the cost of a request was not counted", error=type(error).__name__)
+
+
+def _num_chars(body: Any, max_chars: int, max_texts: int) -> int:
+    """Return how many characters a request reads and generates: 0 for a body that will be refused.
+
+    The body is JSON that no schema has seen yet.
+    """
+
+    def number(name: str, default: int, largest: int) -> int:
+        value = body.get(name)
+        return default if value is None else value if type(value) is int and 0 <= value <= largest else -1
+
+    prompts = body.get("prompt")
+    prompts = prompts if isinstance(prompts, list) else [prompts]
+    num_read = sum(len(text) for text in (*prompts, body.get("text")) if isinstance(text, str))
+    num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
+    max_tokens = number("max_tokens", 0, max_chars)
+    if min(num_choices, max_tokens) < 0 or len(prompts) > max_texts:
+        return 0
+    return int(num_read + max_tokens * num_choices * len(prompts))
 
 
 def _refusal(breached: RequestLimit) -> Response:

@@ -21,14 +21,17 @@ from pydantic import SecretStr
 from service.api_keys import new_key
 from service.errors import InvalidSettings, Overloaded, TooManyStreams
 from service.settings import Settings, read_settings
+from service.shares import work_for
 from service.store.model_store import ModelStore
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import register_error_handlers
 from service.web.gate.guard import register_guard
 from service.web.gate.rate_limit import register_rate_limit
+from service.web.gate.rate_storage import ProcessStorage
 from service.web.gate.route import Route
 from tests.harness.application import client_of
+from tests.harness.clock import Clock
 from tests.harness.wait import wait_until
 
 (ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
@@ -76,6 +79,89 @@ def test_rate_setting__that_is_invalid_stops_the_server_start(monkeypatch: pytes
 def test_rate_setting__accepts_several_notations(monkeypatch: pytest.MonkeyPatch, rate: str) -> None:
     monkeypatch.setenv("GRU_SERVE_RATE_LIMIT", rate)
     assert read_settings().rate_limit == rate
+
+
+def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore) -> None:
+    """By texts times characters, 8,192 of which are one start. A request that is refused counts once."""
+    settings = Settings(model_store=tiny_store.root, model="tiny", rate_limit="20/day")
+    small = {"prompt": "a", "max_tokens": 1}
+    with client_of(settings) as client:
+
+        def started(body: dict[str, object], address: str) -> int:
+            environ = {"REMOTE_ADDR": address}
+            return client.post("/v1/completions", json=body, environ_base=environ).status_code
+
+        def num_left(address: str) -> int:
+            return [started(small, address) for _ in range(25)].index(429)
+
+        large = {"prompt": ["a", "b"], "n": 3, "max_tokens": 5000}  # 30,002 characters
+        requests: list[tuple[dict[str, object], int, int]] = [
+            (small, 200, 1),
+            (large, 200, 4),
+            (large | {"n": 1, "best_of": 3}, 200, 4),
+            (large | {"n": 129}, 400, 1),
+            (large | {"max_tokens": 8193}, 400, 1),
+            (large | {"max_tokens": "5000"}, 400, 1),
+            (large | {"n": 1.5}, 400, 1),
+            ({"prompt": "a" * 99_000, "max_tokens": 1}, 200, 13),
+            ({"prompt": {"a": 1}}, 400, 1),
+            ({"prompt": "a", "n": 24, "max_tokens": 8192}, 200, 20),  # more than the limit: it uses all that is left
+        ]
+        for number, (body, status, cost) in enumerate(requests):
+            address = f"10.0.0.{number}"
+            assert started(body, address) == status
+            assert num_left(address) == 20 - cost, body
+        assert client.put("/v1/sessions/a", json={"text": "a" * 50_000}).status_code == 201
+        assert client.post("/v1/sessions/a/generate", json={"max_tokens": 2}).status_code == 200
+        assert num_left("127.0.0.1") == 20 - 7 - 1
+
+
+def test_rate_storage__forgets_what_is_old_and_whom_it_has_not_seen_for_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr("service.web.gate.rate_storage._MAX_KEYS", 3)
+    storage = ProcessStorage(clock=clock)
+    clock.now = 600.0
+    assert [storage.acquire_sliding_window_entry("a", 3, 60) for _ in range(4)] == [True, True, True, False]
+    assert storage.get_sliding_window("a", 60) == (0, 0.0, 3, 120.0)
+    clock.now += 90  # half of the window in which 3 were counted is within the last minute
+    assert storage.get_sliding_window("a", 60) == (3, 30.0, 0, 90.0)
+    assert storage.acquire_sliding_window_entry("a", 3, 60, 2)
+    assert not storage.acquire_sliding_window_entry("a", 3, 60)
+    clock.now += 120
+    assert storage.get_sliding_window("a", 60) == (0, 0.0, 0, 90.0)
+    for key in "abcd":
+        assert storage.acquire_sliding_window_entry(key, 1, 60)
+    assert [storage.acquire_sliding_window_entry(key, 1, 60) for key in "bcd"] == [False] * 3
+    assert storage.acquire_sliding_window_entry("a", 1, 60)  # forgotten
+    assert storage.reset() == 3
+
+
+@pytest.mark.parametrize("has_keys", [True, False])
+def test_session_limit__a_client_does_not_push_out_the_sessions_of_others(
+    tiny_store: ModelStore, has_keys: bool
+) -> None:
+    entries = ENTRIES if has_keys else SecretStr("")
+    settings = Settings(model_store=tiny_store.root, model="tiny", api_keys=entries, max_sessions=20)
+    with client_of(settings) as client:
+
+        def call(method: str, session_id: str, who: str) -> int:
+            key, address = (BOB, "10.0.0.1") if who == "bob" else (ALICE, "10.0.0.2")
+            answer = client.open(
+                f"/v1/sessions/{session_id}",
+                method=method,
+                json={} if method == "PUT" else None,
+                headers=bearer(key),
+                environ_base={"REMOTE_ADDR": address},
+            )
+            return answer.status_code
+
+        assert [call("PUT", f"bob{number}", "bob") for number in range(5)] == [201] * 5
+        assert [call("PUT", f"alice{number}", "alice") for number in range(50)] == [201] * 50
+        assert [call("GET", f"bob{number}", "bob") for number in range(5)] == [200] * 5
+        found = [call("GET", f"alice{number}", "alice") for number in range(50)]
+        assert found == [410] * 35 + [200] * 15
 
 
 # Several replicas that count in one real Redis
@@ -233,7 +319,7 @@ def test_stream_limit__is_released_however_a_stream_ends(capped: FlaskClient) ->
 
 
 def test_admission_limit__counts_requests_and_streams() -> None:
-    admission = AdmissionLimit(3, max_streams_per_client=1)
+    admission = AdmissionLimit(3, max_per_client=1)
     with ExitStack() as held:
         held.enter_context(admission.admit("a"))
         with pytest.raises(TooManyStreams), admission.admit("a"):
@@ -248,3 +334,39 @@ def test_admission_limit__counts_requests_and_streams() -> None:
     with unlimited.admit("a"), unlimited.admit("a"), unlimited.admit("a"):
         assert unlimited.num_streams == 3
     assert unlimited.num_streams == 0
+
+
+def test_admission_limit__leaves_places_for_other_clients() -> None:
+    admission = AdmissionLimit(8, num_reserved=4)
+    with ExitStack() as held:
+        for _ in range(8):
+            held.enter_context(admission.admit("greedy"))
+        with pytest.raises(Overloaded), admission.admit("greedy"):
+            pass
+        for client in ("b", "b", "c"):
+            held.enter_context(admission.admit(client))
+        assert admission.num_streams == 11
+
+
+def test_stream_limit__counts_whole_answers_separately() -> None:
+    """As many answers that are not streams are admitted as streams, and no more."""
+    admission = AdmissionLimit(9, max_per_client=2)
+    work_for("a")
+    try:
+        with ExitStack() as held:
+            for streaming_client in ("a", None, "a", None):
+                held.enter_context(admission.admit(streaming_client))
+            for streaming_client in ("a", None):
+                with pytest.raises(TooManyStreams, match="2"), admission.admit(streaming_client):
+                    pass
+            held.enter_context(admission.admit("b"))
+            work_for("b")
+            with admission.admit():
+                pass
+            work_for("a")
+            with pytest.raises(TooManyStreams), admission.admit():
+                pass
+        with admission.admit():
+            pass
+    finally:
+        work_for("")

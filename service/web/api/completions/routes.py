@@ -67,10 +67,11 @@ class CompletionRoutes(Resource):
         previous one; the last is `[DONE]`.
         """
         _check(body, self._limits)
-        model = self._models.get(body.model if body.model is not None else self._default_model)
-        request = _completion_request(model, body, self._limits)
         with ExitStack() as held:
             held.enter_context(self._admission.admit(client_key() if body.stream else None))
+            # From here on the thread may wait: first for the model.
+            model = self._models.get(body.model if body.model is not None else self._default_model)
+            request = _completion_request(model, body, self._limits)
             scores = self._score_budget.reservation()
             held.callback(scores.release)
             scores.require(request.num_scores)

@@ -24,7 +24,8 @@ from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
 
 _PIECE_NUMBERS = 3 * 2**15  # in one piece; divisible by 3, so that base64 needs no padding in between
-_MAX_INSPECTIONS = 4  # at the same time: each needs tens of megabytes while its answer is built
+# At the same time: each needs tens of megabytes while its answer is built. One client may have two of them.
+_MAX_INSPECTIONS, _RESERVED_INSPECTIONS = 2, 3
 
 
 class InspectRoutes(Resource):
@@ -38,7 +39,7 @@ class InspectRoutes(Resource):
     ) -> None:
         self._inspector, self._default_model, self._admission = inspector, default_model, admission
         self._score_budget = score_budget
-        self._inspections = AdmissionLimit(_MAX_INSPECTIONS)
+        self._inspections = AdmissionLimit(_MAX_INSPECTIONS, num_reserved=_RESERVED_INSPECTIONS)
 
     @Route(
         "POST",

@@ -1,0 +1,82 @@
+"""SharedCapacity that clients share, and the client of a thread."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from service.shares import SharedCapacity, current_client, work_for
+
+
+def takes(capacity: SharedCapacity, client: str, num_places: int = 1) -> bool:
+    """Take places if there is room, and return whether there was."""
+    if not capacity.has_room(client, num_places):
+        return False
+    capacity.take(client, num_places)
+    return True
+
+
+def test_shared_capacity__a_client_that_is_alone_has_all_but_the_reserve() -> None:
+    places = SharedCapacity(8, reserve=4)
+    assert takes(places, "a", 5)
+    assert not takes(places, "a", 4)  # all or none
+    assert takes(places, "a", 3)
+    assert not takes(places, "a")
+    assert (places.num_taken, places.held_by("a"), places.num_clients) == (8, 8, 1)
+
+
+def test_shared_capacity__a_newcomer_finds_half_of_the_free_ones_open() -> None:
+    places = SharedCapacity(8, reserve=8)
+    assert takes(places, "a", 8)
+    for client, share in (("b", 4), ("c", 2), ("d", 1)):
+        assert not takes(places, client, share + 1)
+        assert takes(places, client, share)
+        assert not takes(places, client)
+    assert not takes(places, "e")  # one place is free, and none would be left
+    places.give_back("a", 2)
+    assert not takes(places, "a")
+    assert takes(places, "e")
+
+
+def test_shared_capacity__without_a_reserve_go_to_the_first() -> None:
+    places = SharedCapacity(2, reserve=0)
+    assert takes(places, "a", 2)
+    assert not takes(places, "b")
+    places.take("b")  # what was admitted already
+    assert places.num_taken == 3
+    places.give_back("b")
+    places.give_back("a", 2)
+    assert (places.num_taken, places.num_clients) == (0, 0)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 9), st.booleans()), max_size=60))
+def test_shared_capacity__never_exceed_their_number_and_forget_clients(steps: list[tuple[str, int, bool]]) -> None:
+    places, held = SharedCapacity(10, reserve=6), Counter[str]()
+    for client, count, wants in steps:
+        if not wants:
+            places.give_back(client, held.pop(client, 0))
+        elif takes(places, client, count):
+            held[client] += count
+        assert places.num_taken == held.total() <= 16
+        assert places.num_clients == len(held)
+    for client, count in held.items():
+        places.give_back(client, count)
+    assert places.num_clients == 0
+
+
+def test_client__is_that_of_the_thread() -> None:
+    seen: list[str] = []
+
+    def serve(client: str) -> None:
+        work_for(client)
+        seen.append(current_client())
+
+    for client in ("a", "b"):
+        thread = threading.Thread(target=serve, args=(client,))
+        thread.start()
+        thread.join()
+    assert seen == ["a", "b"]
+    assert current_client() == ""
