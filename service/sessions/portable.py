@@ -21,8 +21,9 @@ from itsdangerous import BadData, Signer
 from itsdangerous.encoding import base64_decode, base64_encode
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.arrays import MAX_POSITION, Float32, is_state
+from service.arrays import Float32, is_state
 from service.errors import InvalidState, StateExpired, StateModelMismatch
+from service.sessions.session import Position, Seed
 
 _SALT = b"gru-serve portable state 1"
 _LENGTH = struct.Struct("<I")
@@ -36,8 +37,8 @@ class StateHeader(BaseModel):
 
     model: str = Field(max_length=200, description="name@version")
     identity: str = Field(max_length=64, description="LoadedModel.identity of the model that computed the state")
-    position: int = Field(ge=0, le=MAX_POSITION)
-    seed: int = Field(ge=-(2**63), lt=2**63)
+    position: Position
+    seed: Seed
     expires_at: float | None = Field(description="seconds since 1970")
 
 

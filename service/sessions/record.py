@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.arrays import Float32, is_state
 from service.errors import SessionLost
-from service.sessions.session import Position, Run, Session, SessionKey, SessionSummary
+from service.sessions.session import Position, Run, Seed, Session, SessionKey, SessionSummary
 from service.sessions.text import Segment, Text
 
 _VERSION, _OLD_VERSION = 2, 1
@@ -47,7 +47,7 @@ class _Header(BaseModel):
 
     model: str
     identity: str
-    seed: int
+    seed: Seed
     ttl_s: float
     created_at: float
     shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # (L, H), of each state

@@ -13,7 +13,10 @@ from service.engine.stepper import FinishReason
 from service.errors import PositionConflict
 from service.sessions.text import Text
 
-Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text; limits the numbers of a stored record
+
+# The limits of numbers in a stored record.
+Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,7 @@ class Run:
 
     start: Position  # the position at which it began
     max_chars: Position  # generates at most this many characters
-    seed: int
+    seed: Seed
     sampling: SamplingSettings
     stops: tuple[str, ...] = ()  # strings that end the run; they don't become part of the text
     # The distinct characters of the text before the run, which repetition_penalty treats as the prompt. Empty if the

@@ -182,11 +182,15 @@ def test_load__returns_what_was_created(store: SessionStore, clock: Clock) -> No
 @pytest.mark.parametrize("begin", [0, 500, 70_000])
 def test_load__returns_a_long_text_with_checkpoints_from_its_first_character(store: SessionStore, begin: int) -> None:
     """A store may drop checkpoints, but at most so many that 4,096 characters are stepped again."""
+
+    def at(position: int) -> Float32:
+        return state(position / 2**20)
+
     retention, characters = Retention(), "".join(chr(97 + number % 23) for number in range(20_000))
     end = begin + len(characters)
-    read = Text.from_state(begin, state(begin)) if begin else Text(state(0))
-    hidden = {position: state(position) for position in retention.checkpoint_positions(begin, end)}
-    created = store.create(session(text=read.extended(characters, state(end), hidden, retention)))
+    read = Text.from_state(begin, at(begin)) if begin else Text(at(0))
+    hidden = {position: at(position) for position in retention.checkpoint_positions(begin, end)}
+    created = store.create(session(text=read.extended(characters, at(end), hidden, retention)))
     loaded = store.load(A)
     assert facts(loaded) == facts(created)
     for position in range(begin, end + 1, 77):
@@ -196,7 +200,7 @@ def test_load__returns_a_long_text_with_checkpoints_from_its_first_character(sto
             assert checkpoint is None
         else:
             assert checkpoint is not None
-            assert checkpoint.tobytes() == state(start).tobytes()
+            assert checkpoint.tobytes() == at(start).tobytes()
 
 
 def test_create__refuses_an_id_in_use(store: SessionStore) -> None:

@@ -276,6 +276,7 @@ class Fuzzer:
         self.chance.choice([self.feed, self.generate, self.resume, self.inspect])()
 
 
+@pytest.mark.timeout(300 + NUM_REQUESTS / 20)
 def test_requests__of_any_kind_leave_all_engines_alive(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         fuzzers = [Fuzzer(served, seed) for seed in range(NUM_THREADS)]
