@@ -7,7 +7,7 @@ from werkzeug.exceptions import NotFound
 
 
 def register_paths(app: Flask) -> None:
-    """Answer 404 to `//v1/models` and `/v1//models`. Register it first, because later steps ask for the route."""
+    """Answer 404 to paths with two slashes in a row. Register it first, because later steps ask for the route."""
     app.url_map.merge_slashes = False  # otherwise werkzeug redirects, to http:// and in HTML
 
     @app.before_request

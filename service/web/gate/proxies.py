@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+_WITH_PORT = re.compile(r"(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<ipv4>[0-9.]+))(?::[0-9]{1,5})?")
 _MAX_ADDRESSES = 32  # of X-Forwarded-For; more proxies in a row have no use
 
 
@@ -34,8 +36,9 @@ def register_proxies(app: Flask, trusted: int | Collection[Network]) -> None:
 
 
 def parse_address(text: str) -> Address:
-    """Parse an address; one that maps IPv4 into IPv6 becomes IPv4. Raises ValueError."""
-    address = ipaddress.ip_address(text)
+    """Parse an address; one that maps IPv4 into IPv6 becomes IPv4. Some proxies add a port. Raises ValueError."""
+    found = _WITH_PORT.fullmatch(text)
+    address = ipaddress.ip_address(text if found is None else found["ipv6"] or found["ipv4"])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
 

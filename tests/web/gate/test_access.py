@@ -172,6 +172,11 @@ def test_server_without_keys__is_open_and_ignores_keys(client: FlaskClient) -> N
         ("2001:db8::1", "2001:db8::ffff:1", True),
         ("2001:db8::1", "2001:db8:0:1::1", False),
         ("", "nonsense", True),
+        ("10.0.0.1:4711", "10.0.0.1", True),
+        ("[2001:db8::1]:443", "2001:db8::2", True),
+        ("[::ffff:10.0.0.1]", "10.0.0.1", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("10.0.0.1:x", "10.0.0.1", False),
     ],
 )
 def test_client_key__without_api_keys_is_the_address_or_ipv6_network(
