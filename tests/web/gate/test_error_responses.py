@@ -46,6 +46,7 @@ CONTRACT = {
     "unsupported_media_type": 415,
     "overloaded": 429,
     "rate_limited": 429,
+    "too_many_scores": 429,
     "too_many_streams": 429,
     "client_gone": 499,
     "internal_error": 500,
@@ -59,6 +60,7 @@ CONTRACT = {
 }
 # No request causes these; if one did, it would be our mistake.
 OPERATOR_CODES = {
+    "address_unusable",
     "invalid_charset",
     "invalid_checkpoint",
     "invalid_corpus",
