@@ -15,12 +15,11 @@ from functools import lru_cache
 from flask import Flask, Response, request
 
 from service.web.gate.error_responses import error_response
+from service.web.gate.route import current_route
 
 _HOST = re.compile(r"(?:\[(?P<ipv6>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?")
 _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[^/?#@]+)")
 _DEFAULT_PORTS = {"http": "80", "https": "443"}
-# They say nothing about texts, and balancers send any Host with them.
-_CHECKS = ("/healthz", "/readyz")
 _ANY = "*"
 
 _METHODS = "GET, HEAD, POST, PUT, DELETE"
@@ -87,7 +86,8 @@ def register_origins(app: Flask, hosts: HostPolicy, allowed_origins: Collection[
     @app.before_request
     def _check_origin() -> Response | None:
         names, origin = _requested_hosts(), request.headers.get("Origin")
-        if request.path not in _CHECKS and not all(hosts.accepts(name) for name in names):
+        # Checks say nothing about texts, and balancers send any Host with them.
+        if not current_route().is_check and not all(hosts.accepts(name) for name in names):
             return error_response(
                 "the server does not answer to the name in the header Host: if the name is right, its operator has to "
                 "add it to GRU_SERVE_ALLOWED_HOSTS",

@@ -30,7 +30,8 @@ class Route:
     starts_work: bool = False  # computes or changes something, so it is refused while the process drains
     counts_as_start: bool = False  # counts against the rate limit, and a stream of it has a time to first token
     streams: bool = False  # may answer with a stream of events; has no HEAD, which would begin one
-    is_check: bool = False  # called several times a second, so a success is logged at the level debug
+    # Called several times a second, with any Host: so it answers to all names, and a success is logged at level debug.
+    is_check: bool = False
 
     def __call__(self, view: View) -> View:
         """Attach this declaration to a view."""
