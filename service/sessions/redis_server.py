@@ -1,7 +1,8 @@
-"""Calls session.lua on a Redis server, quickly or not at all.
+"""Calls session.lua on Redis, quickly or not at all.
 
 Calls fail fast while Redis is down. After a restart of Redis, or if another server has taken its place, they are
-refused until lost writes have been restored.
+refused until lost writes have been restored. The masters of a cluster count as one server: a session's record, its
+segments and its owner's index are on several of them, so while one is missing, little works.
 
 Of an error, only its kind and the first word of Redis' answer are logged: the rest may hold session ids, owners and the
 tokens of leases.
@@ -10,22 +11,29 @@ tokens of leases.
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from importlib import resources
 from typing import Any
 
 import structlog
-from redis import Redis
 from redis import exceptions as errors
-from redis.backoff import NoBackoff
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry
 
 from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
+from service.sessions.redis_connections import (
+    Command,
+    Link,
+    RedisConnections,
+    Script,
+    Unsuitable,
+    advice_on,
+    without_errors,
+)
+from service.sessions.redis_url import Address, parse
 from service.sessions.session_store import Operation, StoreObserver
 
 log = structlog.get_logger(__name__)
@@ -33,8 +41,7 @@ log = structlog.get_logger(__name__)
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
 # At its memory limit Redis refuses a script without `allow-oom`, which only `create` is. All else that a session needs,
 # such as the lease for deleting it, is done at the limit too. Needs Redis 7.
-_CREATE_SCRIPT, _OTHER_SCRIPT = f"#!lua\n{_SCRIPT}", f"#!lua flags=allow-oom\n{_SCRIPT}"
-_MIN_VERSION = 7
+_CREATE_SCRIPT, _OTHER_SCRIPT = Script(f"#!lua\n{_SCRIPT}"), Script(f"#!lua flags=allow-oom\n{_SCRIPT}")
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _NO_CONNECTION = "this server has no connection to the session store left, and nothing was done: try again in a second"
 _FULL = "the session store is full: try again later"
@@ -42,11 +49,10 @@ _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
     "before you repeat it"
 )
-_MAX_CONNECTIONS = 2**31 - 1  # every call uses one for its length, so the number of threads is the limit
 _PROBE_S = 1.0  # between two probes of a server that works
 _CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
-# NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. Whether every call gets an ERR, a probe finds out.
+# NOAUTH, NOPERM, MISCONF, NOREPLICAS, CLUSTERDOWN and BUSY. Whether every call gets an ERR, a probe finds out.
 _ABOUT_ONE_CALL = ("ERR", "WRONGTYPE", "NOSCRIPT")
 _ADVICE = {
     "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
@@ -57,6 +63,7 @@ _ADVICE = {
     "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/operations.md lists",
     "MISCONF": "it can't write to its disk: see its log",
     "LOADING": "it is starting: wait",
+    "CLUSTERDOWN": "a part of the cluster is down: see CLUSTER INFO of its nodes",
 }
 _NO_PERMISSION = re.compile("ACL failure in script|^The user executing the script can't ")
 
@@ -69,22 +76,21 @@ class _Superseded(errors.ConnectionError):
     """The answer is from a server whose place another one has taken, and which may not know what was done."""
 
 
-class _Unsuitable(errors.ConnectionError):
-    """The server can't store sessions. The message says why, and what to do."""
-
-
 class RedisServer:
-    """Calls session.lua. Any number of threads may call; each call fails within about `timeout_s`.
+    """Calls session.lua on a server, or on the masters of a cluster.
+
+    Any number of threads may call. Each call fails within about `timeout_s`.
 
     After a call has failed, all calls fail at once, until `ping` succeeds. A restart, or a failover to another server,
     may have lost the last writes. All calls are refused from then until `recovery_window_s` after this process has
     restored its own writes (`LeaseRenewer`), so that other replicas can restore theirs too.
 
     A server that refuses to work, for example because it has become a replica, counts as replaced: connections made
-    before are closed before their next use, and the server that works next is restored like another one.
+    before are closed before their next use, and the server that works next is restored like another one. In a cluster
+    this is so for every master, and a master that is added or removed counts as a change as well.
 
     Args:
-        url: Begins with `redis://`, `rediss://` or `unix://`.
+        url: See docs/redis.md.
         timeout_s: How long the server may take for an answer.
         recovery_window_s: How long other replicas may take to restore their writes.
         observer: Counts and times the calls.
@@ -103,32 +109,26 @@ class RedisServer:
         self._recovery_window_s, self._observer, self._probe_key = recovery_window_s, observer, probe_key
         self._lock = threading.Lock()  # guards the following
         self._failed_at: float | None = None  # monotonic time of the last failure; None after a ping that succeeded
-        self._failure: str | None = None  # what was logged about it
-        self._run_id: bytes | None = None  # identifies the server's process
-        # How often the server was replaced. Each connection has the number that was current when it was made
-        # (`_change_of`). If it has an older one, it leads to a server that may have been replaced.
+        self._failures: set[str] = set()  # what was logged since the last ping that succeeded
+        self._advice: str | None = None  # what to do about it
+        self._run_ids: dict[Address, bytes] = {}  # identify the processes of the masters
+        # How often a server was replaced. Each connection has the number that was current when it was made
+        # (`Link.change`). If it has an older one, it leads to a server that may have been replaced.
         self._change = 0
         self._restored_change = 0  # the last writes have been restored in the server that has this number
         self._recovered_at = 0.0  # monotonic time at which the recovery window ends
 
         self._probe_at = 0.0  # monotonic time of the next probe
 
-        # The following are for the thread that pings. Its client has one connection, which no other thread uses.
-        self._ping_change = 0  # of the connection
-        self._pinged_change = 0  # of the connection on which the last ping succeeded
-        self._batch_change = 0  # connections of `_batch_client` that are idle and older than this were closed
-        self._inspected: bytes | None = None  # the server's process that was last inspected
+        # The following are for the thread that pings. It has a connection to each master, which no other thread uses.
+        self._ping_links: dict[Address, Link] = {}
+        self._ping_change = 0  # of the connections
+        self._pinged_change = 0  # of the connections on which the last ping succeeded
+        self._has_probed = False  # a probe has succeeded, so all masters are known
+        self._inspected: set[bytes] = set()  # the servers' processes that were inspected
 
-        self._client = _client(url, timeout_s, self._on_connect)
-        self._batch_client = _client(url, timeout_s, self._identify)  # also answers during the recovery window
-        self._ping_client = _client(url, timeout_s, self._on_ping_connect)
-        self._create_script = self._client.register_script(_CREATE_SCRIPT)
-        self._other_script = self._client.register_script(_OTHER_SCRIPT)
-        self._batch_script = self._batch_client.register_script(_OTHER_SCRIPT)
-        self._ping_script = self._ping_client.register_script(_OTHER_SCRIPT)
-        # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
-        # needs up to a third of the time that a call needs in this process.
-        self._idle: list[Redis] = []
+        self._connections = RedisConnections(parse(url), timeout_s, (_CREATE_SCRIPT, _OTHER_SCRIPT))
+        self._idle: dict[Address, list[Link]] = {}  # connections that no thread uses
         with suppress(StoreUnavailable):
             self.ping()
 
@@ -150,14 +150,19 @@ class RedisServer:
         """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
         self.check()
         try:
-            client = self._take()
-            try:
-                for key in client.scan_iter(match=pattern, count=1000):
-                    yield key.decode()
-            except BaseException:
-                _close(client)
-                raise
-            self._idle.append(client)
+            for address in list(self._run_ids):
+                link, cursor = self._take(address), 0
+                try:
+                    while True:
+                        ((cursor, found),) = link.require([("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)])
+                        for key in found:
+                            yield key.decode()
+                        if int(cursor) == 0:
+                            break
+                except BaseException:
+                    link.close()
+                    raise
+                self._give_back(address, link)
         except errors.RedisError as error:
             if _word(error):  # a user that may not list may still do everything else
                 log.error("the session store refuses to list sessions", **_kind(error))
@@ -165,10 +170,11 @@ class RedisServer:
                 self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
 
-    def check(self) -> None:
-        """Raise StoreUnavailable while calls are refused."""
+    def check(self, *, explain: bool = False) -> None:
+        """Raise StoreUnavailable while calls are refused. explain: The message says what to do, if that is known."""
         if self._failed_at is not None or self._is_recovering():
-            raise StoreUnavailable(_UNREACHABLE)
+            advice = self._advice if explain and self._failed_at is not None else None
+            raise StoreUnavailable(_UNREACHABLE if advice is None else f"sessions are unavailable: {advice}")
 
     def ping(self) -> bool:
         """Return whether lost writes have to be restored: the server was replaced since the last `mark_restored`.
@@ -178,27 +184,29 @@ class RedisServer:
         if that fails.
         """
         began = time.monotonic()
-        is_probe = self._failed_at is not None or began >= self._probe_at or self._ping_change != self._change
         try:
-            if is_probe:
-                self._ping_client.connection_pool.disconnect()
-                self._ping_script(keys=[self._probe_key], args=["probe", "", 0])
+            masters = self._connections.discover(elsewhere=self._failed_at is not None)
+            if (
+                self._failed_at is not None
+                or began >= self._probe_at
+                or self._ping_change != self._change
+                or self._ping_links.keys() != set(masters)
+            ):
+                self._probe(masters)
                 self._probe_at = began + _PROBE_S
             else:
-                self._ping_client.ping()
+                for link in self._ping_links.values():
+                    link.require([("PING",)])
         except errors.RedisError as error:
             self._probe_at = 0.0
             self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
-        if self._batch_change != self._change:
-            # Those in use are other threads'.
-            self._batch_client.connection_pool.disconnect(inuse_connections=False)
-            self._batch_change = self._change
         with self._lock:
             self._pinged_change = self._ping_change
             if self._failed_at is not None and self._failed_at < began:
                 log.info("the session store is back")
-                self._failed_at = self._failure = None
+                self._failed_at = None
+                self._failures.clear()
             return self._restored_change != self._change
 
     def call_all(self, calls: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
@@ -206,16 +214,9 @@ class RedisServer:
 
         Any thread may call. Raises StoreUnavailable.
         """
+        commands = [_OTHER_SCRIPT.call([key], operation, *arguments) for operation, key, *arguments in calls]
         try:
-            with self._batch_client.pipeline(transaction=False) as pipeline:
-                for operation, key, *arguments in calls:
-                    self._batch_script(keys=[key], args=[operation, *arguments], client=pipeline)
-                # An error that a pipeline raises has the command in its message.
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
-            for answer in answers:
-                if isinstance(answer, errors.RedisError):
-                    raise answer
-            return answers
+            return self._run_all(commands, in_recovery=True)
         except errors.RedisError as error:
             self._note_failure(error, may_be_about_one_call=True)
             raise StoreUnavailable(_UNREACHABLE) from None
@@ -232,9 +233,9 @@ class RedisServer:
 
     def close(self) -> None:
         """Close all connections."""
-        self._client.close()
-        self._batch_client.close()
-        self._ping_client.close()
+        self._close_idle()
+        self._close_ping_links()
+        self._connections.close()
 
     def _call(self, operation: Operation, key: str, arguments: Sequence[Any]) -> list[Any]:
         is_retry = False
@@ -253,35 +254,84 @@ class RedisServer:
             return answer
 
     def _run_script(self, key: str, operation: Operation, *arguments: Any, is_retry: bool = False) -> list[Any]:
-        """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
-        script = self._create_script if operation == "create" else self._other_script
-        client = self._take(is_new=is_retry)
-        try:
-            answer: list[Any] = script(keys=[key], args=[operation, *arguments], client=client)
-            if _change_of(client) != self._change:
-                raise _Superseded
-        except BaseException:
-            _close(client)
-            raise
-        self._idle.append(client)
-        return answer
+        """Run the script. is_retry: on a new connection, not on an idle one."""
+        script = _CREATE_SCRIPT if operation == "create" else _OTHER_SCRIPT
 
-    def _take(self, is_new: bool = False) -> Redis:
-        """Return a client with a connection that no other thread uses, to the current server."""
-        while self._idle and not is_new:
+        def run(address: Address, commands: Sequence[Command], is_asking: bool) -> list[Any]:
+            link = self._take(address, is_new=is_retry)
             try:
-                client = self._idle.pop()
+                answers = link.run(commands, is_asking)
+                if link.change != self._change:
+                    raise _Superseded
+            except BaseException:
+                link.close()
+                raise
+            self._give_back(address, link)
+            return answers
+
+        (answer,) = without_errors(self._connections.execute([script.call([key], operation, *arguments)], run))
+        result: list[Any] = answer
+        return result
+
+    def _run_all(self, commands: Sequence[Command], in_recovery: bool) -> list[Any]:
+        """Run commands that may be repeated without harm, and return their answers. Raises RedisError."""
+
+        def run(address: Address, some: Sequence[Command], is_asking: bool) -> list[Any]:
+            for is_retry in (False, True):
+                link = self._take(address, is_new=is_retry, in_recovery=in_recovery)
+                try:
+                    answers = link.run(some, is_asking)
+                except BaseException as error:
+                    link.close()
+                    if is_retry or not isinstance(error, errors.ConnectionError) or _word(error):
+                        raise
+                    continue  # the server may have closed an idle connection
+                self._give_back(address, link)
+                return answers
+            raise AssertionError
+
+        return without_errors(self._connections.execute(commands, run))
+
+    def _take(self, address: Address, *, is_new: bool = False, in_recovery: bool = False) -> Link:
+        """Return a connection to a current master that no other thread uses. Raises RedisError.
+
+        in_recovery: also during the recovery window.
+        """
+        idle = self._idle.setdefault(address, [])
+        link = None
+        while link is None and idle and not is_new:
+            try:
+                link = idle.pop()
             except IndexError:
                 break  # another thread was faster
-            if _change_of(client) == self._change:
-                return client
-            _close(client)
-        return Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
+            if link.change != self._change:
+                link.close()
+                link = None
+        if link is None:
+            link = self._connections.connect(address)
+            try:
+                self._identify(address, link)
+            except BaseException:
+                link.close()
+                raise
+        if not in_recovery and self._is_recovering():
+            self._give_back(address, link)
+            raise _InRecovery
+        return link
+
+    def _give_back(self, address: Address, link: Link) -> None:
+        self._idle[address].append(link)
 
     def _close_idle(self) -> None:
-        with suppress(IndexError):
-            while True:
-                _close(self._idle.pop())
+        for idle in list(self._idle.values()):
+            with suppress(IndexError):
+                while True:
+                    idle.pop().close()
+
+    def _close_ping_links(self) -> None:
+        for link in self._ping_links.values():
+            link.close()
+        self._ping_links = {}
 
     def _failed(self, operation: Operation, error: errors.RedisError, may_be_done: bool) -> GruServeError:
         """Note that an operation failed, and return the error for its caller."""
@@ -310,63 +360,81 @@ class RedisServer:
             log.error("the session store refused a call", **_kind(error))
             self._probe_at = 0.0
             return
-        facts = _kind(error)
+        facts, advice = _kind(error), advice_on(error)
         with self._lock:
             if _is_without_answer(error):
                 event = "the session store can't be reached"
             else:
                 self._change += 1
                 event = "the session store refuses to work"
-                facts["advice"] = str(error) if isinstance(error, _Unsuitable) else _ADVICE.get(word, "see its log")
-            if self._failure != event + word:
+                advice = str(error) if isinstance(error, Unsuitable) else _ADVICE.get(word, "see its log")
+            if advice is not None:
+                facts["advice"] = advice
+            self._advice = advice
+            if event + word not in self._failures:
                 log.error(event, **facts)
-            self._failed_at, self._failure = time.monotonic(), event + word
+                self._failures.add(event + word)
+            self._failed_at = time.monotonic()
 
     def _is_recovering(self) -> bool:
         return self._restored_change != self._change or time.monotonic() < self._recovered_at
 
-    def _on_connect(self, connection: Any) -> None:
-        """Prepare a new connection of `_client`. Raises _InRecovery during the recovery window."""
-        self._identify(connection)
-        if self._is_recovering():
-            raise _InRecovery
+    def _probe(self, masters: Sequence[Address]) -> None:
+        """Do what a session needs on a new connection to each master. Raises RedisError."""
+        self._close_ping_links()
+        before = self._change
+        for address in masters:
+            link = self._ping_links[address] = self._connections.connect(address)
+            info = self._identify(address, link)
+            if not self._has_probed and link.info("replication").get(b"master_replid2", b"").strip(b"0"):
+                # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
+                self._recovered_at = time.monotonic() + self._recovery_window_s
+            if info[b"run_id"] not in self._inspected:
+                self._warn_of_eviction(link)
+                self._inspected.add(info[b"run_id"])
+            link.require([_OTHER_SCRIPT.call([self._probe_key_on(address)], "probe", "", 0)])
+        with self._lock:
+            self._ping_change = max(link.change for link in self._ping_links.values())
+            removed = self._run_ids.keys() - set(masters)
+            for address in removed:
+                del self._run_ids[address]
+            if removed and self._change == before:  # else it has been counted that another one took its place
+                log.warning("a master of the session store was removed")
+                self._change += 1
+                self._ping_change = self._change
+            self._inspected.intersection_update(self._run_ids.values())
+            self._has_probed = True
 
-    def _on_ping_connect(self, connection: Any) -> None:
-        is_first = self._run_id is None
-        info = self._identify(connection)
-        self._ping_change = connection.change
-        if is_first and _info(connection, "replication").get(b"master_replid2", b"").strip(b"0"):
-            # The server was a replica once, and may have been promoted a moment ago: others may be restoring.
-            self._recovered_at = time.monotonic() + self._recovery_window_s
-        run_id = info[b"run_id"]
-        if run_id != self._inspected:
-            self._warn_of_eviction(connection)
-            self._inspected = run_id
+    def _probe_key_on(self, address: Address) -> str:
+        """Return a key that a master has."""
+        keys = itertools.chain([self._probe_key], (f"{self._probe_key}:{number}" for number in itertools.count()))
+        return next(key for key in itertools.islice(keys, 10**6) if self._connections.address_of(key) == address)
 
-    def _identify(self, connection: Any) -> dict[bytes, bytes]:
-        """Prepare a new connection, and find out whether the server's process is the one of earlier connections.
+    def _identify(self, address: Address, link: Link) -> dict[bytes, bytes]:
+        """Find out whether the process to which a new connection leads is the one of earlier connections.
 
-        Raises _Unsuitable if the server can't store sessions.
+        Return what the server says of itself. Raises Unsuitable if it can't store sessions.
         """
-        connection.on_connect()
-        info = _info(connection, "server")
-        _require_suitable(info)
+        info = link.info("server")
+        self._connections.require_suitable(info)
         run_id = info[b"run_id"]
         # Redis counts whole seconds, so the uptime may be up to one second less than it says.
         uptime_s = max(0.0, float(info.get(b"uptime_in_seconds", "inf")) - 1)
         with self._lock:
-            if self._run_id not in (None, run_id):
+            known = self._run_ids.get(address)
+            if known != run_id and (known is not None or self._has_probed):
                 log.warning("the session store was restarted, or another server has taken its place")
                 self._change += 1
-            elif self._run_id is None and uptime_s < self._recovery_window_s:
+            elif known is None and uptime_s < self._recovery_window_s:
                 # The server was just started, and other replicas may be restoring their writes.
-                self._recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
-            self._run_id = run_id
-            connection.change = self._change
+                recovered_at = time.monotonic() + self._recovery_window_s - uptime_s
+                self._recovered_at = max(self._recovered_at, recovered_at)
+            self._run_ids[address] = run_id
+            link.change = self._change
         return info
 
-    def _warn_of_eviction(self, connection: Any) -> None:
-        info = _info(connection, "memory")
+    def _warn_of_eviction(self, link: Link) -> None:
+        info = link.info("memory")
         policy = info.get(b"maxmemory_policy", b"noeviction").decode()
         if info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction":
             log.error(
@@ -383,58 +451,12 @@ class RedisServer:
         if not in_recovery:
             self.check()
         try:
-            with (self._batch_client if in_recovery else self._client).pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-                # An error that a pipeline raises has the command in its message.
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
-            for answer in answers:
-                if isinstance(answer, errors.RedisError):
-                    raise answer
-            return answers
+            return self._run_all(commands, in_recovery)
         except errors.OutOfMemoryError:
             raise Overloaded("the session store is full: try again later") from None
         except errors.RedisError as error:
             self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
-
-
-def _client(url: str, timeout_s: float, on_connect: Callable[[Any], object]) -> Redis:
-    """Return a client that has not connected yet. Raises ValueError if the URL is invalid, without naming it."""
-    try:
-        client = Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=on_connect,
-            client_name="gru-serve",
-            max_connections=_MAX_CONNECTIONS,
-            # Nothing that other servers may lack: with RESP3 come notices of maintenance.
-            protocol=2,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )
-        pool = client.connection_pool
-        pool.connection_class(**pool.connection_kwargs)  # checks the URL's options
-    except (ValueError, TypeError):
-        # The message of the cause may have parts of the URL, such as the password.
-        raise ValueError(
-            "must be redis://[user:password@]host[:port][/db], rediss://... or unix://[user:password@]/path[?db=0]; "
-            "write special characters in the user and the password as %XX"
-        ) from None
-    return client
-
-
-def _change_of(client: Redis) -> int:
-    change: int = client.connection.change  # type: ignore[union-attr]
-    return change
-
-
-def _close(client: Redis) -> None:
-    if client.connection is not None:
-        # Disconnect first: `close` returns the connection to the pool, which would hand it out again.
-        client.connection.disconnect()  # type: ignore[no-untyped-call]
-    client.close()
 
 
 def _word(error: errors.RedisError) -> str:
@@ -455,38 +477,15 @@ def _kind(error: errors.RedisError) -> dict[str, str]:
 def _is_without_answer(error: errors.RedisError) -> bool:
     """Whether an operation may have been done although it failed."""
     is_network = isinstance(error, errors.ConnectionError | errors.TimeoutError)
-    return is_network and not (
-        isinstance(error, _InRecovery | _Unsuitable) or _word(error) or _is_own_exhaustion(error)
-    )
+    return is_network and not (isinstance(error, _InRecovery | Unsuitable) or _word(error) or _is_own_exhaustion(error))
 
 
 def _is_own_exhaustion(error: errors.RedisError) -> bool:
     """Whether a connection was refused because there are too many, which says nothing about those that exist."""
     number = getattr(error.__context__, "errno", None)
-    return (
-        isinstance(error, errors.MaxConnectionsError)
-        or number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL)
-        or "max number of clients reached" in str(error)
-    )
-
-
-def _require_suitable(info: dict[bytes, bytes]) -> None:
-    """Raise _Unsuitable, with advice, if a server can't store sessions."""
-    version, mode = info.get(b"redis_version", b"0").decode(), info.get(b"redis_mode", b"standalone")
-    if mode == b"sentinel":
-        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a Sentinel: give the address of the server that it watches")
-    if mode == b"cluster":
-        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a node of a Redis Cluster: give a server without a cluster")
-    if int(version.split(".")[0]) < _MIN_VERSION:
-        raise _Unsuitable(f"the server in GRU_SERVE_SESSION_STORE is Redis {version}: sessions need Redis 7 or later")
-    if not info.get(b"run_id"):
-        raise _Unsuitable(
-            "the server in GRU_SERVE_SESSION_STORE doesn't say its run_id in INFO: let it, or use another"
-        )
-
-
-def _info(connection: Any, section: str) -> dict[bytes, bytes]:
-    connection.send_command("INFO", section)
-    answer = connection.read_response()
-    lines = bytes(answer).splitlines() if isinstance(answer, bytes) else []
-    return dict(line.split(b":", 1) for line in lines if b":" in line)
+    return number in (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.EADDRNOTAVAIL,
+    ) or "max number of clients reached" in str(error)
