@@ -186,17 +186,10 @@ class RedisServer:
         began = time.monotonic()
         try:
             masters = self._connections.discover(elsewhere=self._failed_at is not None)
-            if (
-                self._failed_at is not None
-                or began >= self._probe_at
-                or self._ping_change != self._change
-                or self._ping_links.keys() != set(masters)
-            ):
+            is_probe = self._failed_at is not None or began >= self._probe_at or self._ping_change != self._change
+            if is_probe or self._ping_links.keys() != set(masters) or not self._answer_pings():
                 self._probe(masters)
                 self._probe_at = began + _PROBE_S
-            else:
-                for link in self._ping_links.values():
-                    link.require([("PING",)])
         except errors.RedisError as error:
             self._probe_at = 0.0
             self._note_failure(error)
@@ -378,6 +371,17 @@ class RedisServer:
 
     def _is_recovering(self) -> bool:
         return self._restored_change != self._change or time.monotonic() < self._recovered_at
+
+    def _answer_pings(self) -> bool:
+        """Return whether the connections of the last probe still work. Raises RedisError if a server doesn't."""
+        for link in self._ping_links.values():
+            try:
+                link.require([("PING",)])
+            except errors.ConnectionError as error:
+                if _word(error):
+                    raise
+                return False  # it is closed: a server was restarted, or closes connections that are idle
+        return True
 
     def _probe(self, masters: Sequence[Address]) -> None:
         """Do what a session needs on a new connection to each master. Raises RedisError."""
