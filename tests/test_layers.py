@@ -38,6 +38,7 @@ EXTRA = {
     "web/app.py": {"settings", "sessions"},
     "web/api/session_routes.py": {"sessions"},  # names sessions by their keys
     "web/api/session_answer.py": {"sessions"},  # shows a session's record
+    "web/gate/shared_counts.py": {"sessions"},  # counts starts in the session store's Redis
     "web/gunicorn/server.py": {"settings"},
     "web/api/health_routes.py": {"sessions"},  # checks that the session store can be reached
     "sessions/session.py": {"engine"},  # a run has sampling settings
@@ -46,7 +47,7 @@ EXTRA = {
 LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
-    "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings"}, "pickle": set[str](),
+    "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {

@@ -88,7 +88,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     register_guard(app, drain)
     register_metrics(app, metrics)
     register_access(app, keys)
-    register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
+    closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
+    closing.callback(register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value()))
     register_body_check(app, settings.max_body_bytes)
     register_error_handlers(app)
     limits = CompletionLimits(
@@ -98,7 +99,6 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     )
     admission = AdmissionLimit(settings.num_http_threads - SPARE_THREADS, settings.max_streams)
     app.register_api(completions_blueprint(models, settings.model, limits, admission))
-    closing = ExitStack()  # closes the application's parts; the code that builds the application has to call it
     retention = Retention(settings.session_checkpoint_chars, settings.session_text_chars)
     store = _session_store(settings, retention, metrics.store, closing)
     closing.callback(models.close)

@@ -127,7 +127,7 @@ def replica(rate: str, port: int) -> Iterator[Replica]:
     """An application with one route and a rate limit."""
     app = Flask(__name__)
     register_guard(app, Drain(0, 0))
-    register_rate_limit(app, rate, f"redis://127.0.0.1:{port}/0")
+    close = register_rate_limit(app, rate, f"redis://127.0.0.1:{port}/0")
     register_error_handlers(app)
 
     @app.post("/start")
@@ -136,7 +136,7 @@ def replica(rate: str, port: int) -> Iterator[Replica]:
 
     (limiter,) = app.extensions["limiter"]
     yield Replica(app.test_client(), limiter)
-    limiter.storage.storage.close()
+    close()
 
 
 def test_rate_limit__is_shared_by_replicas_and_per_replica_without_redis(
@@ -163,9 +163,7 @@ def test_rate_limit__with_an_unresponsive_redis_falls_back(redis_server: tuple[s
 def test_rate_limit__waits_for_redis_for_a_limited_time() -> None:
     with replica("4/day", 1) as start:  # nothing listens on this port
         assert start() == 200
-        options = start.limiter.storage.storage.connection_pool.connection_kwargs
-        assert options["socket_timeout"] == options["socket_connect_timeout"] == 0.1
-        assert options["retry"].get_retries() == 0
+        assert start.limiter.storage._connections._timeout_s == 0.1
 
 
 # Streams

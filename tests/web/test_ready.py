@@ -93,8 +93,6 @@ def test_rate_limit__counts_in_a_session_store_of_every_kind(
             answers = [client.put("/v1/sessions/a", json={"text": "ROMEO:"}).status_code for _ in range(3)]
             assert (answers[0], answers[2]) == (201, 429)
             assert admin.keys("gru-serve:starts*")
-            for extension in client.application.extensions["limiter"]:
-                extension.storage.storage.close()
 
 
 @pytest.mark.parametrize("rate_limit", ["", "2/day"])
