@@ -40,10 +40,29 @@ _UNKNOWN_SERVICE = "the Sentinels in GRU_SERVE_SESSION_STORE watch no master of 
 _NO_SENTINEL = "an address in GRU_SERVE_SESSION_STORE is no Sentinel's: correct the address, or the scheme"
 _SENTINEL_REFUSES = "correct sentinel_username and sentinel_password in GRU_SERVE_SESSION_STORE"
 _HAS_GAPS = "the cluster in GRU_SERVE_SESSION_STORE has slots that no master serves: see CLUSTER INFO of its nodes"
+_OTHER_NAME = (
+    "the certificate of the server in GRU_SERVE_SESSION_STORE has another name: correct the name in the URL or the "
+    "certificate, or set ssl_check_hostname=false"
+)
+_NOT_SIGNED = (
+    "the certificate of the server in GRU_SERVE_SESSION_STORE is not valid, or not signed by an authority in "
+    "ssl_ca_certs: correct either"
+)
+_REFUSED = (
+    "the server in GRU_SERVE_SESSION_STORE closes the connection, probably because it refuses this client's "
+    "certificate or its lack: give ssl_certfile and ssl_keyfile that are signed by an authority which the server trusts"
+)
+_NO_TLS = (
+    "the server in GRU_SERVE_SESSION_STORE speaks no TLS there: write redis instead of rediss, or correct the port"
+)
 
 
 class Unsuitable(errors.ConnectionError):
     """The server can't store sessions. The message says why, and what to do."""
+
+
+class TlsFailure(errors.ConnectionError):
+    """A connection could not be made because of TLS. The message says why, and what to do."""
 
 
 class Script:
@@ -239,7 +258,12 @@ class RedisConnections:
                 options["ssl_ca_certs"], options["ssl_check_hostname"] = tls.ca_certs, tls.check_hostname
                 options["ssl_certfile"], options["ssl_keyfile"] = tls.certfile, tls.keyfile
         connection = connect(**options)
-        connection.connect()
+        try:
+            connection.connect()
+        except errors.RedisError as error:
+            if self._url.tls is not None and not error.status_code and (advice := _tls_advice(error)):
+                raise TlsFailure(advice) from error
+            raise
         return Link(connection, self._scripts)
 
 
@@ -422,32 +446,22 @@ def without_errors(answers: list[Any]) -> list[Any]:
     return answers
 
 
-def advice_on(error: BaseException) -> str | None:
-    """Return what to do about a connection that failed because of TLS; None for other reasons."""
+def _tls_advice(error: BaseException) -> str | None:
+    """Return what to do about a connection that could not be made, if the reason is TLS."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLError):
+    while cause is not None and not isinstance(cause, ssl.SSLError | ConnectionResetError | BrokenPipeError):
+        if isinstance(cause, TimeoutError) and "handshake" in str(cause):
+            return _NO_TLS
         cause = cause.__cause__ or cause.__context__
     if cause is None:
         return None
     if isinstance(cause, ssl.SSLCertVerificationError):
-        if cause.verify_code in (62, 64):  # of OpenSSL: another host name, another address
-            return (
-                "the certificate of the server in GRU_SERVE_SESSION_STORE has another name: correct the name in the "
-                "URL or the certificate, or set ssl_check_hostname=false"
-            )
-        return (
-            "the certificate of the server in GRU_SERVE_SESSION_STORE is not valid, or not signed by an authority in "
-            "ssl_ca_certs: correct either"
-        )
-    reason = cause.reason or ""
-    if "ALERT" in reason or "HANDSHAKE_FAILURE" in reason:
-        return (
-            "the server in GRU_SERVE_SESSION_STORE refuses this client's certificate or its lack: give ssl_certfile "
-            "and ssl_keyfile that are signed by an authority which the server trusts"
-        )
-    return (
-        "the server in GRU_SERVE_SESSION_STORE speaks no TLS there: write redis instead of rediss, or correct the port"
-    )
+        is_other_name = cause.verify_code in (62, 64)  # OpenSSL's codes for another host name and another address
+        return _OTHER_NAME if is_other_name else _NOT_SIGNED
+    # In TLS 1.3 the client has finished its handshake when the server refuses its certificate, and may only find that
+    # the connection is closed.
+    is_closed = not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLEOFError)
+    return _REFUSED if is_closed or "ALERT" in (cause.reason or "") else _NO_TLS
 
 
 def _key(command: Command) -> str:

@@ -29,8 +29,8 @@ from service.sessions.redis_connections import (
     Link,
     RedisConnections,
     Script,
+    TlsFailure,
     Unsuitable,
-    advice_on,
     without_errors,
 )
 from service.sessions.redis_url import Address, parse
@@ -353,7 +353,7 @@ class RedisServer:
             log.error("the session store refused a call", **_kind(error))
             self._probe_at = 0.0
             return
-        facts, advice = _kind(error), advice_on(error)
+        facts, advice = _kind(error), str(error) if isinstance(error, TlsFailure) else None
         with self._lock:
             if _is_without_answer(error):
                 event = "the session store can't be reached"

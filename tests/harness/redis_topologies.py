@@ -105,8 +105,8 @@ def sentinel_group(
             home.mkdir()
             following = ["--replicaof", f"127.0.0.1 {servers[0].port}"] if servers else []
             server = RedisProcess(home, "--repl-diskless-sync-delay", "0", *following, *options)
-            server.start()
             ending.callback(server.kill)
+            server.start()
             servers.append(server)
         sentinels = []
         for number in range(num_sentinels):
@@ -118,8 +118,8 @@ def sentinel_group(
                 f"sentinel failover-timeout {SERVICE} 5000\n"
             )
             sentinel = SentinelProcess(home, settings)
-            sentinel.start()
             ending.callback(sentinel.send, signal.SIGKILL)
+            sentinel.start()
             sentinels.append(sentinel)
         group = SentinelGroup(servers, sentinels)
         group.wait_until_whole()
@@ -156,9 +156,16 @@ class Cluster:
         wait_until(lambda: all(map(_is_ok, self.nodes)), 60)
 
 
+def stop_replicating(master: RedisProcess) -> None:
+    """Let a master's replicas get nothing more of it: what it acknowledges from now on is lost when it dies."""
+    with client_of(master) as client:
+        client.execute_command("ACL", "SETUSER", "default", "-psync", "-sync", "-replconf")
+        client.execute_command("CLIENT", "KILL", "TYPE", "replica")
+
+
 def client_of(node: RedisProcess) -> Any:
     """Return a client of one server."""
-    return redis.Redis("127.0.0.1", node.port, socket_timeout=2, retry=None)
+    return redis.Redis("127.0.0.1", node.port, socket_timeout=2)
 
 
 @contextmanager
@@ -178,9 +185,18 @@ def redis_cluster(
                 # A test's replica may follow its master for a moment only.
                 "--cluster-replica-validity-factor", "0", *options,
             )  # fmt: skip
-            node.start()
             ending.callback(node.kill)
+            node.start()
             nodes.append(node)
+        _form(nodes, bus_ports, num_masters)
+        cluster = Cluster(nodes[:num_masters], nodes[num_masters:])
+        cluster.wait_until_ok()
+        yield cluster
+
+
+def _form(nodes: list[RedisProcess], bus_ports: list[int], num_masters: int) -> None:
+    """Make a cluster of servers that know nothing of one another."""
+    with ExitStack() as ending:
         clients = [ending.enter_context(client_of(node)) for node in nodes]
         for number, client in enumerate(clients):
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
@@ -189,18 +205,10 @@ def redis_cluster(
             first, after = (NUM_SLOTS * n // num_masters for n in (number, number + 1))
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, after - 1)
         wait_until(lambda: all(len(client.cluster("NODES")) == len(nodes) for client in clients), 30)
-        for master, replica in zip(clients, clients[num_masters:], strict=False):
+        replicas = clients[num_masters:]
+        for master, replica in zip(clients, replicas, strict=False):
             replica.execute_command("CLUSTER", "REPLICATE", master.cluster("MYID"))
-        cluster = Cluster(nodes[:num_masters], nodes[num_masters:])
-        cluster.wait_until_ok()
-        if has_replicas:
-            wait_until(
-                lambda: all(
-                    client.info("replication")["master_link_status"] == "up" for client in clients[num_masters:]
-                ),
-                30,
-            )
-        yield cluster
+        wait_until(lambda: all(client.info("replication").get("master_link_status") == "up" for client in replicas), 30)
 
 
 def _is_ok(node: RedisProcess) -> bool:

@@ -267,7 +267,7 @@ def test_server_that_evicts__is_told_at_the_start(tmp_path: Path) -> None:
 
 
 def test_server__needs_no_more_permissions_than_the_documentation_lists(tmp_path: Path) -> None:
-    documentation = Path(redis_server.__file__).parents[2] / "docs" / "operations.md"
+    documentation = Path(redis_server.__file__).parents[2] / "docs" / "redis.md"
     rule = re.findall("^ACL SETUSER sessions on .*$", documentation.read_text(), re.MULTILINE)[0]
     with redis_process(tmp_path) as process, administering(process) as admin:
         admin.execute_command(*rule.replace("a-password", "pass").split())

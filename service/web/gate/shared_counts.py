@@ -77,8 +77,9 @@ class SharedCounts(RedisStorage):
         try:
             if not self._has_discovered:
                 with self._lock:
-                    self._connections.discover()
-                    self._has_discovered = True
+                    if not self._has_discovered:
+                        self._connections.discover()
+                        self._has_discovered = True
             return without_errors(self._connections.execute([script.call(keys, *arguments)], self._run))[0]
         except errors.RedisError:
             self._has_discovered = False
