@@ -60,7 +60,7 @@ _ADVICE = {
     "NOREPLICAS": "too few replicas follow it: see its setting min-replicas-to-write",
     "NOAUTH": "give a user and a password in GRU_SERVE_SESSION_STORE",
     "WRONGPASS": "correct the user and the password in GRU_SERVE_SESSION_STORE",
-    "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/operations.md lists",
+    "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/redis.md lists",
     "MISCONF": "it can't write to its disk: see its log",
     "LOADING": "it is starting: wait",
     "CLUSTERDOWN": "a part of the cluster is down: see CLUSTER INFO of its nodes",

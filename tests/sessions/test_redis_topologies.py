@@ -18,6 +18,7 @@ from service.sessions.session import SessionKey
 from tests.harness.certificates import Authority
 from tests.harness.programs import free_port
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import appended, characters, replicas, session, when_served
 from tests.harness.redis_topologies import (
     SERVICE,
     SentinelGroup,
@@ -29,7 +30,6 @@ from tests.harness.redis_topologies import (
     stop_replicating,
 )
 from tests.harness.wait import wait_until
-from tests.sessions.test_redis_faults import appended, characters, replicas, session, when_served
 
 MANY = [SessionKey("", f"s{number}") for number in range(30)]  # more than enough for every master to have some
 
