@@ -460,8 +460,9 @@ def _tls_advice(error: BaseException) -> str | None:
         return _OTHER_NAME if is_other_name else _NOT_SIGNED
     # In TLS 1.3 the client has finished its handshake when the server refuses its certificate, and may only find that
     # the connection is closed.
-    is_closed = not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLEOFError)
-    return _REFUSED if is_closed or "ALERT" in (cause.reason or "") else _NO_TLS
+    if not isinstance(cause, ssl.SSLError) or isinstance(cause, ssl.SSLEOFError):
+        return _REFUSED
+    return _REFUSED if "ALERT" in (cause.reason or "") else _NO_TLS
 
 
 def _key(command: Command) -> str:

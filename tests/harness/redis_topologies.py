@@ -72,6 +72,10 @@ class SentinelGroup:
             port = client.sentinel_get_master_addr_by_name(SERVICE)[1]
         return next(server for server in self.servers if server.port == port)
 
+    def owner_of(self, _key: str) -> RedisProcess:
+        """Return the server that has a key: the master has all."""
+        return self.master()
+
     def fail_over(self) -> None:
         """Begin an orderly failover."""
         with self.sentinels[0].client() as client:
@@ -136,7 +140,7 @@ class Cluster:
     def owners(self) -> dict[int, list[tuple[int, int]]]:
         """Return the ranges of slots of each master, by its port, as the first node that answers knows them."""
         for node in self.nodes:
-            with suppress(redis.ConnectionError, redis.TimeoutError), client_of(node) as client:
+            with suppress(redis.ConnectionError, redis.TimeoutError), admin_of(node) as client:
                 owners: dict[int, list[tuple[int, int]]] = {}
                 for first, last, master, *_ in client.execute_command("CLUSTER", "SLOTS"):
                     owners.setdefault(master[1], []).append((first, last))
@@ -151,6 +155,20 @@ class Cluster:
         )
         return next(node for node in self.nodes if node.port == port)
 
+    def wait_until_whole(self) -> None:
+        """Wait until the cluster works, and every master that it had at the beginning has a replica."""
+        self.wait_until_ok()
+
+        def is_whole() -> bool:
+            states = []
+            for node in self.nodes:
+                with admin_of(node) as client:
+                    states.append(client.info("replication"))
+            followed = [state["connected_slaves"] for state in states if state["role"] == "master"]
+            return followed == [1] * len(self.masters)
+
+        wait_until(is_whole, 60)
+
     def wait_until_ok(self) -> None:
         """Wait until every node that answers finds that the cluster works."""
         wait_until(lambda: all(map(_is_ok, self.nodes)), 60)
@@ -158,12 +176,12 @@ class Cluster:
 
 def stop_replicating(master: RedisProcess) -> None:
     """Let a master's replicas get nothing more of it: what it acknowledges from now on is lost when it dies."""
-    with client_of(master) as client:
+    with admin_of(master) as client:
         client.execute_command("ACL", "SETUSER", "default", "-psync", "-sync", "-replconf")
         client.execute_command("CLIENT", "KILL", "TYPE", "replica")
 
 
-def client_of(node: RedisProcess) -> Any:
+def admin_of(node: RedisProcess) -> Any:
     """Return a client of one server."""
     return redis.Redis("127.0.0.1", node.port, socket_timeout=2)
 
@@ -197,7 +215,7 @@ def redis_cluster(
 def _form(nodes: list[RedisProcess], bus_ports: list[int], num_masters: int) -> None:
     """Make a cluster of servers that know nothing of one another."""
     with ExitStack() as ending:
-        clients = [ending.enter_context(client_of(node)) for node in nodes]
+        clients = [ending.enter_context(admin_of(node)) for node in nodes]
         for number, client in enumerate(clients):
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
             client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port, bus_ports[0])
@@ -213,7 +231,7 @@ def _form(nodes: list[RedisProcess], bus_ports: list[int], num_masters: int) -> 
 
 def _is_ok(node: RedisProcess) -> bool:
     try:
-        with client_of(node) as client:
+        with admin_of(node) as client:
             return bool(client.cluster("INFO")["cluster_state"] == "ok")
     except redis.ConnectionError:
         return True
@@ -222,7 +240,7 @@ def _is_ok(node: RedisProcess) -> bool:
 def move_slot(slot: int, source: RedisProcess, target: RedisProcess, masters: Sequence[RedisProcess]) -> Iterator[str]:
     """Move a slot with its keys, as tools that reshard do. Yields between the steps, so that a test can call."""
     with ExitStack() as ending:
-        clients = {node.port: ending.enter_context(client_of(node)) for node in masters}
+        clients = {node.port: ending.enter_context(admin_of(node)) for node in masters}
         ids = {port: client.cluster("MYID").decode() for port, client in clients.items()}
         clients[target.port].execute_command("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
         clients[source.port].execute_command("CLUSTER", "SETSLOT", slot, "MIGRATING", ids[target.port])

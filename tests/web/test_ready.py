@@ -24,7 +24,7 @@ from service.web.app import create_app
 from tests.harness.application import client_of
 from tests.harness.programs import free_port
 from tests.harness.redis_process import RedisProcess, redis_process
-from tests.harness.redis_topologies import redis_cluster, sentinel_group
+from tests.harness.redis_topologies import admin_of, redis_cluster, sentinel_group
 from tests.harness.wait import wait_until
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "redis.md"
@@ -112,7 +112,7 @@ def test_session_store_and_rate_limit__need_only_the_permissions_that_are_docume
     rules = re.findall("^ACL SETUSER sessions .*$", DOCUMENTATION.read_text(), re.MULTILINE)
     assert len(rules) == 3
     with shared_store(kind, tmp_path, "sessions:a-password") as (url, servers):
-        clients = [redis.Redis("127.0.0.1", server.port) for server in servers]
+        clients = [admin_of(server) for server in servers]
         for client in clients:
             for rule in rules if kind == "cluster" else rules[:2]:
                 client.execute_command(*rule.split())
