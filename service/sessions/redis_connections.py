@@ -18,6 +18,7 @@ Connections use RESP2 and ask for no maintenance notices, so servers need neithe
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,6 +37,7 @@ Runner = Callable[[Address, Sequence[Command], bool], list[Any]]
 
 _MIN_VERSION = 7  # older servers refuse the flag of the scripts (redis_server.py)
 _MAX_REDIRECTIONS = 5
+_HANGING_S = 5.0  # until a Sentinel that did not answer in time is asked again
 _UNKNOWN_SERVICE = "the Sentinels in GRU_SERVE_SESSION_STORE watch no master of the name in it: correct the name"
 _NO_SENTINEL = "an address in GRU_SERVE_SESSION_STORE is no Sentinel's: correct the address, or the scheme"
 _SENTINEL_REFUSES = "correct sentinel_username and sentinel_password in GRU_SERVE_SESSION_STORE"
@@ -293,12 +295,15 @@ class _Sentinels:
         self._url, self._connect = url, connect
         self._links: dict[Address, Link] = {}
         self._master: Address | None = None
-        # All at once: one whose machine is down keeps the thread that renews leases waiting for its time-out only.
+        self._hanging: dict[Address, float] = {}  # Sentinels that let time run out, with the time to ask them again
+        # All at once, for the same thread renews leases.
         self._threads = ThreadPoolExecutor(len(url.addresses), thread_name_prefix="sentinels")
 
     def discover(self, _elsewhere: bool) -> list[Address]:
         """Ask all Sentinels. Those that have not heard of the last failover yet have a lower epoch."""
-        answers = list(self._threads.map(self._ask, self._url.addresses))
+        now = time.monotonic()
+        awake = [address for address in self._url.addresses if self._hanging.get(address, 0) <= now]
+        answers = list(self._threads.map(self._ask, awake or self._url.addresses))
         found = [answer for answer in answers if not isinstance(answer, errors.RedisError)]
         if not found:
             # What a Sentinel that answers says is more useful than that another one can't be reached.
@@ -336,6 +341,8 @@ class _Sentinels:
         except errors.RedisError as error:
             if link is not None:
                 link.close()
+            if isinstance(error, errors.TimeoutError):
+                self._hanging[sentinel] = time.monotonic() + _HANGING_S
             if isinstance(error, errors.AuthenticationError | errors.NoPermissionError):
                 return Unsuitable(_SENTINEL_REFUSES)
             return error

@@ -357,6 +357,23 @@ def test_call__that_a_former_server_answers_is_not_acknowledged(
             create(server, f"{KEY}2")
 
 
+def test_connections__that_the_server_has_closed_are_replaced(redis_url: str) -> None:
+    """As a server does that has the setting `timeout`."""
+    with connected(redis_url, probe_key="probe of closed") as server, redis.Redis.from_url(redis_url) as admin:
+        wait_until(lambda: is_open(server), 5)
+        calls: list[Act] = [
+            lambda server: load(server, "no such session"),
+            lambda server: server.call_all([("lacks", "no such session", "", 1000, b"1", 1)]),
+            lambda server: server.execute([("EXISTS", "no such session")]),
+            lambda server: server.ping(),
+        ]
+        for call in calls * 2:
+            call(server)
+            admin.client_kill_filter(_type="normal", skipme=True)
+            call(server)
+            assert is_open(server)
+
+
 def test_mark_restored__does_not_count_for_a_server_that_was_replaced_meanwhile(tmp_path: Path) -> None:
     """A second restart while the writes of the first are being restored."""
     with redis_process(tmp_path) as process, connected(process.url) as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
@@ -123,6 +124,11 @@ def test_sentinels__of_which_one_hangs_and_then_knows_an_old_master_are_used(gro
         change = store._server._change
         hanging.send(signal.SIGSTOP)
         try:
+            store._server.ping()
+            began = time.monotonic()
+            for _ in range(5):  # it is not waited for each time, so that leases are renewed in time
+                store._server._connections.discover()
+            assert time.monotonic() - began < 1
             with others[0].client() as client:
                 client.execute_command("SENTINEL", "FAILOVER", SERVICE)
             wait_until(lambda: store._server._change > change, 30)
