@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import socketserver
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,10 @@ import redis
 from structlog.testing import capture_logs
 
 from service.errors import SessionNotFound, StoreUnavailable
+from service.sessions.redis_connections import Link, RedisConnections
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
+from service.sessions.redis_url import parse
 from service.sessions.session import SessionKey
 from tests.harness.certificates import Authority
 from tests.harness.programs import free_port
@@ -162,6 +167,56 @@ def is_open(server: RedisServer) -> bool:
     return False
 
 
+class SentinelStandIn(socketserver.ThreadingTCPServer):
+    """Answers like a Sentinel that knows a configuration of this epoch. A real one is behind for milliseconds only."""
+
+    daemon_threads = True
+
+    def __init__(self, epoch: int, master_port: int) -> None:
+        self.state = [b"config-epoch", b"%d" % epoch]
+        self.address = [b"127.0.0.1", b"%d" % master_port]
+        super().__init__(("127.0.0.1", 0), _AnsweringAsSentinel)
+
+    @property
+    def host(self) -> str:
+        """Its address, for a URL."""
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+class _AnsweringAsSentinel(socketserver.BaseRequestHandler):
+    server: SentinelStandIn
+
+    def handle(self) -> None:
+        while data := self.request.recv(4096):
+            if b"SETNAME" in data:
+                self.request.sendall(b"+OK\r\n")
+            if b"GET-MASTER" in data:  # sent together with the question for the state
+                for words in (self.server.state, self.server.address):
+                    self.request.sendall(b"*2\r\n" + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words))
+
+
+@contextmanager
+def sentinel_stand_in(epoch: int, master_port: int) -> Iterator[SentinelStandIn]:
+    with SentinelStandIn(epoch, master_port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_sentinels__that_disagree_are_told_by_the_epoch() -> None:
+    """Wherever in the URL the one is that knows the latest failover."""
+    with sentinel_stand_in(7, 1007) as late, sentinel_stand_in(6, 1006) as early, sentinel_stand_in(5, 1005) as earlier:
+        for order in permutations([late, early, earlier]):
+            url = f"redis+sentinel://{','.join(sentinel.host for sentinel in order)}/{SERVICE}"
+            with closing(RedisConnections(parse(url), 1)) as connections:
+                assert connections.discover() == [("127.0.0.1", 1007)]
+                assert connections.address_of("any key") == ("127.0.0.1", 1007)
+
+
 def test_sentinels__have_passwords_of_their_own(tmp_path: Path) -> None:
     with ExitStack() as ending:
         master = ending.enter_context(redis_process(tmp_path))
@@ -228,9 +283,9 @@ def test_cluster__of_which_a_master_lost_writes_has_them_restored(tmp_path: Path
 
 
 def test_cluster__of_which_a_master_dies_goes_on_with_its_replica(tmp_path: Path) -> None:
-    """Its replica lacks the last writes."""
+    """Its replica lacks the last writes, and no other node refuses calls meanwhile."""
     with (
-        redis_cluster(tmp_path, has_replicas=True) as cluster,
+        redis_cluster(tmp_path, "--cluster-require-full-coverage", "no", has_replicas=True) as cluster,
         replicas(cluster.url, cluster.url) as (one, other),
     ):
         for key in MANY:
@@ -398,8 +453,6 @@ VALKEY = (
 @pytest.mark.parametrize("mode", [b"standalone", b"sentinel", b"cluster"])
 def test_valkey__is_known_by_its_own_fields(redis_url: str, monkeypatch: pytest.MonkeyPatch, mode: bytes) -> None:
     """A stand-in: a Redis whose INFO has the fields that Valkey's has."""
-    from service.sessions.redis_connections import Link
-
     lines = dict(line.split(b":", 1) for line in (VALKEY % mode).splitlines()[1:])
     monkeypatch.setattr(Link, "info", lambda _link, *_sections: lines)
     if mode == b"standalone":
