@@ -67,8 +67,8 @@ class SentinelGroup:
         self.url = f"redis+sentinel://{hosts}/{SERVICE}"
 
     def master(self) -> RedisProcess:
-        """Return the server that the first Sentinel names."""
-        with self.sentinels[0].client() as client:
+        """Return the server that the last Sentinel names."""
+        with self.sentinels[-1].client() as client:
             port = client.sentinel_get_master_addr_by_name(SERVICE)[1]
         return next(server for server in self.servers if server.port == port)
 
@@ -77,8 +77,8 @@ class SentinelGroup:
         return self.master()
 
     def fail_over(self) -> None:
-        """Begin an orderly failover."""
-        with self.sentinels[0].client() as client:
+        """Let the last Sentinel begin an orderly failover."""
+        with self.sentinels[-1].client() as client:
             client.execute_command("SENTINEL", "FAILOVER", SERVICE)
 
     def wait_until_whole(self) -> None:
