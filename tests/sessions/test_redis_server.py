@@ -346,8 +346,8 @@ def test_call__that_a_former_server_answers_is_not_acknowledged(
         lead(address, sockets[1])
         run = Link.run
 
-        def answers_late(link: Link, commands: Sequence[Any], is_asking: bool = False) -> list[Any]:
-            answers = run(link, commands, is_asking)
+        def answers_late(link: Link, commands: Sequence[Any], *options: Any, **more: Any) -> list[Any]:
+            answers = run(link, commands, *options, **more)
             if "create" in commands[0]:
                 wait_until(server.ping, 5)
             return answers
