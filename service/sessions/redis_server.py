@@ -209,7 +209,7 @@ class RedisServer:
         """
         commands = [_OTHER_SCRIPT.call([key], operation, *arguments) for operation, key, *arguments in calls]
         try:
-            return self._run_all(commands, in_recovery=True)
+            return self._send_all(commands, in_recovery=True)
         except errors.RedisError as error:
             self._note_failure(error, may_be_about_one_call=True)
             raise StoreUnavailable(_UNREACHABLE) from None
@@ -266,7 +266,7 @@ class RedisServer:
         result: list[Any] = answer
         return result
 
-    def _run_all(self, commands: Sequence[Command], in_recovery: bool) -> list[Any]:
+    def _send_all(self, commands: Sequence[Command], in_recovery: bool) -> list[Any]:
         """Run commands that may be repeated without harm, and return their answers. Raises RedisError."""
 
         def run(address: Address, some: Sequence[Command], is_asking: bool) -> list[Any]:
@@ -455,7 +455,7 @@ class RedisServer:
         if not in_recovery:
             self.check()
         try:
-            return self._run_all(commands, in_recovery)
+            return self._send_all(commands, in_recovery)
         except errors.OutOfMemoryError:
             raise Overloaded("the session store is full: try again later") from None
         except errors.RedisError as error:
