@@ -14,7 +14,7 @@ from pathlib import Path
 
 import redis
 
-from benchmarks.survival import Deployment, Replica
+from benchmarks.survival import DeploymentWithRedis, Replica
 from tests.harness.programs import free_port
 
 _SETTLE_S = 1.0  # after a fault, until others may follow that must not overlap with it
@@ -62,7 +62,7 @@ class Injector:
         with_paused_recovery: Whether a replica may be paused while others recover from a restart of Redis.
     """
 
-    def __init__(self, deployment: Deployment, seed: int, *, with_paused_recovery: bool = False) -> None:
+    def __init__(self, deployment: DeploymentWithRedis, seed: int, *, with_paused_recovery: bool = False) -> None:
         self.faults: list[Fault] = []
         self._deployment, self._seed = deployment, seed
         self._is_over = threading.Event()

@@ -1,6 +1,7 @@
 """Measures what clients notice when replicas or stores of a deployment fail, stall or are replaced.
 
-    python -m benchmarks.survival [--only kills|deaths|rolling|redis|paused|blackhole|slow] [--json FILE]
+    python -m benchmarks.survival [--only kills|deaths|rolling|redis|sentinel|cluster|paused|blackhole|slow]
+        [--json FILE]
 
 Needs `redis-server` and `haproxy`, and for `blackhole` also root and iproute2. The deployment consists of real
 processes: three replicas with the shipped model, HAProxy with the shipped configuration in front of them, and a Redis
@@ -13,6 +14,8 @@ waiting times.
 - rolling: replicas are replaced one after the other under 50 requests a second.
 - redis: Redis is killed and restarted under load.
 - paused: a replica that streams a session is paused until another one has continued it, and then wakes up.
+- sentinel: a master with two replicas and three Sentinels is killed under load, with the last writes not replicated.
+- cluster: the same with a master of a Redis Cluster of three masters, each of which has a replica.
 - blackhole: all packets to and from Redis are dropped.
 - slow: 500 connections send their requests extremely slowly.
 """
@@ -48,6 +51,7 @@ from service.client import Client, ServerError
 from tests.harness.balancer import Balancer, balancing
 from tests.harness.programs import free_port
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_topologies import Cluster, SentinelGroup, redis_cluster, sentinel_group, stop_replicating
 
 Figures = dict[str, Any]
 NUM_CHARS = 2000
@@ -107,9 +111,8 @@ class Replica:
 
 @dataclass
 class Deployment:
-    """Replicas, the Redis server that they share, and the load balancer in front of them."""
+    """Replicas, and the load balancer in front of them."""
 
-    redis: RedisProcess
     replicas: list[Replica]
     balancer: Balancer
 
@@ -138,6 +141,13 @@ class Deployment:
             time.sleep(0.02)
 
 
+@dataclass
+class DeploymentWithRedis(Deployment):
+    """A deployment and the Redis server that its replicas share."""
+
+    redis: RedisProcess
+
+
 @contextmanager
 def deployed(
     num_replicas: int = 3,
@@ -145,19 +155,31 @@ def deployed(
     server: Sequence[str] = SERVE,
     redis_options: Sequence[str] = (),
     **settings: str,
-) -> Iterator[Deployment]:
+) -> Iterator[DeploymentWithRedis]:
     """Run a deployment until the block ends."""
     place = {"address": redis_in.address, "prefix": redis_in.command} if redis_in is not None else {}
-    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
-        redis = stack.enter_context(redis_process(Path(directory), "--appendonly", "yes", *redis_options, **place))
-        environment = DRAIN | {"GRU_SERVE_SESSION_STORE": redis.url} | settings
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        redis_process(Path(directory), "--appendonly", "yes", *redis_options, **place) as redis,
+        deployed_on(redis.url, num_replicas, server, **settings) as deployment,
+    ):
+        yield DeploymentWithRedis(deployment.replicas, deployment.balancer, redis)
+
+
+@contextmanager
+def deployed_on(
+    url: str, num_replicas: int = 3, server: Sequence[str] = SERVE, **settings: str
+) -> Iterator[Deployment]:
+    """Run a deployment with a session store until the block ends."""
+    with ExitStack() as stack:
+        environment = DRAIN | {"GRU_SERVE_SESSION_STORE": url} | settings
         replicas = [Replica(environment, server) for _ in range(num_replicas)]
         for replica in replicas:
             stack.callback(replica.kill)
         for replica in replicas:
             replica.wait_until_ready()
         balancer = stack.enter_context(balancing([replica.port for replica in replicas]))
-        yield Deployment(redis, replicas, balancer)
+        yield Deployment(replicas, balancer)
 
 
 def kills(num_kills: int) -> Figures:
@@ -334,33 +356,8 @@ def rolling(seconds: float) -> Figures:
 
 def redis_kills(num_kills: int) -> Figures:
     """Kill and restart Redis under clients that repeat failed calls."""
-    num_sessions, outcomes = 20, Counter[str]()
-    with deployed() as deployment:
-        is_over, lock, waits = threading.Event(), threading.Lock(), []
-        back_s: list[float] = []
-
-        def write(name: str) -> None:
-            with Client(deployment.url, retry_s=30) as client:
-                session, text = client.create("", id=name), ""
-                while not is_over.is_set():
-                    try:
-                        began = time.monotonic()
-                        session.feed("abc")
-                        text += "abc"
-                        if session.position % 50 == 0:
-                            text += "".join(session.generate(20))
-                        with lock:
-                            waits.append(time.monotonic() - began)
-                    except ServerError as error:
-                        with lock:
-                            outcomes[f"failed with {error.code}"] += 1
-                        return
-                with lock:
-                    outcomes["whole" if session.text() == text else "TEXT LOST"] += 1
-
-        threads = [threading.Thread(target=write, args=(f"w{number}",)) for number in range(num_sessions)]
-        for thread in threads:
-            thread.start()
+    back_s: list[float] = []
+    with deployed() as deployment, Writers(deployment.url, 20) as writers:
         chance = random.Random(1)
         for _ in range(num_kills):
             time.sleep(chance.uniform(0.5, 2))
@@ -369,14 +366,107 @@ def redis_kills(num_kills: int) -> Figures:
             deployment.redis.start()
             deployment.wait_until_all_serve()
             back_s.append(time.monotonic() - killed_at)
-        is_over.set()
-        for thread in threads:
-            thread.join()
-    print(f"Redis killed {num_kills} times under {num_sessions} writers: {dict(outcomes)}")
+    print(f"Redis killed {num_kills} times under {writers.number} writers: {dict(writers.outcomes)}")
     report("  all replicas serve again after at most", max(back_s), "s", "at most 5")
     # A client may wait over two kills, because it pauses for up to a second between two attempts.
-    print(f"  longest wait for a response, over one or two kills: {max(waits):.1f} s")
-    return {"kills": num_kills, "outcomes": dict(outcomes), "back_s": back_s, "longest_wait_s": max(waits)}
+    print(f"  longest wait for a response, over one or two kills: {max(writers.waits):.1f} s")
+    return {"kills": num_kills, "back_s": back_s} | writers.figures()
+
+
+class Writers:
+    """Clients that write until the block ends, and repeat failed calls. Each then compares its session's text."""
+
+    def __init__(self, url: str, number: int) -> None:
+        self.number, self.outcomes = number, Counter[str]()
+        self.num_acknowledged = 0  # calls
+        self.waits: list[float] = []  # for each response
+        self._url, self._is_over, self._lock = url, threading.Event(), threading.Lock()
+        self._threads = [threading.Thread(target=self._write, args=(f"w{index}",)) for index in range(number)]
+
+    def __enter__(self) -> Writers:
+        """Begin to write."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End, and wait until all texts are compared."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def figures(self) -> Figures:
+        """Return what was measured."""
+        return {"outcomes": dict(self.outcomes), "longest_wait_s": max(self.waits), "writes": self.num_acknowledged}
+
+    def _write(self, name: str) -> None:
+        with Client(self._url, retry_s=60) as client:
+            session, text = client.create("", id=name), ""
+            while not self._is_over.is_set():
+                try:
+                    began = time.monotonic()
+                    session.feed("abc")
+                    text += "abc"
+                    if session.position % 50 == 0:
+                        text += "".join(session.generate(20))
+                except ServerError as error:
+                    with self._lock:
+                        self.outcomes[f"failed with {error.code}"] += 1
+                    return
+                with self._lock:
+                    self.waits.append(time.monotonic() - began)
+                    self.num_acknowledged += 1
+            with self._lock:
+                self.outcomes["whole" if session.text() == text else "TEXT LOST"] += 1
+
+
+UNREPLICATED_S = 0.3  # before a master is killed; what it acknowledges in this time, its replica never gets
+
+
+def failovers(kind: str, num_kills: int) -> Figures:
+    """Kill masters under clients that write, and start each again when another one has taken its place."""
+    back_s, num_unreplicated, chance = list[float](), 0, random.Random(1)
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        servers: SentinelGroup | Cluster
+        if kind == "sentinel":
+            servers = stack.enter_context(sentinel_group(Path(directory), "--appendonly", "yes"))
+            what = "the master of three Sentinels (down-after-milliseconds 1,500)"
+        else:
+            cluster = redis_cluster(Path(directory), "--appendonly", "yes", has_replicas=True)
+            servers = stack.enter_context(cluster)
+            what = "a master of a cluster of three masters (cluster-node-timeout 1,000)"
+        deployment = stack.enter_context(deployed_on(servers.url))
+        with Writers(deployment.url, 20) as writers:
+            for number in range(num_kills):
+                servers.wait_until_whole()
+                deployment.wait_until_all_serve()
+                time.sleep(chance.uniform(0.5, 1.5))
+                victim = servers.owner_of(f"gru-serve:/w{number}")
+                stop_replicating(victim)
+                before = writers.num_acknowledged
+                time.sleep(UNREPLICATED_S)
+                victim.kill()
+                killed_at = time.monotonic()
+                num_unreplicated += writers.num_acknowledged - before
+                with ThreadPoolExecutor() as threads:  # each has to notice it before it can serve again
+                    list(threads.map(wait_until_unready, deployment.replicas))
+                deployment.wait_until_all_serve()
+                back_s.append(time.monotonic() - killed_at)
+                victim.start()
+    print(f"{what} killed {num_kills} times under {writers.number} writers: {dict(writers.outcomes)}")
+    print(
+        f"  {num_unreplicated} of {writers.num_acknowledged} acknowledged writes were made when nothing was replicated"
+    )
+    report("  acknowledged writes lost without being told", writers.outcomes["TEXT LOST"], "texts", "0")
+    print(f"  all replicas serve again after {statistics.median(back_s):.1f} s, median; at most {max(back_s):.1f} s")
+    print(f"  longest wait for a response: {max(writers.waits):.1f} s")
+    return {"kills": num_kills, "back_s": back_s, "unreplicated": num_unreplicated} | writers.figures()
+
+
+def wait_until_unready(replica: Replica) -> None:
+    """Wait until a replica reports that it is not ready."""
+    while replica.is_ready():
+        time.sleep(0.01)
 
 
 def paused(num_pauses: int, seconds: float) -> Figures:
@@ -555,13 +645,14 @@ def slow(rounds: int) -> Figures:
 def main() -> None:
     """Measure, and print each figure with its target."""
     parser = argparse.ArgumentParser(description="Measure what clients notice of failures in a deployment.")
-    names = ["kills", "deaths", "rolling", "redis", "paused", "blackhole", "slow"]
+    names = ["kills", "deaths", "rolling", "redis", "sentinel", "cluster", "paused", "blackhole", "slow"]
     parser.add_argument("--only", choices=names, help="run only this part  [all]")
     parser.add_argument("--kills", type=int, default=200, help="number of replicas to kill  [200]")
     parser.add_argument("--streams", type=int, default=100, help="number of streams of deaths  [100]")
     parser.add_argument("--chars", type=int, default=4000, help="their length when the replica is killed  [4000]")
     parser.add_argument("--seconds", type=float, default=120, help="seconds of rolling restarts  [120]")
     parser.add_argument("--redis-kills", type=int, default=20, help="how often to kill Redis  [20]")
+    parser.add_argument("--failovers", type=int, default=5, help="how often to kill a master  [5]")
     parser.add_argument("--pauses", type=int, default=3, help="number of lease holders to pause  [3]")
     parser.add_argument("--rounds", type=int, default=5, help="number of rounds of blackhole and slow  [5]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
@@ -571,6 +662,8 @@ def main() -> None:
         "deaths": lambda: deaths(options.streams, options.chars),
         "rolling": lambda: rolling(options.seconds),
         "redis": lambda: redis_kills(options.redis_kills),
+        "sentinel": lambda: failovers("sentinel", options.failovers),
+        "cluster": lambda: failovers("cluster", options.failovers),
         "paused": lambda: paused(options.pauses, 20),
         "blackhole": lambda: black_hole(options.rounds),
         "slow": lambda: slow(options.rounds),

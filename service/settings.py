@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,6 +25,9 @@ _MIN_KEY_CHARS = 16
 _MAX_PROXIES = 16
 _HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
+_SESSION_STORES = (
+    "memory", "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"
+)  # fmt: skip
 SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
@@ -93,7 +95,7 @@ class Settings(BaseSettings):
     session_store: SecretStr = Field(
         SecretStr("memory://"),
         description="where sessions are stored: memory://, or redis://[user:password@]host:port/db, which replicas "
-        "share and which survives their restarts",
+        "share and which survives their restarts, or another URL that docs/redis.md lists",
     )
     session_ttl_s: float = Field(
         3600.0, ge=1, le=2_592_000, description="seconds after its last use until a session expires, by default"
@@ -184,8 +186,8 @@ class Settings(BaseSettings):
     @field_validator("session_store")
     @classmethod
     def _check_session_store(cls, store: SecretStr) -> SecretStr:
-        if urlsplit(store.get_secret_value()).scheme not in ("memory", "redis", "rediss", "unix"):
-            raise ValueError("must begin with memory://, redis://, rediss:// or unix://")
+        if store.get_secret_value().partition("://")[0] not in _SESSION_STORES:
+            raise ValueError(f"must begin with {', '.join(f'{scheme}://' for scheme in _SESSION_STORES)}")
         return store
 
     @field_validator("state_keys")

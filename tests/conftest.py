@@ -14,6 +14,7 @@ import torch
 from service.store.model_store import ModelStore
 from tests.harness.models import publish_tiny
 from tests.harness.redis_process import redis_process
+from tests.harness.redis_topologies import redis_cluster
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +30,13 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Redis server that tests share; each test uses a key prefix of its own."""
     with redis_process(tmp_path_factory.mktemp("redis")) as process:
         yield process.url
+
+
+@pytest.fixture(scope="session")
+def redis_cluster_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Redis Cluster of three masters that tests share; each test uses a key prefix of its own."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster.url
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,7 @@ EXTRA = {
     "web/app.py": {"assembly", "settings"},
     "web/api/sessions/routes.py": {"sessions"},  # names sessions by their keys
     "web/api/sessions/answer.py": {"sessions"},  # shows a session's record
+    "web/gate/shared_counts.py": {"sessions"},  # counts starts in the session store's Redis
     "web/gunicorn/server.py": {"settings"},
     "web/api/operation/routes.py": {"sessions"},  # checks that the session store can be reached
     "sessions/session.py": {"engine"},  # a run has sampling settings

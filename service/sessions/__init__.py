@@ -13,7 +13,11 @@ session and applies the change to the current one.
 
 In Redis a session is one key, which session.lua changes. Two things are keys of their own, written before the
 session's: `SegmentStore` has full segments of text, which never change and which forks share, and `SessionIndex` has
-each owner's ids.
+each owner's ids. In a cluster these three are on different nodes, so nothing changes two keys at once.
+
+`RedisServer` calls the script, and decides when calls are refused: it knows that a server was replaced. `LeaseRenewer`
+then restores what was lost. `RedisConnections` knows the ways to the masters (`redis_url.py`): an address, Sentinels,
+or the nodes of a cluster.
 
 How a session that one replica (A) has leased moves to another one (B):
 

@@ -1,8 +1,12 @@
-"""Calls session.lua on a Redis server, quickly or not at all.
+"""Calls session.lua on Redis, quickly or not at all.
 
 Calls fail fast while Redis is down. After a restart of Redis, or if another server has taken its place, they are
 refused until all processes have restored what it lost. The server itself knows which processes there are, and counts
 such changes: the time between two of them is an epoch (`attend` in session.lua).
+
+The masters of a cluster count as one server: a session's record, its segments and its owner's index are on several of
+them, so while one is missing, little works. Each master counts its own changes. The deployment is in the greatest epoch
+of a master, which every process takes to the other masters, so that a change of any of them begins an epoch in all.
 
 Of an error, only its kind and the first word of Redis' answer are logged: the rest may hold session ids, owners and the
 tokens of leases.
@@ -11,10 +15,10 @@ tokens of leases.
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import re
 import secrets
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +28,19 @@ from importlib import resources
 from typing import Any
 
 import structlog
-from redis import Redis
 from redis import exceptions as errors
-from redis.backoff import NoBackoff
-from redis.commands.core import Script
-from redis.maint_notifications import MaintNotificationsConfig
-from redis.retry import Retry
 
 from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
+from service.sessions.redis_connections import (
+    Command,
+    Link,
+    RedisConnections,
+    Script,
+    TlsFailure,
+    Unsuitable,
+    without_errors,
+)
+from service.sessions.redis_url import Address, parse
 from service.sessions.session_store import Operation, StoreObserver
 
 log = structlog.get_logger(__name__)
@@ -39,8 +48,7 @@ log = structlog.get_logger(__name__)
 _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text()
 # At its memory limit Redis refuses a script without `allow-oom`, which only `create` is. All else that a session needs,
 # such as the lease for deleting it, is done at the limit too. Needs Redis 7.
-_CREATE_SCRIPT, _OTHER_SCRIPT = f"#!lua\n{_SCRIPT}", f"#!lua flags=allow-oom\n{_SCRIPT}"
-_MIN_VERSION = 7
+_CREATE_SCRIPT, _OTHER_SCRIPT = Script(f"#!lua\n{_SCRIPT}"), Script(f"#!lua flags=allow-oom\n{_SCRIPT}")
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _NO_CONNECTION = "this server has no connection to the session store left, and nothing was done: try again in a second"
 _FULL = "the session store is full: try again later"
@@ -48,14 +56,13 @@ _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
     "before you repeat it"
 )
-_MAX_CONNECTIONS = 2**31 - 1  # every call uses one for its length, so the number of threads is the limit
 _PROBE_S = 1.0  # between two probes of a server that works
 _PATIENCE_WINDOWS = 4  # a process that was there is waited for this many recovery windows after it was heard of last
 _MAX_RESTORE_S = 60.0  # others no longer wait for a process that fails to restore for longer
 _NO_EPOCH = b"0" * 16
 _CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
-# NOAUTH, NOPERM, MISCONF, NOREPLICAS and BUSY. Whether every call gets an ERR, a probe finds out.
+# NOAUTH, NOPERM, MISCONF, NOREPLICAS, CLUSTERDOWN and BUSY. Whether every call gets an ERR, a probe finds out.
 _ABOUT_ONE_CALL = ("ERR", "WRONGTYPE", "NOSCRIPT")
 _ADVICE = {
     "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
@@ -63,9 +70,10 @@ _ADVICE = {
     "NOREPLICAS": "too few replicas follow it: see its setting min-replicas-to-write",
     "NOAUTH": "give a user and a password in GRU_SERVE_SESSION_STORE",
     "WRONGPASS": "correct the user and the password in GRU_SERVE_SESSION_STORE",
-    "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/operations.md lists",
+    "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/redis.md lists",
     "MISCONF": "it can't write to its disk: see its log",
     "LOADING": "it is starting: wait",
+    "CLUSTERDOWN": "a part of the cluster is down: see CLUSTER INFO of its nodes",
 }
 # After these, the server may have the data of another one.
 _WAS_REPLICA = ("READONLY", "MASTERDOWN", "LOADING")
@@ -80,12 +88,10 @@ class _Superseded(errors.ConnectionError):
     """The answer is from a server whose place another one has taken, and which may not know what was done."""
 
 
-class _Unsuitable(errors.ConnectionError):
-    """The server can't store sessions. The message says why, and what to do."""
-
-
 class RedisServer:
-    """Calls session.lua. Any number of threads may call; each call fails within about `timeout_s`.
+    """Calls session.lua on a server, or on the masters of a cluster.
+
+    Any number of threads may call. Each call fails within about `timeout_s`.
 
     After a call has failed, all calls fail at once, until `ping` succeeds. A restart, or a failover to another server,
     may have lost the last writes. All calls are refused from then until this process has restored its own writes
@@ -93,14 +99,16 @@ class RedisServer:
     heard of last, and for one window also those that it doesn't know.
 
     A server that refuses to work, for example because it has become a replica, counts as replaced: connections made
-    before are closed before their next use, and the server that works next is restored like another one.
+    before are closed before their next use, and the server that works next is restored like another one. In a cluster
+    this is so for every master, and a master that is added or removed counts as a change as well.
 
     Args:
-        url: Begins with `redis://`, `rediss://` or `unix://`.
+        url: See docs/redis.md.
         timeout_s: How long the server may take for an answer.
         recovery_window_s: How long calls are refused at least, so that every replica notices the change.
         observer: Counts and times the calls.
-        probe_key: The key to which `ping` writes, and which has what replicas know of the server.
+        probe_key: The key to which `ping` writes, and which has what replicas know of the server. In a cluster each
+            master has such a key: this one, or one that begins with it.
     """
 
     def __init__(
@@ -115,36 +123,30 @@ class RedisServer:
         self._recovery_window_s, self._observer, self._probe_key = recovery_window_s, observer, probe_key
         self._lock = threading.Lock()  # guards the following
         self._failed_at: float | None = None  # monotonic time of the last failure; None after a ping that succeeded
-        self._failure: str | None = None  # what was logged about it
-        self._run_id: bytes | None = None  # identifies the server's process
-        # How often the server was replaced. Each connection has the number that was current when it was made
-        # (`_change_of`). If it has an older one, it leads to a server that may have been replaced.
+        self._failures: set[str] = set()  # what was logged since the last ping that succeeded
+        self._advice: str | None = None  # what to do about it
+        self._run_ids: dict[Address, bytes] = {}  # identify the processes of the masters
+        # How often a server was replaced. Each connection has the number that was current when it was made
+        # (`Link.change`). If it has an older one, it leads to a server that may have been replaced.
         self._change = 0
         self._restored_change = 0  # the last writes have been restored in the server that has this number
         self._opens_at = 0.0  # monotonic time from which on calls are served; inf if that depends on other replicas
         self._epoch, self._restored_epoch = _NO_EPOCH, b""  # the server's; the last one in which this process restored
-        self._left_epoch = b""  # in which the server was seen as a replica
+        self._left_epoch = b""  # in which a master was seen as a replica, or removed
         self._restoring_since = math.inf  # monotonic; inf if this process has nothing to restore
 
         self._name = secrets.token_hex(8)  # names this process among the replicas
         self._probe_at = 0.0  # monotonic time of the next probe
 
-        # The following are for the thread that pings. Its client has one connection, which no other thread uses.
-        self._ping_change, self._ping_run_id = 0, b""  # of the connection
-        self._pinged_change = 0  # of the connection on which the last ping succeeded
-        self._batch_change = 0  # connections of `_batch_client` that are idle and older than this were closed
-        self._inspected: bytes | None = None  # the server's process that was last inspected
+        # The following are for the thread that pings. It has a connection to each master, which no other thread uses.
+        self._ping_links: dict[Address, Link] = {}
+        self._ping_change = 0  # of the connections
+        self._pinged_change = 0  # of the connections on which the last ping succeeded
+        self._has_probed = False  # a probe has succeeded, so all masters are known
+        self._inspected: set[bytes] = set()  # the servers' processes that were inspected
 
-        self._client = _client(url, timeout_s, self._on_connect)
-        self._batch_client = _client(url, timeout_s, self._identify)  # also answers during the recovery window
-        self._ping_client = _client(url, timeout_s, self._on_ping_connect)
-        self._create_script = self._client.register_script(_CREATE_SCRIPT)
-        self._other_script = self._client.register_script(_OTHER_SCRIPT)
-        self._batch_script = self._batch_client.register_script(_OTHER_SCRIPT)
-        self._ping_script = self._ping_client.register_script(_OTHER_SCRIPT)
-        # Clients with a connection each. To take a connection from the pool, which first checks it for unread data,
-        # needs up to a third of the time that a call needs in this process.
-        self._idle: list[Redis] = []
+        self._connections = RedisConnections(parse(url), timeout_s, (_CREATE_SCRIPT, _OTHER_SCRIPT))
+        self._idle: dict[Address, list[Link]] = {}  # connections that no thread uses
         with suppress(StoreUnavailable):
             self.ping()
 
@@ -156,22 +158,30 @@ class RedisServer:
         """
         return self._timed(operation, partial(self._run_script, key, operation, *arguments))
 
-    def call_between(self, command: tuple[Any, ...], operation: Operation, key: str, *arguments: Any) -> list[Any]:
-        """Do the same, and a command before and after it, in the same exchange."""
-        return self._timed(operation, partial(self._run_script_between, command, key, operation, *arguments))
+    def call_between(self, command: Command, operation: Operation, key: str, *arguments: Any) -> list[Any]:
+        """Do the same, and a command before and after it. If one master has both keys, that takes one exchange.
+
+        If the command itself fails, that is not an error: the server may be full.
+        """
+        return self._timed(operation, partial(self._run_script, key, operation, *arguments, around=command))
 
     def keys(self, pattern: str) -> Iterator[str]:
         """Yield all keys that match a glob pattern, in any order. Raises StoreUnavailable."""
         self.check()
         try:
-            client = self._take()
-            try:
-                for key in client.scan_iter(match=pattern, count=1000):
-                    yield key.decode()
-            except BaseException:
-                _close(client)
-                raise
-            self._idle.append(client)
+            for address in list(self._run_ids):
+                link, cursor = self._take(address), 0
+                try:
+                    while True:
+                        ((cursor, found),) = link.require([("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)])
+                        for key in found:
+                            yield key.decode()
+                        if int(cursor) == 0:
+                            break
+                except BaseException:
+                    link.close()
+                    raise
+                self._give_back(address, link)
         except errors.RedisError as error:
             if _word(error):  # a user that may not list may still do everything else
                 log.error("the session store refuses to list sessions", **_kind(error))
@@ -184,10 +194,11 @@ class RedisServer:
         """The epoch in which the server is: 16 digits. Each save's nonce begins with it."""
         return self._epoch
 
-    def check(self) -> None:
-        """Raise StoreUnavailable while calls are refused."""
+    def check(self, *, explain: bool = False) -> None:
+        """Raise StoreUnavailable while calls are refused. explain: The message says what to do, if that is known."""
         if self._failed_at is not None or self._is_recovering():
-            raise StoreUnavailable(_UNREACHABLE)
+            advice = self._advice if explain and self._failed_at is not None else None
+            raise StoreUnavailable(_UNREACHABLE if advice is None else f"sessions are unavailable: {advice}")
 
     def ping(self) -> bool:
         """Return whether lost writes have to be restored: the server was replaced since the last `mark_restored`.
@@ -197,22 +208,20 @@ class RedisServer:
         if that fails.
         """
         began = time.monotonic()
-        if self._failed_at is None and not self._is_recovering() and began < self._probe_at:
-            with self._pinging():
-                self._ping_client.ping()
-        if self._failed_at is not None or self._is_recovering() or began >= self._probe_at:
-            self._ping_client.connection_pool.disconnect()
-            self.attend()
-            self._probe_at = began + _PROBE_S
-        if self._batch_change != self._change:
-            # Those in use are other threads'.
-            self._batch_client.connection_pool.disconnect(inuse_connections=False)
-            self._batch_change = self._change
+        with self._pinging():
+            is_refusing = self._failed_at is not None or self._is_recovering()
+            masters = self._connections.discover(elsewhere=self._failed_at is not None)
+            is_probe = is_refusing or began >= self._probe_at or self._ping_change != self._change
+            if is_probe or self._ping_links.keys() != set(masters) or not self._answer_pings():
+                self._reach(masters)
+                self._attend()
+                self._probe_at = began + _PROBE_S
         with self._lock:
             self._pinged_change = self._ping_change
             if self._failed_at is not None and self._failed_at < began:
                 log.info("the session store is back")
-                self._failed_at = self._failure = None
+                self._failed_at = None
+                self._failures.clear()
             return self._has_to_restore()
 
     def attend(self) -> None:
@@ -220,43 +229,10 @@ class RedisServer:
 
         While it restores, it calls this again and again, and they wait. Raises StoreUnavailable.
         """
-        left = self._left_epoch
         with self._pinging():
-            epoch, wait_ms = self._attend(left)
-            if not self._restored_epoch:  # a process that has just started knows nothing that it could restore
-                self._restored_epoch = epoch
-                epoch, wait_ms = self._attend(left)
-        with self._lock:
-            was_open = not self._is_recovering()
-            self._epoch = epoch
-            if left == self._left_epoch:
-                self._left_epoch = b""
-            if self._has_to_restore():
-                self._restoring_since = min(self._restoring_since, time.monotonic())
-                return
-            self._restoring_since = math.inf
-            if not was_open:  # afterwards, nobody waits for others
-                self._opens_at = time.monotonic() + int(wait_ms) / 1000 if wait_ms else math.inf
-
-    def _attend(self, left: bytes, *, leaves: bool = False) -> list[bytes]:
-        """Call `attend` of the script; `leaves`: for the last time."""
-        self._ping_client.ping()  # connects, which finds out the server's process
-        window_ms = round(1000 * self._recovery_window_s)
-        gives_up = time.monotonic() - self._restoring_since > _MAX_RESTORE_S
-        patience_ms = "" if leaves or gives_up else _PATIENCE_WINDOWS * window_ms
-        facts = (self._ping_run_id, self._epoch, left, self._name, self._restored_epoch, window_ms, patience_ms)
-        answer: list[bytes] = self._ping_script(keys=[self._probe_key], args=["attend", "", 0, *facts])
-        return answer
-
-    @contextmanager
-    def _pinging(self) -> Iterator[None]:
-        """Note failures of the thread that pings. Raises StoreUnavailable."""
-        try:
-            yield
-        except errors.RedisError as error:
-            self._probe_at = 0.0
-            self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from None
+            if not self._ping_links:
+                self._reach(self._connections.discover(elsewhere=True))
+            self._attend()
 
     def call_all(self, calls: Sequence[tuple[Any, ...]], *, one_by_one: bool = False) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
@@ -264,9 +240,9 @@ class RedisServer:
         Any thread may call. Raises StoreUnavailable. one_by_one: a call that is refused because of its key, for example
         because the key has something else, is logged and answers "refused".
         """
-        commands = [("EVALSHA", self._batch_script.sha, 1, key, operation, *rest) for operation, key, *rest in calls]
+        commands = [_OTHER_SCRIPT.call([key], operation, *arguments) for operation, key, *arguments in calls]
         try:
-            answers = self._send_all(self._batch_client, commands)
+            answers = self._send_all(commands, in_recovery=True)
             for number, answer in enumerate(answers):
                 if not isinstance(answer, errors.RedisError):
                     continue
@@ -279,25 +255,12 @@ class RedisServer:
             self._note_failure(error, may_be_about_one_call=True)
             raise StoreUnavailable(_UNREACHABLE) from None
 
-    def _send_all(self, client: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Send commands in one round trip and return their answers, also errors. Each may be repeated without harm."""
-        for _ in range(2):
-            with client.pipeline(transaction=False) as pipeline:
-                for command in commands:
-                    pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
-                # An error that a pipeline raises has the command in its message.
-                answers: list[Any] = pipeline.execute(raise_on_error=False)
-            if not any(isinstance(answer, errors.NoScriptError) for answer in answers):
-                break
-            client.script_load(_OTHER_SCRIPT)
-        return answers
-
     def mark_restored(self) -> None:
         """Note that this process has restored its writes. Calls are allowed again when all replicas have done so.
 
         If the server was replaced since the last ping, they have to be restored again. For the thread that pings.
         """
-        self._close_idle()
+        self._close_idle()  # they are broken, and a call that is repeated because of that may have an unknown outcome
         with self._lock:
             self._opens_at = math.inf
             self._restored_change, self._restored_epoch = self._pinged_change, self._epoch
@@ -308,10 +271,10 @@ class RedisServer:
         """Close all connections. Other replicas no longer wait for this one."""
         if self._failed_at is None:
             with suppress(errors.RedisError):
-                self._attend(b"", leaves=True)
-        self._client.close()
-        self._batch_client.close()
-        self._ping_client.close()
+                self._attend_masters(b"", leaves=True)
+        self._close_idle()
+        self._close_ping_links()
+        self._connections.close()
 
     def _timed(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
         self.check()
@@ -338,46 +301,101 @@ class RedisServer:
                 raise OutcomeUnknown(_UNKNOWN)  # the first attempt may have been done, and others have saved since
             return answer
 
-    def _run_script(self, key: str, operation: Operation, *arguments: Any, is_retry: bool = False) -> list[Any]:
-        """Run the script on a connection that no other thread uses. is_retry: on a new one, not on an idle one."""
-        script = self._create_script if operation == "create" else self._other_script
-        return self._run(lambda client: script(keys=[key], args=[operation, *arguments], client=client), is_retry)
-
-    def _run_script_between(
-        self, command: tuple[Any, ...], key: str, operation: Operation, *arguments: Any, is_retry: bool = False
+    def _run_script(
+        self, key: str, operation: Operation, *arguments: Any, around: Command | None = None, is_retry: bool = False
     ) -> list[Any]:
-        script = self._create_script if operation == "create" else self._other_script
-        evaluate = partial(_evaluate_between, command=command, script=script, arguments=(key, operation, *arguments))
-        return self._run(evaluate, is_retry)
+        """Run the script.
 
-    def _run(self, use: Callable[[Redis], Any], is_retry: bool) -> list[Any]:
-        client = self._take(is_new=is_retry)
-        try:
-            answer: list[Any] = use(client)
-            if _change_of(client) != self._change:
-                raise _Superseded
-        except BaseException:
-            _close(client)
-            raise
-        self._idle.append(client)
-        return answer
+        around: A command for before and after it. is_retry: On a new connection, not on an idle one.
+        """
+        script, num_exchanges = _CREATE_SCRIPT if operation == "create" else _OTHER_SCRIPT, 0
 
-    def _take(self, is_new: bool = False) -> Redis:
-        """Return a client with a connection that no other thread uses, to the current server."""
-        while self._idle and not is_new:
+        def run(address: Address, commands: Sequence[Command], is_asking: bool) -> list[Any]:
+            nonlocal num_exchanges
+            num_exchanges += 1
+            link = self._take(address, is_new=is_retry)
             try:
-                client = self._idle.pop()
+                answers = link.run(commands, is_asking)
+                if link.change != self._change:
+                    raise _Superseded
+            except BaseException:
+                link.close()
+                raise
+            self._give_back(address, link)
+            return answers
+
+        call = script.call([key], operation, *arguments)
+        if around is None:
+            (answer,) = without_errors(self._connections.execute([call], run))
+        else:
+            _, answer, _ = self._connections.execute([around, call, around], run)
+            if isinstance(answer, errors.RedisError):
+                raise answer
+            if num_exchanges > 1:  # another master has the other key: both commands were done before the script
+                with suppress(GruServeError):
+                    self.execute([around])
+        result: list[Any] = answer
+        return result
+
+    def _send_all(self, commands: Sequence[Command], in_recovery: bool) -> list[Any]:
+        """Run commands that may be repeated without harm, and return their answers, also errors. Raises RedisError."""
+
+        def run(address: Address, some: Sequence[Command], is_asking: bool) -> list[Any]:
+            for is_retry in (False, True):
+                link = self._take(address, is_new=is_retry, in_recovery=in_recovery)
+                try:
+                    answers = link.run(some, is_asking)
+                except BaseException as error:
+                    link.close()
+                    if is_retry or not isinstance(error, errors.ConnectionError) or _word(error):
+                        raise
+                    continue  # the server may have closed an idle connection
+                self._give_back(address, link)
+                return answers
+            raise AssertionError
+
+        return self._connections.execute(commands, run)
+
+    def _take(self, address: Address, *, is_new: bool = False, in_recovery: bool = False) -> Link:
+        """Return a connection to a current master that no other thread uses. Raises RedisError.
+
+        in_recovery: also during the recovery window.
+        """
+        idle = self._idle.setdefault(address, [])
+        link = None
+        while link is None and idle and not is_new:
+            try:
+                link = idle.pop()
             except IndexError:
                 break  # another thread was faster
-            if _change_of(client) == self._change and not _is_closed(client):
-                return client
-            _close(client)
-        return Redis(connection_pool=self._client.connection_pool, single_connection_client=True)
+            if link.change != self._change or link.is_closed():
+                link.close()
+                link = None
+        if link is None:
+            link = self._connections.connect(address)
+            try:
+                self._identify(address, link)
+            except BaseException:
+                link.close()
+                raise
+        if not in_recovery and self._is_recovering():
+            self._give_back(address, link)
+            raise _InRecovery
+        return link
+
+    def _give_back(self, address: Address, link: Link) -> None:
+        self._idle[address].append(link)
 
     def _close_idle(self) -> None:
-        with suppress(IndexError):
-            while True:
-                _close(self._idle.pop())
+        for idle in list(self._idle.values()):
+            with suppress(IndexError):
+                while True:
+                    idle.pop().close()
+
+    def _close_ping_links(self) -> None:
+        for link in self._ping_links.values():
+            link.close()
+        self._ping_links = {}
 
     def _failed(self, operation: Operation, error: errors.RedisError, may_be_done: bool) -> GruServeError:
         """Note that an operation failed, and return the error for its caller."""
@@ -406,7 +424,7 @@ class RedisServer:
             log.error("the session store refused a call", **_kind(error))
             self._probe_at = 0.0
             return
-        facts = _kind(error)
+        facts, advice = _kind(error), str(error) if isinstance(error, TlsFailure) else None
         with self._lock:
             if _is_without_answer(error):
                 event = "the session store can't be reached"
@@ -415,49 +433,142 @@ class RedisServer:
                 if word in _WAS_REPLICA:
                     self._left_epoch = self._epoch
                 event = "the session store refuses to work"
-                facts["advice"] = str(error) if isinstance(error, _Unsuitable) else _ADVICE.get(word, "see its log")
-            if self._failure != event + word:
+                advice = str(error) if isinstance(error, Unsuitable) else _ADVICE.get(word, "see its log")
+            if advice is not None:
+                facts["advice"] = advice
+            self._advice = advice
+            if event + word not in self._failures:
                 log.error(event, **facts)
-            self._failed_at, self._failure = time.monotonic(), event + word
-
-    def _has_to_restore(self) -> bool:
-        return self._restored_change != self._change or self._restored_epoch != self._epoch
+                self._failures.add(event + word)
+            self._failed_at = time.monotonic()
 
     def _is_recovering(self) -> bool:
         return self._has_to_restore() or time.monotonic() < self._opens_at
 
-    def _on_connect(self, connection: Any) -> None:
-        """Prepare a new connection of `_client`. Raises _InRecovery during the recovery window."""
-        self._identify(connection)
-        if self._is_recovering():
-            raise _InRecovery
+    def _has_to_restore(self) -> bool:
+        return self._restored_change != self._change or self._restored_epoch != self._epoch
 
-    def _on_ping_connect(self, connection: Any) -> None:
-        info = self._identify(connection)
-        self._ping_change, self._ping_run_id = connection.change, info[b"run_id"]
-        if self._ping_run_id != self._inspected:
-            self._warn_of_eviction(connection)
-            self._inspected = self._ping_run_id
+    @contextmanager
+    def _pinging(self) -> Iterator[None]:
+        """Note failures of the thread that pings. Raises StoreUnavailable."""
+        try:
+            yield
+        except errors.RedisError as error:
+            self._close_ping_links()
+            self._probe_at = 0.0
+            self._note_failure(error)
+            raise StoreUnavailable(_UNREACHABLE) from None
 
-    def _identify(self, connection: Any) -> dict[bytes, bytes]:
-        """Prepare a new connection, and find out whether the server's process is the one of earlier connections.
+    def _answer_pings(self) -> bool:
+        """Return whether the connections of the last probe still work. Raises RedisError if a server doesn't."""
+        for link in self._ping_links.values():
+            try:
+                link.require([("PING",)])
+            except errors.ConnectionError as error:
+                if _word(error):
+                    raise
+                return False  # it is closed: a server was restarted, or closes connections that are idle
+        return True
 
-        Raises _Unsuitable if the server can't store sessions.
+    def _reach(self, masters: Sequence[Address]) -> None:
+        """Make a new connection to each master. Raises RedisError."""
+        self._close_ping_links()
+        before = self._change
+        for address in masters:
+            link = self._ping_links[address] = self._connections.connect(address)
+            self._identify(address, link)
+            if link.run_id not in self._inspected:
+                self._warn_of_eviction(link)
+                self._inspected.add(link.run_id)
+        with self._lock:
+            # -1: another thread has found another process at one of the addresses, so this has to be done again.
+            is_latest = all(self._run_ids[address] == link.run_id for address, link in self._ping_links.items())
+            self._ping_change = max(link.change for link in self._ping_links.values()) if is_latest else -1
+            removed = self._run_ids.keys() - set(masters)
+            for address in removed:
+                del self._run_ids[address]
+            if removed and self._change == before:  # else it has been counted that another one took its place
+                log.warning("a master of the session store was removed")
+                self._change += 1
+                self._ping_change = self._change
+                self._left_epoch = self._epoch  # no master may have another process, so this one begins the epoch
+            self._inspected.intersection_update(self._run_ids.values())
+            self._has_probed = True
+
+    def _attend(self) -> None:
+        """Tell the masters that this process is there, and find out the epoch. Raises RedisError."""
+        left = self._left_epoch
+        epoch, wait_ms = self._attend_masters(left)
+        if not self._restored_epoch:  # a process that has just started knows nothing that it could restore
+            self._restored_epoch = epoch
+            epoch, wait_ms = self._attend_masters(left)
+        with self._lock:
+            was_open = not self._is_recovering()
+            self._epoch = epoch
+            if left == self._left_epoch:
+                self._left_epoch = b""
+            if self._has_to_restore():
+                self._restoring_since = min(self._restoring_since, time.monotonic())
+                return
+            self._restoring_since = math.inf
+            if not was_open:  # afterwards, nobody waits for others
+                self._opens_at = math.inf if wait_ms is None else time.monotonic() + wait_ms / 1000
+
+    def _attend_masters(self, left: bytes, *, leaves: bool = False) -> tuple[bytes, int | None]:
+        """Call `attend` of the script on each master. All of them have to be connected.
+
+        A process that reaches only some of them restores nothing, so the others must not wait for it. Return the
+        greatest epoch, and for how many milliseconds calls have to wait: None if nobody knows.
+
+        leaves: For the last time.
         """
-        connection.on_connect()
-        info = _info(connection, "server")
-        _require_suitable(info)
+        window_ms = round(1000 * self._recovery_window_s)
+        gives_up = time.monotonic() - self._restoring_since > _MAX_RESTORE_S
+        patience_ms = "" if leaves or gives_up else _PATIENCE_WINDOWS * window_ms
+        # Other processes wait for one that has noticed a change, even if it knows the epoch already.
+        restored = self._restored_epoch if self._restored_change == self._change else b""
+        masters = [(link, self._probe_key_on(address)) for address, link in self._ping_links.items()]
+        epochs = [self._epoch]
+        if len(masters) > 1:
+            # First only look, so that a master which begins an epoch begins one that is greater than those of the
+            # others. A process that has just started would not know them, and their clocks may differ.
+            epochs += [link.require([("HGET", key, "e")])[0] or _NO_EPOCH for link, key in masters]
+        epoch, waits = max(epochs), []
+        for _ in range(2):  # the second time only if a master has begun an epoch, which the ones before it get to know
+            answers = []
+            for link, key in masters:
+                facts = (link.run_id, epoch, left, self._name, restored, window_ms, patience_ms)
+                (answer,) = link.require([_OTHER_SCRIPT.call([key], "attend", "", 0, *facts)])
+                epoch = max(epoch, answer[0])
+                answers.append(answer)
+            waits = [wait_ms if of_master == epoch else b"" for of_master, wait_ms in answers]
+            if all(of_master == epoch for of_master, _ in answers):
+                break
+        return epoch, max(map(int, waits)) if waits and all(waits) else None
+
+    def _probe_key_on(self, address: Address) -> str:
+        """Return a key that a master has."""
+        keys = itertools.chain([self._probe_key], (f"{self._probe_key}:{number}" for number in itertools.count()))
+        return next(key for key in itertools.islice(keys, 10**6) if self._connections.address_of(key) == address)
+
+    def _identify(self, address: Address, link: Link) -> None:
+        """Find out whether the process to which a new connection leads is the one of earlier connections.
+
+        Raises Unsuitable if the server can't store sessions.
+        """
+        info = link.info("server")
+        self._connections.require_suitable(info)
         run_id = info[b"run_id"]
         with self._lock:
-            if self._run_id not in (None, run_id):
+            known = self._run_ids.get(address)
+            if known != run_id and (known is not None or self._has_probed):
                 log.warning("the session store was restarted, or another server has taken its place")
                 self._change += 1
-            self._run_id = run_id
-            connection.change = self._change
-        return info
+            self._run_ids[address] = run_id
+            link.run_id, link.change = run_id, self._change
 
-    def _warn_of_eviction(self, connection: Any) -> None:
-        info = _info(connection, "memory")
+    def _warn_of_eviction(self, link: Link) -> None:
+        info = link.info("memory")
         policy = info.get(b"maxmemory_policy", b"noeviction").decode()
         if info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction":
             log.error(
@@ -474,88 +585,12 @@ class RedisServer:
         if not in_recovery:
             self.check()
         try:
-            answers = self._send_all(self._batch_client if in_recovery else self._client, commands)
-            for answer in answers:
-                if isinstance(answer, errors.RedisError):
-                    raise answer
-            return answers
+            return without_errors(self._send_all(commands, in_recovery))
         except errors.OutOfMemoryError:
             raise Overloaded("the session store is full: try again later") from None
         except errors.RedisError as error:
             self._note_failure(error)
             raise StoreUnavailable(_UNREACHABLE) from None
-
-
-def _client(url: str, timeout_s: float, on_connect: Callable[[Any], object]) -> Redis:
-    """Return a client that has not connected yet. Raises ValueError if the URL is invalid, without naming it."""
-    try:
-        client = Redis.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=on_connect,
-            client_name="gru-serve",
-            max_connections=_MAX_CONNECTIONS,
-            # Nothing that other servers may lack: with RESP3 come notices of maintenance.
-            protocol=2,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )
-        pool = client.connection_pool
-        pool.connection_class(**pool.connection_kwargs)  # checks the URL's options
-    except (ValueError, TypeError):
-        # The message of the cause may have parts of the URL, such as the password.
-        raise ValueError(
-            "must be redis://[user:password@]host[:port][/db], rediss://... or unix://[user:password@]/path[?db=0]; "
-            "write special characters in the user and the password as %XX"
-        ) from None
-    return client
-
-
-def _change_of(client: Redis) -> int:
-    change: int = client.connection.change  # type: ignore[union-attr]
-    return change
-
-
-def _is_closed(client: Redis) -> bool:
-    """Whether an idle connection was closed at its other end. A command sent on it may have an unknown outcome."""
-    socket = client.connection._sock  # type: ignore[union-attr]
-    if socket is None:
-        return True
-    poll = select.poll()
-    poll.register(socket, select.POLLIN)
-    return bool(poll.poll(0))  # from a connection that is idle and open nothing can be read
-
-
-def _evaluate_between(client: Redis, command: tuple[Any, ...], script: Script, arguments: tuple[Any, ...]) -> Any:
-    """Run a script between two executions of a command, in one round trip, and return its answer.
-
-    If the command itself fails, that is not an error: the server may be full.
-    """
-    connection: Any = client.connection
-    for _ in range(2):
-        commands = [command, ("EVALSHA", script.sha, 1, *arguments), command]
-        connection.send_packed_command(connection.pack_commands(commands))
-        answers: list[Any] = []
-        for _ in commands:
-            try:
-                answers.append(connection.read_response())
-            except errors.ResponseError as error:
-                answers.append(error)
-        if not isinstance(answers[1], errors.NoScriptError):
-            break
-        connection.send_command("SCRIPT", "LOAD", script.script)
-        connection.read_response()
-    if isinstance(answers[1], errors.RedisError):
-        raise answers[1]
-    return answers[1]
-
-
-def _close(client: Redis) -> None:
-    if client.connection is not None:
-        # Disconnect first: `close` returns the connection to the pool, which would hand it out again.
-        client.connection.disconnect()  # type: ignore[no-untyped-call]
-    client.close()
 
 
 def _word(error: errors.RedisError) -> str:
@@ -576,38 +611,15 @@ def _kind(error: errors.RedisError) -> dict[str, str]:
 def _is_without_answer(error: errors.RedisError) -> bool:
     """Whether an operation may have been done although it failed."""
     is_network = isinstance(error, errors.ConnectionError | errors.TimeoutError)
-    return is_network and not (
-        isinstance(error, _InRecovery | _Unsuitable) or _word(error) or _is_own_exhaustion(error)
-    )
+    return is_network and not (isinstance(error, _InRecovery | Unsuitable) or _word(error) or _is_own_exhaustion(error))
 
 
 def _is_own_exhaustion(error: errors.RedisError) -> bool:
     """Whether a connection was refused because there are too many, which says nothing about those that exist."""
     number = getattr(error.__context__, "errno", None)
-    return (
-        isinstance(error, errors.MaxConnectionsError)
-        or number in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL)
-        or "max number of clients reached" in str(error)
-    )
-
-
-def _require_suitable(info: dict[bytes, bytes]) -> None:
-    """Raise _Unsuitable, with advice, if a server can't store sessions."""
-    version, mode = info.get(b"redis_version", b"0").decode(), info.get(b"redis_mode", b"standalone")
-    if mode == b"sentinel":
-        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a Sentinel: give the address of the server that it watches")
-    if mode == b"cluster":
-        raise _Unsuitable("GRU_SERVE_SESSION_STORE leads to a node of a Redis Cluster: give a server without a cluster")
-    if int(version.split(".")[0]) < _MIN_VERSION:
-        raise _Unsuitable(f"the server in GRU_SERVE_SESSION_STORE is Redis {version}: sessions need Redis 7 or later")
-    if not info.get(b"run_id"):
-        raise _Unsuitable(
-            "the server in GRU_SERVE_SESSION_STORE doesn't say its run_id in INFO: let it, or use another"
-        )
-
-
-def _info(connection: Any, section: str) -> dict[bytes, bytes]:
-    connection.send_command("INFO", section)
-    answer = connection.read_response()
-    lines = bytes(answer).splitlines() if isinstance(answer, bytes) else []
-    return dict(line.split(b":", 1) for line in lines if b":" in line)
+    return number in (
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOBUFS,
+        errno.EADDRNOTAVAIL,
+    ) or "max number of clients reached" in str(error)

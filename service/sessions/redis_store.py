@@ -185,7 +185,7 @@ class RedisStore:
 
     def check(self) -> None:
         """See SessionStore."""
-        self._server.check()
+        self._server.check(explain=True)
 
     def close(self) -> None:
         """See SessionStore."""

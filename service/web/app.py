@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import structlog
@@ -51,7 +52,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
         app = _openapi_app()
-        _register_gates(app, settings, keys, drain, metrics)
+        closing.callback(_register_gates(app, settings, keys, drain, metrics))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
@@ -83,18 +84,24 @@ def _openapi_app() -> OpenAPI:
     return app
 
 
-def _register_gates(app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics) -> None:
-    """Add what every request passes. The order matters: the body is read last, after everything that may refuse."""
+def _register_gates(
+    app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics
+) -> Callable[[], None]:
+    """Add what every request passes. The order matters: the body is read last, after everything that may refuse.
+
+    Return a function that closes connections.
+    """
     register_paths(app)
     register_guard(app, drain)
     register_metrics(app, metrics)
     register_proxies(app, settings.parsed_proxies)
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
-    register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
+    close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes)
     register_start_costs(app, settings.max_tokens, MAX_CHOICES)
     register_error_handlers(app)
+    return close_counts
 
 
 def _resources(

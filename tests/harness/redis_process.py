@@ -38,7 +38,7 @@ class RedisProcess:
         command += ["--save", "", "--protected-mode", "no"]
         command += ["--dir", str(self._directory), *self._options]
         process = self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        with redis.Redis(self._address, self.port) as client:
+        with redis.Redis(self._address, self.port, protocol=2) as client:
 
             def answers() -> bool:
                 try:

@@ -6,15 +6,13 @@ Nothing that was acknowledged is lost unless its client gets to know it, and not
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 import redis
 
@@ -31,72 +29,23 @@ from service.errors import (
 from service.sessions import lease_renewer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import SessionKey
 from service.sessions.session_store import SessionStore
-from service.sessions.text import Text
 from tests.harness.clock import Clock
 from tests.harness.lossy_proxy import lossy_proxy
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import LEASE_S, appended, characters, replicas, session, when_served
 from tests.harness.wait import wait_until
 
 Answer = TypeVar("Answer")
 A, B = SessionKey("", "a"), SessionKey("", "b")
 ON_DISK = ("--appendonly", "yes", "--appendfsync", "always")  # a restart loses nothing unless the test truncates files
-LEASE_S = 0.3
-
-
-def session(session_id: str = "a", characters: str = "ROMEO:") -> Session:
-    return Session(session_id, "", "tiny@1", "ab", 7, 600, 0, 0, Text(np.zeros((1, 16), np.float32), 0, (), characters))
-
-
-def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
-    """Return a change that appends characters; its answer is the position after them."""
-
-    def change(one: Session) -> tuple[Session, int]:
-        text = Text(one.hidden + 1, 0, (), characters(one) + more)
-        return replace(one, text=text), text.position
-
-    return change
-
-
-def characters(one: Session) -> str:
-    return one.text.slice(0, one.position)
-
-
-def when_served(call: Callable[[], Answer]) -> Answer:
-    """Repeat a call until the store doesn't refuse it because of a restart."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return call()
-        except StoreUnavailable:
-            assert time.monotonic() < deadline, "the store doesn't recover"
-            time.sleep(0.02)
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[RedisProcess]:
     with redis_process(tmp_path, *ON_DISK) as process:
         yield process
-
-
-@contextmanager
-def replicas(
-    *urls: str, cache_bytes: int = 2**20, lease_s: float = LEASE_S, clock: Clock | None = None
-) -> Iterator[list[RedisStore]]:
-    """Run one store for each URL, all of which lead to the same server."""
-    with ExitStack() as stack:
-        stores = [
-            stack.enter_context(
-                closing(
-                    RedisStore(RedisServer(url, recovery_window_s=0.3), 4096, cache_bytes, lease_s=lease_s, clock=clock)
-                )
-            )
-            for url in urls
-        ]
-        for store in stores:
-            when_served(store.check)
-        yield stores
 
 
 def restart(server: RedisProcess, *, lose_since: dict[Path, int] | None = None) -> None:

@@ -9,12 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import redis
 
@@ -22,28 +20,14 @@ from service.errors import GruServeError, RevisionConflict, SessionLost, Session
 from service.sessions import lease_renewer, redis_server
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
-from service.sessions.session import Session, SessionKey
-from service.sessions.text import Text
+from service.sessions.session import SessionKey
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import appended, session
 from tests.harness.wait import wait_until
 
 A, B = SessionKey("", "a"), SessionKey("", "b")
 WINDOW_S = 0.2  # others are waited for four times as long
 ON_DISK = ("--appendonly", "yes", "--appendfsync", "always")
-
-
-def session(session_id: str = "a", characters: str = "ROMEO:") -> Session:
-    return Session(session_id, "", "tiny@1", "ab", 7, 600, 0, 0, Text(np.zeros((1, 16), np.float32), 0, (), characters))
-
-
-def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
-    """Return a change that appends characters; its answer is the position after them."""
-
-    def change(one: Session) -> tuple[Session, int]:
-        text = Text(one.hidden + 1, 0, (), one.text.slice(0, one.position) + more)
-        return replace(one, text=text), text.position
-
-    return change
 
 
 def text_of(store: RedisStore, key: SessionKey = A) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import secrets
 import shutil
 import subprocess
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,8 @@ import redis
 from structlog.testing import capture_logs
 
 from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
-from service.sessions import redis_server
+from service.sessions import redis_connections, redis_server
+from service.sessions.redis_connections import Link
 from service.sessions.redis_server import RedisServer
 from tests.harness.programs import free_port, program
 from tests.harness.redis_process import RedisProcess, redis_process
@@ -228,8 +230,8 @@ def unsuitable(kind: str, directory: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("kind", "advice"),
     [
-        ("sentinel", "leads to a Sentinel"),
-        ("cluster", "a node of a Redis Cluster"),
+        ("sentinel", "write redis+sentinel://"),
+        ("cluster", "write redis+cluster://"),
         ("replica", "has to lead to the master"),
         ("database", ""),
         ("INFO", "permissions"),
@@ -249,7 +251,7 @@ def test_unsuitable_server__is_told_at_the_start(tmp_path: Path, kind: str, advi
 
 
 def test_old_server__is_told_at_the_start(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_server, "_MIN_VERSION", 99)
+    monkeypatch.setattr(redis_connections, "_MIN_VERSION", 99)
     with capture_logs() as logs, connected(redis_url) as server:
         assert not is_open(server)
     assert "sessions need Redis" in logs[0]["advice"]
@@ -265,7 +267,7 @@ def test_server_that_evicts__is_told_at_the_start(tmp_path: Path) -> None:
 
 
 def test_server__needs_no_more_permissions_than_the_documentation_lists(tmp_path: Path) -> None:
-    documentation = Path(redis_server.__file__).parents[2] / "docs" / "operations.md"
+    documentation = Path(redis_server.__file__).parents[2] / "docs" / "redis.md"
     rule = re.findall("^ACL SETUSER sessions on .*$", documentation.read_text(), re.MULTILINE)[0]
     with redis_process(tmp_path) as process, administering(process) as admin:
         admin.execute_command(*rule.replace("a-password", "pass").split())
@@ -342,16 +344,34 @@ def test_call__that_a_former_server_answers_is_not_acknowledged(
     with connected(url) as server:
         create(server)
         lead(address, sockets[1])
-        script = server._create_script
+        run = Link.run
 
-        def answers_late(**arguments: Any) -> Any:
-            answer = script(**arguments)
-            wait_until(server.ping, 5)
-            return answer
+        def answers_late(link: Link, commands: Sequence[Any], *options: Any, **more: Any) -> list[Any]:
+            answers = run(link, commands, *options, **more)
+            if "create" in commands[0]:
+                wait_until(server.ping, 5)
+            return answers
 
-        monkeypatch.setattr(server, "_create_script", answers_late)
+        monkeypatch.setattr(Link, "run", answers_late)
         with pytest.raises(OutcomeUnknown):
             create(server, f"{KEY}2")
+
+
+def test_connections__that_the_server_has_closed_are_replaced(redis_url: str) -> None:
+    """As a server does that has the setting `timeout`."""
+    with connected(redis_url, probe_key="probe of closed") as server, redis.Redis.from_url(redis_url) as admin:
+        wait_until(lambda: is_open(server), 5)
+        calls: list[Act] = [
+            lambda server: load(server, "no such session"),
+            lambda server: server.call_all([("lacks", "no such session", "", 1000, b"1", 1)]),
+            lambda server: server.execute([("EXISTS", "no such session")]),
+            lambda server: server.ping(),
+        ]
+        for call in calls * 2:
+            call(server)
+            admin.client_kill_filter(_type="normal", skipme=True)
+            call(server)
+            assert is_open(server)
 
 
 def test_mark_restored__does_not_count_for_a_server_that_was_replaced_meanwhile(tmp_path: Path) -> None:
@@ -396,16 +416,30 @@ def test_call__by_many_threads_at_once_is_answered(tmp_path: Path) -> None:
 
 
 def test_call__without_a_connection_left_says_nothing_about_the_server(tmp_path: Path) -> None:
-    with redis_process(tmp_path) as process, connected(f"{process.url}?max_connections=1", timeout_s=5) as server:
+    with redis_process(tmp_path) as process, connected(process.url, timeout_s=5) as server:
         create(server)
         with administering(process) as admin, ThreadPoolExecutor(5) as threads:
             admin.client_pause(1000)
-            answers = [threads.submit(load, server) for _ in range(5)]
-            errors = [answer.exception() for answer in answers]
+            with no_new_files():
+                answers = [threads.submit(load, server) for _ in range(5)]
+                errors = [answer.exception() for answer in answers]
         assert errors.count(None) == 1
         assert {str(error) for error in errors if error} == {redis_server._NO_CONNECTION}
         server.check()
         assert load(server) == b"ok"
+
+
+@contextmanager
+def no_new_files() -> Iterator[None]:
+    """Let this process open no more files and sockets than it has."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with open(os.devnull) as first_free:
+        number = first_free.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 # Secrets

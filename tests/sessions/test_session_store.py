@@ -58,12 +58,13 @@ def redis_store(
     cache_bytes: int = 2**20,
     prefix: str | None = None,
     exchanges: Exchanges | None = None,
+    url: str = "redis_url",
 ) -> RedisStore:
     """Return a store. Its leases are very long: the tests' clock jumps, and none is renewed.
 
-    prefix: None for one of its own, so that it has its own sessions.
+    prefix: None for one of its own, so that it has its own sessions. url: The fixture of the address.
     """
-    server = RedisServer(request.getfixturevalue("redis_url"), recovery_window_s=0, observer=exchanges)
+    server = RedisServer(request.getfixturevalue(url), recovery_window_s=0, observer=exchanges)
     prefix = prefix or f"{secrets.token_hex(8)}*["
     return RedisStore(server, 4096, cache_bytes, prefix=prefix, lease_s=10**7, clock=clock)
 
@@ -72,6 +73,7 @@ STORES: dict[str, Callable[[pytest.FixtureRequest, Clock], SessionStore]] = {
     "memory": lambda _, clock: MemoryStore(100, 2**30, clock, clock),
     "redis": redis_store,
     "redis without its cache": lambda request, clock: redis_store(request, clock, cache_bytes=0),
+    "redis cluster": lambda request, clock: redis_store(request, clock, url="redis_cluster_url"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -19,57 +20,49 @@ from service.web.gate.route import current_route
 
 log = structlog.get_logger(__name__)
 
-_STORAGE_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
-_MAX_CONNECTIONS = 2**31 - 1  # every request uses one for a moment, so the number of threads is the limit
 _START_CHARS = 8192  # characters of one start; a request for more counts as several
 
 
-def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> None:
-    """Refuse requests that start work more often than `rate` allows.
+def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> Callable[[], None]:
+    """Refuse requests that start work more often than `rate` allows. Return a function that closes connections.
 
     All requests of a client to routes that count as a start count together. `register_start_costs` lets large requests
     count several times. `rate` is a rate such as `600/minute`, or several separated by semicolons; empty sets
-    no limit. `storage_url` says where requests are counted: `memory:` counts those of this process, any URL of a Redis
-    server (`redis://`, `rediss://`, `unix://`) those of all replicas. Raises InvalidSettings if the URL is invalid.
+    no limit. `storage_url` says where requests are counted: `memory://` counts those of this process, any URL of the
+    session store those of all replicas. Raises InvalidSettings if the URL is invalid.
     """
     if not rate:
-        return
+        return lambda: None
     is_shared = not storage_url.startswith("memory:")
     if not is_shared:
         storage_url = f"{ProcessStorage.STORAGE_SCHEME[0]}://"
     options: dict[str, Any] = {}
     if is_shared:
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        # Imported here, so that a server with sessions in memory starts without the redis library.
+        import service.web.gate.shared_counts  # noqa: F401 - registers the scheme at the library
 
-        options = {
-            "socket_connect_timeout": _STORAGE_TIMEOUT_S,
-            "socket_timeout": _STORAGE_TIMEOUT_S,
-            "retry": Retry(NoBackoff(), 0),
-            "max_connections": _MAX_CONNECTIONS,
-            "key_prefix": "gru-serve:starts",
-        }
-    if storage_url.startswith("unix:"):
-        storage_url = f"redis+{storage_url}"  # the name that the library has for it
+        options = {"url": storage_url, "key_prefix": "gru-serve:starts"}
+        storage_url = "gru-serve://"
+    limiter = Limiter(
+        client_key,
+        application_limits=[rate],
+        application_limits_exempt_when=lambda: not current_route().counts_as_start,
+        strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
+        storage_uri=storage_url,
+        storage_options=options,
+        in_memory_fallback_enabled=is_shared,
+        # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
+        swallow_errors=True,
+        on_breach=_refusal,
+    )
     try:
-        limiter = Limiter(
-            client_key,
-            app=app,
-            application_limits=[rate],
-            application_limits_exempt_when=lambda: not current_route().counts_as_start,
-            strategy="sliding-window-counter",  # stores two numbers per client, whatever the rate
-            storage_uri=storage_url,
-            storage_options=options,
-            in_memory_fallback_enabled=is_shared,
-            # Requests that are in progress when the storage fails may not use the fallback yet. They are let through.
-            swallow_errors=True,
-            on_breach=_refusal,
-        )
-    except ValueError:
-        # The message of the cause may have parts of the URL, such as the password.
-        raise InvalidSettings("GRU_SERVE_SESSION_STORE is not a valid URL of Redis", param="session_store") from None
+        limiter.init_app(app)
+    except ValueError as error:
+        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE {error}", param="session_store") from None
     if is_shared:  # instead of the library's own storage: see ProcessStorage
         limiter._fallback_limiter = SlidingWindowCounterRateLimiter(ProcessStorage())
+    close: Callable[[], None] = getattr(limiter.storage, "close", lambda: None)
+    return close
 
 
 def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:

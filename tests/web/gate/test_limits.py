@@ -32,6 +32,7 @@ from service.web.gate.rate_storage import ProcessStorage
 from service.web.gate.route import Route
 from tests.harness.application import client_of
 from tests.harness.clock import Clock
+from tests.harness.redis_topologies import admin_of, sentinel_group
 from tests.harness.wait import wait_until
 
 (ALICE, ALICE_ENTRY), (ALICE_2, ALICE_2_ENTRY), (BOB, BOB_ENTRY) = new_key("alice"), new_key("alice"), new_key("bob")
@@ -210,11 +211,11 @@ class Replica:
 
 
 @contextmanager
-def replica(rate: str, port: int) -> Iterator[Replica]:
-    """An application with one route and a rate limit."""
+def replica(rate: str, redis: int | str) -> Iterator[Replica]:
+    """An application with one route and a rate limit. redis: The URL of Redis, or its port on this machine."""
     app = Flask(__name__)
     register_guard(app, Drain(0, 0))
-    register_rate_limit(app, rate, f"redis://127.0.0.1:{port}/0")
+    close = register_rate_limit(app, rate, redis if isinstance(redis, str) else f"redis://127.0.0.1:{redis}/0")
     register_error_handlers(app)
 
     @app.post("/start")
@@ -224,7 +225,7 @@ def replica(rate: str, port: int) -> Iterator[Replica]:
 
     (limiter,) = app.extensions["limiter"]
     yield Replica(app.test_client(), limiter)
-    limiter.storage.storage.close()
+    close()
 
 
 def test_rate_limit__is_shared_by_replicas_and_per_replica_without_redis(
@@ -248,12 +249,27 @@ def test_rate_limit__with_an_unresponsive_redis_falls_back(redis_server: tuple[s
         assert [start() for _ in range(5)] == [200, 200, 200, 200, 429]
 
 
+def test_rate_limit__counts_at_the_new_master_after_a_failover(tmp_path: Path) -> None:
+    with sentinel_group(tmp_path, num_replicas=1, num_sentinels=1) as group, replica("1000/day", group.url) as start:
+        assert start() == 200
+        old = group.master()
+        group.fail_over()
+        wait_until(lambda: group.master() is not old, 30)
+        old.kill()  # else it would accept writes for some seconds more
+
+        def counts_there() -> bool:
+            assert start() == 200  # meanwhile the process counts for itself
+            with admin_of(group.master()) as client:
+                values = [int(client.get(key)) for key in client.keys("gru-serve:starts*")]
+            return max(values, default=0) > 1
+
+        wait_until(counts_there, 20)
+
+
 def test_rate_limit__waits_for_redis_for_a_limited_time() -> None:
     with replica("4/day", 1) as start:  # nothing listens on this port
         assert start() == 200
-        options = start.limiter.storage.storage.connection_pool.connection_kwargs
-        assert options["socket_timeout"] == options["socket_connect_timeout"] == 0.1
-        assert options["retry"].get_retries() == 0
+        assert start.limiter.storage._connections._timeout_s == 0.1
 
 
 # Streams

@@ -1,0 +1,71 @@
+"""Stores in Redis, as several replicas have them, and small sessions for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from service.errors import StoreUnavailable
+from service.sessions.redis_server import RedisServer
+from service.sessions.redis_store import RedisStore
+from service.sessions.session import Session
+from service.sessions.text import Text
+from tests.harness.clock import Clock
+
+Answer = TypeVar("Answer")
+LEASE_S = 0.3
+
+
+def session(session_id: str = "a", characters: str = "ROMEO:") -> Session:
+    return Session(session_id, "", "tiny@1", "ab", 7, 600, 0, 0, Text(np.zeros((1, 16), np.float32), 0, (), characters))
+
+
+def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
+    """Return a change that appends characters; its answer is the position after them."""
+
+    def change(one: Session) -> tuple[Session, int]:
+        text = Text(
+            np.float32(0.25) + one.hidden / 2, 0, (), characters(one) + more
+        )  # another state that a GRU can have
+        return replace(one, text=text), text.position
+
+    return change
+
+
+def characters(one: Session) -> str:
+    return one.text.slice(0, one.position)
+
+
+def when_served(call: Callable[[], Answer]) -> Answer:
+    """Repeat a call until the store doesn't refuse it because of a restart."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return call()
+        except StoreUnavailable:
+            assert time.monotonic() < deadline, "the store doesn't recover"
+            time.sleep(0.02)
+
+
+@contextmanager
+def replicas(
+    *urls: str, cache_bytes: int = 2**20, lease_s: float = LEASE_S, clock: Clock | None = None
+) -> Iterator[list[RedisStore]]:
+    """Run one store for each URL, all of which lead to the same server."""
+    with ExitStack() as stack:
+        stores = [
+            stack.enter_context(
+                closing(
+                    RedisStore(RedisServer(url, recovery_window_s=0.3), 4096, cache_bytes, lease_s=lease_s, clock=clock)
+                )
+            )
+            for url in urls
+        ]
+        for store in stores:
+            when_served(store.check)
+        yield stores
