@@ -244,7 +244,7 @@ def test_cluster__spreads_sessions_and_leaves_their_keys_as_with_one_server(redi
             store.delete(key)
 
 
-def test_cluster__of_which_a_master_lost_writes_has_them_restored(tmp_path: Path) -> None:
+def test_cluster__restores_writes_that_a_master_has_lost(tmp_path: Path) -> None:
     """It is started again before another one could take its place; the other masters lost nothing."""
     with (
         redis_cluster(tmp_path, "--appendonly", "yes", "--appendfsync", "always", node_timeout_ms=30_000) as cluster,
@@ -269,7 +269,7 @@ def test_cluster__of_which_a_master_lost_writes_has_them_restored(tmp_path: Path
         assert len(other.page("", "", 100)) == len(MANY) + 1
 
 
-def test_cluster__of_which_a_master_dies_goes_on_with_its_replica(tmp_path: Path) -> None:
+def test_cluster__continues_with_the_replica_of_a_master_that_dies(tmp_path: Path) -> None:
     """Its replica lacks the last writes, and no other node refuses calls meanwhile."""
     with (
         redis_cluster(tmp_path, "--cluster-require-full-coverage", "no", has_replicas=True) as cluster,
