@@ -19,6 +19,11 @@ each owner's ids. In a cluster these three are on different nodes, so nothing ch
 then restores what was lost. `RedisConnections` knows the ways to the masters (`redis_url.py`): an address, Sentinels,
 or the nodes of a cluster.
 
+A change of the Redis server, such as a restart, may lose the last writes. Each change begins an epoch, and each save's
+nonce names the epoch in which it was made. Every replica's `LeaseRenewer` restores what it wrote or read last, and none
+serves a call before all have done so (operation `attend` of session.lua). Saves of a later epoch win, so a replica that
+restores too late overwrites nothing.
+
 How a session that one replica (A) has leased moves to another one (B):
 
 1. B calls `RedisStore.begin(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)
