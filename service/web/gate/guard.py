@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 from flask import Flask, Response, g, request
@@ -24,7 +22,6 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_DISCARD_BYTES, _DISCARD_S = 2**21, 1.0  # of a body that nobody wants; larger ones end the connection
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
@@ -49,8 +46,6 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
     @app.after_request
     def _finish(response: Response) -> Response:
-        if not g.get("body_was_read") and _has_body():
-            response.call_on_close(_discarder())
         response.headers["X-Request-Id"] = g.get("request_id", "")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -91,10 +86,8 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
             return error_response(
                 "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
             )
-        g.body_was_read = True  # also if reading fails
         try:
             if len(request.get_data()) > max_body_bytes:
-                g.body_was_read = False  # not all of it
                 return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
@@ -121,32 +114,3 @@ def _logged_path(app: Flask) -> str:
     # No route, or not with this method: the words of known routes are logged, and all others become "*".
     words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
-
-
-def _has_body() -> bool:
-    return bool(request.content_length) or "Transfer-Encoding" in request.headers
-
-
-def _discarder() -> Callable[[], None]:
-    """Return a function that reads and drops a body that nobody wants, after the answer, for a short time.
-
-    If the connection were closed while the client still sends, many clients would report a reset instead of the answer.
-    """
-    stream, connection = request.environ["wsgi.input"], request.environ.get("gunicorn.socket")
-
-    def discard() -> None:
-        remaining, deadline = _DISCARD_BYTES, time.monotonic() + _DISCARD_S
-        before = connection.gettimeout() if connection is not None else None
-        with suppress(Exception):  # the client stalls, disconnects or sends a malformed body: it has its answer
-            while remaining > 0 and (remaining_s := deadline - time.monotonic()) > 0:
-                if connection is not None:
-                    connection.settimeout(remaining_s)
-                chunk = stream.read(min(65_536, remaining))
-                if not chunk:
-                    break
-                remaining -= len(chunk)
-        if connection is not None:
-            with suppress(OSError):
-                connection.settimeout(before)
-
-    return discard
