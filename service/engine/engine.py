@@ -11,6 +11,7 @@ import structlog
 
 from service.arrays import Float32, read_state
 from service.engine.counters import Counters
+from service.engine.memory_budget import MemoryBudget
 from service.engine.pace import Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 _FAILED = "the engine has failed: restart the server"
 _CLOSING = "the engine is shutting down: try again in a moment"
 _NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
+_UNLIMITED_BYTES = 2**60
 _SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
 
 
@@ -31,6 +33,7 @@ class _Text:
 
     handle: Handle
     row: Row
+    num_bytes: int = 0  # counted in the engine's memory budget
 
 
 class Engine:
@@ -43,6 +46,7 @@ class Engine:
         vocab_size: characters of the stepper's model.
         max_running: texts in the batch at most.
         max_waiting: texts that may wait for a place in the batch; further ones are refused.
+        memory: what all open texts together may take; several engines may share one.
         stall_s: seconds after which a step that has not returned counts as stuck.
         clock: returns seconds; replaced in tests.
     """
@@ -54,11 +58,13 @@ class Engine:
         max_running: int,
         max_waiting: int,
         stall_s: float = 30.0,
+        memory: MemoryBudget | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stepper, self._vocab_size = stepper, vocab_size
         self._max_open = max_running + max_waiting
         self._stall_s, self._clock = stall_s, clock
+        self._memory = memory if memory is not None else MemoryBudget(_UNLIMITED_BYTES)
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
         self.counters = Counters()  # written while holding `_stepping`, read by any thread
@@ -86,9 +92,22 @@ class Engine:
             _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
             for request in requests
         ]
+        shared = {id(request.prompt): request.prompt.nbytes for request in requests}
+        for text in texts:
+            text.num_bytes = text.row.num_bytes + shared.pop(id(text.row.prompt), 0)
+        num_bytes = sum(text.num_bytes for text in texts)
+        if not self._memory.take(num_bytes, regardless=already_admitted):
+            raise Overloaded("the server has as many long texts as fit into its memory: try again in a second")
+        try:
+            return self._accept(texts, already_admitted)
+        except BaseException:
+            self._memory.give_back(num_bytes)
+            raise
+
+    def _accept(self, texts: list[_Text], already_admitted: bool) -> list[Handle]:
         with self._changed:
-            self._require_room(len(requests), already_admitted)
-            step_here = self._num_open == 0 and len(requests) == 1 and _is_short(requests[0])
+            self._require_room(len(texts), already_admitted)
+            step_here = self._num_open == 0 and len(texts) == 1 and _is_short(texts[0].handle.request)
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
                 self._num_open += len(texts)
@@ -166,6 +185,7 @@ class Engine:
             raise EngineFailed(_FAILED) from error
         finally:
             self._stepping.release()
+        self._memory.give_back(text.num_bytes)
         text.handle.publish(result, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
@@ -248,6 +268,7 @@ class Engine:
                 if text.handle.request.max_chars:
                     self.counters.ended(text.row.finished)
             self._scheduler.remove(texts)
+            self._memory.give_back(sum(text.num_bytes for text in texts))
             with self._changed:
                 self._num_open -= len(texts)
 

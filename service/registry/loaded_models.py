@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
+from service.engine.memory_budget import MemoryBudget
 from service.engine.prefix_cache import PrefixCache
 from service.errors import InvalidArtifact, ModelChanged, ModelNotFound
 from service.model.artifact import Artifact
@@ -38,6 +39,9 @@ class EngineSettings:
     max_running: int = 256  # see Engine
     max_waiting: int = 256  # see Engine
     stall_s: float = 30.0  # see Engine
+    memory: MemoryBudget = field(
+        default_factory=lambda: MemoryBudget(2**27)
+    )  # that the open texts of all engines share
     prefix_cache_bytes: int = 2**26  # memory for states after prompts; 0 disables the cache
 
 
@@ -74,6 +78,7 @@ class LoadedModel:
             settings.max_running,
             settings.max_waiting,
             settings.stall_s,
+            settings.memory,
         )
 
     @property

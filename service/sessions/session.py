@@ -13,7 +13,6 @@ from service.engine.stepper import FinishReason
 from service.errors import PositionConflict
 from service.sessions.text import Text
 
-
 # The limits of numbers in a stored record.
 Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]

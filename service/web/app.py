@@ -13,6 +13,7 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import read_keys
 from service.engine.kernels import choose_kernel
+from service.engine.memory_budget import MemoryBudget
 from service.errors import InvalidSettings
 from service.generation.inspector import Inspector
 from service.generation.score_budget import ScoreBudget
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         max_running=settings.max_batch,
         max_waiting=settings.max_queue,
         stall_s=settings.stall_s,
+        memory=MemoryBudget(settings.max_text_bytes),
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
     models = LoadedModels(ModelStore(settings.model_store), settings.max_models, engine_settings)
@@ -90,7 +92,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     register_metrics(app, metrics)
     register_access(app, keys)
     register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
-    register_body_check(app, settings.max_body_bytes)
+    register_body_check(app, settings.max_body_bytes, MemoryBudget(settings.max_large_bodies_bytes))
     register_error_handlers(app)
     limits = CompletionLimits(
         max_tokens=settings.max_tokens,

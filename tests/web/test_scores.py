@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from service.web.api.json_pieces import json_response, logprobs_pieces
 from tests.harness.application import client_of, ok, refused
 from tests.harness.models import TINY_CHARSET
 from tests.harness.server import SERVE, serving
+from tests.harness.wait import wait_until
 
 BUDGET = 2000
 CHARSET = Charset(TINY_CHARSET)
@@ -210,3 +212,21 @@ def test_budget__in_use_is_429_until_the_answer_is_sent(tiny_store: ModelStore) 
         status, answer = server.call("POST", "/v1/completions", big)
         assert status == 200
         assert len(answer["choices"][0]["logprobs"]["top_logprobs"]) == 90_000
+
+
+def test_large_bodies__have_a_budget_and_small_ones_do_not_count(tiny_store: ModelStore) -> None:
+    """A client that sends a large body slowly takes its place; small requests are served, and then large ones again."""
+    environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
+    large = completion(prompt="ab" * 40_000, max_tokens=1, logprobs=None)
+    with serving(SERVE, environment | {"GRU_SERVE_MAX_LARGE_BODIES_BYTES": str(2**20)}) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as slow:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 1000000\r\n\r\n".encode() + b"{")
+
+            def is_refused() -> bool:
+                status, answer = server.call("POST", "/v1/completions", large)
+                return status == 429 and answer["error"]["code"] == "overloaded"
+
+            wait_until(is_refused)
+            assert server.call("POST", "/v1/completions", completion(prompt="ab" * 10_000, max_tokens=1))[0] == 200
+        wait_until(lambda: server.call("POST", "/v1/completions", large)[0] == 200)
