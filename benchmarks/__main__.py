@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "roofline": (),
     "http": (),
     "sessions": (),
+    "memory": (),
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
     "page": ("chromium",),
