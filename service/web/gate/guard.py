@@ -14,6 +14,7 @@ import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from service.engine.memory_budget import MemoryBudget
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
@@ -22,6 +23,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SMALL_BODY_BYTES = 65_536  # bodies up to this length are not counted, so that large ones never shut them out
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
@@ -61,8 +63,10 @@ def register_guard(app: Flask, drain: Drain) -> None:
         return response
 
 
-def register_body_check(app: Flask, max_body_bytes: int) -> None:
+def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBudget) -> None:
     """Read and parse the body of each request before the route validates it, and refuse HEAD of a stream.
+
+    `large_bodies` limits those of more than `_SMALL_BODY_BYTES`: read and parsed, each takes ten times its length.
 
     Register it after everything that refuses requests without reading their bodies.
     """
@@ -86,6 +90,11 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
             return error_response(
                 "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
             )
+        expected = request.content_length if request.content_length is not None else max_body_bytes
+        if expected > _SMALL_BODY_BYTES:
+            if not large_bodies.take(expected):
+                return error_response("the server reads as many large bodies as it can: try again", "overloaded")
+            g.large_body_bytes = expected
         try:
             if len(request.get_data()) > max_body_bytes:
                 return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
@@ -105,6 +114,10 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
         if not isinstance(body, dict):
             return error_response("the body has to be a JSON object", "invalid_json")
         return None
+
+    @app.teardown_request
+    def _forget_body(_: BaseException | None) -> None:
+        large_bodies.give_back(g.pop("large_body_bytes", 0))
 
 
 def _logged_path(app: Flask) -> str:
