@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "http": (),
     "fairness": (),
     "sessions": (),
+    "memory": (),
     "deploy": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
     "strangers": (),

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from service.engine.kernels import Kernel, choose_kernel
+from service.engine.memory_budget import MemoryBudget
 from service.errors import InvalidSettings
 from service.generation.inspector import Inspector
 from service.generation.session_service import SessionService
@@ -89,6 +90,7 @@ def _engine_settings(settings: Settings, kernel: Kernel) -> EngineSettings:
         max_running=settings.max_batch,
         max_waiting=settings.max_queue,
         stall_s=settings.stall_s,
+        memory=MemoryBudget(settings.max_text_bytes),
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
 

@@ -56,8 +56,15 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         256, ge=0, le=65_536, description="texts that may wait for a place in the batch; more are refused (429)"
     )
+    max_text_bytes: int = Field(
+        2**27,
+        ge=2**20,
+        le=2**44,
+        description="memory of all texts that are computed or wait, of all models: prompts, states and checkpoints; "
+        "more are refused (429)",
+    )
     prefix_cache_bytes: int = Field(
-        2**26, ge=0, le=2**40, description="bytes per model for caching the states after recent texts; 0: no cache"
+        2**25, ge=0, le=2**40, description="bytes per model for caching the states after recent texts; 0: no cache"
     )
     stall_s: float = Field(
         30.0, gt=0, le=3600, description="seconds after which a step of the engine counts as stuck, and /readyz fails"
@@ -81,6 +88,12 @@ class Settings(BaseSettings):
         "one, and each alternative to it another",
     )
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest accepted request body")
+    max_large_bodies_bytes: int = Field(
+        2**24,
+        ge=2**20,
+        le=2**40,
+        description="bytes of request bodies above 64 KiB that are read or parsed at a time; more are refused (429)",
+    )
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(
         20, ge=1, le=3600, description="seconds after which a client that reads nothing is disconnected"
@@ -107,7 +120,7 @@ class Settings(BaseSettings):
         description="sessions held in memory; one more evicts the least recently used idle session",
     )
     max_session_bytes: int = Field(
-        2**30,
+        3 * 2**28,
         ge=2**24,
         le=2**44,
         description="memory for sessions (with Redis: for cached ones); the least recently used are evicted above it",

@@ -68,7 +68,7 @@ def test_shared_capacity__never_exceed_their_number_and_forget_clients(steps: li
 
 
 def test_client__is_that_of_the_thread() -> None:
-    seen: list[str] = []
+    seen, before = list[str](), current_client()
 
     def serve(client: str) -> None:
         work_for(client)
@@ -79,4 +79,4 @@ def test_client__is_that_of_the_thread() -> None:
         thread.start()
         thread.join()
     assert seen == ["a", "b"]
-    assert current_client() == ""
+    assert current_client() == before

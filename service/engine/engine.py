@@ -11,6 +11,7 @@ import structlog
 
 from service.arrays import Float32, read_state
 from service.engine.counters import Counters
+from service.engine.memory_budget import MemoryBudget
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
@@ -23,6 +24,7 @@ log = structlog.get_logger(__name__)
 _FAILED = "the engine has failed: restart the server"
 _CLOSING = "the engine is shutting down: try again in a moment"
 _NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
+_UNLIMITED_BYTES = 2**60
 _SHORT_CHARS = 32  # texts up to this length are read on the caller's thread while the engine is idle
 # For this long after a tick with several clients, ticks stay short: a client that has been here may come back, and
 # would have to wait for the end of a long one.
@@ -35,6 +37,7 @@ class _Text:
 
     handle: Handle
     row: Row
+    num_bytes: int = 0  # counted in the engine's memory budget
 
     @property
     def client(self) -> str:
@@ -55,6 +58,7 @@ class Engine:
         vocab_size: characters of the stepper's model.
         max_running: texts in the batch at most.
         max_waiting: texts of one client that may wait for a place in the batch; further ones are refused.
+        memory: what all open texts together may take; several engines may share one.
         stall_s: seconds after which a step that has not returned counts as stuck.
         clock: returns seconds; replaced in tests.
     """
@@ -66,10 +70,12 @@ class Engine:
         max_running: int,
         max_waiting: int,
         stall_s: float = 30.0,
+        memory: MemoryBudget | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stepper, self._vocab_size = stepper, vocab_size
         self._stall_s, self._clock = stall_s, clock
+        self._memory = memory if memory is not None else MemoryBudget(_UNLIMITED_BYTES)
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
         self._short_ticks_until = 0.0
@@ -99,12 +105,25 @@ class Engine:
             _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
             for request in requests
         ]
+        shared = {id(request.prompt): request.prompt.nbytes for request in requests}
+        for text in texts:
+            text.num_bytes = text.row.num_bytes + shared.pop(id(text.row.prompt), 0)
+        num_bytes = sum(text.num_bytes for text in texts)
+        if not self._memory.take(num_bytes, regardless=already_admitted):
+            raise Overloaded("the server has as many long texts as fit into its memory: try again in a second")
+        try:
+            return self._accept(client, texts, already_admitted)
+        except BaseException:
+            self._memory.give_back(num_bytes)
+            raise
+
+    def _accept(self, client: str, texts: list[_Text], already_admitted: bool) -> list[Handle]:
         with self._changed:
-            self._require_room(client, len(requests), already_admitted)
-            step_here = self._places.num_taken == 0 and len(requests) == 1 and _is_short(requests[0])
+            self._require_room(client, len(texts), already_admitted)
+            step_here = self._places.num_taken == 0 and len(texts) == 1 and _is_short(texts[0].handle.request)
             step_here = step_here and self._stepping.acquire(blocking=False)
             if not step_here:
-                self._places.take(client, len(requests))
+                self._places.take(client, len(texts))
                 self._inbox.extend(texts)
                 self._start()
                 self._changed.notify_all()
@@ -187,6 +206,7 @@ class Engine:
             raise EngineFailed(_FAILED) from error
         finally:
             self._stepping.release()
+        self._memory.give_back(text.num_bytes)
         text.handle.publish(result, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
@@ -278,6 +298,7 @@ class Engine:
                 if text.handle.request.max_chars:
                     self.counters.ended(text.row.finished)
             self._scheduler.remove(texts)
+            self._memory.give_back(sum(text.num_bytes for text in texts))
             with self._changed:
                 for text in texts:
                     self._places.give_back(text.client)

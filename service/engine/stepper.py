@@ -20,6 +20,7 @@ FinishReason = Literal["stop", "length"]
 MAX_STOPS = 16
 MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
+_COUNTED_CHARS = 8192
 _MEASURED_CHARS = 2048  # characters between two calls of `progress` in `mean_loss`
 
 
@@ -71,6 +72,20 @@ class Row:
     def scores(self) -> bool:
         """Whether the next characters need scores."""
         return self.num_logprobs is not None and (self.score_prompt or not self.is_reading)
+
+    @property
+    def num_bytes(self) -> int:
+        """Approximate memory until its end, without the prompt, which rows may share: states, counts and results.
+
+        Of the results, as many characters count as a reader that waits for the end usually lets accumulate.
+        """
+        history = 0 if self.history is None else self.history.num_generated.nbytes + self.history.in_prompt.nbytes
+        return (
+            self.hidden.nbytes * (2 + len(self.checkpoint_positions))
+            + history
+            + 8 * min(self.max_chars, _COUNTED_CHARS)
+            + 1000
+        )
 
     def check(self, shape: tuple[int, ...], vocab_size: int) -> None:
         """Raise InvalidValue unless a stepper can advance this row, which was not advanced yet, to its end.

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
+from service.engine.memory_budget import MemoryBudget
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
 from service.errors import GruServeError, InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
@@ -46,6 +47,9 @@ class EngineSettings:
     max_running: int = 256  # see Engine
     max_waiting: int = 256  # see Engine
     stall_s: float = 30.0  # see Engine
+    memory: MemoryBudget = field(
+        default_factory=lambda: MemoryBudget(2**27)
+    )  # that the open texts of all engines share
     prefix_cache_bytes: int = 2**26  # memory for states after prompts; 0 disables the cache
 
 
@@ -83,6 +87,7 @@ class LoadedModel:
             settings.max_running,
             settings.max_waiting,
             settings.stall_s,
+            settings.memory,
         )
 
     @property

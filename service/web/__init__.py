@@ -16,7 +16,9 @@ How a request passes through, and the modules that do it:
 2. Flask finds the route. What the route is (`gate.route.Route`: open, starts work, counts as a start, streams, is a
    check) is declared where it is defined, and every step before and after it reads that declaration. A step that knows
    a path is a mistake, which a test finds.
-3. `gate.guard` gives the request an id, and refuses work that would start while the process drains (`gate.drain`).
+3. `gate.proxies` replaces a trusted proxy's address by the client's. `gate.guard` gives the request an id, and refuses
+   work that would start while the process drains (`gate.drain`). `gate.origins` refuses names that are not the server's
+   and web pages of other sites.
 4. `gate.access` checks its API key, unless the route is open.
 5. `gate.rate_limit` counts a start, and refuses it if its client starts too much in a given time.
 6. `gate.guard` takes the body, which has arrived, and parses it as JSON. Then flask_openapi validates body, path and

@@ -11,6 +11,7 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
+from service.engine.memory_budget import MemoryBudget
 from service.generation.score_budget import ScoreBudget
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
@@ -98,7 +99,7 @@ def _register_gates(
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
     close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
-    register_body_check(app, settings.max_body_bytes)
+    register_body_check(app, settings.max_body_bytes, MemoryBudget(settings.max_large_bodies_bytes))
     register_start_costs(app, settings.max_tokens, MAX_CHOICES)
     register_error_handlers(app)
     return close_counts

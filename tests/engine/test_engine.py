@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
+from service.engine.memory_budget import MemoryBudget
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import End, Handle, Request
@@ -602,3 +603,38 @@ def test_failed_engine__raises_a_new_exception_each_time() -> None:
                     way()
                 raised.append(caught.value)
             assert len(set(map(id, raised))) == 3
+
+
+def test_memory__of_all_open_texts_has_a_budget() -> None:
+    """Engines share it. It is free again however a text ends, and one large text is always accepted."""
+    memory, gate = MemoryBudget(400_000), _Gate()
+    prompt = CHARSET.encode("a" * 10_000)  # 80 KB, which continuations share
+    long = [Request(prompt, 1, seed) for seed in range(20)]
+    with running(gate, memory=memory, max_running=100) as engine, running(memory=memory) as other:
+        first = engine.submit(long)
+        used = memory.num_bytes
+        assert 80_000 < used < 150_000
+        engine.submit([Request(CHARSET.encode("b" * 20_000), 1, 0)])
+        for refusing in (engine, other):
+            with pytest.raises(Overloaded):
+                refusing.submit([Request(CHARSET.encode("c" * 20_000), 1, 0)])
+        with pytest.raises(InvalidValue):
+            engine.submit([Request(prompt, -1, 0)])
+        assert other.submit([request()])[0].wait().position == 36
+        other.submit([request(max_chars=0)])[0].wait()
+        first[0].cancel()
+        gate.open()
+        for handle in first:
+            handle.wait()
+        deadline = time.monotonic() + 10
+        while engine.num_open and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert memory.num_bytes == 0
+        assert other.submit([Request(CHARSET.encode("d" * 100_000), 0, 0)])[0].wait().position == 100_000
+    gate = _Gate()
+    with running(gate, memory=memory) as engine:
+        engine.submit([request(max_chars=10_000)])
+        assert gate.entered.acquire(timeout=10)
+        gate.open()
+        engine.close()
+        assert memory.num_bytes == 0

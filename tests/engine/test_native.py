@@ -315,18 +315,17 @@ def test_variants__that_compute_other_numbers_are_not_offered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One variant, as on a processor that breaks it, and then all: then torch serves, and `native` is refused."""
-    check = native_stepper.digest_of
 
     def broken(make_stepper: Any, wrong: set[str]) -> str:
-        names: list[str] = []
+        names: set[str] = set()
 
         def note(model: QuantizedGRU) -> Stepper:
-            stepper = make_stepper(model)
-            names.append(stepper.variant)
+            stepper: NativeStepper = make_stepper(model)
+            names.add(stepper.variant)
             return stepper
 
-        digest = check(note)
-        return "other" if wrong & set(names) else digest
+        digest = digest_of(note)
+        return "other" if wrong & names else digest
 
     try:
         for wrong in ({VARIANTS[0]}, set(VARIANTS)):

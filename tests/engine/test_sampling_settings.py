@@ -17,7 +17,11 @@ from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.web.api.schemas import SamplingBody
 from tests.harness.rows import quantized, row
 
-DECLARED = get_type_hints(SamplingSettings, include_extras=True)
+DECLARED = {
+    name: hint
+    for name, hint in get_type_hints(SamplingSettings, include_extras=True).items()
+    if not name.startswith("__")
+}
 
 
 def limits(name: str) -> tuple[float | None, float | None, bool]:

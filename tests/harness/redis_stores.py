@@ -29,9 +29,8 @@ def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
     """Return a change that appends characters; its answer is the position after them."""
 
     def change(one: Session) -> tuple[Session, int]:
-        text = Text(
-            np.float32(0.25) + one.hidden / 2, 0, (), characters(one) + more
-        )  # another state that a GRU can have
+        hidden = np.float32(0.25) + one.hidden / 2  # another state that a GRU can have
+        text = Text(hidden, 0, (), characters(one) + more)
         return replace(one, text=text), text.position
 
     return change

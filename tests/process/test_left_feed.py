@@ -81,8 +81,8 @@ def test_calls__whose_clients_left_before_they_began_do_nothing(server: Server) 
             for method, path, content in calls:
                 with socket.create_connection(("127.0.0.1", server.port)) as connection:
                     body = json.dumps(content).encode()
-                    head = f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-                    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                    head = f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                    connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)

@@ -216,8 +216,8 @@ def test_pipelined_requests__are_answered_in_order(server: Server) -> None:
     body = json.dumps(BODY | {"stream": True}).encode()
     stream = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
     chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\nTrailer: a\r\n\r\n"
-    get = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
-    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    get = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(get + stream + chunked + get + stream + last)
         with connection.makefile("rb") as answers:

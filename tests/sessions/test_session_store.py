@@ -572,26 +572,26 @@ def test_redis_store__creates_in_one_exchange(replicas: list[RedisStore], monkey
 
         return count
 
-    for name in ("_run", "_send_all"):
+    for name in ("_run_script", "_send_all"):
         monkeypatch.setattr(one._server, name, counted(name))
     one.create(session("first"))
     assert len(exchanges) == 2
     exchanges.clear()
     one.create(session("a"))
-    assert exchanges == ["_run"]
+    assert exchanges == ["_run_script"]
     assert [summary.id for summary in one.page("", "", 9)] == ["a", "first"]
     exchanges.clear()
     with pytest.raises(SessionExists):
         one.create(session("a"))
-    assert exchanges == ["_run"]
+    assert exchanges == ["_run_script"]
     exchanges.clear()
     retention, hidden = Retention(), state(0)
     states = dict.fromkeys(retention.checkpoint_positions(0, 9_000), hidden)
     long = one.create(session("long", text=Text(hidden).extended("x" * 9_000, hidden, states, retention)))
-    assert exchanges == ["_send_all", "_send_all", "_run"]
+    assert exchanges == ["_send_all", "_send_all", "_run_script"]
     exchanges.clear()
     one.create(replace(long, id="fork"))
-    assert exchanges == ["_send_all", "_run"]
+    assert exchanges == ["_send_all", "_run_script"]
 
 
 def test_redis_store__without_a_cache_needs_two_exchanges(

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
 
 import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from service.engine.memory_budget import MemoryBudget
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
@@ -24,7 +23,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_DISCARD_BYTES, _DISCARD_S = 2**21, 1.0  # of a body that nobody wants; larger ones end the connection
+_SMALL_BODY_BYTES = 65_536  # bodies up to this length are not counted, so that large ones never shut them out
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
@@ -49,8 +48,6 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
     @app.after_request
     def _finish(response: Response) -> Response:
-        if not g.get("body_was_read") and _has_body():
-            response.call_on_close(_discarder())
         response.headers["X-Request-Id"] = g.get("request_id", "")
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -66,8 +63,10 @@ def register_guard(app: Flask, drain: Drain) -> None:
         return response
 
 
-def register_body_check(app: Flask, max_body_bytes: int) -> None:
+def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBudget) -> None:
     """Read and parse the body of each request before the route validates it, and refuse HEAD of a stream.
+
+    `large_bodies` limits those of more than `_SMALL_BODY_BYTES`: read and parsed, each takes ten times its length.
 
     Register it after everything that refuses requests without reading their bodies.
     """
@@ -91,10 +90,13 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
             return error_response(
                 "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
             )
-        g.body_was_read = True  # also if reading fails
+        expected = request.content_length if request.content_length is not None else max_body_bytes
+        if expected > _SMALL_BODY_BYTES:
+            if not large_bodies.take(expected):
+                return error_response("the server reads as many large bodies as it can: try again", "overloaded")
+            g.large_body_bytes = expected
         try:
             if len(request.get_data()) > max_body_bytes:
-                g.body_was_read = False  # not all of it
                 return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
@@ -113,6 +115,10 @@ def register_body_check(app: Flask, max_body_bytes: int) -> None:
             return error_response("the body has to be a JSON object", "invalid_json")
         return None
 
+    @app.teardown_request
+    def _forget_body(_: BaseException | None) -> None:
+        large_bodies.give_back(g.pop("large_body_bytes", 0))
+
 
 def _logged_path(app: Flask) -> str:
     """Return the path without anything that the client chose: a session's id alone may be enough to use the session."""
@@ -121,32 +127,3 @@ def _logged_path(app: Flask) -> str:
     # No route, or not with this method: the words of known routes are logged, and all others become "*".
     words = {word for rule in app.url_map.iter_rules() for word in rule.rule.split("/")}
     return "/".join(word if word in words else "*" for word in request.path[:200].split("/"))
-
-
-def _has_body() -> bool:
-    return bool(request.content_length) or "Transfer-Encoding" in request.headers
-
-
-def _discarder() -> Callable[[], None]:
-    """Return a function that reads and drops a body that nobody wants, after the answer, for a short time.
-
-    If the connection were closed while the client still sends, many clients would report a reset instead of the answer.
-    """
-    stream, connection = request.environ["wsgi.input"], request.environ.get("gunicorn.socket")
-
-    def discard() -> None:
-        remaining, deadline = _DISCARD_BYTES, time.monotonic() + _DISCARD_S
-        before = connection.gettimeout() if connection is not None else None
-        with suppress(Exception):  # the client stalls, disconnects or sends a malformed body: it has its answer
-            while remaining > 0 and (remaining_s := deadline - time.monotonic()) > 0:
-                if connection is not None:
-                    connection.settimeout(remaining_s)
-                chunk = stream.read(min(65_536, remaining))
-                if not chunk:
-                    break
-                remaining -= len(chunk)
-        if connection is not None:
-            with suppress(OSError):
-                connection.settimeout(before)
-
-    return discard

@@ -86,7 +86,7 @@ def register_origins(app: Flask, hosts: HostPolicy, allowed_origins: Collection[
     @app.before_request
     def _check_origin() -> Response | None:
         names, origin = _requested_hosts(), request.headers.get("Origin")
-        # Checks say nothing about texts, and balancers send any Host with them.
+        # Health checks say nothing about texts, and balancers send any Host with them.
         if not current_route().is_check and not all(hosts.accepts(name) for name in names):
             return error_response(
                 "the server does not answer to the name in the header Host: if the name is right, its operator has to "

@@ -224,8 +224,10 @@ def replica(rate: str, redis: int | str) -> Iterator[Replica]:
         return ""
 
     (limiter,) = app.extensions["limiter"]
-    yield Replica(app.test_client(), limiter)
-    close()
+    try:
+        yield Replica(app.test_client(), limiter)
+    finally:
+        close()
 
 
 def test_rate_limit__is_shared_by_replicas_and_per_replica_without_redis(
@@ -253,6 +255,7 @@ def test_rate_limit__counts_at_the_new_master_after_a_failover(tmp_path: Path) -
     with sentinel_group(tmp_path, num_replicas=1, num_sentinels=1) as group, replica("1000/day", group.url) as start:
         assert start() == 200
         old = group.master()
+        group.wait_until_whole()
         group.fail_over()
         wait_until(lambda: group.master() is not old, 30)
         old.kill()  # else it would accept writes for some seconds more
