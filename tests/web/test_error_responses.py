@@ -56,6 +56,7 @@ CONTRACT = {
 }
 # No request causes these; if one did, it would be our mistake.
 OPERATOR_CODES = {
+    "address_unusable",
     "invalid_charset",
     "invalid_checkpoint",
     "invalid_corpus",
