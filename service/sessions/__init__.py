@@ -15,6 +15,11 @@ In Redis a session is one key, which session.lua changes. Two things are keys of
 session's: `SegmentStore` has full segments of text, which never change and which forks share, and `SessionIndex` has
 each owner's ids.
 
+A change of the Redis server, such as a restart, may lose the last writes. Each change begins an epoch, and each save's
+nonce names the epoch in which it was made. Every replica's `LeaseRenewer` restores what it wrote or read last, and none
+serves a call before all have done so (operation `attend` of session.lua). Saves of a later epoch win, so a replica that
+restores too late overwrites nothing.
+
 How a session that one replica (A) has leased moves to another one (B):
 
 1. B calls `RedisStore.begin(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)

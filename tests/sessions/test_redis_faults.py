@@ -53,7 +53,7 @@ def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
     """Return a change that appends characters; its answer is the position after them."""
 
     def change(one: Session) -> tuple[Session, int]:
-        text = Text(one.hidden + 1, 0, (), characters(one) + more)
+        text = Text(one.hidden + np.float32(0.01), 0, (), characters(one) + more)
         return replace(one, text=text), text.position
 
     return change
@@ -116,7 +116,7 @@ def wait_for_recovery(*stores: SessionStore) -> None:
 
 def recover(store: RedisStore) -> None:
     """Do what the store's own thread does after a restart, now. With leases of 60 s it looks every 10 s only."""
-    assert store._server.ping()
+    assert when_served(store._server.ping)
     store._renewer._restore()
 
 

@@ -40,7 +40,7 @@ def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
     """Return a change that appends characters; its answer is the position after them."""
 
     def change(one: Session) -> tuple[Session, int]:
-        text = Text(one.hidden + 1, 0, (), one.text.slice(0, one.position) + more)
+        text = Text(one.hidden + np.float32(0.01), 0, (), one.text.slice(0, one.position) + more)
         return replace(one, text=text), text.position
 
     return change

@@ -319,6 +319,7 @@ class StoreMachine(RuleBasedStateMachine):
                 known.maybe.add(token)  # the lease's next save does it if it wasn't done
             if release or isinstance(answer, RevisionConflict):
                 known.may_be_leased |= isinstance(answer, GruServeError)
+                lease.release()  # as every caller does at its end
                 self.leases[session_id].remove((number, lease))
 
     def end(self, session_id: str, number: int) -> None:
@@ -344,11 +345,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.ensure((listed_id in found) == (known.text is not None), f"{listed_id}: {known}, listed: {found}")
 
     def pass_time(self) -> None:
-        """Let all leases end."""
+        """Let all leases end. Those that replicas hold may be renewed later, unless others have changed the session."""
         self.clock.now += 2 * LEASE_S
         for known in self.sessions.values():
             known.may_be_leased = False
-        self.leases.clear()
 
     # What happens to replicas
 
