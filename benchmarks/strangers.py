@@ -104,7 +104,8 @@ def attacked(server: Server, name: str, attack: Attack, seconds: float, rounds: 
     print(f"  undisturbed: {1000 * statistics.median(undisturbed):.1f} ms")
     print(f"  undisturbed after / before the attack: {spread(noise)}")
     report(f"  attacked / undisturbed: {spread(ratios)}; median", statistics.median(ratios), "times", "at most 2")
-    return {"undisturbed_s": summary(undisturbed), "ratio": summary(ratios), "noise": summary(noise)}
+    facts: dict[str, object] = {"undisturbed_s": summary(undisturbed), "ratio": summary(ratios)}
+    return facts | {"noise": summary(noise)}
 
 
 def measure(server: Server, seconds: float) -> list[float]:
