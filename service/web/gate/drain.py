@@ -61,11 +61,14 @@ class Drain:
         return now >= self._interrupt_at or (now >= self._notice_ends_at and not num_requests)
 
     def interrupt(self, num_requests: int) -> None:
-        """Start the callbacks, once. They save sessions, so they run in a thread and never block the main loop."""
+        """Start the callbacks, once. They save sessions, so they run in a thread and don't block the main loop."""
         if self._thread is None:
             log.info("drained" if not num_requests else "drain time is over", num_requests=num_requests)
             self._thread = threading.Thread(target=self._run_callbacks, name="drain", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except RuntimeError:  # the system refuses another thread; to save the sessions is more important
+                self._run_callbacks()
 
     @property
     def is_interrupted(self) -> bool:

@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 
 _HEAD_S = 10.0  # for the first byte of a connection, and for a head from its first byte
 _KEEPALIVE_S = 75.0  # longer than balancers keep idle connections, so that they and not this server close them
-_LINGER_S = 2.0  # how long a client may take to close its side after the last answer
+_LINGER_S = 2.0  # how long a client may take to close its side after the last answer, without sending anything
 _LINGER_BYTES = 32 * 1024 * 1024
 _SCAN_S = 0.25  # between two searches for connections whose time is over
 _PAUSE_S = 0.25  # without accepting, after the system has refused to
@@ -76,10 +76,10 @@ class Poller:
         self._connections: set[Connection] = set()
         self._num_received = 0  # bytes of requests that have not arrived completely
         self._finished: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()
-        self._wake_fd, self._woken_fd = socket.socketpair()
-        for end in (self._wake_fd, self._woken_fd):
+        self._waker, self._woken = socket.socketpair()
+        for end in (self._waker, self._woken):
             end.setblocking(False)
-        self._selector.register(self._woken_fd, selectors.EVENT_READ, self._take_finished)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._take_finished)
         self._is_accepting = False
         self._paused_until = 0.0
         self._next_scan = 0.0
@@ -98,7 +98,7 @@ class Poller:
     def wake(self) -> None:
         """End a running `run_once`. Any thread or signal handler may call this."""
         with suppress(OSError):  # the buffer is full, so the thread is about to wake
-            self._wake_fd.send(b"\0")
+            self._waker.send(b"\0")
 
     def run_once(self, timeout_s: float) -> None:
         """Wait up to `timeout_s` for something to happen, and handle it."""
@@ -124,7 +124,7 @@ class Poller:
     def close(self) -> None:
         """Close the listeners and the poller's own descriptors."""
         self._selector.close()
-        for end in (self._wake_fd, self._woken_fd):
+        for end in (self._waker, self._woken):
             end.close()
         for listener in self._listeners:
             listener.close()
@@ -224,6 +224,9 @@ class Poller:
         is_open = connection.receive()
         if connection.phase is Phase.LINGERING:
             if is_open and connection.num_lingered < _LINGER_BYTES:
+                # A client that still sends reads the answer afterwards.
+                longest = connection.waiting_since + self._limits.request_timeout_s
+                connection.deadline = min(time.monotonic() + _LINGER_S, longest)
                 self._watch(connection)
             else:
                 self._drop(connection)
@@ -236,7 +239,10 @@ class Poller:
         try:
             request = reader.next_request(connection.send_if_possible)
         except Refusal as refusal:
-            self._refuse(connection, refusal)
+            if reader.is_skipping:
+                self._drop(connection)  # its request has been answered
+            else:
+                self._refuse(connection, refusal)
             return
         if request is not None:
             self._unwatch(connection)
@@ -267,7 +273,7 @@ class Poller:
 
     def _take_finished(self, _: Any) -> None:
         with suppress(BlockingIOError):
-            self._woken_fd.recv(4096)
+            self._woken.recv(4096)
         while True:
             try:
                 connection, can_be_reused = self._finished.get_nowait()
@@ -299,7 +305,6 @@ class Poller:
         """
         connection.sock.shutdown(socket.SHUT_WR)
         connection.phase, connection.waiting_since = Phase.LINGERING, time.monotonic()
-        connection.deadline = connection.waiting_since + _LINGER_S
         self._count(connection)
         self._read(connection)
 
@@ -310,7 +315,7 @@ class Poller:
         connection.num_counted = 0
         connection.close()
 
-    # Accounting
+    # Bookkeeping
 
     def _count(self, connection: Connection) -> None:
         """Bring the count of received bytes up to date."""

@@ -249,7 +249,14 @@ def test_create_app__without_its_model_fails(tmp_path: Path) -> None:
 def test_error_codes__that_can_reach_the_web_have_a_status() -> None:
     from service import errors
 
-    elsewhere = {"invalid_corpus", "invalid_checkpoint", "training_diverged", "invalid_settings", "invalid_charset"}
+    elsewhere = {
+        "address_unusable",
+        "invalid_corpus",
+        "invalid_checkpoint",
+        "training_diverged",
+        "invalid_settings",
+        "invalid_charset",
+    }
     elsewhere |= {"missing_library"}
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GruServeError)

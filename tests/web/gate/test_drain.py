@@ -89,6 +89,19 @@ def test_interrupt__runs_callbacks_in_order_and_continues_after_a_failure() -> N
     assert called == ["first", "second"]
 
 
+def test_interrupt__without_a_thread_to_start_runs_the_callbacks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    called, drain = [], Drain(10, 0)
+    drain.on_interrupt(lambda: called.append(threading.current_thread()))
+    drain.begin()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    drain.interrupt(0)
+    assert called == [threading.current_thread()]
+    assert drain.is_interrupted
+
+
 @pytest.fixture
 def draining(tiny_store: ModelStore) -> Iterator[FlaskClient]:
     """A client of a draining application that has a session `a`."""
