@@ -77,9 +77,14 @@ class SentinelGroup:
         return self.master()
 
     def fail_over(self) -> None:
-        """Let the last Sentinel begin an orderly failover."""
-        with self.sentinels[-1].client() as client:
-            client.execute_command("SENTINEL", "FAILOVER", SERVICE)
+        """Let the last Sentinel begin an orderly failover, as soon as it knows that a replica is fit for it."""
+
+        def begins() -> bool:
+            with suppress(redis.ResponseError), self.sentinels[-1].client() as client:
+                return bool(client.execute_command("SENTINEL", "FAILOVER", SERVICE))
+            return False
+
+        wait_until(begins, 30)
 
     def wait_until_whole(self) -> None:
         """Wait until all servers follow the master, and every Sentinel knows all servers and the other Sentinels."""

@@ -23,7 +23,7 @@ def test_create_app__that_fails_after_the_service_was_opened_closes_it(
         opened.append(open_service(settings, observer))
         return opened[-1]
 
-    def fail(flask_app: Flask, max_body_bytes: int) -> None:
+    def fail(flask_app: Flask, max_body_bytes: int, _budget: object) -> None:
         raise InvalidSettings(f"{flask_app.name} {max_body_bytes}")
 
     monkeypatch.setattr(Service, "open", opening)
