@@ -29,7 +29,7 @@ def appended(more: str) -> Callable[[Session], tuple[Session, int]]:
     """Return a change that appends characters; its answer is the position after them."""
 
     def change(one: Session) -> tuple[Session, int]:
-        hidden = np.float32(0.25) + one.hidden / 2  # another state that a GRU can have
+        hidden = np.float32(0.25) + one.hidden * np.float32(0.5)  # another state that a GRU can have
         text = Text(hidden, 0, (), characters(one) + more)
         return replace(one, text=text), text.position
 
