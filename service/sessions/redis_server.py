@@ -533,17 +533,14 @@ class RedisServer:
             # First only look, so that a master which begins an epoch begins one that is greater than those of the
             # others. A process that has just started would not know them, and their clocks may differ.
             epochs += [link.require([("HGET", key, "e")])[0] or _NO_EPOCH for link, key in masters]
-        epoch, waits = max(epochs), []
-        for _ in range(2):  # the second time only if a master has begun an epoch, which the ones before it get to know
-            answers = []
-            for link, key in masters:
-                facts = (link.run_id, epoch, left, self._name, restored, window_ms, patience_ms)
-                (answer,) = link.require([_OTHER_SCRIPT.call([key], "attend", "", 0, *facts)])
-                epoch = max(epoch, answer[0])
-                answers.append(answer)
-            waits = [wait_ms if of_master == epoch else b"" for of_master, wait_ms in answers]
-            if all(of_master == epoch for of_master, _ in answers):
-                break
+        epoch, answers = max(epochs), []
+        for link, key in masters:
+            facts = (link.run_id, epoch, left, self._name, restored, window_ms, patience_ms)
+            (answer,) = link.require([_OTHER_SCRIPT.call([key], "attend", "", 0, *facts)])
+            epoch = max(epoch, answer[0])
+            answers.append(answer)
+        # If a master has begun an epoch, those before it get to know that the next time. Until then, calls wait.
+        waits = [wait_ms if of_master == epoch else b"" for of_master, wait_ms in answers]
         return epoch, max(map(int, waits)) if waits and all(waits) else None
 
     def _probe_key_on(self, address: Address) -> str:
