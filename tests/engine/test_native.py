@@ -315,9 +315,8 @@ def test_variants__that_compute_other_numbers_are_not_offered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One variant, as on a processor that breaks it, and then all: then torch serves, and `native` is refused."""
-    check = native_stepper.digest_of
 
-    def broken(make_stepper: Any, wrong: set[str]) -> str:
+    def broken(make_stepper: Callable[[QuantizedGRU], NativeStepper], wrong: set[str]) -> str:
         names: list[str] = []
 
         def note(model: QuantizedGRU) -> Stepper:
@@ -325,7 +324,7 @@ def test_variants__that_compute_other_numbers_are_not_offered(
             names.append(stepper.variant)
             return stepper
 
-        digest = check(note)
+        digest = digest_of(note)
         return "other" if wrong & set(names) else digest
 
     try:

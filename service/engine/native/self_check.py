@@ -81,7 +81,7 @@ def _model(precision: IntegerPrecision) -> QuantizedGRU:
 
 def _linear(num_rows: int, seed: int, largest: int) -> QuantizedLinear:
     weight = _numbers(num_rows * _UNITS, seed, 2 * largest + 1) - largest
-    scale = (1 + _fractions(num_rows, seed + 100) / 4) * np.float32(0.5 / (largest * 127))
+    scale = ((1 + _fractions(num_rows, seed + 100) / 4) * np.float32(0.5 / (largest * 127))).astype(np.float32)
     return QuantizedLinear(weight.astype(np.int8).reshape(num_rows, _UNITS), scale, _fractions(num_rows, seed + 200))
 
 
@@ -93,4 +93,4 @@ def _numbers(size: int, seed: int, limit: int) -> NDArray[np.int64]:
 
 def _fractions(size: int, seed: int) -> Float32:
     """Return (size,) numbers from -1 to 1 that float32 represents exactly."""
-    return (_numbers(size, seed, 2049).astype(np.float32) - 1024) / 1024
+    return ((_numbers(size, seed, 2049) - 1024) / 1024).astype(np.float32)
