@@ -25,6 +25,7 @@ from service.web.api.responses import json_response
 from tests.harness.application import client_of, ok, refused
 from tests.harness.models import TINY_CHARSET
 from tests.harness.server import SERVE, serving
+from tests.harness.wait import wait_until
 
 BUDGET = 2000
 CHARSET = Charset(TINY_CHARSET)
@@ -171,7 +172,7 @@ def test_request__larger_than_the_budget_is_refused_on_every_route(limited: Flas
         ):
             ok(limited.post(path, json=body))
         with limited.post("/v1/completions", json=completion(max_tokens=FITTING, stream=True)) as stream:
-            assert "data: [DONE]" in stream.get_data(as_text=True)
+            assert b"data: [DONE]" in stream.get_data()
 
 
 def test_feed__repeated_counts_only_what_it_scores(limited: FlaskClient) -> None:
@@ -186,8 +187,8 @@ def test_feed__repeated_counts_only_what_it_scores(limited: FlaskClient) -> None
 def test_budget__in_use_is_429_until_the_answer_is_sent(tiny_store: ModelStore) -> None:
     """A client of the real server reads the answer slowly: others are told to come back, and then they are served."""
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    big = completion(prompt="ab" * 12_000, max_tokens=0, echo=True, logprobs=20)
-    num_scores = 24_000 * 21
+    big = completion(prompt="ab" * 15_000, max_tokens=0, echo=True, logprobs=20)
+    num_scores = 30_000 * 21
     with serving(SERVE, environment | {"GRU_SERVE_MAX_SCORES": str(num_scores)}) as server:
         server.call("PUT", "/v1/sessions/s", {"text": "a"})
         slow = server.open(big, receive_bytes=4096)
@@ -207,15 +208,33 @@ def test_budget__in_use_is_429_until_the_answer_is_sent(tiny_store: ModelStore) 
                 assert json.loads(response.read())["error"]["code"] == "too_many_scores"
                 connection.close()
             assert server.call("POST", "/v1/completions", completion(logprobs=None))[0] == 200
-            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)  # it has been slow for long enough
             received = head
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)  # from now on it reads fast
             while part := slow.recv(1 << 20):
                 received += part
                 if received.endswith(b"\r\n0\r\n\r\n"):
                     break
         finally:
             slow.close()
-        assert received.count(b'"a":') >= 12_000
+        assert received.count(b'"a":') >= 15_000
         status, answer = server.call("POST", "/v1/completions", big)
         assert status == 200
-        assert len(answer["choices"][0]["logprobs"]["top_logprobs"]) == 24_000
+        assert len(answer["choices"][0]["logprobs"]["top_logprobs"]) == 30_000
+
+
+def test_large_bodies__have_a_budget_and_small_ones_do_not_count(tiny_store: ModelStore) -> None:
+    """A client that sends a large body slowly takes its place; small requests are served, and then large ones again."""
+    environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
+    large = completion(prompt="ab" * 40_000, max_tokens=1, logprobs=None)
+    with serving(SERVE, environment | {"GRU_SERVE_MAX_LARGE_BODIES_BYTES": str(2**20)}) as server:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as slow:
+            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            slow.sendall(f"{head}Content-Length: 1000000\r\n\r\n".encode() + b"{")
+
+            def is_refused() -> bool:
+                status, answer = server.call("POST", "/v1/completions", large)
+                return status == 429 and answer["error"]["code"] == "overloaded"
+
+            wait_until(is_refused)
+            assert server.call("POST", "/v1/completions", completion(prompt="ab" * 10_000, max_tokens=1))[0] == 200
+        wait_until(lambda: server.call("POST", "/v1/completions", large)[0] == 200)

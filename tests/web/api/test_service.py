@@ -21,6 +21,7 @@ from service.generation import completion
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
+from service.web.gate.error_responses import STATUS
 from tests.harness.application import client_of
 from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
@@ -243,6 +244,24 @@ def test_new_version__is_served_after_a_reload(tmp_path: Path) -> None:
 def test_create_app__without_its_model_fails(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no model 'tiny'"):
         create_app(Settings(model_store=tmp_path, model="tiny"))
+
+
+def test_error_codes__that_can_reach_the_web_have_a_status() -> None:
+    from service import errors
+
+    elsewhere = {
+        "address_unusable",
+        "invalid_corpus",
+        "invalid_checkpoint",
+        "training_diverged",
+        "invalid_settings",
+        "invalid_charset",
+    }
+    elsewhere |= {"missing_library"}
+    kinds = [
+        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GruServeError)
+    ]
+    assert {kind.code for kind in kinds} - set(STATUS) == elsewhere
 
 
 def test_failed_engine__fails_requests_and_readiness(
