@@ -223,6 +223,10 @@ def test_fields__that_name_something_are_checked_whole(server: Server) -> None:
     for number in ("%D9%A1", "1%0A", "1_0", "%2B1", "%EF%BC%91", "0x1"):
         answer = send(server, "GET", f"/v1/sessions/mine/text?from={number}")
         assert (answer.status, answer.error["param"]) == (400, "from"), number
+    for choice in ("1", "True", "yes", "", "true%0A"):
+        answer = send(server, "GET", f"/v1/sessions/mine/generate?take_over={choice}")
+        assert (answer.status, answer.error["param"]) == (400, "take_over"), choice
+    assert send(server, "GET", "/v1/sessions/mine/generate?take_over=false").code == "no_run"
     for number in ("\xb2", "1_0", "+1", "-1", "1.0", "0x1"):
         answer = send(server, "GET", "/v1/sessions/mine/generate", {"Last-Event-ID": number})
         assert (answer.status, answer.error["param"]) == (400, "Last-Event-ID"), number

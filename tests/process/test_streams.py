@@ -245,7 +245,7 @@ def test_stream__ends_with_done_and_forbids_buffering(server: Server) -> None:
         response = connection.getresponse()
         assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
         assert response.headers["X-Accel-Buffering"] == "no"
-        assert response.headers["Cache-Control"] == "no-cache"
+        assert response.headers["Cache-Control"] == "no-cache, no-transform"
         assert "Content-Length" not in response.headers
         assert response.read().endswith(b"\n\ndata: [DONE]\n\n")
 

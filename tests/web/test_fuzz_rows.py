@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flask.testing import FlaskClient
 
+from service import assembly
 from service.errors import GruServeError
 from service.sessions import record
 from service.sessions.memory_store import MemoryStore
@@ -27,7 +28,6 @@ from service.sessions.record import Record
 from service.sessions.session import SessionKey
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from service.web import app as app_module
 from service.web.app import create_app
 from tests.harness.models import loaded_model, publish_tiny
 
@@ -87,7 +87,7 @@ def served(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
         stores.append(MemoryStore(*arguments))
         return stores[0]
 
-    monkeypatch.setattr(app_module, "MemoryStore", noting)
+    monkeypatch.setattr(assembly, "MemoryStore", noting)
     settings = Settings(
         model_store=tmp_path, model="tiny", state_keys=KEY, max_tokens=200, session_checkpoint_chars=16,
         session_text_chars=1024, log_level="warning",
