@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -35,19 +35,29 @@ def server(tiny_store: ModelStore) -> Iterator[Server]:
         yield server
 
 
+def call(method: str, path: str, content: object, request_id: str) -> bytes:
+    """Return a request to a session's route. The server logs its id."""
+    body = json.dumps(content).encode()
+    head = (
+        f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {request_id}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def statuses(server: Server, ids: Collection[str]) -> list[int]:
+    """Return the statuses of the requests with these ids that the server has logged so far."""
+    return [line["status"] for line in server.logged("request") if line["request_id"] in ids]
+
+
 @pytest.mark.parametrize("through_balancer", [False, True])
 def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balancer: bool) -> None:
     with ExitStack() as stack:
         entry: Endpoint = stack.enter_context(balancing([server.port])) if through_balancer else server
         client = stack.enter_context(Client(f"http://127.0.0.1:{entry.port}", retry_s=0))
         session = client.create("ROMEO:", id=f"left-{through_balancer}")
-        num_logged = len(server.logged("request"))
         with socket.create_connection(("127.0.0.1", entry.port)) as connection:
-            body = json.dumps({"text": "a" * NUM_CHARS, "position": 6}).encode()
-            head = (
-                f"POST /v1/sessions/{session.id}/feed HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            )
-            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            connection.sendall(call("POST", f"{session.id}/feed", {"text": "a" * NUM_CHARS, "position": 6}, session.id))
 
             def is_busy() -> bool:
                 status, answer = entry.call("POST", f"/v1/sessions/{session.id}/rewind", {"position": 6})
@@ -57,7 +67,7 @@ def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balance
             wait_until(is_busy)
         wait_until(lambda: not is_busy(), 10)
         assert session.feed("b").position == 7
-        assert 499 in {line.get("status") for line in server.logged("request")[num_logged:]}
+        wait_until(lambda: statuses(server, [session.id]) == [499])
 
 
 def test_calls__whose_clients_left_before_they_began_do_nothing(server: Server) -> None:
@@ -73,21 +83,19 @@ def test_calls__whose_clients_left_before_they_began_do_nothing(server: Server) 
     ]
     with Client(f"http://127.0.0.1:{server.port}") as client:
         session = client.create("ROMEO:", id="there")
-        num_logged = len(server.logged("request"))
+        ids = [f"call-{number}" for number in range(len(calls))]
         pids = [server.process.pid, int(server.worker.name)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         try:
-            for method, path, content in calls:
+            for request_id, (method, path, content) in zip(ids, calls, strict=True):
                 with socket.create_connection(("127.0.0.1", server.port)) as connection:
-                    body = json.dumps(content).encode()
-                    head = f"{method} /v1/sessions/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
-                    connection.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+                    connection.sendall(call(method, path, content, request_id))
         finally:
             for pid in pids:
                 os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: len(server.logged("request")) >= num_logged + len(calls))
-        assert {line["status"] for line in server.logged("request")[num_logged:]} == {499}
+        wait_until(lambda: len(statuses(server, ids)) == len(calls))
+        assert set(statuses(server, ids)) == {499}
         assert session.text() == "ROMEO:"
         for name in ("never", "copy"):
             with pytest.raises(ServerError) as error:

@@ -251,7 +251,8 @@ def test_body_of_a_stranger__is_not_waited_for(environment: dict[str, str]) -> N
     key, entry = new_key("alice")
     with serving(SERVE, environment | {"GRU_SERVE_API_KEYS": entry}) as server:
         for authorization in (b"", b"Authorization: Bearer nonsense\r\n"):
-            for framing in (b"Content-Length: 100\r\n", b"Transfer-Encoding: chunked\r\n"):
+            length = b"Content-Length: 100\r\n"
+            for framing in (length, b"Transfer-Encoding: chunked\r\n", b"Expect: 100-continue\r\n" + length):
                 with connect(server, HEAD + authorization + framing + b"\r\n") as connection:
                     connection.settimeout(10)
                     assert connection.recv(100).startswith(b"HTTP/1.1 401")
