@@ -171,6 +171,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.texts: dict[str, Text] = {}  # the least recently used first, except for open ones
         self.open: dict[str, tuple[RunStream, Ran]] = {}
         self.gone: set[str] = set()
+        self.deleted: set[str] = set()
         self.ran: list[Ran] = []
         self.num_created = 0
 
@@ -212,6 +213,7 @@ class SessionMachine(RuleBasedStateMachine):
         text.start = max(text.start, start_of(text.position))
         self.texts[session_id] = text
         self.gone.discard(session_id)
+        self.deleted.discard(session_id)
         return None
 
     def further(self, session_id: str, num_chars: int) -> str | None:
@@ -274,9 +276,10 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids)
     def delete(self, session_id: str) -> None:
-        with self.fails(self.fate(session_id)):
+        with self.fails(None if session_id in self.deleted else self.fate(session_id)):
             self.sessions.delete(SessionKey("", session_id))
-            del self.texts[session_id]
+            self.texts.pop(session_id, None)
+            self.deleted.add(session_id)
 
     @rule(seconds=st.sampled_from([1.0, 49.5, 100.0]), sweep=st.booleans())
     def time_passes(self, seconds: float, sweep: bool) -> None:

@@ -89,8 +89,8 @@ def open_library(path: str) -> Library:
 def _load_exactly(path: str) -> ctypes.CDLL:
     """Load a library, and leave the thread's floating-point environment as it was.
 
-    A library that was linked with `-ffast-math` changes it while it is loaded: from then on this thread, and every thread
-    that it starts, takes tiny numbers for 0, in the other stepper too.
+    A library that was linked with `-ffast-math` changes it while it is loaded: from then on this thread, and every
+    thread that it starts, takes tiny numbers for 0, in the other stepper too.
     """
     environment = ctypes.create_string_buffer(64)  # C's fenv_t: 32 bytes or less
     # On a system without these functions, such as Windows, loading a library does not change the environment.
