@@ -171,7 +171,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.texts: dict[str, Text] = {}  # the least recently used first, except for open ones
         self.open: dict[str, tuple[RunStream, Ran]] = {}
         self.gone: set[str] = set()
-        self.deleted: set[str] = set()
+        self.deleted: set[str] = set()  # to delete them again changes nothing
         self.ran: list[Ran] = []
         self.num_created = 0
 
