@@ -16,6 +16,10 @@ from tests.harness.models import publish_tiny
 from tests.harness.redis_process import redis_process
 from tests.harness.redis_topologies import redis_cluster
 
+# The networks of the tests are small: a second thread gains little with them, and while it waits it occupies a core
+# that the servers of other tests need. Tests of several threads set their own number.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from service.engine.kernels import choose_kernel
 from service.engine.stepper import mean_loss
-from service.engine.torch_stepper import TorchStepper
 from service.model.artifact import Artifact, read_artifact
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
-from service.model.quantize import quantize
+from service.model.quantize import IntegerPrecision
 from service.store.model_store import ModelStore
 from service.training.evaluation import text_loss
 from tests.harness.models import publish_tiny
@@ -23,6 +23,19 @@ STORE = ModelStore(ROOT / "model_store")
 @pytest.fixture(scope="module")
 def artifact() -> Artifact:
     return read_artifact(STORE.resolve("shakespeare@1").path)
+
+
+@pytest.fixture(scope="module")
+def sample(artifact: Artifact) -> str:
+    """A text by the model itself."""
+    sample = artifact.training.model_dump()["sample"]
+    text: str = sample["prompt"] + sample["text"]
+    return text
+
+
+@pytest.fixture(scope="module")
+def sample_loss(artifact: Artifact, sample: str) -> float:
+    return loss(artifact, sample)
 
 
 def loss(artifact: Artifact, text: str) -> float:
@@ -49,21 +62,21 @@ def test_card__states_the_loss_and_the_command_that_trained_it() -> None:
     assert "gru-serve train --corpus tinyshakespeare.txt --name shakespeare" in card
 
 
-def test_loss__is_low_and_that_of_an_untrained_model_is_high(artifact: Artifact, tmp_path: Path) -> None:
-    sample = artifact.training.model_dump()["sample"]
-    text = sample["prompt"] + sample["text"]
-    assert loss(artifact, text) < 1.5
+def test_loss__is_low_and_that_of_an_untrained_model_is_high(
+    artifact: Artifact, sample: str, sample_loss: float, tmp_path: Path
+) -> None:
+    assert sample_loss < 1.5
     store = ModelStore(tmp_path)
     publish_tiny(store, charset=artifact.charset.characters)
-    assert loss(store.load("tiny")[1], text) > 3.5
+    assert loss(store.load("tiny")[1], sample) > 3.5
 
 
-def test_loss__in_integers_is_that_of_float32(artifact: Artifact) -> None:
-    sample = artifact.training.model_dump()["sample"]
-    text = sample["prompt"] + sample["text"]
-    for precision in ("int8", "int4"):
-        stepper = TorchStepper(quantize(artifact.config, artifact.tensors, precision))
-        assert abs(mean_loss(stepper, artifact.charset.encode(text)) - loss(artifact, text)) < 0.05
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_loss__in_integers_is_that_of_float32(
+    artifact: Artifact, sample: str, sample_loss: float, precision: IntegerPrecision
+) -> None:
+    stepper, _ = choose_kernel("auto", 1).load(artifact.config, artifact.tensors, precision)
+    assert abs(mean_loss(stepper, artifact.charset.encode(sample)) - sample_loss) < 0.05
 
 
 def test_loss__of_reversed_text_is_high(artifact: Artifact) -> None:

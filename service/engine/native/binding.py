@@ -72,7 +72,7 @@ def load() -> Library | None:
 
 def open_library(path: str) -> Library:
     """Load a compiled kernel and check it. Raises OSError, and LayoutMismatch if it belongs to another version."""
-    functions = ctypes.CDLL(path)
+    functions = _load_exactly(path)
     try:
         functions.gru_describe_layout.restype = c_char_p
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p
@@ -84,6 +84,24 @@ def open_library(path: str) -> Library:
         raise LayoutMismatch(f"it lacks a function: {missing}") from missing
     dtypes = read_layout(functions.gru_describe_layout().decode())
     return Library(functions, layer=dtypes["GruLayer"], model=dtypes["GruModel"], row=dtypes["GruRow"])
+
+
+def _load_exactly(path: str) -> ctypes.CDLL:
+    """Load a library, and leave the thread's floating-point environment as it was.
+
+    A library that was linked with `-ffast-math` changes it while it is loaded: from then on this thread, and every
+    thread that it starts, takes tiny numbers for 0, in the other stepper too.
+    """
+    environment = ctypes.create_string_buffer(64)  # C's fenv_t: 32 bytes or less
+    # On a system without these functions, such as Windows, loading a library does not change the environment.
+    save, restore = (getattr(ctypes.pythonapi, name, None) for name in ("fegetenv", "fesetenv"))
+    if save is None or restore is None:
+        return ctypes.CDLL(path)
+    save(environment)
+    try:
+        return ctypes.CDLL(path)
+    finally:
+        restore(environment)
 
 
 def read_layout(description: str) -> dict[str, np.dtype[np.void]]:
