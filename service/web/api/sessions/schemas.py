@@ -146,7 +146,10 @@ class _Query(BaseModel):
     @classmethod
     def _check_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic would also read ` 1`, `1_0` and `+1`.
-        is_number = cls.model_fields[str(info.field_name)].annotation is not str
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if kind is bool and value not in ("true", "false"):
+            raise PydanticCustomError("bool_parsing", "must be true or false")
+        is_number = kind not in (str, bool)
         if is_number and isinstance(value, str) and not _NUMBER.fullmatch(value):
             raise PydanticCustomError("number_parsing", "must be a number, written as in JSON")
         return value
