@@ -28,14 +28,25 @@ class BodyJson(DefaultJSONProvider):
         """
         # json.loads would also read UTF-16, in which quotation marks can't be found without decoding it.
         text = s if isinstance(s, str) else s.decode("utf-8-sig")
-        if _count(text) > MAX_VALUES and _count(_STRING.sub("", text)) > MAX_VALUES:
+        if _count(text, 0, len(text)) > MAX_VALUES and _has_too_many(text):
             raise TooManyValues(f"the body has more than {MAX_VALUES:,} values, and no request needs as many")
         return json.loads(text, object_pairs_hook=_unique, **kwargs)
 
 
-def _count(text: str) -> int:
-    """Return the number of values and opening brackets, and of such characters inside of strings."""
-    return text.count(",") + text.count("[") + text.count("{")
+def _has_too_many(text: str) -> bool:
+    """Count what is outside of strings, and stop as soon as it is too much."""
+    num_values, end = 0, 0
+    for num_strings, string in enumerate(_STRING.finditer(text)):  # names and values, or it is not JSON
+        num_values += _count(text, end, string.start())
+        end = string.end()
+        if num_values > MAX_VALUES or num_strings > 2 * MAX_VALUES:
+            return True
+    return num_values + _count(text, end, len(text)) > MAX_VALUES
+
+
+def _count(text: str, start: int, stop: int) -> int:
+    """Return the number of commas and opening brackets in a part of a text."""
+    return text.count(",", start, stop) + text.count("[", start, stop) + text.count("{", start, stop)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

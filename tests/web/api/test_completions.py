@@ -369,6 +369,7 @@ FLOODS = {
     "nested fields": b'{"prompt": "a", "stream_options": {' + b",".join(b'"%d": 1' % i for i in range(5000)) + b"}}",
     "lists": b'{"prompt": [' + b",".join([b"[]"] * 5000) + b"]}",
     "objects": b'{"prompt": [' + b",".join([b"{}"] * 5000) + b"]}",
+    "strings without commas": b'{"prompt": "' + b"," * 5000 + b'"' + b'""' * 9000,
     "values after an open string": b'{"prompt": [' + b"1," * 5000 + b'"',
 }
 
