@@ -165,6 +165,7 @@ def test_stream__ends_with_the_error_that_stopped_it(client: FlaskClient, monkey
     monkeypatch.setattr(Handle, "read", fail)
     text = client.post("/v1/completions", json=GOOD | {"stream": True}).text
     assert text.startswith("event: error\ndata: {")
+    assert "retry" not in text  # only a session's stream can be resumed
     assert json.loads(text.split("data: ")[1])["error"]["code"] == "engine_failed"
     assert "[DONE]" not in text
     response = client.post("/v1/completions", json=GOOD)
