@@ -144,13 +144,15 @@ class _Query(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_number(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic would also read ` 1`, `1_0` and `+1`.
+    def _check_spelling(cls, value: object, info: ValidationInfo) -> object:
+        # pydantic would also read ` 1`, `1_0` and `+1` as numbers, and `on` as true.
         kind = cls.model_fields[str(info.field_name)].annotation
-        if kind is bool and value not in ("true", "false"):
-            raise PydanticCustomError("bool_parsing", "must be true or false")
-        is_number = kind not in (str, bool)
-        if is_number and isinstance(value, str) and not _NUMBER.fullmatch(value):
+        if not isinstance(value, str) or kind is str:
+            return value
+        if kind is bool:
+            if value not in ("true", "false"):
+                raise PydanticCustomError("bool_parsing", "must be true or false")
+        elif not _NUMBER.fullmatch(value):
             raise PydanticCustomError("number_parsing", "must be a number, written as in JSON")
         return value
 
