@@ -81,7 +81,6 @@ def _openapi_app() -> OpenAPI:
         static_folder=None,
     )
     app.openapi_version = "3.1.1"
-    app.json.sort_keys = False  # type: ignore[attr-defined]
     return app
 
 

@@ -92,6 +92,8 @@ def test_requests__are_the_same_in_pieces_of_any_size(seed: int) -> None:
         (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
         (HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
         (HEAD + b"Transfer-Encoding: brotli\r\n\r\n", 501),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n", 501),
+        (HEAD + b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n", 501),
         (HEAD + b"Expect: miracles\r\n\r\n", 417),
         (CHUNKED + b"ZZZ\r\n", 400),
         (CHUNKED + b"-1\r\n", 400),

@@ -15,6 +15,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from service.engine.memory_budget import MemoryBudget
+from service.web.gate.body_json import BodyJson, TooManyValues
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
@@ -72,6 +73,8 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBud
     """
     # One byte more than allowed, so that a body of unknown length (chunked) can be seen to be too long.
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
+    app.json = BodyJson(app)
+    app.json.sort_keys = False
 
     @app.before_request
     def _check_body() -> Response | None:
@@ -109,6 +112,8 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBud
             body = request.get_json()
         except RecursionError:
             return error_response("the body is nested too deeply", "invalid_json")
+        except TooManyValues as error:
+            return error_response(str(error), "invalid_json")
         except HTTPException as error:
             return error_response(f"the body is not JSON: {error.__cause__ or error.description}", "invalid_json")
         if not isinstance(body, dict):

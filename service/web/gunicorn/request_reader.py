@@ -153,7 +153,13 @@ class RequestReader:
         self._searched = 0
         self._num_requests += 1
         try:
-            return Request(self._cfg, _Bytes(head), self._client, self._num_requests)
+            request = Request(self._cfg, _Bytes(head), self._client, self._num_requests)
+            # gunicorn also accepts `gzip, chunked`, and leaves it to the application to decompress the body.
+            if any(
+                name == "TRANSFER-ENCODING" and value.strip().lower() != "chunked" for name, value in request.headers
+            ):
+                raise errors.UnsupportedTransferCoding("another coding than chunked")
+            return request
         except (errors.ParseException, errors.NoMoreData, StopIteration) as error:
             status = _STATUS_OF_ERROR.get(type(error), HTTPStatus.BAD_REQUEST)
             raise Refusal(status, "bad_request", _MESSAGES[status], type(error).__name__) from None

@@ -165,6 +165,7 @@ def test_stream__ends_with_the_error_that_stopped_it(client: FlaskClient, monkey
     monkeypatch.setattr(Handle, "read", fail)
     text = client.post("/v1/completions", json=GOOD | {"stream": True}).text
     assert text.startswith("event: error\ndata: {")
+    assert "retry" not in text  # only a session's stream can be resumed
     assert json.loads(text.split("data: ")[1])["error"]["code"] == "engine_failed"
     assert "[DONE]" not in text
     response = client.post("/v1/completions", json=GOOD)
@@ -359,6 +360,61 @@ def test_body__nested_too_deeply_is_refused_at_any_depth(client: FlaskClient) ->
         body = b'{"prompt": ' + b"[" * depth + b"]" * depth + b"}"
         response = client.post("/v1/completions", data=body, content_type="application/json")
         assert response.status_code == 400, depth
+
+
+FLOODS = {
+    "fields": b'{"prompt": "a", ' + b",".join(b'"f%d": 1' % i for i in range(5000)) + b"}",
+    "entries of logit_bias": b'{"prompt": "a", "logit_bias": {'
+    + b",".join(b'"%d": ""' % i for i in range(5000))
+    + b"}}",
+    "nested fields": b'{"prompt": "a", "stream_options": {' + b",".join(b'"%d": 1' % i for i in range(5000)) + b"}}",
+    "lists": b'{"prompt": [' + b",".join([b"[]"] * 5000) + b"]}",
+    "objects": b'{"prompt": [' + b",".join([b"{}"] * 5000) + b"]}",
+    "strings without commas": b'{"prompt": "' + b"," * 5000 + b'"' + b'""' * 9000,
+    "values after an open string": b'{"prompt": [' + b"1," * 5000 + b'"',
+}
+
+
+@pytest.mark.parametrize("body", FLOODS.values(), ids=FLOODS)
+def test_body__with_more_values_than_any_request_needs_is_refused_unparsed(
+    client: FlaskClient, body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte of unknown fields took 60 MiB and a third of a second, in which every stream waited."""
+    parsed: list[object] = []
+    monkeypatch.setattr("service.web.gate.body_json.json.loads", lambda *_, **__: parsed.append(1))
+    response = client.post("/v1/completions", data=body, content_type="application/json")
+    monkeypatch.undo()
+    assert (response.status_code, response.get_json()["error"]["code"]) == (400, "invalid_json")
+    assert "4,096 values" in response.get_json()["error"]["message"]
+    assert not parsed
+
+
+def test_body__may_have_any_number_of_brackets_and_commas_in_its_strings(client: FlaskClient) -> None:
+    for text in ('[{,"' * 5000, "\\" * 5001 + '",[{' * 2000, '\\"' * 3000):
+        response = client.post("/v1/completions", json=GOOD | {"prompt": "a", "user": text[:256], "model": text})
+        assert response.get_json()["error"]["param"] == "model", (
+            response.text
+        )  # it was parsed, and the model is too long
+
+
+def test_body__with_two_fields_of_one_name_is_refused(client: FlaskClient) -> None:
+    """One of them would be ignored, and parsers don't agree which one."""
+    for body in (
+        b'{"prompt": "a", "prompt": "b"}',
+        b'{"prompt": "a", "max_tokens": 99999, "max_tokens": 1}',
+        b'{"prompt": "a", "logit_bias": {"a": 1, "\\u0061": 2}}',
+    ):
+        response = client.post("/v1/completions", data=body, content_type="application/json")
+        assert (response.status_code, response.get_json()["error"]["code"]) == (400, "invalid_json")
+        assert "two fields of one name" in response.get_json()["error"]["message"]
+
+
+def test_body__is_utf_8_with_or_without_a_byte_order_mark(client: FlaskClient) -> None:
+    body = json.dumps(GOOD)
+    for coding, status in (("utf-8", 200), ("utf-8-sig", 200), ("utf-16", 400), ("utf-16-le", 400), ("utf-32", 400)):
+        response = client.post("/v1/completions", data=body.encode(coding), content_type="application/json")
+        assert response.status_code == status, coding
+        assert status == 200 or response.get_json()["error"]["code"] == "invalid_json"
 
 
 def test_unknown_route__is_refused_before_its_body_is_checked(client: FlaskClient) -> None:

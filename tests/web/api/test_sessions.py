@@ -228,6 +228,15 @@ def test_resume__without_a_run_or_at_a_bad_position_is_refused(client: FlaskClie
     refused(client.get("/v1/sessions/nobody/generate?after=6"), 404, "session_not_found")
 
 
+def test_take_over__is_true_or_false(client: FlaskClient, session: str) -> None:
+    ok(client.post(f"{session}/generate", json={"max_tokens": 10}))
+    for word in ("true", "false"):
+        assert events(client.get(f"{session}/generate?after=6&take_over={word}"))[-1][1] == "done"
+    for word in ("1", "0", "False", "yes", "", "maybe"):
+        error = refused(client.get(f"{session}/generate?take_over={word}"), 400, "out_of_range", "take_over")
+        assert "true or false" in error["message"]
+
+
 def test_head__does_not_take_over_a_stream(client: FlaskClient, session: str) -> None:
     stream = client.post(f"{session}/generate", json={"max_tokens": 500, "stream": True})
     assert client.head(f"{session}/generate").status_code == 405

@@ -74,6 +74,30 @@ def test_gate_and_telemetry__mention_no_path(client: FlaskClient) -> None:
     assert not found
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/%76%31/models",
+        "/v1%2Fmodels",
+        "/v1%2fmodels",
+        "/%6detrics",
+        "/v1/%6Dodels",
+        "/v1/models%2ftiny",
+        "/%2Fv1/models",
+    ],
+)
+def test_path__has_one_spelling(client: FlaskClient, path: str) -> None:
+    """A balancer that compares the path as it is written, and refuses `/metrics`, would let `/%6detrics` pass."""
+    response = client.get(path)
+    assert (response.status_code, response.get_json()["error"]["code"]) == (404, "not_found")
+
+
+def test_path__may_escape_what_is_neither_letter_nor_digit(client: FlaskClient) -> None:
+    assert client.get("/v1/models/tiny%401").get_json()["id"] == "tiny@1"
+    assert client.put("/v1/sessions/a%7Eb", json={}).get_json()["id"] == "a~b"
+    assert client.get("/v1/models/tiny@1?x=%61").status_code != 404
+
+
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_head__of_a_route_that_streams_is_refused(client: FlaskClient, method: str) -> None:
     """Flask would answer it as GET, which takes a run from the connection that streams it."""

@@ -20,7 +20,7 @@ from service.web.api.json_pieces import dumps, logprobs_pieces
 from service.web.api.responses import json_response
 from service.web.api.schemas import PromptTokensDetails, Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
-from service.web.gate.error_responses import stream_body_of
+from service.web.gate.error_responses import body_of
 
 log = structlog.get_logger(__name__)
 
@@ -92,7 +92,7 @@ class CompletionAnswer:
             ending = "done"
         except GruServeError as error:
             ending = error.code
-            yield ErrorEvent(stream_body_of(error))
+            yield ErrorEvent(body_of(error))
         finally:
             log.info(
                 "stream ended",
