@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from service.web.gate.guard import SMALL_BODY_BYTES
 from service.web.gunicorn.connection import Connection, Phase, refusal_answer
 from service.web.gunicorn.request_reader import Refusal, RequestReader
 
@@ -46,7 +47,8 @@ class ConnectionLimits:
     max_connections: int
     max_body_bytes: int  # of one request; a longer body is not waited for
     request_timeout_s: float  # for a whole request, from its first byte
-    max_received_bytes: int = 64 * 2**20  # of requests that have not arrived completely
+    max_large_bytes: int  # of requests with more than SMALL_BODY_BYTES, from their first byte until they are answered
+    max_small_bytes: int = 16 * 2**20  # of smaller requests that have not arrived completely
 
 
 class Poller:
@@ -74,7 +76,7 @@ class Poller:
         self._may_send_body, self._serve = may_send_body, serve
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
-        self._num_received = 0  # bytes of requests that have not arrived completely
+        self._num_small = self._num_large = 0  # bytes in the two budgets of ConnectionLimits
         self._finished: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         for end in (self._waker, self._woken):
@@ -262,7 +264,9 @@ class Poller:
                 connection.deadline = connection.began_at + (limit_s if reader.has_head else min(_HEAD_S, limit_s))
             self._watch(connection)
             self._count(connection)
-            while self._num_received > self._limits.max_received_bytes and self._evict(lambda one: one.num_counted):
+            while self._num_large > self._limits.max_large_bytes and self._evict(lambda one: one.num_large):
+                pass
+            while self._num_small > self._limits.max_small_bytes and self._evict(lambda one: one.num_small):
                 pass
 
     def _time_out(self, connection: Connection) -> None:
@@ -311,17 +315,23 @@ class Poller:
     def _drop(self, connection: Connection) -> None:
         self._unwatch(connection)
         self._connections.discard(connection)
-        self._num_received -= connection.num_counted
-        connection.num_counted = 0
+        self._set_counts(connection, 0, 0)
         connection.close()
 
     # Bookkeeping
 
     def _count(self, connection: Connection) -> None:
-        """Bring the count of received bytes up to date."""
-        num_bytes = connection.reader.num_bytes if connection.phase is Phase.READING else 0
-        self._num_received += num_bytes - connection.num_counted
-        connection.num_counted = num_bytes
+        """Bring the counts of bytes up to date."""
+        num_bytes = connection.reader.num_bytes if connection.phase is not Phase.LINGERING else 0
+        if num_bytes > SMALL_BODY_BYTES:
+            self._set_counts(connection, 0, num_bytes)
+        else:
+            self._set_counts(connection, num_bytes if connection.phase is Phase.READING else 0, 0)
+
+    def _set_counts(self, connection: Connection, num_small: int, num_large: int) -> None:
+        self._num_small += num_small - connection.num_small
+        self._num_large += num_large - connection.num_large
+        connection.num_small, connection.num_large = num_small, num_large
 
     def _watch(self, connection: Connection) -> None:
         if not connection.is_registered:
