@@ -201,8 +201,7 @@ class Poller:
             if one.network == network and to_free > 0:
                 to_free -= weight_of(one)
                 if one.phase is Phase.READING and one.reader.has_begun:
-                    message = "the server holds as many begun requests as it can: try again in a second"
-                    one.send_if_possible(refusal_answer(Refusal(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", message)))
+                    one.send_if_possible(refusal_answer(_overloaded()))
                 self._drop(one)
         return True
 
@@ -250,7 +249,10 @@ class Poller:
             self._unwatch(connection)
             connection.phase, connection.deadline = Phase.SERVING, math.inf
             self._count(connection)
-            self._serve(connection, request)
+            if self._make_room() or not connection.num_large:
+                self._serve(connection, request)
+            else:
+                self._refuse(connection, _overloaded())
         elif not is_open:
             if reader.has_begun:
                 self._refuse(connection, _incomplete("the client ended its side before the request was complete"))
@@ -264,10 +266,19 @@ class Poller:
                 connection.deadline = connection.began_at + (limit_s if reader.has_head else min(_HEAD_S, limit_s))
             self._watch(connection)
             self._count(connection)
-            while self._num_large > self._limits.max_large_bytes and self._evict(lambda one: one.num_large):
-                pass
-            while self._num_small > self._limits.max_small_bytes and self._evict(lambda one: one.num_small):
-                pass
+            self._make_room()
+
+    def _make_room(self) -> bool:
+        """Evict connections until their bytes are within the limits.
+
+        Return False if that was not enough, because large requests that are being answered take the rest.
+        """
+        while self._num_small > self._limits.max_small_bytes and self._evict(lambda one: one.num_small):
+            pass
+        while self._num_large > self._limits.max_large_bytes:
+            if not self._evict(lambda one: one.num_large):
+                return False
+        return True
 
     def _time_out(self, connection: Connection) -> None:
         if connection.phase is Phase.READING and connection.reader.has_begun:
@@ -342,6 +353,11 @@ class Poller:
         if connection.is_registered:
             self._selector.unregister(connection)
             connection.is_registered = False
+
+
+def _overloaded() -> Refusal:
+    message = "the server holds as many begun requests as it can: try again in a second"
+    return Refusal(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", message)
 
 
 def _incomplete(cause: str) -> Refusal:
