@@ -162,7 +162,9 @@ def load(server: Server, seconds: float, names: list[str]) -> dict[str, dict[str
 
     def run(name: str, sender: Sender, seed: int) -> None:
         chance = random.Random(f"{name} {seed}")
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+        # From several addresses, because one client may have only half of each budget.
+        source = (f"127.0.0.{1 + seed % 4}", 0)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120, source_address=source)
         while time.monotonic() < deadline:
             try:
                 status, _ = sender(connection, chance)

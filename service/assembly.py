@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from service.engine.kernels import Kernel, choose_kernel
-from service.engine.memory_budget import MemoryBudget
 from service.errors import InvalidSettings
 from service.generation.inspector import Inspector
 from service.generation.session_service import SessionService
@@ -23,6 +22,7 @@ from service.sessions.portable import StateSealer
 from service.sessions.session_store import StoreObserver
 from service.sessions.text import Retention
 from service.settings import Settings
+from service.shares import SharedBudget
 from service.store.model_store import ModelStore
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _engine_settings(settings: Settings, kernel: Kernel) -> EngineSettings:
         max_running=settings.max_batch,
         max_waiting=settings.max_queue,
         stall_s=settings.stall_s,
-        memory=MemoryBudget(settings.max_text_bytes),
+        memory=SharedBudget(settings.max_text_bytes),
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
 

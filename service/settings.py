@@ -61,7 +61,7 @@ class Settings(BaseSettings):
         ge=2**20,
         le=2**44,
         description="memory of all texts that are computed or wait, of all models: prompts, states and checkpoints; "
-        "more are refused (429)",
+        "one client may have half of it; more are refused (429)",
     )
     prefix_cache_bytes: int = Field(
         2**25, ge=0, le=2**40, description="bytes per model for caching the states after recent texts; 0: no cache"
@@ -81,18 +81,19 @@ class Settings(BaseSettings):
         100_000, ge=1, le=100_000_000, description="longest accepted prompt or fed text, in characters"
     )
     max_scores: int = Field(
-        2**22,
+        2 * 2_100_000,  # one client can score a prompt of 100,000 characters with all alternatives
         ge=1000,
         le=2**40,
-        description="log-probabilities in memory, of all requests together; more are refused. A scored character has "
-        "one, and each alternative to it another",
+        description="log-probabilities in memory, of all requests together; one client may have half of them; more are "
+        "refused. A scored character has one, and each alternative to it another",
     )
     max_body_bytes: int = Field(1_048_576, ge=1024, le=1_000_000_000, description="largest accepted request body")
     max_large_bodies_bytes: int = Field(
         2**24,
         ge=2**20,
         le=2**40,
-        description="bytes of request bodies above 64 KiB that are read or parsed at a time; more are refused (429)",
+        description="bytes of request bodies above 64 KiB, from their first byte to the end of their request; one "
+        "client's requests in progress may have half of it; more are refused (429). At least four largest bodies",
     )
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(
@@ -276,6 +277,14 @@ class Settings(BaseSettings):
         """`http_threads`, or what 0 stands for."""
         num_texts = self.max_batch + self.max_queue
         return self.http_threads or num_texts + math.ceil(num_texts / 4) + SPARE_THREADS
+
+    @property
+    def large_bodies_bytes(self) -> int:
+        """`max_large_bodies_bytes`, or more if four of the largest bodies would not fit.
+
+        One client may have half. Then half of the rest, which a second client may have, still holds a largest body.
+        """
+        return max(self.max_large_bodies_bytes, 4 * self.max_body_bytes)
 
     @property
     def integer_precision(self) -> IntegerPrecision | None:

@@ -1,4 +1,4 @@
-"""Shares: for which client a thread works, and how clients share a limited number of places.
+"""Shares: for which client a thread works, and how clients share what is limited.
 
 A client is what limits count: an API key's name or, without keys, an address. This module may import nothing of this
 project.
@@ -6,6 +6,7 @@ project.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from contextvars import ContextVar
 
@@ -60,3 +61,37 @@ class SharedCapacity:
     def num_clients(self) -> int:
         """Number of clients that hold places."""
         return len(self._held)
+
+
+class SharedBudget:
+    """An amount, such as bytes of memory, that clients share. Any number of threads may use it.
+
+    Half of it is the size of a `SharedCapacity`, and half is its reserve. So a client that is alone can have half, and
+    never all of it. The second one can then have half of the rest.
+    """
+
+    def __init__(self, max_amount: int) -> None:
+        self.max_per_client = max_amount // 2
+        self._capacity = SharedCapacity(self.max_per_client, reserve=max_amount - self.max_per_client)
+        self._lock = threading.Lock()
+
+    @property
+    def num_taken(self) -> int:
+        """What all clients have taken."""
+        return self._capacity.num_taken
+
+    def take(self, client: str, amount: int, *, regardless: bool = False) -> bool:
+        """Take an amount; return False, and take nothing, if the client may not have it now.
+
+        With `regardless`, everything is accepted.
+        """
+        with self._lock:
+            if not regardless and not self._capacity.has_room(client, amount):
+                return False
+            self._capacity.take(client, amount)
+            return True
+
+    def give_back(self, client: str, amount: int) -> None:
+        """Give back what the client has taken."""
+        with self._lock:
+            self._capacity.give_back(client, amount)

@@ -1,14 +1,17 @@
-"""SharedCapacity that clients share, and the client of a thread."""
+"""What clients share, and the client of a thread."""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
-from service.shares import SharedCapacity, current_client, work_for
+from service.shares import SharedBudget, SharedCapacity, current_client, work_for
 
 
 def takes(capacity: SharedCapacity, client: str, num_places: int = 1) -> bool:
@@ -65,6 +68,39 @@ def test_shared_capacity__never_exceed_their_number_and_forget_clients(steps: li
     for client, count in held.items():
         places.give_back(client, count)
     assert places.num_clients == 0
+
+
+@pytest.mark.parametrize("amount", [7, 8])
+def test_shared_budget__a_client_has_half_and_leaves_room_for_others(amount: int) -> None:
+    budget = SharedBudget(amount)
+    assert not budget.take("a", budget.max_per_client + 1)
+    assert budget.take("a", budget.max_per_client)
+    assert not budget.take("a", 1)
+    assert budget.take("b", 2)
+    assert budget.take("a", 100, regardless=True)
+    assert not budget.take("b", 1)
+    budget.give_back("a", 100)
+    budget.give_back("b", 2)
+    assert not budget.take("a", 1)
+    assert budget.take("b", 2)
+    assert budget.num_taken == budget.max_per_client + 2
+
+
+def test_shared_budget__is_exact_with_many_threads() -> None:
+    budget, start = SharedBudget(50), threading.Barrier(8)
+
+    def use(seed: int) -> None:
+        rng, client = random.Random(seed), f"client {seed % 4}"
+        start.wait()
+        for _ in range(500):
+            amount = rng.randrange(40)
+            if budget.take(client, amount):
+                assert budget.num_taken <= 50
+                budget.give_back(client, amount)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(use, range(8)))
+    assert budget.num_taken == 0
 
 
 def test_client__is_that_of_the_thread() -> None:

@@ -11,13 +11,12 @@ import structlog
 
 from service.arrays import Float32, read_state
 from service.engine.counters import Counters
-from service.engine.memory_budget import MemoryBudget
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
-from service.errors import EngineFailed, Overloaded
-from service.shares import SharedCapacity
+from service.errors import EngineFailed, InvalidValue, Overloaded
+from service.shares import SharedBudget, SharedCapacity
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +57,7 @@ class Engine:
         vocab_size: characters of the stepper's model.
         max_running: texts in the batch at most.
         max_waiting: texts of one client that may wait for a place in the batch; further ones are refused.
-        memory: what all open texts together may take; several engines may share one.
+        memory: bytes that all open texts together may take; several engines may share one.
         stall_s: seconds after which a step that has not returned counts as stuck.
         clock: returns seconds; replaced in tests.
     """
@@ -70,12 +69,12 @@ class Engine:
         max_running: int,
         max_waiting: int,
         stall_s: float = 30.0,
-        memory: MemoryBudget | None = None,
+        memory: SharedBudget | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stepper, self._vocab_size = stepper, vocab_size
         self._stall_s, self._clock = stall_s, clock
-        self._memory = memory if memory is not None else MemoryBudget(_UNLIMITED_BYTES)
+        self._memory = memory if memory is not None else SharedBudget(_UNLIMITED_BYTES)
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
         self._pace = Pace()
         self._short_ticks_until = 0.0
@@ -109,12 +108,17 @@ class Engine:
         for text in texts:
             text.num_bytes = text.row.num_bytes + shared.pop(id(text.row.prompt), 0)
         num_bytes = sum(text.num_bytes for text in texts)
-        if not self._memory.take(num_bytes, regardless=already_admitted):
-            raise Overloaded("the server has as many long texts as fit into its memory: try again in a second")
+        if num_bytes > self._memory.max_per_client and not already_admitted:
+            raise InvalidValue(
+                f"this request takes {num_bytes} bytes of memory, and one client may have at most "
+                f"{self._memory.max_per_client}: send a shorter text, or request fewer continuations"
+            )
+        if not self._memory.take(client, num_bytes, regardless=already_admitted):
+            raise Overloaded("the server has as many long texts as it can, or as it can for you: try again in a second")
         try:
             return self._accept(client, texts, already_admitted)
         except BaseException:
-            self._memory.give_back(num_bytes)
+            self._memory.give_back(client, num_bytes)
             raise
 
     def _accept(self, client: str, texts: list[_Text], already_admitted: bool) -> list[Handle]:
@@ -206,7 +210,7 @@ class Engine:
             raise EngineFailed(_FAILED) from error
         finally:
             self._stepping.release()
-        self._memory.give_back(text.num_bytes)
+        self._memory.give_back(text.client, text.num_bytes)
         text.handle.publish(result, _end(row, row.finished or "length"))
 
     def _advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
@@ -298,7 +302,8 @@ class Engine:
                 if text.handle.request.max_chars:
                     self.counters.ended(text.row.finished)
             self._scheduler.remove(texts)
-            self._memory.give_back(sum(text.num_bytes for text in texts))
+            for text in texts:
+                self._memory.give_back(text.client, text.num_bytes)
             with self._changed:
                 for text in texts:
                     self._places.give_back(text.client)

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from service.engine.arithmetic import VERSION
 from service.engine.engine import Engine
 from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
-from service.engine.memory_budget import MemoryBudget
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
 from service.errors import GruServeError, InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
@@ -29,7 +28,7 @@ from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
-from service.shares import SharedCapacity, current_client
+from service.shares import SharedBudget, SharedCapacity, current_client
 from service.store.model_store import ModelStore, ModelVersion
 
 _MAX_PENDING = 8  # versions that one client may have in the queue for loading
@@ -47,9 +46,7 @@ class EngineSettings:
     max_running: int = 256  # see Engine
     max_waiting: int = 256  # see Engine
     stall_s: float = 30.0  # see Engine
-    memory: MemoryBudget = field(
-        default_factory=lambda: MemoryBudget(2**27)
-    )  # that the open texts of all engines share
+    memory: SharedBudget | None = None  # bytes that the open texts of all engines share; None sets no limit
     prefix_cache_bytes: int = 2**26  # memory for states after prompts; 0 disables the cache
 
 

@@ -11,9 +11,8 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
-from service.engine.memory_budget import MemoryBudget
-from service.generation.score_budget import ScoreBudget
 from service.settings import SPARE_THREADS, Settings, read_settings
+from service.shares import SharedBudget
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.inspect.routes import InspectRoutes
@@ -98,7 +97,7 @@ def _register_gates(
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
     close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
-    register_body_check(app, settings.max_body_bytes, MemoryBudget(settings.max_large_bodies_bytes))
+    register_body_check(app, settings.max_body_bytes, SharedBudget(settings.large_bodies_bytes))
     register_start_costs(app, settings.max_tokens, MAX_CHOICES)
     register_error_handlers(app)
     return close_counts
@@ -114,7 +113,7 @@ def _resources(
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
-    score_budget = ScoreBudget(settings.max_scores)
+    score_budget = SharedBudget(settings.max_scores)
     return [
         CompletionRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),

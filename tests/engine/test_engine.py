@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
-from service.engine.memory_budget import MemoryBudget
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import End, Handle, Request
@@ -20,6 +19,7 @@ from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
+from service.shares import SharedBudget
 from tests.harness.rows import CHARSET, quantized
 
 STEPPER = TorchStepper(quantized())
@@ -606,18 +606,19 @@ def test_failed_engine__raises_a_new_exception_each_time() -> None:
 
 
 def test_memory__of_all_open_texts_has_a_budget() -> None:
-    """Engines share it. It is free again however a text ends, and one large text is always accepted."""
-    memory, gate = MemoryBudget(400_000), _Gate()
+    """Engines share it. One client has half of it at most, and it is free again however a text ends."""
+    memory, gate = SharedBudget(800_000), _Gate()
     prompt = CHARSET.encode("a" * 10_000)  # 80 KB, which continuations share
     long = [Request(prompt, 1, seed) for seed in range(20)]
     with running(gate, memory=memory, max_running=100) as engine, running(memory=memory) as other:
         first = engine.submit(long)
-        used = memory.num_bytes
+        used = memory.num_taken
         assert 80_000 < used < 150_000
         engine.submit([Request(CHARSET.encode("b" * 20_000), 1, 0)])
         for refusing in (engine, other):
             with pytest.raises(Overloaded):
                 refusing.submit([Request(CHARSET.encode("c" * 20_000), 1, 0)])
+        engine.submit([Request(CHARSET.encode("c" * 20_000), 1, 0, client="another one")])
         with pytest.raises(InvalidValue):
             engine.submit([Request(prompt, -1, 0)])
         assert other.submit([request()])[0].wait().position == 36
@@ -629,12 +630,14 @@ def test_memory__of_all_open_texts_has_a_budget() -> None:
         deadline = time.monotonic() + 10
         while engine.num_open and time.monotonic() < deadline:
             time.sleep(0.001)
-        assert memory.num_bytes == 0
-        assert other.submit([Request(CHARSET.encode("d" * 100_000), 0, 0)])[0].wait().position == 100_000
+        assert memory.num_taken == 0
+        assert other.submit([Request(CHARSET.encode("d" * 45_000), 0, 0)])[0].wait().position == 45_000
+        with pytest.raises(InvalidValue, match="400000"):
+            other.submit([Request(CHARSET.encode("d" * 50_000), 0, 0)])
     gate = _Gate()
     with running(gate, memory=memory) as engine:
         engine.submit([request(max_chars=10_000)])
         assert gate.entered.acquire(timeout=10)
         gate.open()
         engine.close()
-        assert memory.num_bytes == 0
+        assert memory.num_taken == 0

@@ -234,7 +234,7 @@ def test_begun_requests__hold_no_thread(server: Server, data: bytes) -> None:
 
 
 def test_bodies__have_a_budget_for_all_together(server: Server) -> None:
-    """Bodies of 1.5 MB of which the last byte is missing: the oldest ones are refused when all take 64 MiB."""
+    """Bodies of 1.5 MB of which the last byte is missing: the oldest ones are refused when all take 16 MiB."""
     size = 1_500_000
     data = HEAD + f"Content-Length: {size}\r\n\r\n".encode() + b" " * (size - 1)
     with unharmed(server), strangers(server, 60, data) as held:

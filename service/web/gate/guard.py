@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import secrets
 import time
+from contextlib import ExitStack
 
 import structlog
 from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from service.engine.memory_budget import MemoryBudget
+from service.shares import SharedBudget, current_client
 from service.web.gate.body_json import BodyJson, TooManyValues
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
@@ -24,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_SMALL_BODY_BYTES = 65_536  # bodies up to this length are not counted, so that large ones never shut them out
+SMALL_BODY_BYTES = 65_536  # bodies up to this length are not counted, so that large ones never shut them out
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
 
@@ -64,10 +65,11 @@ def register_guard(app: Flask, drain: Drain) -> None:
         return response
 
 
-def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBudget) -> None:
+def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBudget) -> None:
     """Read and parse the body of each request before the route validates it, and refuse HEAD of a stream.
 
-    `large_bodies` limits those of more than `_SMALL_BODY_BYTES`: read and parsed, each takes ten times its length.
+    `large_bodies` limits what each client may have in bodies of more than `SMALL_BODY_BYTES`, until its answers end:
+    read and parsed, each takes ten times its length. The poller limits what has arrived for all clients together.
 
     Register it after everything that refuses requests without reading their bodies.
     """
@@ -93,20 +95,25 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBud
             return error_response(
                 "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
             )
-        expected = request.content_length if request.content_length is not None else max_body_bytes
-        if expected > _SMALL_BODY_BYTES:
-            if not large_bodies.take(expected):
-                return error_response("the server reads as many large bodies as it can: try again", "overloaded")
-            g.large_body_bytes = expected
         try:
-            if len(request.get_data()) > max_body_bytes:
-                return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+            num_bytes = len(request.get_data())
         except Exception as error:  # noqa: BLE001
             # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
             log.info("body not read", error=type(error).__name__)  # the message may quote the body
             return error_response(
                 "the body was incomplete or did not arrive in time: send the request again", "incomplete_body"
             )
+        if num_bytes > max_body_bytes:
+            return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+        if num_bytes > SMALL_BODY_BYTES:
+            client = current_client()
+            if not large_bodies.take(client, num_bytes):
+                return error_response(
+                    "the server has as many large bodies as it can, or as it can for you: try again in a second",
+                    "overloaded",
+                )
+            g.large_body = ExitStack()  # closing it again does nothing
+            g.large_body.callback(large_bodies.give_back, client, num_bytes)
         try:
             # Parsed once: Flask caches the result, and the validation after this takes it from there.
             body = request.get_json()
@@ -120,9 +127,16 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: MemoryBud
             return error_response("the body has to be a JSON object", "invalid_json")
         return None
 
+    @app.after_request
+    def _count_until_answered(response: Response) -> Response:
+        if large_body := g.pop("large_body", None):
+            response.call_on_close(large_body.close)
+        return response
+
     @app.teardown_request
     def _forget_body(_: BaseException | None) -> None:
-        large_bodies.give_back(g.pop("large_body_bytes", 0))
+        if large_body := g.pop("large_body", None):  # there is no answer
+            large_body.close()
 
 
 def _logged_path(app: Flask) -> str:

@@ -93,7 +93,7 @@ class Connection:
         self.waiting_since = 0.0  # when it was accepted, or got its last answer; on the clock of time.monotonic
         self.began_at: float | None = None  # when the current request began to arrive
         self.deadline = math.inf  # when the poller stops waiting for the client
-        self.num_counted = 0  # bytes that the poller counts for this connection
+        self.num_small = self.num_large = 0  # bytes that the poller counts for this connection, in one of its budgets
         self.num_lingered = 0  # bytes dropped while LINGERING
         self.is_registered = False  # with the poller's selector
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import structlog
 
+from service.web.gate.guard import SMALL_BODY_BYTES
 from service.web.gunicorn.connection import Connection, Phase, refusal_answer
 from service.web.gunicorn.request_reader import Refusal, RequestReader
 
@@ -46,7 +47,8 @@ class ConnectionLimits:
     max_connections: int
     max_body_bytes: int  # of one request; a longer body is not waited for
     request_timeout_s: float  # for a whole request, from its first byte
-    max_received_bytes: int = 64 * 2**20  # of requests that have not arrived completely
+    max_large_bytes: int  # of requests with more than SMALL_BODY_BYTES, from their first byte until they are answered
+    max_small_bytes: int = 16 * 2**20  # of smaller requests that have not arrived completely
 
 
 class Poller:
@@ -74,7 +76,7 @@ class Poller:
         self._may_send_body, self._serve = may_send_body, serve
         self._selector = selectors.DefaultSelector()
         self._connections: set[Connection] = set()
-        self._num_received = 0  # bytes of requests that have not arrived completely
+        self._num_small = self._num_large = 0  # bytes in the two budgets of ConnectionLimits
         self._finished: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         for end in (self._waker, self._woken):
@@ -199,8 +201,7 @@ class Poller:
             if one.network == network and to_free > 0:
                 to_free -= weight_of(one)
                 if one.phase is Phase.READING and one.reader.has_begun:
-                    message = "the server holds as many begun requests as it can: try again in a second"
-                    one.send_if_possible(refusal_answer(Refusal(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", message)))
+                    one.send_if_possible(refusal_answer(_overloaded()))
                 self._drop(one)
         return True
 
@@ -248,7 +249,10 @@ class Poller:
             self._unwatch(connection)
             connection.phase, connection.deadline = Phase.SERVING, math.inf
             self._count(connection)
-            self._serve(connection, request)
+            if self._make_room() or not connection.num_large:
+                self._serve(connection, request)
+            else:
+                self._refuse(connection, _overloaded())
         elif not is_open:
             if reader.has_begun:
                 self._refuse(connection, _incomplete("the client ended its side before the request was complete"))
@@ -262,8 +266,19 @@ class Poller:
                 connection.deadline = connection.began_at + (limit_s if reader.has_head else min(_HEAD_S, limit_s))
             self._watch(connection)
             self._count(connection)
-            while self._num_received > self._limits.max_received_bytes and self._evict(lambda one: one.num_counted):
-                pass
+            self._make_room()
+
+    def _make_room(self) -> bool:
+        """Evict connections until their bytes are within the limits.
+
+        Return False if that was not enough, because large requests that are being answered take the rest.
+        """
+        while self._num_small > self._limits.max_small_bytes and self._evict(lambda one: one.num_small):
+            pass
+        while self._num_large > self._limits.max_large_bytes:
+            if not self._evict(lambda one: one.num_large):
+                return False
+        return True
 
     def _time_out(self, connection: Connection) -> None:
         if connection.phase is Phase.READING and connection.reader.has_begun:
@@ -311,17 +326,23 @@ class Poller:
     def _drop(self, connection: Connection) -> None:
         self._unwatch(connection)
         self._connections.discard(connection)
-        self._num_received -= connection.num_counted
-        connection.num_counted = 0
+        self._set_counts(connection, 0, 0)
         connection.close()
 
     # Bookkeeping
 
     def _count(self, connection: Connection) -> None:
-        """Bring the count of received bytes up to date."""
-        num_bytes = connection.reader.num_bytes if connection.phase is Phase.READING else 0
-        self._num_received += num_bytes - connection.num_counted
-        connection.num_counted = num_bytes
+        """Bring the counts of bytes up to date."""
+        num_bytes = connection.reader.num_bytes if connection.phase is not Phase.LINGERING else 0
+        if num_bytes > SMALL_BODY_BYTES:
+            self._set_counts(connection, 0, num_bytes)
+        else:
+            self._set_counts(connection, num_bytes if connection.phase is Phase.READING else 0, 0)
+
+    def _set_counts(self, connection: Connection, num_small: int, num_large: int) -> None:
+        self._num_small += num_small - connection.num_small
+        self._num_large += num_large - connection.num_large
+        connection.num_small, connection.num_large = num_small, num_large
 
     def _watch(self, connection: Connection) -> None:
         if not connection.is_registered:
@@ -332,6 +353,11 @@ class Poller:
         if connection.is_registered:
             self._selector.unregister(connection)
             connection.is_registered = False
+
+
+def _overloaded() -> Refusal:
+    message = "the server holds as many begun requests as it can: try again in a second"
+    return Refusal(HTTPStatus.TOO_MANY_REQUESTS, "overloaded", message)
 
 
 def _incomplete(cause: str) -> Refusal:

@@ -68,6 +68,7 @@ class RequestReader:
         self._searched = 0  # bytes of it that contain no end of a head
         self._request: Any = None  # whose body has not arrived completely
         self._body = bytearray()
+        self._num_handed_out = 0  # bytes of the body of the request that is being answered
         self._framing: _Length | _Chunks = _Length(0)  # of the body that is being read or skipped
         self._num_skipped = 0
         self._num_requests = 0
@@ -89,8 +90,8 @@ class RequestReader:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in memory."""
-        return len(self._received) + len(self._body)
+        """Bytes in memory, with the body of the request that was handed out last, until the next one is read."""
+        return len(self._received) + len(self._body) + self._num_handed_out
 
     def add(self, data: bytes) -> None:
         """Add bytes that have arrived."""
@@ -101,6 +102,7 @@ class RequestReader:
 
         The request is gunicorn's, with the body as a file in memory. `send` sends an interim answer to the client.
         """
+        self._num_handed_out = 0
         if self.is_skipping and not self._skip():
             return None
         if self._request is None:
@@ -125,6 +127,7 @@ class RequestReader:
     def _hand_out(self, body: io.IOBase) -> Any:
         request, self._request = self._request, None
         request.body = body
+        self._num_handed_out = len(self._body)
         self._body.clear()
         self._num_skipped = 0
         return request

@@ -115,7 +115,7 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
             max_connections=max(max_connections, SPARE_THREADS),
             max_body_bytes=settings.max_body_bytes,
             request_timeout_s=settings.request_timeout_s,
-            max_received_bytes=max(64 * 2**20, 2 * settings.max_body_bytes),
+            max_large_bytes=settings.large_bodies_bytes,
         ),
         min_threads=SPARE_THREADS,
         max_threads=num_threads,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from service.engine.request import Handle
 from service.errors import EngineFailed
-from service.generation.score_budget import ScoreBudget
 from service.registry.loaded_models import LoadedModels
 from service.settings import Settings
+from service.shares import SharedBudget
 from service.store.model_store import ModelStore
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
@@ -234,7 +234,7 @@ def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), ScoreBudget(1000)).register(app)
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000)).register(app)
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

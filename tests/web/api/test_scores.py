@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,24 +14,24 @@ from flask.testing import FlaskClient
 
 from service.engine.scores import Scores
 from service.errors import InvalidValue, TooManyScores
-from service.generation.score_budget import ScoreBudget
+from service.generation.score_reservation import ScoreReservation
 from service.model.charset import Charset
 from service.settings import Settings
+from service.shares import SharedBudget, work_for
 from service.store.model_store import ModelStore
 from service.web.api.json_pieces import logprobs_pieces
 from service.web.api.responses import json_response
 from tests.harness.application import client_of, ok, refused
 from tests.harness.models import TINY_CHARSET
 from tests.harness.server import SERVE, serving
-from tests.harness.wait import wait_until
 
-BUDGET = 2000
+BUDGET = 2000  # of one client
 CHARSET = Charset(TINY_CHARSET)
 
 
 @pytest.fixture(scope="module")
 def limited(tiny_store: ModelStore) -> Iterator[FlaskClient]:
-    with client_of(Settings(model_store=tiny_store.root, model="tiny", max_scores=BUDGET)) as client:
+    with client_of(Settings(model_store=tiny_store.root, model="tiny", max_scores=2 * BUDGET)) as client:
         client.post("/v1/completions", json=completion())  # the engine's thread starts with its first work
         yield client
 
@@ -98,9 +96,14 @@ def test_json_response__long_answers_are_sent_as_they_are_written() -> None:
     assert (short.content_length, closed) == (2, [1, 2])
 
 
-def test_budget__belongs_to_the_process() -> None:
-    budget = ScoreBudget(100)
-    one, other = budget.reservation(), budget.reservation()
+def reservation_of(client: str, budget: SharedBudget) -> ScoreReservation:
+    work_for(client)
+    return ScoreReservation(budget)
+
+
+def test_reservation__of_a_client_is_half_of_the_budget_at_most() -> None:
+    budget = SharedBudget(200)
+    one, other = reservation_of("a", budget), reservation_of("a", budget)
     one.require(60)
     with pytest.raises(TooManyScores):
         other.require(41)
@@ -109,33 +112,17 @@ def test_budget__belongs_to_the_process() -> None:
     other.require(90)
     with pytest.raises(TooManyScores):
         one.require(11)
-    assert budget.num_reserved == 100  # a refusal changes nothing
+    assert budget.num_taken == 100  # a refusal changes nothing
     with pytest.raises(InvalidValue, match="100"):
         one.require(101)
-    for reservation in (one, other, one):
+    stranger = reservation_of("b", budget)
+    stranger.require(50)  # half of the rest
+    with pytest.raises(TooManyScores):
+        stranger.require(51)
+    work_for("")  # each gives back what its own client has
+    for reservation in (one, other, one, stranger):
         reservation.release()
-    assert budget.num_reserved == 0
-
-
-def test_budget__is_exact_with_many_threads() -> None:
-    budget = ScoreBudget(50)
-    start = threading.Barrier(8)
-
-    def use(seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        reservation = budget.reservation()
-        start.wait()
-        for size in rng.integers(0, 60, 500).tolist():
-            try:
-                reservation.require(size)
-            except (TooManyScores, InvalidValue):
-                reservation.release()
-            assert 0 <= budget.num_reserved <= 50
-        reservation.release()
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(use, range(8)))
-    assert budget.num_reserved == 0
+    assert budget.num_taken == 0
 
 
 def completion(**changes: Any) -> dict[str, Any]:
@@ -146,7 +133,7 @@ FITTING = 400  # characters with 4 alternatives
 
 
 def test_request__larger_than_the_budget_is_refused_on_every_route(limited: FlaskClient) -> None:
-    """The characters count that are read, which folding can make more; and the whole budget can be used again."""
+    """The characters count that are read, also those that folding adds. A client can use its whole half again."""
     ok(limited.put("/v1/sessions/s", json={"text": "a"}), 201)
     text, folded = "a" * FITTING, "a" * (FITTING - 2) + "…"  # an ellipsis is read as three full stops
     for _ in range(3):
@@ -185,11 +172,11 @@ def test_feed__repeated_counts_only_what_it_scores(limited: FlaskClient) -> None
 
 
 def test_budget__in_use_is_429_until_the_answer_is_sent(tiny_store: ModelStore) -> None:
-    """A client of the real server reads the answer slowly: others are told to come back, and then they are served."""
+    """A client of the real server reads the answer slowly: further scores for its address are refused meanwhile."""
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
     big = completion(prompt="ab" * 15_000, max_tokens=0, echo=True, logprobs=20)
     num_scores = 30_000 * 21
-    with serving(SERVE, environment | {"GRU_SERVE_MAX_SCORES": str(num_scores)}) as server:
+    with serving(SERVE, environment | {"GRU_SERVE_MAX_SCORES": str(2 * num_scores)}) as server:
         server.call("PUT", "/v1/sessions/s", {"text": "a"})
         slow = server.open(big, receive_bytes=4096)
         try:
@@ -220,21 +207,3 @@ def test_budget__in_use_is_429_until_the_answer_is_sent(tiny_store: ModelStore) 
         status, answer = server.call("POST", "/v1/completions", big)
         assert status == 200
         assert len(answer["choices"][0]["logprobs"]["top_logprobs"]) == 30_000
-
-
-def test_large_bodies__have_a_budget_and_small_ones_do_not_count(tiny_store: ModelStore) -> None:
-    """A client that sends a large body slowly takes its place; small requests are served, and then large ones again."""
-    environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    large = completion(prompt="ab" * 40_000, max_tokens=1, logprobs=None)
-    with serving(SERVE, environment | {"GRU_SERVE_MAX_LARGE_BODIES_BYTES": str(2**20)}) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as slow:
-            head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            slow.sendall(f"{head}Content-Length: 1000000\r\n\r\n".encode() + b"{")
-
-            def is_refused() -> bool:
-                status, answer = server.call("POST", "/v1/completions", large)
-                return status == 429 and answer["error"]["code"] == "overloaded"
-
-            wait_until(is_refused)
-            assert server.call("POST", "/v1/completions", completion(prompt="ab" * 10_000, max_tokens=1))[0] == 200
-        wait_until(lambda: server.call("POST", "/v1/completions", large)[0] == 200)

@@ -12,8 +12,9 @@ from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases
-from service.generation.score_budget import ScoreBudget
+from service.generation.score_reservation import ScoreReservation
 from service.registry.loaded_models import LoadedModel, LoadedModels
+from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
 from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody
@@ -46,7 +47,7 @@ class CompletionRoutes(Resource):
         default_model: str,
         limits: CompletionLimits,
         admission: AdmissionLimit,
-        score_budget: ScoreBudget,
+        score_budget: SharedBudget,
     ) -> None:
         self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
         self._score_budget = score_budget
@@ -72,7 +73,7 @@ class CompletionRoutes(Resource):
             # From here on the thread may wait: first for the model.
             model = self._models.get(body.model if body.model is not None else self._default_model)
             request = _completion_request(model, body, self._limits)
-            scores = self._score_budget.reservation()
+            scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             scores.require(request.num_scores)
             completion = Completion(model, request)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from service.errors import InvalidValue
 from service.generation.inspector import InspectionRequest, InspectionResult, Inspector
-from service.generation.score_budget import ScoreBudget
+from service.generation.score_reservation import ScoreReservation
+from service.shares import SharedBudget
 from service.web.api.inspect import schemas
 from service.web.api.json_pieces import dumps, logprobs_pieces
 from service.web.api.resource import Resource
@@ -35,7 +36,7 @@ class InspectRoutes(Resource):
     errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
 
     def __init__(
-        self, inspector: Inspector, default_model: str, admission: AdmissionLimit, score_budget: ScoreBudget
+        self, inspector: Inspector, default_model: str, admission: AdmissionLimit, score_budget: SharedBudget
     ) -> None:
         self._inspector, self._default_model, self._admission = inspector, default_model, admission
         self._score_budget = score_budget
@@ -59,7 +60,7 @@ class InspectRoutes(Resource):
         with ExitStack() as held:
             held.enter_context(self._admission.admit())
             held.enter_context(self._inspections.admit())
-            scores = self._score_budget.reservation()
+            scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             result = self._inspector.inspect(current_owner(), inspection_request, scores.require)
             return json_response(_pieces(result), held)

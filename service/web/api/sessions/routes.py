@@ -11,9 +11,10 @@ from pydantic import BaseModel
 
 from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
 from service.generation.runs import RunRequest
-from service.generation.score_budget import ScoreBudget
+from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.sessions.session import SessionKey
+from service.shares import SharedBudget
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.api.sessions import schemas
@@ -44,7 +45,7 @@ class SessionRoutes(Resource):
         default_model: str,
         limits: SessionLimits,
         admission: AdmissionLimit,
-        score_budget: ScoreBudget,
+        score_budget: SharedBudget,
     ) -> None:
         self._sessions, self._default_model, self._limits = sessions, default_model, limits
         self._admission, self._score_budget = admission, score_budget
@@ -144,7 +145,7 @@ class SessionRoutes(Resource):
             body.text, body.position, body.logprobs, body.num_next, body.unknown_chars, body.rebase
         )
         with ExitStack() as held:
-            scores = self._score_budget.reservation()
+            scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             with self._admission.admit(), _blaming("text"):
                 result = self._sessions.feed(_key(path), feed_request, client_monitor(), scores.require)

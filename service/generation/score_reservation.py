@@ -1,0 +1,45 @@
+"""How many log-probabilities a request has in memory, out of the budget that all requests share."""
+
+from __future__ import annotations
+
+from service.errors import InvalidValue, TooManyScores
+from service.shares import SharedBudget, current_client
+
+
+class ScoreReservation:
+    """What one request has reserved, from before it computes until its answer is sent. One thread at a time uses it.
+
+    A log-probability takes 8 bytes, and up to three times that while parts of an answer are joined.
+    """
+
+    def __init__(self, budget: SharedBudget) -> None:
+        """Reserve nothing so far, for the client of the current thread."""
+        self._budget, self._client = budget, current_client()
+        self._num_scores = 0
+
+    def require(self, num_scores: int) -> None:
+        """Reserve this many log-probabilities, instead of what was reserved before.
+
+        Raises TooManyScores if the requests in progress leave too few, and InvalidValue if one client never gets this
+        many.
+        """
+        if num_scores > self._budget.max_per_client:
+            raise InvalidValue(
+                f"logprobs: this request has {num_scores} log-probabilities, and the server computes at most "
+                f"{self._budget.max_per_client} at a time for one client: request fewer characters, or fewer "
+                "alternatives",
+                param="logprobs",
+            )
+        more = num_scores - self._num_scores
+        if more < 0:
+            self._budget.give_back(self._client, -more)
+        elif more and not self._budget.take(self._client, more):
+            raise TooManyScores(
+                "the server computes as many log-probabilities as it can, or as many as it can for you: try again in a "
+                "second"
+            )
+        self._num_scores = num_scores
+
+    def release(self) -> None:
+        """Reserve nothing any more. Harmless if that was done before."""
+        self.require(0)
