@@ -57,6 +57,7 @@ _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
     "before you repeat it"
 )
+_INSPECTED_S = 60.0  # between two looks at a server's settings, which can change while it runs
 _PROBE_S = 1.0  # between two probes of a server that works
 _PATIENCE_WINDOWS = 4  # a process that was there is waited for this many recovery windows after it was heard of last
 _MAX_RESTORE_S = 60.0  # others no longer wait for a process that fails to restore for longer
@@ -152,7 +153,8 @@ class RedisServer:
         self._ping_change = 0  # of the connections
         self._pinged_change = 0  # of the connections on which the last ping succeeded
         self._has_probed = False  # a probe has succeeded, so all masters are known
-        self._inspected: set[bytes] = set()  # the servers' processes that were inspected
+        # When the settings of each server's process are read next, monotonic, and its policy if it may evict, else "".
+        self._inspected: dict[bytes, tuple[float, str]] = {}
 
         self._connections = RedisConnections(parse(url), timeout_s, (_CREATE_SCRIPT, _OTHER_SCRIPT))
         self._idle: dict[Address, list[Link]] = {}  # connections that no thread uses
@@ -499,9 +501,7 @@ class RedisServer:
         for address in masters:
             link = self._ping_links[address] = self._connections.connect(address)
             self._identify(address, link)
-            if link.run_id not in self._inspected:
-                self._warn_of_eviction(link)
-                self._inspected.add(link.run_id)
+            self._warn_of_eviction(link)
         with self._lock:
             # -1: another thread has found another process at one of the addresses, so this has to be done again.
             is_latest = all(self._run_ids[address] == link.run_id for address, link in self._ping_links.items())
@@ -514,7 +514,8 @@ class RedisServer:
                 self._change += 1
                 self._ping_change = self._change
                 self._left_epoch = self._epoch  # no master may have another process, so this one begins the epoch
-            self._inspected.intersection_update(self._run_ids.values())
+            for run_id in self._inspected.keys() - set(self._run_ids.values()):
+                del self._inspected[run_id]
             self._has_probed = True
 
     def _attend(self) -> None:
@@ -590,9 +591,15 @@ class RedisServer:
             link.run_id, link.change = run_id, self._change
 
     def _warn_of_eviction(self, link: Link) -> None:
+        """Once a minute, log that a server may evict sessions, unless that is logged already."""
+        due, known = self._inspected.get(link.run_id, (0.0, ""))
+        if time.monotonic() < due:
+            return
         info = link.info("memory")
         policy = info.get(b"maxmemory_policy", b"noeviction").decode()
-        if info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction":
+        evicts = info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction"
+        self._inspected[link.run_id] = time.monotonic() + _INSPECTED_S, policy if evicts else ""
+        if evicts and policy != known:
             log.error(
                 "the session store may evict sessions that are in use",
                 advice="set maxmemory-policy to noeviction in the Redis of GRU_SERVE_SESSION_STORE",

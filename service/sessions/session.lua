@@ -30,8 +30,8 @@ local ttl, expires, holder, lease_end = tonumber(stored[4]), tonumber(stored[5])
 local takeover_requested, tombstone, history = stored[8] == '1', stored[9], stored[10] or ''
 if tombstone == '' then tombstone = false end
 -- All that is computed with below. The answer is the one for a key of another type: both concern this session alone.
-local is_sound = not revision or #incarnation >= 16 and incarnation:match('^%d+') and #incarnation:match('^%d+') >= 16
-  and nonce and ttl and expires and (not tombstone or tombstone == 'deleted' or tombstone == 'lost')
+local is_sound = not revision or nonce and #(incarnation and incarnation:match('^%d+') or '') >= 16
+  and (tombstone == 'deleted' or tombstone == 'lost' or not tombstone and ttl and expires)
 if not is_sound then return redis.error_reply('WRONGTYPE the record is damaged') end
 -- A lease that ends later than its longest length from now was given by a clock that has stepped back: it is over.
 local is_leased = lease_end and lease_end > now and lease_end <= now + longest_lease

@@ -38,7 +38,7 @@ def spoil(client: redis.Redis, pattern: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("b", "x"), ("b", "9" * 15), ("n", None), ("x", "soon"), ("t", "x"), ("s", "x"), ("all", "list")],
+    [("b", "x"), ("b", None), ("b", "9" * 15), ("n", None), ("x", "soon"), ("t", "x"), ("s", "x"), ("all", "list")],
 )
 def test_damaged_session__is_lost_and_alone(server: RedisProcess, field: str, value: str | None) -> None:
     with replicas(server.url, server.url) as (writer, reader), redis.Redis.from_url(server.url) as client:
