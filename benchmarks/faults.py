@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from tests.harness.programs import free_port
 
 _SETTLE_S = 1.0  # after a fault, until others may follow that must not overlap with it
 _LONGEST_RECOVERY_S = 30.0
+_WAITED_FOR_S = 5.0  # a little less than others wait for a silent replica after a loss (6 s, docs/operations.md)
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Fault:
     kind: str
     began: float
     ended: float
-    #: When Redis and a replica had died together. What was written between `began` and this may be lost.
+    #: When Redis and a replica had died together, or the replica is silent for longer than the others wait for it. What
+    #: was written between `began` and this may be lost, until that replica is back.
     lost_until: float | None = None
 
 
@@ -152,7 +154,14 @@ class Injector:
 
     def _pause(self, chance: random.Random) -> None:
         seconds = chance.uniform(1, 6) if chance.random() < 0.7 else chance.uniform(6, 20)
-        with self._recoveries.hold("pause"), self._one_replica(chance) as replica, self._noted("replica paused"):
+        # What only a replica has that is silent for long, others can't restore, as if it had died.
+        losses = self._losses.hold("death") if seconds > _WAITED_FOR_S else nullcontext()
+        with (
+            losses,
+            self._recoveries.hold("pause"),
+            self._one_replica(chance) as replica,
+            self._noted("replica paused"),
+        ):
             replica.send(signal.SIGSTOP)
             self._is_over.wait(seconds)
             replica.send(signal.SIGCONT)
@@ -202,13 +211,15 @@ class Injector:
                 replica.start()
 
     def _lose_last_second_of_a_paused_replica(self, chance: random.Random) -> None:
-        with self._losses.hold("loss"), self._recovery("replica paused, redis killed, the last second lost"):
+        seconds = chance.uniform(3, 10)
+        kind = "replica paused, redis killed, the last second lost"
+        with self._losses.hold("loss"), self._recovery(kind) as number:
             on_disk = self._deployment.redis.on_disk()
             time.sleep(chance.uniform(0.1, 0.9))
             with self._one_replica(chance) as replica:
                 replica.send(signal.SIGSTOP)
-                self._lose(on_disk)
-                time.sleep(chance.uniform(3, 10))
+                self._lose(on_disk, number if seconds > _WAITED_FOR_S else None)
+                time.sleep(seconds)
                 replica.send(signal.SIGCONT)
 
     def _lose(self, on_disk: dict[Path, int], number: int | None = None) -> None:

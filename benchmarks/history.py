@@ -66,6 +66,7 @@ class State:
 
     text: str | None = None  # None if there is no session
     run: Run | None = None
+    is_deleted: bool = False  # there was a session, and it was deleted
 
     @property
     def length(self) -> int:
@@ -238,8 +239,8 @@ class _Rules:
                     found = state.at(call.position)
             case Absent() if text is None:
                 yield state
-            case Delete() if text is not None:
-                yield State()
+            case Delete() if text is not None or state.is_deleted:  # a repeated deletion has the same answer
+                yield State(is_deleted=True)
             case Length():
                 found = state.at(call.position)
             case Read() | Fork(position=None):

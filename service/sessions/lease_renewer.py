@@ -214,7 +214,9 @@ class LeaseRenewer:
         if not batch and time.monotonic() >= self._next_sweep:
             self._next_sweep = time.monotonic() + _SWEEP_S
             self._unswept = iter(self._cache.save_ids())
-        answers = self._server.call_all([self._command("exists", key) for key, _ in batch]) if batch else []
+        answers = (
+            self._server.call_all([self._command("exists", key) for key, _ in batch], one_by_one=True) if batch else []
+        )
         for (key, save_id), answer in zip(batch, answers, strict=True):
             if answer[0] != b"ok":
                 self._cache.drop(key, save_id)

@@ -52,32 +52,42 @@ _CREATE_SCRIPT, _OTHER_SCRIPT = Script(f"#!lua\n{_SCRIPT}"), Script(f"#!lua flag
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _NO_CONNECTION = "this server has no connection to the session store left, and nothing was done: try again in a second"
 _FULL = "the session store is full: try again later"
+_OCCUPIED = "the session store has something else under a key that is needed: see the server's log"
 _UNKNOWN = (
     "the session store did not answer, so the operation may or may not have been done: read the session's position "
     "before you repeat it"
 )
+_INSPECTED_S = 60.0  # between two looks at a server's settings, which can change while it runs
 _PROBE_S = 1.0  # between two probes of a server that works
 _PATIENCE_WINDOWS = 4  # a process that was there is waited for this many recovery windows after it was heard of last
 _MAX_RESTORE_S = 60.0  # others no longer wait for a process that fails to restore for longer
 _NO_EPOCH = b"0" * 16
 _CHANGING: tuple[Operation, ...] = ("create", "save", "claim", "delete")
+# First word of answers for a key that has something else, which session.lua also gives for a damaged record.
+_WRONG_KEY = "WRONGTYPE"
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
 # NOAUTH, NOPERM, MISCONF, NOREPLICAS, CLUSTERDOWN and BUSY. Whether every call gets an ERR, a probe finds out.
-_ABOUT_ONE_CALL = ("ERR", "WRONGTYPE", "NOSCRIPT")
+_ABOUT_ONE_CALL = ("ERR", _WRONG_KEY, "NOSCRIPT")
+_SEE_LOG = "see the log of its server"
 _ADVICE = {
     "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
     "MASTERDOWN": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
+    _WRONG_KEY: "a key whose name begins with gru-serve:probe has something else: delete it",
     "NOREPLICAS": "too few replicas follow it: see its setting min-replicas-to-write",
     "NOAUTH": "give a user and a password in GRU_SERVE_SESSION_STORE",
     "WRONGPASS": "correct the user and the password in GRU_SERVE_SESSION_STORE",
     "NOPERM": "give the user in GRU_SERVE_SESSION_STORE the permissions that docs/redis.md lists",
-    "MISCONF": "it can't write to its disk: see its log",
+    "MISCONF": "it can't write to its disk: see the log of its server",
     "LOADING": "it is starting: wait",
     "CLUSTERDOWN": "a part of the cluster is down: see CLUSTER INFO of its nodes",
 }
 # After these, the server may have the data of another one.
 _WAS_REPLICA = ("READONLY", "MASTERDOWN", "LOADING")
 _NO_PERMISSION = re.compile("ACL failure in script|^The user executing the script can't ")
+
+
+class KeyOccupied(StoreUnavailable):
+    """A key has something else than this service stores there, or a damaged record. It concerns no other key."""
 
 
 class _InRecovery(errors.ConnectionError):
@@ -143,7 +153,8 @@ class RedisServer:
         self._ping_change = 0  # of the connections
         self._pinged_change = 0  # of the connections on which the last ping succeeded
         self._has_probed = False  # a probe has succeeded, so all masters are known
-        self._inspected: set[bytes] = set()  # the servers' processes that were inspected
+        # When the settings of each server's process are read next, monotonic, and its policy if it may evict, else "".
+        self._inspected: dict[bytes, tuple[float, str]] = {}
 
         self._connections = RedisConnections(parse(url), timeout_s, (_CREATE_SCRIPT, _OTHER_SCRIPT))
         self._idle: dict[Address, list[Link]] = {}  # connections that no thread uses
@@ -153,15 +164,15 @@ class RedisServer:
     def call(self, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         """Run one operation on one session and return the script's answer.
 
-        Raises StoreUnavailable if nothing was changed, OutcomeUnknown if a save may or may not have been done, and
-        Overloaded if Redis has no memory for a new session.
+        Raises StoreUnavailable if nothing was changed (KeyOccupied if that is because of the key), OutcomeUnknown if a
+        save may or may not have been done, and Overloaded if Redis has no memory for a new session.
         """
         return self._timed(operation, partial(self._run_script, key, operation, *arguments))
 
     def call_between(self, command: Command, operation: Operation, key: str, *arguments: Any) -> list[Any]:
         """Do the same, and a command before and after it. If one master has both keys, that takes one exchange.
 
-        If the command itself fails, that is not an error: the server may be full.
+        If the command itself fails, that is only logged.
         """
         return self._timed(operation, partial(self._run_script, key, operation, *arguments, around=command))
 
@@ -237,8 +248,8 @@ class RedisServer:
     def call_all(self, calls: Sequence[tuple[Any, ...]], *, one_by_one: bool = False) -> list[list[Any]]:
         """Run several calls (operation, key, argument, ...) in one round trip, also during the recovery window.
 
-        Any thread may call. Raises StoreUnavailable. one_by_one: a call that is refused because of its key, for example
-        because the key has something else, is logged and answers "refused".
+        Any thread may call. Raises StoreUnavailable, KeyOccupied. one_by_one: a call that is refused because of its
+        key, for example because the key has something else, is logged and answers "refused".
         """
         commands = [_OTHER_SCRIPT.call([key], operation, *arguments) for operation, key, *arguments in calls]
         try:
@@ -252,8 +263,7 @@ class RedisServer:
                 answers[number] = [b"refused"]
             return answers
         except errors.RedisError as error:
-            self._note_failure(error, may_be_about_one_call=True)
-            raise StoreUnavailable(_UNREACHABLE) from None
+            raise self._refused(error) from None
 
     def mark_restored(self) -> None:
         """Note that this process has restored its writes. Calls are allowed again when all replicas have done so.
@@ -328,7 +338,8 @@ class RedisServer:
         if around is None:
             (answer,) = without_errors(self._connections.execute([call], run))
         else:
-            _, answer, _ = self._connections.execute([around, call, around], run)
+            first, answer, last = self._connections.execute([around, call, around], run)
+            self._note_refused_command(first, last)
             if isinstance(answer, errors.RedisError):
                 raise answer
             if num_exchanges > 1:  # another master has the other key: both commands were done before the script
@@ -410,7 +421,20 @@ class RedisServer:
             return OutcomeUnknown(_UNKNOWN)
         if is_full:
             return Overloaded(_FULL) if operation == "create" else StoreUnavailable(_FULL)
+        if _word(error) == _WRONG_KEY:
+            return KeyOccupied(_OCCUPIED)
         return StoreUnavailable(_NO_CONNECTION if _is_own_exhaustion(error) else _UNREACHABLE)
+
+    def _note_refused_command(self, *answers: Any) -> None:
+        for answer in answers:
+            if isinstance(answer, errors.RedisError) and not isinstance(answer, errors.OutOfMemoryError):
+                log.error("the session store refused a call", **_kind(answer))
+                return
+
+    def _refused(self, error: errors.RedisError) -> StoreUnavailable:
+        """Note that commands failed that may be repeated, and return the error for their caller."""
+        self._note_failure(error, may_be_about_one_call=True)
+        return KeyOccupied(_OCCUPIED) if _word(error) == _WRONG_KEY else StoreUnavailable(_UNREACHABLE)
 
     def _note_failure(self, error: errors.RedisError, may_be_about_one_call: bool = False) -> None:
         """Refuse calls until a ping succeeds, unless the error says nothing about the server."""
@@ -433,7 +457,7 @@ class RedisServer:
                 if word in _WAS_REPLICA:
                     self._left_epoch = self._epoch
                 event = "the session store refuses to work"
-                advice = str(error) if isinstance(error, Unsuitable) else _ADVICE.get(word, "see its log")
+                advice = str(error) if isinstance(error, Unsuitable) else _ADVICE.get(word, _SEE_LOG)
             if advice is not None:
                 facts["advice"] = advice
             self._advice = advice
@@ -477,9 +501,7 @@ class RedisServer:
         for address in masters:
             link = self._ping_links[address] = self._connections.connect(address)
             self._identify(address, link)
-            if link.run_id not in self._inspected:
-                self._warn_of_eviction(link)
-                self._inspected.add(link.run_id)
+            self._warn_of_eviction(link)
         with self._lock:
             # -1: another thread has found another process at one of the addresses, so this has to be done again.
             is_latest = all(self._run_ids[address] == link.run_id for address, link in self._ping_links.items())
@@ -492,7 +514,8 @@ class RedisServer:
                 self._change += 1
                 self._ping_change = self._change
                 self._left_epoch = self._epoch  # no master may have another process, so this one begins the epoch
-            self._inspected.intersection_update(self._run_ids.values())
+            for run_id in self._inspected.keys() - set(self._run_ids.values()):
+                del self._inspected[run_id]
             self._has_probed = True
 
     def _attend(self) -> None:
@@ -565,9 +588,15 @@ class RedisServer:
             link.run_id, link.change = run_id, self._change
 
     def _warn_of_eviction(self, link: Link) -> None:
+        """Once a minute, log that a server may evict sessions, unless that is logged already."""
+        due, known = self._inspected.get(link.run_id, (0.0, ""))
+        if time.monotonic() < due:
+            return
         info = link.info("memory")
         policy = info.get(b"maxmemory_policy", b"noeviction").decode()
-        if info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction":
+        evicts = info.get(b"maxmemory", b"0") != b"0" and policy != "noeviction"
+        self._inspected[link.run_id] = time.monotonic() + _INSPECTED_S, policy if evicts else ""
+        if evicts and policy != known:
             log.error(
                 "the session store may evict sessions that are in use",
                 advice="set maxmemory-policy to noeviction in the Redis of GRU_SERVE_SESSION_STORE",
@@ -577,17 +606,17 @@ class RedisServer:
     def execute(self, commands: Sequence[tuple[Any, ...]], *, in_recovery: bool = False) -> list[Any]:
         """Run commands of Redis in one round trip and return their answers. Each may be repeated without harm.
 
-        With `in_recovery`, also during the recovery window. Raises StoreUnavailable, and Overloaded if Redis is full.
+        With `in_recovery`, also during the recovery window. Raises StoreUnavailable, KeyOccupied, and Overloaded if
+        Redis is full.
         """
         if not in_recovery:
             self.check()
         try:
             return without_errors(self._send_all(commands, in_recovery))
         except errors.OutOfMemoryError:
-            raise Overloaded("the session store is full: try again later") from None
+            raise Overloaded(_FULL) from None
         except errors.RedisError as error:
-            self._note_failure(error)
-            raise StoreUnavailable(_UNREACHABLE) from None
+            raise self._refused(error) from None
 
 
 def _word(error: errors.RedisError) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from service.errors import (
 from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
 from service.sessions.record import Record, decode, decode_summary, encode
-from service.sessions.redis_server import RedisServer
+from service.sessions.redis_server import KeyOccupied, RedisServer
 from service.sessions.segment_store import SegmentStore
 from service.sessions.session import Session, SessionKey, SessionSummary
 from service.sessions.session_index import SessionIndex, batches
@@ -34,6 +34,18 @@ from service.sessions.session_store import Answer, Change, Lease, Operation, saf
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
 _LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
+
+
+@contextmanager
+def _session_lost() -> Iterator[None]:
+    """Map an answer that concerns this session's key alone: no repetition helps."""
+    try:
+        yield
+    except KeyOccupied:
+        raise SessionLost(
+            "the session's record is damaged, or the session store has something else in its place: continue under "
+            "another id"
+        ) from None
 
 
 class _SessionDeleted(SessionNotFound):
@@ -202,7 +214,9 @@ class RedisStore:
         for batch in batches(ids, _LISTED):
             keys = [SessionKey(owner, session_id) for session_id in batch]
             calls = [("summarize", self._redis_key(key), self._now_ms(), self._renewer.lease_ms) for key in keys]
-            for key, answer in zip(keys, self._server.call_all(calls), strict=True):
+            for key, answer in zip(keys, self._server.call_all(calls, one_by_one=True), strict=True):
+                if answer[0] == b"refused":
+                    summaries[key.id] = None
                 if answer[0] == b"ok":
                     summaries[key.id] = None
                     with suppress(SessionLost):  # perhaps another version of the service wrote the record
@@ -338,11 +352,14 @@ class RedisStore:
             self._free(lease.session.key, lease.token)
 
     def _call(self, operation: Operation, key: SessionKey, *arguments: Any) -> list[Any]:
-        return self._server.call(operation, self._redis_key(key), self._now_ms(), self._renewer.lease_ms, *arguments)
+        with _session_lost():
+            times = self._now_ms(), self._renewer.lease_ms
+            return self._server.call(operation, self._redis_key(key), *times, *arguments)
 
     def _call_create(self, key: SessionKey, indexing: tuple[Any, ...], *arguments: Any) -> list[Any]:
         times = self._now_ms(), self._renewer.lease_ms
-        return self._server.call_between(indexing, "create", self._redis_key(key), *times, *arguments)
+        with _session_lost():
+            return self._server.call_between(indexing, "create", self._redis_key(key), *times, *arguments)
 
     def _now(self) -> float:
         """Seconds since 1970, for what only this process sees."""

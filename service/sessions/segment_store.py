@@ -11,11 +11,12 @@ from service.errors import GruServeError, SessionLost
 from service.sessions.cache import CachedSession
 from service.sessions.lifetimes import Lifetimes
 from service.sessions.record import StoredSegment, content_of, stored_segments
-from service.sessions.redis_server import RedisServer
+from service.sessions.redis_server import KeyOccupied, RedisServer
 from service.sessions.session import Session
 from service.sessions.session_index import batches
 from service.sessions.text import Segment, Text
 
+_LOST = "the session store has lost a part of this session's text: continue under another id"
 _BATCH = 100  # segments in one exchange: they have some 8 KB each
 
 
@@ -58,7 +59,8 @@ class SegmentStore:
     def write(self, segments: Sequence[StoredSegment], creation: bytes, ttl_s: float) -> None:
         """Let a session's segments live as long as it does, and write those that are missing.
 
-        Normally asks nothing of Redis, because this process did the same a short time ago. Raises StoreUnavailable.
+        Normally asks nothing of Redis, because this process did the same a short time ago. Raises SessionLost,
+        StoreUnavailable.
 
         creation: The nonce of the session's creation.
         """
@@ -76,11 +78,15 @@ class SegmentStore:
         self._lifetimes.clear()
 
     def restore(self, sessions: Iterable[CachedSession]) -> None:
-        """Do the same as `write` for several sessions, also during the recovery window. Raises StoreUnavailable."""
+        """Do the same as `write` for several sessions, also during the recovery window. Raises StoreUnavailable.
+
+        A segment whose key has something else stays as it is: the sessions that need it are lost, and no others.
+        """
         due: list[_Due] = []
         for saved in sessions:
             due += self._due(self.of(saved.session), saved.save_id.creation, saved.session.ttl_s)
-        self._write(due)
+        with suppress(SessionLost):
+            self._write(due)
 
     def release(self, segments: Sequence[StoredSegment], creation: bytes) -> None:
         """Delete what no other session needs. Never fails: what remains expires by itself."""
@@ -103,11 +109,13 @@ class SegmentStore:
         missing = [name for name in names if name not in known]
         contents = {}
         if missing:
-            contents = dict(
-                zip(missing, self._server.execute([("HGET", self._key(name[0]), "c") for name in missing]), strict=True)
-            )
+            try:
+                found = self._server.execute([("HGET", self._key(name[0]), "c") for name in missing])
+            except KeyOccupied:
+                raise SessionLost(_LOST) from None
+            contents = dict(zip(missing, found, strict=True))
         if None in contents.values():
-            raise SessionLost("the session store has lost a part of this session's text: continue under another id")
+            raise SessionLost(_LOST)
         return [known[name] if name in known else contents[name] for name in names]
 
     def _due(self, segments: Sequence[StoredSegment], creation: bytes, ttl_s: float) -> list[_Due]:
@@ -116,18 +124,25 @@ class SegmentStore:
         return [one for one in due if not self._lifetimes.suffices(one.name, ttl_s)]
 
     def _write(self, due: Sequence[_Due]) -> None:
+        """Write what the server lacks. Raises SessionLost if a key has something else, after all others are written."""
+        is_occupied = False
         for batch in batches(due, _BATCH):
             since = self._lifetimes.now()
             # Contents are sent only for what the server lacks: for a fork that is nothing.
-            answers = self._server.call_all([one.call(b"") for one in batch])
-            lacking = [one for one, answer in zip(batch, answers, strict=True) if answer[0] != b"ok"]
+            answers = self._server.call_all([one.call(b"") for one in batch], one_by_one=True)
+            occupied = [one for one, answer in zip(batch, answers, strict=True) if answer[0] == b"refused"]
+            is_occupied = is_occupied or bool(occupied)
+            lacking = [one for one, answer in zip(batch, answers, strict=True) if answer[0] == b"none"]
             if lacking:
                 first = {one.key: one for one in reversed(lacking)}  # forks lack the same segments
                 self._server.call_all(
                     [one.call(content_of(one.stored.segments) if first[one.key] is one else b"") for one in lacking]
                 )
             for one in batch:
-                self._lifetimes.note(one.name, one.ms, since)
+                if one not in occupied:
+                    self._lifetimes.note(one.name, one.ms, since)
+        if is_occupied:
+            raise SessionLost(_LOST)
 
     def _key(self, digest: bytes) -> str:
         """No session has this key: its part after the prefix has no slash."""

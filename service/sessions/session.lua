@@ -29,6 +29,10 @@ local incarnation, revision, nonce = stored[1], tonumber(stored[2]), stored[3]
 local ttl, expires, holder, lease_end = tonumber(stored[4]), tonumber(stored[5]), stored[6], tonumber(stored[7])
 local takeover_requested, tombstone, history = stored[8] == '1', stored[9], stored[10] or ''
 if tombstone == '' then tombstone = false end
+-- All that is computed with below. The answer is the one for a key of another type: both concern this session alone.
+local is_sound = not revision or nonce and #(incarnation and incarnation:match('^%d+') or '') >= 16
+  and (tombstone == 'deleted' or tombstone == 'lost' or not tombstone and ttl and expires)
+if not is_sound then return redis.error_reply('WRONGTYPE the record is damaged') end
 -- A lease that ends later than its longest length from now was given by a clock that has stepped back: it is over.
 local is_leased = lease_end and lease_end > now and lease_end <= now + longest_lease
 local is_alive = revision and not tombstone

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from service.errors import GruServeError, Overloaded
 from service.sessions.lifetimes import Lifetimes
-from service.sessions.redis_server import RedisServer
+from service.sessions.redis_server import KeyOccupied, RedisServer
 from service.sessions.session import SessionKey
 
 Item = TypeVar("Item")
@@ -57,10 +57,12 @@ class SessionIndex:
         """Return the command that adds a session. It has to be done before and after the session's creation.
 
         Before, so that no session is missing if this process dies; after, in case a list has removed the id in between.
-        Raises StoreUnavailable, Overloaded.
+        If the index's key has something else, the session is created, and lists lack it. Raises StoreUnavailable,
+        Overloaded.
         """
         if not self._lifetimes.suffices(self._key(key.owner), ttl_s):
-            self.add(key, ttl_s)
+            with suppress(KeyOccupied):
+                self.add(key, ttl_s)
         return "ZADD", self._key(key.owner), 0, key.id
 
     def check_some(self, owner: str) -> None:
@@ -87,8 +89,9 @@ class SessionIndex:
             ids.setdefault(self._key(key.owner), []).append(key.id)
         ms = self._lifetimes.extended_ms(ttl_s)
         for index, members in ids.items():
-            for batch in batches(members, 1000):
-                self._server.execute([_adding(index, batch), *_living(index, ms)], in_recovery=True)
+            with suppress(KeyOccupied):  # it must not keep the other sessions from being served
+                for batch in batches(members, 1000):
+                    self._server.execute([_adding(index, batch), *_living(index, ms)], in_recovery=True)
 
     def _clean(self, owner: str, ids: Sequence[str]) -> None:
         """Remove those ids that have no session."""

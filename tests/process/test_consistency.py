@@ -107,6 +107,7 @@ RIGHT: dict[str, list[Operation]] = {
         stream(1, received="abcd"),
         Fork(position=5, text="ABabc", began=2, ended=3),
     ],
+    "a deletion is repeated": [Delete(began=1, ended=2), Delete(began=2.5, ended=3), Absent(began=3, ended=4)],
     "a session made again": [Delete(began=1, ended=2), Absent(began=3, ended=4), create(5), read(6, "AB")],
     "an unknown creation that is done late": [
         Create(text="AB", began=0.6),
@@ -139,6 +140,7 @@ WRONG: dict[str, list[Operation]] = {
     "a run is resumed after a rewind": [whole(1, "abcdefgh", 10), rewind(2, 4), resume(3, 4, "cd")],
     "a finished run can't be resumed": [stream(1), done(2), NoRun(began=3, ended=4)],
     "a fork has another text": [feed(1, "C", 3), Fork(position=3, text="ABD", began=2, ended=3)],
+    "a session that never was is deleted": [Delete(began=-2, ended=-1)],
     "a deleted session comes back": [Delete(began=1, ended=2), read(3, "AB")],
     "a session is gone": [feed(1, "C", 3), Absent(began=2, ended=3)],
     "a session made again has its old text": [feed(1, "C", 3), Delete(began=2, ended=3), create(4), read(5, "ABC")],

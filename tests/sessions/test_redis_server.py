@@ -266,6 +266,18 @@ def test_server_that_evicts__is_told_at_the_start(tmp_path: Path) -> None:
     assert line["maxmemory_policy"] == "allkeys-lru"
 
 
+def test_server_that_begins_to_evict__is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_server, "_INSPECTED_S", 0)
+    with redis_process(tmp_path, "--maxmemory", "100mb") as process, closing(RedisServer(process.url)) as server:
+        with redis.Redis.from_url(process.url) as client, capture_logs() as logs:
+            for policy in ("noeviction", "allkeys-lru", "allkeys-lru", "volatile-ttl"):
+                client.config_set("maxmemory-policy", policy)
+                server._probe_at = 0
+                server.ping()
+        policies = [line["maxmemory_policy"] for line in logs if "may evict" in line["event"]]
+    assert policies == ["allkeys-lru", "volatile-ttl"]
+
+
 def test_server__needs_no_more_permissions_than_the_documentation_lists(tmp_path: Path) -> None:
     documentation = Path(redis_server.__file__).parents[2] / "docs" / "redis.md"
     rule = re.findall("^ACL SETUSER sessions on .*$", documentation.read_text(), re.MULTILINE)[0]
