@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from gunicorn.config import Config
@@ -58,10 +59,10 @@ def test_large_requests__that_are_answered_still_count() -> None:
 
         for number in (1, 2):
             send(request(80_000))
-            wait_until(lambda number=number: is_served(number))
+            wait_until(partial(is_served, number))
         for data in (request(80_000), request(120_000)[:-1]):  # the last one never arrives completely
             refused = send(data)
-            wait_until(lambda refused=refused: is_refused(refused))
+            wait_until(partial(is_refused, refused))
         send(request(60_000))  # small ones do not count
         wait_until(lambda: is_served(3))
         poller.finish(served[0], False)
