@@ -47,7 +47,7 @@ SHIPPED = Path(__file__).parents[1] / "model_store"
 SERVE_FULL = """
 import sys
 import numpy as np
-import service.web.app as app
+import service.assembly as assembly
 from service.arrays import read_state
 from service.sessions.memory_store import MemoryStore
 from service.sessions.session import Session
@@ -66,7 +66,7 @@ def full_store(max_sessions, max_bytes, *more):
         number += 1
     return store
 
-app.MemoryStore = full_store
+assembly.MemoryStore = full_store
 from service.__main__ import main
 main(["serve", "--port", "0"])
 """

@@ -92,8 +92,8 @@ class Settings(BaseSettings):
         2**24,
         ge=2**20,
         le=2**40,
-        description="bytes of request bodies above 64 KiB, from their first byte to the end of their request; one "
-        "client's requests in progress may have half of it; more are refused (429). At least four largest bodies",
+        description="bytes of request bodies above 64 KiB, from their first byte to the end of their request; at least "
+        "four of the largest bodies; a client's requests in progress may have half of it; more are refused (429)",
     )
     request_timeout_s: int = Field(30, ge=1, le=3600, description="seconds a client may take to send a request")
     send_timeout_s: int = Field(
