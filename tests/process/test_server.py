@@ -22,6 +22,7 @@ import pytest
 from service.store.model_store import ModelStore
 from tests.harness.programs import program
 from tests.harness.server import BODY, SERVE, Server, ask, serving
+from tests.harness.wait import wait_until
 
 NUM_THREADS = 20  # the minimum for two texts that run and two that wait
 
@@ -209,6 +210,12 @@ def test_malformed_http__gets_an_error_in_the_usual_shape(server: Server, data: 
         assert error["code"] == code
         assert set(error) == {"message", "type", "param", "code"}
     assert server.call("GET", "/healthz")[0] == 200
+    request_id = response.headers["X-Request-Id"]
+    wait_until(
+        lambda: (
+            (request_id, status) in [(line["request_id"], line["status"]) for line in server.logged("request refused")]
+        )
+    )
 
 
 def test_pipelined_requests__are_answered_in_order(server: Server) -> None:

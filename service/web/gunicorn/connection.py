@@ -147,6 +147,7 @@ def refusal_answer(refusal: Refusal) -> bytes:
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
         "Connection: close",
+        f"X-Request-Id: {refusal.request_id}",
         "X-Content-Type-Options: nosniff",
         *(["Retry-After: 1"] if status.value in (429, 503) else []),
     ]

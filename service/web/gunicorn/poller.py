@@ -308,7 +308,11 @@ class Poller:
 
     def _refuse(self, connection: Connection, refusal: Refusal) -> None:
         (log.info if refusal.status is HTTPStatus.REQUEST_TIMEOUT else log.warning)(
-            "request refused", status=refusal.status.value, code=refusal.code, cause=refusal.cause
+            "request refused",
+            status=refusal.status.value,
+            code=refusal.code,
+            cause=refusal.cause,
+            request_id=refusal.request_id,
         )
         connection.send_if_possible(refusal_answer(refusal))
         self._linger(connection)

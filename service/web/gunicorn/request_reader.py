@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import secrets
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -44,6 +45,7 @@ class Refusal(Exception):
         """`cause` is for the log. It must not quote the request."""
         super().__init__(message)
         self.status, self.code, self.message, self.cause = status, code, message, cause
+        self.request_id = secrets.token_hex(8)  # not the client's, which may not have arrived
 
 
 class RequestReader:

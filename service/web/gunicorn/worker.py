@@ -169,10 +169,12 @@ class Worker(BaseWorker):
             if error.errno not in _LEFT:
                 log.error("Socket error processing request.", error=repr(error))
         except Exception as error:
-            log.error("Error handling request", error=type(error).__name__, exc_info=error)
+            message = "internal error: the server's log has the details under this request's id"
+            refusal = Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
+            log.error(
+                "Error handling request", error=type(error).__name__, exc_info=error, request_id=refusal.request_id
+            )
             if response is None or not response.headers_sent:
-                message = "internal error: the server's log has the details"
-                refusal = Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", message)
                 connection.send_if_possible(refusal_answer(refusal))
         return False
 
