@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -119,11 +120,18 @@ def served_by(balancer: Balancer, method: str, path: str, body: object = None) -
 
 
 def kill(server: Server) -> None:
-    """End every process of a replica at once, as when its machine loses power."""
+    """End every process of a replica at once, as when its machine loses power, and wait until they have ended."""
     worker = int(server.worker.name)
-    server.process.kill()
-    os.kill(worker, signal.SIGKILL)
-    server.process.wait(30)
+    descriptor = os.pidfd_open(worker)
+    try:
+        server.process.kill()
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        server.process.wait(30)
+        # On a busy machine the worker's listener would still accept connections, and reset them later.
+        ended = select.select([descriptor], [], [], 30)[0]
+        assert ended, f"the worker {worker} did not end within 30 s"
+    finally:
+        os.close(descriptor)
 
 
 def _has_checked(balancer: Balancer, ready: set[int]) -> bool:
