@@ -87,7 +87,8 @@ def test_routing__a_session_stays_on_one_replica_and_sessions_use_all(balancer: 
             ("GET", path, None),
         ]
         calls += [("POST", f"{path}/generate", {"max_tokens": 5}), ("GET", f"{path}/text?to=3", None)]
-        calls += [("GET", f"/v1/sessions/%73{number}", None)]  # the same id, encoded
+        # No other spelling of the path leads to the session, so none can lead to another replica.
+        assert balancer.call("GET", f"/v1/sessions/%73{number}")[0] == 404
         served = {served_by(balancer, *call) for call in calls}
         assert len(served) == 1, served
         servers |= served
