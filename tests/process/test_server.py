@@ -211,11 +211,12 @@ def test_malformed_http__gets_an_error_in_the_usual_shape(server: Server, data: 
         assert set(error) == {"message", "type", "param", "code"}
     assert server.call("GET", "/healthz")[0] == 200
     request_id = response.headers["X-Request-Id"]
-    wait_until(
-        lambda: (
-            (request_id, status) in [(line["request_id"], line["status"]) for line in server.logged("request refused")]
-        )
-    )
+
+    def logged() -> list[int]:
+        lines = [*server.logged("request refused"), *server.logged("request")]
+        return [line["status"] for line in lines if line["request_id"] == request_id]
+
+    wait_until(lambda: logged() == [status])
 
 
 def test_pipelined_requests__are_answered_in_order(server: Server) -> None:
