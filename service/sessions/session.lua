@@ -272,7 +272,9 @@ end
 -- Answers   the epoch, and for how many milliseconds calls have to wait: '' if nobody knows.
 function operations.attend(run, known, left, name, restored, window, patience)
   local facts = redis.call('HMGET', key, 'e', 'i', 'o', 'm')
-  local current, opens, members, num_missing = facts[1] or NO_EPOCH, tonumber(facts[3] or 0), {}, 0
+  -- A damaged epoch is one that the server has lost: the callers know a later one.
+  local current = (facts[1] or ''):match('^' .. ('%d'):rep(16) .. '$') or NO_EPOCH
+  local opens, members, num_missing = tonumber(facts[3] or 0) or 0, {}, 0
   local has_changed = facts[2] ~= run or current == left
   local begins = has_changed or current < known
   window = tonumber(window)

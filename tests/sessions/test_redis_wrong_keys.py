@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from service.sessions.session import Session, SessionKey
 from service.sessions.text import Retention, Text
 from tests.harness.redis_process import RedisProcess, redis_process
 from tests.harness.redis_stores import appended, characters, replicas, session, when_served
+from tests.harness.wait import wait_until
 
 A, B = SessionKey("", "a"), SessionKey("", "b")
 LONG = "ROMEO:" * 1000  # more than one segment of 4,096 characters
@@ -82,6 +84,19 @@ def test_segment__with_something_else_in_its_place_costs_its_session_alone(serve
         server.kill()
         server.start()
         assert characters(when_served(lambda: writer.load(B))) == "ROMEO:"
+
+
+@pytest.mark.parametrize("field", ["e", "i", "o", "m"])
+def test_probe__with_a_damaged_field_is_written_anew(server: RedisProcess, field: str) -> None:
+    with replicas(server.url, server.url) as stores, redis.Redis.from_url(server.url) as client:
+        stores[0].create(session("a"))
+        before = int(client.hget("gru-serve:probe", "e") or 0)
+        client.hset("gru-serve:probe", field, "damaged")
+        wait_until(lambda: client.hget("gru-serve:probe", field) != b"damaged")
+        for store in stores:
+            when_served(partial(store.update, A, appended("x"), idempotent=False))
+        assert int(client.hget("gru-serve:probe", "e") or 0) >= before
+        assert characters(stores[0].load(A)) == "ROMEO:xx"
 
 
 def test_index__with_something_else_in_its_place_costs_lists_alone(server: RedisProcess) -> None:

@@ -248,6 +248,8 @@ class StoreMachine(RuleBasedStateMachine):
         elif isinstance(answer, OutcomeUnknown):
             known.may_be_there = True
             known.maybe.add(token)
+            if known.may_be_lost:  # it may have taken the place of the lost one, of which replicas saw other texts
+                known.seen.clear()
         elif isinstance(answer, SessionExists):
             is_there = known.text is not None or known.may_be_there or known.may_be_lost
             self.ensure(is_there, "there was none")
