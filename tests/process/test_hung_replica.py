@@ -123,7 +123,10 @@ def test_hung_replica__ends_a_call_whose_outcome_nobody_knows(environment: dict[
 def test_draining_replica__ends_its_streams_itself(environment: dict[str, str]) -> None:
     """The balancer sends it nothing new, and lets its stream continue until the replica hands the session over."""
     # With the C++ kernel an idle machine generates the whole text in less than the drain time.
-    with replicas(2, environment | {"GRU_SERVE_KERNEL": "torch"}) as servers, balancing([server.port for server in servers]) as balancer:
+    with (
+        replicas(2, environment | {"GRU_SERVE_KERNEL": "torch"}) as servers,
+        balancing([server.port for server in servers]) as balancer,
+    ):
         with Client(url(balancer)) as client:
             client.create("ROMEO:", seed=7, id="drained")
         draining = server_of(balancer, "drained")
