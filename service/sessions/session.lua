@@ -227,7 +227,7 @@ end
 -- an older one.
 function operations.lacks(seen_incarnation, seen_revision, seen_nonce)
   if is_missing(seen_incarnation, seen_revision, seen_nonce) then return {'yes'} end
-  local has_parted = is_alive and incarnation == seen_incarnation and not follows(tonumber(seen_revision), seen_nonce)
+  local has_parted = is_alive and refusal(seen_incarnation, seen_revision, seen_nonce) == 'lost'
   return {has_parted and 'parted' or 'no'}
 end
 

@@ -152,8 +152,11 @@ def test_late_replica__overwrites_nothing_that_was_saved_since(
         assert [text_of(store) for store in (late, other)] == ["JULIET:"] * 2
 
 
-def test_late_replica__does_not_bring_back_what_was_deleted_or_made_anew(server: RedisProcess) -> None:
-    with replicas(server, 2) as (late, other):
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_late_replica__does_not_bring_back_what_was_deleted_or_made_anew(
+    server: RedisProcess, cache_bytes: int
+) -> None:
+    with replicas(server, 2, cache_bytes) as (late, other):
         for session_id in "ab":
             late.create(session(session_id))
         on_disk = server.on_disk()
