@@ -298,14 +298,17 @@ class StoreMachine(RuleBasedStateMachine):
     def lease(self, session_id: str, number: int) -> None:
         if number in self.paused:
             return
+        token = self.new_token()
 
         def begin(store: RedisStore, key: SessionKey) -> Lease | None:
-            return store.begin(key, lambda one: (replace(one, seed=one.seed + 1), None))[0]
+            return store.begin(key, self.appending(token))[0]
 
         answer = self.call(session_id, number, begin)
-        if answer is not None and not isinstance(answer, GruServeError):
+        if answer is None or isinstance(answer, GruServeError):
+            self.note_change(session_id, number, token, answer)
+        else:
             self.leases.setdefault(session_id, []).append((number, answer))
-            self.see(session_id, number, text_of(answer.session))
+            self.note_change(session_id, number, token, text_of(answer.session))
 
     def save(self, session_id: str, number: int, release: bool = False) -> None:
         for number, lease in self.leases.get(session_id, [])[-1:]:
