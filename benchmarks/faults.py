@@ -56,7 +56,7 @@ class Exclusion:
 
 
 class Injector:
-    """Does harm to a deployment: two threads to its replicas, of which one is always left alone, and one to Redis.
+    """Injects faults: two threads into the replicas, but never into all of them, and one thread into Redis.
 
     Args:
         deployment: What to harm.

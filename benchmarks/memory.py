@@ -7,7 +7,7 @@ many connections send, as fast as they are answered:
 
 - scores: prompts of 95,000 characters, echoed with 20 alternatives for each character
 - many: 128 continuations of 8,192 characters
-- best: 64 scored continuations of which one is returned
+- best: 64 scored continuations, from which the server returns one
 - prompts: ten prompts of 95,000 characters in one body
 - feeds: texts of 95,000 characters for sessions, with all their checkpoints
 - rebase: sessions with long texts that are read into another model and back

@@ -33,6 +33,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 from benchmarks.http import percentile, report
 from benchmarks.table import machine, spread, summary
@@ -135,14 +136,14 @@ def measure(server: Server, seconds: float) -> list[float]:
     return found
 
 
-def answered(connection: http.client.HTTPConnection, *request: object) -> int:
+def answered(connection: http.client.HTTPConnection, *request: Any) -> int:
     """Send a request and read its answer; return the status."""
     try:
-        connection.request(*request)  # type: ignore[arg-type]
+        connection.request(*request)
         response = connection.getresponse()
     except (http.client.RemoteDisconnected, ConnectionError):
         connection.close()  # the server has closed the idle connection: clients try once more, on a new one
-        connection.request(*request)  # type: ignore[arg-type]
+        connection.request(*request)
         response = connection.getresponse()
     response.read()
     return response.status
@@ -183,7 +184,8 @@ def attack_until(port: int, attack: Attack, ready: Event, over: Event) -> None:
                 connection.setblocking(False)
                 selector.register(connection, selectors.EVENT_READ)
         for key, _ in selector.select(_TICK_S):
-            found: socket.socket = key.fileobj  # type: ignore[assignment]
+            found = key.fileobj
+            assert isinstance(found, socket.socket)
             with suppress(OSError):
                 if found.recv(65_536):
                     continue

@@ -13,9 +13,9 @@ waiting times.
   on their way.
 - rolling: replicas are replaced one after the other under 50 requests a second.
 - redis: Redis is killed and restarted under load.
-- paused: a replica that streams a session is paused until another one has continued it, and then wakes up.
+- paused: a replica that streams a session is paused until another one has continued it, and then continues.
 - sentinel: a master with two replicas and three Sentinels is killed under load, with the last writes not replicated.
-- cluster: the same with a master of a Redis Cluster of three masters, each of which has a replica.
+- cluster: the same with a master of a Redis Cluster. It has three masters with a replica each.
 - blackhole: all packets to and from Redis are dropped.
 - slow: 500 connections send their requests extremely slowly.
 """

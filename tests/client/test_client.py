@@ -26,36 +26,14 @@ def test_client__resumes_a_stream_at_once_when_told_to_reconnect() -> None:
         b'id: 9\nevent: text\ndata: {"text": "c"}\n\nid: 9\nevent: done\ndata: {"finish_reason": "length", "position": '
         b'9, "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}\n\n',
     ]
-    facts = {"id": "a", "model": "tiny@1", "seed": 7, "position": 6}
-    json_head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-    stream_head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
-    answers = [json_head + json.dumps(facts).encode(), *(stream_head + part for part in parts)]
-    requests = []
-
-    def serve(listener: socket.socket) -> None:
-        for answer in answers:
-            connection, _ = listener.accept()
-            with connection:
-                connection.settimeout(30)
-                request = b""
-                while b"\r\n\r\n" not in request:
-                    part = connection.recv(65_536)
-                    assert part, "the client closed its connection before it had sent a request"
-                    request += part
-                requests.append(request)
-                connection.sendall(answer)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        served = pool.submit(serve, listener)
-        with Client(f"http://127.0.0.1:{listener.getsockname()[1]}") as client:
-            session = client.open("a")
-            client.close()
-            assert "".join(session.generate(3)) == "abc"
-            assert session.position == 9
-        served.result(30)
-    assert requests[1].startswith(b"POST /v1/sessions/a/generate ")
-    assert requests[2].startswith(b"GET /v1/sessions/a/generate ")
-    assert b"last-event-id: 8\r\n" in requests[2].lower()
+    with played([FACTS, *(STREAM + part for part in parts)]) as (url, requests), Client(url) as client:
+        session = client.open("a")
+        client.close()
+        assert "".join(session.generate(3)) == "abc"
+        assert session.position == 9
+    assert requests[1][1].startswith(b"POST /v1/sessions/a/generate ")
+    assert requests[2][1].startswith(b"GET /v1/sessions/a/generate ")
+    assert b"last-event-id: 8\r\n" in requests[2][1].lower()
 
 
 def test_client__resumes_a_stream_whose_server_falls_silent() -> None:

@@ -292,6 +292,6 @@ def test_requests__of_any_kind_leave_all_engines_alive(served: Served, capsys: p
     with capsys.disabled():
         if NUM_REQUESTS > 5000:
             print("\n", json.dumps(dict(seen.most_common())))  # noqa: T201 - the result of a long run
-    assert seen["200"] > NUM_REQUESTS / 10
+    assert seen["200"] > NUM_REQUESTS / 20
     assert seen["record accepted"] > 0
     assert seen["record refused"] > 0

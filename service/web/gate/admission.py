@@ -32,19 +32,16 @@ class AdmissionLimit:
         self._lock = threading.Lock()  # guards both
 
     @contextmanager
-    def admit(self, streaming_client: str | None = None) -> Iterator[None]:
-        """Admit a request for as long as the block lasts, or refuse it at once.
+    def admit(self, *, is_stream: bool = False) -> Iterator[None]:
+        """Admit a request of the current client for as long as the block lasts, or refuse it at once.
 
-        Args:
-            streaming_client: Client key that the stream counts against. None if the request is not a stream; it counts
-                against the current client.
+        The block may end on another thread, which works for another client.
 
         Raises:
             Overloaded: Too many requests are admitted already.
             TooManyStreams: The client has too many open streams, or too many other requests.
         """
-        is_stream = streaming_client is not None
-        client = streaming_client if streaming_client is not None else current_client()
+        client = current_client()
         self._take(client, is_stream)
         try:
             yield

@@ -66,7 +66,7 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
 
 def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBudget) -> None:
-    """Read and parse the body of each request before the route validates it, and refuse HEAD of a stream.
+    """Take and parse the body of each request before the route validates it, and refuse HEAD of a stream.
 
     `large_bodies` limits what each client may have in bodies of more than `SMALL_BODY_BYTES`, until its answers end:
     read and parsed, each takes ten times its length. The poller limits what has arrived for all clients together.
@@ -83,49 +83,10 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
         route = current_route()
         if route.streams and request.method == "HEAD":
             # Flask would handle it as GET, which takes a run from the connection that streams it.
-            methods = app.create_url_adapter(request).allowed_methods()  # type: ignore[union-attr]
-            raise MethodNotAllowed(valid_methods=[method for method in methods if method != "HEAD"])
+            raise MethodNotAllowed(valid_methods=_methods_without_head(app))
         if not route.takes_body:
             return None
-        if request.content_encoding not in (None, "", "identity"):
-            return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
-        if (request.content_length or 0) > max_body_bytes:
-            return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
-        if request.mimetype != "application/json":
-            return error_response(
-                "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
-            )
-        try:
-            num_bytes = len(request.get_data())
-        except Exception as error:  # noqa: BLE001
-            # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
-            log.info("body not read", error=type(error).__name__)  # the message may quote the body
-            return error_response(
-                "the body was incomplete or did not arrive in time: send the request again", "incomplete_body"
-            )
-        if num_bytes > max_body_bytes:
-            return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
-        if num_bytes > SMALL_BODY_BYTES:
-            client = current_client()
-            if not large_bodies.take(client, num_bytes):
-                return error_response(
-                    "the server has as many large bodies as it can, or as it can for you: try again in a second",
-                    "overloaded",
-                )
-            g.large_body = ExitStack()  # closing it again does nothing
-            g.large_body.callback(large_bodies.give_back, client, num_bytes)
-        try:
-            # Parsed once: Flask caches the result, and the validation after this takes it from there.
-            body = request.get_json()
-        except RecursionError:
-            return error_response("the body is nested too deeply", "invalid_json")
-        except TooManyValues as error:
-            return error_response(str(error), "invalid_json")
-        except HTTPException as error:
-            return error_response(f"the body is not JSON: {error.__cause__ or error.description}", "invalid_json")
-        if not isinstance(body, dict):
-            return error_response("the body has to be a JSON object", "invalid_json")
-        return None
+        return _refuse_unread(max_body_bytes) or _refuse_length(max_body_bytes, large_bodies) or _refuse_content()
 
     @app.after_request
     def _count_until_answered(response: Response) -> Response:
@@ -137,6 +98,64 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
     def _forget_body(_: BaseException | None) -> None:
         if large_body := g.pop("large_body", None):  # there is no answer
             large_body.close()
+
+
+def _methods_without_head(app: Flask) -> list[str]:
+    adapter = app.create_url_adapter(request)
+    return [method for method in adapter.allowed_methods() if method != "HEAD"] if adapter is not None else []
+
+
+def _refuse_unread(max_body_bytes: int) -> Response | None:
+    """Return the refusal of a body by what the head says of it, or None."""
+    if request.content_encoding not in (None, "", "identity"):
+        return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
+    if (request.content_length or 0) > max_body_bytes:
+        return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+    if request.mimetype != "application/json":
+        return error_response(
+            "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
+        )
+    return None
+
+
+def _refuse_length(max_body_bytes: int, large_bodies: SharedBudget) -> Response | None:
+    """Take the body, and count it if it is large. Return the refusal of one that is incomplete or too long, or None."""
+    try:
+        num_bytes = len(request.get_data())
+    except Exception as error:  # noqa: BLE001
+        # A malformed chunk, or a client that stalls or disconnects. Each WSGI server raises exceptions of its own.
+        log.info("body not read", error=type(error).__name__)  # the message may quote the body
+        return error_response(
+            "the body was incomplete or did not arrive in time: send the request again", "incomplete_body"
+        )
+    if num_bytes > max_body_bytes:
+        return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+    if num_bytes > SMALL_BODY_BYTES:
+        client = current_client()
+        if not large_bodies.take(client, num_bytes):
+            return error_response(
+                "the server has as many large bodies as it can, or as it can for you: try again in a second",
+                "overloaded",
+            )
+        g.large_body = ExitStack()  # closing it again does nothing
+        g.large_body.callback(large_bodies.give_back, client, num_bytes)
+    return None
+
+
+def _refuse_content() -> Response | None:
+    """Parse the body. Return the refusal of one that is no JSON object, or None."""
+    try:
+        # Parsed once: Flask caches the result, and the validation after this takes it from there.
+        body = request.get_json()
+    except RecursionError:
+        return error_response("the body is nested too deeply", "invalid_json")
+    except TooManyValues as error:
+        return error_response(str(error), "invalid_json")
+    except HTTPException as error:
+        return error_response(f"the body is not JSON: {error.__cause__ or error.description}", "invalid_json")
+    if not isinstance(body, dict):
+        return error_response("the body has to be a JSON object", "invalid_json")
+    return None
 
 
 def _logged_path(app: Flask) -> str:

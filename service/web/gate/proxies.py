@@ -28,6 +28,7 @@ def register_proxies(app: Flask, trusted: int | Collection[Network]) -> None:
         trusted: The number of proxies between the server and its clients, each of which adds an address. Or the
             networks of proxies: the client is the last address outside of them. 0 or no network trusts no one.
     """
+    # Assigning to `wsgi_app` is how Flask's documentation adds a middleware; to mypy it is a method.
     if isinstance(trusted, int):
         if trusted:
             app.wsgi_app = ProxyFix(app.wsgi_app, x_for=trusted, x_proto=0)  # type: ignore[method-assign]

@@ -41,6 +41,7 @@ class SharedCounts(RedisStorage):
         self._idle: dict[Address, list[Link]] = {}  # connections that no thread uses
         self._lock = threading.Lock()  # held by the thread that discovers masters
         self._has_discovered = False
+        # In the places of the library's scripts, which have a type of their own.
         self.lua_acquire_sliding_window = partial(self._call, _ACQUIRE)  # type: ignore[assignment]
         self.lua_sliding_window = partial(self._call, _READ)  # type: ignore[assignment]
 

@@ -58,7 +58,7 @@ class Held:
 
     def stream(self, events: Events) -> EventStream:
         with ExitStack() as held:
-            held.enter_context(self.admission.admit("client"))
+            held.enter_context(self.admission.admit(is_stream=True))
             held.callback(self._release)
             return EventStream(events, held, named=False)
 
@@ -109,7 +109,7 @@ def test_event_stream__that_could_not_begin_holds_nothing() -> None:
 
     def begin() -> None:
         with ExitStack() as held:
-            held.enter_context(admission.admit("client"))
+            held.enter_context(admission.admit(is_stream=True))
             raise OSError("no run")
 
     with pytest.raises(OSError, match="no run"):

@@ -337,20 +337,32 @@ def test_stream_limit__is_released_however_a_stream_ends(capped: FlaskClient) ->
         stream.close()
 
 
+@contextmanager
+def admitted(admission: AdmissionLimit, client: str, *, is_stream: bool = True) -> Iterator[None]:
+    """Admit a request of a client for as long as the block lasts."""
+    work_for(client)
+    try:
+        with admission.admit(is_stream=is_stream):
+            work_for("")  # the block ends where another client is the current one
+            yield
+    finally:
+        work_for("")
+
+
 def test_admission_limit__counts_requests_and_streams() -> None:
     admission = AdmissionLimit(3, max_per_client=1)
     with ExitStack() as held:
-        held.enter_context(admission.admit("a"))
-        with pytest.raises(TooManyStreams), admission.admit("a"):
+        held.enter_context(admitted(admission, "a"))
+        with pytest.raises(TooManyStreams), admitted(admission, "a"):
             pass
-        held.enter_context(admission.admit("b"))
+        held.enter_context(admitted(admission, "b"))
         assert admission.num_streams == 2
         held.enter_context(admission.admit())  # the refused stream doesn't count as a request
-        with pytest.raises(Overloaded), admission.admit("c"):
+        with pytest.raises(Overloaded), admitted(admission, "c"):
             pass
     assert admission.num_streams == 0
     unlimited = AdmissionLimit(3)
-    with unlimited.admit("a"), unlimited.admit("a"), unlimited.admit("a"):
+    with admitted(unlimited, "a"), admitted(unlimited, "a"), admitted(unlimited, "a"):
         assert unlimited.num_streams == 3
     assert unlimited.num_streams == 0
 
@@ -359,33 +371,27 @@ def test_admission_limit__leaves_places_for_other_clients() -> None:
     admission = AdmissionLimit(8, num_reserved=4)
     with ExitStack() as held:
         for _ in range(8):
-            held.enter_context(admission.admit("greedy"))
-        with pytest.raises(Overloaded), admission.admit("greedy"):
+            held.enter_context(admitted(admission, "greedy"))
+        with pytest.raises(Overloaded), admitted(admission, "greedy"):
             pass
         for client in ("b", "b", "c"):
-            held.enter_context(admission.admit(client))
+            held.enter_context(admitted(admission, client))
         assert admission.num_streams == 11
 
 
 def test_stream_limit__counts_whole_answers_separately() -> None:
     """As many answers that are not streams are admitted as streams, and no more."""
     admission = AdmissionLimit(9, max_per_client=2)
-    work_for("a")
-    try:
-        with ExitStack() as held:
-            for streaming_client in ("a", None, "a", None):
-                held.enter_context(admission.admit(streaming_client))
-            for streaming_client in ("a", None):
-                with pytest.raises(TooManyStreams, match="2"), admission.admit(streaming_client):
-                    pass
-            held.enter_context(admission.admit("b"))
-            work_for("b")
-            with admission.admit():
+    with ExitStack() as held:
+        for is_stream in (True, False, True, False):
+            held.enter_context(admitted(admission, "a", is_stream=is_stream))
+        for is_stream in (True, False):
+            with pytest.raises(TooManyStreams, match="2"), admitted(admission, "a", is_stream=is_stream):
                 pass
-            work_for("a")
-            with pytest.raises(TooManyStreams), admission.admit():
-                pass
-        with admission.admit():
+        held.enter_context(admitted(admission, "b"))
+        with admitted(admission, "b", is_stream=False):
             pass
-    finally:
-        work_for("")
+        with pytest.raises(TooManyStreams), admitted(admission, "a", is_stream=False):
+            pass
+    with admitted(admission, "a", is_stream=False):
+        pass

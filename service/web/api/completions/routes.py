@@ -21,7 +21,7 @@ from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
-from service.web.gate.access import client_key, current_owner
+from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
 
@@ -69,7 +69,7 @@ class CompletionRoutes(Resource):
         """
         _check(body, self._limits)
         with ExitStack() as held:
-            held.enter_context(self._admission.admit(client_key() if body.stream else None))
+            held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
             model = self._models.get(body.model if body.model is not None else self._default_model)
             request = _completion_request(model, body, self._limits)

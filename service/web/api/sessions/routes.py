@@ -20,7 +20,7 @@ from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.api.sessions import schemas
 from service.web.api.sessions.answer import feed_answer, run_answer, run_events, session_answer
 from service.web.api.sse import EventStream, client_monitor
-from service.web.gate.access import client_key, current_owner
+from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
 
@@ -176,7 +176,7 @@ class SessionRoutes(Resource):
             body.max_tokens, body.sampling_settings, body.stop_strings, body.seed, tuple(body.logit_bias.items())
         )
         with ExitStack() as held:
-            held.enter_context(self._admission.admit(client_key() if body.stream else None))
+            held.enter_context(self._admission.admit(is_stream=body.stream))
             stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_monitor())
             held.callback(stream.close)
             if not body.stream:
@@ -198,7 +198,7 @@ class SessionRoutes(Resource):
         that connection gets an error and this one takes over, unless `take_over` is false.
         """
         with ExitStack() as held:
-            held.enter_context(self._admission.admit(client_key()))
+            held.enter_context(self._admission.admit(is_stream=True))
             after = _resume_position(query.after)
             stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
