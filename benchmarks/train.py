@@ -50,7 +50,7 @@ def main() -> None:
             )
             trainer = Trainer(corpus, settings, Path(folder) / "run")
             window = trainer.streams.window(0, 0)
-            update = Baseline(trainer.model.config, window)
+            update = Baseline(trainer.model.config, window.ids)
             pair = time_in_turns(update, lambda t=trainer, w=window: t._update(w), options.rounds, 1, 3)  # type: ignore[misc]
             print(
                 f"{precision}: {CHARS / pair.candidate_s:,.0f} characters/s, "

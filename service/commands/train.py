@@ -97,7 +97,9 @@ def train_command(
     torch.set_num_threads(1)  # a single text is measured faster on one core than on two
     command, ended = _command(corpus, name, trainer.settings), _ended(trainer, failure)
     try:
-        with char_bar(3 * (len(trainer.validation_ids) - 1), description="measuring the best weights") as measuring:
+        with char_bar(
+            3 * (len(trainer.validation_text.ids) - 1), description="measuring the best weights"
+        ) as measuring:
             version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
     except KeyboardInterrupt:
         raise _Interrupted(f"stopped before the model was published; --resume continues from {checkpoint}") from None

@@ -11,8 +11,22 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from service.arrays import Ids
 from service.errors import InvalidCorpus
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Texts one after the other, as ids. A model reads each of them from the zero state."""
+
+    ids: NDArray[np.integer]  # (n,), the smallest unsigned dtype that holds the charset
+    starts: Ids  # (number of texts,) int64, the positions at which a text begins, ascending; the first is 0
+    # Whether the first character of a text is predicted, from the zero state. It is not where a text is the end of a
+    # longer one. The first character of all is never scored.
+    scores_starts: bool = True
 
 
 @dataclass(frozen=True)

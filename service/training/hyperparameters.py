@@ -25,6 +25,12 @@ class Hyperparameters(BaseModel):
     sequence_length: int = Field(
         100, ge=1, le=4096, description="Characters that each stream reads, and backpropagates through, in an update."
     )
+    restart_interval: int = Field(
+        500,
+        ge=0,
+        description="Mean number of characters between random places at which a stream's state becomes zero, so that "
+        "the model learns to begin with a short prompt; 0 for no such places.",
+    )
     epochs: int = Field(30, ge=1, le=10_000, description="Passes over the training text.")
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     final_rate: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, as a fraction of the peak.")

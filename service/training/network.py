@@ -39,6 +39,7 @@ class WindowLoss:
         hidden: Tensor,
         rates: DropoutRates = DropoutRates(),
         draws: torch.Generator | None = None,
+        resets: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss of each target, (T * B,) in nats, and the hidden state after the window, (L, B, H).
 
@@ -47,6 +48,8 @@ class WindowLoss:
             hidden: (L, B, H), the state before the window.
             rates: the rates of dropout.
             draws: the generator of the dropout masks, which are drawn in a fixed order. Needed for rates above 0.
+            resets: (T, B) bool, the characters after which a stream's state is set to zero, in every layer, because
+                the next character begins a text; None for none. That character is predicted from the zero state.
         """
         model, gru = self.model, self.model.gru
         ids, targets = window[:-1], window[1:]
@@ -75,6 +78,7 @@ class WindowLoss:
                 drop(weight_hh, rates.recurrent, draws),
                 bias_hh[2 * units :],
                 self._buffer(layer, steps, batch, units, weight_hh.dtype),
+                resets,
             )  # (T, B, H), (B, H)
             final_states.append(final)
         outputs = drop(states, rates.output, draws)

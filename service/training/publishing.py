@@ -79,7 +79,7 @@ def publish_run(
         raise StoreError("there is nothing to publish: the run ended before its first evaluation")
     config = trainer.model.config
     tensors = {key: tensor.detach().numpy() for key, tensor in trainer.best_weights().items()}
-    held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_ids.numpy()
+    held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_text.ids
     precisions: tuple[Precision, ...] = ("float32", "int8", "int4")
     losses = {precision: serving.loss(config, tensors, precision, ids, progress) for precision in precisions}
     serving_precision = choose_precision(losses)

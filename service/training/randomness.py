@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def seeded_generator(seed: int, purpose: Literal["weights", "epoch", "update"], number: int = 0) -> torch.Generator:
+def seeded_generator(
+    seed: int, purpose: Literal["weights", "epoch", "restarts", "update"], number: int = 0
+) -> torch.Generator:
     """Return a new generator that depends only on the arguments.
 
     Different arguments give unrelated generators. A checkpoint therefore stores no generator state: a resumed run

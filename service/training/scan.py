@@ -56,7 +56,13 @@ class ScanBuffers:
 
 
 def gru_scan(
-    gates: Tensor, index: Tensor | None, hidden: Tensor, weight_hh: Tensor, bias_hn: Tensor, buffers: ScanBuffers
+    gates: Tensor,
+    index: Tensor | None,
+    hidden: Tensor,
+    weight_hh: Tensor,
+    bias_hn: Tensor,
+    buffers: ScanBuffers,
+    resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the states of one layer after every step, (T, B, H), and its last hidden state, (B, H).
 
@@ -71,11 +77,20 @@ def gru_scan(
         weight_hh: (3H, H), the recurrent weights in the order r, z, n.
         bias_hn: (H,), the bias inside the reset gate.
         buffers: the layer's working memory.
+        resets: (T, B) bool, the steps after which a stream's state is set to zero; None for no step. Such a state is
+            a constant: no gradient passes through it.
     """
     result: tuple[Tensor, Tensor] = _GRUScan.apply(  # type: ignore[no-untyped-call]
-        gates, index, hidden, weight_hh, bias_hn, buffers
+        gates, index, hidden, weight_hh, bias_hn, buffers, _rows_by_step(resets)
     )
     return result
+
+
+def _rows_by_step(resets: Tensor | None) -> dict[int, Tensor]:
+    """Return the indices of the streams that are reset after a step, (n,) int64, by step."""
+    if resets is None:
+        return {}
+    return {int(t): resets[t].nonzero()[:, 0] for t in resets.any(1).nonzero()[:, 0]}
 
 
 class _GRUScan(torch.autograd.Function):
@@ -90,6 +105,7 @@ class _GRUScan(torch.autograd.Function):
         weight_hh: Tensor,
         bias_hn: Tensor,
         buffers: ScanBuffers,
+        reset_rows: dict[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         steps, units = buffers.candidate.shape[0], hidden.shape[1]
         weight = weight_hh.to(buffers.product_dtype)
@@ -111,9 +127,11 @@ class _GRUScan(torch.autograd.Function):
             # tanh(a) = 2 sigmoid(2a) - 1: torch's float32 sigmoid takes a sixth of the time of its tanh on x86.
             n.mul_(2).sigmoid_().mul_(2).sub_(1)
             torch.lerp(n, b.hidden[t], rz[:, units:], out=b.hidden[t + 1])  # n + z (h - n)
+            if t in reset_rows:
+                b.hidden[t + 1].index_fill_(0, reset_rows[t], 0)
             b.hidden_product[t + 1].copy_(b.hidden[t + 1])
         ctx.save_for_backward(weight)
-        ctx.buffers, ctx.index, ctx.num_rows = buffers, index, gates.shape[0]
+        ctx.buffers, ctx.index, ctx.num_rows, ctx.reset_rows = buffers, index, gates.shape[0], reset_rows
         last = b.hidden[steps].clone()
         ctx.mark_non_differentiable(last)
         return b.hidden_product[1:], last
@@ -130,6 +148,8 @@ class _GRUScan(torch.autograd.Function):
         for t in range(steps - 1, -1, -1):
             rz, n, grads_t = b.reset_update[t], b.candidate[t], b.gate_grads[t]
             r, z = rz[:, :units], rz[:, units:]
+            if t in ctx.reset_rows:
+                grad_h.index_fill_(0, ctx.reset_rows[t], 0)
             torch.mul(grad_h, z, out=carried)
             torch.sub(grad_h, carried, out=grad_n)  # (1 - z) dh
             _tanh_backward(grad_n, n, grad_input=grad_n)
@@ -147,7 +167,7 @@ class _GRUScan(torch.autograd.Function):
         grad_weight = torch.mm(gate_grads[:, units:].t(), before)  # (3H, H), one product over all steps
         grad_bias = torch.mm(gate_grads.new_ones(1, steps * batch), gate_grads[:, 3 * units :])[0]
         dtype = b.hidden.dtype
-        return _input_grads(gate_grads, ctx), None, None, grad_weight.to(dtype), grad_bias.to(dtype), None
+        return _input_grads(gate_grads, ctx), None, None, grad_weight.to(dtype), grad_bias.to(dtype), None, None
 
 
 def _input_grads(gate_grads: Tensor, ctx: Any) -> Tensor:

@@ -12,21 +12,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged
+from service.model.artifact import Tensors
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
-from service.training.corpus import Corpus
+from service.training.corpus import Corpus, EncodedText
 from service.training.evaluation import streamed_loss
 from service.training.hyperparameters import Hyperparameters
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
 from service.training.optimisation import WeightAverage, learning_rate
 from service.training.randomness import seeded_generator
-from service.training.streams import Streams
+from service.training.streams import Streams, Window
 
 
 class Progress(Protocol):
@@ -46,7 +48,9 @@ class Trainer:
     has characters outside the charset and the settings say that this is an error.
     """
 
-    def __init__(self, corpus: Corpus, settings: Hyperparameters, checkpoint: Path) -> None:
+    def __init__(
+        self, corpus: Corpus, settings: Hyperparameters, checkpoint: Path, initial: Tensors | None = None
+    ) -> None:
         settings = _resolve(settings)
         self.settings, self.checkpoint = settings, checkpoint
         charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
@@ -56,9 +60,16 @@ class Trainer:
                 f"{corpus.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
                 param="corpus",
             )
-        ids = torch.from_numpy(charset.encode(training, settings.unknown_chars))
-        self.validation_ids = torch.from_numpy(charset.encode(validation, settings.unknown_chars))
-        self.streams = Streams(ids, settings.batch_size, settings.sequence_length, settings.seed)
+        start = np.zeros(1, np.int64)
+        self.training_text = EncodedText(charset.encode(training, settings.unknown_chars), start)
+        self.validation_text = EncodedText(charset.encode(validation, settings.unknown_chars), start)
+        self.streams = Streams(
+            self.training_text,
+            settings.batch_size,
+            settings.sequence_length,
+            settings.seed,
+            settings.restart_interval,
+        )
         config = ModelConfig(
             charset=charset.characters,
             embedding_dim=settings.embedding_dim,
@@ -67,6 +78,8 @@ class Trainer:
         )
         self.model = GRUCharModel(config)
         initialise(self.model, settings.seed)
+        if initial is not None:
+            self.model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in initial.items()})
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # as trained, not averaged
         self.average = WeightAverage(list(self.weights.values()), settings.average_decay)
         self.best = [weight.clone() for weight in self.average.weights]  # the average at the best evaluation
@@ -168,19 +181,19 @@ class Trainer:
         trained = [weight.detach().clone() for weight in self.weights.values()]
         with torch.no_grad():
             torch._foreach_copy_(list(self.weights.values()), self.average.weights)
-            loss = streamed_loss(self._window_loss, self.validation_ids)
+            loss = streamed_loss(self._window_loss, self.validation_text)
             torch._foreach_copy_(list(self.weights.values()), trained)
         return loss
 
-    def _update(self, window: Tensor) -> float:
+    def _update(self, window: Window) -> float:
         settings, step = self.settings, self.state.step
         rate = learning_rate(settings, step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         rates = DropoutRates(settings.input_dropout, settings.recurrent_dropout, settings.output_dropout)
         draws = seeded_generator(settings.seed, "update", step)
-        losses, hidden = self._window_loss(window, self.hidden, rates, draws)
-        loss = losses.mean()
+        losses, hidden = self._window_loss(window.ids, self.hidden, rates, draws, window.resets)
+        loss = losses[window.is_counted.view(-1)].mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), settings.clip_norm)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from service.errors import InvalidCorpus
-from service.training.corpus import read_corpus
+from service.training.corpus import EncodedText, read_corpus
 from service.training.streams import Streams
 
 
@@ -53,38 +54,60 @@ def test_read_corpus__refuses_files_that_it_can_not_read(tmp_path: Path) -> None
         read_corpus(tmp_path)
 
 
+def streams_of(num_chars: int, starts: tuple[int, ...] = (0,), **settings: int) -> Streams:
+    """Return streams over a text whose characters are their positions."""
+    return Streams(EncodedText(np.arange(num_chars), np.array(starts)), **settings)
+
+
 def epoch(streams: Streams, number: int) -> torch.Tensor:
-    """Return all windows of an epoch, (windows, T + 1, B)."""
-    return torch.stack([streams.window(number, index) for index in range(streams.windows_per_epoch)])
+    """Return the characters of all windows of an epoch, (windows, T + 1, B)."""
+    return torch.stack([streams.window(number, index).ids for index in range(streams.windows_per_epoch)])
 
 
-def test_streams__are_unbroken_and_read_in_order() -> None:
-    streams = Streams(torch.arange(1000), batch=4, steps=7, seed=3)
+@pytest.mark.parametrize("num_chars", [2, 30, 1000])
+def test_streams__are_unbroken_and_read_in_order(num_chars: int) -> None:
+    streams = streams_of(num_chars, batch=4, steps=7, seed=3)
     for number in range(5):
         windows = epoch(streams, number)
         assert windows.shape == (streams.windows_per_epoch, 8, 4)
         for stream in range(4):
             read = torch.cat([windows[:, :-1, stream].reshape(-1), windows[-1, -1:, stream]])
-            assert torch.equal(read, torch.arange(int(read[0]), int(read[0]) + len(read)))
+            assert torch.equal(read, (read[0] + torch.arange(len(read))) % num_chars)
         assert torch.equal(windows[1:, 0], windows[:-1, -1])
+        assert len(torch.unique(windows)) == num_chars
 
 
 def test_streams__start_every_epoch_at_an_offset_that_depends_on_the_seed() -> None:
-    first = Streams(torch.arange(1000), batch=4, steps=50, seed=3)
-    again = Streams(torch.arange(1000), batch=4, steps=50, seed=3)
-    other = Streams(torch.arange(1000), batch=4, steps=50, seed=4)
+    first = streams_of(1000, batch=4, steps=50, seed=3)
+    again = streams_of(1000, batch=4, steps=50, seed=3)
+    other = streams_of(1000, batch=4, steps=50, seed=4)
     starts = {int(epoch(first, number)[0, 0, 0]) for number in range(20)}
     assert len(starts) > 5
     assert torch.equal(epoch(first, 7), epoch(again, 7))
     assert not all(torch.equal(epoch(first, number), epoch(other, number)) for number in range(3))
 
 
-def test_streams__read_almost_the_whole_text() -> None:
-    streams = Streams(torch.arange(10_000), batch=4, steps=10, seed=3)
-    assert len(torch.unique(epoch(streams, 0))) > 10_000 - 4 * 10 - 20
+def test_streams__reset_the_state_before_the_first_character_of_a_text() -> None:
+    starts = (0, 1, 17, 500)
+    streams = streams_of(600, starts, batch=4, steps=7, seed=3)
+    for index in range(streams.windows_per_epoch):
+        window = streams.window(0, index)
+        assert torch.equal(window.resets, torch.isin(window.ids[1:], torch.tensor(starts)))
+        assert window.is_counted.all()
 
 
-def test_streams__refuse_a_text_that_is_too_short() -> None:
-    with pytest.raises(InvalidCorpus, match="at least 450 are needed"):
-        Streams(torch.arange(449), batch=8, steps=50, seed=0)
-    assert epoch(Streams(torch.arange(450), batch=8, steps=50, seed=0), 0).max() <= 449
+def test_streams__reset_the_state_at_random_places_and_do_not_count_these() -> None:
+    streams = streams_of(600, batch=4, steps=50, seed=3, restart_interval=20)
+    windows = [streams.window(number, index) for number in range(50) for index in range(streams.windows_per_epoch)]
+    for window in windows:
+        is_start = window.ids[1:] == 0
+        assert torch.equal(~window.is_counted, window.resets & ~is_start)
+    share = torch.stack([~window.is_counted for window in windows]).double().mean()
+    assert 0.04 < share < 0.06
+    again = streams_of(600, batch=4, steps=50, seed=3, restart_interval=20).window(7, 1)
+    assert torch.equal(again.resets, streams.window(7, 1).resets)
+
+
+def test_streams__refuse_a_text_of_one_character() -> None:
+    with pytest.raises(InvalidCorpus, match="at least two characters"):
+        streams_of(1, batch=8, steps=50, seed=0)

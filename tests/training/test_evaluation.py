@@ -13,6 +13,7 @@ from service.errors import InvalidCorpus
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training import evaluation
+from service.training.corpus import EncodedText
 from service.training.network import WindowLoss, initialise
 from tests.harness.models import tiny_config
 
@@ -55,5 +56,24 @@ def test_streamed_loss__of_a_single_stream_is_the_exact_loss(model: GRUCharModel
     ids = random_text(model, num_chars)
     exact = evaluation.text_loss(FoldedGRU(model), ids).nats_per_char
     with torch.no_grad():
-        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), torch.from_numpy(ids))
+        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), EncodedText(ids, np.zeros(1, np.int64)))
     assert loss == pytest.approx(exact, abs=1e-5)
+
+
+@pytest.mark.parametrize("scores_starts", [True, False])
+def test_streamed_loss__reads_each_text_from_the_zero_state(model: GRUCharModel, scores_starts: bool) -> None:
+    """Its value is that of reading the texts one by one; the first character of all is never scored."""
+    lengths = [40, 1, 700, 3, 300]
+    starts = np.cumsum([0, *lengths[:-1]])
+    ids = random_text(model, sum(lengths))
+    losses = []
+    for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        text = torch.from_numpy(ids[start : start + length])
+        logits, _ = model(text[None], model.initial_hidden(1))
+        predictions = torch.cat((model.dense(torch.zeros(1, 16)), logits[0]))[:length]
+        text_losses = F.cross_entropy(predictions, text, reduction="none")
+        losses.append(text_losses if scores_starts and number > 0 else text_losses[1:])
+    expected = torch.cat(losses).mean().item()
+    with torch.no_grad():
+        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), EncodedText(ids, starts, scores_starts))
+    assert loss == pytest.approx(expected, abs=1e-5)

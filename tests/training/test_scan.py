@@ -16,7 +16,9 @@ from tests.harness.models import tiny_config
 STEPS, BATCH, UNITS, VOCAB = 7, 3, 5, 6
 
 
-def reference(gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tensor, bias_hn: Tensor) -> Tensor:
+def reference(
+    gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tensor, bias_hn: Tensor, resets: Tensor
+) -> Tensor:
     """Return the states of the same scan, (T, B, H), with a graph for autograd."""
     states = []
     for t in range(STEPS):
@@ -24,13 +26,14 @@ def reference(gates: Tensor, index: Tensor | None, hidden: Tensor, weight: Tenso
         h_r, h_z, h_n = (hidden @ weight.t()).chunk(3, dim=1)
         r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
         n = torch.tanh(x_n + r * (h_n + bias_hn))
-        hidden = (1 - z) * n + z * hidden
+        hidden = ((1 - z) * n + z * hidden) * ~resets[t][:, None]
         states.append(hidden)
     return torch.stack(states)
 
 
 @pytest.mark.parametrize("with_index", [True, False])
-def test_gru_scan__states_and_gradients_agree_with_autograd(with_index: bool) -> None:
+@pytest.mark.parametrize("with_resets", [True, False])
+def test_gru_scan__states_and_gradients_agree_with_autograd(with_index: bool, with_resets: bool) -> None:
     draws = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> Tensor:
@@ -40,10 +43,15 @@ def test_gru_scan__states_and_gradients_agree_with_autograd(with_index: bool) ->
     gates = normal(VOCAB, 3 * UNITS) if with_index else normal(STEPS, BATCH, 3 * UNITS)
     inputs = [tensor.requires_grad_() for tensor in (gates, normal(3 * UNITS, UNITS), normal(UNITS))]
     hidden, grad = normal(BATCH, UNITS), normal(STEPS, BATCH, UNITS)
-    expected = reference(inputs[0], index, hidden, inputs[1], inputs[2])
+    resets = torch.zeros(STEPS, BATCH, dtype=torch.bool)
+    if with_resets:
+        resets[[0, 3, 3, STEPS - 1], [1, 0, 2, 2]] = True  # the first and the last step, and one stream twice
+    expected = reference(inputs[0], index, hidden, inputs[1], inputs[2], resets)
     buffers = ScanBuffers(STEPS, BATCH, UNITS, torch.float64, torch.float64)
     for _ in range(2):  # the second time with used buffers
-        states, last = gru_scan(inputs[0], index, hidden, inputs[1], inputs[2], buffers)
+        states, last = gru_scan(
+            inputs[0], index, hidden, inputs[1], inputs[2], buffers, resets if with_resets else None
+        )
         torch.testing.assert_close(states, expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(last, expected[-1], atol=1e-12, rtol=0)
         gradients = torch.autograd.grad(states, inputs, grad)
