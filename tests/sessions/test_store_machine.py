@@ -68,10 +68,12 @@ CACHES = (2**22, 2**22, 0)  # the last replica has none
 REPLICAS = st.integers(0, len(CACHES) - 1)
 IDS = st.sampled_from("ab")
 EVENTS = ("mark", "pass_time", "close_connections", "fill", "empty")
-WORK = ("update", "update", "update", "load", "load", "create", "delete", "lease", "save", "end", "release", "page")
+CHANGES = ("update", "update", "load", "create_anew", "delete")
+WORK = (*CHANGES, "load", "create", "lease", "save", "end", "release", "page")
 Call = tuple[str, str, int]  # which of WORK, session, replica
 CALL: st.SearchStrategy[Call] = st.tuples(st.sampled_from(WORK), IDS, REPLICAS)
 CALLS = st.lists(CALL, min_size=2, max_size=6)
+CHANGE = st.sampled_from(CHANGES)
 OPERATIONS = ("create", "lease", "claim", "save", "load", "release", "delete")
 
 Tokens = tuple[int, ...]
@@ -128,13 +130,10 @@ class Known:
     on_disk: State = State()  # what Redis has after it lost what was written since the mark
     # By replica: what it would store again if Redis lost it. One of these, because a call that failed may have read.
     copies: list[set[State]] = field(default_factory=lambda: [{State()} for _ in CACHES])
-    told: list[Tokens] = field(
-        default_factory=lambda: [() for _ in CACHES]
-    )  # by replica: the text that callers saw last
+    told: list[Tokens] = field(default_factory=lambda: [() for _ in CACHES])  # by replica: what its callers saw last
     leases: list[Leased] = field(default_factory=list)
-    may_be_leased: bool = (
-        False  # by a call whose outcome is unknown, or because Redis has lost that a lease was released
-    )
+    # By a call whose outcome is unknown, or because Redis has lost that a lease was given back.
+    may_be_leased: bool = False
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -158,16 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.redis = self.ending.enter_context(redis.Redis.from_url(self.server.url, retry=Retry(NoBackoff(), 3)))
         self.proxy: LossyProxy = self.ending.enter_context(lossy_proxy(self.server.url))
         self.clock = Clock()
-        self.stores = [
-            self.ending.enter_context(
-                closing(
-                    RedisStore(
-                        RedisServer(self.proxy.url, TIMEOUT_S, WINDOW_S), 4096, cache, lease_s=LEASE_S, clock=self.clock
-                    )
-                )
-            )
-            for cache in CACHES
-        ]
+        self.stores = [self.open_store(cache_bytes) for cache_bytes in CACHES]
         self.paused: set[int] = set()
         self.sessions = {session_id: Known() for session_id in "ab"}
         self.num_tokens = 0
@@ -175,6 +165,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.mark()
         self.heal()
         self.is_up = True
+
+    def open_store(self, cache_bytes: int) -> RedisStore:
+        server = RedisServer(self.proxy.url, TIMEOUT_S, WINDOW_S)
+        store = RedisStore(server, 4096, cache_bytes, lease_s=LEASE_S, clock=self.clock)
+        return self.ending.enter_context(closing(store))
 
     def teardown(self) -> None:
         failure = sys.exception()  # of the run that ends
@@ -191,10 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def finish(self) -> None:
         """Let everything work again, and compare all sessions with the model."""
-        self.empty()
-        for number in [*self.paused]:
-            self.wake(number)
-        self.pass_time()
+        self.let_all_work()
         for session_id in self.sessions:
             for number in range(len(CACHES)):
                 self.do("load", session_id, number)
@@ -304,14 +296,16 @@ class StoreMachine(RuleBasedStateMachine):
 
     def do(self, name: str, session_id: str, number: int) -> None:
         known = self.sessions[session_id]
-        if known.state.kind == "none":
+        if known.state.kind == "none" or (known.state.kind == "deleted" and name not in ("load", "delete", "page")):
             name = "create"
-        leased = known.leases[-1] if known.leases and name in ("save", "end", "release") else None
-        if leased is not None:
-            number = leased.number
-        if number not in self.paused:
+        if name in ("save", "end", "release"):
+            for leased in known.leases[-1:]:
+                if leased.number not in self.paused:
+                    self.note(name)
+                    getattr(self, name)(session_id, leased)
+        elif number not in self.paused:
             self.note(name)
-            getattr(self, name)(session_id, leased if name in ("save", "end", "release") else number)
+            getattr(self, name)(session_id, number)
 
     def create(self, session_id: str, number: int) -> None:
         known = self.sessions[session_id]
@@ -324,6 +318,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.ensure(before.kind != "alive", f"{before} was there, and could be created again")
             self.see(session_id, number, after)
             known.leases.clear()
+
+    def create_anew(self, session_id: str, number: int) -> None:
+        self.delete(session_id, number)
+        self.create(session_id, number)
 
     def load(self, session_id: str, number: int) -> None:
         before = self.sessions[session_id].state
@@ -370,9 +368,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.see(session_id, number, *after)
             known.leases.append(Leased(number, lease, tokens))
 
-    def save(self, session_id: str, leased: Leased | None, release: bool = False) -> None:
-        if leased is None:
-            return
+    def save(self, session_id: str, leased: Leased, release: bool = False) -> None:
         known = self.sessions[session_id]
         before, tokens = known.state, (*leased.tokens, self.new_token())
         # First it does the save before, if that has no answer and was not done.
@@ -391,14 +387,13 @@ class StoreMachine(RuleBasedStateMachine):
             leased.lease.release()  # as every caller does at its end
             known.leases.remove(leased)
 
-    def end(self, session_id: str, leased: Leased | None) -> None:
+    def end(self, session_id: str, leased: Leased) -> None:
         self.save(session_id, leased, release=True)
 
-    def release(self, session_id: str, leased: Leased | None) -> None:
-        if leased is not None:
-            self.call(session_id, leased.number, lambda *_: leased.lease.release())
-            self.sessions[session_id].leases.remove(leased)
-            self.sessions[session_id].may_be_leased = True  # if the server was not there
+    def release(self, session_id: str, leased: Leased) -> None:
+        self.call(session_id, leased.number, lambda *_: leased.lease.release())
+        self.sessions[session_id].leases.remove(leased)
+        self.sessions[session_id].may_be_leased = True  # if the server was not there
 
     def page(self, session_id: str, number: int) -> None:
         found = self.call(session_id, number, lambda store, _: {one.id for one in store.page("", "", 10)})
@@ -407,6 +402,13 @@ class StoreMachine(RuleBasedStateMachine):
             self.ensure(found == there, f"{there} are there")
 
     # What happens to replicas
+
+    def let_all_work(self) -> None:
+        """End what keeps calls from being done: a full server, pauses, and leases."""
+        self.empty()
+        for number in [*self.paused]:
+            self.wake(number)
+        self.pass_time()
 
     @rule(event=st.sampled_from(EVENTS))
     def happen(self, event: str) -> None:
@@ -425,29 +427,39 @@ class StoreMachine(RuleBasedStateMachine):
             self.note("pause", number)
             self.paused.add(number)
 
-    @rule(number=REPLICAS, calls_first=st.booleans(), session_id=IDS)
-    def wake(self, number: int, calls_first: bool = False, session_id: str = "a") -> None:
+    @rule(number=REPLICAS, first=st.none() | CALL)
+    def wake(self, number: int, first: Call | None = None) -> None:
+        """Let a replica continue. first: Before its thread looks, it is called."""
         if number in self.paused:
-            self.note("wake", number, calls_first)
+            self.note("wake", number)
             self.paused.discard(number)
-            if calls_first:  # before its thread has looked
-                self.do("load", session_id, number)
+            if first is not None:
+                self.do(first[0], first[1], number)
             self.heal()
 
     @precondition(lambda _: NUM_RUNS > 20)  # it takes long
-    @rule(number=REPLICAS, before=CALLS, after=CALLS, calls_first=st.booleans(), loses=st.booleans())
+    @rule(
+        number=REPLICAS,
+        session_id=IDS,
+        before=st.lists(CHANGE, min_size=1, max_size=3),
+        after=st.lists(st.tuples(CHANGE, REPLICAS), max_size=3),
+        first=st.none() | CALL,
+    )
     def miss_a_recovery(
-        self, number: int, before: list[Call], after: list[Call], calls_first: bool, loses: bool
+        self, number: int, session_id: str, before: list[str], after: list[tuple[str, int]], first: Call | None
     ) -> None:
-        """Stop the replica that saved last, before Redis loses that, and let others work until it continues."""
-        if not self.paused:
-            self.mark()
-            self.work([(name, session_id, number) for name, session_id, _ in before])
-            self.pause(number)
-            self.restart(loses, 1)
-            self.work(after)
-            self.wake(number, calls_first, before[0][1])
-            self.do("load", before[0][1], number)
+        """Stop the replica that saved last, let Redis lose that, and let others work until the replica continues."""
+        self.let_all_work()
+        self.do("update", session_id, number)  # or creates it
+        self.mark()
+        for name in before:
+            self.do(name, session_id, number)
+        self.pause(number)
+        self.restart(True, 1)
+        for name, other in after:
+            self.do(name, session_id, other)
+        self.wake(number, first)
+        self.do("load", session_id, number)
 
     def look(self) -> None:
         """Let each replica that isn't paused do what its thread does, once."""
@@ -578,13 +590,9 @@ def long_risk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("long_risk")
 def test_replicas__lose_nothing_that_their_callers_are_not_told() -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    options = settings(max_examples=NUM_RUNS, stateful_step_count=25, deadline=None, suppress_health_check=checks)
     StoreMachine.first_failure = None
     try:
-        run_state_machine_as_test(
-            StoreMachine,
-            settings=settings(
-                max_examples=NUM_RUNS, stateful_step_count=25, deadline=None, suppress_health_check=checks
-            ),
-        )
+        run_state_machine_as_test(StoreMachine, settings=options)
     except Flaky as flaky:  # a failure that depends on time is one too
         raise (StoreMachine.first_failure or flaky) from flaky
