@@ -160,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.stores = [self.open_store(cache_bytes) for cache_bytes in CACHES]
         self.paused: set[int] = set()
         self.sessions = {session_id: Known() for session_id in "ab"}
-        self.num_tokens = 0
+        self.num_tokens, self.saves = 0, dict[bytes | None, Tokens]()  # what each nonce's save had
         self.is_full = self.was_full = self.is_stopped = False
         self.mark()
         self.heal()
@@ -205,17 +205,17 @@ class StoreMachine(RuleBasedStateMachine):
         return self.num_tokens
 
     def adopt(self, session_id: str, possible: Iterable[State]) -> None:
-        """Find out which of these states Redis has."""
-        sign, data, settled = self.admin("HMGET", f"gru-serve:/{session_id}", "s", "d", "p")
-        found = State(sign.decode() if sign else "none" if data is None else "alive")
-        if found.kind == "alive":
+        """Find out which of these states Redis has. A tombstone has no text, but the nonce of a save that had one."""
+        sign, nonce, data, settled = self.admin("HMGET", f"gru-serve:/{session_id}", "s", "n", "d", "p")
+        kind = sign.decode() if sign else "none" if data is None else "alive"
+        tokens = self.saves.get(nonce)  # None after a deletion that nobody has seen yet
+        if kind == "alive":
             record = Record(data, settled or b"")
-            found = State("alive", tokens_of(decode(record, lambda _: [], SessionKey("", session_id), 0, 0)))
-        fitting = [
-            state for state in possible if state.kind == found.kind and (found.kind != "alive" or state == found)
-        ]
-        self.ensure(bool(fitting), f"{session_id}: Redis has {found}, and may have {possible}")
-        self.sessions[session_id].state = max(fitting, key=lambda state: state.age)
+            tokens = tokens_of(decode(record, lambda _: [], SessionKey("", session_id), 0, 0))
+        fitting = [state for state in possible if state.kind == kind and tokens in (None, state.tokens)]
+        self.ensure(bool(fitting), f"{session_id}: Redis has {kind} {tokens}, and may have {possible}")
+        state = self.sessions[session_id].state = max(fitting, key=lambda state: state.age)
+        self.saves[nonce] = state.tokens
 
     def see(self, session_id: str, number: int, state: State) -> None:
         """Compare what a replica has answered, or has saved, with what Redis has and with what it answered before."""
