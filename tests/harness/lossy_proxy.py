@@ -23,8 +23,26 @@ class LossyProxy(socketserver.ThreadingTCPServer):
         self._meanwhile: Callable[[], Any] = lambda: None
         self._loses = False
         self.num_intercepted = 0
+        self.forwarding = threading.Lock()  # held while data is neither in a client's socket nor in the server's
+        self._clients: set[socket.socket] = set()
         super().__init__(("127.0.0.1", 0), _Forwarding)
         self.url = f"redis://127.0.0.1:{self.server_address[1]}/0"
+
+    def is_idle(self) -> bool:
+        """Whether it has forwarded all that clients have sent, also those that wait no longer for an answer."""
+        with self.forwarding:
+            return not select.select([self.socket, *self._clients], [], [], 0)[0]
+
+    def get_request(self) -> tuple[Any, Any]:
+        with self.forwarding:
+            client, address = super().get_request()
+            self._clients.add(client)
+            return client, address
+
+    def shutdown_request(self, request: Any) -> None:
+        with self.forwarding:
+            self._clients.discard(request)
+        super().shutdown_request(request)
 
     def lose_answer(self, operation: str, meanwhile: Callable[[], Any] = lambda: None) -> None:
         """Break the connection instead of answering the operation's next call. Between the two, call `meanwhile`."""
@@ -57,13 +75,17 @@ class _Forwarding(socketserver.BaseRequestHandler):
         with suppress(OSError), socket.create_connection(self.server.upstream) as upstream:
             while True:
                 for ready in select.select([self.request, upstream], [], [])[0]:
-                    data = ready.recv(2**16)
+                    if ready is self.request:
+                        with self.server.forwarding:
+                            data = self.request.recv(2**16)
+                            intercepts = intercepts or self.server.intercepts(data)
+                            upstream.sendall(data)
+                        if not data:
+                            return
+                        continue
+                    data = upstream.recv(2**16)
                     if not data:
                         return
-                    if ready is self.request:
-                        intercepts = intercepts or self.server.intercepts(data)
-                        upstream.sendall(data)
-                        continue
                     if intercepts and self.server.intercept():
                         return
                     intercepts = False
