@@ -258,8 +258,7 @@ export class Column extends EventTarget {
     field.classList.toggle("empty", isEmpty && !this.unencodable.length);
     const where = index >= 0 ? `${describe(branch.chars[index])}, ${branch.start + index + 1} of ${branch.end}` : "No character read yet";
     const { seed, runSeed } = branch;
-    const seeds = runSeed === null ? `seed ${seed}` : `last continued with seed ${runSeed}${runSeed === seed ? "" : `; the session's is ${seed}`}`;
-    setText(place, `${where} · ${seeds}`);
+    setText(place, `${where} · ${runSeed === null ? "seed" : "seed used"}: ${runSeed ?? seed}`);
     rewind.disabled = fork.disabled = index < 0;
     if (!rewind.disabled) rewind.disabled = index === count - 1;
   }
