@@ -45,8 +45,27 @@ def test_keyboard__reaches_every_control(open_page: OpenPage) -> None:
     names = set()
     for _ in range(80):
         screen.page.keyboard.press("Tab")
-        names.add(screen.page.evaluate("() => document.activeElement.id || document.activeElement.name || document.activeElement.className"))
-    for name in ("model", "go", "save", "open", "new", "play", "back", "forward", "speed", "unit", "close", "fork", "max_tokens", "stop"):
+        names.add(
+            screen.page.evaluate(
+                "() => document.activeElement.id || document.activeElement.name || document.activeElement.className"
+            )
+        )
+    for name in (
+        "model",
+        "go",
+        "save",
+        "open",
+        "new",
+        "play",
+        "back",
+        "forward",
+        "speed",
+        "unit",
+        "close",
+        "fork",
+        "max_tokens",
+        "stop",
+    ):
         assert name in names, (name, names)
     # Rewind without a mouse: move the cursor with the arrow keys, then press the focused button.
     screen.page.locator(".column textarea").focus()

@@ -208,7 +208,7 @@ def test_problem__is_shown_only_as_long_as_a_request_has_it(server: Server, open
         screen.page.route("**/generate", lambda route: route.fulfill(status=429, body=json.dumps(error)))
         screen.page.click("#go")
         expect(trouble).to_contain_text("Too busy. Trying again")
-        screen.page.route("**/v1/sessions/**", lambda route: None)  # nothing is answered any more
+        screen.page.route("**/v1/sessions/**", lambda _route: None)  # nothing is answered any more
         screen.page.click("#go")  # Stop
         expect(trouble).to_have_text("")
         screen.page.unroute_all(behavior="ignoreErrors")
