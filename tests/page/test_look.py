@@ -97,6 +97,7 @@ def test_text__stays_in_the_window_beside_the_longer_network(open_page: OpenPage
     screen = open_page(viewport={"width": width, "height": height})
     screen.type("ROMEO:")
     screen.generate(max_tokens=300, seed=7)
+    screen.page.locator(".column textarea").focus()
     screen.page.keyboard.insert_text("ß")
     expect(screen.page.locator("#ranking td button").first).to_be_visible()
     for scroll in (0, 400, 100_000):
