@@ -17,6 +17,7 @@ from service.web.api.completions.routes import CompletionLimits, CompletionRoute
 from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
+from service.web.api.models.schemas import Limits
 from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
 from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
@@ -113,12 +114,15 @@ def _resources(
     # Everything that a run generates is retained until the run ends, including the stop string that ends it.
     max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
+    limits = Limits(
+        max_tokens=settings.max_tokens, session_max_tokens=max_run, max_prompt_chars=settings.max_prompt_chars
+    )
     score_budget = SharedBudget(settings.max_scores)
     return [
         CompletionRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
-        ModelRoutes(models),
+        ModelRoutes(models, limits),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),
         MetricRoutes(metrics.exposition),

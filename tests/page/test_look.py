@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -44,8 +45,27 @@ def test_keyboard__reaches_every_control(open_page: OpenPage) -> None:
     names = set()
     for _ in range(80):
         screen.page.keyboard.press("Tab")
-        names.add(screen.page.evaluate("() => document.activeElement.id || document.activeElement.className"))
-    for name in ("model", "go", "save", "open", "new", "play", "back", "forward", "speed", "unit", "close", "fork"):
+        names.add(
+            screen.page.evaluate(
+                "() => document.activeElement.id || document.activeElement.name || document.activeElement.className"
+            )
+        )
+    for name in (
+        "model",
+        "go",
+        "save",
+        "open",
+        "new",
+        "play",
+        "back",
+        "forward",
+        "speed",
+        "unit",
+        "close",
+        "fork",
+        "max_tokens",
+        "stop",
+    ):
         assert name in names, (name, names)
     # Rewind without a mouse: move the cursor with the arrow keys, then press the focused button.
     screen.page.locator(".column textarea").focus()
@@ -70,3 +90,31 @@ def test_phone__needs_no_horizontal_scrolling(open_page: OpenPage) -> None:
         assert box
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= 390, name
+
+
+@pytest.mark.parametrize(("width", "height"), [(1360, 800), (1000, 560)])
+def test_text__stays_in_the_window_beside_the_longer_network(open_page: OpenPage, width: int, height: int) -> None:
+    screen = open_page(viewport={"width": width, "height": height})
+    screen.type("ROMEO:")
+    screen.generate(max_tokens=300, seed=7)
+    screen.page.locator(".column textarea").focus()
+    screen.page.keyboard.insert_text("ß")
+    expect(screen.page.locator("#ranking td button").first).to_be_visible()
+    for scroll in (0, 400, 100_000):
+        screen.page.evaluate("top => scrollTo(0, top)", scroll)
+        boxes = {name: screen.page.locator(name).bounding_box() for name in ("#writing", "main")}
+        writing, main = boxes["#writing"], boxes["main"]
+        assert writing
+        assert main
+        assert main["height"] > height
+        assert writing["y"] == pytest.approx(max(8, main["y"] - 3), abs=1)
+        assert writing["y"] + writing["height"] <= max(height, main["y"] + height)
+    # Nothing overlaps: each part of the column ends before the next one begins.
+    parts = (".title", ".text", ".unknown", ".place")
+    tops = [screen.page.locator(f".column {part}").bounding_box() for part in parts]
+    tops.append(screen.page.locator("#settings").bounding_box())
+    for above, below in itertools.pairwise(tops):
+        assert above
+        assert below
+        assert above["height"] > 20
+        assert above["y"] + above["height"] <= below["y"] + 1

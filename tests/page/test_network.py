@@ -243,7 +243,7 @@ def test_model__when_changed_reads_the_text_and_shows_its_layers(open_page: Open
     screen.type("a cab")
     screen.page.select_option("#model", "deep@1")
     expect(screen.page.locator("#layer")).to_be_visible()
-    expect(screen.page.locator(".num-units").first).to_have_text("24")
+    expect(screen.page.locator(".num-units")).to_have_text("24")
     with Client(models_url) as client:
         states = np.asarray(client.inspect("a cab", model="deep").states)
         show_step(screen, 3)
@@ -256,7 +256,7 @@ def test_model__when_changed_reads_the_text_and_shows_its_layers(open_page: Open
         text = screen.text
         # A model that doesn't know all characters of the text can't read it: nothing changes.
         screen.page.select_option("#model", "poor@1")
-        expect(screen.page.locator("#trouble")).to_contain_text("doesn't know")
+        expect(screen.page.locator(".unknown p")).to_contain_text("poor@1 doesn't know")
         expect(screen.page.locator("#model")).to_have_value("deep@1")
         screen.shows(text)
 

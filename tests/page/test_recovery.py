@@ -187,3 +187,48 @@ def test_stream__is_resumed_after_an_error_that_the_server_marks(open_page: Open
     screen.page.click("#go")
     expect(screen.page.locator("#trouble")).to_have_text("It failed for good.")
     screen.shows(continued(client, whole, 50, 4))  # the page shows the server's text
+
+
+def test_problem__is_shown_only_as_long_as_a_request_has_it(server: Server, open_page: OpenPage) -> None:
+    with line_to(server.port, SLOW) as line:
+        screen = open_page(line.url)
+        trouble = screen.page.locator("#trouble")
+        screen.type("ROMEO:")
+        screen.set(seed=7, max_tokens=1000)
+        screen.page.click("#go")
+        screen.wait_for_length(50, ">=")
+        line.interrupt()
+        expect(trouble).to_contain_text("can't be reached")
+        line.restore()
+        screen.wait_until_idle()
+        expect(trouble).to_have_text("")
+
+        # A request that is refused for a while leaves its problem with it, even if no other request follows.
+        error = {"error": {"message": "Too busy.", "code": "overloaded"}}
+        screen.page.route("**/generate", lambda route: route.fulfill(status=429, body=json.dumps(error)))
+        screen.page.click("#go")
+        expect(trouble).to_contain_text("Too busy. Trying again")
+        screen.page.route("**/v1/sessions/**", lambda _route: None)  # nothing is answered any more
+        screen.page.click("#go")  # Stop
+        expect(trouble).to_have_text("")
+        screen.page.unroute_all(behavior="ignoreErrors")
+
+
+def test_problem__of_one_request_outlasts_the_success_of_another(open_page: OpenPage) -> None:
+    screen = open_page()
+    screen.type("ROMEO:")
+    error = {"error": {"message": "Too busy.", "code": "overloaded"}}
+    screen.page.route(
+        "**/generate",
+        lambda route: route.fulfill(status=429, headers={"Retry-After": "30"}, body=json.dumps(error)),
+    )
+    screen.set(max_tokens=10)
+    screen.page.click("#go")
+    trouble = screen.page.locator("#trouble")
+    expect(trouble).to_contain_text("Too busy. Trying again")
+    with screen.page.expect_response("**/v1/models") as response:
+        screen.page.evaluate("() => document.dispatchEvent(new Event('visibilitychange'))")
+    response.value.finished()
+    screen.page.evaluate("() => new Promise(requestAnimationFrame)")
+    expect(trouble).to_contain_text("Too busy. Trying again")
+    screen.page.unroute_all(behavior="ignoreErrors")

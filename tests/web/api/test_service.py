@@ -31,6 +31,9 @@ SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
 def test_models__are_listed_in_openais_shape(client: FlaskClient) -> None:
     answer = client.get("/v1/models").get_json()
     assert answer["object"] == "list"
+    limits = answer["limits"]
+    assert sorted(limits) == ["max_prompt_chars", "max_tokens", "session_max_tokens"]
+    assert 0 < limits["session_max_tokens"] <= limits["max_tokens"]
     (model,) = answer["data"]
     assert (model["id"], model["object"], model["created"]) == ("tiny@1", "model", 1_700_000_000)
     assert model["meta"]["charset"] == TINY_CHARSET

@@ -8,7 +8,7 @@ from flask import Response
 from service.errors import GruServeError, ModelNotFound
 from service.registry.loaded_models import LoadedModels
 from service.store.model_store import Description
-from service.web.api.models.schemas import ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
+from service.web.api.models.schemas import Limits, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
 from service.web.gate.route import Route
@@ -22,8 +22,8 @@ class ModelRoutes(Resource):
     name = "models"
     errors = ERRORS
 
-    def __init__(self, models: LoadedModels) -> None:
-        self._models, self._store = models, models.store
+    def __init__(self, models: LoadedModels, limits: Limits) -> None:
+        self._models, self._store, self._limits = models, models.store, limits
 
     @Route("GET", "/v1/models", "List model versions", {"200": ModelsAnswer})
     def index(self) -> Response:
@@ -36,7 +36,7 @@ class ModelRoutes(Resource):
                 continue  # deleted since it was listed
             except GruServeError as error:
                 log.warning("model not listed", model=version.ref, error=error.message)
-        return _json(ModelsAnswer(data=data))
+        return _json(ModelsAnswer(data=data, limits=self._limits))
 
     @Route("GET", "/v1/models/<id>", "Show a model version", {"200": ModelAnswer})
     def show(self, path: ModelPath) -> Response:

@@ -33,11 +33,20 @@ class ModelAnswer(BaseModel):
     meta: ModelMeta
 
 
+class Limits(BaseModel):
+    """What one request may ask of this server, whichever its model."""
+
+    max_tokens: int = Field(description="largest `max_tokens` of a completion")
+    session_max_tokens: int = Field(description="largest `max_tokens` of a session's run")
+    max_prompt_chars: int = Field(description="characters of the text that one request may bring")
+
+
 class ModelsAnswer(BaseModel):
-    """All versions in the model store."""
+    """All versions in the model store, and the limits of requests for them."""
 
     object: Literal["list"] = "list"
     data: list[ModelAnswer]
+    limits: Limits
 
 
 class ModelPath(BaseModel):

@@ -6,6 +6,7 @@ const KEY = "gru-serve.key"; // name of the tab's stored API key, which is delet
 const RETRYABLE_STATUSES = new Set([429, 502, 503, 504]);
 const FIRST_PAUSE_MS = 100;
 const LONGEST_PAUSE_MS = 2000;
+const UNREACHABLE = "The server can't be reached. Trying again …";
 const GIVE_UP_AFTER_MS = 60_000; // while the server answers but refuses; an unreachable server is retried without end
 
 /** An error response of the service. */
@@ -32,13 +33,14 @@ export const pause = (ms, signal) =>
 /**
  * A client of the service.
  * askKey(message): asks the user for an API key and resolves to it.
- * onProblem(message): a call is failing and is retried; null once a call succeeds.
+ * onProblem(message): a call is failing and is retried; null once no call is.
  */
 export class Api {
   #key = readItem(KEY); // the API key; null if the server has not asked for one
   #askKey;
   #onProblem;
   #keyPrompt = null; // the promise of the key dialog while it is open
+  #problems = new Map(); // call that fails and is retried -> message
 
   constructor(askKey, onProblem) {
     this.#askKey = askKey;
@@ -83,7 +85,23 @@ export class Api {
     }
   }
 
-  async #send(method, path, body, headers, signal) {
+  async #send(...request) {
+    const call = Symbol("call");
+    try {
+      return await this.#sendUntilAccepted(call, ...request);
+    } finally {
+      this.#setProblem(call, null); // it succeeded, was given up, or was aborted
+    }
+  }
+
+  /** Set or clear (null) the problem of a call, and report the latest problem of all calls. */
+  #setProblem(call, message) {
+    if (message === null) this.#problems.delete(call);
+    else this.#problems.set(call, message);
+    this.#onProblem([...this.#problems.values()].at(-1) ?? null);
+  }
+
+  async #sendUntilAccepted(call, method, path, body, headers, signal) {
     const started = performance.now();
     for (let backoff = FIRST_PAUSE_MS; ; backoff = Math.min(2 * backoff, LONGEST_PAUSE_MS)) {
       let retryAfterMs = 0;
@@ -95,10 +113,9 @@ export class Api {
           signal,
           cache: "no-store",
         });
-        if (response.ok) {
-          this.#onProblem(null);
-          return response;
-        }
+        // The server answers, so no other call may still say that it can't be reached.
+        for (const [other, message] of this.#problems) if (message === UNREACHABLE) this.#problems.delete(other);
+        if (response.ok) return response;
         const error = new ApiError(response.status, (await response.json().catch(() => ({}))).error ?? {});
         if (error.status === 401) {
           await this.#replaceKey(error.message);
@@ -107,11 +124,11 @@ export class Api {
         const isRetryable = RETRYABLE_STATUSES.has(error.status) || error.code === "session_busy";
         retryAfterMs = 1000 * (Number(response.headers.get("Retry-After")) || 0); // 0 also if it is a date
         if (!isRetryable || performance.now() - started + retryAfterMs > GIVE_UP_AFTER_MS) throw error;
-        if (error.code !== "session_busy") this.#onProblem(`${error.message} Trying again …`);
+        if (error.code !== "session_busy") this.#setProblem(call, `${error.message} Trying again …`);
       } catch (error) {
         if (signal?.aborted) throw signal.reason;
         if (error instanceof ApiError) throw error;
-        this.#onProblem("The server can't be reached. Trying again …");
+        this.#setProblem(call, UNREACHABLE);
       }
       await pause(Math.max(backoff, retryAfterMs), signal);
     }

@@ -3,7 +3,7 @@
 import { ApiError, pause } from "./api.js";
 
 const SESSION_LOST_STATUSES = new Set([404, 410]);
-const MAX_FEED_CHARS = 8192;
+export const MAX_FEED_CHARS = 8192; // of one request, if the server allows as many
 const RESUME_PAUSE_MS = 50;
 
 export const randomId = () =>
@@ -16,16 +16,19 @@ export const randomId = () =>
 export class Branch extends EventTarget {
   chars = []; // code points from position `start` on, including those that the server doesn't have yet
   past = ""; // text before `start`, read from a file; it is only displayed
+  runSeed = null; // the seed of the last continuation; null if there was none
   rewindTo = null; // position to which the server's text must be rewound; null if none
   #api;
-  #inFlightEnd = 0; // position after the characters of the current feed request
+  #models;
+  #inFlightEnd = 0; // position after the characters of the current feed request; Infinity if that is not known
   #syncing = null; // the promise of the synchronisation that is under way
   #run = null; // the AbortController of the stream that is being read
 
-  /** model: of Models. session: the service's description of the session. */
-  constructor(api, model, name, session) {
+  /** models: of the server; model: one of them. session: the service's description of the session. */
+  constructor(api, models, model, name, session) {
     super();
     this.#api = api;
+    this.#models = models;
     this.model = model;
     this.name = name;
     this.#adopt(session);
@@ -34,7 +37,7 @@ export class Branch extends EventTarget {
   /** Create a session. fields: the body of the API's call. */
   static async create(api, models, name, fields = {}) {
     const session = await api.call("PUT", `v1/sessions/${randomId()}`, fields);
-    return new Branch(api, await models.get(session.model), name, session);
+    return new Branch(api, models, await models.get(session.model), name, session);
   }
 
   #adopt(session) {
@@ -52,6 +55,11 @@ export class Branch extends EventTarget {
     return `v1/sessions/${this.id}`;
   }
 
+  /** The number of characters that one request may send. */
+  get maxFeedChars() {
+    return Math.min(MAX_FEED_CHARS, this.#models.limits.max_prompt_chars);
+  }
+
   get isRunning() {
     return this.#run !== null;
   }
@@ -62,16 +70,17 @@ export class Branch extends EventTarget {
 
   /** What a reload of the page needs. The field names are a stored format: a tab may be reloaded after an upgrade. */
   get snapshot() {
-    const { id, name, past, seed, isRunning } = this;
+    const { id, name, past, seed, runSeed, isRunning } = this;
     const positions = { first: this.start, sent: this.serverEnd, settle: this.rewindTo };
-    return { id, name, past, seed, ...positions, isRunning, model: this.model.id, text: this.chars.join("") };
+    return { id, name, past, seed, runSeed, ...positions, isRunning, model: this.model.id, text: this.chars.join("") };
   }
 
   /** Return the branch of a snapshot, after sending the server what it lacks. Resumes the stream that was running. */
-  static async restore(api, model, snapshot) {
+  static async restore(api, models, snapshot) {
     const session = { id: snapshot.id, seed: snapshot.seed, text_from: snapshot.first, position: snapshot.sent };
-    const branch = new Branch(api, model, snapshot.name, session);
+    const branch = new Branch(api, models, await models.get(snapshot.model), snapshot.name, session);
     branch.past = snapshot.past;
+    branch.runSeed = snapshot.runSeed ?? null;
     branch.rewindTo = snapshot.settle;
     branch.chars = Array.from(snapshot.text);
     await branch.sync();
@@ -96,7 +105,8 @@ export class Branch extends EventTarget {
    */
   append(text) {
     this.stop();
-    const sentEnd = Math.max(this.rewindTo ?? Math.max(this.serverEnd, this.#inFlightEnd), this.start) - this.start;
+    const sentTo = this.rewindTo ?? Math.min(Math.max(this.serverEnd, this.#inFlightEnd), this.end);
+    const sentEnd = Math.max(sentTo, this.start) - this.start;
     const unsent = this.chars.slice(sentEnd);
     const chars = this.model.charset.read(unsent.join("") + text);
     this.chars.length = sentEnd;
@@ -104,6 +114,45 @@ export class Branch extends EventTarget {
     const isUnchanged = unsent.every((char, i) => char === chars[i]);
     this.#textChanged(isUnchanged ? sentEnd + unsent.length : sentEnd);
     this.sync();
+  }
+
+  /**
+   * Append characters, some of which the model doesn't know: the server replaces those by similar ones ("fold") or leaves
+   * them out ("drop"). Returns whether that was done. Throws ApiError if the server knows no similar ones.
+   */
+  appendAs(chars, unknownChars) {
+    return this.#alone(async () => {
+      const from = this.serverEnd;
+      try {
+        const body = { text: chars.join(""), position: from, num_next: 0, unknown_chars: unknownChars };
+        const { position } = await this.#api.call("POST", `${this.path}/feed`, body);
+        const { text } = await this.#api.call("GET", `${this.path}/text?from=${from}&to=${position}`);
+        this.serverEnd = position;
+        if (this.rewindTo !== null) return true; // the user has deleted text meanwhile, which the server is told next
+        this.chars.splice(from - this.start, 0, ...text);
+        this.#textChanged(from - this.start);
+        return true;
+      } catch (error) {
+        if (error.code === "unknown_characters") throw error;
+        await this.#recover(error);
+        return false;
+      }
+    });
+  }
+
+  /** Run an operation on the server's session while nothing else is sent to it. What changes meanwhile is sent after it. */
+  async #alone(operation) {
+    this.stop();
+    do await this.sync();
+    while (this.#syncing);
+    this.#inFlightEnd = Infinity;
+    const result = operation().finally(() => (this.#inFlightEnd = 0));
+    const goOn = () => {
+      this.#syncing = null;
+      return this.sync();
+    };
+    this.#syncing = result.then(goOn, goOn);
+    return result;
   }
 
   /** Remove the text from a position on. */
@@ -121,7 +170,8 @@ export class Branch extends EventTarget {
     this.stop();
     await this.sync();
     const session = await this.#api.call("POST", `${this.path}/fork`, { id: randomId(), position });
-    const other = new Branch(this.#api, this.model, name, session);
+    const other = new Branch(this.#api, this.#models, this.model, name, session);
+    other.runSeed = this.runSeed;
     other.past = this.past;
     other.start = this.start;
     other.chars = this.chars.slice(0, position - this.start);
@@ -129,13 +179,18 @@ export class Branch extends EventTarget {
   }
 
   /** Let another model read the text. Throws ApiError and changes nothing if it can't. */
-  async rebase(model) {
-    this.stop();
-    await this.sync();
-    const body = { text: "", position: this.serverEnd, rebase: model.id, num_next: 0 };
-    await this.#api.call("POST", `${this.path}/feed`, body);
-    this.model = model;
-    await this.#fetch();
+  rebase(model) {
+    return this.#alone(async () => {
+      const body = { text: "", position: this.serverEnd, rebase: model.id, num_next: 0 };
+      await this.#api.call("POST", `${this.path}/feed`, body);
+      const session = await this.#api.call("GET", this.path);
+      // The model has read what the server retains. Model and text change in one step: until then, what was read of the
+      // text belongs to the model before.
+      this.chars.splice(0, session.text_from - this.start);
+      this.start = session.text_from;
+      this.model = model;
+      this.#textChanged(0);
+    });
   }
 
   /** Return {state, position, model, seed}: the session's signed state, from which any server with its key can continue. */
@@ -183,7 +238,7 @@ export class Branch extends EventTarget {
 
   async #feed() {
     const from = this.serverEnd - this.start;
-    const batch = this.chars.slice(from, from + MAX_FEED_CHARS);
+    const batch = this.chars.slice(from, from + this.maxFeedChars);
     this.#inFlightEnd = this.serverEnd + batch.length;
     const body = { text: batch.join(""), position: this.serverEnd, num_next: 0 };
     const { position } = await this.#api.call("POST", `${this.path}/feed`, body);
@@ -233,6 +288,8 @@ export class Branch extends EventTarget {
   /** Read a stream to its end and resume it whenever the connection breaks. */
   async #startStream(method, body) {
     const run = (this.#run = new AbortController());
+    const [begin, seedBefore] = [this.serverEnd, this.runSeed];
+    if (body) this.runSeed = body.seed ?? this.seed;
     this.dispatchEvent(new Event("run"));
     try {
       let events = this.#api.events(method, `${this.path}/generate`, body, this.#resumeHeaders(method), run.signal);
@@ -242,6 +299,7 @@ export class Branch extends EventTarget {
       }
     } catch (error) {
       if (run.signal.aborted) return; // stop() has already cleaned up
+      if (this.serverEnd === begin) this.runSeed = seedBefore; // it generated nothing
       await this.#recover(error);
     }
     if (this.#run === run) this.#run = null;

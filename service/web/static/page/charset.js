@@ -40,6 +40,11 @@ export class Charset {
     return end < 0 ? { known: chars, rest: [] } : { known: chars.slice(0, end), rest: chars.slice(end) };
   }
 
+  /** Return the distinct characters of a text that the model doesn't know, in their order. */
+  unknown(chars) {
+    return [...new Set(chars)].filter((char) => !this.has(char));
+  }
+
   /**
    * Return how many of these characters can be sent in one request. The service composes the text of a request, so a
    * request must end before a mark that would join with the character before it.
@@ -57,6 +62,15 @@ const VISIBLE = { "\n": "⏎", " ": "␣", "\t": "⇥" };
 export function visible(char) {
   if (char in VISIBLE) return VISIBLE[char];
   return /\p{M}/u.test(char) ? `◌${char}` : char;
+}
+
+const MAX_NAMED = 5;
+
+/** Names for the first of some characters, and the number of the others. */
+export function describeAll(chars) {
+  const names = chars.slice(0, MAX_NAMED).map(describe);
+  if (chars.length > MAX_NAMED) return `${names.join(", ")} and ${chars.length - MAX_NAMED} more`;
+  return names.length > 1 ? `${names.slice(0, -1).join(", ")} and ${names.at(-1)}` : names[0];
 }
 
 /** The visible form with the code point: é (U+00E9). */

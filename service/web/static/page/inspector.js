@@ -29,6 +29,7 @@ export class Inspector extends EventTarget {
   #requestedIndex = null; // index whose details the page wants to show
   #isReading = false;
   #hasFailed = false; // after an error nothing is read until the text changes
+  #readingTo = 0; // index after the last character of the request that is under way
   #numTruncations = 0; // tells whether the text was truncated while a request was under way
 
   constructor(api, branch) {
@@ -47,14 +48,18 @@ export class Inspector extends EventTarget {
   /** Drop what was read of characters that were removed or replaced. A rebase to another model replaces them all. */
   #onTextChange(from) {
     this.#hasFailed = false;
+    if (from < Math.max(this.numRead, this.#readingTo)) this.#numTruncations++;
     if (from < this.numRead) {
-      this.#numTruncations++;
       this.states.length = this.surprises.length = from;
       const deleteAfter = (map, last) => [...map.keys()].filter((key) => key > last).forEach((key) => map.delete(key));
       deleteAfter(this.#checkpoints, from);
       deleteAfter(this.#next, from);
       deleteAfter(this.#details, from - 1);
-      if (from === 0) this.#checkpoints.clear();
+    }
+    if (from === 0) {
+      this.#checkpoints.clear();
+      this.#next.clear();
+      this.#initial = null;
     }
     this.#read();
   }
@@ -104,6 +109,7 @@ export class Inspector extends EventTarget {
     const checkpoint = Math.max(0, ...[...this.#checkpoints.keys()].filter((place) => place <= from));
     const batch = chars.slice(checkpoint, to);
     const count = model.charset.countSendable(batch);
+    this.#readingTo = checkpoint + count;
     if (checkpoint + count <= from) return this.#addCheckpoint(checkpoint, count, numTruncations);
     const isNew = from === this.numRead;
     const body = {

@@ -10,11 +10,15 @@ const NO_CHARACTER = "The network reads one character at a time.";
 const NO_UNIT = "Choose a unit to see how its new value is computed.";
 const byId = (id) => document.getElementById(id);
 
-/** Dispatches `unit` (detail: the number of the unit that was clicked) and `layer` (detail: the layer that was chosen). */
+/**
+ * Dispatches `unit` (detail: the number of the unit that was clicked), `layer` (detail: the layer that was chosen) and
+ * `model` (another model is shown).
+ */
 export class Network extends EventTarget {
-  unit = null; // the chosen unit
+  unit = null; // the chosen unit of the model
   layer = 0; // the layer that is shown
   #model = null;
+  #choices = new Map(); // id of a model -> its {unit, layer}: a unit of one model has nothing to do with that of another
   #step = null;
   #scale = readColourScale();
   #bars = Array.from({ length: NUM_BARS }, () => makeBar(byId("bars")));
@@ -36,22 +40,33 @@ export class Network extends EventTarget {
     if (detail !== null) this.dispatchEvent(new CustomEvent(kind, { detail }));
   }
 
-  /** Show steps of this model from now on. */
+  /** The model whose steps are shown. */
+  get model() {
+    return this.#model;
+  }
+
+  /** Show steps of this model from now on, with the unit and the layer that were chosen for it. */
   setModel(model) {
     if (model === this.#model) return;
+    if (this.#model) this.#choices.set(this.#model.id, { unit: this.unit, layer: this.layer });
     this.#model = model;
+    ({ unit: this.unit, layer: this.layer } = this.#choices.get(model.id) ?? { unit: null, layer: model.layers - 1 });
     const fill = (selector, count) => {
-      for (const element of document.querySelectorAll(selector)) element.textContent = count.toLocaleString("en");
+      for (const element of document.querySelectorAll(selector)) setTextOf(element, count.toLocaleString("en"));
     };
+    const units = `${model.units.toLocaleString("en")} units`;
+    setText("all-units", model.layers > 1 ? `${units} × ${model.layers} layers` : units);
+    fill(".num-state", model.units * model.layers);
     fill(".num-units", model.units);
     fill(".num-embedding", model.embedding);
     byId("unit").max = model.units - 1;
-    this.layer = model.layers - 1;
+    byId("unit").value = this.unit ?? "";
     const options = Array.from({ length: model.layers }, (_, layer) => new Option(layer + 1, layer, false, layer === this.layer));
     byId("layer").replaceChildren(...options);
     byId("layer-label").hidden = model.layers === 1;
-    if (this.unit !== null && this.unit >= model.units) this.unit = null;
+    byId("of-layer").hidden = model.layers === 1;
     this.show(null);
+    this.dispatchEvent(new Event("model"));
   }
 
   /** Show a step: {char, following} with the fields of Inspector.get; null to clear everything. */
@@ -137,7 +152,8 @@ function makeBar(list) {
   };
 }
 
-function setText(id, text) {
-  const element = byId(id);
+function setTextOf(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
+
+const setText = (id, text) => setTextOf(byId(id), text);

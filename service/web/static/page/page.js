@@ -2,7 +2,7 @@
 
 import { Api } from "./api.js";
 import { Branch } from "./branch.js";
-import { describe } from "./charset.js";
+import { describeAll } from "./charset.js";
 import { Column } from "./column.js";
 import { download, read } from "./files.js";
 import { Inspector } from "./inspector.js";
@@ -23,18 +23,26 @@ let active = null; // the column that the controls act on
 
 // Messages to the user
 
-let [problem, message, messageTimer] = [null, null, null];
+let problem = null; // of a request that is being repeated
+let message = null; // {text, isTrue}
 
 function showStatus() {
-  byId("trouble").textContent = problem ?? message ?? "";
+  if (message && !message.isTrue()) message = null;
+  setText(byId("trouble"), problem ?? message?.text ?? "");
 }
 
-/** Show a message for a while. A problem with the server, as long as it lasts, is shown instead. */
-function showMessage(text) {
-  message = text;
-  clearTimeout(messageTimer);
-  messageTimer = setTimeout(() => showMessage(null), MESSAGE_MS);
+/**
+ * Show a message for some time, at most as long as it is true. A problem with the server, as long as it lasts, is shown instead.
+ * ms: Infinity for a message that stays.
+ */
+function showMessage(text, isTrue = () => true, ms = MESSAGE_MS) {
+  const shown = (message = { text, isTrue });
   showStatus();
+  if (ms === Infinity) return;
+  setTimeout(() => {
+    if (message === shown) message = null;
+    showStatus();
+  }, ms);
 }
 
 /** Show the key dialog and resolve to the key that the user enters. */
@@ -75,6 +83,8 @@ function redraw() {
   isRedrawScheduled = true;
   requestAnimationFrame(() => {
     isRedrawScheduled = false;
+    showStatus();
+    if (active) network.setModel(active.branch.model);
     for (const column of columns) column.render(column === active, colouring(column));
     if (active) drawActive();
     storage.scheduleWrite();
@@ -84,12 +94,12 @@ function redraw() {
 function drawActive() {
   const { branch, inspector, cursorIndex } = active;
   const { chars } = branch;
-  network.setModel(branch.model);
   byId("model").value = branch.model.id;
   const hasCharacter = cursorIndex >= 0 && cursorIndex < chars.length;
   network.show(hasCharacter ? { char: chars[cursorIndex], following: chars[cursorIndex + 1], ...inspector.get(cursorIndex) } : null);
   setText(byId("go"), branch.isRunning ? "Stop" : "Continue");
   byId("last").disabled = active.cursor === null;
+  drawLegend();
 }
 
 function setText(element, text) {
@@ -100,20 +110,42 @@ function setText(element, text) {
 
 const chosenColouring = () => document.querySelector("#colouring input:checked").value;
 
-/** Return the function that maps an index of a column's text to a value from -1 to 1, or null if it gets no colours. */
+/**
+ * Return the function that maps an index of a column's text to a value from -1 to 1, or null if it gets no colours. The chosen
+ * unit is one of the model that is shown: the text of another model has no such unit.
+ */
 function colouring({ inspector, branch }) {
   const kind = chosenColouring();
   if (kind === "surprise") return (i) => Math.min(1, inspector.surprises[i] / MAX_SURPRISE);
-  if (kind === "none" || network.unit === null) return null;
-  if (network.unit >= branch.model.units || network.layer >= branch.model.layers) return null;
+  if (kind === "none" || network.unit === null || branch.model !== network.model) return null;
   const offset = network.layer * branch.model.units + network.unit;
   return (i) => (inspector.states[i] ? float16Value(inspector.states[i][offset]) : NaN);
 }
 
 function recolour() {
   for (const column of columns) column.unpaint();
-  byId("legend").className = chosenColouring();
   redraw();
+}
+
+/** Say what the colours of the text mean: of what, and which numbers. */
+function drawLegend() {
+  const kind = chosenColouring();
+  const legend = byId("legend");
+  legend.hidden = kind === "none";
+  legend.className = kind;
+  if (kind === "none") return;
+  const [title, ...ticks] = [legend.querySelector("p"), ...legend.querySelectorAll(".ticks span")];
+  setText(title, kind === "unit" ? unitTitle() : "Surprise, in nats");
+  const numbers = kind === "unit" ? ["−1", "0", "1"] : ["0", formatNumber(MAX_SURPRISE / 2, 0), `${MAX_SURPRISE} or more`];
+  numbers.forEach((number, i) => setText(ticks[i], number));
+}
+
+function unitTitle() {
+  const { unit, layer, model } = network;
+  if (unit === null) return `No unit of ${model.id} is chosen: click one, or enter its number.`;
+  const ofLayer = model.layers > 1 ? `, layer ${layer + 1}` : "";
+  const others = columns.some(({ branch }) => branch.model !== model) ? ". Texts of other models have no colours." : "";
+  return `Unit ${unit} of ${model.id}${ofLayer}${others}`;
 }
 
 /** Choose a unit and colour the text by it; null: no unit and no colours. */
@@ -139,6 +171,7 @@ async function updateRanking() {
   rankingAbort = new AbortController();
   const { branch, inspector } = active;
   const { signal } = rankingAbort;
+  if (branch.model !== network.model) return scheduleRanking(); // until the next frame shows the model
   const ranking = await rankUnits(branch.chars, inspector.states, branch.model.units, network.layer, signal).catch(() => null);
   if (!ranking) return;
   const rows = ranking.map(([feature, units]) => {
@@ -168,7 +201,7 @@ function addColumn(branch, previous = columns.at(-1)) {
   if (previous) previous.element.after(column.element);
   else byId("columns").append(column.element);
   columns.splice(columns.indexOf(previous) + 1, 0, column);
-  for (const source of [branch, inspector]) source.addEventListener("message", ({ detail }) => showMessage(detail));
+  for (const source of [branch, inspector, column]) source.addEventListener("message", ({ detail }) => showMessage(detail));
   for (const kind of ["run", "synced"]) branch.addEventListener(kind, redraw);
   inspector.addEventListener("read", () => {
     redraw();
@@ -177,6 +210,7 @@ function addColumn(branch, previous = columns.at(-1)) {
   column.addEventListener("change", redraw);
   column.addEventListener("activate", () => activate(column));
   column.addEventListener("fork", reportingErrors(async ({ detail }) => fork(column, detail)));
+  column.addEventListener("copy", reportingErrors(async ({ detail }) => copy(column, detail)));
   column.addEventListener("close", reportingErrors(async () => closeColumn(column)));
   activate(column);
   return column;
@@ -210,6 +244,15 @@ async function fork(column, length) {
   addColumn(await branch.fork(position, `Branch at ${position}: …${tail}`), column).focus();
 }
 
+/** Add a column in which another model reads a column's text, with what its unknown characters become: `fold` or `drop`. */
+async function copy(column, { model, unknownChars }) {
+  const { branch } = column;
+  const text = branch.chars.join("");
+  const other = addColumn(await Branch.create(api, models, branch.name, { model: model.id }), column);
+  other.type(text);
+  await other.sendUnknown(unknownChars);
+}
+
 /** Remove a column and delete its session. There is always at least one column. */
 async function closeColumn(column) {
   if (columns.length === 1) addColumn(await createText(column.branch.model.id));
@@ -222,10 +265,16 @@ async function closeColumn(column) {
 
 /** Let another model read the active text. An empty text is replaced by one of that model. */
 async function useModel(id) {
-  const { branch } = active;
   const column = active;
+  const { branch } = column;
   try {
-    if (branch.end > 0) return await branch.rebase(await models.get(id));
+    const model = await models.get(id);
+    if (branch.chars.some((char) => !model.charset.has(char))) return void (column.refusedModel = model);
+    column.refusedModel = null;
+    if (branch.end > 0) {
+      await branch.rebase(model);
+      return column.type(""); // the model may know what was typed and could not be sent
+    }
     addColumn(await Branch.create(api, models, branch.name, { model: id }), column);
     await closeColumn(column);
   } finally {
@@ -234,16 +283,32 @@ async function useModel(id) {
 }
 
 async function generateOrStop(form) {
-  const { branch, unencodable } = active;
+  const column = active;
+  const { branch, unencodable } = column;
+  const { charset, id } = branch.model;
   if (branch.isRunning) return branch.stop();
-  if (unencodable.length) return showMessage(`Delete ${describe(unencodable[0])} first: the model doesn't know it.`);
+  if (unencodable.length) {
+    const names = describeAll(charset.unknown(unencodable));
+    return showMessage(`Replace, leave out or delete ${names} first: ${id} doesn't know it.`, () => column.unencodable.length > 0);
+  }
+  const { seed, stop, ...numbers } = Object.fromEntries(new FormData(form));
+  const unknown = charset.unknown(charset.read(unescaped(stop)));
+  if (unknown.length) {
+    const isTrue = () => form.elements.stop.value === stop && active?.branch.model === branch.model;
+    return showMessage(`Change the text to stop before: ${id} doesn't know ${describeAll(unknown)}, and never writes it.`, isTrue);
+  }
   player.pause();
-  active.moveTo(null);
-  const { seed, ...numbers } = Object.fromEntries(new FormData(form));
+  column.moveTo(null);
   const settings = Object.fromEntries(Object.entries(numbers).map(([name, value]) => [name, Number(value)]));
   if (seed !== "") settings.seed = Number(seed);
+  if (stop !== "") settings.stop = unescaped(stop);
   await branch.generate(settings);
 }
+
+const ESCAPES = { n: "\n", t: "\t", "\\": "\\" };
+
+/** The text that is meant by one that was entered in a single line, where \n is a new line. */
+const unescaped = (text) => text.replace(/\\([nt\\])/g, (_, char) => ESCAPES[char]);
 
 async function openState(file) {
   const { state, text } = await read(file);
@@ -259,11 +324,28 @@ async function saveState() {
 
 // Controls
 
+/** Show the server's models and limits. */
+function showModels() {
+  const { ids, limits } = models;
+  const offered = [...new Set([...ids, ...columns.map(({ branch }) => branch.model.id)])];
+  const menu = byId("model");
+  if (offered.join("\n") !== Array.from(menu.options, ({ value }) => value).join("\n")) {
+    menu.replaceChildren(...offered.map((id) => new Option(id, id)));
+  }
+  const field = byId("settings").elements.max_tokens;
+  field.max = limits.session_max_tokens;
+  if (Number(field.defaultValue) > limits.session_max_tokens) field.defaultValue = limits.session_max_tokens;
+  setText(byId("max-tokens"), `(at most ${limits.session_max_tokens.toLocaleString("en")})`);
+  redraw();
+}
+
 function addListeners() {
   byId("settings").addEventListener("submit", (event) => {
     event.preventDefault();
     reportingErrors(generateOrStop)(event.target);
   });
+  models.addEventListener("list", showModels);
+  models.follow();
   byId("model").addEventListener("change", ({ target }) => reportingErrors(useModel)(target.value));
   byId("save").addEventListener("click", reportingErrors(saveState));
   byId("open").addEventListener("click", () => byId("file").click());
@@ -288,6 +370,11 @@ function addListeners() {
     scheduleRanking();
     recolour();
   });
+  network.addEventListener("model", () => {
+    byId("ranking").querySelector("tbody").replaceChildren(); // the units of another model
+    scheduleRanking();
+    recolour();
+  });
   byId("unit").addEventListener("input", ({ target }) => chooseUnit(target.value !== "" && target.validity.valid ? Number(target.value) : null));
   byId("colouring").addEventListener("change", recolour);
   byId("ranking").addEventListener("toggle", scheduleRanking);
@@ -306,15 +393,16 @@ function play() {
 /** Show the texts that the tab had before a reload, or a new text. */
 async function start() {
   const stored = TabStorage.read();
-  byId("model").replaceChildren(...(await models.list()).map((id) => new Option(id, id)));
+  await models.load();
   for (const snapshot of stored?.branches ?? []) {
-    await reportingErrors(async () => addColumn(await Branch.restore(api, await models.get(snapshot.model), snapshot)))();
+    await reportingErrors(async () => addColumn(await Branch.restore(api, models, snapshot)))();
   }
   if (!columns.length) addColumn(await createText());
   activate(columns[stored?.active] ?? columns[0]);
   addListeners();
+  showModels();
   active.focus();
   document.body.classList.add("ready");
 }
 
-reportingErrors(start)();
+start().catch((error) => showMessage(`${error.message} Reload the page to try again.`, () => true, Infinity));

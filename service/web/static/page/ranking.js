@@ -7,17 +7,47 @@ const SLICE_MS = 6;
 const NUM_UNITS = 3;
 
 const isLetter = (char) => /\p{L}/u.test(char);
+const SPEAKER = "inside a speaker's name";
+const MAX_NAME = 30; // characters of a speaker's name
+const NAME = /^\p{L}[^.,:;!?]*$/u;
 const isVowel = (char) => "aeiouyAEIOUY".includes(char.normalize("NFD")[0]);
+
+/**
+ * Return for each character of a text whether it is inside the name of who speaks, as a play has it: at the start of a
+ * paragraph, with a colon that ends its line, or at the start of several lines, with a colon and a blank. Null if the text
+ * has fewer than two such names. Only the text's end counts, from which correlations are computed.
+ */
+function speakerNames(chars) {
+  const lines = []; // {start, length of the name, name, whether it has the form of a play's}
+  const counts = new Map(); // name -> at how many lines' starts
+  const first = chars.lastIndexOf("\n", Math.max(0, chars.length - MAX_CHARS)) + 1;
+  let isParagraphStart = first < 2 || chars[first - 2] === "\n";
+  for (let start = first; start < chars.length; ) {
+    const newline = chars.indexOf("\n", start);
+    const end = newline < 0 ? chars.length : newline;
+    const head = chars.slice(start, Math.min(end, start + MAX_NAME + 2));
+    const length = head.indexOf(":");
+    const name = head.slice(0, length).join("");
+    const next = head[length + 1];
+    if (length > 0 && NAME.test(name) && (next === undefined || next === " ")) {
+      lines.push({ start, length, name, isHeading: isParagraphStart && next === undefined });
+      counts.set(name, (counts.get(name) ?? 0) + 1);
+    }
+    isParagraphStart = end === start;
+    start = end + 1;
+  }
+  const names = lines.filter(({ name, isHeading }) => isHeading || counts.get(name) > 1);
+  if (names.length < 2) return null;
+  const isInside = new Uint8Array(chars.length);
+  for (const { start, length } of names) isInside.fill(1, start, start + length);
+  return isInside;
+}
 
 /** Features of a text after each character, by the name that the page shows: (chars, i, value at i - 1) -> value at i. */
 const FEATURES = {
   "length of the line so far": (chars, i, last) => (chars[i] === "\n" ? 0 : last + 1),
   "start of a line": (chars, i) => Number(chars[i] === "\n"),
-  "inside a speaker's name": (chars, i, last) => {
-    if (i === 0) return Number(isLetter(chars[0]));
-    if (chars[i] === "\n") return Number(chars[i - 1] === "\n");
-    return chars[i - 1] === ":" ? 0 : last;
-  },
+  [SPEAKER]: (chars, i, last, isInside) => isInside?.[i] ?? 0,
   "length of the word so far": (chars, i, last) => (isLetter(chars[i]) ? last + 1 : 0),
   "end of a word": (chars, i) => Number(i > 0 && !isLetter(chars[i]) && isLetter(chars[i - 1])),
   "end of a sentence": (chars, i) => Number(".!?".includes(chars[i])),
@@ -31,7 +61,9 @@ const FEATURES = {
  * states[i]: float16 bits of all layers after character i. signal: aborts the computation, which then throws its reason.
  */
 export async function rankUnits(chars, states, units, layer, signal) {
-  const [end, names] = [Math.min(chars.length, states.length), Object.keys(FEATURES)];
+  const end = Math.min(chars.length, states.length);
+  const isInsideName = speakerNames(chars);
+  const names = Object.keys(FEATURES).filter((name) => name !== SPEAKER || isInsideName);
   const values = names.map(() => 0);
   const [unitSums, unitSquares] = [new Float64Array(units), new Float64Array(units)];
   const products = names.map(() => new Float64Array(units));
@@ -39,7 +71,7 @@ export async function rankUnits(chars, states, units, layer, signal) {
   let count = 0;
   let started = performance.now();
   for (let i = 0; i < end; i++) {
-    names.forEach((name, f) => (values[f] = FEATURES[name](chars, i, values[f])));
+    names.forEach((name, f) => (values[f] = FEATURES[name](chars, i, values[f], isInsideName)));
     if (i < end - MAX_CHARS || !states[i]) continue;
     count++;
     values.forEach((value, f) => {
