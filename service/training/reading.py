@@ -175,8 +175,8 @@ class Reader:
             for number, (char, spelling) in enumerate(zip(self._characters, spellings, strict=True))
             if spelling not in (None, char) and self._counts[number]
         ]
-        self._note("were folded to known ones", folded, spellings)
-        self._note("were left out", unspelt, spellings)
+        self._note("characters folded to known ones", folded, spellings)
+        self._note("characters left out", unspelt, spellings)
         pieces = [charset.exact(spelling or "") for spelling in spellings]
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         dtype = np.min_scalar_type(len(charset) - 1)
@@ -222,9 +222,7 @@ class Reader:
             describe(self._characters[number]) + (f" as {spellings[number]!r}" if spellings[number] is not None else "")
             for number in numbers
         ]
-        kinds = "1 kind of character" if len(numbers) == 1 else f"{len(numbers):,} kinds of characters"
-        total = int(self._counts[numbers].sum())
-        self._notes.append(f"{kinds}, {total:,} in all, {what}: {listed(names)}")
+        self._notes.append(f"{what}, {int(self._counts[numbers].sum()):,} in all: {listed(names)}")
 
     def _unknown(self, numbers: list[int], *, is_folded: bool) -> UnknownCharacters:
         numbers = sorted(numbers, key=lambda number: -self._counts[number])
