@@ -132,8 +132,9 @@ def read_text(
     reader = Reader(keep_newlines=settings.keep_newlines, lines=settings.lines)
     for source in sources.files:
         reader.read(source, progress)
-    if reader.is_empty:
+    if not reader.sources:
         raise InvalidCorpus(f"{sources.name} is empty", param="corpus")
+    name = sources.name_of(reader.sources)
     if charset is None:
         charset = reader.charset(known, settings.charset, settings.min_count)
     if settings.lines and "\n" not in charset:
@@ -145,8 +146,9 @@ def read_text(
     ids, lengths = reader.encode(charset, unknown, or_drop=settings.min_count > 0)
     text = _lines_of(ids, charset) if settings.lines else EncodedText.of_lengths(ids, lengths)
     if not len(text.ids):
-        raise InvalidCorpus(f"{sources.name} has no characters that the charset knows", param="corpus")
-    return WholeText(sources.name, reader.sha256, charset, text, (*sources.notes, *reader.notes()))
+        what = "lines that are not empty" if settings.lines else "characters that the charset knows"
+        raise InvalidCorpus(f"{name} has no {what}", param="corpus")
+    return WholeText(name, reader.sha256, charset, text, (*sources.notes, *reader.notes()))
 
 
 def _lines_of(ids: NDArray[Any], charset: Charset) -> EncodedText:

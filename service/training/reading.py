@@ -60,6 +60,7 @@ class Reader:
         self._counts = np.zeros(0, np.int64)  # by number
         self._documents: list[list[NDArray[np.unsignedinteger[Any]]]] = []  # blocks of numbers of each document
         self._sums: list[str] = []
+        self.sources: list[Source] = []  # of the documents
         self._notes: list[str] = []  # about characters
         self._converted: list[str] = []  # names of documents whose line ends were converted
         self._left_out: dict[str, list[str]] = {}  # names of documents that are not read, by the reason
@@ -91,6 +92,7 @@ class Reader:
             blocks.append(self._numbers("\n"))
         self._documents.append(blocks)
         self._sums.append(digest.hexdigest())
+        self.sources.append(source)
 
     def _texts(self, source: Source, file: BinaryIO, digest: Any, progress: Callable[[int], object]) -> Iterator[str]:
         """Yield the text of a file in pieces that are not empty, in normal form C, without its byte order mark."""
@@ -118,11 +120,6 @@ class Reader:
         counts[: len(self._counts)] += self._counts
         self._counts = counts
         return numbers.astype(np.min_scalar_type(len(self._characters) - 1))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was read."""
-        return not self._documents
 
     @property
     def sha256(self) -> str:
