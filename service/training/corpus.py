@@ -170,8 +170,11 @@ def _hold_out_lines(text: EncodedText, settings: Hyperparameters) -> tuple[Encod
 
     So they represent the whole text even if it is sorted.
     """
-    budget = min(int(len(text.ids) * settings.validation_fraction), settings.validation_chars)
-    is_held = _spread(text.lengths, budget)
+    lengths, fraction = text.lengths, settings.validation_fraction
+    budget = min(int(len(text.ids) * fraction), settings.validation_chars)
+    # A line that is longer can't be held out. It must not make all others be held out.
+    budget = min(budget, int(lengths[lengths <= budget].sum() * fraction))
+    is_held = _spread(lengths, budget)
     what = f"held out: {is_held.sum():,} of {len(is_held):,} lines, spread evenly over the text"
     return *_divide(text, is_held), what
 
@@ -179,7 +182,7 @@ def _hold_out_lines(text: EncodedText, settings: Hyperparameters) -> tuple[Encod
 def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[EncodedText, EncodedText, str]:
     """Divide documents into their beginnings to train on and their held-out ends.
 
-    All ends have the same share of their document, unless they would be too short to measure with. Then fewer documents
+    All ends have the same share of their document, unless most would be too short to measure with. Then fewer documents
     give longer ends, and a short document is held out as a whole. These documents are spread evenly over all.
     """
     lengths = text.lengths
@@ -188,7 +191,7 @@ def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[Encode
     if total > cap:
         tails = lengths * cap // len(text.ids) if len(lengths) > 1 else np.minimum(tails, cap)
         total = cap
-    if len(lengths) > 1 and total < _MIN_TAIL * len(lengths):
+    if len(lengths) > 1 and 2 * tails[tails >= _MIN_TAIL].sum() < total:
         longest = np.minimum(lengths, min(_MIN_TAIL, total))
         tails = np.where(_spread(longest, total), longest, 0)
     if len(lengths) == 1:

@@ -118,6 +118,18 @@ def test_read_corpus__of_two_short_documents_holds_out_one_end(tmp_path: Path) -
     assert texts_of(corpus, corpus.validation) in ([texts[0][-60:]], [texts[1][-60:]])
 
 
+def test_read_corpus__trains_on_short_documents_and_lines_beside_a_long_one(tmp_path: Path) -> None:
+    """All short ones together are shorter than what is held out."""
+    documents(tmp_path, [100_000] + [10] * 100)
+    corpus = read_corpus([tmp_path], Hyperparameters())
+    assert [len(text) for text in texts_of(corpus, corpus.validation)] == [10_000] + [1] * 100
+    capped = read_corpus([tmp_path], Hyperparameters(validation_chars=5_000))
+    assert [len(text) for text in texts_of(capped, capped.validation)] == [4_950]
+    assert len(texts_of(capped, capped.training)) == 101
+    lines = read_corpus([tmp_path], Hyperparameters(lines=True))
+    assert [len(text) for text in texts_of(lines, lines.validation)] == [11] * 10
+
+
 def test_read_corpus__holds_out_lines_from_everywhere(tmp_path: Path) -> None:
     lines = [f"{number:05}\n" for number in range(20_000)]
     (tmp_path / "sorted").write_text("\n".join(lines))  # with empty lines
