@@ -6,6 +6,7 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -18,7 +19,7 @@ SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--se
 SMALL += ["--threads", "1"]  # the threads of torch wait for each other by spinning, which is slow on a busy machine
 
 
-def run(*words: str | Path, stdin: bytes | None = None) -> Result:
+def run(*words: object, stdin: bytes | None = None) -> Result:
     return CliRunner().invoke(main, [*map(str, words)], input=stdin)
 
 
@@ -28,8 +29,8 @@ def place(tmp_path: Path) -> list[str]:
     return ["--model-store", str(tmp_path / "store"), "--checkpoint", str(tmp_path / "run.safetensors")]
 
 
-def facts_of(tmp_path: Path, name: str) -> dict[str, dict[str, object]]:
-    facts: dict[str, dict[str, object]] = json.loads((tmp_path / "store" / name / "1" / "training.json").read_text())
+def facts_of(tmp_path: Path, name: str) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((tmp_path / "store" / name / "1" / "training.json").read_text())
     return facts
 
 

@@ -186,9 +186,9 @@ def test_read_corpus__loses_no_character(texts: list[str], block: int, lines: bo
             assert corpus.num_validation_chars <= max(cap, smallest)
         else:
             assert corpus.num_validation_chars <= max(cap, 1)
-        for text in (corpus.training, corpus.validation):
-            assert text.starts[0] == 0
-            assert (text.lengths > 0).all()
+        for part in (corpus.training, corpus.validation):
+            assert part.starts[0] == 0
+            assert (part.lengths > 0).all()
 
 
 def test_last_part__of_documents_and_of_lines() -> None:

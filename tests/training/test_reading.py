@@ -11,7 +11,6 @@ import unicodedata
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import settings as examples
@@ -90,7 +89,7 @@ def test_read_text__folds_and_drops_as_the_charset_does(text: str, block: int, c
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reading, "_BLOCK_BYTES", block)
             try:
-                ids = charset.encode(expected, unknown).tolist()  # type: ignore[arg-type]
+                ids = charset.encode(expected, unknown).tolist()
             except UnknownCharacters:
                 with pytest.raises(UnknownCharacters):
                     read(text.encode(), charset=characters, unknown_chars=unknown, keep_newlines=keep)
@@ -122,11 +121,11 @@ def test_read_text__of_lines_has_a_text_for_each_line(text: str, block: int, kee
 
 
 def test_read_text__takes_the_smallest_dtype_and_any_number_of_kinds() -> None:
-    for num_kinds, dtype in [(2, np.uint8), (256, np.uint8), (257, np.uint16), (40_000, np.uint16)]:
+    for num_kinds, dtype in [(2, "uint8"), (256, "uint8"), (257, "uint16"), (40_000, "uint16")]:
         text = "".join(map(chr, [*range(0x4E00, 0x4E00 + min(num_kinds, 20_000))]))
         text += "".join(map(chr, range(0x20000, 0x20000 + num_kinds - len(text))))
         whole = read((text * 2).encode())
-        assert (len(whole.charset), whole.text.ids.dtype) == (num_kinds, dtype)
+        assert (len(whole.charset), whole.text.ids.dtype.name) == (num_kinds, dtype)
         assert text_of(whole) == text * 2
     many = "".join(map(chr, [*range(0x3400, 0xD7FF), *range(0x20000, 0x2A000)]))
     with pytest.raises(InvalidCorpus, match=r"different characters, a model has at most 65,536: .*--min-count"):

@@ -64,9 +64,9 @@ def test_find_sources__expands_patterns(folder: Path) -> None:
 def test_find_sources__says_what_does_not_exist(folder: Path) -> None:
     (folder / "empty" / ".hidden").mkdir(parents=True)
     for word, message in [
-        (folder / "absent", "can't read .*absent: No such file"),
+        (str(folder / "absent"), "can't read .*absent: No such file"),
         (f"{folder}/*.md", r"no file matches .*/\*.md"),
-        (folder / "empty", "the folder .*empty has no files to read"),
+        (str(folder / "empty"), "the folder .*empty has no files to read"),
     ]:
         with pytest.raises(InvalidCorpus, match=message) as caught:
             find_sources([word])
