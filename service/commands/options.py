@@ -51,18 +51,28 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
         for name, field in reversed(model.model_fields.items()):
             if field.annotation is SecretStr:
                 continue
-            default = f"  [{field.default}]"
-            option = click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                type=_click_type(field.annotation),
-                default=None,
-                help=(field.description or name) + default,
-            )
+            words, help_text = f"--{name.replace('_', '-')}", field.description or name
+            if field.annotation is bool:
+                option = click.option(words, name, is_flag=True, default=None, help=help_text)
+            else:
+                help_text += f"  [{field.default}]"
+                option = click.option(words, name, type=_click_type(field.annotation), default=None, help=help_text)
             command = option(command)
         return command
 
     return decorate
+
+
+def corpus_option(command: Command) -> Command:
+    """Add the option `--corpus`, which may be given several times. The command gets a tuple of paths."""
+    return click.option(
+        "--corpus",
+        required=True,
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Text in UTF-8: a file, a folder, a pattern such as 'poems/*.txt' in quotes, or - for standard input. May "
+        "be given several times; each file is a document of its own.",
+    )(command)
 
 
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:

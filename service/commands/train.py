@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.eval import char_bar, measure, require_torch
-from service.commands.options import field_options, model_store_option, open_store
+from service.commands.eval import char_bar, corpus_bar, measure, require_torch
+from service.commands.options import corpus_option, field_options, model_store_option, open_store
 from service.errors import GruServeError
 from service.training.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
+    from service.training.corpus import Corpus
+    from service.training.sources import Sources
     from service.training.trainer import Progress, Trainer
 
 _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 
 
 @click.command("train")
-@click.option(
-    "--corpus", required=True, type=click.Path(path_type=Path), help="File with the text to train on, in UTF-8."
-)
+@corpus_option
 @click.option("--name", required=True, help="Name of the model; a new version is published.")
 @click.option(
     "--checkpoint",
@@ -41,7 +41,7 @@ _SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
 @model_store_option
 @field_options(Hyperparameters)
 def train_command(
-    corpus: Path,
+    corpus: tuple[Path, ...],
     name: str,
     checkpoint: Path | None,
     resume: bool,
@@ -61,28 +61,30 @@ def train_command(
     import torch
 
     from service.training.checkpoint import read_state
-    from service.training.corpus import read_corpus
     from service.training.publishing import publish_run
+    from service.training.sources import find_sources
     from service.training.trainer import Trainer
 
     store = open_store(model_store, create=True)
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
-    text = read_corpus(corpus)
+    sources = find_sources(corpus)
     given = {key: value for key, value in options.items() if value is not None}
     if resume:
         state = read_state(checkpoint)
         settings = state.settings
         _refuse_changes(settings, given)
+        text = _read(sources, settings)
         trainer = Trainer(text, settings, checkpoint)
         trainer.restore(state)
     else:
         settings = _settings(given)
         if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
             raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
+        text = _read(sources, settings)
         trainer = Trainer(text, settings, checkpoint)
     store.check_writable(name)  # so that an invalid name or a full disk fails now and not after hours of training
     click.echo(
-        f"{name}: {trainer.model.config.num_parameters:,} parameters, {len(text.text):,} characters, "
+        f"{name}: {trainer.model.config.num_parameters:,} parameters, {text.num_chars:,} characters, "
         f"{trainer.model.config.vocab_size} of them distinct, {trainer.total_steps:,} updates, "
         f"{trainer.settings.threads} threads",
         err=True,
@@ -95,11 +97,9 @@ def train_command(
         )
 
     torch.set_num_threads(1)  # a single text is measured faster on one core than on two
-    command, ended = _command(corpus, name, trainer.settings), _ended(trainer, failure)
+    command, ended = _command(sources, name, trainer.settings), _ended(trainer, failure)
     try:
-        with char_bar(
-            3 * (len(trainer.validation_text.ids) - 1), description="measuring the best weights"
-        ) as measuring:
+        with char_bar(3 * trainer.validation_text.num_scored, description="measuring the best weights") as measuring:
             version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
     except KeyboardInterrupt:
         raise _Interrupted(f"stopped before the model was published; --resume continues from {checkpoint}") from None
@@ -215,25 +215,40 @@ def _refuse_changes(settings: Hyperparameters, given: dict[str, Any]) -> None:
             )
 
 
-def _command(corpus: Path, name: str, settings: Hyperparameters) -> str:
+def _command(sources: Sources, name: str, settings: Hyperparameters) -> str:
     """Return a command that repeats the run.
 
-    It names the corpus without its folder and gives every setting that differs from its default.
+    It names what was given as the corpus without its folder, and gives every setting that differs from its default.
     """
-    words = ["gru-serve", "train", "--corpus", corpus.name, "--name", name]
+    words = ["gru-serve", "train"]
+    for word in sources.words:
+        words += ["--corpus", word]
+    words += ["--name", name]
     for key, field in Hyperparameters.model_fields.items():
-        if getattr(settings, key) != field.default:
-            words += ["--" + key.replace("_", "-"), str(getattr(settings, key))]
+        value = getattr(settings, key)
+        if value != field.default:
+            words += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
     return shlex.join(words)
+
+
+def _read(sources: Sources, settings: Hyperparameters) -> Corpus:
+    """Read the corpus, showing a bar, and print its notes."""
+    from service.training.corpus import read_corpus
+
+    with corpus_bar(sources) as bar:
+        corpus = read_corpus(sources, settings, bar.update)
+    for note in corpus.notes:
+        click.echo(f"{corpus.name}: {note}", err=True)
+    return corpus
 
 
 class _Serving:
     """Measures and samples with the arithmetic of the engine. Implements `publishing.Serving`."""
 
-    def loss(self, config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
-        return measure(config, tensors, precision, ids, progress)
+    def loss(self, config: Any, tensors: Any, precision: str, text: Any, progress: Callable[[int], object]) -> float:
+        return measure(config, tensors, precision, text, progress)
 
-    def sample(self, config: Any, tensors: Any, precision: Any, held_out: str) -> Any:
+    def sample(self, config: Any, tensors: Any, precision: Any, prompt: str) -> Any:
         from service.engine.sampling_settings import SamplingSettings
         from service.engine.stepper import Row
         from service.engine.torch_stepper import TorchStepper
@@ -241,9 +256,9 @@ class _Serving:
         from service.model.quantize import quantize
         from service.training.publishing import Sample
 
-        charset, prompt = Charset(config.charset), held_out[:40]
+        charset = Charset(config.charset)
         stepper = TorchStepper(quantize(config, tensors, precision))
-        row = Row(stepper.initial_hidden(), 0, charset.encode(prompt), _SAMPLE_CHARS, _SAMPLE_SEED)
+        row = Row(stepper.initial_hidden(), 0, charset.exact(prompt), _SAMPLE_CHARS, _SAMPLE_SEED)
         row.sampling = SamplingSettings(_SAMPLE_TEMPERATURE)
         chars = stepper.advance([row], len(prompt) + _SAMPLE_CHARS)[0].chars
         return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, charset.decode(chars))

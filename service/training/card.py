@@ -20,6 +20,7 @@ def model_card(name: str, facts: dict[str, Any], has_curve: bool) -> str:
         has_curve: whether a picture of the loss curve is stored beside the card, in the file `CURVE`.
     """
     corpus, losses, settings, run = facts["corpus"], facts["losses"], facts["settings"], facts["run"]
+    notes = "\n".join(f"- {note}" for note in corpus["notes"].splitlines())
     rows = "\n".join(f"| {key} | {value if value != '' else 'not given'} |" for key, value in settings.items())
     curve = f"\n![Loss by epoch]({CURVE})\n" if has_curve else ""
     by_precision = losses["validation_nats_per_char_by_precision"]
@@ -46,8 +47,10 @@ A GRU character model: characters -> embedding ({settings["embedding_dim"]}) -> 
 ## Training data
 
 `{corpus["name"]}`, {corpus["num_chars"]:,} characters, SHA-256 `{corpus["sha256"]}`.
-The model was trained on the first {corpus["num_training_chars"]:,} characters. The last {corpus["num_validation_chars"]:,} were held out: the best
-update was chosen by its loss on them, and the losses below are measured on them.
+The model was trained on {corpus["num_training_chars"]:,} characters. The other {corpus["num_validation_chars"]:,} were held out: the best update was
+chosen by its loss on them, and the losses below are measured on them.
+
+{notes}
 
 ## Quality
 

@@ -12,15 +12,17 @@ from typing import Any, Protocol
 import torch
 
 from service import __version__
-from service.arrays import Ids
 from service.errors import StoreError
 from service.model.artifact import CARD, Tensors, write_artifact
 from service.model.config import ModelConfig
+from service.model.encoded_text import EncodedText
 from service.model.quantize import IntegerPrecision, Precision, choose_precision
 from service.store.model_store import ModelStore, ModelVersion
 from service.training.card import CURVE, loss_curve, model_card
 from service.training.corpus import Corpus
 from service.training.trainer import Trainer
+
+_PROMPT_CHARS = 40  # of the sample on the card
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,18 @@ class Serving(Protocol):
     """Computes as the server will. The command line passes it in, because this package may not import the engine."""
 
     def loss(
-        self, config: ModelConfig, tensors: Tensors, precision: Precision, ids: Ids, progress: Callable[[int], object]
+        self,
+        config: ModelConfig,
+        tensors: Tensors,
+        precision: Precision,
+        text: EncodedText,
+        progress: Callable[[int], object],
     ) -> float:
-        """Return the loss of a text (n,) int64 in nats a character. Calls `progress` with numbers of characters."""
+        """Return the loss of a text in nats a character. Calls `progress` with numbers of characters."""
         ...  # pragma: no cover
 
-    def sample(self, config: ModelConfig, tensors: Tensors, precision: IntegerPrecision, held_out: str) -> Sample:
-        """Generate a text from a prompt that is the beginning of `held_out`."""
+    def sample(self, config: ModelConfig, tensors: Tensors, precision: IntegerPrecision, prompt: str) -> Sample:
+        """Generate a text from a prompt, which may be empty."""
         ...  # pragma: no cover
 
 
@@ -79,16 +86,19 @@ def publish_run(
         raise StoreError("there is nothing to publish: the run ended before its first evaluation")
     config = trainer.model.config
     tensors = {key: tensor.detach().numpy() for key, tensor in trainer.best_weights().items()}
-    held_out, ids = corpus.split(trainer.settings.validation_fraction)[1], trainer.validation_text.ids
+    # A line begins at the zero state, so a model of lines needs no prompt.
+    prompt = "" if trainer.settings.lines else corpus.charset.decode(corpus.validation.ids[:_PROMPT_CHARS])
     precisions: tuple[Precision, ...] = ("float32", "int8", "int4")
-    losses = {precision: serving.loss(config, tensors, precision, ids, progress) for precision in precisions}
+    losses = {
+        precision: serving.loss(config, tensors, precision, corpus.validation, progress) for precision in precisions
+    }
     serving_precision = choose_precision(losses)
-    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, serving_precision, held_out))
+    facts = _facts(trainer, corpus, command, ended, serving.sample(config, tensors, serving_precision, prompt))
     facts["serving_precision"] = serving_precision
     facts["losses"] |= {
         "validation_nats_per_char": losses["float32"],
         "validation_bits_per_char": losses["float32"] / math.log(2),
-        "validation_num_scored": len(ids) - 1,
+        "validation_num_scored": corpus.validation.num_scored,
         "validation_nats_per_char_by_precision": losses,
     }
     picture = loss_curve(trainer.state.curve)
@@ -105,7 +115,6 @@ def publish_run(
 def _facts(trainer: Trainer, corpus: Corpus, command: str, ended: str, sample: Sample) -> dict[str, Any]:
     """Collect what `training.json` holds, except the losses that `publish_run` measures."""
     state, settings = trainer.state, trainer.settings
-    training, held_out = corpus.split(settings.validation_fraction)
     best = next(point for point in state.curve if point.step == state.best_step)
     num_chars = state.step * settings.batch_size * settings.sequence_length
     return {
@@ -115,9 +124,10 @@ def _facts(trainer: Trainer, corpus: Corpus, command: str, ended: str, sample: S
         "corpus": {
             "name": corpus.name,
             "sha256": corpus.sha256,
-            "num_chars": len(corpus.text),
-            "num_training_chars": len(training),
-            "num_validation_chars": len(held_out),
+            "num_chars": corpus.num_chars,
+            "num_training_chars": corpus.num_training_chars,
+            "num_validation_chars": corpus.num_validation_chars,
+            "notes": "\n".join(corpus.notes),
         },
         "vocab_size": trainer.model.config.vocab_size,
         "num_parameters": trainer.model.config.num_parameters,

@@ -12,17 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged
+from service.errors import InvalidCheckpoint, TrainingDiverged
 from service.model.artifact import Tensors
-from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
-from service.training.corpus import Corpus, EncodedText
+from service.training.corpus import Corpus
 from service.training.evaluation import streamed_loss
 from service.training.hyperparameters import Hyperparameters
 from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
@@ -44,8 +42,7 @@ class Progress(Protocol):
 class Trainer:
     """A training run over one corpus, new or resumed from a checkpoint.
 
-    Raises InvalidCorpus if the text is too short for the settings, InvalidCharset, and UnknownCharacters if the text
-    has characters outside the charset and the settings say that this is an error.
+    `corpus` was read with these settings.
     """
 
     def __init__(
@@ -53,25 +50,16 @@ class Trainer:
     ) -> None:
         settings = _resolve(settings)
         self.settings, self.checkpoint = settings, checkpoint
-        charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
-        training, validation = corpus.split(settings.validation_fraction)
-        if len(validation) < 2:
-            raise InvalidCorpus(
-                f"{corpus.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
-                param="corpus",
-            )
-        start = np.zeros(1, np.int64)
-        self.training_text = EncodedText(charset.encode(training, settings.unknown_chars), start)
-        self.validation_text = EncodedText(charset.encode(validation, settings.unknown_chars), start)
+        self.validation_text = corpus.validation
         self.streams = Streams(
-            self.training_text,
+            corpus.training,
             settings.batch_size,
             settings.sequence_length,
             settings.seed,
             settings.restart_interval,
         )
         config = ModelConfig(
-            charset=charset.characters,
+            charset=corpus.charset.characters,
             embedding_dim=settings.embedding_dim,
             num_units=settings.num_units,
             num_layers=settings.num_layers,
@@ -97,7 +85,7 @@ class Trainer:
         self._window_loss = WindowLoss(self.model, product_dtype(settings.precision))
         self.state = RunState(
             settings=settings,
-            charset=charset.characters,
+            charset=corpus.charset.characters,
             corpus_name=corpus.name,
             corpus_sha256=corpus.sha256,
         )

@@ -6,6 +6,7 @@ import sys
 import time
 import unicodedata
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from service.errors import InvalidCharset, UnknownCharacters
 from service.model import charset as charset_module
 from service.model import normal_form
 from service.model.charset import Charset
-from service.model.normal_form import normalised_pieces
+from service.model.normal_form import normalised_blocks, normalised_pieces
 
 normal_form._classes()  # made at the first use, which no deadline of a test should include
 ASCII = Charset("".join(map(chr, range(32, 127))) + "\n")
@@ -134,6 +135,15 @@ def test_encode__in_pieces_gives_the_ids_of_the_whole_text(
 @given(st.text(st.sampled_from(DIFFICULT), max_size=200), st.integers(1, 50))
 def test_normalised_pieces__are_the_normal_form(text: str, piece_chars: int) -> None:
     assert "".join(normalised_pieces(text, piece_chars)) == unicodedata.normalize("NFC", text)
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(st.sampled_from(DIFFICULT), max_size=9), max_size=30))
+def test_normalised_blocks__are_the_normal_form_of_the_whole(blocks: list[str]) -> None:
+    got = list(normalised_blocks(blocks))
+    assert "".join(got) == unicodedata.normalize("NFC", "".join(blocks))
+    assert all(got)
+    assert not any(one.endswith("\r") and other.startswith("\n") for one, other in pairwise(got))
 
 
 def test_normal_form__marks_are_all_within_its_table() -> None:
