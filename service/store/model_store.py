@@ -13,10 +13,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +24,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
 from service.model.config import ModelConfig
-from service.store.staging import STAGING, TRASH, fsync, locked, staging_directory
+from service.model.manifest import describe_os_error, is_stray
+from service.store.staging import (
+    STAGING,
+    TRASH,
+    check_file_system,
+    fsync,
+    locked,
+    make_readable,
+    remove,
+    staging_directory,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -73,22 +82,23 @@ class ModelStore:
         self.root = root
 
     def names(self) -> list[str]:
-        """Return the names that have at least one version, sorted. Unreadable directories are skipped."""
-        with suppress(OSError):
-            return sorted(e.name for e in os.scandir(self.root) if _NAME.fullmatch(e.name) and self.versions(e.name))
-        return []
+        """Return the names that have at least one version, sorted. Raises StoreError if the store can't be read.
+
+        A directory in it that can't be read is skipped.
+        """
+        return self._names()[0]
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """Return the versions of a name, oldest first: none if the name doesn't exist or can't be read."""
+        """Return the versions of a name, oldest first: none if the name doesn't exist.
+
+        A version may be a link, even to nothing: loading it says so. Raises StoreError if the name can't be read.
+        """
         directory = self._directory(name)
-        with suppress(OSError):
-            numbers = sorted(
-                int(entry.name)
-                for entry in os.scandir(directory)
-                if _VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            )
-            return [ModelVersion(name, number, directory / str(number)) for number in numbers]
-        return []
+        numbers = []
+        for entry in _entries(directory):
+            if _VERSION.fullmatch(entry.name) and (entry.is_symlink() or entry.is_dir()):
+                numbers.append(int(entry.name))
+        return [ModelVersion(name, number, directory / str(number)) for number in sorted(numbers)]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return alias -> version number, without `latest`, which every name has. Raises StoreError."""
@@ -106,7 +116,8 @@ class ModelStore:
             )
         versions = self.versions(name)
         if not versions:
-            known = ", ".join(self.names()[:8]) or "none"
+            names, closed = self._names()
+            known = "; ".join([", ".join(names[:8]) or "none", *closed[:1]])
             raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}", param="model")
         if not at or selector == _LATEST:
             return versions[-1]
@@ -139,10 +150,14 @@ class ModelStore:
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
             with staging_directory(directory) as staging:
+                check_file_system(staging)
                 write(staging)
-                read_artifact(staging)
+                for warning in read_artifact(staging).warnings:
+                    raise InvalidArtifact(warning)
                 for path in staging.iterdir():
-                    fsync(path)
+                    if not is_stray(path.name):
+                        make_readable(path)
+                        fsync(path)
                 fsync(staging)
                 with locked(directory):
                     index = self._read_index(name)
@@ -156,11 +171,15 @@ class ModelStore:
         return ModelVersion(name, index.last_number, final)
 
     def check_writable(self, name: str) -> None:
-        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory."""
+        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory.
+
+        Tries on the file system what publishing does there: locks, renaming, and syncing to disk.
+        """
         directory = self._directory(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
-            with staging_directory(directory):
+            with staging_directory(directory) as staging:
+                check_file_system(staging)
                 self._read_index(name)
 
     def describe(self, version: ModelVersion) -> Description:
@@ -171,7 +190,7 @@ class ModelStore:
         try:
             config, training, digest = read_description(version.path)
         except InvalidArtifact:
-            if not version.path.exists():
+            if version not in self.versions(version.name):
                 raise ModelNotFound(f"{version.ref} was deleted", param="model") from None
             raise
         aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
@@ -179,9 +198,29 @@ class ModelStore:
             aliases.insert(0, _LATEST)
         return Description(version, config, training, digest, aliases)
 
-    def verify(self, ref: str) -> ModelVersion:
-        """Check every file of a version, as loading does. Raises ModelNotFound, InvalidArtifact."""
-        return self.load(ref)[0]
+    def verify(self, ref: str) -> tuple[str, ...]:
+        """Check every file of a version, as loading does. Return what is wrong with files that decide nothing.
+
+        Raises ModelNotFound, InvalidArtifact.
+        """
+        return self.load(ref)[1].warnings
+
+    def snapshot(self, version: ModelVersion) -> frozenset[tuple[object, ...]]:
+        """Return a value that changes when a file of a version changes, for example because it is still copied.
+
+        It has name, size, time and inode of the files that links lead to. Never raises.
+        """
+        facts: set[tuple[object, ...]] = set()
+        try:
+            for entry in os.scandir(version.path):
+                try:
+                    status = entry.stat()
+                    facts.add((entry.name, status.st_size, status.st_mtime_ns, status.st_ino))
+                except OSError as error:
+                    facts.add((entry.name, error.errno))
+        except OSError as error:
+            facts.add((error.errno,))
+        return frozenset(facts)
 
     def set_alias(self, name: str, alias: str, number: int) -> None:
         """Make `name@alias` stand for an existing version, instead of any other one.
@@ -230,7 +269,7 @@ class ModelStore:
             trash = directory / f"{TRASH}{version.number}"
             version.path.rename(trash)  # readers lose the whole version in one step; its files are removed after that
             fsync(directory)
-            shutil.rmtree(trash)
+            remove(trash)
         return version
 
     def _directory(self, name: str) -> Path:
@@ -240,11 +279,23 @@ class ModelStore:
             )
         return self.root / name
 
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Return the names that have a version, and why others can't be read. Raises StoreError."""
+        names, closed = [], []
+        for name in sorted(entry.name for entry in _entries(self.root) if _NAME.fullmatch(entry.name)):
+            try:
+                if self.versions(name):
+                    names.append(name)
+            except StoreError as error:
+                closed.append(error.message)
+        return names, closed
+
     def _make_directory(self, directory: Path) -> None:
-        """Make a name's directory, and sync each new parent to disk."""
+        """Make a name's directory and those around it, readable for everybody, and sync each to disk."""
         new = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         for path in new:
+            make_readable(path)
             fsync(path.parent)
 
     def _read_index(self, name: str) -> _Index:
@@ -253,7 +304,9 @@ class ModelStore:
             return _Index.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return _Index()
-        except (OSError, ValidationError) as error:
+        except OSError as error:
+            raise StoreError(describe_os_error(path, error)) from error
+        except ValidationError as error:
             raise StoreError(
                 f"{path} is damaged: restore its `aliases` and `last_number`, the highest version number ever used"
             ) from error
@@ -264,9 +317,23 @@ class ModelStore:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, directory / _INDEX)
+        make_readable(Path(file.name))
+        try:
+            os.replace(file.name, directory / _INDEX)
+        except OSError:
+            os.unlink(file.name)
+            raise
         fsync(directory)
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    """Return what a directory contains: nothing if it doesn't exist. Raises StoreError if it can't be read."""
+    try:
+        return list(os.scandir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(describe_os_error(directory, error)) from error
 
 
 @contextmanager
