@@ -78,8 +78,9 @@ class _Index(BaseModel):
 class ModelStore:
     """The models in one directory. Any number of threads and processes may read and write at the same time."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """Open the store in a directory, which need not exist. `read_only` refuses every change."""
+        self.root, self._read_only = root, read_only
 
     def names(self) -> list[str]:
         """Return the names that have at least one version, sorted. Raises StoreError if the store can't be read.
@@ -146,7 +147,7 @@ class ModelStore:
             StoreError: the disk failed or the index is damaged. No version was published.
             InvalidValue: `name` can't be a model's name.
         """
-        directory = self._directory(name)
+        directory = self._changeable(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
             with staging_directory(directory) as staging:
@@ -175,7 +176,7 @@ class ModelStore:
 
         Tries on the file system what publishing does there: locks, renaming, and syncing to disk.
         """
-        directory = self._directory(name)
+        directory = self._changeable(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
             with staging_directory(directory) as staging:
@@ -231,7 +232,7 @@ class ModelStore:
             raise InvalidValue(
                 f"{alias[:80]!r} can't be an alias: use letters, digits, . _ -; neither a number nor `latest`"
             )
-        directory = self._directory(name)
+        directory = self._changeable(name)
         self.resolve(f"{name}@{number}")
         with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
             self.resolve(f"{name}@{number}")  # again, now that no other writer can delete it
@@ -241,7 +242,7 @@ class ModelStore:
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Remove an alias. Raises ModelNotFound if it doesn't exist, StoreError."""
-        directory = self._directory(name)
+        directory = self._changeable(name)
         if alias not in self.aliases(name):
             raise ModelNotFound(f"model {name!r} has no alias {alias!r}")
         with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
@@ -257,7 +258,7 @@ class ModelStore:
         version = self.resolve(ref)
         if ref != version.ref:
             raise StoreError(f"name the version to delete by its number: {version.ref}")
-        directory = self._directory(version.name)
+        directory = self._changeable(version.name)
         with _os_errors_as_store_errors(f"can't delete {version.ref}"), locked(directory):
             self.resolve(ref)  # again, now that no other writer can delete it
             index = self._read_index(version.name)
@@ -278,6 +279,15 @@ class ModelStore:
                 f"{name[:80]!r} can't be a model's name: use up to 64 letters, digits, . _ -", param="name"
             )
         return self.root / name
+
+    def _changeable(self, name: str) -> Path:
+        """Return a name's directory, for changes. Raises InvalidValue, StoreError."""
+        if self._read_only:
+            raise StoreError(
+                f"the shipped models in {self.root} can't be changed: name another store with --model-store or "
+                "GRU_SERVE_MODEL_STORE"
+            )
+        return self._directory(name)
 
     def _names(self) -> tuple[list[str], list[str]]:
         """Return the names that have a version, and why others can't be read. Raises StoreError."""
