@@ -122,7 +122,7 @@ class ApiKeys:
 
 
 def _decode(content: bytes) -> str:
-    """Return the text of a file in UTF-8, with or without the mark that Windows' editors begin it with, or in UTF-16."""
+    """Return the text of a file in UTF-8, with or without the mark that editors of Windows write, or in UTF-16."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(content) > 2
     return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
 

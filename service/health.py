@@ -1,8 +1,8 @@
 """`python -m service.health`: ask the server in this container whether it answers. The image's HEALTHCHECK runs it.
 
 It asks where the server really listens, whichever options and variables it was started with: Linux lists the listening
-sockets of every process. It imports only the standard library, because it runs every few seconds, and may import nothing
-of this project.
+sockets of every process. It runs every few seconds, so it imports only the standard library, and may import nothing of
+this project.
 """
 
 from __future__ import annotations

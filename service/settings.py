@@ -29,7 +29,7 @@ _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
 _SESSION_STORES = (
     "memory", "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"
 )  # fmt: skip
-# Variables that Kubernetes sets in every pod for a service whose name begins with gru-serve: its address, not a setting.
+# Variables that Kubernetes sets in every pod for a service whose name begins with gru-serve. They are not settings.
 _SERVICE_LINK = re.compile(
     rf"{PREFIX}(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)",
     re.IGNORECASE,

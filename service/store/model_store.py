@@ -95,11 +95,9 @@ class ModelStore:
         A version may be a link, even to nothing: loading it says so. Raises StoreError if the name can't be read.
         """
         directory = self._directory(name)
-        numbers = []
-        for entry in _entries(directory):
-            if _VERSION.fullmatch(entry.name) and (entry.is_symlink() or entry.is_dir()):
-                numbers.append(int(entry.name))
-        return [ModelVersion(name, number, directory / str(number)) for number in sorted(numbers)]
+        entries = [entry for entry in _entries(directory) if _VERSION.fullmatch(entry.name)]
+        numbers = sorted(int(entry.name) for entry in entries if entry.is_symlink() or entry.is_dir())
+        return [ModelVersion(name, number, directory / str(number)) for number in numbers]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return alias -> version number, without `latest`, which every name has. Raises StoreError."""

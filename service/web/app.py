@@ -151,7 +151,7 @@ def _log_start(settings: Settings, service: Service, keys: ApiKeys | None) -> No
     )
     if settings.uses_shipped_models:
         log.info(
-            "these are the shipped models, because no GRU_SERVE_MODEL_STORE is set and the current directory has no store",
+            "these are the shipped models, because no model store is named and there is none here",
             missing=str(settings.model_store.absolute()),
         )
     if keys is None and not is_loopback(settings.host):
