@@ -61,8 +61,8 @@ class BuildKernel(build_ext):
         super().run()
         if not all(os.path.exists(self.get_ext_fullpath(extension.name)) for extension in self.extensions):
             sys.stderr.write(
-                "gru-serve: the kernel was not compiled, because no C++17 compiler works here (Debian: apt install g++; "
-                "macOS: xcode-select --install). The server then needs torch, and is several times slower\n"
+                "gru-serve: the kernel was not compiled, because no C++17 compiler works (Debian: apt install g++; "
+                "macOS: xcode-select --install). Without it the server needs torch and is several times slower\n"
             )
 
 

@@ -83,8 +83,8 @@ def environment(folder: Path, wheel: Path) -> Path:
     words = ["--python", str(place / "bin" / "python"), "install", "-q", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *words], check=True)
     (packages,) = place.glob("lib/python*/site-packages")
-    # A path file adds the libraries after the packages of the environment. It runs no path files that are there, so this
-    # checkout is not among them.
+    # A path file adds the libraries after the packages of the environment. Path files among the libraries have no
+    # effect, so this checkout is not among them.
     (packages / "libraries.pth").write_text(f"{Path(flask.__file__).parents[1]}\n")
     return place
 
@@ -160,7 +160,7 @@ def test_setup__says_in_one_line_that_the_kernel_was_not_compiled(tmp_path: Path
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("gru-serve: "))
-    assert "no C++17 compiler works here" in line
+    assert "no C++17 compiler works" in line
 
 
 def test_make__tells_an_old_python_in_one_line(tmp_path: Path) -> None:
