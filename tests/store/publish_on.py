@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def main() -> None:
 def work(store: ModelStore, config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, str]:
     """Return what each call answered: the word ok, or the error's message."""
     os.environ["FAULT"] = store.root.name
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "check": lambda: store.check_writable("m"),
         "publish": lambda: store.publish("m", lambda staging: write_artifact(staging, config, tensors, {}, {})),
         "again": lambda: store.publish("m", lambda staging: write_artifact(staging, config, tensors, {}, {})),
