@@ -10,6 +10,7 @@ after a crash. Writers of one name exclude each other with a file lock, which th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -38,6 +39,7 @@ from service.store.staging import (
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _INDEX, _LATEST = "store.json", "latest"
 
 
@@ -116,8 +118,9 @@ class ModelStore:
         versions = self.versions(name)
         if not versions:
             names, closed = self._names()
-            known = "; ".join([", ".join(names[:8]) or "none", *closed[:1]])
-            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}", param="model")
+            known = ", ".join(names[:8]) or "none"
+            unread = f"; this user may not read: {', '.join(closed[:8])}" if closed else ""
+            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}{unread}", param="model")
         if not at or selector == _LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
@@ -288,14 +291,14 @@ class ModelStore:
         return self._directory(name)
 
     def _names(self) -> tuple[list[str], list[str]]:
-        """Return the names that have a version, and why others can't be read. Raises StoreError."""
+        """Return the names that have a version, and those of directories that can't be read. Raises StoreError."""
         names, closed = [], []
         for name in sorted(entry.name for entry in _entries(self.root) if _NAME.fullmatch(entry.name)):
             try:
                 if self.versions(name):
                     names.append(name)
-            except StoreError as error:
-                closed.append(error.message)
+            except StoreError:
+                closed.append(name)
         return names, closed
 
     def _make_directory(self, directory: Path) -> None:
@@ -335,12 +338,12 @@ class ModelStore:
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    """Return what a directory contains: nothing if it doesn't exist. Raises StoreError if it can't be read."""
+    """Return what a directory contains: nothing if it is none. Raises StoreError if it can't be read."""
     try:
         return list(os.scandir(directory))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except OSError as error:
+        if error.errno in _ABSENT:
+            return []
         raise StoreError(describe_os_error(directory, error)) from error
 
 

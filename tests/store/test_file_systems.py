@@ -396,7 +396,7 @@ def test_names__one_closed_folder_hides_only_itself(store: ModelStore, forbid: C
     publish_tiny(store, "other")
     forbid(store.root / "tiny")
     assert store.names() == ["other"]
-    with pytest.raises(ModelNotFound, match=r"may not read .*tiny"):
+    with pytest.raises(ModelNotFound, match=r"may not read: tiny"):
         store.resolve("third")
 
 
