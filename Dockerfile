@@ -65,7 +65,7 @@ USER 10001:10001
 WORKDIR /srv
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
-  CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"GRU_SERVE_PORT\"]}/healthz', timeout=4)"]
+# Asks the port on which the server listens, whichever option or variable has set it.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["python", "-m", "service.health"]
 ENTRYPOINT ["gru-serve"]
 CMD ["serve"]

@@ -9,7 +9,7 @@ ASAN := build/asan
 
 .PHONY: setup serve test test-deploy lint check kernel-asan train bench lock clean
 setup: $(VENV)/.installed
-serve: setup ; $(BIN)/gru-serve serve
+serve: $(VENV)/.server ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
 test-deploy: setup ; TEST_DEPLOY=1 $(BIN)/pytest -s tests/deploy
 lint: setup ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
@@ -28,13 +28,25 @@ kernel-asan: setup
 	cd $(ASAN) && find . -name '*.so' -delete && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py
 
-# torch is installed first and alone, so that pip queries the CPU index only once and only for torch. If that index can't
-# be reached, this fails quickly, and pip takes the wheel from the index that it is configured with.
-$(VENV)/.installed: pyproject.toml constraints.txt $(KERNEL)
+# What the server needs: its libraries and the kernel. Only where the kernel can't be compiled, torch is installed too.
+$(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("gru-serve needs Python 3.11 or later, and $(PYTHON) is %d.%d: choose another one, such as make PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-ifeq ($(shell uname -s),Linux)
-	$(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)"
-endif
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "torch; the faster kernel was not compiled because there is no C++17 compiler")'
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@if $(BIN)/python -c 'import sys; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "none"); sys.exit(not variants())'; then :; \
+	else echo "The kernel was not compiled, because no C++17 compiler works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
 	touch $@
+
+# What training, tests and benchmarks need beyond that.
+$(VENV)/.installed: $(VENV)/.server
+	$(call install,torch train dev)
+	touch $@
+
+# Installs extras of pyproject.toml, but not this package again. torch is installed first and alone, so that pip queries the
+# CPU index only once and only for torch. If that index can't be reached, this fails quickly, and pip takes the wheel from
+# the index that it is configured with.
+ifeq ($(shell uname -s),Linux)
+TORCH = $(BIN)/pip install -q --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) --no-deps "$$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)" &&
+endif
+EXTRAS = import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(each for name in sys.argv[1:] for each in extras[name] if not each.startswith("gru-serve")), sep="\n")
+install = $(TORCH) $(BIN)/python -c '$(EXTRAS)' $(1) > $(VENV)/extras.txt && $(BIN)/pip install -q -c constraints.txt -r $(VENV)/extras.txt

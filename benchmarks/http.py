@@ -296,7 +296,7 @@ def engine_main(orders: Connection) -> None:
     settings = Settings()
     kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
     engine_settings = EngineSettings(kernel, settings.integer_precision, settings.max_batch, settings.max_queue)
-    model = LoadedModel(*ModelStore(settings.model_store).load(settings.model), engine_settings)
+    model = LoadedModel(*ModelStore(settings.store_root).load(settings.model), engine_settings)
     prompt = model.charset.encode(PROMPT)
     while (order := orders.recv()) is not None:
         num_texts, num_chars = order

@@ -147,7 +147,7 @@ def store_main(num_sessions: int, rounds: int, results: Connection) -> None:
     """Measure the store, in a process of its own, and send the figures."""
     settings = Settings()
     kernel = choose_kernel(settings.kernel, settings.num_engine_threads)
-    models = LoadedModels(ModelStore(settings.model_store), 1, EngineSettings(kernel))
+    models = LoadedModels(ModelStore(settings.store_root), 1, EngineSettings(kernel))
     model = models.get(settings.model)
     few, many = Bench(models, model), Bench(models, model)
     few.fill(FEW)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import BASELINE, Measured, best_baseline
+from service.cores import available_cores
 
 
 def machine() -> dict[str, str | int]:
     """Describe the machine that the figures depend on."""
-    return {"cpu": _cpu(), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    return {"cpu": _cpu(), "cores": available_cores(), "torch": torch.__version__}
 
 
 def table(measured: Sequence[Measured]) -> str:

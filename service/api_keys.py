@@ -5,6 +5,7 @@ This module knows nothing of HTTP, and may import nothing of this project but `e
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import hmac
 import re
@@ -113,11 +114,17 @@ class ApiKeys:
             raise InvalidSettings(f"{_FILE_VARIABLE}: can't read {self._path}", param="api_keys_file")
         if len(content) > _MAX_FILE_BYTES:
             raise InvalidSettings(f"{_FILE_VARIABLE}: over {_MAX_FILE_BYTES} bytes", param="api_keys_file")
-        lines = content.decode(errors="replace").splitlines()
+        lines = _decode(content).splitlines()
         entries = _parse_entries((line.partition("#")[0] for line in lines), _FILE_VARIABLE)
         if not entries:
             raise InvalidSettings(f"{_FILE_VARIABLE}: contains no entry", param="api_keys_file")
         return _check_entries((*self._listed, *entries), _FILE_VARIABLE)
+
+
+def _decode(content: bytes) -> str:
+    """Return the text of a file in UTF-8, with or without the mark that editors of Windows write, or in UTF-16."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and len(content) > 2
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors="replace")
 
 
 def _read_file(path: Path | None) -> bytes | None:

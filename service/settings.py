@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.cores import available_cores
 from service.errors import InvalidSettings
 from service.model.quantize import IntegerPrecision
 
@@ -28,6 +29,12 @@ _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
 _SESSION_STORES = (
     "memory", "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"
 )  # fmt: skip
+# Variables that Kubernetes sets in every pod for a service whose name begins with gru-serve. They are not settings.
+_SERVICE_LINK = re.compile(
+    rf"{PREFIX}(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)",
+    re.IGNORECASE,
+)
+_SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://\S+")
 SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
@@ -184,6 +191,19 @@ class Settings(BaseSettings):
         "auto", description="format of the log; auto: text on a terminal, JSON lines otherwise"
     )
 
+    @field_validator("host")
+    @classmethod
+    def _remove_brackets(cls, host: str) -> str:
+        """[::1] is how URLs write the address ::1."""
+        return host.removeprefix("[").removesuffix("]")
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _ignore_service_address(cls, port: object) -> object:
+        """For a service named gru-serve, Kubernetes sets GRU_SERVE_PORT to its address: the default counts then."""
+        is_address = isinstance(port, str) and _SERVICE_ADDRESS.fullmatch(port)
+        return cls.model_fields["port"].default if is_address else port
+
     @model_validator(mode="after")
     def _check_threads(self) -> Self:
         min_threads = self.max_batch + self.max_queue + SPARE_THREADS
@@ -292,9 +312,35 @@ class Settings(BaseSettings):
         return None if self.precision == "auto" else self.precision
 
     @property
+    def uses_shipped_models(self) -> bool:
+        """Whether no model store was named and there is none in the current directory."""
+        return (
+            "model_store" not in self.model_fields_set
+            and not os.path.isdir(self.model_store)
+            and shipped_models() is not None
+        )
+
+    @property
+    def store_root(self) -> Path:
+        """The directory that models are read from: `model_store`, or that of the shipped models."""
+        shipped = shipped_models()
+        return shipped if shipped is not None and self.uses_shipped_models else self.model_store
+
+    @property
     def num_engine_threads(self) -> int:
         """`engine_threads`, or what 0 stands for: one core is left for HTTP."""
-        return self.engine_threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.engine_threads or max(1, available_cores() - 1)
+
+
+def shipped_models() -> Path | None:
+    """Return the store of the models that this package was installed with; None if it has none."""
+    package = Path(__file__).parent
+    if (package / "shipped_models").is_dir():  # setup.py puts them into a wheel
+        return package / "shipped_models"
+    checkout = package.parent
+    return (
+        checkout / "model_store" if (checkout / "setup.py").is_file() and (checkout / "model_store").is_dir() else None
+    )
 
 
 def _split(listed: str) -> list[str]:
@@ -343,6 +389,13 @@ def read_settings(**overrides: Any) -> Settings:
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in environ if name.upper().startswith(PREFIX) and name.upper() not in known)
+    named = {name for name in environ if name.upper().startswith(PREFIX) and not _is_service_link(name, environ[name])}
+    unknown = sorted(name for name in named if name.upper() not in known)
     if unknown:
         raise InvalidSettings(f"{unknown[0]} is not a setting; the settings are: {', '.join(sorted(known))}")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes has set a variable, for a service such as gru-serve or gru-serve-direct."""
+    is_address = name.upper().endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
+    return is_address or _SERVICE_LINK.fullmatch(name) is not None

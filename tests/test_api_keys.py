@@ -162,3 +162,14 @@ def test_keys_command__prints_a_key_and_its_entry() -> None:
 def test_new_key__refuses_an_unusable_name(name: str) -> None:
     with pytest.raises(InvalidValue):
         new_key(name)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_read_keys__a_file_may_come_from_windows(tmp_path: Path, encoding: str, line_end: str) -> None:
+    """Windows' editors begin a file with a byte order mark, and its shell writes UTF-16."""
+    path, (one, one_entry), (other, other_entry) = tmp_path / "keys", new_key("alice"), new_key("bob")
+    path.write_bytes(line_end.join([one_entry, "# Bob's", other_entry, ""]).encode(encoding))
+    keys = read_keys("", path)
+    assert keys
+    assert (keys.owner_of(one), keys.owner_of(other)) == ("alice", "bob")

@@ -20,6 +20,7 @@ ALLOWED = {
     "commands": {
         "api_keys",
         "assembly",
+        "cores",
         "engine",
         "generation",
         "model",
@@ -43,7 +44,9 @@ ALLOWED = {
     "errors": set(),
     "periodic": set(),
     "shares": set(),
-    "settings": {"model"},  # for the names of precisions
+    "cores": set(),
+    "health": set(),
+    "settings": {"cores", "model"},  # for the names of precisions
     "__init__": set(),
 }
 # Modules that may import more than their package.

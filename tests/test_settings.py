@@ -9,7 +9,7 @@ import pydantic
 import pytest
 
 from service.errors import InvalidSettings
-from service.settings import Settings, read_settings
+from service.settings import Settings, read_settings, shipped_models
 
 
 def test_settings__have_defaults() -> None:
@@ -124,3 +124,60 @@ def test_settings__lists_of_hosts_origins_and_proxies_are_parsed() -> None:
 def test_settings__can_not_be_changed() -> None:
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
+
+
+# What Kubernetes sets in every pod of a namespace that has the services gru-serve and gru-serve-direct.
+SERVICE_LINKS = {
+    "GRU_SERVE_SERVICE_HOST": "10.0.0.1",
+    "GRU_SERVE_SERVICE_PORT": "8000",
+    "GRU_SERVE_SERVICE_PORT_HTTP": "8000",
+    "GRU_SERVE_PORT": "tcp://10.0.0.1:8000",
+    "GRU_SERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "GRU_SERVE_PORT_8000_TCP_PROTO": "tcp",
+    "GRU_SERVE_PORT_8000_TCP_PORT": "8000",
+    "GRU_SERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "GRU_SERVE_DIRECT_SERVICE_HOST": "fd00::7",
+    "GRU_SERVE_DIRECT_SERVICE_PORT_HTTP_METRICS": "80",
+    "GRU_SERVE_DIRECT_PORT": "udp://[fd00::7]:53",
+    "GRU_SERVE_DIRECT_PORT_53_UDP_ADDR": "fd00::7",
+}
+
+
+def test_settings__ignore_what_kubernetes_sets_for_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SERVICE_LINKS.items():
+        monkeypatch.setenv(name, value)
+    assert read_settings().port == 8000
+    assert read_settings(port=9000).port == 9000
+    monkeypatch.setenv("GRU_SERVE_PORT", "tcp:10.0.0.1")
+    with pytest.raises(InvalidSettings, match="GRU_SERVE_PORT"):
+        read_settings()
+
+
+@pytest.mark.parametrize("name", ["SERVICE", "PORT_8000", "PORTS", "DIRECT_PORT", "SERVICE_HOSTS"])
+def test_settings__refuse_what_only_resembles_kubernetes_variables(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(f"GRU_SERVE_{name}", "8000")
+    with pytest.raises(InvalidSettings, match=f"GRU_SERVE_{name} is not a setting"):
+        read_settings()
+
+
+def test_settings__an_address_may_have_the_brackets_of_a_url() -> None:
+    assert (read_settings(host="[::1]").host, read_settings(host="::").host) == ("::1", "::")
+
+
+def test_settings__without_a_store_the_shipped_models_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = shipped_models()
+    assert shipped is not None
+    assert (shipped / "shakespeare").is_dir()
+    settings = read_settings()
+    assert settings.uses_shipped_models
+    assert settings.store_root == shipped
+    for named in (read_settings(model_store=Path("elsewhere")), read_settings(model_store=Path("model_store"))):
+        assert not named.uses_shipped_models
+        assert named.store_root == named.model_store
+    monkeypatch.setenv("GRU_SERVE_MODEL_STORE", "model_store")
+    assert not read_settings().uses_shipped_models
+    monkeypatch.delenv("GRU_SERVE_MODEL_STORE")
+    (tmp_path / "model_store").mkdir()
+    assert not settings.uses_shipped_models
+    assert settings.store_root == Path("model_store")

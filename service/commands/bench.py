@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.options import FiniteRange, json_option, model_store_option, open_service
+from service.cores import available_cores
 
 if TYPE_CHECKING:
     from service.engine.stepper import Stepper
@@ -66,7 +66,7 @@ def bench_command(
         load_s = time.perf_counter() - began
         version, precision, stepper = loaded.version.ref, loaded.precision, loaded.stepper
         facts: dict[str, Any] = {"model": version, "precision": precision, "kernel": service.kernel.name}
-        facts |= {"threads": threads, "cores": len(os.sched_getaffinity(0)), "load_s": load_s}
+        facts |= {"threads": threads, "cores": available_cores(), "load_s": load_s}
         facts |= {"state_bytes": stepper.initial_hidden().nbytes, "rates": []}
         if not as_json:
             click.echo(f"{version} in {precision} on {service.kernel.name}, {threads} of {facts['cores']} cores")

@@ -79,18 +79,17 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
     """
     store = open_store(model_store)
     versions = [store.resolve(model)] if model else [v for name in store.names() for v in store.versions(name)]
-    results = []
+    results: list[dict[str, Any]] = []
     for version in versions:
         try:
-            store.verify(version.ref)
-            results.append({"model": version.ref, "error": None})
+            results.append({"model": version.ref, "error": None, "warnings": list(store.verify(version.ref))})
         except InvalidArtifact as error:
-            results.append({"model": version.ref, "error": error.message})
+            results.append({"model": version.ref, "error": error.message, "warnings": []})
     if as_json:
         click.echo(json.dumps(results, indent=1))
     else:
         for row in results:
-            click.echo(f"{row['model']:<24} {row['error'] or 'ok'}")
+            click.echo(f"{row['model']:<24} {row['error'] or '; '.join(['ok', *row['warnings']])}")
     if any(row["error"] for row in results):
         raise click.exceptions.Exit(1)
 

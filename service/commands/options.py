@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import stat
 import types
 import typing
 from collections.abc import Callable
@@ -78,14 +80,37 @@ def corpus_option(command: Command) -> Command:
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     """Open the model store in the directory of the option, or else of the setting GRU_SERVE_MODEL_STORE.
 
-    Raises StoreError if the directory does not exist, unless `create` allows a store that is only about to be created.
+    If neither is given and the current directory has no store, this opens the shipped models, which can't be changed.
+    It says on standard error which store is used if nobody named it.
+
+    Args:
+        model_store: The option's value.
+        create: Allows a store that is only about to be created, and never opens the shipped models.
+
+    Raises StoreError if the directory does not exist or can't be read.
     """
     from service.errors import StoreError
+    from service.model.manifest import describe_os_error
     from service.settings import read_settings
     from service.store.model_store import ModelStore
 
-    root = model_store if model_store is not None else read_settings().model_store
-    if not root.is_dir() and not create:
+    settings = read_settings()
+    root = model_store if model_store is not None else settings.model_store
+    if model_store is None and settings.uses_shipped_models:
+        if not create:
+            root = settings.store_root
+            click.echo(
+                f"using the shipped models in {root}, because there is no ./{settings.model_store} here", err=True
+            )
+            return ModelStore(root, read_only=True)
+        click.echo(f"making the model store {root.absolute()}, which this folder uses from then on", err=True)
+    try:
+        is_there = stat.S_ISDIR(os.stat(root).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        is_there = False
+    except OSError as error:
+        raise StoreError(describe_os_error(root, error)) from error
+    if not is_there and not create:
         raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
     return ModelStore(root)
 

@@ -30,5 +30,5 @@ def serve_command(**options: Any) -> None:
     # Checked before the server starts, so that a mistake is reported in one line and not by a crashing worker.
     check_kernel(settings.kernel)
     read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    open_store(settings.model_store).verify(settings.model)
+    open_store(settings.store_root).verify(settings.model)
     Server(settings).run()

@@ -29,6 +29,7 @@ from service.model.manifest import MANIFEST, Manifest, describe_first_error
 from service.model.quantize import IntegerPrecision
 
 CONFIG, WEIGHTS, TRAINING, CARD = "config.json", "model.safetensors", "training.json", "README.md"
+_DECIDING = (CONFIG, WEIGHTS, TRAINING)  # the other files are for people
 _MAX_CONFIG_BYTES = 1024 * 1024
 _MAX_TRAINING_BYTES = 1024 * 1024
 _MAX_HEADER_BYTES = 64 * 1024
@@ -67,6 +68,7 @@ class Artifact:
     tensors: Tensors  # name -> float32 weights, with the shapes of `config.tensor_shapes()`
     training: TrainingFacts
     digest: str  # SHA-256 of config and weights: models with equal digests compute the same function
+    warnings: tuple[str, ...] = ()  # what is wrong with files that decide nothing, such as the card
 
     @property
     def charset(self) -> Charset:
@@ -100,15 +102,23 @@ def write_artifact(
 
 
 def read_artifact(directory: Path) -> Artifact:
-    """Read a model version and check all of its files. Raises InvalidArtifact, which says what is wrong and where."""
-    manifest = Manifest.read(directory)
+    """Read a model version and check all of its files.
+
+    Raises InvalidArtifact, which says what is wrong and where. A model card or picture that was edited or removed is
+    only a warning, because it decides nothing.
+    """
+    manifest = Manifest.read(directory, needed=_DECIDING)
     config = _read_config(directory, manifest)
     shapes = config.tensor_shapes()
     path = directory / WEIGHTS
     max_bytes = 4 * config.num_parameters + _MAX_HEADER_BYTES
     data = manifest.read_file(directory, WEIGHTS, max_bytes, lambda file: _check_header(path, file, shapes))
-    for name in sorted(set(manifest.files) - {CONFIG, WEIGHTS, TRAINING}):
-        manifest.read_file(directory, name, _MAX_OTHER_BYTES)
+    warnings = []
+    for name in sorted(set(manifest.files) - set(_DECIDING)):
+        try:
+            manifest.read_file(directory, name, _MAX_OTHER_BYTES)
+        except InvalidArtifact as error:
+            warnings.append(f"{error.message}; it is ignored, because {name} decides nothing")
     try:
         tensors: Tensors = load_safetensors(data)
     except (SafetensorError, ValueError) as error:
@@ -116,12 +126,12 @@ def read_artifact(directory: Path) -> Artifact:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise InvalidArtifact(f"{path}: {name} contains a number that is not finite")
-    return Artifact(config, tensors, _read_training(directory, manifest), _digest(manifest))
+    return Artifact(config, tensors, _read_training(directory, manifest), _digest(manifest), tuple(warnings))
 
 
 def read_description(directory: Path) -> tuple[ModelConfig, TrainingFacts, str]:
     """Return config, training facts and digest of a version without reading its weights. Raises InvalidArtifact."""
-    manifest = Manifest.read(directory)
+    manifest = Manifest.read(directory, needed=_DECIDING)
     return _read_config(directory, manifest), _read_training(directory, manifest), _digest(manifest)
 
 

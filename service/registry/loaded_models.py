@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 
 from service.arrays import Float16
 from service.engine.arithmetic import VERSION
@@ -30,6 +31,8 @@ from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
 from service.shares import SharedBudget, SharedCapacity, current_client
 from service.store.model_store import ModelStore, ModelVersion
+
+log = structlog.get_logger(__name__)
 
 _MAX_PENDING = 8  # versions that one client may have in the queue for loading
 _PENDING_WAIT_S = 30.0  # a request waits no longer than this for its turn
@@ -220,10 +223,14 @@ class LoadedModels:
             if not always:
                 self._require_room()
             try:
-                model = LoadedModel(*self.store.load(version.ref), self._engine_settings)
+                loaded, artifact = self.store.load(version.ref)
+                model = LoadedModel(loaded, artifact, self._engine_settings)
             except GruServeError as error:
                 pending.error = error
                 raise
+            if structlog.is_configured():  # a command prints no log
+                for warning in artifact.warnings:
+                    log.warning("a file of a model is ignored", model=version.ref, reason=warning)
             self._insert(model)
             return model
 

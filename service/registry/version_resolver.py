@@ -41,6 +41,7 @@ class VersionResolver:
         self._store, self._load = store, load
         self._versions: dict[str, ModelVersion] = {}
         self._failures: dict[str, Resolution] = {}  # by name, if its newest version can't be loaded
+        self._tried: dict[str, object] = {}  # the files of that version before it was tried, see ModelStore.snapshot
         self._lock = threading.Lock()  # guards the versions
         self._refreshing = threading.Lock()  # held during a refresh
         self.num_switched = self.num_failed = 0  # switches of a name to another version that worked, and that didn't
@@ -65,7 +66,8 @@ class VersionResolver:
         returned, never raised.
 
         Args:
-            retry_failed: load a version again that failed to load before.
+            retry_failed: load a version again that failed to load before. One whose files have changed since, because
+                it is still copied for example, is always loaded again.
 
         Raises:
             Overloaded: another thread is refreshing.
@@ -80,7 +82,7 @@ class VersionResolver:
             self._refreshing.release()
 
     def poll(self) -> None:
-        """Refresh once, without retrying versions that failed before. A PeriodicThread calls this."""
+        """Refresh once. Versions that failed before are retried if their files changed. A PeriodicThread calls this."""
         with suppress(Overloaded):  # a refresh that an operator requested is in progress
             self.refresh(retry_failed=False)
 
@@ -98,8 +100,11 @@ class VersionResolver:
         version = None
         try:
             version = self._store.resolve(name)
-            if failure is not None and failure.failed == version.ref and not retry_failed:
+            before = self._store.snapshot(version)
+            is_known = failure is not None and failure.failed == version.ref and self._tried.get(name) == before
+            if failure is not None and is_known and not retry_failed:
                 return failure
+            self._tried[name] = before
             if version != current:
                 self._load(version)
                 self.replace(name, current, version)
@@ -108,6 +113,7 @@ class VersionResolver:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a new version, the current one must stay
             return self._failed(Resolution(name, current.ref, version.ref if version else None, _code(error)), error)
         self._failures.pop(name, None)
+        self._tried.pop(name, None)
         return Resolution(name, version.ref)
 
     def _failed(self, resolution: Resolution, error: Exception) -> Resolution:

@@ -10,13 +10,13 @@ after a crash. Writers of one name exclude each other with a file lock, which th
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +25,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
 from service.model.config import ModelConfig
-from service.store.staging import STAGING, TRASH, fsync, locked, staging_directory
+from service.model.manifest import describe_os_error, is_stray
+from service.store.staging import (
+    STAGING,
+    TRASH,
+    check_file_system,
+    fsync,
+    locked,
+    make_readable,
+    remove,
+    staging_directory,
+)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _INDEX, _LATEST = "store.json", "latest"
 
 
@@ -69,26 +80,26 @@ class _Index(BaseModel):
 class ModelStore:
     """The models in one directory. Any number of threads and processes may read and write at the same time."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """Open the store in a directory, which need not exist. `read_only` refuses every change."""
+        self.root, self._read_only = root, read_only
 
     def names(self) -> list[str]:
-        """Return the names that have at least one version, sorted. Unreadable directories are skipped."""
-        with suppress(OSError):
-            return sorted(e.name for e in os.scandir(self.root) if _NAME.fullmatch(e.name) and self.versions(e.name))
-        return []
+        """Return the names that have at least one version, sorted. Raises StoreError if the store can't be read.
+
+        A directory in it that can't be read is skipped.
+        """
+        return self._names()[0]
 
     def versions(self, name: str) -> list[ModelVersion]:
-        """Return the versions of a name, oldest first: none if the name doesn't exist or can't be read."""
+        """Return the versions of a name, oldest first: none if the name doesn't exist.
+
+        A version may be a link, even to nothing: loading it says so. Raises StoreError if the name can't be read.
+        """
         directory = self._directory(name)
-        with suppress(OSError):
-            numbers = sorted(
-                int(entry.name)
-                for entry in os.scandir(directory)
-                if _VERSION.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-            )
-            return [ModelVersion(name, number, directory / str(number)) for number in numbers]
-        return []
+        entries = [entry for entry in _entries(directory) if _VERSION.fullmatch(entry.name)]
+        numbers = sorted(int(entry.name) for entry in entries if entry.is_symlink() or entry.is_dir())
+        return [ModelVersion(name, number, directory / str(number)) for number in numbers]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return alias -> version number, without `latest`, which every name has. Raises StoreError."""
@@ -106,8 +117,10 @@ class ModelStore:
             )
         versions = self.versions(name)
         if not versions:
-            known = ", ".join(self.names()[:8]) or "none"
-            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}", param="model")
+            names, closed = self._names()
+            known = ", ".join(names[:8]) or "none"
+            unread = f"; this user may not read: {', '.join(closed[:8])}" if closed else ""
+            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}{unread}", param="model")
         if not at or selector == _LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
@@ -135,14 +148,18 @@ class ModelStore:
             StoreError: the disk failed or the index is damaged. No version was published.
             InvalidValue: `name` can't be a model's name.
         """
-        directory = self._directory(name)
+        directory = self._changeable(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
             with staging_directory(directory) as staging:
+                check_file_system(staging)
                 write(staging)
-                read_artifact(staging)
+                for warning in read_artifact(staging).warnings:
+                    raise InvalidArtifact(warning)
                 for path in staging.iterdir():
-                    fsync(path)
+                    if not is_stray(path.name):
+                        make_readable(path)
+                        fsync(path)
                 fsync(staging)
                 with locked(directory):
                     index = self._read_index(name)
@@ -156,11 +173,15 @@ class ModelStore:
         return ModelVersion(name, index.last_number, final)
 
     def check_writable(self, name: str) -> None:
-        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory."""
-        directory = self._directory(name)
+        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory.
+
+        Tries on the file system what publishing does there: locks, renaming, and syncing to disk.
+        """
+        directory = self._changeable(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
-            with staging_directory(directory):
+            with staging_directory(directory) as staging:
+                check_file_system(staging)
                 self._read_index(name)
 
     def describe(self, version: ModelVersion) -> Description:
@@ -171,7 +192,7 @@ class ModelStore:
         try:
             config, training, digest = read_description(version.path)
         except InvalidArtifact:
-            if not version.path.exists():
+            if version not in self.versions(version.name):
                 raise ModelNotFound(f"{version.ref} was deleted", param="model") from None
             raise
         aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
@@ -179,9 +200,29 @@ class ModelStore:
             aliases.insert(0, _LATEST)
         return Description(version, config, training, digest, aliases)
 
-    def verify(self, ref: str) -> ModelVersion:
-        """Check every file of a version, as loading does. Raises ModelNotFound, InvalidArtifact."""
-        return self.load(ref)[0]
+    def verify(self, ref: str) -> tuple[str, ...]:
+        """Check every file of a version, as loading does. Return what is wrong with files that decide nothing.
+
+        Raises ModelNotFound, InvalidArtifact.
+        """
+        return self.load(ref)[1].warnings
+
+    def snapshot(self, version: ModelVersion) -> frozenset[tuple[object, ...]]:
+        """Return a value that changes when a file of a version changes, for example because it is still copied.
+
+        It has name, size, time and inode of the files that links lead to. Never raises.
+        """
+        facts: set[tuple[object, ...]] = set()
+        try:
+            for entry in os.scandir(version.path):
+                try:
+                    status = entry.stat()
+                    facts.add((entry.name, status.st_size, status.st_mtime_ns, status.st_ino))
+                except OSError as error:
+                    facts.add((entry.name, error.errno))
+        except OSError as error:
+            facts.add((error.errno,))
+        return frozenset(facts)
 
     def set_alias(self, name: str, alias: str, number: int) -> None:
         """Make `name@alias` stand for an existing version, instead of any other one.
@@ -192,7 +233,7 @@ class ModelStore:
             raise InvalidValue(
                 f"{alias[:80]!r} can't be an alias: use letters, digits, . _ -; neither a number nor `latest`"
             )
-        directory = self._directory(name)
+        directory = self._changeable(name)
         self.resolve(f"{name}@{number}")
         with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
             self.resolve(f"{name}@{number}")  # again, now that no other writer can delete it
@@ -202,7 +243,7 @@ class ModelStore:
 
     def remove_alias(self, name: str, alias: str) -> None:
         """Remove an alias. Raises ModelNotFound if it doesn't exist, StoreError."""
-        directory = self._directory(name)
+        directory = self._changeable(name)
         if alias not in self.aliases(name):
             raise ModelNotFound(f"model {name!r} has no alias {alias!r}")
         with _os_errors_as_store_errors(f"can't change aliases in {directory}"), locked(directory):
@@ -218,7 +259,7 @@ class ModelStore:
         version = self.resolve(ref)
         if ref != version.ref:
             raise StoreError(f"name the version to delete by its number: {version.ref}")
-        directory = self._directory(version.name)
+        directory = self._changeable(version.name)
         with _os_errors_as_store_errors(f"can't delete {version.ref}"), locked(directory):
             self.resolve(ref)  # again, now that no other writer can delete it
             index = self._read_index(version.name)
@@ -230,7 +271,7 @@ class ModelStore:
             trash = directory / f"{TRASH}{version.number}"
             version.path.rename(trash)  # readers lose the whole version in one step; its files are removed after that
             fsync(directory)
-            shutil.rmtree(trash)
+            remove(trash)
         return version
 
     def _directory(self, name: str) -> Path:
@@ -240,11 +281,32 @@ class ModelStore:
             )
         return self.root / name
 
+    def _changeable(self, name: str) -> Path:
+        """Return a name's directory, for changes. Raises InvalidValue, StoreError."""
+        if self._read_only:
+            raise StoreError(
+                f"the shipped models in {self.root} can't be changed: name another store with --model-store or "
+                "GRU_SERVE_MODEL_STORE"
+            )
+        return self._directory(name)
+
+    def _names(self) -> tuple[list[str], list[str]]:
+        """Return the names that have a version, and those of directories that can't be read. Raises StoreError."""
+        names, closed = [], []
+        for name in sorted(entry.name for entry in _entries(self.root) if _NAME.fullmatch(entry.name)):
+            try:
+                if self.versions(name):
+                    names.append(name)
+            except StoreError:
+                closed.append(name)
+        return names, closed
+
     def _make_directory(self, directory: Path) -> None:
-        """Make a name's directory, and sync each new parent to disk."""
+        """Make a name's directory and those around it, readable for everybody, and sync each to disk."""
         new = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         for path in new:
+            make_readable(path)
             fsync(path.parent)
 
     def _read_index(self, name: str) -> _Index:
@@ -253,7 +315,9 @@ class ModelStore:
             return _Index.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return _Index()
-        except (OSError, ValidationError) as error:
+        except OSError as error:
+            raise StoreError(describe_os_error(path, error)) from error
+        except ValidationError as error:
             raise StoreError(
                 f"{path} is damaged: restore its `aliases` and `last_number`, the highest version number ever used"
             ) from error
@@ -264,9 +328,23 @@ class ModelStore:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, directory / _INDEX)
+        make_readable(Path(file.name))
+        try:
+            os.replace(file.name, directory / _INDEX)
+        except OSError:
+            os.unlink(file.name)
+            raise
         fsync(directory)
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
+    """Return what a directory contains: nothing if it is none. Raises StoreError if it can't be read."""
+    try:
+        return list(os.scandir(directory))
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return []
+        raise StoreError(describe_os_error(directory, error)) from error
 
 
 @contextmanager

@@ -151,6 +151,12 @@ def _log_start(settings: Settings, service: Service, keys: ApiKeys | None) -> No
         precision=model.precision,
         kernel=service.kernel.name,
         engine_threads=settings.num_engine_threads,
+        store=str(service.models.store.root.absolute()),
     )
+    if settings.uses_shipped_models:
+        log.info(
+            "these are the shipped models, because no model store is named and there is none here",
+            missing=str(settings.model_store.absolute()),
+        )
     if keys is None and not is_loopback(settings.host):
         log.warning("no API keys: anyone who can reach this address can use the service", host=settings.host)

@@ -321,9 +321,9 @@ def test_eval__measures_integers_without_torch(tiny_store: ModelStore, tmp_path:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install 'gru-serve[train]'"),
-        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install 'gru-serve[train]'"),
-        (["serve", "--kernel", "torch"], 2, "pip install 'gru-serve[torch]'"),
+        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install torch matplotlib"),
+        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install torch matplotlib"),
+        (["serve", "--kernel", "torch"], 2, "pip install torch"),
     ],
 )
 def test_commands__that_need_torch_say_so_if_it_is_missing(
@@ -334,3 +334,31 @@ def test_commands__that_need_torch_say_so_if_it_is_missing(
     assert result.returncode == code, result
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_commands__use_the_shipped_models_where_there_is_no_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listed = run("models", "list")
+    assert listed.stdout.startswith("shakespeare@") or "shakespeare@" in listed.stdout
+    assert "using the shipped models in" in listed.stderr
+    assert "there is no ./model_store here" in listed.stderr
+    for words in (["alias", "shakespeare@1", "stable"], ["delete", "shakespeare@1", "--yes"]):
+        refused = run("models", *words)
+        assert refused.exit_code == 1
+        assert "can't be changed: name another store with --model-store" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train__makes_a_store_where_there_is_none_and_says_so(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = run("train", "--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL)
+    assert trained.exit_code == 0, trained.stderr
+    assert f"making the model store {tmp_path / 'model_store'}" in trained.stderr
+    listed = run("models", "list")
+    assert "fox@1" in listed.stdout
+    assert "shakespeare" not in listed.stdout
+    assert "shipped" not in listed.stderr

@@ -50,7 +50,7 @@ class Balancer(Server):
 
 
 @contextmanager
-def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
+def balancing(ports: Sequence[int], name_server: int | None = None, **changes: str) -> Iterator[Balancer]:
     """Start HAProxy in front of replicas, and wait until it has found those of them that are ready.
 
     The configuration is the shipped one with other addresses: containers are found by DNS. HAProxy inherits sockets
@@ -58,12 +58,18 @@ def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
 
     Args:
         ports: Of the replicas.
+        name_server: The port of a name server that knows the replicas' addresses. They all have the first port.
         changes: Other values for lines of the configuration, such as `timeout_queue="1s"`.
     """
     text = CONFIGURATION.read_text()
-    servers = "\n".join(f"    server app{number} 127.0.0.1:{port}" for number, port in enumerate(ports, 1))
-    text, num_found = re.subn(r"^ +server-template .*$", servers, text, flags=re.MULTILINE)
-    assert num_found == len(BACKENDS)
+    if name_server is None:
+        servers = "\n".join(f"    server app{number} 127.0.0.1:{port}" for number, port in enumerate(ports, 1))
+        text, num_found = re.subn(r"^ +server-template .*$", servers, text, flags=re.MULTILINE)
+        assert num_found == len(BACKENDS)
+    else:
+        line = f"    nameserver test 127.0.0.1:{name_server}"
+        text, num_found = re.subn(r"^ +parse-resolv-conf$", line, text, flags=re.MULTILINE)
+        assert num_found == 1
     for name, value in changes.items():
         words = name.replace("__", "-").replace("_", " ")
         text, num_found = re.subn(rf"^( +{words}) .*$", rf"\1 {value}", text, flags=re.MULTILINE)
@@ -75,7 +81,9 @@ def balancing(ports: Sequence[int], **changes: str) -> Iterator[Balancer]:
             sockets = {"LB_BIND": front, "LB_METRICS_BIND": metrics}
             process = subprocess.Popen(
                 [program("haproxy"), "-W", "-db", "-f", str(path)],
-                env=os.environ | {name: f"fd@{each.fileno()}" for name, each in sockets.items()},
+                env=os.environ
+                | {name: f"fd@{each.fileno()}" for name, each in sockets.items()}
+                | {"APP_HOST": "app.test", "APP_PORT": str(ports[0])},
                 pass_fds=[each.fileno() for each in sockets.values()],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

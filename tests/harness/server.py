@@ -100,12 +100,14 @@ class Server(Endpoint):
 
 
 @contextmanager
-def serving(command: list[str], environment: dict[str, str]) -> Iterator[Server]:
+def serving(command: list[str], environment: dict[str, str], directory: Path | None = None) -> Iterator[Server]:
     """Start a server that listens on port 0, wait until it is ready, and end it with the block.
 
     The environment must not raise the log level above `info`: the server reports its port at that level.
     """
-    process = subprocess.Popen(command, env=os.environ | KEYS | environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | KEYS | environment, cwd=directory, stderr=subprocess.PIPE, text=True
+    )
     log: list[str] = []
     reader = threading.Thread(target=lambda: log.extend(process.stderr or []))
     reader.start()
@@ -130,7 +132,7 @@ def serving(command: list[str], environment: dict[str, str]) -> Iterator[Server]
 
 def _reported_port(log: list[str]) -> int | None:
     """Return the port that gunicorn has logged, in our JSON lines or in its own format; None before that."""
-    found = re.search(r"Listening at: http://[^\s:]+:(\d+)", "".join(log))
+    found = re.search(r"Listening at: http://(?:\[[^\]]+\]|[^\s:]+):(\d+)", "".join(log))
     return int(found[1]) if found else None
 
 

@@ -19,6 +19,7 @@ import pytest
 from service.client import Client
 from service.store.model_store import ModelStore
 from tests.harness.balancer import CONFIGURATION, Balancer, balancing, kill, replicas, served_by
+from tests.harness.name_server import name_server
 from tests.harness.programs import free_port, program
 from tests.harness.redis_process import redis_process
 from tests.harness.server import BODY, ENDLESS, Server, ask
@@ -292,3 +293,12 @@ def test_draining_replicas__cost_no_request_and_no_character(environment: dict[s
         assert all(text and whole.startswith(text) for text in texts)
         endings = [line["ending"] for server in servers for line in server.logged("session stream ended")]
         assert "reconnect" in endings
+
+
+@pytest.mark.parametrize("addresses", [["::1", "127.0.0.1"], ["127.0.0.1"]])
+def test_replicas__are_reached_over_ipv4_where_names_have_addresses_of_both_kinds(
+    servers: list[Server], addresses: list[str]
+) -> None:
+    """Docker's name server answers with both. Replicas listen on IPv4 only, unless GRU_SERVE_HOST says otherwise."""
+    with name_server(addresses) as port, balancing([servers[0].port], port) as balancer:
+        assert balancer.call("POST", "/v1/completions", BODY)[0] == 200

@@ -83,6 +83,27 @@ def test_refresh__tries_a_damaged_version_again_only_on_request(store: ModelStor
     assert models.resolver.refresh() == [Resolution("tiny", "tiny@2")]
 
 
+def test_poll__tries_a_version_again_while_its_files_arrive(store: ModelStore, models: LoadedModels) -> None:
+    """As rsync and cp copy it: a folder, then one file after the other, each in parts."""
+    publish_tiny(store, seed=1)
+    version = store.resolve("tiny@2")
+    files = {path.name: path.read_bytes() for path in sorted(version.path.iterdir())}
+    shutil.rmtree(version.path)
+    version.path.mkdir()
+    models.resolver.poll()
+    num_failed = models.resolver.num_failed
+    assert num_failed == 1
+    models.resolver.poll()
+    assert models.resolver.num_failed == num_failed, "nothing has changed"
+    for name, content in files.items():
+        for end in (len(content) // 2, len(content)):
+            assert models.get("tiny").version.ref == "tiny@1"
+            (version.path / name).write_bytes(content[:end])
+            models.resolver.poll()
+    assert models.get("tiny").version.ref == "tiny@2"
+    assert models.resolver.resolutions() == [Resolution("tiny", "tiny@2")]
+
+
 @pytest.mark.parametrize("error", [MemoryError(), OSError("a disk"), ValueError("a kernel")])
 def test_refresh__any_error_leaves_the_previous_version_in_use(
     store: ModelStore, models: LoadedModels, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -171,3 +192,14 @@ def test_poll__switches_to_new_versions_and_passes_over_a_damaged_one(store: Mod
         wait_until(lambda: models.resolver.resolutions()[0].code is not None)
         publish_tiny(store, seed=3)
         wait_until(lambda: models.get("tiny").version.ref == "tiny@4")
+
+
+def test_load__logs_a_changed_card_and_serves(
+    store: ModelStore, models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish_tiny(store, seed=1)
+    (store.resolve("tiny@2").path / "README.md").write_text("# my notes")
+    monkeypatch.setattr(structlog, "is_configured", lambda: True)  # as in a server
+    with structlog.testing.capture_logs() as logs:
+        models.get("tiny@2")
+    assert [(line["log_level"], line["model"]) for line in logs] == [("warning", "tiny@2")]

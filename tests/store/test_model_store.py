@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,18 +300,19 @@ def test_publish__tolerates_a_staging_directory_that_its_writer_removes_meanwhil
     publish_tiny(store)
     staging = store.root / "tiny" / ".staging-other"
     staging.mkdir()
-    os_open = os.open
-    removed: list[str] = []
+    flock = fcntl.flock
+    removed: list[Path] = []
 
-    def open_after_removal(path: str, flags: int, mode: int = 0o777) -> int:
-        if str(path) == str(staging) and not removed:
-            removed.append(path)
+    def flock_after_removal(file: Any, operation: int) -> None:
+        if operation & fcntl.LOCK_NB and not removed:
+            removed.append(staging)
             staging.rmdir()
-        return os_open(path, flags, mode)
+        flock(file, operation)
 
-    monkeypatch.setattr("service.store.staging.os.open", open_after_removal)
+    monkeypatch.setattr("service.store.staging.fcntl.flock", flock_after_removal)
     assert publish_tiny(store) == "tiny@2"
     assert removed
+    assert sorted(path.name for path in (store.root / "tiny").iterdir()) == [".lock", "1", "2", "store.json"]
 
 
 def test_check_writable__refuses_what_publishing_would_refuse(tmp_path: Path) -> None:

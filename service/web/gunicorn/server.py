@@ -26,6 +26,7 @@ _SHM = "/dev/shm"  # noqa: S108
 _EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
 _BACKLOG = 2048  # connections that the kernel accepts for the process meanwhile
 _MAX_DESCRIPTORS = 65_536
+_MAX_DESCRIPTORS_MACOS = 10_240  # OPEN_MAX: macOS refuses a higher soft limit, even where the hard one is infinite
 _OTHER_DESCRIPTORS = 128  # for models, keys, logs and whatever else the process opens
 _WAITING_CONNECTIONS = 4096  # which no thread is answering
 
@@ -139,20 +140,31 @@ def gunicorn_config(settings: Settings) -> dict[str, Any]:
 def _descriptor_limits() -> tuple[int, int]:
     """Return the soft and the hard limit of open files that the server runs with: it raises the soft one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = _MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MAX_DESCRIPTORS)
+    most = _MAX_DESCRIPTORS_MACOS if sys.platform == "darwin" else _MAX_DESCRIPTORS
+    highest = most if hard == resource.RLIM_INFINITY else min(hard, most)
     return (soft if soft != resource.RLIM_INFINITY and soft > highest else highest), hard
 
 
 def _listen(settings: Settings) -> socket.socket:
-    """Listen on the address of the settings. gunicorn itself would try five times, and not say what to change."""
-    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    """Listen on the address of the settings. gunicorn itself would try five times, and not say what to change.
+
+    A name is looked up, and its first IPv4 address is taken if it has one. `::` stands for all addresses, also of IPv4.
+    """
+    host, port = settings.host, settings.port
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    listener = None
     try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, place = next((each for each in found if each[0] == socket.AF_INET), found[0])
+        listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        listener.bind(place)
         listener.listen(_BACKLOG)
     except OSError as error:
-        listener.close()
-        address = f"{settings.host}:{settings.port}"
+        if listener is not None:
+            listener.close()
         if error.errno == errno.EADDRINUSE:
             raise AddressUnusable(
                 f"{address} is in use by another program: stop it, or choose another port with --port or GRU_SERVE_PORT"
