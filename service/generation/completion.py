@@ -30,7 +30,8 @@ class CompletionRequest:
     max_chars: int  # to generate for each continuation
     seed: int
     sampling: SamplingSettings = PLAIN
-    stop: tuple[str, ...] = ()  # strings that end a continuation; they are not part of its text
+    # Strings that end a continuation, as `written_stops` returns them; they are not part of its text.
+    stop: tuple[str, ...] = ()
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
     best_of: int = 1
