@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
-from service.commands.options import FiniteRange, json_option, model_store_option, open_store
+from service.commands.options import FiniteRange, echo_json, json_option, model_store_option, open_store
 from service.errors import MissingLibrary
+from service.installation import how_to_get_torch
 from service.model.charset import UnknownChars
 from service.model.quantize import Precision
 
@@ -72,7 +72,7 @@ def eval_command(
     if as_json:
         facts = {"model": version.ref, "corpus": text.name, "precision": precision}
         facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
-        click.echo(json.dumps(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored}))
+        echo_json(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored})
     else:
         click.echo(
             f"{version.ref} on {text.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
@@ -126,7 +126,4 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401 - only checks that it can be imported
     except ImportError as error:
-        raise MissingLibrary(
-            "this command needs torch, which is not installed: run pip install 'gru-serve[train]', or build the "
-            "image with --build-arg WITH_TORCH=1"
-        ) from error
+        raise MissingLibrary(f"this command needs torch, which is not installed: {how_to_get_torch()}") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +41,16 @@ def model_store_option(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """Add the option `--json`, with which a command prints one JSON document on standard output."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def echo_json(document: object, indent: int | None = None) -> None:
+    """Print a JSON document on standard output. A character is escaped only if the output can't have it."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # the locale's encoding lacks a character, or a file's name is no text
+        text = json.dumps(document, indent=indent)
+    click.echo(text)
 
 
 def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
@@ -77,7 +90,21 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     root = model_store if model_store is not None else read_settings().model_store
     if not root.is_dir() and not create:
         raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
-    return ModelStore(root)
+    return ModelStore(root, read_settings().model.partition("@")[0])
+
+
+@contextmanager
+def suggesting_models() -> Iterator[None]:
+    """Add to an error about the default model which one to name instead, for a command that has the option --model."""
+    from service.errors import ModelNotFound
+
+    try:
+        yield
+    except ModelNotFound as error:
+        if not error.others:
+            raise
+        advice = f"--model {error.others[0]}" if len(error.others) == 1 else "one of them with --model"
+        raise ModelNotFound(f"{error.message}. Choose {advice}, or set GRU_SERVE_MODEL") from None
 
 
 def open_service(model_store: Path | None, model: str | None, num_threads: int | None) -> Any:
@@ -92,7 +119,8 @@ def open_service(model_store: Path | None, model: str | None, num_threads: int |
     from service.settings import read_settings
 
     own = {"model_store": open_store(model_store).root, "model": model, "engine_threads": num_threads}
-    return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
+    with suggesting_models():
+        return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
 
 
 def _click_type(annotation: Any) -> Any:

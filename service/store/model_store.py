@@ -30,6 +30,7 @@ from service.store.staging import STAGING, TRASH, fsync, locked, staging_directo
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _INDEX, _LATEST = "store.json", "latest"
+_MAX_LISTED = 8  # names in an error
 
 
 @dataclass(frozen=True, order=True)
@@ -69,8 +70,9 @@ class _Index(BaseModel):
 class ModelStore:
     """The models in one directory. Any number of threads and processes may read and write at the same time."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, default: str | None = None) -> None:
+        """default: the name of a model that errors list first."""
+        self.root, self._default = root, default
 
     def names(self) -> list[str]:
         """Return the names that have at least one version, sorted. Unreadable directories are skipped."""
@@ -106,17 +108,19 @@ class ModelStore:
             )
         versions = self.versions(name)
         if not versions:
-            known = ", ".join(self.names()[:8]) or "none"
-            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}", param="model")
+            names = sorted(self.names(), key=lambda other: other != self._default)
+            raise ModelNotFound(
+                f"no model {name!r} is in the store; it has: {_listed(names)}", param="model", others=names
+            )
         if not at or selector == _LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
         for version in versions:
             if version.number == number:
                 return version
-        known = ", ".join(str(version.number) for version in versions[-8:])
+        numbers = _listed([str(version.number) for version in reversed(versions)])
         raise ModelNotFound(
-            f"model {name!r} has no version or alias {selector!r}; its versions: {known}", param="model"
+            f"model {name!r} has no version or alias {selector!r}; its versions: {numbers}", param="model"
         )
 
     def load(self, ref: str) -> tuple[ModelVersion, Artifact]:
@@ -276,3 +280,9 @@ def _os_errors_as_store_errors(what_failed: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{what_failed}: {error.strerror or error}") from error
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more if names else "none"
