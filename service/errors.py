@@ -158,9 +158,11 @@ class ModelNotFound(NotFound):
 
     code = "model_not_found"
 
-    def __init__(self, message: str, *, param: str | None = None, others: Sequence[str] = ()) -> None:
+    def __init__(self, message: str, *, param: str | None = None, others: Sequence[str] | None = None) -> None:
         super().__init__(message, param=param)
-        self.others = others  # names of models that the store has instead; empty if the name alone was found
+        self.others = (
+            others  # names of models that the store has instead; None if it has the name, without this version
+        )
 
 
 class SessionNotFound(NotFound):

@@ -80,7 +80,8 @@ def _unescaped(value: str, ctx: click.Context, param: click.Parameter) -> str:
 def _read_prompt(prompt: str | None, file: BinaryIO | None) -> str:
     """Return the prompt of the option or of the file. Raises UsageError if none or both are given, or it is no text."""
     if (prompt is None) == (file is None):
-        raise click.UsageError("give the text to continue with --prompt or --prompt-file; --prompt '' for none")
+        what = "give the text to continue" if file is None else "give one text to continue, not two:"
+        raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
     if file is None:
         return prompt or ""
     max_chars = read_settings().max_prompt_chars

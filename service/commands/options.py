@@ -63,6 +63,7 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for name, field in reversed(model.model_fields.items()):
             if field.annotation is SecretStr:
+                command = _refused_option(name)(command)
                 continue
             default = f"  [{field.default}]"
             option = click.option(
@@ -76,6 +77,18 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def _refused_option(name: str) -> Callable[[Command], Command]:
+    """Add an option, which no help shows, that is refused with the name of the variable to set instead."""
+
+    def refuse(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            variable = f"GRU_SERVE_{name.upper()}"
+            raise click.UsageError(f"every user of a machine can read its command lines: set {variable} instead", ctx)
+
+    words = f"--{name.replace('_', '-')}"
+    return click.option(words, hidden=True, expose_value=False, callback=refuse)
 
 
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:
@@ -101,10 +114,15 @@ def suggesting_models() -> Iterator[None]:
     try:
         yield
     except ModelNotFound as error:
-        if not error.others:
+        if error.others is None:
             raise
-        advice = f"--model {error.others[0]}" if len(error.others) == 1 else "one of them with --model"
-        raise ModelNotFound(f"{error.message}. Choose {advice}, or set GRU_SERVE_MODEL") from None
+        if not error.others:
+            advice = "Name another store with --model-store, or train a model with gru-serve train"
+        elif len(error.others) == 1:
+            advice = f"Choose --model {error.others[0]}, or set GRU_SERVE_MODEL"
+        else:
+            advice = "Choose one with --model, or set GRU_SERVE_MODEL"
+        raise ModelNotFound(f"{error.message}. {advice}") from None
 
 
 def open_service(model_store: Path | None, model: str | None, num_threads: int | None) -> Any:

@@ -256,6 +256,11 @@ def with_biases(
     """
     by_id: dict[int, float] = {}
     for char, bias in biases.items():
+        if len(char) > 1 and char.isascii():
+            raise InvalidValue(
+                f"logit_bias: {char!r} is not one character: the keys are characters, not ids of tokens",
+                param="logit_bias",
+            )
         try:
             ids = charset.encode(char, unknown)
         except InvalidValue as error:

@@ -295,7 +295,7 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     """Return the last run, and the position after which to stream it. Raises NoRun, PositionConflict, PositionGone."""
     run = session.run
     if run is None:
-        raise NoRun("the session has no continuation to resume, or its text has been changed since")
+        raise NoRun("the session has no continuation to resume, or its text has been changed since: start one")
     after = run.start if after is None else after
     # An interrupted run is resumed even from a position that was sent and not saved.
     end = run.end if run.end is not None else run.start + run.max_chars

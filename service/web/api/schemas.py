@@ -18,7 +18,7 @@ from service.engine.stop import MAX_STOP_CHARS
 from service.model.charset import UnknownChars
 
 _SEED_LIMIT = 2**63
-_HARD_MAX_TOKENS = 10_000_000  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
+_HARD_MAX_TOKENS = 2**53  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
 UNKNOWN_CHARS = (
     "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
     "ones (`fold`) or leave them out (`drop`)"
