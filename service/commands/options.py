@@ -136,8 +136,10 @@ def open_service(model_store: Path | None, model: str | None, num_threads: int |
     from service.assembly import Service
     from service.settings import read_settings
 
-    own = {"model_store": open_store(model_store).root, "model": model, "engine_threads": num_threads}
+    store = open_store(model_store)
+    own = {"model_store": store.root, "model": model, "engine_threads": num_threads}
     with suggesting_models():
+        store.resolve(model or read_settings().model)  # first: its errors list the default model first
         return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
 
 
