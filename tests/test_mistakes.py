@@ -122,7 +122,7 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     (COMPLETIONS, b"x" * 70_000, 413, "body_too_large", "raise GRU_SERVE_MAX_BODY_BYTES"),
     (COMPLETIONS, None, 415, "unsupported_media_type", "sent with Content-Type: application/json"),
     ("GET /v1/completions", None, 405, "method_not_allowed", "it has: OPTIONS, POST"),
-    ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; /docs lists the routes"),
+    ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; the API description lists all"),
     ("POST /v1/completions/", PROMPT, 404, "not_found", "did you mean /v1/completions?"),
     ("GET /v1/models/nope", None, 404, "model_not_found", "it has: tiny"),
     ("GET /v1/sessions", None, 403, "listing_needs_keys", "let the operator set GRU_SERVE_API_KEYS"),

@@ -163,7 +163,7 @@ def register_error_handlers(app: Flask) -> None:
         )
         if code == "not_found":
             paths = [rule.rule for rule in app.url_map.iter_rules()]
-            message = f"there is no such route{_did_you_mean(request.path[:200], paths)}; /docs lists the routes"
+            message = f"there is no such route{_did_you_mean(request.path[:200], paths)}; the API description lists all"
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
