@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 import click
@@ -14,17 +16,21 @@ from service.commands.keys import keys_group
 from service.commands.models import models_group
 from service.commands.serve import serve_command
 from service.commands.train import train_command
-from service.errors import GruServeError, InvalidSettings
+from service.errors import GruServeError, InvalidSettings, UnknownCharacters
 
 
 class _Group(click.Group):
     """Prints errors of the project in one line: exit code 2 for wrong settings, as for wrong usage, and 1 otherwise."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a terminal may lack a character
         try:
             return super().invoke(ctx)
         except InvalidSettings as error:
             raise click.UsageError(error.message) from error
+        except UnknownCharacters as error:
+            raise click.ClickException(error.command_message) from error
         except GruServeError as error:
             raise click.ClickException(error.message) from error
 

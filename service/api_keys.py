@@ -111,7 +111,9 @@ class ApiKeys:
         if self._path is None:
             return self._listed
         if content is None:
-            raise InvalidSettings(f"{_FILE_VARIABLE}: can't read {self._path}", param="api_keys_file")
+            raise InvalidSettings(
+                f"{_FILE_VARIABLE}: can't read {self._path}: check its name and permissions", param="api_keys_file"
+            )
         if len(content) > _MAX_FILE_BYTES:
             raise InvalidSettings(f"{_FILE_VARIABLE}: over {_MAX_FILE_BYTES} bytes", param="api_keys_file")
         lines = _decode(content).splitlines()

@@ -58,7 +58,9 @@ class Service:
         with ExitStack() as closing:  # closes in the opposite order: what is used by other parts, after them
             store = _open_store(settings, retention, store_observer, closing)
             models = LoadedModels(
-                ModelStore(settings.store_root), settings.max_models, _engine_settings(settings, kernel)
+                ModelStore(settings.store_root, default=settings.model.partition("@")[0]),
+                settings.max_models,
+                _engine_settings(settings, kernel),
             )
             closing.callback(models.close)
             models.get(settings.model)

@@ -57,6 +57,11 @@ A message says what is wrong, where, and what to do about it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+UnknownCharsRemedy = Literal["fold", "drop"]
+
 
 class GruServeError(Exception):
     """The root of all errors that the service raises on purpose and can explain."""
@@ -83,6 +88,25 @@ class UnknownCharacters(InvalidValue):
     """A text contains characters that the model's charset lacks."""
 
     code = "unknown_characters"
+
+    def __init__(self, fault: str, remedies: Sequence[UnknownCharsRemedy] = (), *, param: str | None = None) -> None:
+        """Describe the characters in `fault`. remedies: values of `unknown_chars` with which the text is accepted."""
+        self.fault, self._remedies = fault, remedies
+        super().__init__(self._advising('"unknown_chars": "{}"'), param=param)
+
+    @property
+    def command_message(self) -> str:
+        """The message with the option of a command instead of the field of a request."""
+        return self._advising("--unknown-chars {}")
+
+    def _advising(self, setting: str) -> str:
+        return "; ".join([self.fault, *(f"{setting.format(name)} {_EFFECTS[name]}" for name in self._remedies)])
+
+
+_EFFECTS: dict[UnknownCharsRemedy, str] = {
+    "fold": "replaces such characters by the nearest known ones",
+    "drop": "leaves them out",
+}
 
 
 class InvalidState(InvalidRequest):
@@ -133,6 +157,12 @@ class ModelNotFound(NotFound):
     """The model store has no model, version or alias of that name."""
 
     code = "model_not_found"
+
+    def __init__(self, message: str, *, param: str | None = None, others: Sequence[str] | None = None) -> None:
+        super().__init__(message, param=param)
+        self.others = (
+            others  # names of models that the store has instead; None if it has the name, without this version
+        )
 
 
 class SessionNotFound(NotFound):

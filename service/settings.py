@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -384,7 +385,8 @@ def read_settings(**overrides: Any) -> Settings:
         field = str(first["loc"][0])
         is_secret = Settings.model_fields[field].annotation is SecretStr
         value = "..." if is_secret else str(first.get("input"))[:80]
-        raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {first['msg']}", param=field) from error
+        fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {fault}", param=field) from error
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
@@ -392,7 +394,9 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     named = {name for name in environ if name.upper().startswith(PREFIX) and not _is_service_link(name, environ[name])}
     unknown = sorted(name for name in named if name.upper() not in known)
     if unknown:
-        raise InvalidSettings(f"{unknown[0]} is not a setting; the settings are: {', '.join(sorted(known))}")
+        close = get_close_matches(unknown[0].upper(), known, 1)
+        guess = f": did you mean {close[0]}?" if close else ""
+        raise InvalidSettings(f"{unknown[0]} is not a setting{guess}; the settings are: {', '.join(sorted(known))}")
 
 
 def _is_service_link(name: str, value: str) -> bool:

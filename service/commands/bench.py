@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.options import FiniteRange, json_option, model_store_option, open_service
+from service.commands.options import FiniteRange, echo_json, json_option, model_store_option, open_service
 from service.cores import available_cores
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def bench_command(
                 span = f"{slowest:,.0f}..{fastest:,.0f}"
                 click.echo(f"{num_rows:>6}{rate:>15,.0f}{span:>22}{rate / num_rows:>15,.0f}")
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
+        echo_json(facts, indent=1)
 
 
 def measure(stepper: Stepper, num_rows: int, seconds: float) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +9,16 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
-from service.commands.options import FiniteRange, corpus_option, json_option, model_store_option, open_store
+from service.commands.options import (
+    FiniteRange,
+    corpus_option,
+    echo_json,
+    json_option,
+    model_store_option,
+    open_store,
+)
 from service.errors import InvalidCorpus, MissingLibrary
+from service.installation import how_to_get_torch
 from service.model.charset import UnknownChars
 from service.model.quantize import Precision
 
@@ -102,7 +109,7 @@ def eval_command(
     if as_json:
         facts = {"model": version.ref, "corpus": whole.name, "precision": precision}
         facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
-        click.echo(json.dumps(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored}))
+        echo_json(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored})
     else:
         click.echo(
             f"{version.ref} on {whole.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
@@ -186,7 +193,4 @@ def require_torch() -> None:
     try:
         import torch  # noqa: F401 - only checks that it can be imported
     except ImportError as error:
-        raise MissingLibrary(
-            "this command needs torch, which is not installed: run pip install torch matplotlib (in a checkout: make "
-            "setup), or build the image with --build-arg WITH_TORCH=1"
-        ) from error
+        raise MissingLibrary(f"this command needs torch, which is not installed: {how_to_get_torch()}") from error

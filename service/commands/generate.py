@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import re
 import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_type_hints
 
 import click
 from annotated_types import Ge, Gt, Le
 from pydantic.fields import FieldInfo
 
-from service.commands.options import Command, FiniteRange, json_option, model_store_option, open_service
+from service.commands.options import (
+    Command,
+    FiniteRange,
+    echo_json,
+    json_option,
+    model_store_option,
+    open_service,
+)
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.model.charset import UnknownChars
+from service.settings import read_settings
 
-_UNKNOWN_HELP = "What happens to characters of the prompt that the model does not know.  [error]"
+if TYPE_CHECKING:
+    from service.generation.completion import CompletionRequest
+    from service.registry.loaded_models import LoadedModel
+
+_UNKNOWN_HELP = "What happens to characters of prompt and stop strings that the model does not know.  [error]"
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}  # in stop strings
+_GROUP = 64  # texts that are generated side by side
 
 
 def _sampling_options(command: Command) -> Command:
@@ -43,48 +59,160 @@ def _range(kind: type, field: FieldInfo) -> click.IntRange | FiniteRange:
     return (click.IntRange if kind is int else FiniteRange)(low, high, min_open=above is not None)
 
 
+def _stop_strings(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_unescaped(value, ctx, param) for value in values)
+
+
+def _unescaped(value: str, ctx: click.Context, param: click.Parameter) -> str:
+    """Return a stop string with the characters that its escapes stand for."""
+
+    def char(escape: re.Match[str]) -> str:
+        if escape[0] not in _ESCAPES:
+            known = ", ".join(_ESCAPES)
+            raise click.BadParameter(f"'{escape[0]}' is none of {known}: write \\\\ for a backslash", ctx, param)
+        return _ESCAPES[escape[0]]
+
+    if not value:
+        raise click.BadParameter("a stop string must not be empty", ctx, param)
+    return re.sub(r"\\.?", char, value, flags=re.DOTALL)
+
+
+def _read_prompt(prompt: str | None, file: BinaryIO | None) -> str:
+    """Return the prompt of the option or of the file. Raises UsageError if none or both are given, or it is no text."""
+    if (prompt is None) == (file is None):
+        what = "give the text to continue" if file is None else "give one text to continue, not two:"
+        raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
+    if file is None:
+        return prompt or ""
+    max_chars = read_settings().max_prompt_chars
+    data = file.read(4 * max_chars + 4)  # a character has up to four bytes, and a byte order mark three
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(data) < 4 * max_chars + 4:
+            raise click.UsageError(f"--prompt-file: not UTF-8 at byte {error.start}: convert the file") from None
+        text = data.decode(errors="replace")
+    if len(text) > max_chars:
+        raise click.UsageError(f"--prompt-file: more than {max_chars:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS")
+    return text
+
+
 @click.command("generate")
-@click.option("--prompt", required=True, help="The text to continue; may be empty.")
+@click.option(
+    "--prompt",
+    help="The text to continue, as it is. An empty one ('') begins a text of the model's own: after training with "
+    "--lines, and with --stop '\\n', that is one line.",
+)
+@click.option(
+    "--prompt-file",
+    type=click.File("rb"),
+    help="File with the text to continue, in UTF-8, all of it; -: standard input.",
+)
 @click.option("--model", default=None, help="Model as name, name@version or name@alias.  [the setting GRU_SERVE_MODEL]")
-@click.option("--max-tokens", type=click.IntRange(1), default=500, help="Characters to generate at most.  [500]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1, 10_000_000), default=500, help="Characters to generate at most.  [500]"
+)
+@click.option(
+    "-n",
+    "num_texts",
+    type=click.IntRange(1, 1_000_000),
+    default=None,
+    help="Texts to generate, each with a seed of its own, which is printed before it. They are separated by these "
+    "lines; if a newline ends each text, the lines are written to standard error. With --json, print a list.  [1]",
+)
 @_sampling_options
-@click.option("--stop", multiple=True, help="A string that ends the text; may be given several times.")
-@click.option("--seed", type=int, default=None, help="The same seed gives the same text.  [a random one]")
+@click.option(
+    "--stop",
+    multiple=True,
+    callback=_stop_strings,
+    help=r"A string that ends the text and is not part of it; may be given several times. \n, \t and \r in it are a "
+    r"newline, a tab and a carriage return, and \\ is a backslash.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(-(2**63), 2**63 - 1),
+    default=None,
+    help="The same seed gives the same text.  [a random one]",
+)
 @click.option("--unknown-chars", type=click.Choice(get_args(UnknownChars)), default="error", help=_UNKNOWN_HELP)
 @model_store_option
 @json_option
 def generate_command(
-    prompt: str,
+    prompt: str | None,
+    prompt_file: BinaryIO | None,
     model: str | None,
     max_tokens: int,
+    num_texts: int | None,
     stop: tuple[str, ...],
     seed: int | None,
-    unknown_chars: str,
+    unknown_chars: UnknownChars,
     model_store: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Continue a text without a server, printing it as it is generated. The text is the one that POST /v1/completions
-    returns for the same settings.
+    """Continue a text without a server, printing it as it is generated. The texts are those that POST /v1/completions
+    returns for the same settings and n.
 
     Example: gru-serve generate --prompt ROMEO: --max-tokens 200 --seed 7
     """
-    from service.generation.completion import Completion, CompletionRequest
+    from service.generation.completion import CompletionRequest
+    from service.generation.reader import written_stops
 
-    if "" in stop:
-        raise click.BadParameter("a stop string must not be empty", param_hint="--stop")
-    seed = secrets.randbits(63) if seed is None else seed
-    # One thread, because there is one text: a second core would mostly wait for the first.
-    with open_service(model_store, model, num_threads=1) as service:
+    prompt = _read_prompt(prompt, prompt_file)
+    is_random, number = seed is None, num_texts or 1
+    seed = secrets.randbits(53) if seed is None else seed
+    # One thread for one text: a second core would mostly wait for the first.
+    with open_service(model_store, model, num_threads=None if number > 1 else 1) as service:
         loaded = service.models.get(service.default_model)
-        ids = loaded.charset.encode(prompt, cast(UnknownChars, unknown_chars))
-        completion = Completion(loaded, CompletionRequest((ids,), max_tokens, seed, SamplingSettings(**sampling), stop))
-        pieces = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
+        request = CompletionRequest(
+            (loaded.charset.encode(prompt, unknown_chars),),
+            max_tokens,
+            seed,
+            SamplingSettings(**sampling),
+            written_stops(loaded.charset, stop, unknown_chars),
+        )
         if as_json:
-            text = "".join(pieces)
-            facts = {"model": loaded.version.ref, "seed": seed, "text": text}
-            click.echo(json.dumps(facts | {"finish_reason": completion.choices[0].finish_reason}))
+            facts = [
+                {"model": loaded.version.ref, "seed": text.seed, "text": "".join(text.pieces)}
+                | {"finish_reason": text.finish_reason()}
+                for text in _texts(loaded, request, number)
+            ]
+            echo_json(facts[0] if num_texts is None else facts)
             return
-        for piece in pieces:
-            click.echo(piece, nl=False)
-        click.echo()
+        has_headings = number > 1 or is_random
+        is_separated = number > 1 and "\n" not in request.stop
+        for text in _texts(loaded, request, number):
+            if has_headings:
+                click.echo(f"--- seed {text.seed} ---", err=not is_separated)
+            for piece in text.pieces:
+                click.echo(piece, nl=False)
+            click.echo()
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text that is generated."""
+
+    seed: int
+    pieces: Iterable[str]
+    finish_reason: Callable[[], str]  # after the last piece
+
+
+def _texts(model: LoadedModel, request: CompletionRequest, number: int) -> Iterator[_Text]:
+    """Yield texts with the seeds of a completion's choices, in their order: a single one while it is generated."""
+    from service.engine.sampling import choice_seed
+    from service.generation.completion import Completion
+
+    limits = read_settings()
+    group = min(_GROUP, limits.max_batch + limits.max_queue)
+    for first in range(0, number, group):
+        size = min(group, number - first)
+        completion = Completion(model, replace(request, n=size, best_of=size, first_choice=first))
+        seeds = [choice_seed(request.seed, first + index) for index in range(size)]
+        if number == 1:
+            pieces: Iterator[str] = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
+            yield _Text(seeds[0], pieces, lambda choice=completion.choices[0]: choice.finish_reason)  # type: ignore[misc]
+            return
+        texts = {item[0].index: item[1].text for item in completion.chunks(None, 1.0) if item is not None}
+        for index, choice in enumerate(completion.choices):
+            yield _Text(seeds[index], [texts[index]], lambda choice=choice: choice.finish_reason)  # type: ignore[misc]

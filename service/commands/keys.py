@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
-from service.commands.options import json_option
+from service.commands.options import echo_json, json_option
 
 
 @click.group("keys")
@@ -29,6 +27,6 @@ def new_command(name: str, as_json: bool) -> None:
 
     key, entry = new_key(name)
     if as_json:
-        click.echo(json.dumps({"key": key, "entry": entry}))
+        echo_json({"key": key, "entry": entry})
     else:
         click.echo(f"key    {key}\nentry  {entry}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from service.commands.options import json_option, model_store_option, open_store
+from service.commands.options import echo_json, json_option, model_store_option, open_store
 from service.errors import GruServeError, InvalidArtifact
 
 
@@ -28,16 +28,19 @@ def list_command(model_store: Path | None, as_json: bool) -> None:
     store = open_store(model_store)
     rows = [_row(store, version) for name in store.names() for version in store.versions(name)]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        echo_json(rows, indent=1)
         return
     if not rows:
         click.echo(f"no models in {store.root}", err=True)
+        return
+    table = [("model", "parameters", "nats/char", "aliases")]
     for row in rows:
-        loss = f"{row['validation_nats_per_char']:.4f} nats/char" if row["validation_nats_per_char"] else ""
-        state = (
-            "damaged: see `gru-serve models verify`" if row["damaged"] else f"{row['num_parameters']:>12,} parameters"
-        )
-        click.echo(f"{row['model']:<24} {state}  {loss:<18} {', '.join(row['aliases'])}".rstrip())
+        size = "damaged: see models verify" if row["damaged"] else f"{row['num_parameters']:,}"
+        loss = row["validation_nats_per_char"]
+        table.append((row["model"], size, f"{loss:.4f}" if loss is not None else "", ", ".join(row["aliases"])))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for model, size, loss, aliases in table:
+        click.echo(f"{model:<{widths[0]}}  {size:>{widths[1]}}  {loss:>{widths[2]}}  {aliases}".rstrip())
 
 
 @models_group.command("show")
@@ -55,17 +58,21 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
     facts: dict[str, Any] = {"model": described.version.ref, "path": str(described.version.path)}
     facts |= {"digest": described.digest, "aliases": described.aliases, "num_parameters": config.num_parameters}
     if as_json:
-        click.echo(json.dumps(facts | {"config": config.model_dump(), "training": training}, indent=1))
+        echo_json(facts | {"config": config.model_dump(), "training": training}, indent=1)
         return
-    click.echo(f"model       {facts['model']}   {', '.join(described.aliases)}".rstrip())
-    click.echo(f"path        {facts['path']}")
-    click.echo(f"digest      {described.digest}")
-    click.echo(f"parameters  {config.num_parameters:,}")
-    click.echo(f"sizes       embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}")
-    click.echo(f"charset     {config.vocab_size} characters: {config.charset!r}")
+    rows = [
+        ("model", ", ".join([facts["model"], *described.aliases])),
+        ("path", facts["path"]),
+        ("digest", described.digest),
+        ("parameters", f"{config.num_parameters:,}"),
+        ("sizes", f"embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}"),
+        ("charset", f"{config.vocab_size} characters: {config.charset!r}"),
+    ]
     for section in ("corpus", "losses"):
-        for name, value in training[section].items():
-            click.echo(f"{section:<11} {name} = {value}")
+        rows += [(f"{section}: {name}", value) for name, value in _facts(training[section])]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{name:<{width}}  {value}")
 
 
 @models_group.command("verify")
@@ -86,7 +93,7 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
         except InvalidArtifact as error:
             results.append({"model": version.ref, "error": error.message, "warnings": []})
     if as_json:
-        click.echo(json.dumps(results, indent=1))
+        echo_json(results, indent=1)
     else:
         for row in results:
             click.echo(f"{row['model']:<24} {row['error'] or '; '.join(['ok', *row['warnings']])}")
@@ -143,3 +150,16 @@ def _row(store: Any, version: Any) -> dict[str, Any]:
     row |= {"damaged": False, "aliases": described.aliases, "digest": described.digest}
     loss = described.training.losses.validation_nats_per_char
     return row | {"num_parameters": described.config.num_parameters, "validation_nats_per_char": loss}
+
+
+def _facts(section: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the names and values of a part of `training.json` as people read them, also those of parts inside it."""
+    for name, value in section.items():
+        words = before + name.replace("num_", "").replace("_", " ")
+        if isinstance(value, dict):
+            yield from _facts(value, f"{words}, ")
+        else:
+            yield (
+                words,
+                f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value),
+            )

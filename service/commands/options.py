@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import stat
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +45,16 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
 
 
+def echo_json(document: object, indent: int | None = None) -> None:
+    """Print a JSON document on standard output. A character is escaped only if the output can't have it."""
+    text = json.dumps(document, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # the locale's encoding lacks a character, or a file's name is no text
+        text = json.dumps(document, indent=indent)
+    click.echo(text)
+
+
 def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     """Add an option for every field of a pydantic model, with the field's description and default as its help.
 
@@ -52,6 +65,7 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for name, field in reversed(model.model_fields.items()):
             if field.annotation is SecretStr:
+                command = _refused_option(name)(command)
                 continue
             words, help_text = f"--{name.replace('_', '-')}", field.description or name
             if field.annotation is bool:
@@ -75,6 +89,18 @@ def corpus_option(command: Command) -> Command:
         help="Text in UTF-8: a file, a folder, a pattern such as 'poems/*.txt' in quotes, or - for standard input. May "
         "be given several times; each file is a document of its own.",
     )(command)
+
+
+def _refused_option(name: str) -> Callable[[Command], Command]:
+    """Add an option, which no help shows, that is refused with the name of the variable to set instead."""
+
+    def refuse(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            variable = f"GRU_SERVE_{name.upper()}"
+            raise click.UsageError(f"every user of a machine can read its command lines: set {variable} instead", ctx)
+
+    words = f"--{name.replace('_', '-')}"
+    return click.option(words, hidden=True, expose_value=False, callback=refuse)
 
 
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:
@@ -102,7 +128,7 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
             click.echo(
                 f"using the shipped models in {root}, because there is no ./{settings.model_store} here", err=True
             )
-            return ModelStore(root, read_only=True)
+            return ModelStore(root, default=settings.model.partition("@")[0], read_only=True)
         click.echo(f"making the model store {root.absolute()}, which this folder uses from then on", err=True)
     try:
         is_there = stat.S_ISDIR(os.stat(root).st_mode)
@@ -112,7 +138,26 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
         raise StoreError(describe_os_error(root, error)) from error
     if not is_there and not create:
         raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
-    return ModelStore(root)
+    return ModelStore(root, default=settings.model.partition("@")[0])
+
+
+@contextmanager
+def suggesting_models() -> Iterator[None]:
+    """Add to an error about the default model which one to name instead, for a command that has the option --model."""
+    from service.errors import ModelNotFound
+
+    try:
+        yield
+    except ModelNotFound as error:
+        if error.others is None:
+            raise
+        if not error.others:
+            advice = "Name another store with --model-store, or train a model with gru-serve train"
+        elif len(error.others) == 1:
+            advice = f"Choose --model {error.others[0]}, or set GRU_SERVE_MODEL"
+        else:
+            advice = "Choose one with --model, or set GRU_SERVE_MODEL"
+        raise ModelNotFound(f"{error.message}. {advice}") from None
 
 
 def open_service(model_store: Path | None, model: str | None, num_threads: int | None) -> Any:
@@ -126,8 +171,11 @@ def open_service(model_store: Path | None, model: str | None, num_threads: int |
     from service.assembly import Service
     from service.settings import read_settings
 
-    own = {"model_store": open_store(model_store).root, "model": model, "engine_threads": num_threads}
-    return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
+    store = open_store(model_store)
+    own = {"model_store": store.root, "model": model, "engine_threads": num_threads}
+    with suggesting_models():
+        store.resolve(model or read_settings().model)  # first: its errors list the default model first
+        return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
 
 
 def _click_type(annotation: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from service.commands.options import field_options, open_store
+from service.commands.options import field_options, open_store, suggesting_models
 from service.settings import Settings, read_settings
 
 
@@ -30,5 +30,6 @@ def serve_command(**options: Any) -> None:
     # Checked before the server starts, so that a mistake is reported in one line and not by a crashing worker.
     check_kernel(settings.kernel)
     read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    open_store(settings.store_root).verify(settings.model)
+    with suggesting_models():
+        open_store(settings.store_root).verify(settings.model)
     Server(settings).run()

@@ -11,6 +11,7 @@ from service.arrays import Float32
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.stepper import Stepper
 from service.errors import InvalidSettings
+from service.installation import how_to_get_torch
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 
@@ -45,8 +46,13 @@ def check_kernel(choice: KernelChoice) -> None:
     if not is_torch and (choice == "torch" or not is_native):
         raise InvalidSettings(
             f"kernel={choice}, but torch is not installed"
-            + ("" if is_native else ", and the native kernel was not compiled")
-            + ": install it (pip install torch), or install this package again on a machine with a C++17 compiler",
+            + (
+                ": set kernel=auto"
+                if is_native
+                else ", and the native kernel was not compiled: install a C++17 compiler"
+            )
+            + (" or " if is_native else ", and the package again, or ")
+            + how_to_get_torch(),
             param="kernel",
         )
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from service.model.normal_form import normalised
+MAX_STOP_CHARS = 256
 
 
 def completed(text: str, stops: Sequence[str]) -> str:
     """Return the longest stop string that the text ends with, or an empty string."""
-    return max((stop for stop in _normalised(stops) if text.endswith(stop)), key=len, default="")
+    return max((stop for stop in stops if text.endswith(stop)), key=len, default="")
 
 
 class StopFilter:
@@ -20,7 +20,7 @@ class StopFilter:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = _normalised(stops)
+        self._stops = stops
         self._withheld = ""
 
     def feed(self, text: str) -> str:
@@ -47,8 +47,3 @@ class StopFilter:
             if any(stop.startswith(tail) for stop in self._stops):
                 return length
         return 0
-
-
-def _normalised(stops: Sequence[str]) -> list[str]:
-    """Return stop strings in Unicode's normal form C, in which models write."""
-    return [normalised(stop) for stop in stops]

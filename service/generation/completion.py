@@ -30,10 +30,12 @@ class CompletionRequest:
     max_chars: int  # to generate for each continuation
     seed: int
     sampling: SamplingSettings = PLAIN
-    stop: tuple[str, ...] = ()  # strings that end a continuation; they are not part of its text
+    # Strings that end a continuation, as `written_stops` returns them; they are not part of its text.
+    stop: tuple[str, ...] = ()
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
     best_of: int = 1
+    first_choice: int = 0  # of each prompt: a request for choices 64 to 127 of many has 64
     # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
     # log-probabilities are returned.
     num_logprobs: int | None = None
@@ -217,7 +219,7 @@ class Completion:
             Request(
                 prompt=prompt[start:],
                 max_chars=request.max_chars,
-                seed=choice_seed(request.seed, index),
+                seed=choice_seed(request.seed, request.first_choice + index),
                 sampling=request.sampling,
                 stops=stop_ids(model.charset, request.stop),
                 num_logprobs=(request.num_logprobs or 0) if scored else None,

@@ -11,6 +11,7 @@ from service.arrays import Float16, Float32, Ids
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, UnknownCharacters
 from service.generation.reader import state_at, step
+from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.portable import StateHeader, StateSealer
 from service.sessions.session import Session, SessionKey
@@ -26,6 +27,7 @@ class InspectionRequest:
 
     model: str | None = None  # name, name@version or name@alias; not needed for a state or a session
     text: str | None = None
+    unknown_chars: UnknownChars = "error"  # what happens to unknown characters of `text`
     session: str | None = None  # id
     state: str | None = None  # portable state, after which the text is read
     # Positions of the first character to inspect, and after the last one. By default all characters of the text; of a
@@ -125,7 +127,7 @@ class Inspector:
             model = self._models.get(request.model or "")
             hidden = model.engine.initial_hidden()
         try:
-            ids = model.charset.encode(text)
+            ids = model.charset.encode(text, request.unknown_chars)
         except UnknownCharacters as error:
             error.param = "text"
             raise

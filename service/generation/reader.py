@@ -11,10 +11,9 @@ from service.arrays import Float32, Ids
 from service.engine.request import End, Request, Snapshot
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
-from service.engine.stop import completed
-from service.errors import ClientGone, InvalidValue
-from service.model.charset import Charset
-from service.model.normal_form import normalised
+from service.engine.stop import MAX_STOP_CHARS, completed
+from service.errors import ClientGone, InvalidValue, UnknownCharacters
+from service.model.charset import Charset, UnknownChars
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
 from service.sessions.text import Retention, Text
@@ -69,11 +68,15 @@ class Reader:
     def reread(self, model: LoadedModel, text: Text, client_has_left: Callable[[], bool] | None = None) -> Text:
         """Return the retained characters of a text of another model, read into this model from the zero state.
 
-        client_has_left: see `step`.
+        client_has_left: see `step`. Raises UnknownCharacters: positions stay the same, so none is folded or dropped.
         """
         characters = text.slice(text.start, text.position)
         beginning = Text(model.engine.initial_hidden(), text.start)
-        ids = model.charset.exact(characters)
+        try:
+            ids = model.charset.exact(characters)
+        except UnknownCharacters as error:
+            advice = "the session's text has them: start a new session with that text, where `unknown_chars` applies"
+            raise UnknownCharacters(f"{error.fault}, and {advice}", param="rebase") from None
         return self.read(model, beginning, ids, client_has_left=client_has_left).text
 
     def score(
@@ -213,28 +216,63 @@ def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted:
 
 
 def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
-    """Return (n,) int64 ids of each stop string, without those that have characters unknown to the model.
+    """Return (n,) int64 ids of each of these stop strings, which `written_stops` has returned."""
+    return tuple(map(charset.exact, stops))
 
-    The model can't complete such a stop string.
+
+def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error") -> tuple[str, ...]:
+    """Return stop strings in the characters in which the model writes them, each once.
+
+    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out:
+    the model can't write it, and without these characters it would end other texts.
+
+    Raises UnknownCharacters, InvalidValue.
     """
-    known = (stop for stop in map(normalised, stops) if all(char in charset for char in stop))
-    return tuple(map(charset.encode, known))
+    written = []
+    for stop in stops:
+        try:
+            text = charset.written(stop, "fold" if unknown == "fold" else "error")
+        except UnknownCharacters as error:
+            if unknown == "drop":
+                continue
+            error.param = "stop"
+            raise
+        if not 0 < len(text) <= MAX_STOP_CHARS:
+            raise InvalidValue(
+                f"stop: 1 to {MAX_STOP_CHARS} characters, not {len(text)}, which it has as the model writes it",
+                param="stop",
+            )
+        written.append(text)
+    return tuple(dict.fromkeys(written))
 
 
-def with_biases(sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float]) -> SamplingSettings:
+def with_biases(
+    sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float], unknown: UnknownChars = "error"
+) -> SamplingSettings:
     """Return sampling settings with a `logit_bias` of these characters, for a model with this charset.
 
-    Raises UnknownCharacters for a character that the model doesn't know, InvalidValue for what is not one character.
+    Raises UnknownCharacters for a character that the model doesn't know, unless `unknown` folds or drops it, and
+    InvalidValue for what is not one character, or for two biases of one.
     """
-    pairs = []
+    by_id: dict[int, float] = {}
     for char, bias in biases.items():
+        if len(char) > 1 and char.isascii():
+            raise InvalidValue(
+                f"logit_bias: {char!r} is not one character: the keys are characters, not ids of tokens",
+                param="logit_bias",
+            )
         try:
-            ids = charset.encode(char)
+            ids = charset.encode(char, unknown)
         except InvalidValue as error:
             error.param = "logit_bias"
             raise
+        if not len(ids) and unknown == "drop":
+            continue
         if len(ids) != 1:
-            raise InvalidValue(f"logit_bias: {char!r} is not one character", param="logit_bias")
-        if bias != 0:
-            pairs.append((int(ids[0]), bias))
-    return replace(sampling, logit_bias=tuple(sorted(pairs)))
+            raise InvalidValue(f"logit_bias: {char!r} is not one character to this model", param="logit_bias")
+        if by_id.setdefault(int(ids[0]), bias) != bias:
+            raise InvalidValue(
+                f"logit_bias: {char!r} has another bias in a second spelling, and is one character to this model",
+                param="logit_bias",
+            )
+    return replace(sampling, logit_bias=tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0)))

@@ -21,9 +21,9 @@ from service.errors import (
     SessionBusy,
     StoreUnavailable,
 )
-from service.generation.reader import Reader, with_biases
+from service.generation.reader import Reader, with_biases, written_stops
 from service.generation.run_stream import ActiveRun, RunStream
-from service.model.charset import Charset
+from service.model.charset import Charset, UnknownChars
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session, SessionKey
@@ -50,10 +50,16 @@ class RunRequest:
     # (character, added to its logit) pairs. They get ids with the session's model when the run starts, because until
     # then another request may move the session to another model. `sampling` has no biases.
     biases: tuple[tuple[str, float], ...] = ()
+    unknown_chars: UnknownChars = "error"  # what happens to unknown characters of `stops` and `biases`
 
     def for_charset(self, charset: Charset) -> RunRequest:
-        """Return the request with its biases in `sampling`. Raises UnknownCharacters, InvalidValue."""
-        return replace(self, sampling=with_biases(self.sampling, charset, dict(self.biases)), biases=())
+        """Return the request with its biases in `sampling`, and its stop strings as the model writes them.
+
+        Raises UnknownCharacters, InvalidValue.
+        """
+        sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars)
+        stops = written_stops(charset, self.stops, self.unknown_chars)
+        return replace(self, sampling=sampling, stops=stops, biases=())
 
     def new_run(self, session: Session) -> Run:
         """Return the run that this request starts at the end of a session."""
@@ -113,9 +119,15 @@ class RunRegistry:
         """
 
         def resolved(session: Session) -> RunRequest:
-            if not request.biases:
+            if not (request.biases or request.stops):
                 return request
-            return request.for_charset(self._models.for_state(session.model, session.identity).charset)
+            try:
+                charset = self._models.for_state(session.model, session.identity).charset
+            except ModelChanged:
+                if request.biases:
+                    raise
+                return request  # a finished run can be sent again; anything else raises this again
+            return request.for_charset(charset)
 
         def choose(session: Session) -> tuple[Session, Run, int]:
             wanted = resolved(session)
@@ -283,7 +295,7 @@ def _resumable(session: Session, after: int | None) -> tuple[Run, int]:
     """Return the last run, and the position after which to stream it. Raises NoRun, PositionConflict, PositionGone."""
     run = session.run
     if run is None:
-        raise NoRun("the session has no continuation to resume, or its text has been changed since")
+        raise NoRun("the session has no continuation to resume, or its text has been changed since: start one")
     after = run.start if after is None else after
     # An interrupted run is resumed even from a position that was sent and not saved.
     end = run.end if run.end is not None else run.start + run.max_chars

@@ -312,7 +312,10 @@ class SessionService:
         except (SessionNotFound, SessionGone):
             return None
         if session.origin != origin:
-            raise SessionExists(f"there is a session {key.id}, which was created otherwise", param="id")
+            raise SessionExists(
+                f"there is a session {key.id}, which was created otherwise: choose another id, or delete it first",
+                param="id",
+            )
         return session
 
     def _store_new(self, session: Session) -> tuple[Session, bool]:

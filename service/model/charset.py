@@ -9,14 +9,15 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Ids
-from service.errors import InvalidCharset, UnknownCharacters
-from service.model.normal_form import code_points, normalised_pieces
+from service.errors import InvalidCharset, UnknownCharacters, UnknownCharsRemedy
+from service.model.normal_form import code_points, joins, normalised_pieces
 
 UnknownChars = Literal["error", "fold", "drop"]  # what to do with unknown characters, see Charset.encode
 
@@ -138,8 +139,12 @@ class Charset:
             positions = [position for position, char in enumerate(text) if char in hopeless]
         else:
             positions = np.flatnonzero(ids < 0).tolist()
-        is_last = start + len(text) >= end
-        raise self._unknown_error(text, positions, start, folded=unknown == "fold", is_last=is_last)
+        remedies: tuple[UnknownCharsRemedy, ...] = ("drop",) if unknown == "fold" else ("fold", "drop")
+        raise _unknown_error(text, positions, remedies, start, is_last=start + len(text) >= end)
+
+    def written(self, text: str, unknown: UnknownChars = "error") -> str:
+        """Return `text` in the characters in which the model reads and writes it. See `encode`."""
+        return self.decode(self.encode(text, unknown))
 
     def spelling(self, char: str, unknown: UnknownChars) -> str | None:
         """Return what `encode` writes for a character: a string of known characters, or None if it has none."""
@@ -155,7 +160,7 @@ class Charset:
         """
         ids = self._look_up(text)
         if (ids < 0).any():
-            raise self._unknown_error(text, np.flatnonzero(ids < 0).tolist(), folded=False)
+            raise _unknown_error(text, np.flatnonzero(ids < 0).tolist())
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -210,18 +215,34 @@ class Charset:
 
         return lru_cache(_REMEMBERED)(nearest)
 
-    def _unknown_error(
-        self, text: str, positions: Sequence[int], start: int = 0, *, folded: bool, is_last: bool = True
-    ) -> UnknownCharacters:
-        """Describe unknown characters at these positions of a piece that begins at `start` of the text."""
-        named = ", ".join(f"{describe(text[position])} at {start + position}" for position in positions[:_MAX_NAMED])
-        more = f"{'' if is_last else 'at least '}{len(positions) - _MAX_NAMED} more"
-        named += f" and {more}" if len(positions) > _MAX_NAMED else "" if is_last else ", and possibly more"
-        what = "knows no similar character to" if folded else "doesn't know"
-        hint = 'unknown_chars "drop" leaves such characters out'
-        if not folded:
-            hint = f'unknown_chars "fold" replaces such characters by the nearest known ones; {hint}'
-        return UnknownCharacters(f"the model {what} {named}; {hint}")
+
+def _unknown_error(
+    text: str,
+    positions: Sequence[int],
+    remedies: Sequence[UnknownCharsRemedy] = (),
+    start: int = 0,
+    *,
+    is_last: bool = True,
+) -> UnknownCharacters:
+    """Describe the unknown characters at these positions of a piece that begins at `start` of the text, once each.
+
+    is_last: no text follows the piece, in which there may be more.
+    """
+    places: dict[str, list[int]] = {}
+    for position in positions:
+        places.setdefault(text[position], []).append(start + position)
+    at_least = "" if is_last else "at least "
+    named = ", ".join(
+        f"{describe(char)} at {first}"
+        + (f" and {at_least}{len(others)} more places" if len(others) > 1 else f" and {others[0]}" if others else "")
+        for char, (first, *others) in islice(places.items(), _MAX_NAMED)
+    )
+    num_others = len(places) - _MAX_NAMED
+    named += f", and {at_least}{num_others} others" if num_others > 0 else "" if is_last else ", and possibly others"
+    what = "knows no similar character to" if remedies == ("drop",) else "doesn't know"
+    if positions and start + positions[0] == 0 and joins(text[0]):
+        named += " (a text begins with it, so it has no letter to join: send a letter and its marks in one text)"
+    return UnknownCharacters(f"the model {what} {named}", remedies)
 
 
 def describe(char: str) -> str:

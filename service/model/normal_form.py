@@ -68,9 +68,14 @@ def normalised(text: str) -> str:
 def _may_split(text: str, place: int) -> bool:
     """Whether the character at this place neither composes with those before it nor moves before them."""
     char = text[place]
-    if char < "\u0300":
-        return char != "\n" or text[place - 1] != "\r"
-    return unicodedata.combining(char) == 0 and unicodedata.is_normalized("NFC", char) and char not in _classes()[1]
+    if char == "\n":
+        return text[place - 1] != "\r"
+    return not joins(char) and unicodedata.is_normalized("NFC", char)
+
+
+def joins(char: str) -> bool:
+    """Whether a character may compose with one before it, or move before it, as an accent does after its letter."""
+    return char >= "\u0300" and (unicodedata.combining(char) != 0 or char in _classes()[1])
 
 
 def _has_long_run(text: str) -> bool:

@@ -255,7 +255,7 @@ class MemoryStore:
         if entry is None and self._gone.get(key) is False:
             raise SessionGone("this session has expired, or was evicted to make room: create it again")
         if entry is None:
-            raise SessionNotFound("there is no such session")
+            raise SessionNotFound("there is no such session: create it first")
         return entry
 
     def _leased(self, lease: _MemoryLease) -> _Entry:

@@ -380,11 +380,11 @@ class RedisStore:
         if word == b"gone":
             raise SessionGone("this session has expired: create it again")
         if word == b"none":
-            raise SessionNotFound("there is no such session")
+            raise SessionNotFound("there is no such session: create it first")
         if word == b"deleted":
             self._cache.drop(key)
             self._renewer.record_deletion(key, SaveId(answer[1], int(answer[2]), answer[3]))
-            raise _SessionDeleted("there is no such session")
+            raise _SessionDeleted("there is no such session: create it first")
         save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[3]), int(answer[4]) / 1000
         if len(answer) > 5:
             record = Record(answer[5] or b"", answer[6] if len(answer) > 6 else b"")

@@ -41,6 +41,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _INDEX, _LATEST = "store.json", "latest"
+_MAX_LISTED = 8  # names in an error
 
 
 @dataclass(frozen=True, order=True)
@@ -80,9 +81,15 @@ class _Index(BaseModel):
 class ModelStore:
     """The models in one directory. Any number of threads and processes may read and write at the same time."""
 
-    def __init__(self, root: Path, *, read_only: bool = False) -> None:
-        """Open the store in a directory, which need not exist. `read_only` refuses every change."""
-        self.root, self._read_only = root, read_only
+    def __init__(self, root: Path, *, default: str | None = None, read_only: bool = False) -> None:
+        """Open the store in a directory, which need not exist.
+
+        Args:
+            root: the directory.
+            default: the name of a model that errors list first.
+            read_only: refuse every change.
+        """
+        self.root, self._default, self._read_only = root, default, read_only
 
     def names(self) -> list[str]:
         """Return the names that have at least one version, sorted. Raises StoreError if the store can't be read.
@@ -118,18 +125,20 @@ class ModelStore:
         versions = self.versions(name)
         if not versions:
             names, closed = self._names()
-            known = ", ".join(names[:8]) or "none"
-            unread = f"; this user may not read: {', '.join(closed[:8])}" if closed else ""
-            raise ModelNotFound(f"no model {name!r} is in the store; it has: {known}{unread}", param="model")
+            names.sort(key=lambda other: other != self._default)
+            unread = f"; this user may not read: {', '.join(closed[:_MAX_LISTED])}" if closed else ""
+            raise ModelNotFound(
+                f"no model {name!r} is in the store; it has: {_listed(names)}{unread}", param="model", others=names
+            )
         if not at or selector == _LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
         for version in versions:
             if version.number == number:
                 return version
-        known = ", ".join(str(version.number) for version in versions[-8:])
+        numbers = _listed([str(version.number) for version in reversed(versions)])
         raise ModelNotFound(
-            f"model {name!r} has no version or alias {selector!r}; its versions: {known}", param="model"
+            f"model {name!r} has no version or alias {selector!r}; its versions: {numbers}", param="model"
         )
 
     def load(self, ref: str) -> tuple[ModelVersion, Artifact]:
@@ -354,3 +363,9 @@ def _os_errors_as_store_errors(what_failed: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(f"{what_failed}: {error.strerror or error}") from error
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + more if names else "none"

@@ -11,6 +11,7 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
+from service.engine.stop import MAX_STOP_CHARS
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.shares import SharedBudget
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
@@ -21,7 +22,7 @@ from service.web.api.models.schemas import Limits
 from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
 from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
-from service.web.api.schemas import MAX_STOP_CHARS, ErrorAnswer
+from service.web.api.schemas import ErrorAnswer
 from service.web.api.sessions.routes import SessionLimits, SessionRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit

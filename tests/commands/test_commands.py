@@ -15,7 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from service import __version__
+from service import __version__, installation
 from service.__main__ import main
 from service.engine.native.native_stepper import variants
 from service.store.model_store import ModelStore
@@ -301,7 +301,7 @@ def test_models_list__does_not_import_torch(tiny_store: ModelStore, tmp_path: Pa
     program = "import sys; from service.__main__ import main\n"
     program += "try: main()\nfinally: print('torch' in sys.modules)"
     result = run_in_new_process(program, "models", "list", "--model-store", str(tiny_store.root), cwd=tmp_path)
-    listed, imported_torch = result.stdout.splitlines()
+    _, listed, imported_torch = result.stdout.splitlines()
     assert listed.startswith("tiny@1"), result
     assert imported_torch == "False"
 
@@ -321,9 +321,9 @@ def test_eval__measures_integers_without_torch(tiny_store: ModelStore, tmp_path:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install torch matplotlib"),
-        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install torch matplotlib"),
-        (["serve", "--kernel", "torch"], 2, "pip install torch"),
+        (["train", "--corpus", "text.txt", "--name", "a"], 1, "run make setup in "),
+        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "run make setup in "),
+        (["serve", "--kernel", "torch"], 2, "set kernel=auto or run make setup in "),
     ],
 )
 def test_commands__that_need_torch_say_so_if_it_is_missing(
@@ -333,6 +333,7 @@ def test_commands__that_need_torch_say_so_if_it_is_missing(
     result = run_in_new_process(WITHOUT_TORCH, *words, cwd=tmp_path)
     assert result.returncode == code, result
     assert message in result.stderr
+    assert "pip install" not in result.stderr  # the tests run in a checkout, where there is nothing of that name
     assert "Traceback" not in result.stderr
 
 
@@ -362,3 +363,14 @@ def test_train__makes_a_store_where_there_is_none_and_says_so(
     assert "fox@1" in listed.stdout
     assert "shakespeare" not in listed.stdout
     assert "shipped" not in listed.stderr
+
+
+def test_torch__is_installed_as_the_package_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert installation.how_to_get_torch() == f"run make setup in {Path(installation.__file__).parents[1]}"
+    monkeypatch.setattr(installation, "_PACKAGE", tmp_path / "site-packages" / "service")
+    assert installation.how_to_get_torch() == "run pip install torch matplotlib"
+    dockerfile = (Path(__file__).parents[2] / "Dockerfile").read_text()
+    assert f"python -m venv --without-pip {installation._IMAGE_PREFIX}\n" in dockerfile
+    assert "ARG WITH_TORCH=0" in dockerfile
+    monkeypatch.setattr(sys, "prefix", installation._IMAGE_PREFIX)
+    assert installation.how_to_get_torch() == "build the image with --build-arg WITH_TORCH=1"

@@ -42,8 +42,3 @@ def test_stop_filter__withholds_only_possible_beginnings_of_stop_strings(text: s
         withheld = generated[len(shown) : read]
         is_end = stopped and read == len(generated)
         assert not withheld or any(stop.startswith(withheld) for stop in stops) or is_end
-
-
-def test_stop_filter__compares_stop_strings_in_normal_form_c() -> None:
-    stop_filter = StopFilter(["e\u0301"])
-    assert stop_filter.feed("caf\u00e9") + stop_filter.end(stopped=True) == "caf"

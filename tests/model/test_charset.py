@@ -56,9 +56,33 @@ def test_encode__the_error_names_each_unknown_character_with_its_position() -> N
 
 
 def test_encode__the_error_names_at_most_ten_characters() -> None:
-    with pytest.raises(UnknownCharacters, match="and 990 more") as caught:
-        ASCII.encode("é" * 1000)
+    with pytest.raises(UnknownCharacters, match=", and 990 others; ") as caught:
+        ASCII.encode("".join(map(chr, range(0x4E00, 0x4E00 + 1000))))
     assert len(caught.value.message) < 500
+
+
+def test_encode__the_error_names_each_character_once() -> None:
+    with pytest.raises(UnknownCharacters) as caught:
+        ASCII.encode("é→é→éa")
+    fault = "the model doesn't know 'é' (U+00E9) at 0 and 2 more places, '→' (U+2192) at 1 and 3"
+    fold, drop = "replaces such characters by the nearest known ones", "leaves them out"
+    assert caught.value.message == f'{fault}; "unknown_chars": "fold" {fold}; "unknown_chars": "drop" {drop}'
+    assert caught.value.command_message == f"{fault}; --unknown-chars fold {fold}; --unknown-chars drop {drop}"
+    with pytest.raises(UnknownCharacters) as caught:
+        ASCII.encode("漢漢", "fold")
+    assert caught.value.command_message == (
+        f"the model knows no similar character to '漢' (U+6F22) at 0 and 1; --unknown-chars drop {drop}"
+    )
+
+
+def test_encode__the_error_says_that_a_mark_at_the_beginning_joins_no_letter() -> None:
+    composed = Charset.from_corpus("café")
+    for mark in ("\u0301", "\u0301e"):
+        with pytest.raises(UnknownCharacters, match="send a letter and its marks in one text"):
+            composed.encode(mark)
+    with pytest.raises(UnknownCharacters) as caught:
+        composed.encode("a\u0301")  # a whole letter that the model doesn't know
+    assert "marks" not in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -172,7 +196,7 @@ def test_fold__distinct_unknown_characters_are_refused_at_the_first_piece(monkey
 
     monkeypatch.setattr(charset_module, "_spellings", spellings)
     text = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
-    with pytest.raises(UnknownCharacters, match="at least 4086 more"):
+    with pytest.raises(UnknownCharacters, match="at least 4086 others"):
         Charset("ab").encode(text, "fold")
     assert len(looked_up) <= 4096
 

@@ -14,11 +14,15 @@ from pydantic_core import PydanticCustomError
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.engine.stop import MAX_STOP_CHARS
+from service.model.charset import UnknownChars
 
 _SEED_LIMIT = 2**63
-_HARD_MAX_TOKENS = 10_000_000  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
-MAX_STOP_CHARS = 256
-
+_HARD_MAX_TOKENS = 2**53  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
+UNKNOWN_CHARS = (
+    "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
+    "ones (`fold`) or leave them out (`drop`)"
+)
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
 
@@ -70,6 +74,10 @@ class SamplingBody(Body):
     )
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
         None, description="a string, or a list of up to 4, that ends the text and is not part of it"
+    )
+    unknown_chars: UnknownChars = Field(
+        "error",
+        description=f"{UNKNOWN_CHARS}, in all texts of the request. `drop` leaves out a `stop` string that has one",
     )
     seed: int | None = Field(
         None,

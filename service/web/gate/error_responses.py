@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, get_type_hints
 
 import structlog
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, current_app, jsonify, request
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
@@ -64,6 +66,8 @@ _RESUMABLE = (
     errors.OutcomeUnknown,
 )  # fmt: skip
 _RETRY_AFTER_S = "1"
+_MAX_OTHERS = 5  # further wrong fields that an error names
+_SIMILAR = 0.75  # between 0 and 1: how much of two names has to be equal so that one is proposed for the other
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
 }  # fmt: skip
@@ -126,9 +130,12 @@ def validation_error_response(error: ValidationError) -> Response:
     same = [fault for fault in same if not fault["type"].endswith("_type")] or same
     first = same[0]
     message = " or ".join(dict.fromkeys(_sentence(fault["type"], fault["msg"]) for fault in same))
-    others = len({fault["loc"][:1] for fault in faults}) - 1
-    if others:
-        message += f" (and {others} more field{'s' if others > 1 else ''} with errors)"
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
+        message += _did_you_mean(str(param), _fields())
+    names = list(dict.fromkeys(str(fault["loc"][0])[:80] for fault in faults if fault["loc"][:1] != first["loc"][:1]))
+    if names:
+        more = f" and {len(names) - _MAX_OTHERS} more" if len(names) > _MAX_OTHERS else ""
+        message += f" (fields that also have errors: {', '.join(names[:_MAX_OTHERS])}{more})"
     code = _CODE_OF_PYDANTIC.get(first["type"])
     if code is None:
         code = "wrong_type" if first["type"].endswith("_type") else "out_of_range"
@@ -150,9 +157,18 @@ def register_error_handlers(app: Flask) -> None:
         if error.response is not None or error.code is None or error.code < 400:
             return error.get_response()
         code = _CODE_OF_STATUS.get(error.code, "bad_request" if error.code < 500 else "internal_error")
-        response = error_response(error.description or error.name, code, status=error.code)
-        if allowed := getattr(error, "valid_methods", None):
-            response.headers["Allow"] = ", ".join(sorted(allowed))
+        message, allowed = (
+            error.description or error.name,
+            ", ".join(sorted(getattr(error, "valid_methods", None) or ())),
+        )
+        if code == "not_found":
+            paths = [rule.rule for rule in app.url_map.iter_rules()]
+            message = f"there is no such route{_did_you_mean(request.path[:200], paths)}; the API description lists all"
+        elif code == "method_not_allowed" and allowed:
+            message = f"this route doesn't have that method; it has: {allowed}"
+        response = error_response(message, code, status=error.code)
+        if allowed:
+            response.headers["Allow"] = allowed
         return response
 
     @app.errorhandler(Exception)
@@ -168,4 +184,17 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
-    return message[:1].lower() + message[1:]
+    return (message[:1].lower() + message[1:]).replace("input should be", "must be")
+
+
+def _fields() -> list[str]:
+    """Return the names of all fields that the body or query of the current route may have."""
+    view: Any = current_app.view_functions.get(request.endpoint or "")
+    kinds = get_type_hints(view) if view is not None else {}
+    schemas = [kinds[name] for name in ("body", "query") if name in kinds]
+    return [field.alias or name for schema in schemas for name, field in schema.model_fields.items()]
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    close = get_close_matches(word, list(known), 1, _SIMILAR)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -110,7 +110,7 @@ def _refuse_unread(max_body_bytes: int) -> Response | None:
     if request.content_encoding not in (None, "", "identity"):
         return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
     if (request.content_length or 0) > max_body_bytes:
-        return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+        return _too_large(max_body_bytes)
     if request.mimetype != "application/json":
         return error_response(
             "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
@@ -129,7 +129,7 @@ def _refuse_length(max_body_bytes: int, large_bodies: SharedBudget) -> Response 
             "the body was incomplete or did not arrive in time: send the request again", "incomplete_body"
         )
     if num_bytes > max_body_bytes:
-        return error_response(f"the body is larger than {max_body_bytes} bytes", "body_too_large")
+        return _too_large(max_body_bytes)
     if num_bytes > SMALL_BODY_BYTES:
         client = current_client()
         if not large_bodies.take(client, num_bytes):
@@ -142,6 +142,14 @@ def _refuse_length(max_body_bytes: int, large_bodies: SharedBudget) -> Response 
     return None
 
 
+def _too_large(max_body_bytes: int) -> Response:
+    return error_response(
+        f"the body is larger than {max_body_bytes} bytes: send less text at a time, or let the operator raise "
+        "GRU_SERVE_MAX_BODY_BYTES",
+        "body_too_large",
+    )
+
+
 def _refuse_content() -> Response | None:
     """Parse the body. Return the refusal of one that is no JSON object, or None."""
     try:
@@ -152,7 +160,11 @@ def _refuse_content() -> Response | None:
     except TooManyValues as error:
         return error_response(str(error), "invalid_json")
     except HTTPException as error:
-        return error_response(f"the body is not JSON: {error.__cause__ or error.description}", "invalid_json")
+        if not request.get_data():
+            return error_response("the body is empty: send a JSON object", "invalid_json")
+        cause = error.__cause__ if isinstance(error.__cause__, HTTPException) else error
+        fault = (cause.description or "").removeprefix("Failed to decode JSON object: ")
+        return error_response(f"the body is not JSON in UTF-8: {fault}", "invalid_json")
     if not isinstance(body, dict):
         return error_response("the body has to be a JSON object", "invalid_json")
     return None

@@ -11,7 +11,7 @@ from flask import Response
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
-from service.generation.reader import with_biases
+from service.generation.reader import with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.shares import SharedBudget
@@ -125,8 +125,8 @@ def _completion_request(model: LoadedModel, body: CompletionBody, limits: Comple
         prompts=encoded,
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias),
-        stop=body.stop_strings,
+        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias, body.unknown_chars),
+        stop=written_stops(model.charset, body.stop_strings, body.unknown_chars),
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,

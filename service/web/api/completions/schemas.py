@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.stepper import FinishReason
-from service.model.charset import UnknownChars
 from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage, only
 
 MAX_CHOICES = 128  # prompts x continuations in one request
@@ -58,11 +57,6 @@ class CompletionBody(SamplingBody):
     )
     stream: bool = Field(False, description="send the text as server-sent events while it is generated")
     stream_options: StreamOptions | None = Field(None, description="only allowed with `stream`")
-    unknown_chars: UnknownChars = Field(
-        "error",
-        description="what to do with characters of the prompt that the model doesn't know: refuse the request "
-        "(`error`), replace them by similar ones (`fold`) or leave them out (`drop`)",
-    )
     cache_salt: str | None = Field(
         None,
         min_length=1,

@@ -76,6 +76,7 @@ def _inspection_request(body: schemas.InspectBody, default_model: str) -> Inspec
     return InspectionRequest(
         model=body.model if body.model is not None or body.state is not None else default_model,
         text=body.text,
+        unknown_chars=body.unknown_chars,
         session=body.session,
         state=body.state,
         start=body.start,

@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.web.api.schemas import Body, Logprobs
+from service.model.charset import UnknownChars
+from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs
 from service.web.api.sessions.schemas import MAX_STATE_CHARS, NextCharacter, Position, SessionId
 
 
@@ -27,6 +28,7 @@ class InspectBody(Body):
         "model. Not allowed with `session`",
     )
     text: str | None = Field(None, description="text to read: at most 2,048 characters")
+    unknown_chars: UnknownChars = Field("error", description=f"{UNKNOWN_CHARS}. Only with `text`")
     session: SessionId | None = Field(
         None, description="id of a session to read instead of a text. The session is not changed"
     )

@@ -173,7 +173,12 @@ class SessionRoutes(Resource):
             raise InvalidValue(f"max_tokens: 1 to {self._limits.max_tokens} characters a request", param="max_tokens")
 
         run_request = RunRequest(
-            body.max_tokens, body.sampling_settings, body.stop_strings, body.seed, tuple(body.logit_bias.items())
+            body.max_tokens,
+            body.sampling_settings,
+            body.stop_strings,
+            body.seed,
+            tuple(body.logit_bias.items()),
+            body.unknown_chars,
         )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))

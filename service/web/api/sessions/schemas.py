@@ -14,15 +14,11 @@ from pydantic_core import PydanticCustomError
 from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
-from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage
+from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, SamplingBody, Usage
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
 MAX_STATE_CHARS = 1_000_000
-_UNKNOWN_CHARS = (
-    "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
-    "ones (`fold`) or leave them out (`drop`)"
-)
 _POSITION = (
     "length of the session's text before this request, as far as you know. If that is wrong, the request is refused "
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
@@ -68,7 +64,7 @@ class CreateBody(Body):
         "model",
     )
     text: str = Field("", description="text that the session begins with; with `state`, text to read after that state")
-    unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+    unknown_chars: UnknownChars = Field("error", description=UNKNOWN_CHARS)
     seed: Seed | None = Field(
         None, description="seed of the session's random numbers; default: the seed of `state`, or else a random one"
     )
@@ -100,7 +96,7 @@ class FeedBody(Body):
         "position",
     )
     num_next: int = Field(100, ge=0, le=1000, description="number of most likely next characters to return")
-    unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+    unknown_chars: UnknownChars = Field("error", description=UNKNOWN_CHARS)
     rebase: str | None = Field(
         None,
         max_length=200,

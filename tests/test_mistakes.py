@@ -1,0 +1,175 @@
+"""Plausible mistakes on the command line and in requests: each answer says in one line what to do about it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from flask.testing import FlaskClient
+
+from service.__main__ import main
+from service.settings import Settings
+from service.store.model_store import ModelStore
+from tests.harness.application import client_of, ok
+from tests.harness.models import publish_tiny
+
+STORE = "--model-store {folder}/store"
+GENERATE = f"generate --prompt R --model tiny {STORE}"
+ONE_OTHER = "it has: tiny. Choose --model tiny, or set GRU_SERVE_MODEL"
+
+# words, exit code, what the last line of standard error contains; {folder} is the test's, {port} one in use
+COMMANDS = [
+    ("genrate", 2, "Did you mean 'generate'?"),
+    (f"generate {STORE}", 2, "give the text to continue with --prompt or --prompt-file; --prompt '' begins"),
+    (f"{GENERATE} --prompt-file -", 2, "give one text to continue, not two"),
+    (f"generate --prompt-file {{folder}}/none {STORE}", 2, "'--prompt-file': '{folder}/none': No such file"),
+    (f"generate --prompt-file {{folder}}/latin1 {STORE}", 2, "--prompt-file: not UTF-8 at byte 0: convert the file"),
+    (f"{GENERATE} --temprature 1", 2, "Did you mean '--temperature'?"),
+    (f"{GENERATE} --temperature -1", 2, "'--temperature': -1.0 is not in the range 0<=x<=100"),
+    (f"{GENERATE} -n -1", 2, "'-n': -1 is not in the range 1<=x<="),
+    (f"{GENERATE} --max-tokens 99999999999999999999", 2, "'--max-tokens': 99999999999999999999 is not in the range"),
+    (f"{GENERATE} --seed 99999999999999999999", 2, "'--seed': 99999999999999999999 is not in the range"),
+    (f"{GENERATE} --unknown-chars skip", 2, "'skip' is not one of 'error', 'fold', 'drop'"),
+    (f"{GENERATE} --stop \\d", 2, "is none of \\n, \\t, \\r, \\\\: write \\\\ for a backslash"),
+    (f"{GENERATE} --stop →", 1, "'→' (U+2192) at 0; --unknown-chars fold replaces"),
+    (f"generate --prompt →→ --model tiny {STORE}", 1, "'→' (U+2192) at 0 and 1; --unknown-chars fold replaces"),
+    (f"generate --prompt R {STORE}", 1, ONE_OTHER),
+    (f"bench {STORE}", 1, ONE_OTHER),
+    (f"serve {STORE}", 1, ONE_OTHER),
+    (f"generate --prompt R --model tiny@9 {STORE}", 1, "no version or alias '9'; its versions: 1"),
+    (f"generate --prompt R --model a/b {STORE}", 1, "write name, name@version or name@alias"),
+    ("generate --prompt R --model-store {folder}/none", 1, "give --model-store or set GRU_SERVE_MODEL_STORE"),
+    ("serve --model-store {folder}/empty", 1, "Name another store with --model-store, or train a model"),
+    (f"models show nope {STORE}", 1, "it has: tiny"),
+    (f"models delete tiny {STORE}", 2, "by its number, such as tiny@1"),
+    (f"models alias tiny@1 7 {STORE}", 1, "use letters, digits, . _ -; neither a number nor `latest`"),
+    ("keys new a/b", 1, "a key's name has 1 to 64 letters, digits, dots, underscores or hyphens"),
+    (f"eval tiny --corpus {{folder}}/none {STORE}", 1, "{folder}/none"),
+    (f"eval tiny --corpus {{folder}}/latin1 --precision int2 {STORE}", 2, "'float32', 'int8', 'int4'"),
+    (f"bench --rows a {STORE}", 2, "'--rows': 'a' is not a valid integer"),
+    (f"serve --model tiny --port {{port}} {STORE}", 1, "choose another port with --port or GRU_SERVE_PORT"),
+    ("serve --port 99999", 2, "GRU_SERVE_PORT=99999: must be less than or equal to 65535"),
+    ("serve --session-store redis://x", 2, "set GRU_SERVE_SESSION_STORE instead"),
+    ("serve --kernel gpu", 2, "'gpu' is not one of 'auto', 'native', 'torch'"),
+    ("serve --rate-limit fast", 2, "GRU_SERVE_RATE_LIMIT=fast: a rate is a number and a time, such as 600/minute"),
+    (f"serve --model tiny --api-keys-file {{folder}}/none {STORE}", 2, "check its name and permissions"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model store that has one model, `tiny`, an empty store, and a file that is not UTF-8."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    publish_tiny(ModelStore(folder / "store"))
+    (folder / "empty").mkdir()
+    (folder / "latin1").write_bytes("é".encode("latin-1") * 50)
+    return folder
+
+
+@pytest.mark.parametrize(("words", "code", "advice"), COMMANDS)
+def test_command__says_what_to_do_about_a_mistake(folder: Path, words: str, code: int, advice: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        given = [word.format(folder=folder, port=busy.getsockname()[1]) for word in words.split()]
+        result = CliRunner().invoke(main, given)
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert advice.format(folder=folder) in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "advice"),
+    [
+        ("GRU_SERVE_PROT", "80", "did you mean GRU_SERVE_PORT?"),
+        ("GRU_SERVE_PORT", "http", "GRU_SERVE_PORT=http: must be a valid integer"),
+        ("GRU_SERVE_MAX_BATCH", "0", "GRU_SERVE_MAX_BATCH=0: must be greater than or equal to 1"),
+    ],
+)
+def test_variable__that_is_wrong_is_named(variable: str, value: str, advice: str) -> None:
+    result = CliRunner(env={variable: value}).invoke(main, ["serve"])
+    assert (result.exit_code, advice in result.stderr) == (2, True), result.stderr
+
+
+PROMPT: dict[str, Any] = {"prompt": "R"}
+COMPLETIONS = "POST /v1/completions"
+
+# route, body, status, code, what the message contains
+REQUESTS: list[tuple[str, Any, int, str, str]] = [
+    (COMPLETIONS, {}, 400, "missing_field", "prompt: this field is required"),
+    (COMPLETIONS, PROMPT | {"model": "nope"}, 404, "model_not_found", "it has: tiny"),
+    (COMPLETIONS, PROMPT | {"max_token": 5}, 400, "unknown_field", "did you mean max_tokens?"),
+    (COMPLETIONS, PROMPT | {"max_tokens": -1}, 400, "out_of_range", "max_tokens: must be greater than or equal to 0"),
+    (COMPLETIONS, PROMPT | {"max_tokens": 10**9}, 400, "out_of_range", "max_tokens: at most 500 characters a request"),
+    (COMPLETIONS, PROMPT | {"max_tokens": "5"}, 400, "wrong_type", "max_tokens: must be a valid integer"),
+    (COMPLETIONS, PROMPT | {"max_tokens": 0}, 400, "out_of_range", "it needs echo"),
+    (COMPLETIONS, PROMPT | {"n": 500}, 400, "out_of_range", "n: must be less than or equal to 128"),
+    (COMPLETIONS, PROMPT | {"top_p": 0}, 400, "out_of_range", "top_p: must be greater than 0"),
+    (COMPLETIONS, PROMPT | {"stop": ["a"] * 5}, 400, "out_of_range", "stop: list should have at most 4 items"),
+    (COMPLETIONS, PROMPT | {"stop": "→"}, 400, "unknown_characters", '"unknown_chars": "fold" replaces'),
+    (COMPLETIONS, {"prompt": "→"}, 400, "unknown_characters", '"unknown_chars": "drop" leaves them out'),
+    (COMPLETIONS, {"prompt": [1, 2]}, 400, "wrong_type", "prompt: must be a valid string"),
+    (COMPLETIONS, {"prompt": "R" * 2000}, 400, "out_of_range", "prompt: at most 1000 characters, not 2000"),
+    (COMPLETIONS, PROMPT | {"suffix": "x"}, 400, "unsupported_value", "suffix: only null is supported"),
+    (COMPLETIONS, PROMPT | {"logit_bias": {"50256": 1}}, 400, "out_of_range", "characters, not ids of tokens"),
+    (COMPLETIONS, b"{'prompt': 'R'}", 400, "invalid_json", "not JSON in UTF-8: Expecting property name enclosed in"),
+    (COMPLETIONS, b"", 400, "invalid_json", "the body is empty: send a JSON object"),
+    (COMPLETIONS, b'["R"]', 400, "invalid_json", "the body has to be a JSON object"),
+    (COMPLETIONS, '{"prompt": "é"}'.encode("latin-1"), 400, "invalid_json", "not JSON in UTF-8: 'utf-8' codec"),
+    (COMPLETIONS, b"x" * 70_000, 413, "body_too_large", "raise GRU_SERVE_MAX_BODY_BYTES"),
+    (COMPLETIONS, None, 415, "unsupported_media_type", "sent with Content-Type: application/json"),
+    ("GET /v1/completions", None, 405, "method_not_allowed", "it has: OPTIONS, POST"),
+    ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; the API description lists all"),
+    ("POST /v1/completions/", PROMPT, 404, "not_found", "did you mean /v1/completions?"),
+    ("GET /v1/models/nope", None, 404, "model_not_found", "it has: tiny"),
+    ("GET /v1/sessions", None, 403, "listing_needs_keys", "let the operator set GRU_SERVE_API_KEYS"),
+    ("GET /v1/sessions/none", None, 404, "session_not_found", "create it first"),
+    ("PUT /v1/sessions/a b", {}, 400, "out_of_range", "must be 1 to 128 letters, digits and . _ ~ -"),
+    ("PUT /v1/sessions/s", {"text": "other"}, 409, "session_exists", "choose another id, or delete it first"),
+    ("POST /v1/sessions/s/feed", {"text": "R", "position": 9}, 409, "position_conflict", "1 characters long, not 9"),
+    ("POST /v1/sessions/s/feed", {"prompt": "R"}, 400, "missing_field", "also have errors: prompt)"),
+    ("POST /v1/sessions/s/generate", {"max_tokens": 0}, 400, "out_of_range", "1 to 500 characters a request"),
+    ("GET /v1/sessions/s/generate", None, 409, "no_run", "start one"),
+    ("GET /v1/sessions/s/text?from=x", None, 400, "out_of_range", "from: must be a number"),
+    ("GET /v1/sessions/s/text?form=1", None, 400, "unknown_field", "did you mean from?"),
+    ("POST /v1/inspect", {}, 400, "out_of_range", "give either a text or a session"),
+]
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path) -> Iterator[FlaskClient]:
+    """A client of an application with small limits, and with a session `s`."""
+    limits: dict[str, Any] = {"max_tokens": 500, "max_prompt_chars": 1000, "max_body_bytes": 65_536}
+    with client_of(Settings(model_store=folder / "store", model="tiny", **limits)) as client:
+        ok(client.post("/v1/completions", json=PROMPT))  # starts the engine's thread
+        ok(client.put("/v1/sessions/s", json={"text": "R"}), 201)
+        yield client
+
+
+@pytest.mark.parametrize(("route", "body", "status", "code", "advice"), REQUESTS)
+def test_request__says_what_to_do_about_a_mistake(
+    client: FlaskClient, route: str, body: Any, status: int, code: str, advice: str
+) -> None:
+    method, _, path = route.partition(" ")
+    sent: dict[str, Any] = {"json": body} if isinstance(body, dict) else {}
+    if isinstance(body, bytes):
+        sent = {"data": body, "content_type": "application/json"}
+    with client.open(path, method=method, **sent) as response:
+        error = response.get_json()["error"]
+        assert (response.status_code, error["code"]) == (status, code), error
+    assert advice in error["message"]
+
+
+def test_unknown_model__lists_the_default_first_and_says_how_many_more(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    for name in [f"a{index}" for index in range(9)] + ["usual"]:
+        publish_tiny(store, name)
+    listed = "it has: usual, a0, a1, a2, a3, a4, a5, a6 and 2 more"
+    with client_of(Settings(model_store=tmp_path, model="usual")) as client:
+        assert listed in client.get("/v1/models/nope").get_json()["error"]["message"]
+    words = ["generate", "--prompt", "R", "--model", "nope", "--model-store", str(tmp_path)]
+    result = CliRunner(env={"GRU_SERVE_MODEL": "usual@1"}).invoke(main, words)
+    assert f"{listed}. Choose one with --model, or set GRU_SERVE_MODEL" in result.stderr
