@@ -522,8 +522,13 @@ def test_work__whose_client_has_left_changes_nothing(bench: Bench, monkeypatch: 
     before = bench.state()
     stepper, request = bench.models.get("tiny").engine._stepper, RunRequest(256, PLAIN)
     advance = stepper.advance
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return advance(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(stepper, "advance", lambda *arguments: (time.sleep(0.2), advance(*arguments))[1])
+        patch.setattr(stepper, "advance", slowly)
         patch.setattr("service.generation.reader._POLL_S", 0.001)
         with pytest.raises(ClientGone):
             bench.sessions.runs.generate(SessionKey("", "a"), request, 6, lambda: True, as_whole=True)
