@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ class Service:
     ) -> list[float]:
         """Send requests one after the other, at least one, and return the milliseconds that each took."""
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        times, until = [], time.perf_counter() + seconds
+        times: list[float] = []
+        until = time.perf_counter() + seconds
         with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)) as connection:
             while not times or time.perf_counter() < until:
                 method, path, body = request()
@@ -144,7 +146,7 @@ def pages(few: Service, many: Service, seconds: float, rounds: int, target: str)
 def feeds(many: Service, seconds: float, rounds: int) -> Figures:
     """Measure the times of feeds with and without lists beside them."""
     alone, beside = in_turns(
-        [lambda beside=beside: many.feed_ms(seconds, beside_lists=beside) for beside in (False, True)], rounds
+        [partial(many.feed_ms, seconds, beside_lists=False), partial(many.feed_ms, seconds, beside_lists=True)], rounds
     )
     figures: Figures = {}
     for share in (50, 99):
@@ -230,7 +232,7 @@ def serve_main(settings: dict[str, Any], num_sessions: int) -> None:
             store.create(session)
         return store
 
-    assembly.MemoryStore = full_store  # type: ignore[assignment,misc]
+    assembly.MemoryStore = full_store  # type: ignore[assignment,attr-defined]
     Server(Settings(log_level="warning", max_sessions=10**7, **settings)).run()
 
 
