@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "sessions": (),
     "memory": (),
     "deploy": ("redis-server",),
+    "lists": ("redis-server",),
     "survival": ("redis-server", "haproxy"),
     "strangers": (),
     "consistency": ("redis-server", "haproxy"),

@@ -21,6 +21,9 @@ What happens when a client that lost its stream on replica A resumes it on repli
 6. B's `RunStream` sends each character after the client's position once: first those of the record, then those that
    its own `ActiveRun` generates. It skips characters up to that position, which A had sent but not saved.
 
+A run of at most 256 characters that is not streamed is a change like a feed: nobody receives a part of it, so it has no
+lease, no `ActiveRun`, and no save before its end.
+
 Feed, rewind, fork and generate on B need no resume before them: `Reader.replay` first generates again what A sent and
 did not save, up to the position that the client names. While A's run is active they raise SessionBusy, except that a
 repeated generate resumes the run that it started.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from service.arrays import Float32, Ids
-from service.engine.request import End, Request, Snapshot
+from service.engine.request import End, Handle, Request, Snapshot
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
+from service.engine.stepper import StepResult
 from service.engine.stop import MAX_STOP_CHARS, completed
 from service.errors import ClientGone, InvalidValue, UnknownCharacters
 from service.model.charset import Charset, UnknownChars
@@ -125,13 +126,21 @@ class Reader:
         """
         if not text.position < position <= run.start + run.max_chars:
             return text
-        handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
-        part, end = handle.read(None), handle.wait()
-        generated = model.charset.decode(part.chars) if part is not None else ""
+        generated, end = self._generated(model, text, run, position)
         stopped = completed(text.slice(run.start, text.position) + generated, run.stops)
         if end.position < position or stopped:
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
+
+    def generate(
+        self, model: LoadedModel, text: Text, run: Run, client_has_left: Callable[[], bool] | None = None
+    ) -> tuple[Text, Run]:
+        """Generate the rest of a run. Return the text with it, and the run as it ended. client_has_left: see `step`."""
+        generated, end = self._generated(model, text, run, run.start + run.max_chars, client_has_left)
+        if end.reason == "cancelled":
+            raise AssertionError("only a client that has left cancels the run")
+        text = self.finish(model, text, run, generated, end)
+        return text, replace(run, finish_reason=end.reason, end=text.position)
 
     def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
         """Return the text as far as a run has come: from there, the run can be continued.
@@ -161,6 +170,14 @@ class Reader:
             return text
         # The engine's state is the one after the stop string.
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
+
+    def _generated(
+        self, model: LoadedModel, text: Text, run: Run, end: int, client_has_left: Callable[[], bool] | None = None
+    ) -> tuple[str, End]:
+        """Generate a run from the end of a text up to the position `end`, and wait for it. Raises ClientGone."""
+        handle = model.engine.submit([self.remaining_request(model, text, run, end)])[0]
+        part = _all_of(handle, client_has_left)
+        return model.charset.decode(part.chars) if part is not None else "", handle.wait()
 
 
 def step(
@@ -192,15 +209,19 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
+    part = _all_of(handle, client_has_left)
+    return handle.wait(), part.prompt_scores if part is not None else None
+
+
+def _all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
+    """Wait until a text has ended, and return all its results. Raises EngineFailed, ClientGone."""
     part = handle.read(None, _POLL_S if client_has_left is not None else None)
     while handle.end is None and client_has_left is not None:
         if client_has_left():
             handle.cancel()
             raise ClientGone("the client has closed the connection")
         part = handle.read(None, _POLL_S)
-    if part is None:
-        part = handle.read(None)  # it arrived between the two lines before
-    return handle.wait(), part.prompt_scores if part is not None else None
+    return part if part is not None else handle.read(None)  # it may have arrived between the two lines before
 
 
 def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted: bool = False) -> Float32:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 _POLL_S = 0.01  # between two checks whether all runs have ended
 _ROUNDS = 4  # in each save interval: what is saved is at most one round old
 SAVE_INTERVAL_S = 1.0
+_SHORT_CHARS = 256  # even among 256 others, a run of this length takes less than the save interval
 _TAKEOVER_ATTEMPTS = 4  # other connections may take the same run over in the meantime
 
 Result = TypeVar("Result")
@@ -111,8 +113,13 @@ class RunRegistry:
         request: RunRequest,
         position: int | None,
         client_has_left: Callable[[], bool] = lambda: False,
+        *,
+        as_whole: bool = False,
     ) -> RunStream:
         """Continue a session; or, if `position` says that this is a repeated request, resume the run that it began.
+
+        as_whole: The client gets nothing before the run's end. A short run is then a change like a feed: it is saved
+            once, with its text.
 
         Raises SessionBusy, SessionNotFound, SessionGone, PositionConflict, ModelChanged, UnknownCharacters,
         InvalidValue, Overloaded, EngineFailed.
@@ -137,9 +144,21 @@ class RunRegistry:
             session.require_position(position)
             return session, wanted.new_run(session), session.position
 
+        def change(session: Session) -> tuple[Session, RunStream]:
+            chosen, run, after = choose(session)
+            if run.is_finished:
+                return session, RunStream(session, run, after, None)
+            model = self._models.for_state(chosen.model, chosen.identity)
+            text, run = self._reader.generate(model, chosen.text, run, client_has_left)
+            session = replace(chosen, text=text, run=run)
+            return session, RunStream(session, run, after, None)
+
         start = _Start(self._models, self._reader, choose)
+        begin = partial(self._begin, key, start, client_has_left)
+        if as_whole and request.max_chars <= _SHORT_CHARS:
+            begin = partial(self._store.update, key, change, idempotent=position is not None)
         try:
-            return self.without_left_client(key, lambda: self._begin(key, start, client_has_left))
+            return self.without_left_client(key, begin)
         except SessionBusy:
             session = self._store.load(key)
             if not resolved(session).matches_last_run(session, position):

@@ -18,7 +18,9 @@ Connections use RESP2 and ask for no maintenance notices, so servers need neithe
 from __future__ import annotations
 
 import select
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,11 +120,11 @@ class Link:
 
         A command sent on it may have an unknown outcome.
         """
-        socket = self._connection._sock
-        if socket is None:
+        sock = self._connection._sock
+        if sock is None:
             return True
         poll = select.poll()
-        poll.register(socket, select.POLLIN)
+        poll.register(sock, select.POLLIN)
         return bool(poll.poll(0))  # from a connection that is idle and open nothing can be read
 
     def close(self) -> None:
@@ -132,13 +134,18 @@ class Link:
     def _exchange(self, commands: Sequence[Command], is_asking: bool) -> list[Any]:
         connection = self._connection
         sent = [part for command in commands for part in (("ASKING",), command)] if is_asking else commands
-        connection.send_packed_command(connection.pack_commands(sent), check_health=False)
         answers: list[Any] = []
-        for _ in sent:
-            try:
-                answers.append(connection.read_response())
-            except errors.ResponseError as error:
-                answers.append(error)
+        try:
+            connection.send_packed_command(connection.pack_commands(sent), check_health=False)
+            for _ in sent:
+                try:
+                    answers.append(connection.read_response())
+                except errors.ResponseError as error:
+                    answers.append(error)
+        except errors.ConnectionError as error:
+            if isinstance(error.__context__, BlockingIOError):  # the kernel's time-out
+                raise errors.TimeoutError("the server did not answer in time") from error
+            raise
         return answers[1::2] if is_asking else answers
 
 
@@ -279,7 +286,21 @@ class RedisConnections:
             if self._url.tls is not None and not error.status_code and (advice := _tls_advice(error)):
                 raise TlsFailure(advice) from error
             raise
+        if self._url.tls is None:
+            _time_out_in_kernel(connection._sock, self._timeout_s)
         return Link(connection, self._scripts)
+
+
+def _time_out_in_kernel(sock: socket.socket, timeout_s: float) -> None:
+    """Let the kernel limit how long the calls of a socket wait.
+
+    With Python's time-outs each call is two system calls, and releases the interpreter's lock for both: a busy server
+    waits for it longer than for Redis. TLS needs Python's.
+    """
+    seconds, microseconds = divmod(round(timeout_s * 1e6), 10**6)
+    sock.settimeout(None)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds))
 
 
 class _OneServer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -105,6 +105,9 @@ class RedisStore:
         clock: Callable[[], float] | None = None,
     ) -> None:
         self._server, self._prefix, self._clock = server, prefix, clock
+        # For tokens and nonces, which have to be distinct, not secret. The operating system seeds it, and is not asked
+        # again: that would release the interpreter's lock, and a busy server waits long to get it back.
+        self._random = random.Random()  # noqa: S311
         self._cache = SessionCache(cache_bytes)
         self._encode = partial(encode, segment_chars=segment_chars)
         self._segments = SegmentStore(server, prefix, segment_chars)
@@ -261,7 +264,7 @@ class RedisStore:
 
         Returns whether it was saved, and the lease if it is to be kept.
         """
-        token, nonce = _token(), self._new_nonce()
+        token, nonce = self._new_token(), self._new_nonce()
         lease_ms = self._renewer.lease_ms if keep else ""
         record, ttl_ms = self._encode(changed), _ms(changed.ttl_s)
         self._segments.write(record.segments, cached.save_id.creation, changed.ttl_s)
@@ -278,7 +281,7 @@ class RedisStore:
         return True, lease
 
     def _lease(self, key: SessionKey, take_over: bool) -> RedisLease:
-        token, lease_ms = _token(), self._renewer.lease_ms
+        token, lease_ms = self._new_token(), self._renewer.lease_ms
         deadline = time.monotonic() + 2 * lease_ms / 1000
         while True:
             cached = self._cache.get(key)
@@ -366,7 +369,10 @@ class RedisStore:
         return self._clock() if self._clock is not None else time.time()
 
     def _new_nonce(self) -> bytes:
-        return self._server.epoch + _token()
+        return self._server.epoch + self._new_token()
+
+    def _new_token(self) -> bytes:
+        return self._random.getrandbits(96).to_bytes(12, "big")
 
     def _now_ms(self) -> int | str:
         """Milliseconds since 1970 for the script; "" makes it use the server's clock."""
@@ -442,10 +448,6 @@ def _parts(save_id: SaveId) -> tuple[bytes, int, bytes]:
 def _changed_settled(record: Record, saved: CachedSession) -> bytes:
     """Return the settled text for the script: "=" if it is the same as in the save before."""
     return b"=" if saved.settled_hash == record.settled_hash else record.settled
-
-
-def _token() -> bytes:
-    return secrets.token_bytes(12)
 
 
 def _ms(seconds: float) -> int:

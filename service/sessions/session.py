@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -18,8 +18,7 @@ Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-@dataclass(frozen=True, slots=True)
-class SessionKey:
+class SessionKey(NamedTuple):
     """Names a session: an id among the sessions of an owner. Neither contains a slash."""
 
     owner: str  # the name of an API key; empty if the service has no API keys

@@ -184,6 +184,96 @@ def test_cached_copy__saves_exchanges_with_redis(replicas: Callable[[], Replica]
     assert take(one[0].runs.generate(SessionKey("", "alone"), RunRequest(20, PLAIN), None)) == third
 
 
+def whole(replica: Replica, request: RunRequest, position: int | None = None) -> str:
+    """Generate for a client that wants the text when it is complete."""
+    return take(replica[0].runs.generate(SessionKey("", "a"), request, position, as_whole=True))
+
+
+def test_short_run__as_a_whole_is_saved_once(replicas: Callable[[], Replica]) -> None:
+    """Its text is that of a stream. A run that may be long begins with a save, as a stream does."""
+    one, two = replicas(), replicas()
+    create(one)
+    short, long = replace(LONG, max_chars=256), replace(LONG, max_chars=257)
+    with exchanges(one) as operations:
+        text = whole(one, short, 6)
+        assert operations == ["claim"]
+        assert whole(one, short, 6) == text  # sent again
+        assert operations == ["claim", "lease", "release"]
+    with exchanges(one) as operations:
+        whole(one, long)
+        assert operations == ["claim", "save"]
+    assert text == uninterrupted(two, short)
+    with exchanges(two) as operations:  # it has no cached copy
+        whole(two, short)
+        assert operations == ["lease", "save"]
+    lease_of(two[1])
+    with pytest.raises(SessionBusy):
+        whole(one, short)
+    assert two[0].get(SessionKey("", "a")).position == 6 + 256 + 257 + 256
+
+
+def test_short_run__continues_what_others_have_saved_meanwhile(
+    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is computed again after their text. At a position, it isn't, unless they sent the same request."""
+    one, two = replicas(), replicas()
+    create(one)
+    short, finish = replace(LONG, max_chars=20), one[0]._reader.generate
+
+    def first(call: Callable[[], object]) -> None:
+        """Let another replica save after the run was computed, and before it is saved."""
+
+        def generate(*arguments: Any) -> Any:
+            monkeypatch.undo()
+            answer = finish(*arguments)
+            call()
+            return answer
+
+        monkeypatch.setattr(one[0]._reader, "generate", generate)
+
+    first(lambda: two[0].feed(SessionKey("", "a"), FeedRequest("to be ")))
+    text = whole(one, short)
+    assert text_of(two) == "ROMEO:to be " + text
+    first(lambda: two[0].feed(SessionKey("", "a"), FeedRequest("x")))
+    with pytest.raises(PositionConflict):
+        whole(one, short, 32)
+    answers: list[str] = []
+    first(lambda: answers.append(whole(two, short, 33)))
+    answers.append(whole(one, short, 33))
+    assert answers[0] == answers[1]
+    assert text_of(one) == text_of(two) == "ROMEO:to be " + text + "x" + answers[0]
+    create(one, "alone", "ROMEO:to be " + text + "x")
+    assert take(one[0].runs.generate(SessionKey("", "alone"), short, None)) == answers[0]
+
+
+@pytest.mark.parametrize("position", [None, 6])
+def test_short_run__whose_answer_was_lost_is_not_done_twice(
+    replicas: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch, position: int | None
+) -> None:
+    """Without a position the outcome is unknown; with one it is safe to repeat."""
+    one, two = replicas(), replicas()
+    create(one)
+    run, short = one[1]._server._run_script, replace(LONG, max_chars=20)
+
+    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+        run(*arguments, is_retry=is_retry)
+        raise errors.TimeoutError
+
+    with monkeypatch.context() as lost:
+        lost.setattr(one[1]._server, "_run_script", lose)
+        with pytest.raises(
+            OutcomeUnknown if position is None else StoreUnavailable,
+            match="may or may not have been done" if position is None else "safe",
+        ):
+            whole(one, short, position)
+    until_it_works(one[1].check)
+    text = text_of(two)
+    assert len(text) == 26
+    if position is not None:
+        assert whole(one, short, position) == text[6:]
+    assert text_of(two) == text
+
+
 @pytest.mark.parametrize("position", [None, 6])
 @pytest.mark.parametrize("someone_goes_on", [False, True])
 def test_feed__whose_answer_was_lost_is_not_done_twice(

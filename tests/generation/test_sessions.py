@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import shutil
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,7 @@ def test_run__makes_other_operations_busy(bench: Bench) -> None:
     others: list[Any] = [
         lambda: bench.sessions.feed(SessionKey("", "a"), FeedRequest("a")),
         lambda: bench.generate(),
+        lambda: bench.sessions.runs.generate(SessionKey("", "a"), RunRequest(9, PLAIN), None, as_whole=True),
         lambda: bench.sessions.rewind(SessionKey("", "a"), 3),
         lambda: bench.sessions.fork(SessionKey("", "a"), None, None, None),
         lambda: bench.sessions.export(SessionKey("", "a"), None),
@@ -317,6 +320,27 @@ def test_stop__leaves_the_session_before_the_string(bench: Bench) -> None:
         assert bench.state() == bench.replayed(bench.text())
 
 
+def test_short_run__as_a_whole_has_the_text_of_a_stream(bench: Bench) -> None:
+    """With every sampling setting, stop string and earlier interruption; and the state after it is that of its text."""
+    difficult = replace(PLAIN, temperature=0.8, repetition_penalty=1.4, presence_penalty=0.5)
+    bench.create("stream", "ROMEO: what")
+    streamed = drain(bench.generate("stream", RunRequest(200, difficult)))
+    for number, stop in enumerate(("", streamed[100:103], streamed[0], streamed[:30])):
+        request = RunRequest(200, difficult, (stop,) if stop else ())
+        expected = streamed[: streamed.index(stop)] if stop else streamed
+        for interrupted in (False, True):
+            name = f"{number}{interrupted}"
+            bench.create(name, "ROMEO: what")
+            if interrupted:
+                bench.generate(name, request, 11).close()
+            run = bench.sessions.runs.generate(SessionKey("", name), request, 11, as_whole=True)
+            assert drain(run) == run.text == expected
+            assert (run.finish_reason, run.position) == ("stop" if stop else "length", 11 + len(expected))
+            assert bench.text(name) == "ROMEO: what" + expected
+            assert bench.state(name) == bench.replayed(bench.text(name))
+            assert drain(bench.generate(name, request, 11)) == expected  # sent again
+
+
 def test_overload__leaves_the_session_unchanged(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.create()
     before = bench.state()
@@ -328,6 +352,7 @@ def test_overload__leaves_the_session_unchanged(bench: Bench, monkeypatch: pytes
     for call in (
         lambda: bench.sessions.feed(SessionKey("", "a"), FeedRequest("abc")),
         lambda: bench.generate(),
+        lambda: bench.sessions.runs.generate(SessionKey("", "a"), RunRequest(9, PLAIN), None, as_whole=True),
         lambda: bench.sessions.rewind(SessionKey("", "a"), 3),
     ):
         with pytest.raises(Overloaded):
@@ -491,9 +516,23 @@ def test_fork__has_the_same_past_and_future(bench: Bench) -> None:
     assert error.value.code == "session_exists"
 
 
-def test_feed_and_creation__whose_client_has_left_change_nothing(bench: Bench) -> None:
+def test_work__whose_client_has_left_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feeds, creations, and short runs whose client wants the whole text."""
     bench.create()
     before = bench.state()
+    stepper, request = bench.models.get("tiny").engine._stepper, RunRequest(256, PLAIN)
+    advance = stepper.advance
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.2)
+        return advance(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stepper, "advance", slowly)
+        patch.setattr("service.generation.reader._POLL_S", 0.001)
+        with pytest.raises(ClientGone):
+            bench.sessions.runs.generate(SessionKey("", "a"), request, 6, lambda: True, as_whole=True)
+    assert (bench.state(), bench.text()) == (before, "ROMEO:")
     with pytest.raises(ClientGone):
         bench.sessions.feed(SessionKey("", "a"), FeedRequest("a" * 500_000, 6), lambda: True)
     assert (bench.state(), bench.text()) == (before, "ROMEO:")

@@ -7,6 +7,7 @@ import re
 import resource
 import secrets
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -22,7 +23,7 @@ import redis
 from structlog.testing import capture_logs
 
 from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
-from service.sessions import redis_connections, redis_server
+from service.sessions import redis_connections, redis_server, redis_url
 from service.sessions.redis_connections import Link
 from service.sessions.redis_server import RedisServer
 from tests.harness.programs import free_port, program
@@ -530,3 +531,22 @@ def is_served(server: RedisServer) -> bool:
     except StoreUnavailable:
         return False
     return True
+
+
+@pytest.mark.parametrize("how", ["tcp", "unix"])
+def test_link__to_a_server_that_hangs_times_out(tmp_path: Path, how: str) -> None:
+    """While it waits for an answer, and while it sends more than fits into the buffers. A time-out is not repeated."""
+    path = tmp_path / "redis.sock"
+    with redis_process(tmp_path, "--unixsocket", str(path)) as server, ExitStack() as ending:
+        url = redis_url.parse(server.url if how == "tcp" else f"unix://{path}?db=0")
+        connections = redis_connections.RedisConnections(url, 0.2)
+        (address,) = connections.discover()
+        links = [connections.connect(address) for _ in range(2)]
+        for link in links:
+            ending.callback(link.close)
+        assert [link.run([("PING",)]) for link in links] == [[b"PONG"]] * 2
+        server.send(signal.SIGSTOP)
+        ending.callback(server.send, signal.SIGCONT)
+        for link, command in zip(links, [("PING",), ("SET", "key", bytes(10**8))], strict=True):
+            with pytest.raises(redis.TimeoutError):
+                link.run([command])

@@ -451,11 +451,11 @@ def test_generate__biases_belong_to_the_model_that_the_lease_gives(
     publish_tiny(store, "few", charset=" ab")
     generate = RunRegistry.generate
 
-    def move_first(*arguments: Any) -> RunStream:
+    def move_first(*arguments: Any, **options: Any) -> RunStream:
         moving = threading.Thread(target=move)  # a thread of its own, because this one has a request's context
         moving.start()
         moving.join()
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     def move() -> None:
         with client.application.test_client() as other:

@@ -182,7 +182,9 @@ class SessionRoutes(Resource):
         )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
-            stream = self._sessions.runs.generate(_key(path), run_request, body.position, client_monitor())
+            stream = self._sessions.runs.generate(
+                _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
+            )
             held.callback(stream.close)
             if not body.stream:
                 return run_answer(stream, client_monitor())
