@@ -34,10 +34,14 @@ class Recorder:
     def __init__(self, stop_after: int = 10**9) -> None:
         self.losses: list[float] = []
         self.points: list[Evaluation] = []
+        self.num_evaluated = 0  # characters
         self.stop_after = stop_after
 
     def updated(self, step: int, loss: float) -> None:
         self.losses.append(loss)
+
+    def evaluating(self, num_chars: int) -> None:
+        self.num_evaluated += num_chars
 
     def evaluated(self, point: Evaluation, is_best: bool) -> None:
         self.points.append(point)
@@ -121,7 +125,7 @@ def test_restore__refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="another corpus"):
         Trainer(Corpus("b", TEXT, "1" * 64), SETTINGS, tmp_path / "run").restore(state)
     with pytest.raises(InvalidCheckpoint, match="other settings"):
-        Trainer(CORPUS, SETTINGS.model_copy(update={"epochs": 9}), tmp_path / "run").restore(state)
+        Trainer(CORPUS, SETTINGS.model_copy(update={"seed": 9}), tmp_path / "run").restore(state)
 
 
 def test_trainer__resumed_run_uses_the_threads_of_its_start(tmp_path: Path) -> None:
@@ -150,7 +154,7 @@ def test_trainer__fails_before_the_first_update_if_it_can_not_write_the_checkpoi
 
 
 def test_trainer__raises_when_the_validation_loss_is_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: math.nan)
+    monkeypatch.setattr(Trainer, "validation_loss", lambda *_: math.nan)
     with pytest.raises(TrainingDiverged, match="validation loss is nan"):
         run(tmp_path / "run")
     assert read_state(tmp_path / "run").curve == []
