@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from benchmarks.pairs import time_in_turns
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
-from service.training.corpus import Corpus
 from service.training.hyperparameters import Hyperparameters
 from service.training.network import WindowLoss, initialise
 from service.training.trainer import Trainer
+from tests.harness.corpora import corpus_of
 
 BATCH, STEPS = 64, 128
 CHARS = BATCH * STEPS
@@ -41,8 +41,8 @@ def main() -> None:
 
     print(f"largest difference between a gradient and autograd's, in float64: {gradient_error():.1e}")
     chance = random.Random(1)
-    corpus = Corpus("random", "".join(chance.choices(ALPHABET, k=4 * CHARS)), "0" * 64)
-    print(f"batch {BATCH} x {STEPS} steps, {len(set(corpus.text))} characters, {options.threads} threads")
+    corpus = corpus_of("".join(chance.choices(ALPHABET, k=4 * CHARS)))
+    print(f"batch {BATCH} x {STEPS} steps, {len(corpus.charset)} characters, {options.threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("bfloat16", "float32"):
             settings = Hyperparameters.model_validate(

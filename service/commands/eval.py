@@ -10,18 +10,23 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import click
 
-from service.commands.options import FiniteRange, json_option, model_store_option, open_store
-from service.errors import MissingLibrary
+from service.commands.options import FiniteRange, corpus_option, json_option, model_store_option, open_store
+from service.errors import InvalidCorpus, MissingLibrary
 from service.model.charset import UnknownChars
 from service.model.quantize import Precision
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from service.model.artifact import Artifact
+    from service.model.encoded_text import EncodedText
+    from service.training.hyperparameters import Hyperparameters
+    from service.training.sources import Sources
+
 
 @click.command("eval")
 @click.argument("model")
-@click.option("--corpus", required=True, type=click.Path(path_type=Path), help="File with the text, in UTF-8.")
+@corpus_option
 @click.option(
     "--last",
     type=FiniteRange(0, 1, min_open=True),
@@ -29,9 +34,16 @@ if TYPE_CHECKING:
     help="Measure only this last fraction of the text.  [1]",
 )
 @click.option(
+    "--held-out",
+    is_flag=True,
+    help="Measure what training held out of this corpus, read as training read it.",
+)
+@click.option("--lines", is_flag=True, help="Each line is a text of its own; empty lines are left out.")
+@click.option("--keep-newlines", is_flag=True, help="Leave line ends of CR LF and CR as they are.")
+@click.option(
     "--unknown-chars",
     type=click.Choice(get_args(UnknownChars)),
-    default="error",
+    default=None,
     help="What happens to characters that the model does not know.  [error]",
 )
 @click.option(
@@ -44,44 +56,76 @@ if TYPE_CHECKING:
 @json_option
 def eval_command(
     model: str,
-    corpus: Path,
+    corpus: tuple[Path, ...],
     last: float,
-    unknown_chars: str,
+    held_out: bool,
+    lines: bool,
+    keep_newlines: bool,
+    unknown_chars: UnknownChars | None,
     precision: str,
     model_store: Path | None,
     as_json: bool,
 ) -> None:
     """Measure how well a model predicts a text, in nats and bits a character.
 
-    The state starts at zero and is carried through the whole text. The first character is read but not scored.
+    The state starts at zero in each document, or with --lines in each line, and is carried through all of it. The very
+    first character is read but not scored.
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
     if precision == "float32":
         require_torch()
 
-    from service.training.corpus import TextLoss, read_corpus, require_two_chars
+    from service.training.corpus import TextLoss, hold_out, last_part, read_text, require_two_chars
+    from service.training.hyperparameters import Hyperparameters
+    from service.training.sources import find_sources
 
-    text = read_corpus(corpus)
+    if held_out and (last != 1 or lines or keep_newlines or unknown_chars is not None):
+        raise click.UsageError("--held-out reads the text as training did: it takes no other option about the text")
+    sources = find_sources(corpus)
     version, artifact = open_store(model_store).load(model)
-    part = text.text if last == 1 else text.split(last)[1]
-    ids = artifact.charset.encode(part, unknown_chars)
-    require_two_chars(ids)
-    with char_bar(len(ids) - 1, description=f"{version.ref} in {precision}") as bar:
-        loss = TextLoss(measure(artifact.config, artifact.tensors, precision, ids, bar.update), len(ids))
+    if held_out:
+        settings = _training_settings(version.ref, artifact)
+    else:
+        settings = Hyperparameters(lines=lines, keep_newlines=keep_newlines, unknown_chars=unknown_chars or "error")
+    with corpus_bar(sources) as bar:
+        whole = read_text(sources, settings, bar.update, charset=artifact.charset)
+    if held_out and whole.sha256 != artifact.training.corpus.get("sha256"):
+        raise InvalidCorpus(f"{whole.name} is not the corpus that {version.ref} was trained on: its SHA-256 differs")
+    text = hold_out(whole, settings).validation if held_out else last_part(whole.text, last, lines=lines)
+    require_two_chars(text)
+    for note in whole.notes:
+        click.echo(f"{whole.name}: {note}", err=True)
+    with char_bar(text.num_scored, description=f"{version.ref} in {precision}") as bar:
+        nats = measure(artifact.config, artifact.tensors, precision, text, bar.update)
+    loss = TextLoss(nats, len(text.ids), text.num_scored)
     if as_json:
-        facts = {"model": version.ref, "corpus": text.name, "precision": precision}
+        facts = {"model": version.ref, "corpus": whole.name, "precision": precision}
         facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
         click.echo(json.dumps(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored}))
     else:
         click.echo(
-            f"{version.ref} on {text.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
+            f"{version.ref} on {whole.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
             f"{loss.bits_per_char:.4f} bits/char, {loss.num_chars:,} characters"
         )
 
 
-def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Callable[[int], object]) -> float:
-    """Return the loss of a text (n,) int64 in nats a character, computed with these weights in one precision.
+def _training_settings(ref: str, artifact: Artifact) -> Hyperparameters:
+    """Return the settings with which a model's corpus was read; those that the model's version lacks are defaults."""
+    from pydantic import ValidationError
+
+    from service.training.hyperparameters import Hyperparameters
+
+    names = ("lines", "keep_newlines", "unknown_chars", "min_count", "validation_fraction", "validation_chars")
+    known = artifact.training.model_dump().get("settings")
+    try:
+        return Hyperparameters(**{name: known[name] for name in names if name in known})  # type: ignore[index, operator]
+    except (TypeError, ValidationError) as error:
+        raise InvalidCorpus(f"{ref} doesn't say how it was trained, so nothing is known to be held out") from error
+
+
+def measure(config: Any, tensors: Any, precision: str, text: EncodedText, progress: Callable[[int], object]) -> float:
+    """Return the loss of texts in nats a character, computed with these weights in one precision.
 
     Calls `progress` with the number of characters read since its last call.
     """
@@ -94,7 +138,7 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
         from service.training.evaluation import text_loss
 
         torch.set_num_threads(1)
-        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), ids, progress).nats_per_char
+        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), text, progress).nats_per_char
 
     from service.engine.kernels import choose_kernel
     from service.engine.stepper import mean_loss
@@ -103,7 +147,7 @@ def measure(config: Any, tensors: Any, precision: str, ids: Any, progress: Calla
 
     kernel = choose_kernel(read_settings().kernel, num_threads=1)
     stepper, _ = kernel.load(config, tensors, cast(IntegerPrecision, precision))
-    return mean_loss(stepper, ids, progress)
+    return mean_loss(stepper, text, progress)
 
 
 def char_bar(total: int, initial: int = 0, description: str | None = None) -> tqdm[Any]:
@@ -118,6 +162,22 @@ def char_bar(total: int, initial: int = 0, description: str | None = None) -> tq
         unit="char",
         unit_scale=True,
         mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file gets few lines
+    )
+
+
+def corpus_bar(sources: Sources) -> tqdm[Any]:
+    """Return a progress bar on standard error that counts the bytes of a corpus; a short one is not shown."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0
+    return tqdm(
+        total=sources.num_bytes,
+        desc=f"reading {sources.name}",
+        unit="B",
+        unit_scale=True,
+        delay=1,  # seconds
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
 
 

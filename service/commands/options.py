@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 import typing
 from collections.abc import Callable
@@ -51,18 +52,38 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
         for name, field in reversed(model.model_fields.items()):
             if field.annotation is SecretStr:
                 continue
-            default = f"  [{field.default}]"
-            option = click.option(
-                f"--{name.replace('_', '-')}",
-                name,
-                type=_click_type(field.annotation),
-                default=None,
-                help=(field.description or name) + default,
-            )
+            words, help_text = f"--{name.replace('_', '-')}", field.description or name
+            if field.annotation is bool:
+                option = click.option(words, name, is_flag=True, default=None, help=help_text)
+            else:
+                help_text += f"  [{field.default}]"
+                option = click.option(words, name, type=_click_type(field.annotation), default=None, help=help_text)
             command = option(command)
         return command
 
     return decorate
+
+
+def corpus_option(command: Command) -> Command:
+    """Add the option `--corpus`, which may be given several times. The command gets a tuple of paths."""
+    return click.option(
+        "--corpus",
+        required=True,
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="Text in UTF-8: a file, a folder, a pattern such as 'poems/*.txt' in quotes, or - for standard input. May "
+        "be given several times; each file is a document of its own.",
+    )(command)
+
+
+def wait_passively() -> None:
+    """Let the threads of OpenMP sleep while they wait for each other, unless the user chose otherwise.
+
+    It has an effect before torch is imported. A thread that waits by spinning takes a core from the thread that it
+    waits for, if another process needs one of the cores too.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:

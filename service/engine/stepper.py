@@ -14,6 +14,7 @@ from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue
+from service.model.encoded_text import EncodedText
 
 FinishReason = Literal["stop", "length"]
 
@@ -21,7 +22,8 @@ MAX_STOPS = 16
 MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
 _COUNTED_CHARS = 8192
-_MEASURED_CHARS = 2048  # characters between two calls of `progress` in `mean_loss`
+_MEASURED_CHARS = 2048  # characters of each text between two calls of `progress` in `mean_loss`
+_MEASURED_TEXTS = 64  # texts that `mean_loss` reads side by side
 
 
 @dataclass(eq=False)
@@ -215,18 +217,32 @@ class Stepper(Protocol):
         ...
 
 
-def mean_loss(stepper: Stepper, ids: Ids, progress: Callable[[int], object] = lambda _: None) -> float:
-    """Return the mean loss, in nats per character, of a stepper's model on a text of n > 1 characters, (n,) int64.
+def mean_loss(stepper: Stepper, text: EncodedText, progress: Callable[[int], object] = lambda _: None) -> float:
+    """Return the mean loss, in nats per character, of a stepper's model on texts of which a character is scored.
 
-    The state starts at zero. The first character is read but not scored. `progress` is called now and then with the
-    number of characters scored since its last call.
+    The state starts at zero in each text. Several texts are read side by side. `progress` is called now and then with
+    the number of characters scored since its last call.
     """
-    row = Row(stepper.initial_hidden(), 0, ids, max_chars=0, seed=0, num_logprobs=0, score_prompt=True)
-    total, first = 0.0, 1
-    while row.finished is None:
-        scores = stepper.advance([row], _MEASURED_CHARS)[0].prompt_scores
-        if scores is not None:
-            total -= float(scores.chosen[first:].sum(dtype=np.float64))
-            progress(len(scores.chosen) - first)
-            first = 0
-    return total / (len(ids) - 1)
+    total, num_scored = 0.0, 0
+    spans = list(zip(text.starts.tolist(), text.ends.tolist(), strict=True))
+    for group in range(0, len(spans), _MEASURED_TEXTS):
+        reading = [(begin, end, stepper.initial_hidden()) for begin, end in spans[group : group + _MEASURED_TEXTS]]
+        position = 0  # the number of characters that were read of each text in the group
+        while reading:
+            stop = position + _MEASURED_CHARS
+            rows = [
+                Row(hidden, position, text.ids[begin + position : min(begin + stop, end)].astype(np.int64),
+                    max_chars=0, seed=0, num_logprobs=0, score_prompt=True)
+                for begin, end, hidden in reading
+            ]  # fmt: skip
+            before = num_scored
+            for (begin, _, _), result in zip(reading, stepper.advance(rows, _MEASURED_CHARS), strict=True):
+                is_first_scored = position > 0 or (begin > 0 and text.scores_starts)
+                scores = result.prompt_scores or Scores.none()
+                chosen = scores.chosen[0 if is_first_scored else 1 :]
+                total -= float(chosen.sum(dtype=np.float64))
+                num_scored += len(chosen)
+            progress(num_scored - before)
+            position = stop
+            reading = [(begin, end, hidden) for begin, end, hidden in reading if begin + position < end]
+    return total / num_scored

@@ -141,6 +141,13 @@ class Charset:
         is_last = start + len(text) >= end
         raise self._unknown_error(text, positions, start, folded=unknown == "fold", is_last=is_last)
 
+    def spelling(self, char: str, unknown: UnknownChars) -> str | None:
+        """Return what `encode` writes for a character: a string of known characters, or None if it has none."""
+        if char in self:
+            return char
+        parts = self._parts(char)
+        return parts if parts is not None or unknown != "fold" else self._nearest(char)
+
     def exact(self, text: str) -> Ids:
         """Return the (n,) int64 ids of exactly these n characters, without normalisation. The inverse of `decode`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -36,9 +36,31 @@ def normalised_pieces(text: str, piece_chars: int = PIECE_CHARS) -> Iterator[str
         yield normalised(text[begin:])
 
 
+def normalised_blocks(blocks: Iterable[str]) -> Iterator[str]:
+    """Yield the normal form C of a text that arrives in blocks. What is yielded also ends where a text may be split."""
+    waiting: list[str] = []  # the end of what was read, in which the text may not be split
+    for block in blocks:
+        if not block:
+            continue
+        before = waiting[-1][-1] if waiting else ""
+        place = len(block) - 1
+        while place > 0 and not _may_split(block, place):
+            place -= 1
+        if place == 0 and before and not _may_split(before + block[0], 1):
+            waiting.append(block)
+            continue
+        if waiting or place:
+            yield normalised("".join([*waiting, block[:place]]))
+        waiting = [block[place:]]
+    if waiting:
+        yield normalised("".join(waiting))
+
+
 def normalised(text: str) -> str:
     """Return the normal form C of a text, in a time that is proportional to its length."""
-    if not text.isascii() and _has_long_run(text):
+    if text.isascii():
+        return text
+    if _has_long_run(text):
         text = _long_runs().sub(_sorted_run, text)
     return unicodedata.normalize("NFC", text)
 

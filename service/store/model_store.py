@@ -155,13 +155,20 @@ class ModelStore:
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
-    def check_writable(self, name: str) -> None:
-        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory."""
+    def check_writable(self, name: str, write: Callable[[Path], None] = lambda _: None) -> None:
+        """Raise InvalidValue, InvalidArtifact or StoreError if no version of `name` could be published.
+
+        Makes the name's directory. What `write` puts into an empty directory, which it gets as its argument, is read
+        back as `publish` does, unless it is nothing, and removed.
+        """
         directory = self._directory(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
             self._make_directory(directory)
-            with staging_directory(directory):
+            with staging_directory(directory) as staging:
                 self._read_index(name)
+                write(staging)
+                if any(staging.iterdir()):
+                    read_artifact(staging)
 
     def describe(self, version: ModelVersion) -> Description:
         """Return what is known about a version, without reading its weights.

@@ -154,7 +154,7 @@ def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Ten
 
 
 def check_space(path: Path) -> None:
-    """Raise InvalidCheckpoint if the disk has no space for a second copy of the checkpoint, which replaces the first."""
+    """Raise InvalidCheckpoint if the disk has no space for a second copy of the checkpoint."""
     needed, free = path.stat().st_size, shutil.disk_usage(path.parent).free
     if free < needed:
         raise InvalidCheckpoint(
@@ -254,7 +254,7 @@ def lock_checkpoint(path: Path, name: str, warn: Callable[[str], object]) -> Ite
             yield
         finally:
             with suppress(OSError):
-                lock.unlink()  # before the lock is released, so that a waiting process sees that its file is a stale one
+                lock.unlink()  # before the lock is released, so that a new run sees that it opened a stale file
 
 
 def _lock(path: Path, warn: Callable[[str], object]) -> IO[str]:

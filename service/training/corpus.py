@@ -1,89 +1,275 @@
-"""Texts to train on or to measure: reading, checking and splitting them, and the loss that was measured on one.
+"""Texts to train on or to measure: reading, encoding and dividing them, and the loss that was measured on one.
 
 Nothing here imports torch: `gru-serve eval --precision int8` measures a text without it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Ids
 from service.errors import InvalidCorpus
+from service.model.charset import Charset, UnknownChars
+from service.model.encoded_text import EncodedText
+from service.training.hyperparameters import Hyperparameters
+from service.training.reading import Reader
+from service.training.sources import Sources, find_sources
+
+__all__ = ["Corpus", "EncodedText", "TextLoss", "WholeText", "hold_out", "last_part", "read_corpus", "read_text"]
+
+# A held-out end of a document is read from the zero state, without what precedes it, so its first characters are
+# predicted worse than they would be in the document. In a thousand characters that matters little.
+_MIN_TAIL = 1000
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_BLOCK = 1 << 20  # characters that are moved at a time
 
 
 @dataclass(frozen=True)
-class EncodedText:
-    """Texts one after the other, as ids. A model reads each of them from the zero state."""
+class WholeText:
+    """Everything that was read, before a part is held out."""
 
-    ids: NDArray[np.integer]  # (n,), the smallest unsigned dtype that holds the charset
-    starts: Ids  # (number of texts,) int64, the positions at which a text begins, ascending; the first is 0
-    # Whether the first character of a text is predicted, from the zero state. It is not where a text is the end of a
-    # longer one. The first character of all is never scored.
-    scores_starts: bool = True
+    name: str  # of the file, or how many files there are
+    sha256: str  # see Corpus
+    charset: Charset
+    text: EncodedText  # a text for each document, or for each line
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text that was read from a file."""
+    """What a model is trained on, and what is held out."""
 
-    name: str  # of the file, without its folder
-    text: str  # normalised to NFC
-    sha256: str  # of the file's bytes, in hexadecimal
+    name: str  # for the card and messages: the file's name, or how many files there are
+    # In hexadecimal. Of one file: of its bytes. Of several: of their sums, in order, a line each, as the command
+    # `sha256sum a b | cut -c1-64 | sha256sum` gives it.
+    sha256: str
+    charset: Charset
+    training: EncodedText
+    validation: EncodedText
+    notes: tuple[str, ...]  # a line each for the user: what was converted, folded, left out and held out
 
-    def split(self, validation_fraction: float) -> tuple[str, str]:
-        """Return (training text, validation text). The validation text is the last part of the text."""
-        border = int(len(self.text) * (1 - validation_fraction))
-        return self.text[:border], self.text[border:]
+    @property
+    def num_chars(self) -> int:
+        """The number of characters of both parts."""
+        return self.num_training_chars + self.num_validation_chars
+
+    @property
+    def num_training_chars(self) -> int:
+        """The number of characters that the model is trained on."""
+        return len(self.training.ids)
+
+    @property
+    def num_validation_chars(self) -> int:
+        """The number of characters that are held out."""
+        return len(self.validation.ids)
 
 
-def read_corpus(path: Path) -> Corpus:
-    """Read a UTF-8 file. Raises InvalidCorpus if it can't be read, isn't UTF-8 or is empty."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidCorpus(f"can't read {path}: {error.strerror}", param="corpus") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # utf-8-sig counts positions from the end of the byte order mark, not from the start of the file.
-        offset = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+def read_corpus(
+    sources: Sequence[str | Path] | Sources,
+    settings: Hyperparameters,
+    progress: Callable[[int], object] = lambda _: None,
+    known: str = "",
+) -> Corpus:
+    """Read the files that the sources name, see `find_sources`, and hold out a part.
+
+    Args:
+        sources: files, folders, patterns, `-` for standard input.
+        settings: what is done with the text.
+        progress: a function that is called with the number of bytes read since its last call.
+        known: characters that come first in the charset, in this order.
+
+    Raises:
+        InvalidCorpus: a file can't be read, is no UTF-8 text, or nothing or too little is left.
+        InvalidCharset: the charset of the settings is none.
+        UnknownCharacters: the text has characters outside the charset, and the settings say that this is an error.
+    """
+    return hold_out(read_text(sources, settings, progress, known), settings)
+
+
+def hold_out(whole: WholeText, settings: Hyperparameters) -> Corpus:
+    """Divide a text; its ids are overwritten. Raises InvalidCorpus if it is too short."""
+    if settings.lines:
+        training, validation, what = _hold_out_lines(whole.text, settings)
+    else:
+        training, validation, what = _hold_out_ends(whole.text, settings)
+    if len(validation.ids) < 2:
         raise InvalidCorpus(
-            f"{path} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset} ({error.reason}); "
-            "convert the file to UTF-8 first",
+            f"{whole.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
             param="corpus",
-        ) from error
-    if not text:
-        raise InvalidCorpus(f"{path} is empty", param="corpus")
-    return Corpus(path.name, unicodedata.normalize("NFC", text), hashlib.sha256(data).hexdigest())
-
-
-def require_two_chars(ids: Ids) -> None:
-    """Raise InvalidCorpus for a text of fewer than two characters: it has no character to predict."""
-    if len(ids) < 2:
+        )
+    if len(training.ids) < 2:
         raise InvalidCorpus(
-            f"the text has {len(ids)} known characters: at least two are needed, because the first is never predicted",
+            f"{whole.name} has {len(training.ids)} characters besides the held-out ones, and training needs at least "
+            "two: use a longer text or a smaller fraction",
+            param="corpus",
+        )
+    return Corpus(whole.name, whole.sha256, whole.charset, training, validation, (*whole.notes, what))
+
+
+def read_text(
+    sources: Sequence[str | Path] | Sources,
+    settings: Hyperparameters,
+    progress: Callable[[int], object] = lambda _: None,
+    known: str = "",
+    charset: Charset | None = None,
+) -> WholeText:
+    """Read the files that the sources name without holding out a part. See `read_corpus`.
+
+    A `charset` takes the place of the one that `settings` and `known` determine.
+    """
+    if settings.charset and settings.min_count:
+        raise InvalidCorpus(
+            "--charset gives the characters that --min-count would choose: use one of them", param="min_count"
+        )
+    sources = sources if isinstance(sources, Sources) else find_sources(sources)
+    reader = Reader(keep_newlines=settings.keep_newlines, lines=settings.lines)
+    for source in sources.files:
+        reader.read(source, progress)
+    if reader.is_empty:
+        raise InvalidCorpus(f"{sources.name} is empty", param="corpus")
+    if charset is None:
+        charset = reader.charset(known, settings.charset, settings.min_count)
+    if settings.lines and "\n" not in charset:
+        raise InvalidCorpus("lines end with \\n, so --lines needs it in the charset", param="charset")
+    # Rare characters are left out on purpose: where none is similar, refusing the text would help nobody.
+    unknown: UnknownChars = settings.unknown_chars
+    if settings.min_count and unknown == "error":
+        unknown = "fold"
+    ids, lengths = reader.encode(charset, unknown, or_drop=settings.min_count > 0)
+    text = _lines_of(ids, charset) if settings.lines else EncodedText.of_lengths(ids, lengths)
+    if not len(text.ids):
+        raise InvalidCorpus(f"{sources.name} has no characters that the charset knows", param="corpus")
+    return WholeText(sources.name, reader.sha256, charset, text, (*sources.notes, *reader.notes()))
+
+
+def _lines_of(ids: NDArray[Any], charset: Charset) -> EncodedText:
+    """Return the lines in `ids`, which end with LF, as texts. Empty ones are left out; `ids` is overwritten."""
+    ends = np.flatnonzero(ids == charset.exact("\n")[0]) + 1
+    lengths = np.diff(ends, prepend=0)
+    is_full = lengths > 1
+    if "\r" in charset:
+        is_full &= (lengths > 2) | (ids[ends - lengths] != charset.exact("\r")[0])
+    if not is_full.all():
+        ids, lengths = _compact(ids, lengths, is_full), lengths[is_full]
+    return EncodedText.of_lengths(ids, lengths)
+
+
+def _hold_out_lines(text: EncodedText, settings: Hyperparameters) -> tuple[EncodedText, EncodedText, str]:
+    """Divide lines into those to train on and held-out ones, which are spread evenly over the text.
+
+    Their number is as if they were drawn at random, but they represent a sorted text too.
+    """
+    lengths = text.ends - text.starts
+    budget = min(int(len(text.ids) * settings.validation_fraction), settings.validation_chars)
+    is_held = _spread(lengths, budget)
+    what = f"held out: {is_held.sum():,} of {len(lengths):,} lines, spread evenly over the text"
+    training, validation = _divide(text.ids, lengths, is_held)
+    return training, validation, what
+
+
+def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[EncodedText, EncodedText, str]:
+    """Divide documents into their beginnings to train on and their held-out ends.
+
+    All ends have the same share of their document, unless they would be too short to measure with. Then fewer documents
+    give longer ends, and a short document is held out as a whole. These documents are spread evenly over all.
+    """
+    lengths = text.ends - text.starts
+    tails = lengths - (lengths * (1 - settings.validation_fraction)).astype(np.int64)
+    total, cap = int(tails.sum()), settings.validation_chars
+    if total > cap:
+        tails = lengths * cap // len(text.ids) if len(lengths) > 1 else np.minimum(tails, cap)
+        total = cap
+    if len(lengths) > 1 and total < _MIN_TAIL * len(lengths):
+        longest = np.minimum(lengths, min(_MIN_TAIL, total))
+        tails = np.where(_spread(longest, total), longest, 0)
+    num_held = int((tails > 0).sum())
+    if len(lengths) == 1:
+        what = f"held out: the last {int(tails[0]):,} characters"
+    else:
+        what = f"held out: {int(tails.sum()):,} characters at the end of {num_held:,} of {len(lengths):,} documents"
+    parts = np.stack([lengths - tails, tails], axis=1).reshape(-1)
+    training, validation = _divide(text.ids, parts, np.arange(len(parts)) % 2 == 1)
+    return training, EncodedText(validation.ids, validation.starts, scores_starts=False), what
+
+
+def _spread(sizes: Ids, budget: int) -> NDArray[np.bool_]:
+    """Choose items whose sizes sum to nearly `budget` and not more, spread evenly over all; at least one.
+
+    The fractions of the multiples of the golden ratio are spread evenly, however many of them one takes, and have no
+    period, so items that repeat in a pattern are chosen in proportion.
+    """
+    is_chosen = np.zeros(len(sizes), np.bool_)
+    candidates = np.flatnonzero(sizes <= budget)
+    if not len(candidates):
+        is_chosen[np.argmin(sizes)] = True
+        return is_chosen
+    places = np.arange(1, len(candidates) + 1) * _GOLDEN % 1
+    # Twice the share suffices unless sizes vary wildly; sorting all places of a long text would take long.
+    share = 2 * budget / int(sizes[candidates].sum())
+    first = np.flatnonzero(places < share) if share * len(candidates) > 100 else np.arange(len(candidates))
+    order = candidates[first[np.argsort(places[first])]]
+    is_chosen[order[np.cumsum(sizes[order]) <= budget]] = True
+    return is_chosen
+
+
+def _divide(ids: NDArray[Any], lengths: Ids, is_held: NDArray[np.bool_]) -> tuple[EncodedText, EncodedText]:
+    """Return the parts that are not held out, each a text, and the others. The first are written over `ids`."""
+    ends = np.cumsum(lengths)
+    held = np.flatnonzero(is_held)
+    validation = np.concatenate(
+        [ids[end - length : end] for end, length in zip(ends[held], lengths[held], strict=True)]
+    )
+    training = _compact(ids, lengths, ~is_held)
+    return EncodedText.of_lengths(training, lengths[~is_held]), EncodedText.of_lengths(validation, lengths[held])
+
+
+def _compact(ids: NDArray[Any], lengths: Ids, is_kept: NDArray[np.bool_]) -> NDArray[Any]:
+    """Move the parts of `ids` of these lengths that are kept to its beginning, and return that as a view."""
+    ends = np.cumsum(lengths)
+    size = 0
+    for begin in range(0, len(ids), _BLOCK):
+        end = min(begin + _BLOCK, len(ids))
+        first, last = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end, "left")
+        parts = slice(first, last + 1)
+        inside = np.minimum(ends[parts], end) - np.maximum(ends[parts] - lengths[parts], begin)
+        kept = ids[begin:end][np.repeat(is_kept[parts], inside)]
+        ids[size : size + len(kept)] = kept
+        size += len(kept)
+    return ids[:size]
+
+
+def last_part(text: EncodedText, fraction: float, *, lines: bool) -> EncodedText:
+    """Return the last fraction of a text; of lines, those that begin in it, and the last one at least."""
+    border = int(len(text.ids) * (1 - fraction))
+    if lines:
+        border = int(text.starts[min(int(np.searchsorted(text.starts, border)), len(text.starts) - 1)])
+    return text.last(len(text.ids) - border)
+
+
+def require_two_chars(text: EncodedText) -> None:
+    """Raise InvalidCorpus for a text of which no character is scored."""
+    if text.num_scored < 1:
+        raise InvalidCorpus(
+            f"the text has {len(text.ids)} known characters: at least two are needed, because the first is never "
+            "predicted",
             param="corpus",
         )
 
 
 @dataclass(frozen=True)
 class TextLoss:
-    """How well a model predicted a text. The first character is read but not scored: nothing predicts it."""
+    """How well a model predicted a text. Characters that nothing predicts, such as the first, are not scored."""
 
     nats_per_char: float  # mean over the scored characters
-    num_chars: int  # characters of the text, including the first
-
-    @property
-    def num_scored(self) -> int:
-        """The number of characters that were predicted."""
-        return self.num_chars - 1
+    num_chars: int  # characters of the text
+    num_scored: int  # the characters that were predicted
 
     @property
     def bits_per_char(self) -> float:

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def find_device(name: Device) -> torch.device:
-    """Return the device of this name; `auto` takes a GPU if there is one. Raises MissingLibrary if there must be one."""
+    """Return the device of this name; `auto` takes a GPU if there is one. Raises MissingLibrary if `cuda` has none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return CPU
     if not torch.cuda.is_available():

@@ -50,7 +50,14 @@ class Hyperparameters(BaseModel):
         0.99, ge=0, lt=1, description="Decay of the moving average of the weights; 0 turns averaging off."
     )
     validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="Fraction of the text, from its end, that is held out for validation."
+        0.1,
+        gt=0,
+        lt=1,
+        description="Fraction of the text that is held out for validation: the end of each document, or with --lines "
+        "lines from everywhere.",
+    )
+    validation_chars: int = Field(
+        200_000, ge=2, description="Most characters that are held out, because reading them takes time."
     )
     eval_interval: int = Field(0, ge=0, description="Updates between two evaluations; 0 evaluates once an epoch.")
     patience: int = Field(
@@ -62,9 +69,21 @@ class Hyperparameters(BaseModel):
     threads: int = Field(
         0, ge=0, le=256, description="CPU threads; 0 uses one for each core. Results depend slightly on the number."
     )
+    lines: bool = Field(
+        False,
+        description="Each line is a text of its own, such as a name: the state starts from zero at each. Empty lines "
+        "are left out.",
+    )
+    keep_newlines: bool = Field(False, description="Leave line ends of CR LF and CR as they are.")
     charset: str = Field("", description="The characters that the model knows; empty takes those of the text.")
     unknown_chars: UnknownChars = Field(
         "error", description="What happens to characters of the text that are not in the charset."
+    )
+    min_count: int = Field(
+        0,
+        ge=0,
+        description="Leave characters that occur fewer times out of the charset. They are folded to similar characters "
+        "where there are some, and otherwise, or with --unknown-chars drop, left out.",
     )
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Number format of large matrix products; auto takes bfloat16 if the processor supports it."

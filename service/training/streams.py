@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from service.errors import InvalidCorpus
-from service.training.corpus import EncodedText
+from service.model.encoded_text import EncodedText
 from service.training.randomness import seeded_generator
 
 

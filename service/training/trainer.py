@@ -19,14 +19,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidCorpus, InvalidValue, TrainingDiverged
+from service.errors import InvalidCheckpoint, InvalidValue, TrainingDiverged
 from service.model.artifact import Tensors
-from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, RunState, check_space, read_tensors, save_checkpoint
-from service.training.corpus import Corpus, EncodedText
+from service.training.corpus import Corpus
 from service.training.devices import CPU, product_dtype
 from service.training.evaluation import streamed_loss
 from service.training.hyperparameters import Hyperparameters
@@ -63,9 +62,8 @@ class _StopRequested(Exception):
 class Trainer:
     """A training run over one corpus, new or resumed from a checkpoint.
 
-    Raises InvalidCorpus if the text is too short for the settings, InvalidCharset, InvalidValue if the sizes are too
-    large, and UnknownCharacters if the text has characters outside the charset and the settings say that this is an
-    error.
+    `corpus` was read with these settings. Raises InvalidValue if the sizes are too large, and InvalidCharset if the
+    charset doesn't begin with that of the initial version.
     """
 
     def __init__(
@@ -78,28 +76,19 @@ class Trainer:
     ) -> None:
         settings = _resolve(settings, device)
         self.settings, self.checkpoint, self.device = settings, checkpoint, device
-        charset = Charset(settings.charset) if settings.charset else Charset.from_corpus(corpus.text)
-        training, validation = corpus.split(settings.validation_fraction)
-        if len(validation) < 2:
-            raise InvalidCorpus(
-                f"{corpus.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
-                param="corpus",
-            )
-        start = np.zeros(1, np.int64)
-        self.training_text = EncodedText(charset.encode(training, settings.unknown_chars), start)
-        self.validation_text = EncodedText(charset.encode(validation, settings.unknown_chars), start)
+        self.charset, self.validation_text = corpus.charset, corpus.validation
         self.streams = Streams(
-            self.training_text,
+            corpus.training,
             settings.batch_size,
             settings.sequence_length,
             settings.seed,
             settings.restart_interval,
         )
-        self.model = GRUCharModel(_config(charset.characters, settings))
+        self.model = GRUCharModel(_config(corpus.charset.characters, settings))
         if initial is None:
             initialise(self.model, settings.seed)  # on the CPU, so that every device begins with the same weights
         else:
-            self.model.load_state_dict(initial.weights(charset.characters, settings.seed))
+            self.model.load_state_dict(initial.weights(corpus.charset.characters, settings.seed))
         self.model.to(device)
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # as trained, not averaged
         self.average = WeightAverage(list(self.weights.values()), settings.average_decay)
@@ -118,7 +107,7 @@ class Trainer:
         self._window_loss = WindowLoss(self.model, product_dtype(settings.precision, device))
         self.state = RunState(
             settings=settings,
-            charset=charset.characters,
+            charset=corpus.charset.characters,
             corpus_name=corpus.name,
             corpus_sha256=corpus.sha256,
             device=device.type,
@@ -224,14 +213,16 @@ class Trainer:
         with self._averaged_weights():
             model = FoldedGRU(GRUCharModel.from_tensors(self.model.config, _on_cpu(self.weights)))
         draws = seeded_generator(self.settings.seed, "sample", self.state.step)
-        ids = [int(char) for char in self.validation_text.ids[:_SAMPLE_PROMPT]]
-        states, hidden = model.scan(torch.tensor(ids), model.initial_hidden())
+        # A line begins at the zero state, so a model of lines needs no prompt.
+        prompt = [] if self.settings.lines else self.validation_text.ids[:_SAMPLE_PROMPT].tolist()
+        ids = list(prompt)
+        _, hidden = model.scan(torch.tensor(ids, dtype=torch.int64), model.initial_hidden())
         deadline = time.monotonic() + _SAMPLE_S
-        while len(ids) < _SAMPLE_PROMPT + _SAMPLE_CHARS and time.monotonic() < deadline:
-            chances = torch.softmax(model.logits(states[-1:])[0] / _SAMPLE_TEMPERATURE, 0)
+        while len(ids) < len(prompt) + _SAMPLE_CHARS and time.monotonic() < deadline:
+            chances = torch.softmax(model.logits(hidden[-1:])[0] / _SAMPLE_TEMPERATURE, 0)
             ids.append(int(torch.multinomial(chances, 1, generator=draws)))
-            states, hidden = model.scan(torch.tensor(ids[-1:]), hidden)
-        return Charset(self.model.config.charset).decode(np.array(ids))
+            _, hidden = model.scan(torch.tensor(ids[-1:]), hidden)
+        return self.charset.decode(np.array(ids))
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from service.engine.kernels import choose_kernel
 from service.engine.stepper import mean_loss
 from service.model.artifact import Artifact, read_artifact
+from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision
@@ -41,7 +43,11 @@ def sample_loss(artifact: Artifact, sample: str) -> float:
 def loss(artifact: Artifact, text: str) -> float:
     """Return the loss in nats a character, in float32."""
     network = FoldedGRU(GRUCharModel.from_tensors(artifact.config, artifact.tensors))
-    return text_loss(network, artifact.charset.encode(text)).nats_per_char
+    return text_loss(network, encoded(artifact, text)).nats_per_char
+
+
+def encoded(artifact: Artifact, text: str) -> EncodedText:
+    return EncodedText(artifact.charset.encode(text), np.zeros(1, np.int64))
 
 
 def test_shipped_model__has_the_tutorials_sizes_and_fits_its_limit() -> None:
@@ -76,7 +82,7 @@ def test_loss__in_integers_is_that_of_float32(
     artifact: Artifact, sample: str, sample_loss: float, precision: IntegerPrecision
 ) -> None:
     stepper, _ = choose_kernel("auto", 1).load(artifact.config, artifact.tensors, precision)
-    assert abs(mean_loss(stepper, artifact.charset.encode(sample)) - sample_loss) < 0.05
+    assert abs(mean_loss(stepper, encoded(artifact, sample)) - sample_loss) < 0.05
 
 
 def test_loss__of_reversed_text_is_high(artifact: Artifact) -> None:

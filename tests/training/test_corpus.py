@@ -10,31 +10,43 @@ import pytest
 import torch
 
 from service.errors import InvalidCorpus
-from service.training.corpus import EncodedText, read_corpus
+from service.model.encoded_text import EncodedText
+from service.training.corpus import read_corpus
+from service.training.hyperparameters import Hyperparameters
 from service.training.streams import Streams
 
 
 def test_read_corpus__normalises_the_text_and_digests_the_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    data = "\ufeffcafe\u0301\n".encode()
+    data = "\ufeffcafe\u0301\n".encode() * 20
     path.write_bytes(data)
-    corpus = read_corpus(path)
-    assert corpus.text == "café\n"
+    corpus = read_corpus([path], Hyperparameters())
+    whole = corpus.charset.decode(np.concatenate([corpus.training.ids, corpus.validation.ids]))
+    assert whole == "café\n" + "\ufeffcafé\n" * 19
     assert corpus.name == "a.txt"
     assert corpus.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_split__holds_out_the_last_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_chars", "num_held"), [(100, 10), (1_115_394, 111_540), (21, 3), (3_000_000, 200_000)])
+def test_read_corpus__holds_out_the_end_of_one_document(tmp_path: Path, num_chars: int, num_held: int) -> None:
+    """For the second number this is the text with which the shipped model was measured."""
     path = tmp_path / "a.txt"
-    path.write_text("0123456789" * 10)
-    training, held_out = read_corpus(path).split(0.1)
-    assert (len(training), held_out) == (90, "0123456789")
+    text = ("0123456789" * (num_chars // 10 + 1))[:num_chars]
+    path.write_text(text)
+    corpus = read_corpus([path], Hyperparameters())
+    assert corpus.num_chars == num_chars
+    assert corpus.charset.decode(corpus.training.ids) == text[:-num_held]
+    assert corpus.charset.decode(corpus.validation.ids) == text[-num_held:]
+    assert corpus.training.ids.dtype == np.uint8
+    assert (corpus.training.starts.tolist(), corpus.validation.starts.tolist()) == ([0], [0])
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"abcdefgh", "hold out"),
         (b"good\nbad\xff", r"not UTF-8: byte 0xff at offset 8"),
         (b"\xef\xbb\xbfab\xc3", r"byte 0xc3 at offset 5"),
         (b"\x80", r"byte 0x80 at offset 0"),
@@ -44,14 +56,14 @@ def test_read_corpus__refuses_files_that_are_not_utf8_text(tmp_path: Path, data:
     path = tmp_path / "a.txt"
     path.write_bytes(data)
     with pytest.raises(InvalidCorpus, match=message):
-        read_corpus(path)
+        read_corpus([path], Hyperparameters())
 
 
 def test_read_corpus__refuses_files_that_it_can_not_read(tmp_path: Path) -> None:
     with pytest.raises(InvalidCorpus, match="No such file"):
-        read_corpus(tmp_path / "absent")
-    with pytest.raises(InvalidCorpus, match="Is a directory"):
-        read_corpus(tmp_path)
+        read_corpus([tmp_path / "absent"], Hyperparameters())
+    with pytest.raises(InvalidCorpus, match="no files"):
+        read_corpus([tmp_path], Hyperparameters())
 
 
 def streams_of(num_chars: int, starts: tuple[int, ...] = (0,), **settings: int) -> Streams:

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from service.errors import InvalidCorpus
+from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training import evaluation
-from service.training.corpus import EncodedText
 from service.training.network import WindowLoss, initialise
 from tests.harness.models import tiny_config
 
@@ -29,6 +29,10 @@ def random_text(model: GRUCharModel, num_chars: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, model.config.vocab_size, num_chars)
 
 
+def one_text(ids: np.ndarray) -> EncodedText:
+    return EncodedText(ids, np.zeros(1, np.int64))
+
+
 def test_text_loss__is_the_mean_over_all_characters_but_the_first(
     model: GRUCharModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,7 +42,7 @@ def test_text_loss__is_the_mean_over_all_characters_but_the_first(
     for chunk in (7, 499, 500, 2048):
         monkeypatch.setattr(evaluation, "_CHUNK", chunk)
         reported: list[int] = []
-        loss = evaluation.text_loss(FoldedGRU(model), ids, reported.append)
+        loss = evaluation.text_loss(FoldedGRU(model), one_text(ids), reported.append)
         assert loss.nats_per_char == pytest.approx(expected, abs=1e-5)
         assert loss.bits_per_char == pytest.approx(expected / math.log(2), abs=1e-5)
         assert (loss.num_chars, loss.num_scored, sum(reported)) == (500, 499, 499)
@@ -47,16 +51,16 @@ def test_text_loss__is_the_mean_over_all_characters_but_the_first(
 def test_text_loss__refuses_a_text_without_a_second_character(model: GRUCharModel) -> None:
     for length in (0, 1):
         with pytest.raises(InvalidCorpus, match="at least two are needed"):
-            evaluation.text_loss(FoldedGRU(model), np.zeros(length, np.int64))
+            evaluation.text_loss(FoldedGRU(model), one_text(np.zeros(length, np.int64)))
 
 
 @pytest.mark.parametrize("num_chars", [9, 512])
 def test_streamed_loss__of_a_single_stream_is_the_exact_loss(model: GRUCharModel, num_chars: int) -> None:
     """Fewer than 512 predicted characters are read as one stream, whose state starts at zero as in the exact loss."""
     ids = random_text(model, num_chars)
-    exact = evaluation.text_loss(FoldedGRU(model), ids).nats_per_char
+    exact = evaluation.text_loss(FoldedGRU(model), one_text(ids)).nats_per_char
     with torch.no_grad():
-        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), EncodedText(ids, np.zeros(1, np.int64)))
+        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), one_text(ids))
     assert loss == pytest.approx(exact, abs=1e-5)
 
 

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from service.errors import InvalidCheckpoint, InvalidCorpus, TrainingDiverged, UnknownCharacters
+from service.errors import InvalidCheckpoint, TrainingDiverged
+from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, read_state
-from service.training.corpus import Corpus, EncodedText
 from service.training.evaluation import streamed_loss, text_loss
 from service.training.hyperparameters import Hyperparameters
 from service.training.optimisation import learning_rate
 from service.training.trainer import Trainer
+from tests.harness.corpora import corpus_of
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
-CORPUS = Corpus("fox.txt", TEXT, "0" * 64)
 # One thread: the threads of torch wait for each other by spinning, which takes minutes on a busy machine.
 SETTINGS = Hyperparameters(
     embedding_dim=8, num_units=24, num_layers=2, batch_size=4, sequence_length=16, epochs=3, learning_rate=0.01,
     warmup_steps=5, eval_interval=20, average_decay=0.9, weight_decay=0.01, threads=1,
 )  # fmt: skip
+CORPUS = corpus_of(TEXT, SETTINGS)
 
 
 class Recorder:
@@ -100,7 +102,7 @@ def test_best_weights__are_those_of_the_best_evaluation(tmp_path: Path) -> None:
     assert trainer.state.best_step == best.step
     model = GRUCharModel(trainer.model.config)
     model.load_state_dict(trainer.best_weights())
-    loss = text_loss(FoldedGRU(model), trainer.validation_text.ids).nats_per_char
+    loss = text_loss(FoldedGRU(model), trainer.validation_text).nats_per_char
     assert loss == pytest.approx(best.validation_loss, abs=0.02)
 
 
@@ -123,7 +125,7 @@ def test_restore__refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     run(tmp_path / "run", stop_after=1)
     state = read_state(tmp_path / "run")
     with pytest.raises(InvalidCheckpoint, match="another corpus"):
-        Trainer(Corpus("b", TEXT, "1" * 64), SETTINGS, tmp_path / "run").restore(state)
+        Trainer(replace(CORPUS, sha256="1" * 64), SETTINGS, tmp_path / "run").restore(state)
     with pytest.raises(InvalidCheckpoint, match="other settings"):
         Trainer(CORPUS, SETTINGS.model_copy(update={"seed": 9}), tmp_path / "run").restore(state)
 
@@ -167,13 +169,10 @@ def test_trainer__accepts_the_smallest_and_the_largest_seed(tmp_path: Path, seed
 
 
 def test_trainer__uses_the_given_charset(tmp_path: Path) -> None:
-    letters = "abcdefghijklmnopqrstuvwxyzAB ,."
-    trainer, _ = run(tmp_path / "run", SETTINGS.model_copy(update={"charset": letters}), stop_after=1)
+    letters = "zyxabcdefghijklmnopqrstuvwAB ,."
+    settings = SETTINGS.model_copy(update={"charset": letters})
+    trainer = Trainer(corpus_of(TEXT, settings), settings, tmp_path / "run")
     assert trainer.model.config.charset == letters
-    with pytest.raises(UnknownCharacters, match=r"' ' \(U\+0020\)"):
-        Trainer(CORPUS, SETTINGS.model_copy(update={"charset": letters.replace(" ", "")}), tmp_path / "other")
-    dropped = SETTINGS.model_copy(update={"charset": letters.replace(" ", ""), "unknown_chars": "drop"})
-    assert len(Trainer(CORPUS, dropped, tmp_path / "other").validation_text.ids) < len(trainer.validation_text.ids)
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, b"\x02\0\0\0\0\0\0\0{}"])
@@ -185,19 +184,12 @@ def test_read_state__refuses_a_damaged_checkpoint(tmp_path: Path, data: bytes) -
         read_state(tmp_path / "absent")
 
 
-def test_trainer__refuses_a_corpus_that_is_too_short(tmp_path: Path) -> None:
-    with pytest.raises(InvalidCorpus, match="hold out"):
-        Trainer(Corpus("short", "abcdefgh", "0" * 64), SETTINGS, tmp_path / "run")
-
-
 def test_streamed_loss__is_close_to_the_exact_loss(tmp_path: Path) -> None:
     trainer, _ = run(tmp_path / "run", SETTINGS.model_copy(update={"precision": "float32"}))
-    ids = np.tile(trainer.validation_text.ids, 4)
-    exact = text_loss(FoldedGRU(trainer.model), ids).nats_per_char
+    text = EncodedText(np.tile(trainer.validation_text.ids, 4), np.zeros(1, np.int64))
+    exact = text_loss(FoldedGRU(trainer.model), text).nats_per_char
     with torch.no_grad():
-        assert streamed_loss(trainer._window_loss, EncodedText(ids, np.zeros(1, np.int64))) == pytest.approx(
-            exact, abs=2e-3
-        )
+        assert streamed_loss(trainer._window_loss, text) == pytest.approx(exact, abs=2e-3)
 
 
 def test_learning_rate__rises_and_falls() -> None:
