@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -224,9 +224,9 @@ def mean_loss(stepper: Stepper, text: EncodedText, progress: Callable[[int], obj
     the number of characters scored since its last call.
     """
     total, num_scored = 0.0, 0
-    spans = list(zip(text.starts.tolist(), text.ends.tolist(), strict=True))
-    for group in range(0, len(spans), _MEASURED_TEXTS):
-        reading = [(begin, end, stepper.initial_hidden()) for begin, end in spans[group : group + _MEASURED_TEXTS]]
+    spans = text.spans()
+    while group := list(islice(spans, _MEASURED_TEXTS)):
+        reading = [(begin, end, stepper.initial_hidden()) for begin, end in group]
         position = 0  # the number of characters that were read of each text in the group
         while reading:
             stop = position + _MEASURED_CHARS

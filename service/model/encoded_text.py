@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +24,21 @@ class EncodedText:
 
     @classmethod
     def of_lengths(cls, ids: NDArray[np.integer], lengths: Ids, scores_starts: bool = True) -> EncodedText:
-        """Return texts of these lengths, int64, which lie one after the other in `ids`. Empty texts are left out."""
-        ends = np.cumsum(lengths[lengths > 0], dtype=np.int64)
-        return cls(ids, np.concatenate([np.zeros(1, np.int64), ends[:-1]]), scores_starts)
+        """Return texts of these lengths, int64, which follow one another in `ids`. Empty texts are left out."""
+        if not lengths.all():
+            lengths = lengths[lengths > 0]
+        starts = np.zeros(len(lengths), np.int64)
+        np.cumsum(lengths[:-1], out=starts[1:])
+        return cls(ids, starts, scores_starts)
 
     @property
-    def ends(self) -> Ids:
-        """(number of texts,) int64, the position after the last character of each text."""
-        return np.append(self.starts[1:], len(self.ids))
+    def lengths(self) -> Ids:
+        """(number of texts,) int64, the number of characters of each text."""
+        return np.diff(self.starts, append=len(self.ids))
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Yield the positions of the first character of each text and of the one after its last."""
+        return pairwise(chain(map(int, self.starts), [len(self.ids)]))
 
     @property
     def num_scored(self) -> int:

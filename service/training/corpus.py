@@ -132,8 +132,9 @@ def read_text(
     reader = Reader(keep_newlines=settings.keep_newlines, lines=settings.lines)
     for source in sources.files:
         reader.read(source, progress)
-    if reader.is_empty:
+    if not reader.sources:
         raise InvalidCorpus(f"{sources.name} is empty", param="corpus")
+    name = sources.name_of(reader.sources)
     if charset is None:
         charset = reader.charset(known, settings.charset, settings.min_count)
     if settings.lines and "\n" not in charset:
@@ -145,33 +146,34 @@ def read_text(
     ids, lengths = reader.encode(charset, unknown, or_drop=settings.min_count > 0)
     text = _lines_of(ids, charset) if settings.lines else EncodedText.of_lengths(ids, lengths)
     if not len(text.ids):
-        raise InvalidCorpus(f"{sources.name} has no characters that the charset knows", param="corpus")
-    return WholeText(sources.name, reader.sha256, charset, text, (*sources.notes, *reader.notes()))
+        what = "lines that are not empty" if settings.lines else "characters that the charset knows"
+        raise InvalidCorpus(f"{name} has no {what}", param="corpus")
+    return WholeText(name, reader.sha256, charset, text, (*sources.notes, *reader.notes()))
 
 
 def _lines_of(ids: NDArray[Any], charset: Charset) -> EncodedText:
     """Return the lines in `ids`, which end with LF, as texts. Empty ones are left out; `ids` is overwritten."""
-    ends = np.flatnonzero(ids == charset.exact("\n")[0]) + 1
-    lengths = np.diff(ends, prepend=0)
+    starts = np.flatnonzero(ids == charset.exact("\n")[0])  # the ends less one, at first
+    starts[1:] = starts[:-1] + 1
+    starts[:1] = 0
+    lines = EncodedText(ids, starts)
+    lengths = lines.lengths
     is_full = lengths > 1
     if "\r" in charset:
-        is_full &= (lengths > 2) | (ids[ends - lengths] != charset.exact("\r")[0])
-    if not is_full.all():
-        ids, lengths = _compact(ids, lengths, is_full), lengths[is_full]
-    return EncodedText.of_lengths(ids, lengths)
+        is_full &= (lengths > 2) | (ids[starts] != charset.exact("\r")[0])
+    del lengths
+    return lines if is_full.all() else _select(lines, is_full)
 
 
 def _hold_out_lines(text: EncodedText, settings: Hyperparameters) -> tuple[EncodedText, EncodedText, str]:
     """Divide lines into those to train on and held-out ones, which are spread evenly over the text.
 
-    Their number is as if they were drawn at random, but they represent a sorted text too.
+    So they represent the whole text even if it is sorted.
     """
-    lengths = text.ends - text.starts
     budget = min(int(len(text.ids) * settings.validation_fraction), settings.validation_chars)
-    is_held = _spread(lengths, budget)
-    what = f"held out: {is_held.sum():,} of {len(lengths):,} lines, spread evenly over the text"
-    training, validation = _divide(text.ids, lengths, is_held)
-    return training, validation, what
+    is_held = _spread(text.lengths, budget)
+    what = f"held out: {is_held.sum():,} of {len(is_held):,} lines, spread evenly over the text"
+    return *_divide(text, is_held), what
 
 
 def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[EncodedText, EncodedText, str]:
@@ -180,7 +182,7 @@ def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[Encode
     All ends have the same share of their document, unless they would be too short to measure with. Then fewer documents
     give longer ends, and a short document is held out as a whole. These documents are spread evenly over all.
     """
-    lengths = text.ends - text.starts
+    lengths = text.lengths
     tails = lengths - (lengths * (1 - settings.validation_fraction)).astype(np.int64)
     total, cap = int(tails.sum()), settings.validation_chars
     if total > cap:
@@ -189,13 +191,14 @@ def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[Encode
     if len(lengths) > 1 and total < _MIN_TAIL * len(lengths):
         longest = np.minimum(lengths, min(_MIN_TAIL, total))
         tails = np.where(_spread(longest, total), longest, 0)
-    num_held = int((tails > 0).sum())
     if len(lengths) == 1:
         what = f"held out: the last {int(tails[0]):,} characters"
     else:
+        num_held = int((tails > 0).sum())
         what = f"held out: {int(tails.sum()):,} characters at the end of {num_held:,} of {len(lengths):,} documents"
-    parts = np.stack([lengths - tails, tails], axis=1).reshape(-1)
-    training, validation = _divide(text.ids, parts, np.arange(len(parts)) % 2 == 1)
+    # The parts of each document, one of which may be empty.
+    starts = np.stack([text.starts, text.starts + lengths - tails], axis=1).reshape(-1)
+    training, validation = _divide(EncodedText(text.ids, starts), np.arange(len(starts)) % 2 == 1)
     return training, EncodedText(validation.ids, validation.starts, scores_starts=False), what
 
 
@@ -206,43 +209,48 @@ def _spread(sizes: Ids, budget: int) -> NDArray[np.bool_]:
     period, so items that repeat in a pattern are chosen in proportion.
     """
     is_chosen = np.zeros(len(sizes), np.bool_)
-    candidates = np.flatnonzero(sizes <= budget)
-    if not len(candidates):
+    fits = sizes <= budget
+    if not fits.any():
         is_chosen[np.argmin(sizes)] = True
         return is_chosen
-    places = np.arange(1, len(candidates) + 1) * _GOLDEN % 1
-    # Twice the share suffices unless sizes vary wildly; sorting all places of a long text would take long.
-    share = 2 * budget / int(sizes[candidates].sum())
-    first = np.flatnonzero(places < share) if share * len(candidates) > 100 else np.arange(len(candidates))
-    order = candidates[first[np.argsort(places[first])]]
+    # To sort all items of a long text would take long, so most are excluded before. Twice the share is enough, unless
+    # sizes differ wildly, if it is some hundred items.
+    share = max(2 * budget / int(sizes[fits].sum()), 1000 / len(sizes))
+    items, places = [], []
+    for begin in range(0, len(sizes), _BLOCK):
+        block = np.flatnonzero(fits[begin : begin + _BLOCK]) + begin
+        fractions = (block + 1) * _GOLDEN % 1
+        items.append(block[fractions < share])
+        places.append(fractions[fractions < share])
+    order = np.concatenate(items)[np.argsort(np.concatenate(places))]
     is_chosen[order[np.cumsum(sizes[order]) <= budget]] = True
     return is_chosen
 
 
-def _divide(ids: NDArray[Any], lengths: Ids, is_held: NDArray[np.bool_]) -> tuple[EncodedText, EncodedText]:
-    """Return the parts that are not held out, each a text, and the others. The first are written over `ids`."""
-    ends = np.cumsum(lengths)
-    held = np.flatnonzero(is_held)
-    validation = np.concatenate(
-        [ids[end - length : end] for end, length in zip(ends[held], lengths[held], strict=True)]
-    )
-    training = _compact(ids, lengths, ~is_held)
-    return EncodedText.of_lengths(training, lengths[~is_held]), EncodedText.of_lengths(validation, lengths[held])
+def _divide(text: EncodedText, is_held: NDArray[np.bool_]) -> tuple[EncodedText, EncodedText]:
+    """Return the texts that are not held out, and the others. The first are written over the ids of all."""
+    lengths = text.lengths[is_held]
+    spans = zip(text.starts[is_held].tolist(), lengths.tolist(), strict=True)
+    held = np.concatenate([text.ids[start : start + length] for start, length in spans])
+    return _select(text, ~is_held), EncodedText.of_lengths(held, lengths)
 
 
-def _compact(ids: NDArray[Any], lengths: Ids, is_kept: NDArray[np.bool_]) -> NDArray[Any]:
-    """Move the parts of `ids` of these lengths that are kept to its beginning, and return that as a view."""
-    ends = np.cumsum(lengths)
+def _select(text: EncodedText, is_kept: NDArray[np.bool_]) -> EncodedText:
+    """Return some of the texts. Their ids are moved to the beginning of the array, so that nothing is copied."""
+    ids, lengths = text.ids, text.lengths
     size = 0
     for begin in range(0, len(ids), _BLOCK):
         end = min(begin + _BLOCK, len(ids))
-        first, last = np.searchsorted(ends, begin, "right"), np.searchsorted(ends, end, "left")
-        parts = slice(first, last + 1)
-        inside = np.minimum(ends[parts], end) - np.maximum(ends[parts] - lengths[parts], begin)
-        kept = ids[begin:end][np.repeat(is_kept[parts], inside)]
+        # The texts that have characters in this block.
+        first = int(np.searchsorted(text.starts, begin, "right")) - 1
+        last = int(np.searchsorted(text.starts, end, "left"))
+        starts = text.starts[first:last]
+        inside = np.minimum(starts + lengths[first:last], end) - np.maximum(starts, begin)
+        kept = ids[begin:end][np.repeat(is_kept[first:last], inside)]
         ids[size : size + len(kept)] = kept
         size += len(kept)
-    return ids[:size]
+    lengths = lengths[is_kept]
+    return EncodedText.of_lengths(ids[:size], lengths)
 
 
 def last_part(text: EncodedText, fraction: float, *, lines: bool) -> EncodedText:

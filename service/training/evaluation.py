@@ -27,7 +27,7 @@ def text_loss(model: FoldedGRU, text: EncodedText, progress: Callable[[int], obj
     """
     require_two_chars(text)
     total, reported, scored = 0.0, 0, 0
-    for begin, end in zip(text.starts.tolist(), text.ends.tolist(), strict=True):
+    for begin, end in text.spans():
         hidden = model.initial_hidden()
         states = hidden[-1:]  # (1, H), of the last layer after the character before the next target
         is_scored = text.scores_starts and begin > 0

@@ -60,6 +60,7 @@ class Reader:
         self._counts = np.zeros(0, np.int64)  # by number
         self._documents: list[list[NDArray[np.unsignedinteger[Any]]]] = []  # blocks of numbers of each document
         self._sums: list[str] = []
+        self.sources: list[Source] = []  # of the documents
         self._notes: list[str] = []  # about characters
         self._converted: list[str] = []  # names of documents whose line ends were converted
         self._left_out: dict[str, list[str]] = {}  # names of documents that are not read, by the reason
@@ -91,6 +92,7 @@ class Reader:
             blocks.append(self._numbers("\n"))
         self._documents.append(blocks)
         self._sums.append(digest.hexdigest())
+        self.sources.append(source)
 
     def _texts(self, source: Source, file: BinaryIO, digest: Any, progress: Callable[[int], object]) -> Iterator[str]:
         """Yield the text of a file in pieces that are not empty, in normal form C, without its byte order mark."""
@@ -118,11 +120,6 @@ class Reader:
         counts[: len(self._counts)] += self._counts
         self._counts = counts
         return numbers.astype(np.min_scalar_type(len(self._characters) - 1))
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing was read."""
-        return not self._documents
 
     @property
     def sha256(self) -> str:
@@ -175,8 +172,8 @@ class Reader:
             for number, (char, spelling) in enumerate(zip(self._characters, spellings, strict=True))
             if spelling not in (None, char) and self._counts[number]
         ]
-        self._note("were folded to known ones", folded, spellings)
-        self._note("were left out", unspelt, spellings)
+        self._note("characters folded to known ones", folded, spellings)
+        self._note("characters left out", unspelt, spellings)
         pieces = [charset.exact(spelling or "") for spelling in spellings]
         lengths = np.array([len(piece) for piece in pieces], np.int64)
         dtype = np.min_scalar_type(len(charset) - 1)
@@ -222,9 +219,7 @@ class Reader:
             describe(self._characters[number]) + (f" as {spellings[number]!r}" if spellings[number] is not None else "")
             for number in numbers
         ]
-        kinds = "1 kind of character" if len(numbers) == 1 else f"{len(numbers):,} kinds of characters"
-        total = int(self._counts[numbers].sum())
-        self._notes.append(f"{kinds}, {total:,} in all, {what}: {listed(names)}")
+        self._notes.append(f"{what}, {int(self._counts[numbers].sum()):,} in all: {listed(names)}")
 
     def _unknown(self, numbers: list[int], *, is_folded: bool) -> UnknownCharacters:
         numbers = sorted(numbers, key=lambda number: -self._counts[number])

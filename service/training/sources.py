@@ -40,8 +40,17 @@ class Sources:
 
     words: tuple[str, ...]  # what the user named, without folders, in a form that is safe everywhere
     files: tuple[Source, ...]
-    name: str
+    folder: str  # what precedes the number of files in the corpus' name
     notes: tuple[str, ...]  # a line for each kind of file that is left out
+
+    @property
+    def name(self) -> str:
+        """The name of the corpus: the file's, or how many files there are."""
+        return self.name_of(self.files)
+
+    def name_of(self, files: Sequence[Source]) -> str:
+        """Return the name of the corpus if only these files are read."""
+        return files[0].name if len(files) == 1 else f"{self.folder}{len(files):,} files"
 
     @property
     def num_bytes(self) -> int | None:
@@ -86,15 +95,11 @@ def find_sources(words: Sequence[str | Path]) -> Sources:
                 files.append(source)
     if not files:
         raise InvalidCorpus("no corpus is given", param="corpus")
-    if len(files) == 1:
-        name = files[0].name
-    else:
-        of = f"{shown(Path(words[0]).resolve().name)}: " if len(words) == 1 and Path(words[0]).is_dir() else ""
-        name = f"{of}{len(files):,} files"
+    folder = f"{shown(Path(words[0]).resolve().name)}: " if len(words) == 1 and Path(words[0]).is_dir() else ""
     named = tuple(
         STDIN if str(word) == STDIN else shown(Path(word).name or Path(word).resolve().name) for word in words
     )
-    return Sources(named, tuple(files), name, tuple(f"{what}: {listed(names)}" for what, names in skipped.items()))
+    return Sources(named, tuple(files), folder, tuple(f"{what}: {listed(names)}" for what, names in skipped.items()))
 
 
 def _expand(word: str | Path, skipped: dict[str, list[str]]) -> Iterator[Source]:

@@ -15,13 +15,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from service.engine import stepper as stepper_module
 from service.engine.integer_product import IntegerProduct
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import Row, Stepper, StepResult
+from service.engine.stepper import Row, Stepper, StepResult, mean_loss
 from service.engine.torch_stepper import TorchStepper
 from service.model.config import ModelConfig
+from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
@@ -183,6 +185,31 @@ def test_stepper__is_close_to_the_float32_network(name: str, config: ModelConfig
         assert scores is not None
         assert np.abs(scores.chosen[1:] - expected).max() < tolerance
         assert np.abs(scored.hidden[-1] - states[-1].numpy()).max() < tolerance
+
+
+@pytest.mark.parametrize("scores_starts", [True, False])
+def test_mean_loss__reads_each_text_from_the_zero_state(
+    stepper: Stepper, scores_starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bits are those of the texts alone, for any number of texts side by side and characters at a time."""
+    lengths = [3, 1, 40, 7, 1, 1, 100, 2]
+    starts = np.cumsum([0, *lengths[:-1]])
+    ids = np.random.default_rng(1).integers(0, len(CHARSET), sum(lengths)).astype(np.uint8)
+    text = EncodedText(ids, starts, scores_starts)
+    losses: list[float] = []
+    for number, (begin, end) in enumerate(text.spans()):
+        chars = ids[begin:end].astype(np.int64)
+        alone = Row(stepper.initial_hidden(), 0, chars, 0, 0, num_logprobs=0, score_prompt=True)
+        scores = run(stepper, [alone])[0].prompt_scores
+        assert scores is not None
+        losses += (-scores.chosen[0 if scores_starts and number > 0 else 1 :]).tolist()
+    assert len(losses) == text.num_scored == (154 if scores_starts else 147)
+    for texts, chars_at_a_time in [(64, 2048), (1, 2048), (3, 5)]:
+        monkeypatch.setattr(stepper_module, "_MEASURED_TEXTS", texts)
+        monkeypatch.setattr(stepper_module, "_MEASURED_CHARS", chars_at_a_time)
+        reported: list[int] = []
+        assert mean_loss(stepper, text, reported.append) == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+        assert sum(reported) == len(losses)
 
 
 def test_stepper__penalties_count_generated_characters(stepper: Stepper) -> None:

@@ -65,11 +65,14 @@ def test_streamed_loss__of_a_single_stream_is_the_exact_loss(model: GRUCharModel
 
 
 @pytest.mark.parametrize("scores_starts", [True, False])
-def test_streamed_loss__reads_each_text_from_the_zero_state(model: GRUCharModel, scores_starts: bool) -> None:
+def test_losses__read_each_text_from_the_zero_state(
+    model: GRUCharModel, scores_starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its value is that of reading the texts one by one; the first character of all is never scored."""
     lengths = [40, 1, 700, 3, 300]
     starts = np.cumsum([0, *lengths[:-1]])
     ids = random_text(model, sum(lengths))
+    encoded = EncodedText(ids, starts, scores_starts)
     losses = []
     for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         text = torch.from_numpy(ids[start : start + length])
@@ -78,6 +81,30 @@ def test_streamed_loss__reads_each_text_from_the_zero_state(model: GRUCharModel,
         text_losses = F.cross_entropy(predictions, text, reduction="none")
         losses.append(text_losses if scores_starts and number > 0 else text_losses[1:])
     expected = torch.cat(losses).mean().item()
+    reported: list[int] = []
     with torch.no_grad():
-        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), EncodedText(ids, starts, scores_starts))
+        loss = evaluation.streamed_loss(WindowLoss(model, torch.float32), encoded, reported.append)
     assert loss == pytest.approx(expected, abs=1e-5)
+    assert sum(reported) == encoded.num_scored == len(torch.cat(losses))
+    for chunk in (1, 300, 2048):
+        monkeypatch.setattr(evaluation, "_CHUNK", chunk)
+        reported.clear()
+        exact = evaluation.text_loss(FoldedGRU(model), encoded, reported.append)
+        assert exact.nats_per_char == pytest.approx(expected, abs=1e-5)
+        assert exact.num_scored == encoded.num_scored == sum(reported)
+
+
+def test_streamed_loss__can_be_interrupted_between_windows(model: GRUCharModel) -> None:
+    text = one_text(random_text(model, 100_000))
+    window_loss, reported = WindowLoss(model, torch.float32), [0]
+
+    def stop(num_chars: int) -> None:
+        reported.append(num_chars)
+        raise InterruptedError
+
+    with torch.no_grad():
+        loss = evaluation.streamed_loss(window_loss, text)
+        with pytest.raises(InterruptedError):
+            evaluation.streamed_loss(window_loss, text, stop)
+        assert len(reported) == 2
+        assert evaluation.streamed_loss(window_loss, text) == loss
