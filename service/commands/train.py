@@ -101,16 +101,18 @@ def train_command(
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
     with StopSignals() as signals:
         with signals.says("stopped before the training began: nothing has changed"):
-            say("starting")
+            from service.training.sources import find_sources
+
+            sources = find_sources(corpus)
+            say(f"reading {sources.name}")  # before torch is imported, which takes seconds
             require_torch()
             from service.training.checkpoint import lock_checkpoint
             from service.training.devices import find_device
-            from service.training.sources import find_sources
 
             given = {key: value for key, value in options.items() if value is not None}
             place = find_device(device)  # type: ignore[arg-type]
             request = _Request(
-                find_sources(corpus), name, checkpoint, resume, overwrite, init_from, place, store, model_store, given
+                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given
             )
         with lock_checkpoint(checkpoint, name, say):
             _train_and_publish(request, signals)
@@ -251,7 +253,6 @@ def _read(sources: Sources, settings: Hyperparameters, known: str) -> Corpus:
     """Read the corpus, showing its progress, and print its notes."""
     from service.training.corpus import read_corpus
 
-    say(f"reading {sources.name}")
     with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as progress:
         corpus = read_corpus(sources, settings, progress.update, known)
     for note in corpus.notes:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pytest
 
-from service.commands import stopping
 from service.commands.stopping import Stopped, StopSignals
 
 
@@ -16,7 +15,7 @@ from service.commands.stopping import Stopped, StopSignals
 def now(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """The time, which a test moves."""
     time = [100.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: time[0])
+    monkeypatch.setattr("service.commands.stopping.time.monotonic", lambda: time[0])
     yield time
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -41,14 +40,16 @@ def test_stop_signals__the_first_is_a_request_and_a_later_one_ends_at_once(
     assert stopped.value.exit_code == status
 
 
-def test_stop_signals__outside_deferred_the_first_ends_the_block(now: list[float]) -> None:
+@pytest.mark.usefixtures("now")
+def test_stop_signals__outside_deferred_the_first_ends_the_block() -> None:
     with StopSignals() as signals:
         with pytest.raises(Stopped) as stopped, signals.says("stopped"):
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.exit_code == 143
 
 
-def test_stop_signals__ignored_ones_stay_ignored(now: list[float]) -> None:
+@pytest.mark.usefixtures("now")
+def test_stop_signals__ignored_ones_stay_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
     try:
         with StopSignals() as signals:

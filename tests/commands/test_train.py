@@ -17,7 +17,6 @@ import torch
 from click.testing import CliRunner, Result
 
 from service.__main__ import main
-from service.commands import progress as progress_module
 from service.commands.progress import Progress
 from service.store.model_store import ModelStore
 from service.training import publishing
@@ -246,7 +245,7 @@ def test_progress__in_a_log_file_is_a_line_every_30_seconds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("service.commands.progress.time.monotonic", lambda: now[0])
     with Progress("training", 1000) as progress:
         for _ in range(70):
             now[0] += 1
