@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
@@ -16,19 +15,18 @@ from service.commands.options import (
     json_option,
     model_store_option,
     open_store,
+    wait_passively,
 )
+from service.commands.progress import Progress
 from service.errors import InvalidCorpus, MissingLibrary
 from service.installation import how_to_get_torch
 from service.model.charset import UnknownChars
 from service.model.quantize import Precision
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from service.model.artifact import Artifact
     from service.model.encoded_text import EncodedText
     from service.training.hyperparameters import Hyperparameters
-    from service.training.sources import Sources
 
 
 @click.command("eval")
@@ -80,6 +78,7 @@ def eval_command(
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
+    wait_passively()
     if precision == "float32":
         require_torch()
 
@@ -95,7 +94,7 @@ def eval_command(
         settings = _training_settings(version.ref, artifact)
     else:
         settings = Hyperparameters(lines=lines, keep_newlines=keep_newlines, unknown_chars=unknown_chars or "error")
-    with corpus_bar(sources) as bar:
+    with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as bar:
         whole = read_text(sources, settings, bar.update, charset=artifact.charset)
     if held_out and whole.sha256 != artifact.training.corpus.get("sha256"):
         raise InvalidCorpus(f"{whole.name} is not the corpus that {version.ref} was trained on: its SHA-256 differs")
@@ -103,7 +102,7 @@ def eval_command(
     require_two_chars(text)
     for note in whole.notes:
         click.echo(f"{whole.name}: {note}", err=True)
-    with char_bar(text.num_scored, description=f"{version.ref} in {precision}") as bar:
+    with Progress(f"{version.ref} in {precision}", text.num_scored) as bar:
         nats = measure(artifact.config, artifact.tensors, precision, text, bar.update)
     loss = TextLoss(nats, len(text.ids), text.num_scored)
     if as_json:
@@ -155,37 +154,6 @@ def measure(config: Any, tensors: Any, precision: str, text: EncodedText, progre
     kernel = choose_kernel(read_settings().kernel, num_threads=1)
     stepper, _ = kernel.load(config, tensors, cast(IntegerPrecision, precision))
     return mean_loss(stepper, text, progress)
-
-
-def char_bar(total: int, initial: int = 0, description: str | None = None) -> tqdm[Any]:
-    """Return a progress bar on standard error that counts characters, characters a second and the time left."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # tqdm's monitor thread would outlive the bar
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=description,
-        unit="char",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a log file gets few lines
-    )
-
-
-def corpus_bar(sources: Sources) -> tqdm[Any]:
-    """Return a progress bar on standard error that counts the bytes of a corpus; a short one is not shown."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0
-    return tqdm(
-        total=sources.num_bytes,
-        desc=f"reading {sources.name}",
-        unit="B",
-        unit_scale=True,
-        delay=1,  # seconds
-        leave=False,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    )
 
 
 def require_torch() -> None:

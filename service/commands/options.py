@@ -103,6 +103,16 @@ def _refused_option(name: str) -> Callable[[Command], Command]:
     return click.option(words, hidden=True, expose_value=False, callback=refuse)
 
 
+def wait_passively() -> None:
+    """Let the threads of OpenMP sleep while they wait for each other, unless the user chose otherwise.
+
+    It has an effect before torch is imported. A thread that waits by spinning takes a core from the thread that it
+    waits for, if another process needs one of the cores too.
+    """
+    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     """Open the model store in the directory of the option, or else of the setting GRU_SERVE_MODEL_STORE.
 

@@ -3,139 +3,341 @@
 from __future__ import annotations
 
 import shlex
-import signal
-import sys
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from service.commands.eval import char_bar, corpus_bar, measure, require_torch
-from service.commands.options import corpus_option, field_options, model_store_option, open_store
-from service.errors import GruServeError
+from service.commands.eval import measure, require_torch
+from service.commands.options import corpus_option, field_options, model_store_option, open_store, wait_passively
+from service.commands.progress import Progress, plural, say
+from service.commands.stopping import Stopped, StopSignals
+from service.errors import GruServeError, TrainingDiverged
 from service.training.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
+    from service.training.checkpoint import PublishedRecord, RunState
     from service.training.corpus import Corpus
+    from service.training.initial import InitialVersion
+    from service.training.publishing import Publication
     from service.training.sources import Sources
-    from service.training.trainer import Progress, Trainer
+    from service.training.trainer import Trainer
 
-_SAMPLE_CHARS, _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 600, 1, 0.8
+_SAMPLE_SEED, _SAMPLE_TEMPERATURE = 1, 0.8  # of the sample on the card
+_SAMPLE_INTERVAL_S = 60.0  # between two samples while training, at least
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the command line says."""
+
+    sources: Sources
+    name: str
+    checkpoint: Path
+    resume: bool
+    overwrite: bool
+    init_from: str | None
+    device: Any
+    store: Any
+    store_option: Path | None
+    given: dict[str, Any]  # hyperparameters that were given
 
 
 @click.command("train")
 @corpus_option
 @click.option("--name", required=True, help="Name of the model; a new version is published.")
 @click.option(
+    "--init-from",
+    metavar="MODEL",
+    help="Begin with the weights of a published version, as name, name@version or name@alias. Its sizes are taken too, "
+    "and its charset grows by the characters of the text.",
+)
+@click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     help="File from which the run can be resumed.  [checkpoints/NAME.safetensors]",
 )
 @click.option(
-    "--resume", is_flag=True, help="Continue the run in the checkpoint, with the settings that it began with."
+    "--resume",
+    is_flag=True,
+    help="Continue the run in the checkpoint, with the settings that it began with, or publish it if that failed. "
+    "--epochs may be raised, --patience and --threads may differ.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint of an unfinished run.")
+@click.option(
+    "--device",
+    type=click.Choice(_DEVICES),
+    default="auto",
+    help="Where to train; auto takes a GPU if torch can use one.  [auto]",
+)
 @model_store_option
 @field_options(Hyperparameters)
 def train_command(
     corpus: tuple[Path, ...],
     name: str,
+    init_from: str | None,
     checkpoint: Path | None,
     resume: bool,
     overwrite: bool,
+    device: str,
     model_store: Path | None,
     **options: Any,
 ) -> None:
     """Train a model on a text and publish it.
 
-    Every evaluation writes a checkpoint. Ctrl-C stops after the current update, writes a checkpoint and publishes the
-    best model so far. `--resume` continues the run with the same result as if it had not been stopped.
+    A checkpoint is written after evaluations and every few minutes. Ctrl-C and SIGTERM stop after the current update,
+    write a checkpoint and publish the best model so far; a second Ctrl-C ends at once. `--resume` continues the run
+    with the same result as if it had not been stopped.
 
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
-    require_torch()
-
-    import torch
-
-    from service.training.checkpoint import read_state
-    from service.training.publishing import publish_run
-    from service.training.sources import find_sources
-    from service.training.trainer import Trainer
-
+    wait_passively()
     store = open_store(model_store, create=True)
+    store.versions(name)  # refuses an impossible name before anything is written
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
-    sources = find_sources(corpus)
-    given = {key: value for key, value in options.items() if value is not None}
-    if resume:
-        state = read_state(checkpoint)
-        settings = state.settings
-        _refuse_changes(settings, given)
-        text = _read(sources, settings)
-        trainer = Trainer(text, settings, checkpoint)
-        trainer.restore(state)
-    else:
-        settings = _settings(given)
-        if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
-            raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
-        text = _read(sources, settings)
-        trainer = Trainer(text, settings, checkpoint)
-    store.check_writable(name)  # so that an invalid name or a full disk fails now and not after hours of training
-    click.echo(
-        f"{name}: {trainer.model.config.num_parameters:,} parameters, {text.num_chars:,} characters, "
-        f"{trainer.model.config.vocab_size} of them distinct, {trainer.total_steps:,} updates, "
-        f"{trainer.settings.threads} threads",
-        err=True,
-    )
-    with _StopOnInterrupt() as interrupt, _Bar(trainer) as bar:
-        failure = _run(trainer, bar, interrupt.is_set)
-    if trainer.state.best_step is None:
-        raise failure or _Interrupted(
-            f"stopped before the first evaluation, so nothing is published; --resume continues from {checkpoint}"
-        )
+    with StopSignals() as signals:
+        with signals.says("stopped before the training began: nothing has changed"):
+            from service.training.sources import find_sources
 
-    torch.set_num_threads(1)  # a single text is measured faster on one core than on two
-    command, ended = _command(sources, name, trainer.settings), _ended(trainer, failure)
-    try:
-        with char_bar(3 * trainer.validation_text.num_scored, description="measuring the best weights") as measuring:
-            version = publish_run(store, name, text, trainer, command, ended, _Serving(), measuring.update)
-    except KeyboardInterrupt:
-        raise _Interrupted(f"stopped before the model was published; --resume continues from {checkpoint}") from None
-    click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
+            sources = find_sources(corpus)
+            say(f"reading {sources.name}")  # before torch is imported, which takes seconds
+            require_torch()
+            from service.training.checkpoint import lock_checkpoint
+            from service.training.devices import find_device
+
+            given = {key: value for key, value in options.items() if value is not None}
+            place = find_device(device)  # type: ignore[arg-type]
+            request = _Request(
+                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given
+            )
+        with lock_checkpoint(checkpoint, name, say):
+            _train_and_publish(request, signals)
+
+
+def _train_and_publish(request: _Request, signals: StopSignals) -> None:
+    """Carry out the command. Raises Stopped and GruServeError."""
+    from service.training.publishing import Publication
+
+    with signals.says("stopped before the training began: nothing has changed"):
+        corpus, trainer = _prepare(request)
+        command = _command(request, trainer)
+        publication = Publication(request.store, request.name, corpus, trainer, command, _Serving())
+        existing = publication.existing()
+        if trainer.state.finished and existing:
+            click.echo(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
+            return
+        publication.rehearse()
+        _describe(request.name, corpus, trainer)
+    again = f"--resume continues from {request.checkpoint}"
+    with signals.says(f"stopped at once; {again}, as it was last written"):
+        failure = _train(trainer, signals)
+    if trainer.state.best is None:
+        if failure:
+            raise failure
+        raise Stopped(f"stopped before the first evaluation, so nothing is published; {again}", signals)
+    if published := publication.existing():
+        say(f"the best weights so far are those of {published.ref}, which is published already")
+    else:
+        _publish(request, publication, _ended(trainer, failure, signals), signals)
     if failure:
         raise failure
     if not trainer.state.finished:
-        raise _Interrupted(
-            f"stopped before the end; the best model so far is published; --resume continues from {checkpoint}"
+        raise Stopped(f"stopped before the end; the best model so far is published; {again}", signals)
+
+
+def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
+    """Read the corpus and make the trainer, which is restored from the checkpoint if the run is resumed."""
+    from service.training.checkpoint import read_state
+    from service.training.trainer import Trainer
+
+    if request.resume:
+        state = read_state(request.checkpoint)
+        _check_initial(request, state)
+        settings = _changed(state.settings, request.given)
+        corpus = _read(request.sources, settings, known=state.charset)
+        trainer = Trainer(corpus, settings, request.checkpoint, device=request.device)
+        trainer.restore(state)
+        if state.device != request.device.type:
+            say(f"the run was on {state.device} and continues on {request.device.type}, which rounds differently")
+        return corpus, trainer
+    if request.checkpoint.exists() and not request.overwrite:
+        _refuse_to_overwrite(request.checkpoint)
+    initial = _load_initial(request)
+    settings = _settings(request.given, initial)
+    corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
+    return corpus, Trainer(corpus, settings, request.checkpoint, initial, request.device)
+
+
+def _refuse_to_overwrite(checkpoint: Path) -> None:
+    """Raise click.UsageError if the checkpoint holds something that isn't published."""
+    from service.training.checkpoint import read_state
+
+    state = read_state(checkpoint)
+    if not state.finished:
+        raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
+    if not state.is_published:
+        raise click.UsageError(
+            f"{checkpoint} holds a run that is not published: give --resume, which publishes it, or --overwrite"
         )
 
 
-class _Interrupted(click.ClickException):
-    """The user stopped the run. Its checkpoint can be resumed."""
+def _load_initial(request: _Request) -> InitialVersion | None:
+    """Load the version of --init-from. Raises click.UsageError if a size was given that it doesn't have."""
+    if request.init_from is None:
+        return None
+    from service.training.initial import InitialVersion
 
-    exit_code = 130  # what shells report for a command that Ctrl-C ended
+    version, artifact = request.store.load(request.init_from)
+    initial = InitialVersion(version.ref, artifact)
+    for key, value in initial.settings.items():
+        if request.given.get(key, value) != value:
+            raise click.UsageError(
+                f"{_option(key)} {request.given[key]} contradicts --init-from {version.ref}, which has {value}"
+            )
+    return initial
 
-    def show(self, file: Any = None) -> None:  # noqa: ARG002
-        click.echo(self.message, err=True)
+
+def _check_initial(request: _Request, state: RunState) -> None:
+    """Raise click.UsageError if --init-from is given and is not what the resumed run began with."""
+    if request.init_from is None:
+        return
+    described = request.store.describe(request.store.resolve(request.init_from))
+    if state.initial is None or state.initial.digest != described.digest:
+        began = f"the weights of {state.initial.ref}" if state.initial else "random weights"
+        raise click.UsageError(f"the run that is resumed began with {began}: leave --init-from out")
 
 
-def _run(trainer: Trainer, bar: Progress, stopped: Callable[[], bool]) -> GruServeError | None:
-    """Train. Return the error if training failed, because the best weights so far can still be published."""
+def _settings(given: dict[str, Any], initial: InitialVersion | None) -> Hyperparameters:
+    """Return the hyperparameters of the given options. Raises click.BadParameter."""
+    if initial is not None:
+        from service.training.initial import LEARNING_RATE
+
+        given = {"learning_rate": LEARNING_RATE} | given | initial.settings
+    return _checked(given)
+
+
+def _checked(values: dict[str, Any]) -> Hyperparameters:
+    """Return the hyperparameters with these values. Raises click.BadParameter."""
+    from pydantic import ValidationError
+
     try:
-        trainer.run(bar, stopped)
+        return Hyperparameters(**values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        hint = _option(str(first["loc"][0])) if first["loc"] else None
+        raise click.BadParameter(f"{first.get('input')}: {first['msg']}", param_hint=hint) from error
+
+
+def _changed(settings: Hyperparameters, given: dict[str, Any]) -> Hyperparameters:
+    """Return the settings of a resumed run. Raises click.UsageError if a given option can't be changed."""
+    from service.training.trainer import CHANGEABLE
+
+    for key, value in given.items():
+        before = getattr(settings, key)
+        if value != before and key not in CHANGEABLE:
+            raise click.UsageError(f"{_option(key)} {value} can't be changed: the run that is resumed has {before}")
+        if key == "epochs" and value < before:
+            raise click.UsageError(f"--epochs can only be raised: the run that is resumed has {before}")
+    return _checked(settings.model_dump() | given)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read(sources: Sources, settings: Hyperparameters, known: str) -> Corpus:
+    """Read the corpus, showing its progress, and print its notes."""
+    from service.training.corpus import read_corpus
+
+    with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as progress:
+        corpus = read_corpus(sources, settings, progress.update, known)
+    for note in corpus.notes:
+        say(f"{corpus.name}: {note}")
+    return corpus
+
+
+def _describe(name: str, corpus: Corpus, trainer: Trainer) -> None:
+    config, state = trainer.model.config, trainer.state
+    device = trainer.device.type
+    began = f", begins with the weights of {state.initial.ref}" if state.initial else ""
+    say(
+        f"{name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
+        f"{config.vocab_size:,} of them distinct, {plural(trainer.total_steps, 'update')}, "
+        f"{plural(trainer.settings.threads, 'thread') if device == 'cpu' else device}{began}"
+    )
+
+
+def _train(trainer: Trainer, signals: StopSignals) -> GruServeError | None:
+    """Train. Return the error if training failed, because the best weights so far can still be published."""
+    settings = trainer.settings
+    chars = settings.batch_size * settings.sequence_length  # of an update
+    try:
+        total, done = trainer.total_steps * chars, trainer.state.step * chars
+        with Progress("training", total, initial=done) as progress, signals.deferred():
+            trainer.run(_Display(trainer, progress, chars), signals.is_requested)
     except GruServeError as error:
         return error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return TrainingDiverged("memory ran out: lower --batch-size, --sequence-length or --num-units")
     return None
 
 
-def _ended(trainer: Trainer, failure: GruServeError | None) -> str:
+class _Display:
+    """Shows the progress of training: the losses, a line for every evaluation, and samples."""
+
+    def __init__(self, trainer: Trainer, progress: Progress, chars: int) -> None:
+        self._trainer, self._progress, self._chars = trainer, progress, chars
+        self._evaluation: Progress | None = None
+        self._loss: float | None = None
+        self._validation = ""
+        self._sampled_at = float("-inf")
+
+    def updated(self, _step: int, loss: float) -> None:
+        """Show the progress after an update, with the loss smoothed over about 20 updates."""
+        self._close_evaluation()  # one that was stopped
+        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
+        self._progress.note(f"loss {self._loss:.3f}{self._validation}")
+        self._progress.update(self._chars)
+
+    def evaluating(self, num_chars: int) -> None:
+        """Show the progress of an evaluation."""
+        if self._evaluation is None:
+            self._evaluation = Progress("evaluating", self._trainer.validation_text.num_scored)
+        self._evaluation.update(num_chars)
+
+    def evaluated(self, point: Any, is_best: bool) -> None:
+        """Print a line about an evaluation, and now and then a sample."""
+        import time
+
+        self._close_evaluation()
+        self._validation = f", validation {point.validation_loss:.4f}"
+        training = "" if point.training_loss is None else f"training {point.training_loss:.4f}  "
+        self._progress.say(
+            f"epoch {point.epoch:6.2f}  update {point.step:6}  {training}"
+            f"validation {point.validation_loss:.4f}{'  best' if is_best else ''}"
+        )
+        if time.monotonic() - self._sampled_at >= _SAMPLE_INTERVAL_S:
+            self._progress.say(f"sample {self._trainer.sample()!r}")  # as a literal: a text may have control characters
+            self._sampled_at = time.monotonic()
+
+    def _close_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.__exit__()
+            self._evaluation = None
+
+
+def _ended(trainer: Trainer, failure: GruServeError | None, signals: StopSignals) -> str:
     """Say how the run ended, for the model card."""
     if failure:
         return f"failed: {failure.message}"
     if not trainer.state.finished:
-        return "stopped by hand"
+        return "stopped by hand" if signals.exit_status == 130 else "stopped by a signal"
     return (
         "finished"
         if trainer.state.step >= trainer.total_steps
@@ -143,103 +345,67 @@ def _ended(trainer: Trainer, failure: GruServeError | None) -> str:
     )
 
 
-class _StopOnInterrupt:
-    """Context in which the first Ctrl-C sets an event and a second one raises KeyboardInterrupt as usual."""
+def _publish(request: _Request, publication: Publication, ended: str, signals: StopSignals) -> None:
+    """Publish the best weights, and print what to do with them."""
+    import torch
 
-    def __enter__(self) -> threading.Event:
-        self._event = threading.Event()
-        self._before = signal.getsignal(signal.SIGINT)
+    from service.training.checkpoint import mark_published
 
-        def request_stop(_number: int, _frame: FrameType | None) -> None:
-            self._event.set()  # prints nothing, because the signal may have interrupted a print
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        signal.signal(signal.SIGINT, request_stop)
-        return self._event
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
-
-
-class _Bar:
-    """Shows a progress bar with the losses on standard error, and a line for every evaluation."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        settings = trainer.settings
-        self._chars = settings.batch_size * settings.sequence_length  # of an update
-        self._bar = char_bar(trainer.total_steps * self._chars, trainer.state.step * self._chars)
-        self._loss: float | None = None
-        self._validation = ""
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def updated(self, _step: int, loss: float) -> None:
-        """Show the progress after an update, with the loss smoothed over about 20 updates."""
-        self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
-        self._bar.set_postfix_str(f"loss {self._loss:.3f}{self._validation}", refresh=False)
-        self._bar.update(self._chars)
-
-    def evaluated(self, point: Any, is_best: bool) -> None:
-        """Print a line about an evaluation."""
-        self._validation = f", validation {point.validation_loss:.4f}"
-        self._bar.write(
-            f"epoch {point.epoch:6.2f}  update {point.step:6}  training {point.training_loss:.4f}  "
-            f"validation {point.validation_loss:.4f}{'  best' if is_best else ''}",
-            file=sys.stderr,
-        )
+    torch.set_num_threads(1)  # a single text is measured faster on one core than on two
+    with signals.says(f"stopped before the model was published; --resume with {request.checkpoint} publishes it"):
+        measuring = Progress("measuring the best weights", publication.num_measured)
+        with _says_how_to_publish(request.checkpoint), measuring:
+            version, record = publication.publish(ended, measuring.update)
+        click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
+        try:
+            mark_published(request.checkpoint, record)
+        except GruServeError as error:
+            say(f"{error.message}, so --resume would publish this model again")
+    _say_next(request, record)
 
 
-def _settings(given: dict[str, Any]) -> Hyperparameters:
-    """Return the hyperparameters of the given options. Raises click.BadParameter."""
-    from pydantic import ValidationError
-
+@contextmanager
+def _says_how_to_publish(checkpoint: Path) -> Iterator[None]:
+    """Let every failure say that nothing is lost."""
     try:
-        return Hyperparameters(**given)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        option = "--" + str(first["loc"][0]).replace("_", "-")
-        raise click.BadParameter(f"{first.get('input')}: {first['msg']}", param_hint=option) from error
+        yield
+    except (GruServeError, OSError, MemoryError, RuntimeError) as error:
+        what = error.message if isinstance(error, GruServeError) else str(error) or type(error).__name__
+        raise click.ClickException(
+            f"the model could not be published: {what}. Its weights are in {checkpoint}: --resume publishes them"
+        ) from error
 
 
-def _refuse_changes(settings: Hyperparameters, given: dict[str, Any]) -> None:
-    """Raise click.UsageError if a given option differs from the settings of the run that is resumed."""
-    for key, value in given.items():
-        if getattr(settings, key) != value:
-            option = "--" + key.replace("_", "-")
-            raise click.UsageError(
-                f"{option} {value} can't be changed: the run that is resumed has {getattr(settings, key)}"
-            )
+def _say_next(request: _Request, record: PublishedRecord) -> None:
+    store = f" --model-store {shlex.quote(str(request.store_option))}" if request.store_option else ""
+    prompt = "''" if request.given.get("lines") else "'It was '"
+    say(f"next: gru-serve generate --model {request.name} --prompt {prompt}{store}")
+    say(f"      gru-serve serve --model {request.name}{store}        # {record.ref} over HTTP")
 
 
-def _command(sources: Sources, name: str, settings: Hyperparameters) -> str:
+def _command(request: _Request, trainer: Trainer) -> str:
     """Return a command that repeats the run.
 
     It names what was given as the corpus without its folder, and gives every setting that differs from its default.
     """
     words = ["gru-serve", "train"]
-    for word in sources.words:
+    for word in request.sources.words:
         words += ["--corpus", word]
-    words += ["--name", name]
+    words += ["--name", request.name]
+    initial, settings = trainer.state.initial, trainer.settings
+    if initial is not None:
+        words += ["--init-from", initial.ref]
     for key, field in Hyperparameters.model_fields.items():
         value = getattr(settings, key)
-        if value != field.default:
-            words += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
+        if value != field.default and not (initial is not None and key in _sizes()):
+            words += [_option(key), *([] if value is True else [str(value)])]
     return shlex.join(words)
 
 
-def _read(sources: Sources, settings: Hyperparameters) -> Corpus:
-    """Read the corpus, showing a bar, and print its notes."""
-    from service.training.corpus import read_corpus
+def _sizes() -> tuple[str, ...]:
+    from service.training.initial import SIZES
 
-    with corpus_bar(sources) as bar:
-        corpus = read_corpus(sources, settings, bar.update)
-    for note in corpus.notes:
-        click.echo(f"{corpus.name}: {note}", err=True)
-    return corpus
+    return SIZES
 
 
 class _Serving:
@@ -248,7 +414,7 @@ class _Serving:
     def loss(self, config: Any, tensors: Any, precision: str, text: Any, progress: Callable[[int], object]) -> float:
         return measure(config, tensors, precision, text, progress)
 
-    def sample(self, config: Any, tensors: Any, precision: Any, prompt: str) -> Any:
+    def sample(self, config: Any, tensors: Any, precision: Any, prompt: str, num_chars: int) -> Any:
         from service.engine.sampling_settings import SamplingSettings
         from service.engine.stepper import Row
         from service.engine.torch_stepper import TorchStepper
@@ -258,7 +424,7 @@ class _Serving:
 
         charset = Charset(config.charset)
         stepper = TorchStepper(quantize(config, tensors, precision))
-        row = Row(stepper.initial_hidden(), 0, charset.exact(prompt), _SAMPLE_CHARS, _SAMPLE_SEED)
+        row = Row(stepper.initial_hidden(), 0, charset.exact(prompt), num_chars, _SAMPLE_SEED)
         row.sampling = SamplingSettings(_SAMPLE_TEMPERATURE)
-        chars = stepper.advance([row], len(prompt) + _SAMPLE_CHARS)[0].chars
+        chars = stepper.advance([row], len(prompt) + num_chars)[0].chars
         return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, charset.decode(chars))

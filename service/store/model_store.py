@@ -181,10 +181,12 @@ class ModelStore:
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
-    def check_writable(self, name: str) -> None:
-        """Raise InvalidValue or StoreError if no version of `name` could be published. Makes the name's directory.
+    def check_writable(self, name: str, write: Callable[[Path], None] = lambda _: None) -> None:
+        """Raise InvalidValue, InvalidArtifact or StoreError if no version of `name` could be published.
 
-        Tries on the file system what publishing does there: locks, renaming, and syncing to disk.
+        Makes the name's directory, and tries on the file system what publishing does there: locks, renaming, and
+        syncing to disk. What `write` puts into an empty directory, which it gets as its argument, is read back as
+        `publish` does, unless it is nothing, and removed.
         """
         directory = self._changeable(name)
         with _os_errors_as_store_errors(f"can't publish into {directory}"):
@@ -192,6 +194,9 @@ class ModelStore:
             with staging_directory(directory) as staging:
                 check_file_system(staging)
                 self._read_index(name)
+                write(staging)
+                if any(staging.iterdir()):
+                    read_artifact(staging)
 
     def describe(self, version: ModelVersion) -> Description:
         """Return what is known about a version, without reading its weights.

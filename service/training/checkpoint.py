@@ -1,14 +1,21 @@
 """The checkpoint of a training run: one safetensors file with the run's state as JSON metadata.
 
-A checkpoint is replaced atomically. Unlike a pickle, a checkpoint that is read executes nothing.
+A checkpoint is replaced atomically. Unlike a pickle, a checkpoint that is read executes nothing. One process at a time
+uses it, which a lock file beside it enforces.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,17 +26,47 @@ from service.errors import InvalidCheckpoint
 from service.store.staging import fsync
 from service.training.hyperparameters import Hyperparameters
 
+MAX_POINTS = 1000  # of a loss curve, besides its first, last and best point
+_MAX_CHANGES = 50  # changes of settings that are remembered
+_NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}  # a file system without flock
+
 
 class Evaluation(BaseModel):
     """One point of the loss curve. Losses are in nats a character."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    number: int  # evaluations before it
     step: int  # updates done
     epoch: float  # epochs done
-    learning_rate: float  # of the last update
-    training_loss: float  # with dropout, mean over the updates since the previous evaluation
+    learning_rate: float  # of the last update; 0 before the first
+    training_loss: float | None  # with dropout, mean over the updates since the previous evaluation; None without any
     validation_loss: float  # of the averaged weights, without dropout
+
+
+class VersionRecord(BaseModel):
+    """A version in the model store."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ref: str  # name@number
+    digest: str  # see Artifact.digest
+
+
+class PublishedRecord(VersionRecord):
+    """A version that the run has become."""
+
+    step: int  # updates of the weights that it has
+
+
+class SettingsChange(BaseModel):
+    """A setting that was changed when the run was resumed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int  # updates done before
+    setting: str
+    value: int
 
 
 class RunState(BaseModel):
@@ -37,22 +74,63 @@ class RunState(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    format: Literal[2] = 2
     settings: Hyperparameters
     charset: str
     corpus_name: str
     corpus_sha256: str
+    device: str = "cpu"  # of the last updates
+    initial: VersionRecord | None = None  # the version that the run began with; None for random weights
+    changes: list[SettingsChange] = []  # the last ones
     step: int = 0  # updates done
     seconds: float = 0.0  # time spent on updates and evaluations
     loss_sum: float = 0.0  # of the updates since the last evaluation
     loss_count: int = 0  # how many updates `loss_sum` covers
-    curve: list[Evaluation] = []
-    best_step: int | None = None  # of the evaluation with the lowest validation loss; None before the first evaluation
+    num_evaluations: int = 0
+    curve: list[Evaluation] = []  # evenly thinned to about `MAX_POINTS`; has the first, the last and the best point
+    best: Evaluation | None = None  # the one with the lowest validation loss; None before the first evaluation
+    since_best: int = 0  # evaluations since then that count for `patience`
     finished: bool = False
+    published: PublishedRecord | None = None  # the newest version that the run has become
+
+    @property
+    def best_step(self) -> int | None:
+        """The updates of the best weights so far; None before the first evaluation."""
+        return self.best.step if self.best else None
 
     @property
     def best_loss(self) -> float:
         """The lowest validation loss so far; infinity before the first evaluation."""
-        return min((point.validation_loss for point in self.curve), default=float("inf"))
+        return self.best.validation_loss if self.best else float("inf")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the best weights so far are those of a published version."""
+        return self.published is not None and self.published.step == self.best_step
+
+    def record(self, point: Evaluation) -> bool:
+        """Add an evaluation. Return whether it is the best so far."""
+        is_best = point.validation_loss < self.best_loss
+        if is_best:
+            self.best, self.since_best = point, 0
+        else:
+            self.since_best += 1
+        self.num_evaluations += 1
+        # Every 2^k-th evaluation stays. k depends only on their number, so a resumed run has the same curve.
+        stride = 1
+        while self.num_evaluations > stride * MAX_POINTS:
+            stride *= 2
+        self.curve = [p for p in self.curve if p.number % stride == 0 or p == self.best] + [point]
+        return is_best
+
+    def change(self, settings: Hyperparameters) -> None:
+        """Continue with other settings, which differ in numbers only."""
+        for name in Hyperparameters.model_fields:
+            value = getattr(settings, name)
+            if value != getattr(self.settings, name):
+                self.changes.append(SettingsChange(step=self.step, setting=name, value=value))
+        self.changes = self.changes[-_MAX_CHANGES:]
+        self.settings = settings
 
 
 def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -70,18 +148,63 @@ def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Ten
         fsync(path.parent)
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't write the checkpoint {path}: {_brief(error)}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_space(path: Path) -> None:
+    """Raise InvalidCheckpoint if the disk has no space for a second copy of the checkpoint."""
+    needed, free = path.stat().st_size, shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise InvalidCheckpoint(
+            f"{path.parent} has {free / 1e6:,.0f} MB free, and replacing the checkpoint takes {needed / 1e6:,.0f} MB: "
+            "free space, or name another place with --checkpoint"
+        )
+
+
+def mark_published(path: Path, published: PublishedRecord) -> None:
+    """Write into a checkpoint which version its run has become. Raises InvalidCheckpoint.
+
+    The tensors stay as they are in the file: those in memory may belong to a run that has diverged since.
+    """
+    state = read_state(path)
+    state.published = published
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError) as error:
+        raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
+    save_checkpoint(path, state, tensors)
 
 
 def read_state(path: Path) -> RunState:
-    """Read the state of a run without its tensors. Raises InvalidCheckpoint if `path` holds no intact checkpoint."""
+    """Read the state of a run without its tensors.
+
+    Raises InvalidCheckpoint if `path` holds no intact checkpoint, or one of another version of gru-serve.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return RunState.model_validate(json.loads(metadata["run"]))
+            run = json.loads((file.metadata() or {})["run"])
+        _check_format(path, run)
+        return RunState.model_validate(run)
     except FileNotFoundError as error:
         raise InvalidCheckpoint(f"there is no checkpoint at {path}") from error
-    except (OSError, SafetensorError, KeyError, ValueError, ValidationError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
         raise InvalidCheckpoint(f"{path} is damaged or not a checkpoint of this version: {_brief(error)}") from error
+
+
+def _check_format(path: Path, run: dict[str, Any]) -> None:
+    """Raise InvalidCheckpoint for a checkpoint that another version of gru-serve wrote."""
+    known, found = set(Hyperparameters.model_fields), set(run["settings"])
+    if (written := run.get("format", 1)) == 2 and known == found:
+        return
+    differences = ", ".join(sorted(known ^ found)[:4])
+    raise InvalidCheckpoint(
+        f"{path} was written by another version of gru-serve (format {written}"
+        f"{f'; its settings differ in {differences}' if differences else ''}), whose runs this version can't continue: "
+        "resume it with that version, or begin anew with --overwrite"
+    )
 
 
 def read_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,6 +230,56 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
     return tensors
+
+
+@contextmanager
+def lock_checkpoint(path: Path, name: str, warn: Callable[[str], object]) -> Iterator[None]:
+    """Hold the checkpoint's lock during the block, for a run of the model `name`.
+
+    The system releases the lock if the process dies. Calls `warn` with a sentence if the file system has no locks.
+
+    Raises InvalidCheckpoint if another process holds the lock, or if the folder can't be written.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _lock(lock, warn)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, which trains {name}")
+        file.flush()
+    except OSError as error:
+        raise InvalidCheckpoint(f"can't write {lock}: {_brief(error)}") from error
+    with file:
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()  # before the lock is released, so that a new run sees that it opened a stale file
+
+
+def _lock(path: Path, warn: Callable[[str], object]) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            file.close()  # the previous run has just ended and removed this file
+        except BlockingIOError as error:
+            with file:
+                file.seek(0)
+                holder = file.read(300) or "another process"
+            checkpoint = path.with_name(path.name.removesuffix(".lock"))
+            raise InvalidCheckpoint(
+                f"{checkpoint} is in use by {holder}: wait until it ends, or name another file with --checkpoint"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            warn(f"{path.parent} is on a file system without locks: make sure that no other run uses this checkpoint")
+            return file
 
 
 def _brief(error: Exception) -> str:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from service.model.gru import GRUCharModel
 from service.training.randomness import drop, seeded_generator
-from service.training.scan import ScanBuffers, gru_scan
+from service.training.scan import ScanBuffers, gru_scan, rows_by_step
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class WindowLoss:
                 the next character begins a text; None for none. That character is predicted from the zero state.
         """
         model, gru = self.model, self.model.gru
+        reset_rows = rows_by_step(resets, hidden.device)
+        window = window.to(hidden.device)
         ids, targets = window[:-1], window[1:]
         steps, batch = ids.shape
         final_states: list[Tensor] = []
@@ -77,8 +79,8 @@ class WindowLoss:
                 hidden[layer],
                 drop(weight_hh, rates.recurrent, draws),
                 bias_hh[2 * units :],
-                self._buffer(layer, steps, batch, units, weight_hh.dtype),
-                resets,
+                self._buffer(layer, steps, batch, weight_hh),
+                reset_rows,
             )  # (T, B, H), (B, H)
             final_states.append(final)
         outputs = drop(states, rates.output, draws)
@@ -90,10 +92,11 @@ class WindowLoss:
         dtype = self.product_dtype
         return F.linear(rows.to(dtype), weight.to(dtype), bias.to(dtype))
 
-    def _buffer(self, layer: int, steps: int, batch: int, units: int, dtype: torch.dtype) -> ScanBuffers:
+    def _buffer(self, layer: int, steps: int, batch: int, weight_hh: Tensor) -> ScanBuffers:
+        key = (steps, batch, weight_hh.shape[1], weight_hh.dtype, self.product_dtype, weight_hh.device)
         buffer = self._buffers.get(layer)
-        if buffer is None or buffer.key != (steps, batch, units, dtype, self.product_dtype):
-            buffer = self._buffers[layer] = ScanBuffers(steps, batch, units, dtype, self.product_dtype)
+        if buffer is None or buffer.key != key:
+            buffer = self._buffers[layer] = ScanBuffers(*key)
         return buffer
 
 
@@ -116,11 +119,3 @@ def initialise(model: GRUCharModel, seed: int) -> None:
             bias_ih[units : 2 * units] = 1.0
         nn.init.xavier_uniform_(model.dense.weight, generator=draws)
         nn.init.zeros_(model.dense.bias)
-
-
-def product_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of large products. `auto` means bfloat16 if the processor multiplies it directly."""
-    if precision == "auto":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def seeded_generator(
-    seed: int, purpose: Literal["weights", "epoch", "restarts", "update"], number: int = 0
+    seed: int, purpose: Literal["weights", "characters", "epoch", "restarts", "update", "sample"], number: int = 0
 ) -> torch.Generator:
     """Return a new generator that depends only on the arguments.
 
@@ -39,5 +39,5 @@ def drop(values: Tensor, rate: float, generator: torch.Generator | None) -> Tens
     """Apply dropout: zero each element with probability `rate` and scale the others so that the mean is unchanged."""
     if rate == 0:
         return values
-    mask = keep_mask(tuple(values.shape), rate, generator)
-    return values * mask.to(values.dtype).mul_(1 / (1 - rate))
+    mask = keep_mask(tuple(values.shape), rate, generator)  # on the CPU: each device then draws the same mask
+    return values * mask.to(values.device).to(values.dtype).mul_(1 / (1 - rate))

@@ -12,11 +12,14 @@ Why it is fast:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from service.training.devices import CPU
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -28,15 +31,23 @@ class ScanBuffers:
     Each forward pass overwrites it, so the backward pass of a window must run before the next forward pass.
     """
 
-    def __init__(self, steps: int, batch: int, units: int, dtype: torch.dtype, product_dtype: torch.dtype) -> None:
-        self.key = (steps, batch, units, dtype, product_dtype)
+    def __init__(
+        self,
+        steps: int,
+        batch: int,
+        units: int,
+        dtype: torch.dtype,
+        product_dtype: torch.dtype,
+        device: torch.device = CPU,
+    ) -> None:
+        self.key = (steps, batch, units, dtype, product_dtype, device)
         self.product_dtype = product_dtype
 
         def real(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=device)
 
         def product(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=product_dtype)
+            return torch.empty(shape, dtype=product_dtype, device=device)
 
         self.hidden = real(steps + 1, batch, units)  # [t] is the state before step t
         self.hidden_product = product(steps + 1, batch, units)  # the same in the products' dtype
@@ -62,7 +73,7 @@ def gru_scan(
     weight_hh: Tensor,
     bias_hn: Tensor,
     buffers: ScanBuffers,
-    resets: Tensor | None = None,
+    reset_rows: Mapping[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the states of one layer after every step, (T, B, H), and its last hidden state, (B, H).
 
@@ -77,20 +88,23 @@ def gru_scan(
         weight_hh: (3H, H), the recurrent weights in the order r, z, n.
         bias_hn: (H,), the bias inside the reset gate.
         buffers: the layer's working memory.
-        resets: (T, B) bool, the steps after which a stream's state is set to zero; None for no step. Such a state is
-            a constant: no gradient passes through it.
+        reset_rows: the streams whose state is set to zero after a step, see `rows_by_step`; None for no step. Such a
+            state is a constant: no gradient passes through it.
     """
     result: tuple[Tensor, Tensor] = _GRUScan.apply(  # type: ignore[no-untyped-call]
-        gates, index, hidden, weight_hh, bias_hn, buffers, _rows_by_step(resets)
+        gates, index, hidden, weight_hh, bias_hn, buffers, reset_rows or {}
     )
     return result
 
 
-def _rows_by_step(resets: Tensor | None) -> dict[int, Tensor]:
-    """Return the indices of the streams that are reset after a step, (n,) int64, by step."""
+def rows_by_step(resets: Tensor | None, device: torch.device) -> dict[int, Tensor]:
+    """Return the indices of the streams that are reset after a step, (n,) int64 on `device`, by step.
+
+    resets: (T, B) bool on the CPU, the steps after which a stream's state is set to zero; None for no step.
+    """
     if resets is None:
         return {}
-    return {int(t): resets[t].nonzero()[:, 0] for t in resets.any(1).nonzero()[:, 0]}
+    return {int(t): resets[t].nonzero()[:, 0].to(device) for t in resets.any(1).nonzero()[:, 0]}
 
 
 class _GRUScan(torch.autograd.Function):
@@ -105,7 +119,7 @@ class _GRUScan(torch.autograd.Function):
         weight_hh: Tensor,
         bias_hn: Tensor,
         buffers: ScanBuffers,
-        reset_rows: dict[int, Tensor],
+        reset_rows: Mapping[int, Tensor],
     ) -> tuple[Tensor, Tensor]:
         steps, units = buffers.candidate.shape[0], hidden.shape[1]
         weight = weight_hh.to(buffers.product_dtype)

@@ -2,31 +2,44 @@
 
 A resumed run gives the same result, bit for bit, as one that was never interrupted. For this, everything random in
 update s comes from a generator seeded with (seed, s), and the offset of an epoch from one seeded with (seed, epoch).
+It holds for one device: a run that continues on another one, or with another number of threads, rounds differently.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, TrainingDiverged
+from service.errors import InvalidCheckpoint, InvalidValue, TrainingDiverged
 from service.model.artifact import Tensors
 from service.model.config import ModelConfig
+from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
-from service.training.checkpoint import Evaluation, RunState, read_tensors, save_checkpoint
+from service.training.checkpoint import Evaluation, RunState, check_space, read_tensors, save_checkpoint
 from service.training.corpus import Corpus
+from service.training.devices import CPU, product_dtype
 from service.training.evaluation import streamed_loss
 from service.training.hyperparameters import Hyperparameters
-from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
+from service.training.initial import InitialVersion
+from service.training.network import DropoutRates, WindowLoss, initialise
 from service.training.optimisation import WeightAverage, learning_rate
 from service.training.randomness import seeded_generator
 from service.training.streams import Streams, Window
+
+CHANGEABLE = ("epochs", "patience", "threads")  # what may be changed when a run is resumed; epochs only upwards
+SAVE_INTERVAL_S = 180.0  # between two checkpoints, if no evaluation is in between
+_SAVE_SHARE = 20  # writing checkpoints takes at most about this fraction of the time
+_SAMPLE_CHARS, _SAMPLE_PROMPT, _SAMPLE_TEMPERATURE = 80, 40, 0.8
+_SAMPLE_S = 2.0  # seconds that a sample takes at most
 
 
 class Progress(Protocol):
@@ -35,22 +48,35 @@ class Progress(Protocol):
     def updated(self, step: int, loss: float) -> None:
         """Called after update `step` (counted from 1) with its loss in nats a character."""
 
+    def evaluating(self, num_chars: int) -> None:
+        """Called during an evaluation with the number of characters read since the last call."""
+
     def evaluated(self, point: Evaluation, is_best: bool) -> None:
         """Called after every evaluation. `is_best` says whether it has the lowest validation loss so far."""
+
+
+class _StopRequested(Exception):
+    """Ends an evaluation early. It is repeated when the run is resumed."""
 
 
 class Trainer:
     """A training run over one corpus, new or resumed from a checkpoint.
 
-    `corpus` was read with these settings.
+    `corpus` was read with these settings. Raises InvalidValue if the sizes are too large, and InvalidCharset if the
+    charset doesn't begin with that of the initial version.
     """
 
     def __init__(
-        self, corpus: Corpus, settings: Hyperparameters, checkpoint: Path, initial: Tensors | None = None
+        self,
+        corpus: Corpus,
+        settings: Hyperparameters,
+        checkpoint: Path,
+        initial: InitialVersion | None = None,  # has the sizes of `settings`; None for random weights
+        device: torch.device = CPU,
     ) -> None:
-        settings = _resolve(settings)
-        self.settings, self.checkpoint = settings, checkpoint
-        self.validation_text = corpus.validation
+        settings = _resolve(settings, device)
+        self.settings, self.checkpoint, self.device = settings, checkpoint, device
+        self.charset, self.validation_text = corpus.charset, corpus.validation
         self.streams = Streams(
             corpus.training,
             settings.batch_size,
@@ -58,16 +84,12 @@ class Trainer:
             settings.seed,
             settings.restart_interval,
         )
-        config = ModelConfig(
-            charset=corpus.charset.characters,
-            embedding_dim=settings.embedding_dim,
-            num_units=settings.num_units,
-            num_layers=settings.num_layers,
-        )
-        self.model = GRUCharModel(config)
-        initialise(self.model, settings.seed)
-        if initial is not None:
-            self.model.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in initial.items()})
+        self.model = GRUCharModel(_config(corpus.charset.characters, settings))
+        if initial is None:
+            initialise(self.model, settings.seed)  # on the CPU, so that every device begins with the same weights
+        else:
+            self.model.load_state_dict(initial.weights(corpus.charset.characters, settings.seed))
+        self.model.to(device)
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # as trained, not averaged
         self.average = WeightAverage(list(self.weights.values()), settings.average_decay)
         self.best = [weight.clone() for weight in self.average.weights]  # the average at the best evaluation
@@ -82,13 +104,16 @@ class Trainer:
         )
         # AdamW's means of the gradient and of its square.
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
-        self._window_loss = WindowLoss(self.model, product_dtype(settings.precision))
+        self._window_loss = WindowLoss(self.model, product_dtype(settings.precision, device))
         self.state = RunState(
             settings=settings,
             charset=corpus.charset.characters,
             corpus_name=corpus.name,
             corpus_sha256=corpus.sha256,
+            device=device.type,
+            initial=initial.record if initial else None,
         )
+        self._saved_at, self._save_s = time.monotonic(), 0.0  # end and duration of the last write of the checkpoint
         self._attach_moments()
 
     @property
@@ -104,74 +129,143 @@ class Trainer:
     def restore(self, state: RunState) -> None:
         """Continue the run of the checkpoint, whose state `read_state` returned.
 
+        The settings of this trainer may have more epochs, another patience or other threads than the checkpoint. The
+        learning rate then follows the schedule of the new number of epochs, so after more epochs were added to a
+        finished run it rises once and falls again. Patience counts anew.
+
         Raises InvalidCheckpoint if the checkpoint belongs to another corpus or has other settings, or is damaged.
         """
         if state.corpus_sha256 != self.state.corpus_sha256:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to another corpus, {state.corpus_name}")
-        if state.settings != self.state.settings or state.charset != self.state.charset:
-            raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with other settings")
+        differing = [n for n in Hyperparameters.model_fields if getattr(state.settings, n) != getattr(self.settings, n)]
+        if fixed := [name for name in differing if name not in CHANGEABLE]:
+            raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with other settings: {', '.join(fixed)}")
+        if state.charset != self.state.charset:
+            raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with another charset")
+        if self.settings.epochs < state.settings.epochs:
+            raise InvalidCheckpoint(f"the run has {state.settings.epochs} epochs, which can only be raised")
         tensors = self._tensors()
         with torch.no_grad():
             for name, value in read_tensors(self.checkpoint, tensors).items():
                 tensors[name].copy_(value)
-        self.state = state
+        self.state = state.model_copy(deep=True)
+        if differing:
+            self.state.change(self.settings)
+        if {"epochs", "patience"} & set(differing):
+            self.state.since_best = 0
+            self.state.finished = state.step >= self.total_steps
+        self.state.device = self.device.type
         self._attach_moments()
 
     def run(self, progress: Progress, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train until the run is finished or `stopped()` returns True. Return whether the run is finished.
 
-        A run is finished after its last update, or when early stopping ends it. The checkpoint is written at the
-        start, after every evaluation and when the run is stopped.
+        A run is finished after its last update, or when early stopping ends it. `stopped` is called between updates
+        and during evaluations. The checkpoint is written at the start, after evaluations, every `SAVE_INTERVAL_S`
+        seconds, and at the end.
 
         Raises TrainingDiverged if a loss is not finite, and InvalidCheckpoint if the checkpoint can't be written.
         `best_weights` stays available after either.
         """
-        state, per_epoch = self.state, self.streams.windows_per_epoch
+        state = self.state
         torch.set_num_threads(self.settings.threads)
-        if state.step == 0:
-            self.save()  # so that an unwritable path fails now and not after the first epoch
-        while not state.finished:
-            began = time.perf_counter()
-            epoch, index = divmod(state.step, per_epoch)
-            if index == 0:
-                self.hidden.zero_()
-            loss = self._update(self.streams.window(epoch, index))
-            if not math.isfinite(loss):
-                raise TrainingDiverged(
-                    f"the loss is {loss} in update {state.step + 1}: lower the learning rate or clip_norm"
-                )
-            state.loss_sum += loss
-            state.loss_count += 1
-            state.step += 1
-            progress.updated(state.step, loss)
-            is_last = state.step >= self.total_steps
-            is_evaluated = is_last or state.step % self.eval_interval == 0
-            if is_evaluated:
-                self._evaluate(progress, is_last)
-            is_stopped = stopped()
-            state.seconds += time.perf_counter() - began
-            if is_evaluated or is_stopped:
+        self.save()  # so that an unwritable path fails now and not after the first epoch
+        check_space(self.checkpoint)
+        while not state.finished and not stopped():
+            with self._timed():
+                is_evaluation = self._is_evaluation_due
+                if is_evaluation:
+                    self._evaluate(progress, stopped)
+                else:
+                    self._train_on_next_window(progress)
+            # Writing a checkpoint after each of many quick evaluations could take longer than the training.
+            least = _SAVE_SHARE * self._save_s
+            if time.monotonic() - self._saved_at >= (least if is_evaluation else max(least, SAVE_INTERVAL_S)):
                 self.save()
-            if is_stopped:
-                break
+        self.save()
         return state.finished
 
     def best_weights(self) -> dict[str, Tensor]:
-        """Return copies of the averaged weights, float32 by name, that had the lowest validation loss so far."""
-        return {name: weight.clone() for name, weight in zip(self.weights, self.best, strict=True)}
+        """Return copies, on the CPU, of the averaged weights that had the lowest validation loss so far, by name."""
+        return {name: weight.to("cpu", copy=True) for name, weight in zip(self.weights, self.best, strict=True)}
 
     def save(self) -> None:
         """Write the checkpoint. Raises InvalidCheckpoint if that fails."""
+        began = time.monotonic()
         save_checkpoint(self.checkpoint, self.state, self._tensors())
+        self._saved_at = time.monotonic()
+        self._save_s = self._saved_at - began
 
-    def validation_loss(self) -> float:
-        """Return the loss of the averaged weights on the held-out text, in nats a character."""
+    def validation_loss(self, progress: Callable[[int], object] = lambda _: None) -> float:
+        """Return the loss of the averaged weights on the held-out text, in nats a character.
+
+        Calls `progress` with the number of characters read since its last call. It may raise.
+        """
+        with self._averaged_weights():
+            return streamed_loss(self._window_loss, self.validation_text, progress)
+
+    def sample(self) -> str:
+        """Return a short text of the averaged weights, after the beginning of the held-out text.
+
+        It depends only on the weights, the seed and the number of updates, and changes nothing in the run. On a slow
+        machine it is shorter, because it takes at most about `_SAMPLE_S` seconds.
+        """
+        with self._averaged_weights():
+            model = FoldedGRU(GRUCharModel.from_tensors(self.model.config, _on_cpu(self.weights)))
+        draws = seeded_generator(self.settings.seed, "sample", self.state.step)
+        # A line begins at the zero state, so a model of lines needs no prompt.
+        prompt = [] if self.settings.lines else self.validation_text.ids[:_SAMPLE_PROMPT].tolist()
+        ids = list(prompt)
+        _, hidden = model.scan(torch.tensor(ids, dtype=torch.int64), model.initial_hidden())
+        deadline = time.monotonic() + _SAMPLE_S
+        while len(ids) < len(prompt) + _SAMPLE_CHARS and time.monotonic() < deadline:
+            chances = torch.softmax(model.logits(hidden[-1:])[0] / _SAMPLE_TEMPERATURE, 0)
+            ids.append(int(torch.multinomial(chances, 1, generator=draws)))
+            _, hidden = model.scan(torch.tensor(ids[-1:]), hidden)
+        return self.charset.decode(np.array(ids))
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Let the model have the averaged weights during the block, without gradients."""
         trained = [weight.detach().clone() for weight in self.weights.values()]
         with torch.no_grad():
             torch._foreach_copy_(list(self.weights.values()), self.average.weights)
-            loss = streamed_loss(self._window_loss, self.validation_text)
-            torch._foreach_copy_(list(self.weights.values()), trained)
-        return loss
+            try:
+                yield
+            finally:
+                torch._foreach_copy_(list(self.weights.values()), trained)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.state.seconds += time.perf_counter() - began
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        """Whether an evaluation follows now. It depends on the run's state only, so a resumed run evaluates as well."""
+        step = self.state.step
+        if step == 0 and self.state.initial is None:
+            return False  # random weights
+        is_last = self.state.curve[-1].step == step if self.state.curve else False
+        return not is_last and (step % self.eval_interval == 0 or step >= self.total_steps)
+
+    def _train_on_next_window(self, progress: Progress) -> None:
+        state = self.state
+        epoch, index = divmod(state.step, self.streams.windows_per_epoch)
+        if index == 0:
+            self.hidden.zero_()
+        loss = self._update(self.streams.window(epoch, index))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} in update {state.step + 1}: lower the learning rate or clip_norm"
+            )
+        state.loss_sum += loss
+        state.loss_count += 1
+        state.step += 1
+        progress.updated(state.step, loss)
 
     def _update(self, window: Window) -> float:
         settings, step = self.settings, self.state.step
@@ -190,26 +284,34 @@ class Trainer:
         self.average.update(list(self.weights.values()), step + 1)
         return loss.item()
 
-    def _evaluate(self, progress: Progress, is_last: bool) -> None:
+    def _evaluate(self, progress: Progress, stopped: Callable[[], bool]) -> None:
         state, settings = self.state, self.settings
-        loss = self.validation_loss()
+
+        def count(num_chars: int) -> None:
+            progress.evaluating(num_chars)
+            if stopped():
+                raise _StopRequested
+
+        try:
+            loss = self.validation_loss(count)
+        except _StopRequested:
+            return
         if not math.isfinite(loss):
             raise TrainingDiverged(f"the validation loss is {loss} after update {state.step}: lower the learning rate")
-        is_best = loss < state.best_loss
         point = Evaluation(
+            number=state.num_evaluations,
             step=state.step,
             epoch=state.step / self.streams.windows_per_epoch,
-            learning_rate=learning_rate(settings, state.step - 1, self.total_steps),
-            training_loss=state.loss_sum / state.loss_count,
+            learning_rate=learning_rate(settings, state.step - 1, self.total_steps) if state.step else 0.0,
+            training_loss=state.loss_sum / state.loss_count if state.loss_count else None,
             validation_loss=loss,
         )
-        state.curve.append(point)
+        is_best = state.record(point)
         state.loss_sum, state.loss_count = 0.0, 0
         if is_best:
-            state.best_step = state.step
             torch._foreach_copy_(self.best, self.average.weights)
-        since_best = len(state.curve) - 1 - min(range(len(state.curve)), key=lambda i: state.curve[i].validation_loss)
-        state.finished = is_last or (settings.patience > 0 and since_best >= settings.patience)
+        is_last = state.step >= self.total_steps
+        state.finished = is_last or (settings.patience > 0 and state.since_best >= settings.patience)
         progress.evaluated(point, is_best)
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -228,18 +330,37 @@ class Trainer:
         """Let the optimiser use `self.moments`, which are stored by name so that a checkpoint can hold them."""
         for name, weight in self.weights.items():
             mean, square = self.moments[name]
-            step = torch.tensor(float(self.state.step))
+            step = torch.tensor(float(self.state.step), device=self.device)  # where the fused optimiser expects it
             self.optimizer.state[weight] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
 
 
-def _resolve(settings: Hyperparameters) -> Hyperparameters:
+def _config(charset: str, settings: Hyperparameters) -> ModelConfig:
+    """Return the model's config. Raises InvalidValue if the model would have too many parameters."""
+    try:
+        return ModelConfig(
+            charset=charset,
+            embedding_dim=settings.embedding_dim,
+            num_units=settings.num_units,
+            num_layers=settings.num_layers,
+        )
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise InvalidValue(f"a model of these sizes is not possible: {problem}", param="num_units") from error
+
+
+def _resolve(settings: Hyperparameters, device: torch.device) -> Hyperparameters:
     """Replace `threads` 0 and `precision` auto by what they mean on this machine.
 
     The run can then be resumed, or repeated, on another machine with the same result.
     """
+    is_bfloat16 = product_dtype(settings.precision, device) == torch.bfloat16
     return settings.model_copy(
         update={
             "threads": settings.threads or torch.get_num_threads(),
-            "precision": "bfloat16" if product_dtype(settings.precision) == torch.bfloat16 else "float32",
+            "precision": "bfloat16" if is_bfloat16 else "float32",
         }
     )
+
+
+def _on_cpu(weights: dict[str, Tensor]) -> Tensors:
+    return {name: weight.detach().to("cpu", copy=True).numpy() for name, weight in weights.items()}

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.gru import GRUCharModel
-from service.training.network import DropoutRates, WindowLoss, initialise, product_dtype
+from service.training.devices import CPU, product_dtype
+from service.training.network import DropoutRates, WindowLoss, initialise
 from service.training.randomness import drop, keep_mask
-from service.training.scan import ScanBuffers, gru_scan
+from service.training.scan import ScanBuffers, gru_scan, rows_by_step
 from tests.harness.models import tiny_config
 
 STEPS, BATCH, UNITS, VOCAB = 7, 3, 5, 6
@@ -50,7 +51,7 @@ def test_gru_scan__states_and_gradients_agree_with_autograd(with_index: bool, wi
     buffers = ScanBuffers(STEPS, BATCH, UNITS, torch.float64, torch.float64)
     for _ in range(2):  # the second time with used buffers
         states, last = gru_scan(
-            inputs[0], index, hidden, inputs[1], inputs[2], buffers, resets if with_resets else None
+            inputs[0], index, hidden, inputs[1], inputs[2], buffers, rows_by_step(resets, CPU) if with_resets else None
         )
         torch.testing.assert_close(states, expected, atol=1e-12, rtol=0)
         torch.testing.assert_close(last, expected[-1], atol=1e-12, rtol=0)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from service.errors import InvalidCheckpoint, TrainingDiverged
+from service.errors import InvalidCharset, InvalidCheckpoint, InvalidValue, TrainingDiverged
+from service.model.artifact import Artifact, TrainingFacts
 from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
-from service.training.checkpoint import Evaluation, read_state
+from service.training.checkpoint import MAX_POINTS, Evaluation, RunState, lock_checkpoint, read_state
 from service.training.evaluation import streamed_loss, text_loss
 from service.training.hyperparameters import Hyperparameters
+from service.training.initial import InitialVersion
 from service.training.optimisation import learning_rate
 from service.training.trainer import Trainer
 from tests.harness.corpora import corpus_of
@@ -36,10 +42,14 @@ class Recorder:
     def __init__(self, stop_after: int = 10**9) -> None:
         self.losses: list[float] = []
         self.points: list[Evaluation] = []
+        self.num_evaluated = 0  # characters
         self.stop_after = stop_after
 
     def updated(self, step: int, loss: float) -> None:
         self.losses.append(loss)
+
+    def evaluating(self, num_chars: int) -> None:
+        self.num_evaluated += num_chars
 
     def evaluated(self, point: Evaluation, is_best: bool) -> None:
         self.points.append(point)
@@ -110,6 +120,141 @@ def test_trainer__stops_early_when_the_loss_no_longer_improves(tmp_path: Path) -
     assert len(recorder.points) >= 4
 
 
+def test_trainer__an_evaluation_can_be_stopped_and_is_repeated(tmp_path: Path) -> None:
+    whole, recorder = run(tmp_path / "whole", stop_after=40)
+    trainer, part = Trainer(CORPUS, SETTINGS, tmp_path / "part"), Recorder()
+    assert not trainer.run(part, lambda: part.num_evaluated > 0)  # in the middle of the first evaluation
+    assert (trainer.state.step, trainer.state.curve) == (20, [])
+    trainer, rest = run(tmp_path / "part", stop_after=20)
+    assert [*part.losses, *rest.losses] == recorder.losses
+    assert trainer.state.curve == whole.state.curve
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight, trainer.weights[name])
+
+
+def test_trainer__writes_checkpoints_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed in a long epoch continues after the last of them."""
+    monkeypatch.setattr("service.training.trainer.SAVE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("service.training.trainer._SAVE_SHARE", 0)
+    settings = SETTINGS.model_copy(update={"eval_interval": 1000})
+
+    class Killed(Recorder):
+        def updated(self, step: int, loss: float) -> None:
+            super().updated(step, loss)
+            if step == 7:
+                raise KeyboardInterrupt  # a second Ctrl-C: nothing more is written
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(CORPUS, settings, tmp_path / "run").run(Killed())
+    assert read_state(tmp_path / "run").step == 6
+    _, whole = run(tmp_path / "whole", settings, stop_after=10)
+    _, rest = run(tmp_path / "run", settings, stop_after=4)
+    assert whole.losses[6:] == rest.losses
+
+
+def test_trainer__a_sample_changes_nothing_in_the_run(tmp_path: Path) -> None:
+    class Sampling(Recorder):
+        def evaluated(self, point: Evaluation, is_best: bool) -> None:
+            super().evaluated(point, is_best)
+            samples.append(trainer.sample())
+
+    samples: list[str] = []
+    _, plain = run(tmp_path / "plain", stop_after=50)
+    trainer, recorder = Trainer(CORPUS, SETTINGS, tmp_path / "sampled"), Sampling(50)
+    trainer.run(recorder, recorder.stopped)
+    assert recorder.losses == plain.losses
+    assert len(samples) == 2
+    assert all(sample.startswith(TEXT[-len(CORPUS.validation.ids) :][:40]) for sample in samples)
+    assert samples[0] != samples[1]
+
+
+def test_trainer__epochs_may_be_raised(tmp_path: Path) -> None:
+    first, _ = run(tmp_path / "run")
+    longer = SETTINGS.model_copy(update={"epochs": 4})
+    trainer, recorder = run(tmp_path / "run", longer)
+    assert trainer.state.finished
+    assert len(recorder.losses) == first.total_steps // 3
+    assert recorder.points[0].learning_rate == learning_rate(longer, recorder.points[0].step - 1, trainer.total_steps)
+    assert [change.model_dump() for change in trainer.state.changes] == [
+        {"step": first.total_steps, "setting": "epochs", "value": 4}
+    ]
+    with pytest.raises(InvalidCheckpoint, match="can only be raised"):
+        run(tmp_path / "run")
+
+
+def test_trainer__begins_with_a_version(tmp_path: Path) -> None:
+    first, _ = run(tmp_path / "first")
+    config = first.model.config
+    tensors = {name: weight.numpy() for name, weight in first.best_weights().items()}
+    initial = InitialVersion("fox@1", Artifact(config, tensors, TrainingFacts(), "d" * 64))
+    trainer, recorder = Trainer(CORPUS, SETTINGS, tmp_path / "second", initial), Recorder(1)
+    trainer.run(recorder, recorder.stopped)
+    assert recorder.points[0].validation_loss == first.state.best_loss
+    assert (recorder.points[0].step, recorder.points[0].training_loss) == (0, None)
+    grown = initial.weights(config.charset + "\u00e9", seed=1)
+    for name, weight in grown.items():
+        if name in ("embedding.weight", "dense.weight", "dense.bias"):
+            assert len(weight) == config.vocab_size + 1
+        assert torch.equal(weight[: len(tensors[name])], torch.from_numpy(tensors[name]))
+    with pytest.raises(InvalidCharset, match="must begin with that of fox@1"):
+        initial.weights("abc", seed=1)
+
+
+def test_run_state__a_long_curve_is_thinned_evenly_and_the_best_is_exact() -> None:
+    state = RunState(settings=SETTINGS, charset="ab", corpus_name="a", corpus_sha256="0" * 64)
+    losses = [3.0 - 0.1 * (number == 4321) for number in range(20_000)]
+    for number, loss in enumerate(losses):
+        point = Evaluation(
+            number=number, step=7 * number, epoch=number / 3, learning_rate=1e-3 / 3, training_loss=1 / 3,
+            validation_loss=loss,
+        )  # fmt: skip
+        assert state.record(point) == (number in (0, 4321))
+    assert (state.best_step, state.best_loss, state.since_best) == (7 * 4321, 2.9, 19_999 - 4321)
+    numbers = [point.number for point in state.curve]
+    assert (numbers[0], numbers[-1]) == (0, 19_999)
+    assert 4321 in numbers
+    assert 500 < len(numbers) < MAX_POINTS + 3
+    spaces = np.diff([number for number in numbers if number not in (4321, 19_999)])
+    assert len(set(spaces.tolist())) == 1
+
+
+@pytest.mark.parametrize("missing", ["format", "settings"])
+def test_read_state__says_that_another_version_wrote_the_checkpoint(tmp_path: Path, missing: str) -> None:
+    trainer, _ = run(tmp_path / "run", stop_after=1)
+    state = json.loads(trainer.state.model_dump_json())
+    if missing == "format":
+        del state["format"]
+    else:
+        del state["settings"]["restart_interval"]
+    save_file({"hidden": trainer.hidden}, tmp_path / "run", metadata={"run": json.dumps(state)})
+    with pytest.raises(InvalidCheckpoint, match=r"another version of gru-serve.*begin anew with --overwrite"):
+        read_state(tmp_path / "run")
+
+
+def test_lock_checkpoint__works_without_locks_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    warnings: list[str] = []
+    monkeypatch.setattr("service.training.checkpoint.fcntl.flock", unsupported)
+    with lock_checkpoint(tmp_path / "run", "fox", warnings.append):
+        pass
+    assert "without locks" in warnings[0]
+
+
+def test_save_checkpoint__says_when_there_is_no_space_for_a_second_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.training.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
+    with pytest.raises(InvalidCheckpoint, match="free space, or name another place"):
+        run(tmp_path / "run")
+
+
+def test_trainer__refuses_a_model_that_is_too_large(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="at most"):
+        Trainer(CORPUS, SETTINGS.model_copy(update={"num_units": 8192, "num_layers": 8}), tmp_path / "run")
+
+
 def test_trainer__does_nothing_when_a_finished_run_is_resumed(tmp_path: Path) -> None:
     run(tmp_path / "run")
     trainer, recorder = run(tmp_path / "run")
@@ -123,7 +268,7 @@ def test_restore__refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="another corpus"):
         Trainer(replace(CORPUS, sha256="1" * 64), SETTINGS, tmp_path / "run").restore(state)
     with pytest.raises(InvalidCheckpoint, match="other settings"):
-        Trainer(CORPUS, SETTINGS.model_copy(update={"epochs": 9}), tmp_path / "run").restore(state)
+        Trainer(CORPUS, SETTINGS.model_copy(update={"seed": 9}), tmp_path / "run").restore(state)
 
 
 def test_trainer__resumed_run_uses_the_threads_of_its_start(tmp_path: Path) -> None:
@@ -152,7 +297,7 @@ def test_trainer__fails_before_the_first_update_if_it_can_not_write_the_checkpoi
 
 
 def test_trainer__raises_when_the_validation_loss_is_nan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "validation_loss", lambda _: math.nan)
+    monkeypatch.setattr(Trainer, "validation_loss", lambda *_: math.nan)
     with pytest.raises(TrainingDiverged, match="validation loss is nan"):
         run(tmp_path / "run")
     assert read_state(tmp_path / "run").curve == []

@@ -1,0 +1,257 @@
+"""The life of a run: stopping, resuming, beginning with a version, and publishing, through the command line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from service.__main__ import main
+from service.commands.progress import Progress
+from service.store.model_store import ModelStore
+from service.training import publishing
+from service.training.checkpoint import lock_checkpoint, read_state
+
+TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
+SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
+SMALL += ["--threads", "1"]  # the threads of torch wait for each other by spinning, which is slow on a busy machine
+
+
+class Place:
+    """A corpus, a store and a checkpoint of one test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.corpus, self.store, self.checkpoint = folder / "fox.txt", folder / "store", folder / "run.safetensors"
+        self.corpus.write_text(TEXT)
+
+    def words(self, *more: str, corpus: Path | None = None) -> list[str]:
+        words = ["train", "--corpus", str(corpus or self.corpus), "--name", "fox", "--device", "cpu"]
+        return [*words, "--model-store", str(self.store), "--checkpoint", str(self.checkpoint), *more]
+
+    def train(self, *more: str, corpus: Path | None = None) -> Result:
+        return CliRunner().invoke(main, self.words(*more, corpus=corpus))
+
+    def facts(self, number: int) -> Any:
+        return json.loads((self.store / "fox" / str(number) / "training.json").read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def start(command: list[str], until: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a process and wait until it has written some text to standard error."""
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+    assert process.stderr
+    written = ""
+    while until not in written:
+        char = process.stderr.read(1)
+        assert char, f"the command ended: {written}"
+        written += char
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    with process:
+        return process.communicate(timeout=120)
+
+
+def can_make_namespaces() -> bool:
+    words = ["unshare", "--pid", "--fork", "--kill-child", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("as_process_1", [False, True])
+def test_train__sigterm_publishes_the_best_and_exits_with_143(place: Place, as_process_1: bool) -> None:
+    if as_process_1 and not can_make_namespaces():
+        pytest.skip("this user can't make a PID namespace")
+    words = [sys.executable, "-m", "service", *place.words(*SMALL, "--epochs", "2000")]
+    if as_process_1:
+        process = start(["unshare", "--pid", "--fork", *words], "best")
+        target = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+    else:
+        process = start(words, "best")
+        target = process.pid
+    os.kill(target, signal.SIGTERM)
+    os.kill(target, signal.SIGTERM)  # as `timeout` does: the same request once more
+    output, errors = finish(process)
+    assert process.returncode == 143, errors
+    assert "published fox@1" in output
+    assert "--resume continues from" in errors
+    assert place.facts(1)["run"]["ended"] == "stopped by a signal"
+    assert not list(place.checkpoint.parent.glob("*.lock")) + list(place.checkpoint.parent.glob("*.part"))
+
+
+def test_train__a_signal_while_reading_changes_nothing(place: Place, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    process = start([sys.executable, "-m", "service", *place.words(*SMALL, corpus=fifo)], "reading fifo")
+    process.send_signal(signal.SIGTERM)
+    _, errors = finish(process)
+    assert process.returncode == 143
+    assert errors.strip().endswith("nothing has changed")
+    assert not place.checkpoint.exists()
+
+
+def test_train__resume_of_a_finished_run_publishes_it_once(place: Place) -> None:
+    assert place.train(*SMALL, "--epochs", "2").exit_code == 0
+    published = read_state(place.checkpoint).published
+    described = ModelStore(place.store).describe(ModelStore(place.store).resolve("fox"))
+    assert published
+    assert (published.ref, published.digest) == ("fox@1", described.digest)
+    again = place.train("--resume")
+    assert again.exit_code == 0, again.output
+    assert "the run is finished and published as fox@1" in again.output
+    assert len(ModelStore(place.store).versions("fox")) == 1
+    shutil.rmtree(place.store)  # so it is published in no store any more
+    assert "published fox@1" in place.train("--resume").output
+
+    more = place.train("--resume", "--epochs", "4")
+    assert more.exit_code == 0, more.output
+    assert "published fox@2" in more.output
+    run = place.facts(2)["run"]
+    assert round(run["num_epochs"]) == 4
+    assert run["changes"] == [{"step": run["num_updates"] // 2, "setting": "epochs", "value": 4}]
+    assert "epochs became 4" in (place.store / "fox" / "2" / "README.md").read_text()
+
+
+def test_train__a_full_disk_at_publishing_is_published_by_resume(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_artifact, calls = publishing.write_artifact, []
+
+    def write(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:  # after the rehearsal
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_artifact(*arguments)
+
+    monkeypatch.setattr(publishing, "write_artifact", write)
+    failed = place.train(*SMALL, "--epochs", "1")
+    assert failed.exit_code == 1
+    assert "No space left on device. Its weights are in" in failed.stderr
+    assert "--resume publishes them" in failed.stderr
+    refused = place.train(*SMALL, "--epochs", "1")
+    assert "holds a run that is not published" in refused.output
+    assert "published fox@1" in place.train("--resume").output
+
+
+@pytest.mark.parametrize("broken", ["space", "setting"])
+def test_train__what_publishing_would_refuse_is_refused_before_the_first_update(
+    place: Place, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if broken == "space":
+        monkeypatch.setattr(publishing, "write_artifact", full)
+    else:
+        monkeypatch.setenv("GRU_SERVE_KERNEL", "none")
+    result = place.train(*SMALL, "--epochs", "1")
+    assert result.exit_code != 0
+    assert ("No space left" if broken == "space" else "GRU_SERVE_KERNEL") in result.output
+    assert not place.checkpoint.exists()
+
+
+def test_train__a_charset_with_folded_characters_is_published(place: Place) -> None:
+    charset = "".join(sorted(set(TEXT) - set("Tf")))
+    result = place.train(*SMALL, "--epochs", "1", "--charset", charset, "--unknown-chars", "drop")
+    assert result.exit_code == 0, result.output
+    assert "f" not in place.facts(1)["sample"]["prompt"]
+
+
+def test_train__a_charset_of_thousands_of_characters_is_published(place: Place) -> None:
+    charset = "".join(sorted(set(TEXT))) + "".join(chr(0x20000 + number) for number in range(40_000))
+    result = place.train("--embedding-dim", "1", "--num-units", "1", *SMALL[4:], "--epochs", "1", "--charset", charset)
+    assert result.exit_code == 0, result.output
+    assert place.facts(1)["settings"]["charset"].endswith(f"({len(charset):,} characters)")
+
+
+def test_train__two_runs_do_not_share_a_checkpoint(place: Place) -> None:
+    with lock_checkpoint(place.checkpoint, "fox", pytest.fail):
+        result = place.train(*SMALL)
+    assert result.exit_code == 1
+    assert f"is in use by process {os.getpid()} on" in result.stderr
+    assert not place.store.exists()
+
+
+def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
+    assert place.train(*SMALL, "--epochs", "3").exit_code == 0
+    loss = min(point["validation_loss"] for point in place.facts(1)["curve"])
+    other = ["--init-from", "fox@1", "--overwrite", "--batch-size", "4", "--sequence-length", "16", "--threads", "1"]
+    again = place.train(*other, "--epochs", "1")
+    assert again.exit_code == 0, again.output
+    facts = place.facts(2)
+    assert facts["curve"][0]["step"] == 0
+    assert facts["curve"][0]["validation_loss"] == pytest.approx(loss, abs=1e-6)
+    digest = ModelStore(place.store).describe(ModelStore(place.store).resolve("fox@1")).digest
+    assert facts["initial"] == {"ref": "fox@1", "digest": digest}
+    assert "--init-from fox@1" in facts["command"]
+    assert f"began with the weights of `fox@1`, digest `{digest}`" in (place.store / "fox/2/README.md").read_text()
+
+    new = tmp_path / "new.txt"
+    new.write_text(TEXT.replace("fox", "f\u00f6x"))
+    grown = place.train(*other, "--epochs", "1", corpus=new)
+    assert grown.exit_code == 0, grown.output
+    config = json.loads((place.store / "fox/3/config.json").read_text())
+    assert config["charset"] == "".join(sorted(set(TEXT))) + "\u00f6"
+    resumed = place.train("--resume", "--epochs", "2", corpus=new)
+    assert resumed.exit_code == 0, resumed.output
+    assert place.facts(4)["initial"] == {"ref": "fox@1", "digest": digest}
+    refused = place.train(*other, "--num-units", "512")
+    assert refused.exit_code == 2
+    assert "--num-units 512 contradicts --init-from fox@1, which has 16" in refused.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_train__says_that_there_is_no_gpu(place: Place) -> None:
+    result = place.train(*SMALL, "--device", "cuda")
+    assert result.exit_code == 1
+    assert "or train with --device cpu" in result.stderr
+
+
+def test_train__says_what_to_do_next_and_shows_samples(place: Place) -> None:
+    result = place.train(*SMALL, "--epochs", "1")
+    assert "1 thread\n" in result.stderr
+    assert "sample '" in result.stderr
+    assert f"next: gru-serve generate --model fox --prompt 'It was ' --model-store {place.store}" in result.stderr
+
+
+def test_train__waits_passively_unless_the_user_chose() -> None:
+    program = "import os; from service.commands.options import wait_passively; wait_passively(); "
+    program += "print(os.environ.get('OMP_WAIT_POLICY'))"
+    plain = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+    for given, expected in (
+        ({}, "PASSIVE"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
+        ({"GOMP_SPINCOUNT": "9"}, "None"),
+    ):
+        done = subprocess.run([sys.executable, "-c", program], env=plain | given, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_progress__in_a_log_file_is_a_line_every_30_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("service.commands.progress.time.monotonic", lambda: now[0])
+    with Progress("training", 1000) as progress:
+        for _ in range(70):
+            now[0] += 1
+            progress.note("loss 1.5")
+            progress.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 30%, 300 of 1,000 characters, 10 a second, 1.2 minutes left, loss 1.5",
+        "training: 60%, 600 of 1,000 characters, 10 a second, 0.7 minutes left, loss 1.5",
+    ]
