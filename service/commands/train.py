@@ -16,7 +16,7 @@ import click
 from service.commands.eval import char_bar, corpus_bar, measure, require_torch
 from service.commands.options import corpus_option, field_options, model_store_option, open_store
 from service.errors import GruServeError
-from service.training.hyperparameters import Hyperparameters
+from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
     from service.training.corpus import Corpus
@@ -81,6 +81,7 @@ def train_command(
         if checkpoint.exists() and not overwrite and not read_state(checkpoint).finished:
             raise click.UsageError(f"{checkpoint} holds an unfinished run: give --resume or --overwrite")
         text = _read(sources, settings)
+        settings = _choose(settings, text)
         trainer = Trainer(text, settings, checkpoint)
     store.check_writable(name)  # so that an invalid name or a full disk fails now and not after hours of training
     click.echo(
@@ -218,7 +219,8 @@ def _refuse_changes(settings: Hyperparameters, given: dict[str, Any]) -> None:
 def _command(sources: Sources, name: str, settings: Hyperparameters) -> str:
     """Return a command that repeats the run.
 
-    It names what was given as the corpus without its folder, and gives every setting that differs from its default.
+    It names what was given as the corpus without its folder. It gives every setting that differs from its default or is
+    chosen by the size of the text, so that a version with other choices repeats the run too.
     """
     words = ["gru-serve", "train"]
     for word in sources.words:
@@ -226,7 +228,7 @@ def _command(sources: Sources, name: str, settings: Hyperparameters) -> str:
     words += ["--name", name]
     for key, field in Hyperparameters.model_fields.items():
         value = getattr(settings, key)
-        if value != field.default:
+        if value != field.default or key in CHOSEN:
             words += ["--" + key.replace("_", "-"), *([] if value is True else [str(value)])]
     return shlex.join(words)
 
@@ -240,6 +242,16 @@ def _read(sources: Sources, settings: Hyperparameters) -> Corpus:
     for note in corpus.notes:
         click.echo(f"{corpus.name}: {note}", err=True)
     return corpus
+
+
+def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
+    """Choose the settings that were not given, and say what was chosen."""
+    from service.training.recipe import choose
+
+    recipe = choose(settings, corpus.num_training_chars, len(corpus.training.starts))
+    for line in recipe.lines:
+        click.echo(line, err=True)
+    return recipe.settings
 
 
 class _Serving:
