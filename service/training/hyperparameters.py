@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.model.charset import UnknownChars
 
-# Marks a field that `recipe` chooses by the size of the text if it is not given. Its default suits a million characters.
+# Marks a field that `recipe` chooses by the size of the text if it is not given. The default suits a million
+# characters.
 _CHOSEN = {"shown_default": "chosen by the size of the text"}
 
 
