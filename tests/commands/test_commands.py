@@ -27,6 +27,7 @@ TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
 SMALL += ["--threads", "1"]  # the threads of torch wait for each other by spinning, which is slow on a busy machine
+SMALL += ["--eval-interval", "0"]  # an evaluation each epoch
 
 
 def run(*words: str) -> Result:
