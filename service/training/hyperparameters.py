@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from service.model.charset import UnknownChars
 
 # Marks a field that `recipe` chooses by the size of the text if it is not given. The default suits a million
 # characters.
-_CHOSEN = {"shown_default": "chosen by the size of the text"}
+_CHOSEN: JsonDict = {"shown_default": "chosen by the size of the text"}
 
 
 class Hyperparameters(BaseModel):
