@@ -15,6 +15,7 @@ import sys
 # Each benchmark, with the programs that it needs besides the development environment.
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "train": (),
+    "recipes": (),
     "decode": (),
     "roofline": (),
     "http": (),

@@ -71,7 +71,9 @@ def field_options(model: type[BaseModel]) -> Callable[[Command], Command]:
             if field.annotation is bool:
                 option = click.option(words, name, is_flag=True, default=None, help=help_text)
             else:
-                help_text += f"  [{field.default}]"
+                extra = field.json_schema_extra
+                shown = extra.get("shown_default", field.default) if isinstance(extra, dict) else field.default
+                help_text += f"  [{shown}]"
                 option = click.option(words, name, type=_click_type(field.annotation), default=None, help=help_text)
             command = option(command)
         return command

@@ -16,7 +16,7 @@ from service.commands.options import corpus_option, field_options, model_store_o
 from service.commands.progress import Progress, plural, say
 from service.commands.stopping import Stopped, StopSignals
 from service.errors import GruServeError, TrainingDiverged
-from service.training.hyperparameters import Hyperparameters
+from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
     from service.training.checkpoint import PublishedRecord, RunState
@@ -169,7 +169,18 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
     initial = _load_initial(request)
     settings = _settings(request.given, initial)
     corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
+    settings = _choose(settings, corpus)
     return corpus, Trainer(corpus, settings, request.checkpoint, initial, request.device)
+
+
+def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
+    """Choose the settings that were not given, and say what was chosen."""
+    from service.training.recipe import choose
+
+    recipe = choose(settings, corpus.num_training_chars, len(corpus.training.starts))
+    for line in recipe.lines:
+        say(line)
+    return recipe.settings
 
 
 def _refuse_to_overwrite(checkpoint: Path) -> None:
@@ -386,7 +397,8 @@ def _say_next(request: _Request, record: PublishedRecord) -> None:
 def _command(request: _Request, trainer: Trainer) -> str:
     """Return a command that repeats the run.
 
-    It names what was given as the corpus without its folder, and gives every setting that differs from its default.
+    It names what was given as the corpus without its folder. It gives every setting that differs from its default or is
+    chosen by the size of the text, so that a version with other choices repeats the run too.
     """
     words = ["gru-serve", "train"]
     for word in request.sources.words:
@@ -397,7 +409,8 @@ def _command(request: _Request, trainer: Trainer) -> str:
         words += ["--init-from", initial.ref]
     for key, field in Hyperparameters.model_fields.items():
         value = getattr(settings, key)
-        if value != field.default and not (initial is not None and key in _sizes()):
+        is_needed = value != field.default or key in CHOSEN
+        if is_needed and not (initial is not None and key in _sizes()):
             words += [_option(key), *([] if value is True else [str(value)])]
     return shlex.join(words)
 

@@ -5,47 +5,87 @@ from __future__ import annotations
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 from service.model.charset import UnknownChars
+
+# Marks a field that `recipe` chooses by the size of the text if it is not given. The default suits a million
+# characters.
+_CHOSEN: JsonDict = {"shown_default": "chosen by the size of the text"}
 
 
 class Hyperparameters(BaseModel):
     """Everything that can be set for a training run; each field is an option of `gru-serve train`.
 
     The defaults are the sizes of the TensorFlow tutorial "Text generation with an RNN", with the regularisation that a
-    GRU of this size needs on a small corpus.
+    GRU of this size needs on a text of a million characters. `gru-serve train` replaces some of them by what suits the
+    size of the text, see `recipe.choose`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     embedding_dim: int = Field(256, ge=1, le=4096, description="Size of the embedding of a character.")
-    num_units: int = Field(1024, ge=1, le=8192, description="GRU units, which is the size of a layer's hidden state.")
+    num_units: int = Field(
+        1024,
+        ge=1,
+        le=8192,
+        description="GRU units, which is the size of a layer's hidden state.",
+        json_schema_extra=_CHOSEN,
+    )
     num_layers: int = Field(1, ge=1, le=8, description="GRU layers.")
-    batch_size: int = Field(64, ge=1, le=4096, description="Streams of text that are read side by side.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="Streams of text that are read side by side.",
+        json_schema_extra=_CHOSEN,
+    )
     sequence_length: int = Field(
-        100, ge=1, le=4096, description="Characters that each stream reads, and backpropagates through, in an update."
+        100,
+        ge=1,
+        le=4096,
+        description="Characters that each stream reads, and backpropagates through, in an update.",
+        json_schema_extra=_CHOSEN,
     )
     restart_interval: int = Field(
         500,
         ge=0,
         description="Mean number of characters between random places at which a stream's state becomes zero, so that "
         "the model learns to begin with a short prompt; 0 for no such places.",
+        json_schema_extra=_CHOSEN,
     )
-    epochs: int = Field(30, ge=1, le=10_000, description="Passes over the training text.")
+    epochs: int = Field(30, ge=1, le=10_000, description="Passes over the training text.", json_schema_extra=_CHOSEN)
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     final_rate: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, as a fraction of the peak.")
-    warmup_steps: int = Field(100, ge=0, description="Updates in which the learning rate rises to its peak.")
+    warmup_steps: int = Field(
+        100,
+        ge=0,
+        description="Updates in which the learning rate rises to its peak.",
+        json_schema_extra=_CHOSEN,
+    )
     weight_decay: float = Field(
-        1.0, ge=0, le=10, description="AdamW's decoupled weight decay. It does not apply to biases."
+        1.0,
+        ge=0,
+        le=10,
+        description="AdamW's decoupled weight decay. It does not apply to biases.",
+        json_schema_extra=_CHOSEN,
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient.")
     beta2: float = Field(0.99, ge=0, lt=1, description="AdamW's decay of the mean squared gradient.")
     clip_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm if theirs is larger.")
-    input_dropout: float = Field(0.1, ge=0, lt=1, description="Dropout rate of the input embeddings.")
-    recurrent_dropout: float = Field(
-        0.4, ge=0, lt=1, description="Dropout rate of the recurrent weights, with one mask for a whole update."
+    input_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Dropout rate of the input embeddings.", json_schema_extra=_CHOSEN
     )
-    output_dropout: float = Field(0.4, ge=0, lt=1, description="Dropout rate of every layer's output.")
+    recurrent_dropout: float = Field(
+        0.4,
+        ge=0,
+        lt=1,
+        description="Dropout rate of the recurrent weights, with one mask for a whole update.",
+        json_schema_extra=_CHOSEN,
+    )
+    output_dropout: float = Field(
+        0.4, ge=0, lt=1, description="Dropout rate of every layer's output.", json_schema_extra=_CHOSEN
+    )
     average_decay: float = Field(
         0.99, ge=0, lt=1, description="Decay of the moving average of the weights; 0 turns averaging off."
     )
@@ -59,9 +99,17 @@ class Hyperparameters(BaseModel):
     validation_chars: int = Field(
         200_000, ge=2, description="Most characters that are held out, because reading them takes time."
     )
-    eval_interval: int = Field(0, ge=0, description="Updates between two evaluations; 0 evaluates once an epoch.")
+    eval_interval: int = Field(
+        0,
+        ge=0,
+        description="Updates between two evaluations; 0 evaluates once an epoch.",
+        json_schema_extra=_CHOSEN,
+    )
     patience: int = Field(
-        0, ge=0, description="Stop after this many evaluations without an improvement; 0 never stops early."
+        0,
+        ge=0,
+        description="Stop after this many evaluations without an improvement; 0 never stops early.",
+        json_schema_extra=_CHOSEN,
     )
     seed: int = Field(
         1, ge=0, lt=2**63, description="Determines initial weights, dropout and where each epoch starts in the text."
@@ -88,3 +136,12 @@ class Hyperparameters(BaseModel):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Number format of large matrix products; auto takes bfloat16 if the processor supports it."
     )
+
+
+# The fields that `recipe.choose` chooses if they are not given.
+CHOSEN = tuple(name for name, field in Hyperparameters.model_fields.items() if field.json_schema_extra is _CHOSEN)
+
+
+def windows_per_epoch(num_chars: int, batch: int, steps: int) -> int:
+    """Return the number of updates in which `batch` streams read a text, `steps` characters each in an update."""
+    return -(-num_chars // (batch * steps))

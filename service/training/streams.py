@@ -9,6 +9,7 @@ from torch import Tensor
 
 from service.errors import InvalidCorpus
 from service.model.encoded_text import EncodedText
+from service.training.hyperparameters import windows_per_epoch
 from service.training.randomness import seeded_generator
 
 
@@ -43,7 +44,7 @@ class Streams:
         self.steps = steps  # T
         self.seed = seed
         self.restart_interval = restart_interval  # mean number of characters between two random places; 0 for none
-        self.windows_per_epoch = -(-len(self.ids) // (batch * steps))
+        self.windows_per_epoch = windows_per_epoch(len(self.ids), batch, steps)
 
     def window(self, epoch: int, index: int) -> Window:
         """Return window `index` of an epoch."""

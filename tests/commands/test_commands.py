@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
 SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
 SMALL += ["--threads", "1"]  # the threads of torch wait for each other by spinning, which is slow on a busy machine
+SMALL += ["--eval-interval", "0"]  # an evaluation each epoch
 
 
 def run(*words: str) -> Result:
@@ -83,6 +85,27 @@ def test_train__publishes_a_version_whose_card_agrees_with_eval(corpus: Path, pl
     assert measured["num_chars"] == len(TEXT) // 10
     text = run("eval", "fox", "--corpus", str(corpus), *store).stdout
     assert re.search(r"fox@1 on fox.txt in float32: \d\.\d{4} nats/char, \d\.\d{4} bits/char, 4,800 characters", text)
+
+
+def test_train__chooses_what_is_not_given_and_the_card_repeats_it(
+    corpus: Path, place: list[str], tmp_path: Path
+) -> None:
+    small = ["--embedding-dim", "8", "--num-units", "16", "--threads", "1", "--epochs", "4"]
+    result = run("train", "--corpus", str(corpus), "--name", "fox", *small, *place)
+    assert result.exit_code == 0, result.output
+    assert "chosen for 4,320 characters to train on, 36 updates: --batch-size 8 --sequence-length 64" in result.output
+    assert "warning: 4,320 characters to train on are too few" in result.output
+    assert "warning: 36 updates are few" in result.output
+    first = json.loads((tmp_path / "store" / "fox" / "1" / "training.json").read_text())
+    assert first["settings"]["warmup_steps"] == 3
+    assert len(first["curve"]) == 4  # after every tenth update, and the last
+    words = [str(corpus) if word == "fox.txt" else word for word in shlex.split(first["command"])[1:]]
+    repeated = run(*words, *place)
+    assert repeated.exit_code == 0, repeated.output
+    assert "chosen for" not in repeated.output
+    second = json.loads((tmp_path / "store" / "fox" / "2" / "training.json").read_text())
+    assert second["settings"] == first["settings"]
+    assert second["curve"] == first["curve"]
 
 
 def test_train__ctrl_c_publishes_the_best_and_resume_gives_the_same_result(
