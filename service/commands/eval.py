@@ -127,6 +127,6 @@ def require_torch() -> None:
         import torch  # noqa: F401 - only checks that it can be imported
     except ImportError as error:
         raise MissingLibrary(
-            "this command needs torch, which is not installed: run pip install torch matplotlib (in a checkout: make "
-            "setup), or build the image with --build-arg WITH_TORCH=1"
+            "this command needs torch, which is not installed: run pip install 'gru-serve[train]', or build the "
+            "image with --build-arg WITH_TORCH=1"
         ) from error

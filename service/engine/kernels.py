@@ -46,7 +46,7 @@ def check_kernel(choice: KernelChoice) -> None:
         raise InvalidSettings(
             f"kernel={choice}, but torch is not installed"
             + ("" if is_native else ", and the native kernel was not compiled")
-            + ": install it (pip install torch), or install this package again on a machine with a C++17 compiler",
+            + ": pip install 'gru-serve[torch]', or install the package again on a machine with a C++17 compiler",
             param="kernel",
         )
 

@@ -322,9 +322,9 @@ def test_eval__measures_integers_without_torch(tiny_store: ModelStore, tmp_path:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install torch matplotlib"),
-        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install torch matplotlib"),
-        (["serve", "--kernel", "torch"], 2, "pip install torch"),
+        (["train", "--corpus", "text.txt", "--name", "a"], 1, "pip install 'gru-serve[train]'"),
+        (["eval", "shakespeare", "--corpus", "text.txt"], 1, "pip install 'gru-serve[train]'"),
+        (["serve", "--kernel", "torch"], 2, "pip install 'gru-serve[torch]'"),
     ],
 )
 def test_commands__that_need_torch_say_so_if_it_is_missing(
