@@ -344,6 +344,12 @@ def shipped_models() -> Path | None:
     )
 
 
+def _is_service_link(name: str, value: str) -> bool:
+    """Whether Kubernetes has set a variable, for a service such as gru-serve or gru-serve-direct."""
+    is_address = name.upper().endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
+    return is_address or _SERVICE_LINK.fullmatch(name) is not None
+
+
 def _split(listed: str) -> list[str]:
     return [entry for part in listed.split(",") if (entry := part.strip())]
 
@@ -397,9 +403,3 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
         close = get_close_matches(unknown[0].upper(), known, 1)
         guess = f": did you mean {close[0]}?" if close else ""
         raise InvalidSettings(f"{unknown[0]} is not a setting{guess}; the settings are: {', '.join(sorted(known))}")
-
-
-def _is_service_link(name: str, value: str) -> bool:
-    """Whether Kubernetes has set a variable, for a service such as gru-serve or gru-serve-direct."""
-    is_address = name.upper().endswith("_PORT") and _SERVICE_ADDRESS.fullmatch(value) is not None
-    return is_address or _SERVICE_LINK.fullmatch(name) is not None

@@ -274,9 +274,12 @@ def test_load__opens_no_device_behind_a_link(store: ModelStore, monkeypatch: pyt
     os.mkfifo(path / ".pipe")
     opened: list[str] = []
     os_open = os.open
-    monkeypatch.setattr(
-        os, "open", lambda name, *rest, **named: opened.append(str(name)) or os_open(name, *rest, **named)
-    )
+
+    def note(name: Any, *rest: Any, **named: Any) -> int:
+        opened.append(str(name))
+        return os_open(name, *rest, **named)
+
+    monkeypatch.setattr(os, "open", note)
     for target in (".pipe", "/dev/null"):
         (path / CONFIG).unlink()
         (path / CONFIG).symlink_to(target)
