@@ -20,6 +20,7 @@ from service import __version__, installation
 from service.__main__ import main
 from service.engine.native.native_stepper import variants
 from service.store.model_store import ModelStore
+from service.training.streams import Window
 from service.training.trainer import Trainer
 from tests.harness.models import publish_tiny
 
@@ -150,7 +151,7 @@ def test_train__publishes_the_best_before_it_diverged_and_fails(
 ) -> None:
     update, losses = Trainer._update, []
 
-    def diverging(self: Trainer, window: torch.Tensor) -> float:
+    def diverging(self: Trainer, window: Window) -> float:
         losses.append(update(self, window))
         return losses[-1] if len(losses) < 30 else math.nan
 
@@ -258,8 +259,7 @@ def test_train__ctrl_c_while_measuring_points_to_resume(
     corpus: Path, place: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from service.commands import train
-
-    measure = train.measure
+    from service.commands.eval import measure
 
     def interrupt(config: Any, tensors: Any, precision: str, text: Any, progress: Any) -> float:
         if len(text.ids) == 2:  # the rehearsal before the first update

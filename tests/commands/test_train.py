@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from service.__main__ import main
 from service.commands.progress import Progress
+from service.model.artifact import write_artifact
 from service.store.model_store import ModelStore
 from service.training import publishing
 from service.training.checkpoint import lock_checkpoint, read_state
@@ -129,7 +130,7 @@ def test_train__resume_of_a_finished_run_publishes_it_once(place: Place) -> None
 
 
 def test_train__a_full_disk_at_publishing_is_published_by_resume(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_artifact, calls = publishing.write_artifact, []
+    calls: list[Any] = []
 
     def write(*arguments: Any) -> None:
         calls.append(arguments)

@@ -149,6 +149,9 @@ class Losses:
     def updated(self, step: int, loss: float) -> None:
         pass
 
+    def evaluating(self, num_chars: int) -> None:
+        pass
+
     def evaluated(self, point: Evaluation, is_best: bool) -> None:
         self.losses.append(point.validation_loss)
 
