@@ -20,7 +20,6 @@ from service.__main__ import main
 from service.commands.progress import Progress
 from service.model.artifact import write_artifact
 from service.store.model_store import ModelStore
-from service.training import publishing
 from service.training.checkpoint import lock_checkpoint, read_state
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
@@ -138,7 +137,7 @@ def test_train__a_full_disk_at_publishing_is_published_by_resume(place: Place, m
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_artifact(*arguments)
 
-    monkeypatch.setattr(publishing, "write_artifact", write)
+    monkeypatch.setattr("service.training.publishing.write_artifact", write)
     failed = place.train(*SMALL, "--epochs", "1")
     assert failed.exit_code == 1
     assert "No space left on device. Its weights are in" in failed.stderr
@@ -156,7 +155,7 @@ def test_train__what_publishing_would_refuse_is_refused_before_the_first_update(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if broken == "space":
-        monkeypatch.setattr(publishing, "write_artifact", full)
+        monkeypatch.setattr("service.training.publishing.write_artifact", full)
     else:
         monkeypatch.setenv("GRU_SERVE_KERNEL", "none")
     result = place.train(*SMALL, "--epochs", "1")
