@@ -100,11 +100,18 @@ class WindowLoss:
         return buffer
 
 
-def initialise(model: GRUCharModel, seed: int) -> None:
-    """Set the initial weights, which depend only on the sizes and the seed.
+def initialise(model: GRUCharModel, seed: int, frequencies: Tensor | None = None) -> None:
+    """Set the initial weights, which depend only on the sizes, the seed and the frequencies.
 
     Orthogonal recurrent weights keep the scale of the state over many steps. A bias of +1 makes the update gate carry
     most of the old state at first, which lets gradients pass through many steps.
+
+    Args:
+        model: the model whose weights are set.
+        seed: determines the random weights.
+        frequencies: (V,) float32 above 0, how often each character is expected from the zero state, where the logits
+            are the dense layer's bias alone. Training would find it only slowly, because texts begin rarely. None for
+            equal ones.
     """
     draws = seeded_generator(seed, "weights")
     with torch.no_grad():
@@ -119,3 +126,5 @@ def initialise(model: GRUCharModel, seed: int) -> None:
             bias_ih[units : 2 * units] = 1.0
         nn.init.xavier_uniform_(model.dense.weight, generator=draws)
         nn.init.zeros_(model.dense.bias)
+        if frequencies is not None:
+            model.dense.bias.copy_(frequencies.log())

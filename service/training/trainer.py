@@ -22,6 +22,7 @@ from torch import Tensor
 from service.errors import InvalidCheckpoint, InvalidValue, TrainingDiverged
 from service.model.artifact import Tensors
 from service.model.config import ModelConfig
+from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.training.checkpoint import Evaluation, RunState, check_space, read_tensors, save_checkpoint
@@ -39,6 +40,8 @@ CHANGEABLE = ("epochs", "patience", "threads")  # what may be changed when a run
 SAVE_INTERVAL_S = 180.0  # between two checkpoints, if no evaluation is in between
 _SAVE_SHARE = 20  # writing checkpoints takes at most about this fraction of the time
 _SAMPLE_CHARS, _SAMPLE_PROMPT, _SAMPLE_TEMPERATURE = 80, 40, 0.8
+_COUNTED = 2**20  # characters that are counted at a time, which bounds the memory
+_UNSEEN = 0.1  # occurrences that a character counts more, so that one that never occurs has a probability
 _SAMPLE_S = 2.0  # seconds that a sample takes at most
 
 
@@ -86,7 +89,8 @@ class Trainer:
         )
         self.model = GRUCharModel(_config(corpus.charset.characters, settings))
         if initial is None:
-            initialise(self.model, settings.seed)  # on the CPU, so that every device begins with the same weights
+            # On the CPU, so that every device begins with the same weights.
+            initialise(self.model, settings.seed, _first_frequencies(corpus.training, len(corpus.charset), settings))
         else:
             self.model.load_state_dict(initial.weights(corpus.charset.characters, settings.seed))
         self.model.to(device)
@@ -346,6 +350,19 @@ def _config(charset: str, settings: Hyperparameters) -> ModelConfig:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
         raise InvalidValue(f"a model of these sizes is not possible: {problem}", param="num_units") from error
+
+
+def _first_frequencies(text: EncodedText, num_chars: int, settings: Hyperparameters) -> Tensor:
+    """Return how often each character begins a text, (V,) float32, or follows at all if there are few texts.
+
+    A character that never begins one, such as the end of a line with --lines, is very unlikely but possible.
+    """
+    ids = text.ids[text.starts] if settings.lines else text.ids
+    counts = np.zeros(num_chars, np.int64)
+    for start in range(0, len(ids), _COUNTED):
+        counts += np.bincount(ids[start : start + _COUNTED], minlength=num_chars)
+    smoothed = counts + _UNSEEN
+    return torch.from_numpy((smoothed / smoothed.sum()).astype(np.float32))
 
 
 def _resolve(settings: Hyperparameters, device: torch.device) -> Hyperparameters:

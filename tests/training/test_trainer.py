@@ -68,7 +68,7 @@ def run(path: Path, settings: Hyperparameters = SETTINGS, stop_after: int = 10**
 
 def test_trainer__learns(tmp_path: Path) -> None:
     trainer, recorder = run(tmp_path / "run")
-    assert recorder.losses[0] > 3
+    assert recorder.losses[0] > 2.5
     assert recorder.points[-1].validation_loss < 1.5
     assert trainer.state.finished
     assert trainer.state.step == trainer.total_steps == len(recorder.losses)
@@ -341,3 +341,13 @@ def test_learning_rate__rises_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
     assert learning_rate(settings, 2, 3) == 1.0  # a run shorter than the warm-up
+
+
+def test_trainer__expects_the_first_characters_of_lines_before_it_has_learnt_anything(tmp_path: Path) -> None:
+    text = corpus_of("anna\nbob\nab\n" * 100, SETTINGS.model_copy(update={"lines": True}))
+    trainer = Trainer(text, SETTINGS.model_copy(update={"lines": True}), tmp_path / "run")
+    first = dict(zip(text.charset.characters, trainer.model.dense.bias.softmax(0).tolist(), strict=True))
+    assert first["a"] == pytest.approx(2 / 3, abs=0.02)
+    assert first["b"] == pytest.approx(1 / 3, abs=0.02)
+    assert 0 < first["\n"] < 0.001
+    assert 0 < first["n"] < 0.001
