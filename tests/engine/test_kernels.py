@@ -79,10 +79,12 @@ def test_choose_kernel__without_a_compiled_kernel_auto_is_torch_and_native_is_re
 
 def test_choose_kernel__without_torch_choices_that_need_it_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InvalidSettings, match="torch is not installed: pip"):
+    with pytest.raises(InvalidSettings, match="torch is not installed: set kernel=auto or run make setup"):
         choose_kernel("torch", 1)
     monkeypatch.setattr(kernels, "variants", list)
-    with pytest.raises(InvalidSettings, match="torch is not installed, and the native kernel was not compiled: pip"):
+    with pytest.raises(
+        InvalidSettings, match="torch is not installed, and the native kernel was not compiled: install a C"
+    ):
         choose_kernel("auto", 1)
 
 

@@ -17,6 +17,7 @@ from redis import exceptions as errors
 
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError, OutcomeUnknown, RunTakenOver, SessionBusy, StoreUnavailable
+from service.generation import reader
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -182,9 +183,10 @@ def test_run__is_continued_to_the_bit_from_every_save_on_its_way(
 
 
 def test_run__saved_on_its_way_ends_before_a_stop_string_that_began_before_the_save(
-    replica: Callable[..., Replica], ending: ExitStack
+    replica: Callable[..., Replica], ending: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that is as long as many saves: all of them hold characters of it that don't belong to the text."""
+    monkeypatch.setattr(reader, "MAX_STOP_CHARS", 1500)
     one, two = replica(), replica()
     whole, _ = two.uninterrupted(LONG)
     request = replace(LONG, stops=(whole[100:1600],))
@@ -194,9 +196,9 @@ def test_run__saved_on_its_way_ends_before_a_stop_string_that_began_before_the_s
     one.create()
     one.slow_down()
     saves = observe_saves(two, ending)
-    reader = Reader(one.generate(request), ending)
-    reader.join()
-    assert reader.text == whole[:100]
+    reading = Reader(one.generate(request), ending)
+    reading.join()
+    assert reading.text == whole[:100]
     end = two.sessions.get(KEY)
     assert max(save.position for save in saves) <= 106  # no save goes further than what was sent
     assert (end.run, end.hidden.tobytes()) == (expected.run, expected.hidden.tobytes())
