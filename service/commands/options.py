@@ -61,7 +61,7 @@ def echo_json(document: object, indent: int | None = None) -> None:
     """Print a JSON document on standard output. A character is escaped only if the output can't have it."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding if sys.stdout is not None else "utf-8")
     except UnicodeEncodeError:  # the locale's encoding lacks a character, or a file's name is no text
         text = json.dumps(document, indent=indent)
     click.echo(text)

@@ -21,7 +21,7 @@ from service.commands.options import (
     open_store,
     wait_passively,
 )
-from service.commands.progress import Progress, plural, say
+from service.commands.progress import Progress, plural, say, tell
 from service.commands.stopping import Stopped, StopSignals
 from service.errors import GruServeError, TrainingDiverged
 from service.training.hyperparameters import CHOSEN, Hyperparameters
@@ -138,7 +138,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         publication = Publication(request.store, request.name, corpus, trainer, command, _Serving())
         existing = publication.existing()
         if trainer.state.finished and existing:
-            click.echo(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
+            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
             return
         publication.rehearse()
         _describe(request.name, corpus, trainer)
@@ -397,11 +397,11 @@ def _publish(request: _Request, publication: Publication, trainer: Trainer, ende
         measuring = Progress("measuring the best weights", publication.num_measured)
         with _says_how_to_publish(request.checkpoint), measuring:
             version, record = publication.publish(ended, measuring.update)
-        click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
         try:
             mark_published(request.checkpoint, record)
         except GruServeError as error:
             say(f"{error.message}, so --resume would publish this model again")
+        tell(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
     _say_next(request, trainer, record)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,33 @@ def test_train__warns_of_a_model_that_learnt_no_order(folder: Folder) -> None:
     assert warning in result.stderr
     assert "raise --epochs" in result.stderr
     assert warning not in folder.train("--epochs", "3", "--learning-rate", "0.03").stderr
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "0<&- 1>&- 2>&-", "1>/dev/full", "1>/dev/full 2>/dev/full"])
+def test_train__publishes_once_without_an_output(folder: Folder, closed: str) -> None:
+    words = ["-m", "service", "train", "--corpus", "fox.txt", "--name", "fox", "--model-store", "store", *SMALL]
+    command = f"{shlex.join([sys.executable, *words])} {closed}"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if "2>" not in closed:
+        assert "published fox@1 at store/fox/1" in done.stderr
+    again = folder.train("--resume")
+    assert again.exit_code == 0, again.output
+    assert "the run is finished and published as fox@1" in again.stdout
+
+
+def test_eval__a_full_disk_is_said(folder: Folder) -> None:
+    assert folder.train().exit_code == 0
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with open("/dev/full", "w") as full:
+        for words in (["eval", "fox", "--corpus", "fox.txt"], ["generate", "--model", "fox", "--prompt", "I"]):
+            command = [sys.executable, "-m", "service", *words, "--model-store", "store"]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, timeout=300)
+            assert done.returncode == 1
+            assert "Error: can't write the output: No space left on device" in done.stderr
+            assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(("interval", "text"), [("2", "ab" * 400), ("0", "ab" * 400), ("3", "a\nb\n" * 300)])
