@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from typing import Any
@@ -18,6 +19,8 @@ from service.commands.serve import serve_command
 from service.commands.train import train_command
 from service.errors import GruServeError, InvalidSettings, UnknownCharacters
 
+_CANT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+
 
 class _Group(click.Group):
     """Prints errors of the project in one line: exit code 2 for wrong settings, as for wrong usage, and 1 otherwise."""
@@ -33,6 +36,10 @@ class _Group(click.Group):
             raise click.ClickException(error.command_message) from error
         except GruServeError as error:
             raise click.ClickException(error.message) from error
+        except OSError as error:
+            if error.errno not in _CANT_WRITE or error.filename is not None:
+                raise
+            raise click.ClickException(f"can't write the output: {error.strerror}") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -28,6 +28,18 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class PathOption(click.Path):
+    """A path that is not empty. An empty one means the current folder to pathlib, and to a user an unset variable."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("the path is empty, perhaps because a variable is not set; '.' is the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -35,7 +47,7 @@ def model_store_option(command: Command) -> Command:
     """Add the option `--model-store DIR`. The command gets None if it is not given."""
     return click.option(
         "--model-store",
-        type=click.Path(path_type=Path),
+        type=PathOption(),
         help="Directory of the model store.  [the setting GRU_SERVE_MODEL_STORE]",
     )(command)
 
@@ -49,7 +61,7 @@ def echo_json(document: object, indent: int | None = None) -> None:
     """Print a JSON document on standard output. A character is escaped only if the output can't have it."""
     text = json.dumps(document, indent=indent, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding if sys.stdout is not None else "utf-8")
     except UnicodeEncodeError:  # the locale's encoding lacks a character, or a file's name is no text
         text = json.dumps(document, indent=indent)
     click.echo(text)
@@ -87,7 +99,7 @@ def corpus_option(command: Command) -> Command:
         "--corpus",
         required=True,
         multiple=True,
-        type=click.Path(path_type=Path),
+        type=PathOption(),
         help="Text in UTF-8: a file, a folder, a pattern such as 'poems/*.txt' in quotes, or - for standard input. May "
         "be given several times; each file is a document of its own.",
     )(command)
@@ -195,4 +207,4 @@ def _click_type(annotation: Any) -> Any:
         return click.Choice(typing.get_args(annotation))
     if isinstance(annotation, types.UnionType):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
-    return {int: int, float: float, Path: click.Path(path_type=Path)}.get(annotation, str)
+    return {int: int, float: float, Path: PathOption()}.get(annotation, str)

@@ -21,6 +21,16 @@ def say(line: str) -> None:
         click.echo(line, err=True)
 
 
+def tell(line: str) -> None:
+    """Print a line on standard output, or on standard error if that was closed or can't be written."""
+    try:
+        if sys.stdout is None:
+            raise ValueError
+        click.echo(line)
+    except (OSError, ValueError):
+        say(line)
+
+
 def plural(count: int, noun: str) -> str:
     """Return a number with a noun, such as "1 thread" or "2 threads"."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
@@ -34,7 +44,7 @@ class Progress:
         self._done = self._initial = initial
         self._note = ""
         self._began = self._said = time.monotonic()
-        self._bar = self._open_bar() if sys.stderr.isatty() else None
+        self._bar = self._open_bar() if sys.stderr is not None and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +13,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.eval import measure, require_torch
-from service.commands.options import corpus_option, field_options, model_store_option, open_store, wait_passively
-from service.commands.progress import Progress, plural, say
+from service.commands.options import (
+    PathOption,
+    corpus_option,
+    field_options,
+    model_store_option,
+    open_store,
+    wait_passively,
+)
+from service.commands.progress import Progress, plural, say, tell
 from service.commands.stopping import Stopped, StopSignals
 from service.errors import GruServeError, TrainingDiverged
 from service.training.hyperparameters import CHOSEN, Hyperparameters
@@ -27,7 +35,9 @@ if TYPE_CHECKING:
     from service.training.trainer import Trainer
 
 _SAMPLE_SEED, _SAMPLE_TEMPERATURE = 1, 0.8  # of the sample on the card
+_PROMPT = "It was "  # of the command that is proposed at the end
 _SAMPLE_INTERVAL_S = 60.0  # between two samples while training, at least
+_FEW_HELD_OUT = 200  # characters whose loss says little
 _DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -58,7 +68,7 @@ class _Request:
 )
 @click.option(
     "--checkpoint",
-    type=click.Path(path_type=Path),
+    type=PathOption(),
     help="File from which the run can be resumed.  [checkpoints/NAME.safetensors]",
 )
 @click.option(
@@ -128,7 +138,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         publication = Publication(request.store, request.name, corpus, trainer, command, _Serving())
         existing = publication.existing()
         if trainer.state.finished and existing:
-            click.echo(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
+            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
             return
         publication.rehearse()
         _describe(request.name, corpus, trainer)
@@ -139,10 +149,11 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         if failure:
             raise failure
         raise Stopped(f"stopped before the first evaluation, so nothing is published; {again}", signals)
+    _warn_of_no_order(corpus, trainer.state.best_loss)
     if published := publication.existing():
         say(f"the best weights so far are those of {published.ref}, which is published already")
     else:
-        _publish(request, publication, _ended(trainer, failure, signals), signals)
+        _publish(request, publication, trainer, _ended(trainer, failure, signals), signals)
     if failure:
         raise failure
     if not trainer.state.finished:
@@ -151,7 +162,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
 
 def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
     """Read the corpus and make the trainer, which is restored from the checkpoint if the run is resumed."""
-    from service.training.checkpoint import read_state
+    from service.training.checkpoint import read_state, require_replaceable
     from service.training.trainer import Trainer
 
     if request.resume:
@@ -164,8 +175,10 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
         if state.device != request.device.type:
             say(f"the run was on {state.device} and continues on {request.device.type}, which rounds differently")
         return corpus, trainer
-    if request.checkpoint.exists() and not request.overwrite:
-        _refuse_to_overwrite(request.checkpoint)
+    if os.path.lexists(request.checkpoint):
+        require_replaceable(request.checkpoint)
+        if not request.overwrite:
+            _refuse_to_overwrite(request.checkpoint)
     initial = _load_initial(request)
     settings = _settings(request.given, initial)
     corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
@@ -180,6 +193,11 @@ def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
     recipe = choose(settings, corpus.num_training_chars, len(corpus.training.starts))
     for line in recipe.lines:
         say(line)
+    if corpus.num_validation_chars < _FEW_HELD_OUT:
+        say(
+            f"warning: {corpus.num_validation_chars:,} held-out characters are too few to choose the best weights "
+            "with: add text, or raise --validation-fraction or --validation-chars"
+        )
     return recipe.settings
 
 
@@ -240,7 +258,9 @@ def _checked(values: dict[str, Any]) -> Hyperparameters:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         hint = _option(str(first["loc"][0])) if first["loc"] else None
-        raise click.BadParameter(f"{first.get('input')}: {first['msg']}", param_hint=hint) from error
+        raise click.BadParameter(
+            f"{first.get('input')}: {first['msg'].removeprefix('Value error, ')}", param_hint=hint
+        ) from error
 
 
 def _changed(settings: Hyperparameters, given: dict[str, Any]) -> Hyperparameters:
@@ -297,6 +317,16 @@ def _train(trainer: Trainer, signals: StopSignals) -> GruServeError | None:
             raise
         return TrainingDiverged("memory ran out: lower --batch-size, --sequence-length or --num-units")
     return None
+
+
+def _warn_of_no_order(corpus: Corpus, best_loss: float) -> None:
+    """Warn if the best weights are no better than a table of frequencies: texts of such a model are noise."""
+    if best_loss >= (loss := corpus.frequency_loss()):
+        say(
+            f"warning: the model predicts no better than the frequencies of the characters alone (loss "
+            f"{best_loss:.4f}, theirs {loss:.4f}), so its texts are noise: raise --epochs, change --learning-rate, or "
+            "add text"
+        )
 
 
 class _Display:
@@ -356,7 +386,7 @@ def _ended(trainer: Trainer, failure: GruServeError | None, signals: StopSignals
     )
 
 
-def _publish(request: _Request, publication: Publication, ended: str, signals: StopSignals) -> None:
+def _publish(request: _Request, publication: Publication, trainer: Trainer, ended: str, signals: StopSignals) -> None:
     """Publish the best weights, and print what to do with them."""
     import torch
 
@@ -367,12 +397,12 @@ def _publish(request: _Request, publication: Publication, ended: str, signals: S
         measuring = Progress("measuring the best weights", publication.num_measured)
         with _says_how_to_publish(request.checkpoint), measuring:
             version, record = publication.publish(ended, measuring.update)
-        click.echo(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
         try:
             mark_published(request.checkpoint, record)
         except GruServeError as error:
             say(f"{error.message}, so --resume would publish this model again")
-    _say_next(request, record)
+        tell(f"published {version.ref} at {version.path}; its model card is {version.path / 'README.md'}")
+    _say_next(request, trainer, record)
 
 
 @contextmanager
@@ -387,9 +417,13 @@ def _says_how_to_publish(checkpoint: Path) -> Iterator[None]:
         ) from error
 
 
-def _say_next(request: _Request, record: PublishedRecord) -> None:
+def _say_next(request: _Request, trainer: Trainer, record: PublishedRecord) -> None:
+    """Print commands that use the version, with a prompt that the model knows."""
     store = f" --model-store {shlex.quote(str(request.store_option))}" if request.store_option else ""
-    prompt = "''" if request.given.get("lines") else "'It was '"
+    is_known = set(_PROMPT) <= set(trainer.charset.characters)
+    prompt = f"'{_PROMPT}'" if is_known and not trainer.settings.lines else "''"
+    if trainer.settings.lines:
+        prompt += r" --stop '\n'"
     say(f"next: gru-serve generate --model {request.name} --prompt {prompt}{store}")
     say(f"      gru-serve serve --model {request.name}{store}        # {record.ref} over HTTP")
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -27,6 +30,10 @@ from service.store.staging import fsync
 from service.training.hyperparameters import Hyperparameters
 
 MAX_POINTS = 1000  # of a loss curve, besides its first, last and best point
+# A safetensors file begins with the length of its header, 8 bytes. The header begins with the metadata, here the run's
+# state and the sum, in any order.
+_BEGINNING = re.compile(rb'.{8}\{"__metadata__":\{("sha256":"[0-9a-f]{64}",)?"run":', re.DOTALL)
+_BEGINNING_BYTES = 200  # more than it has
 _MAX_CHANGES = 50  # changes of settings that are remembered
 _NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL}  # a file system without flock
 
@@ -133,6 +140,27 @@ class RunState(BaseModel):
         self.settings = settings
 
 
+def require_replaceable(path: Path) -> None:
+    """Raise InvalidCheckpoint for a file that a new run must not replace, because it never was a checkpoint.
+
+    A damaged or older checkpoint may be replaced, and an empty file.
+    """
+    try:
+        is_file = stat.S_ISREG(path.stat().st_mode)  # a pipe is not opened: that would wait
+        head = _head(path) if is_file else b""
+    except OSError as error:
+        raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
+    if not is_file or (head and not _BEGINNING.match(head)):
+        raise InvalidCheckpoint(
+            f"{path} is not a checkpoint, so it is not replaced: name another file with --checkpoint"
+        )
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_BEGINNING_BYTES)
+
+
 def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the checkpoint at `path`, atomically: after a crash the file is either the old one or the new one.
 
@@ -142,7 +170,8 @@ def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Ten
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(contiguous, temporary, metadata={"run": state.model_dump_json()})
+        run = state.model_dump_json()
+        save_file(contiguous, temporary, metadata={"run": run, "sha256": _sum(run, contiguous)})
         fsync(temporary)
         os.replace(temporary, path)
         fsync(path.parent)
@@ -173,6 +202,7 @@ def mark_published(path: Path, published: PublishedRecord) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            _check_sum(path, file.metadata(), tensors)
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
     save_checkpoint(path, state, tensors)
@@ -189,9 +219,12 @@ def read_state(path: Path) -> RunState:
         _check_format(path, run)
         return RunState.model_validate(run)
     except FileNotFoundError as error:
-        raise InvalidCheckpoint(f"there is no checkpoint at {path}") from error
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
-        raise InvalidCheckpoint(f"{path} is damaged or not a checkpoint of this version: {_brief(error)}") from error
+        raise InvalidCheckpoint(f"there is no checkpoint at {path}: leave --resume out to begin a run") from error
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InvalidCheckpoint(
+            f"{path} is damaged or not a checkpoint of this version ({_brief(error)}): name another file with "
+            "--checkpoint, or begin anew with --overwrite"
+        ) from error
 
 
 def _check_format(path: Path, run: dict[str, Any]) -> None:
@@ -227,6 +260,7 @@ def read_tensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, 
                 tensors[name] = file.get_tensor(name)
                 if tensors[name].dtype != template.dtype:
                     raise InvalidCheckpoint(f"{path}: the dtype of tensor {name} is not {template.dtype}")
+            _check_sum(path, file.metadata(), tensors)
     except (OSError, SafetensorError) as error:
         raise InvalidCheckpoint(f"can't read {path}: {_brief(error)}") from error
     return tensors
@@ -280,6 +314,24 @@ def _lock(path: Path, warn: Callable[[str], object]) -> IO[str]:
                 raise
             warn(f"{path.parent} is on a file system without locks: make sure that no other run uses this checkpoint")
             return file
+
+
+def _sum(run: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 sum of a run's state, as JSON, and of its tensors, in hexadecimal."""
+    digest = hashlib.sha256(run.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _check_sum(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise InvalidCheckpoint if the file was damaged. One of an earlier version of gru-serve has no sum."""
+    if "sha256" in metadata and metadata["sha256"] != _sum(metadata["run"], tensors):
+        raise InvalidCheckpoint(
+            f"{path} is damaged (its SHA-256 sum is not that of its contents): name another file with --checkpoint, or "
+            "begin anew with --overwrite"
+        )
 
 
 def _brief(error: Exception) -> str:

@@ -70,6 +70,22 @@ class Corpus:
         """The number of characters that are held out."""
         return len(self.validation.ids)
 
+    def frequency_loss(self) -> float:
+        """Return the loss on the held-out part, in nats a character, of the characters' frequencies in the other part.
+
+        It is the loss of a model that knows nothing of their order.
+        """
+        counts, held = (self._counts(part) for part in (self.training, self.validation))
+        chances = (counts + 1) / (counts + 1).sum()
+        return -float((held * np.log(chances)).sum() / held.sum())
+
+    def _counts(self, text: EncodedText) -> NDArray[np.int64]:
+        """Return how often each character occurs, (V,), counted in blocks to bound the memory."""
+        counts = np.zeros(len(self.charset), np.int64)
+        for begin in range(0, len(text.ids), _BLOCK):
+            counts += np.bincount(text.ids[begin : begin + _BLOCK], minlength=len(counts))
+        return counts
+
 
 def read_corpus(
     sources: Sequence[str | Path] | Sources,
@@ -99,6 +115,12 @@ def hold_out(whole: WholeText, settings: Hyperparameters) -> Corpus:
         training, validation, what = _hold_out_lines(whole.text, settings)
     else:
         training, validation, what = _hold_out_ends(whole.text, settings)
+    if settings.lines and len(whole.text.starts) < 2:
+        raise InvalidCorpus(
+            f"{whole.name} has one line, and --lines needs two or more, one of them to hold out: add lines, or leave "
+            "--lines out",
+            param="corpus",
+        )
     if len(validation.ids) < 2:
         raise InvalidCorpus(
             f"{whole.name} is too short to hold out a part for validation: use a longer text or a larger fraction",
@@ -133,7 +155,12 @@ def read_text(
     for source in sources.files:
         reader.read(source, progress)
     if not reader.sources:
-        raise InvalidCorpus(f"{sources.name} is empty", param="corpus")
+        raise InvalidCorpus(
+            f"{sources.name}: nothing to read ({'; '.join((*sources.notes, *reader.notes()))})"
+            if len(sources.files) > 1 or sources.files[0].is_found
+            else f"{sources.name} is empty",
+            param="corpus",
+        )
     name = sources.name_of(reader.sources)
     if charset is None:
         charset = reader.charset(known, settings.charset, settings.min_count)

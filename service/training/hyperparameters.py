@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic.config import JsonDict
 
 from service.model.charset import UnknownChars
@@ -136,6 +136,13 @@ class Hyperparameters(BaseModel):
     precision: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Number format of large matrix products; auto takes bfloat16 if the processor supports it."
     )
+
+    @field_validator("restart_interval")
+    @classmethod
+    def _leaves_something_to_predict(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0, or 2 or more, because nothing is predicted at a restart")
+        return value
 
 
 # The fields that `recipe.choose` chooses if they are not given.

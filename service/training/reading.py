@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -318,7 +319,7 @@ def _encoding_error(source: Source, encoding: str) -> InvalidCorpus:
 
 
 def _conversion(source: Source, encoding: str) -> str:
-    name = "FILE" if source.path is None else source.name
+    name = "FILE" if source.path is None else shlex.quote(source.place)
     return f"for example with iconv -f {encoding} -t UTF-8 {name} > new.txt"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 from service.errors import InvalidCorpus
 
 STDIN = "-"
+_LEADS_NOWHERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}  # errors of a broken link
 _MAX_NAMED = 3  # files that a note names at most
 
 
@@ -95,7 +97,7 @@ def find_sources(words: Sequence[str | Path]) -> Sources:
                 files.append(source)
     if not files:
         raise InvalidCorpus("no corpus is given", param="corpus")
-    folder = f"{shown(Path(words[0]).resolve().name)}: " if len(words) == 1 and Path(words[0]).is_dir() else ""
+    folder = f"{shown(Path(words[0]).resolve().name)}: " if len(words) == 1 and os.path.isdir(words[0]) else ""
     named = tuple(
         STDIN if str(word) == STDIN else shown(Path(word).name or Path(word).resolve().name) for word in words
     )
@@ -107,7 +109,7 @@ def _expand(word: str | Path, skipped: dict[str, list[str]]) -> Iterator[Source]
     path = Path(word)
     if str(word) == STDIN:
         yield Source(None)
-    elif path.is_dir():
+    elif os.path.isdir(path):  # unlike Path.is_dir, it raises nothing; opening the file says what is wrong
         num_files = 0
         for source in _files_below(path, skipped):
             num_files += 1
@@ -135,7 +137,14 @@ def _files_below(folder: Path, skipped: dict[str, list[str]]) -> Iterator[Source
         path = waiting.pop()
         if path is not folder and path.name.startswith("."):
             skipped.setdefault("hidden, left out", []).append(shown(path.name))
-        elif path.is_dir():
+            continue
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if not os.path.islink(path) or error.errno not in _LEADS_NOWHERE:
+                raise cannot_read(Source(path), error) from error
+            mode = 0
+        if stat.S_ISDIR(mode):
             if path is not folder and path.is_symlink():
                 skipped.setdefault("links to folders, left out", []).append(shown(path.name))
                 continue
@@ -144,7 +153,7 @@ def _files_below(folder: Path, skipped: dict[str, list[str]]) -> Iterator[Source
             except OSError as error:
                 raise InvalidCorpus(f"can't read the folder {shown(path)}: {error.strerror}", param="corpus") from error
             waiting += entries
-        elif path.is_file():
+        elif stat.S_ISREG(mode):
             yield Source(path, is_found=True)
         else:
             skipped.setdefault("not regular files, left out", []).append(shown(path.name))

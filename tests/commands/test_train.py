@@ -225,7 +225,7 @@ def test_train__says_what_to_do_next_and_shows_samples(place: Place) -> None:
     result = place.train(*SMALL, "--epochs", "1")
     assert "1 thread\n" in result.stderr
     assert "sample '" in result.stderr
-    assert f"next: gru-serve generate --model fox --prompt 'It was ' --model-store {place.store}" in result.stderr
+    assert f"next: gru-serve generate --model fox --prompt '' --model-store {place.store}" in result.stderr
 
 
 def test_train__waits_passively_unless_the_user_chose() -> None:

@@ -152,7 +152,7 @@ def test_read_corpus__holds_out_lines_from_everywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a line\n", "a line", "\n\n", "\r\n"])
 def test_read_corpus__needs_two_lines(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode())
-    with pytest.raises(InvalidCorpus, match=r"training needs at least two|no lines that are not empty"):
+    with pytest.raises(InvalidCorpus, match=r"has one line, and --lines needs two or more|no lines that are not empty"):
         read_corpus([tmp_path / "a.txt"], Hyperparameters(lines=True))
 
 
