@@ -148,9 +148,12 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
         is_there = False
     except OSError as error:
         raise StoreError(describe_os_error(root, error)) from error
-    if not is_there and not create:
-        raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
-    return ModelStore(root, default=settings.model.partition("@")[0])
+    store = ModelStore(root, default=settings.model.partition("@")[0])
+    if not is_there:
+        store.names()  # raises if something else has this name, such as a file or a link to nothing
+        if not create:
+            raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
+    return store
 
 
 @contextmanager

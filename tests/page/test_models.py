@@ -95,6 +95,41 @@ def test_model__when_changed_during_a_reading_shows_nothing_of_the_other(open_pa
     screen.shows_levels(np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist())
 
 
+def hold_creation(screen: Screen) -> list[Route]:
+    """Let the next session that the page creates wait: its request is added to the list that is returned."""
+    held: list[Route] = []
+    screen.page.route("**/v1/sessions/*", lambda route: held.append(route), times=1)
+    return held
+
+
+def test_model__of_an_empty_text_loses_nothing_that_is_typed_meanwhile(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    held = hold_creation(screen)
+    screen.page.select_option("#model", "poor@1")
+    screen.type("abbé")  # poor@1 doesn't know the last letter
+    comes_to(lambda: len(held), 1)
+    held[0].continue_()
+    expect(screen.page.locator(".column .model")).to_have_text(["Model poor@1"])
+    expect(screen.page.locator(".column .unknown p")).to_contain_text("poor@1 doesn't know é (U+00E9)")
+    screen.page.keyboard.press("Backspace")  # the field of the new text has the focus
+    screen.page.keyboard.type(" cab")
+    screen.shows("abb cab")
+    comes_to(lambda: stored(client, screen), "abb cab")
+
+
+def test_close__twice_leaves_one_text(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    held = hold_creation(screen)
+    screen.type("a cab")
+    screen.page.click(".column .close")
+    screen.page.click(".column .close")
+    comes_to(lambda: len(held), 1)
+    held[0].continue_()
+    screen.shows_texts([""])
+    screen.type("abba")
+    comes_to(lambda: stored(client, screen), "abba")
+
+
 def test_models__appear_without_a_reload(open_page: OpenPage, store: ModelStore) -> None:
     screen = open_page(is_ready=False)
     screen.page.clock.install()

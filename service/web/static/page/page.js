@@ -255,12 +255,24 @@ async function copy(column, { model, unknownChars }) {
 
 /** Remove a column and delete its session. There is always at least one column. */
 async function closeColumn(column) {
-  if (columns.length === 1) addColumn(await createText(column.branch.model.id));
+  const next = columns.length === 1 ? await createText(column.branch.model.id) : null;
+  if (!columns.includes(column)) return next?.delete(); // it was closed meanwhile
+  if (next) addColumn(next);
   columns.splice(columns.indexOf(column), 1);
   column.remove();
   if (active === column) activate(columns[0]);
   redraw();
   await column.branch.delete();
+}
+
+/** Replace a column by one of a new branch. What was typed while the server created that one is typed into it. */
+async function replaceColumn(column, branch) {
+  if (!columns.includes(column)) return branch.delete(); // it was closed meanwhile
+  const hasFocus = column.element.contains(document.activeElement);
+  const other = addColumn(branch, column);
+  other.type(column.branch.chars.concat(column.unencodable).join(""));
+  if (hasFocus) other.focus();
+  await closeColumn(column);
 }
 
 /** Let another model read the active text. An empty text is replaced by one of that model. */
@@ -275,8 +287,7 @@ async function useModel(id) {
       await branch.rebase(model);
       return column.type(""); // the model may know what was typed and could not be sent
     }
-    addColumn(await Branch.create(api, models, branch.name, { model: id }), column);
-    await closeColumn(column);
+    await replaceColumn(column, await Branch.create(api, models, branch.name, { model: id }));
   } finally {
     redraw(); // if the server refused, the menu shows the old model again
   }
