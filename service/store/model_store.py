@@ -295,7 +295,7 @@ class ModelStore:
         return version
 
     def around(self) -> Path | None:
-        """Return the model store in which this one's directory is that of a name or of a version; None if it is none."""
+        """Return the store in which this directory is that of a name or of a version; None if there is none."""
         root = self.root.absolute()
         if _VERSION.fullmatch(root.name) and (root / MANIFEST).is_file():
             return root.parent.parent
