@@ -11,7 +11,7 @@ from playwright.sync_api import Route, expect
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.browser import ENVIRONMENT, PHONE, OpenPage
 from tests.harness.models import TINY_CHARSET, publish_tiny
 from tests.harness.screen import Screen, comes_to, continued, stored
 from tests.harness.server import SERVE, Server, serving
@@ -93,6 +93,18 @@ def test_model__when_changed_during_a_reading_shows_nothing_of_the_other(open_pa
     with Client(f"http://127.0.0.1:{server.port}") as client:
         values = np.asarray(client.inspect("a cab", model="deep").states)[:, 2, 20].astype(np.float64)
     screen.shows_levels(np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist())
+
+
+def test_phone__has_room_for_the_longest_name_of_a_model(open_page: OpenPage, store: ModelStore) -> None:
+    ref = publish_tiny(store, "m" * 64)
+    screen = open_page(**PHONE)
+    screen.page.select_option("#model", ref)
+    expect(screen.page.locator(".column .model")).to_have_text([f"Model {ref}"])
+    screen.type("aé")
+    expect(screen.page.locator(".unknown p")).to_contain_text(f"{ref} doesn't know é")
+    screen.page.fill("#unit", "5")
+    expect(screen.page.locator("#legend p")).to_contain_text(ref)
+    assert screen.page.evaluate("() => document.documentElement.scrollWidth") == 390
 
 
 def hold_creation(screen: Screen) -> list[Route]:
