@@ -32,9 +32,7 @@ def list_command(model_store: Path | None, as_json: bool) -> None:
         echo_json(rows, indent=1)
         return
     if not rows:
-        around = store.around()
-        inside = f", which is inside a model store: name {around}" if around else ""
-        click.echo(f"no models in {store.root}{inside}", err=True)
+        click.echo(f"no models in {store.root}", err=True)
         return
     table = [("model", "parameters", "nats/char", "aliases")]
     for row in rows:

@@ -131,8 +131,6 @@ class ModelStore:
             names, unreadable = self._names()
             names.sort(key=lambda other: other != self._default)
             more = f"; can't be read: {_listed(list(unreadable))}" if unreadable else ""
-            if not names and (around := self.around()):
-                more += f"; {self.root} is inside a model store: name {around}"
             raise ModelNotFound(
                 f"no model {name!r} is in the store; it has: {_listed(names)}{more}", param="model", others=names
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import stat
 import subprocess
@@ -369,11 +368,12 @@ def test_store__that_is_no_folder_is_told(
         open_store(None, create=True)
 
 
-def test_resolve__names_the_store_if_a_folder_inside_it_was_named(store: ModelStore) -> None:
-    for inside in (store.root / "tiny", store.root / "tiny" / "1"):
-        with pytest.raises(ModelNotFound, match=f"is inside a model store: name {re.escape(str(store.root))}$"):
-            ModelStore(inside).resolve("tiny")
-        assert f"name {store.root}" in run("models", "list", "--model-store", str(inside)).stderr
+@pytest.mark.parametrize("inside", ["tiny", "tiny/1"])
+def test_commands__name_the_store_if_a_folder_inside_it_was_given(store: ModelStore, inside: str) -> None:
+    for words in (["models", "list"], ["models", "verify"], ["generate", "--prompt", "R"], ["serve"]):
+        result = run(*words, "--model-store", str(store.root / inside))
+        assert (result.exit_code, f"is inside a model store: name {store.root}\n" in result.stderr) == (1, True)
+    assert ModelStore(store.root).around() is None
 
 
 def test_resolve__says_that_a_folder_of_another_user_may_not_be_read(
