@@ -94,7 +94,7 @@ function redraw() {
 function drawActive() {
   const { branch, inspector, cursorIndex } = active;
   const { chars } = branch;
-  byId("model").value = branch.model.id;
+  byId("model").value = active.chosenModel?.id ?? branch.model.id;
   const hasCharacter = cursorIndex >= 0 && cursorIndex < chars.length;
   network.show(hasCharacter ? { char: chars[cursorIndex], following: chars[cursorIndex + 1], ...inspector.get(cursorIndex) } : null);
   setText(byId("go"), branch.isRunning ? "Stop" : "Continue");
@@ -267,7 +267,6 @@ async function closeColumn(column) {
 
 /** Replace a column by one of a new branch. What was typed while the server created that one is typed into it. */
 async function replaceColumn(column, branch) {
-  if (!columns.includes(column)) return branch.delete(); // it was closed meanwhile
   const hasFocus = column.element.contains(document.activeElement);
   const other = addColumn(branch, column);
   other.type(column.branch.chars.concat(column.unencodable).join(""));
@@ -275,10 +274,11 @@ async function replaceColumn(column, branch) {
   await closeColumn(column);
 }
 
-/** Let another model read the active text. An empty text is replaced by one of that model. */
+/** Let another model read the active text. An empty text is replaced by one of that model. The last choice counts. */
 async function useModel(id) {
   const column = active;
   const { branch } = column;
+  const choice = (column.chosenModel = { id });
   try {
     const model = await models.get(id);
     if (branch.chars.some((char) => !model.charset.has(char))) return void (column.refusedModel = model);
@@ -287,8 +287,11 @@ async function useModel(id) {
       await branch.rebase(model);
       return column.type(""); // the model may know what was typed and could not be sent
     }
-    await replaceColumn(column, await Branch.create(api, models, branch.name, { model: id }));
+    const other = await Branch.create(api, models, branch.name, { model: id });
+    if (columns.includes(column) && column.chosenModel === choice) await replaceColumn(column, other);
+    else await other.delete();
   } finally {
+    if (column.chosenModel === choice) column.chosenModel = null;
     redraw(); // if the server refused, the menu shows the old model again
   }
 }
