@@ -314,10 +314,13 @@ class Settings(BaseSettings):
 
     @property
     def uses_shipped_models(self) -> bool:
-        """Whether no model store was named and there is none in the current directory."""
+        """Whether no model store was named, and the current directory has nothing of its default name.
+
+        A link to nothing of that name is an error and not the same as nothing.
+        """
         return (
             "model_store" not in self.model_fields_set
-            and not os.path.isdir(self.model_store)
+            and not os.path.lexists(self.model_store)
             and shipped_models() is not None
         )
 

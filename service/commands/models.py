@@ -27,6 +27,7 @@ def list_command(model_store: Path | None, as_json: bool) -> None:
     """
     store = open_store(model_store)
     rows = [_row(store, version) for name in store.names() for version in store.versions(name)]
+    rows += [_damaged_row(name) for name in store.unreadable()]
     if as_json:
         echo_json(rows, indent=1)
         return
@@ -35,7 +36,11 @@ def list_command(model_store: Path | None, as_json: bool) -> None:
         return
     table = [("model", "parameters", "nats/char", "aliases")]
     for row in rows:
-        size = "damaged: see models verify" if row["damaged"] else f"{row['num_parameters']:,}"
+        if row["damaged"]:
+            what = "damaged" if "@" in row["model"] else "unreadable"  # a name, whose versions nobody knows
+            size = f"{what}: see models verify"
+        else:
+            size = f"{row['num_parameters']:,}"
         loss = row["validation_nats_per_char"]
         table.append((row["model"], size, f"{loss:.4f}" if loss is not None else "", ", ".join(row["aliases"])))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -92,6 +97,8 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
             results.append({"model": version.ref, "error": None, "warnings": list(store.verify(version.ref))})
         except InvalidArtifact as error:
             results.append({"model": version.ref, "error": error.message, "warnings": []})
+    if not model:
+        results += [{"model": name, "error": error, "warnings": []} for name, error in store.unreadable().items()]
     if as_json:
         echo_json(results, indent=1)
     else:
@@ -140,16 +147,21 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
     click.echo(f"{version.ref} is deleted")
 
 
+def _damaged_row(model: str) -> dict[str, Any]:
+    """Return the row of a version that can't be read, or of a name of which that is true."""
+    row: dict[str, Any] = {"model": model, "damaged": True, "aliases": [], "digest": None, "num_parameters": None}
+    return row | {"validation_nats_per_char": None}
+
+
 def _row(store: Any, version: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"model": version.ref}
     try:
         described = store.describe(version)
     except GruServeError:
-        row |= {"damaged": True, "aliases": [], "digest": None, "num_parameters": None}
-        return row | {"validation_nats_per_char": None}
-    row |= {"damaged": False, "aliases": described.aliases, "digest": described.digest}
+        return _damaged_row(version.ref)
+    row: dict[str, Any] = {"model": version.ref, "damaged": False, "aliases": described.aliases}
+    row |= {"digest": described.digest, "num_parameters": described.config.num_parameters}
     loss = described.training.losses.validation_nats_per_char
-    return row | {"num_parameters": described.config.num_parameters, "validation_nats_per_char": loss}
+    return row | {"validation_nats_per_char": loss}
 
 
 def _facts(section: dict[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -137,7 +137,7 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
         model_store: The option's value.
         create: Allows a store that is only about to be created, and never opens the shipped models.
 
-    Raises StoreError if the directory does not exist or can't be read.
+    Raises StoreError if the directory does not exist, can't be read, or is a folder inside a model store.
     """
     from service.errors import StoreError
     from service.model.manifest import describe_os_error
@@ -160,9 +160,14 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
         is_there = False
     except OSError as error:
         raise StoreError(describe_os_error(root, error)) from error
-    if not is_there and not create:
-        raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
-    return ModelStore(root, default=settings.model.partition("@")[0])
+    store = ModelStore(root, default=settings.model.partition("@")[0])
+    if not is_there:
+        store.names()  # raises if something else has this name, such as a file or a link to nothing
+        if not create:
+            raise StoreError(f"there is no model store at {root}: give --model-store or set GRU_SERVE_MODEL_STORE")
+    elif around := store.around():
+        raise StoreError(f"{root} is inside a model store: name {around}")
+    return store
 
 
 @contextmanager

@@ -174,10 +174,18 @@ def _open_regular_file(path: Path) -> int:
     raise InvalidArtifact(f"{path} is not a regular file")
 
 
+def is_broken_link(path: Path) -> bool:
+    """Return whether a path is a link to nothing. One that may not be followed counts as a link to something."""
+    try:
+        return os.path.islink(path) and not os.path.lexists(os.path.realpath(path))
+    except OSError:  # realpath reads every link on the way
+        return False
+
+
 def describe_os_error(path: Path, error: OSError) -> str:
     """Return in one line why a path can't be read, and what to do about it."""
     for link in (path, path.parent):
-        if os.path.islink(link) and not os.path.lexists(os.path.realpath(link)):
+        if is_broken_link(link):
             return f"{link} is a link to {os.readlink(link)}, which is not there: in a container, mount that place too"
     if error.errno == errno.ELOOP:
         return f"{path} is a link that leads back to itself"

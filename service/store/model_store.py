@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
 from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
 from service.model.config import ModelConfig
-from service.model.manifest import describe_os_error, is_stray
+from service.model.manifest import MANIFEST, describe_os_error, is_broken_link, is_stray
 from service.store.staging import (
     STAGING,
     TRASH,
@@ -39,7 +39,7 @@ from service.store.staging import (
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR)
 _INDEX, _LATEST = "store.json", "latest"
 _MAX_LISTED = 8  # names in an error
 
@@ -94,9 +94,13 @@ class ModelStore:
     def names(self) -> list[str]:
         """Return the names that have at least one version, sorted. Raises StoreError if the store can't be read.
 
-        A directory in it that can't be read is skipped.
+        A directory in it that can't be read is skipped: see `unreadable`.
         """
         return self._names()[0]
+
+    def unreadable(self) -> dict[str, str]:
+        """Return the names whose directory can't be read, each with the reason. Raises StoreError."""
+        return self._names()[1]
 
     def versions(self, name: str) -> list[ModelVersion]:
         """Return the versions of a name, oldest first: none if the name doesn't exist.
@@ -124,11 +128,11 @@ class ModelStore:
             )
         versions = self.versions(name)
         if not versions:
-            names, closed = self._names()
+            names, unreadable = self._names()
             names.sort(key=lambda other: other != self._default)
-            unread = f"; this user may not read: {', '.join(closed[:_MAX_LISTED])}" if closed else ""
+            more = f"; can't be read: {_listed(list(unreadable))}" if unreadable else ""
             raise ModelNotFound(
-                f"no model {name!r} is in the store; it has: {_listed(names)}{unread}", param="model", others=names
+                f"no model {name!r} is in the store; it has: {_listed(names)}{more}", param="model", others=names
             )
         if not at or selector == _LATEST:
             return versions[-1]
@@ -288,6 +292,14 @@ class ModelStore:
             remove(trash)
         return version
 
+    def around(self) -> Path | None:
+        """Return the store in which this directory is that of a name or of a version; None if there is none."""
+        root = self.root.absolute()
+        if _VERSION.fullmatch(root.name) and (root / MANIFEST).is_file():
+            return root.parent.parent
+        versions = [path for path in root.glob("*") if _VERSION.fullmatch(path.name)]
+        return root.parent if any((path / MANIFEST).is_file() for path in versions) else None
+
     def _directory(self, name: str) -> Path:
         if not _NAME.fullmatch(name):
             raise InvalidValue(
@@ -304,16 +316,18 @@ class ModelStore:
             )
         return self._directory(name)
 
-    def _names(self) -> tuple[list[str], list[str]]:
-        """Return the names that have a version, and those of directories that can't be read. Raises StoreError."""
-        names, closed = [], []
+    def _names(self) -> tuple[list[str], dict[str, str]]:
+        """Return the names that have a version, and for those that can't be read the reason. Raises StoreError."""
+        names, unreadable = [], {}
+        if os.path.isfile(self.root):
+            raise StoreError(f"{self.root} is a file, and not the folder of a model store")
         for name in sorted(entry.name for entry in _entries(self.root) if _NAME.fullmatch(entry.name)):
             try:
                 if self.versions(name):
                     names.append(name)
-            except StoreError:
-                closed.append(name)
-        return names, closed
+            except StoreError as error:
+                unreadable[name] = error.message
+        return names, unreadable
 
     def _make_directory(self, directory: Path) -> None:
         """Make a name's directory and those around it, readable for everybody, and sync each to disk."""
@@ -352,11 +366,14 @@ class ModelStore:
 
 
 def _entries(directory: Path) -> list[os.DirEntry[str]]:
-    """Return what a directory contains: nothing if it is none. Raises StoreError if it can't be read."""
+    """Return what a directory contains: nothing if it is none.
+
+    Raises StoreError if it can't be read, or is a link to nothing.
+    """
     try:
         return list(os.scandir(directory))
     except OSError as error:
-        if error.errno in _ABSENT:
+        if error.errno in _ABSENT and not is_broken_link(directory):
             return []
         raise StoreError(describe_os_error(directory, error)) from error
 

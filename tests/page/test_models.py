@@ -11,7 +11,7 @@ from playwright.sync_api import Route, expect
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.browser import ENVIRONMENT, PHONE, OpenPage
 from tests.harness.models import TINY_CHARSET, publish_tiny
 from tests.harness.screen import Screen, comes_to, continued, stored
 from tests.harness.server import SERVE, Server, serving
@@ -95,6 +95,86 @@ def test_model__when_changed_during_a_reading_shows_nothing_of_the_other(open_pa
     screen.shows_levels(np.floor((values + 1) / 2 * 16 + 0.5).astype(int).tolist())
 
 
+def test_phone__has_room_for_the_longest_name_of_a_model(open_page: OpenPage, store: ModelStore) -> None:
+    ref = publish_tiny(store, "m" * 64)
+    screen = open_page(**PHONE)
+    screen.page.select_option("#model", ref)
+    expect(screen.page.locator(".column .model")).to_have_text([f"Model {ref}"])
+    screen.type("aé")
+    expect(screen.page.locator(".unknown p")).to_contain_text(f"{ref} doesn't know é")
+    screen.page.fill("#unit", "5")
+    expect(screen.page.locator("#legend p")).to_contain_text(ref)
+    assert screen.page.evaluate("() => document.documentElement.scrollWidth") == 390
+
+
+def hold_creation(screen: Screen, times: int = 1) -> list[Route]:
+    """Let the next sessions that the page creates wait: their requests are added to the list that is returned."""
+    held: list[Route] = []
+    num_left = iter(range(times))
+
+    def hold(route: Route) -> None:
+        if route.request.method == "PUT" and next(num_left, None) is not None:
+            held.append(route)
+        else:
+            route.continue_()
+
+    screen.page.route("**/v1/sessions/*", hold)
+    return held
+
+
+def release(screen: Screen, held: list[Route]) -> None:
+    """Let the oldest held request pass, once the page has sent it."""
+    comes_to(lambda: (screen.page.title(), len(held) > 0)[1], True)  # a call of the page lets its events arrive
+    held.pop(0).continue_()
+
+
+def test_model__of_an_empty_text_loses_nothing_that_is_typed_meanwhile(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    held = hold_creation(screen)
+    screen.page.select_option("#model", "poor@1")
+    screen.type("abbé")  # poor@1 doesn't know the last letter
+    release(screen, held)
+    expect(screen.page.locator(".column .model")).to_have_text(["Model poor@1"])
+    expect(screen.page.locator(".column .unknown p")).to_contain_text("poor@1 doesn't know é (U+00E9)")
+    screen.page.keyboard.press("Backspace")  # the field of the new text has the focus
+    screen.page.keyboard.type(" cab")
+    screen.shows("abb cab")
+    comes_to(lambda: stored(client, screen), "abb cab")
+
+
+def test_model__that_was_chosen_last_reads_an_empty_text(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    held = hold_creation(screen, times=2)
+    with screen.page.expect_request("**/v1/sessions/*"):
+        screen.page.select_option("#model", "deep@1")
+    screen.type("a")
+    screen.shows("a")
+    expect(screen.page.locator("#model")).to_have_value("deep@1")  # also when the page was drawn again
+    screen.page.locator(".column.active textarea").press("Backspace")
+    screen.shows("")
+    with screen.page.expect_request("**/v1/sessions/*"):
+        screen.page.select_option("#model", "poor@1")
+    with screen.page.expect_response("**/v1/sessions/*"):
+        release(screen, held)
+    release(screen, held)
+    expect(screen.page.locator(".column .model")).to_have_text(["Model poor@1"])
+    expect(screen.page.locator("#model")).to_have_value("poor@1")
+    screen.type("abba")
+    comes_to(lambda: stored(client, screen), "abba")
+
+
+def test_close__twice_leaves_one_text(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    held = hold_creation(screen)
+    screen.type("a cab")
+    screen.page.click(".column .close")
+    screen.page.click(".column .close")
+    release(screen, held)
+    screen.shows_texts([""])
+    screen.type("abba")
+    comes_to(lambda: stored(client, screen), "abba")
+
+
 def test_models__appear_without_a_reload(open_page: OpenPage, store: ModelStore) -> None:
     screen = open_page(is_ready=False)
     screen.page.clock.install()
@@ -169,8 +249,7 @@ def test_unknown_characters__may_be_typed_and_deleted_during_the_replacement(
     field.press("Backspace")  # the server reads it already
     screen.type("ab5")
     field.press("Backspace")
-    comes_to(lambda: len(held), 1)
-    held[0].continue_()
+    release(screen, held)
     screen.shows("eab")
     assert stored(client, screen) == "eab"
 

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from service.__main__ import main
+from service.commands.options import open_store
 from service.errors import InvalidArtifact, ModelNotFound, StoreError
 from service.model.artifact import CARD, CONFIG, WEIGHTS
 from service.model.manifest import MANIFEST
@@ -31,6 +34,11 @@ def store(tmp_path: Path) -> ModelStore:
     store = ModelStore(tmp_path / "store")
     publish_tiny(store)
     return store
+
+
+def run(*words: str) -> Result:
+    """Run a command of gru-serve."""
+    return CliRunner().invoke(main, list(words))
 
 
 # File systems that refuse a call
@@ -317,6 +325,72 @@ def test_versions__a_link_to_nothing_is_listed_and_told(store: ModelStore) -> No
     assert publish_tiny(store) == "tiny@3"
 
 
+@pytest.mark.parametrize(
+    ("target", "reason"), [("nowhere", "is a link to nowhere"), ("broken", "leads back to itself")]
+)
+def test_name__that_is_a_broken_link_is_told(store: ModelStore, target: str, reason: str) -> None:
+    """A folder of a model that DVC has not fetched, or that is not mounted, is not the same as no model."""
+    (store.root / "broken").symlink_to(target)
+    with pytest.raises(StoreError, match=reason):
+        store.resolve("broken")
+    assert (store.names(), list(store.unreadable())) == (["tiny"], ["broken"])
+    with pytest.raises(ModelNotFound, match=r"it has: tiny; can't be read: broken$"):
+        store.resolve("third")
+    listed = run("models", "list", "--model-store", str(store.root))
+    assert (listed.exit_code, "broken  unreadable: see models verify" in listed.stdout) == (0, True), listed.output
+    verified = run("models", "verify", "--model-store", str(store.root))
+    assert (verified.exit_code, reason in verified.stdout) == (1, True), verified.output
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda root: root.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+        (lambda root: root.symlink_to(root.name), "is a link that leads back to itself"),
+        (lambda root: root.write_text("version https://git-lfs"), "is a file, and not the folder of a model store"),
+    ],
+)
+def test_store__that_is_no_folder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None], reason: str
+) -> None:
+    """Neither are the shipped models used instead, as if there were nothing, nor is anything written."""
+    make(tmp_path / "model_store")
+    with pytest.raises(StoreError, match=reason):
+        ModelStore(tmp_path / "model_store").resolve("tiny")
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("a cab " * 5000)
+    for named in ([], ["--model-store", "model_store"]):
+        for words in (["models", "list"], ["generate", "--prompt", "R"], ["serve"]):
+            result = run(*words, *named)
+            assert (result.exit_code, reason in result.stderr) == (1, True), result.output
+    with pytest.raises(StoreError, match=reason):
+        open_store(None, create=True)
+
+
+@pytest.mark.parametrize("inside", ["tiny", "tiny/1"])
+def test_commands__name_the_store_if_a_folder_inside_it_was_given(store: ModelStore, inside: str) -> None:
+    for words in (["models", "list"], ["models", "verify"], ["generate", "--prompt", "R"], ["serve"]):
+        result = run(*words, "--model-store", str(store.root / inside))
+        assert (result.exit_code, f"is inside a model store: name {store.root}\n" in result.stderr) == (1, True)
+    assert ModelStore(store.root).around() is None
+
+
+def test_resolve__says_that_a_folder_of_another_user_may_not_be_read(
+    store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of /proc/1/cwd, a link that may not even be followed."""
+    (store.root / "theirs").symlink_to(store.root / "tiny")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "readlink", refuse)
+    with pytest.raises(StoreError, match="may not read"):
+        store.resolve("theirs")
+
+
 def test_delete__of_a_link_leaves_what_it_leads_to(store: ModelStore, tmp_path: Path) -> None:
     version = store.resolve("tiny")
     link_version(version.path, tmp_path / "elsewhere")
@@ -399,7 +473,7 @@ def test_names__one_closed_folder_hides_only_itself(store: ModelStore, forbid: C
     publish_tiny(store, "other")
     forbid(store.root / "tiny")
     assert store.names() == ["other"]
-    with pytest.raises(ModelNotFound, match=r"may not read: tiny"):
+    with pytest.raises(ModelNotFound, match=r"can't be read: tiny"):
         store.resolve("third")
 
 
@@ -410,13 +484,9 @@ def test_load__says_which_file_may_not_be_read(store: ModelStore, forbid: Callab
 
 
 def test_models_list__says_permission(store: ModelStore, forbid: Callable[[Path], None]) -> None:
-    from click.testing import CliRunner
-
-    from service.__main__ import main
-
     forbid(store.root)
     for words in (["models", "list"], ["models", "show", "tiny"], ["generate", "--model", "tiny", "--prompt", "R"]):
-        result = CliRunner().invoke(main, [*words, "--model-store", str(store.root)])
+        result = run(*words, "--model-store", str(store.root))
         assert result.exit_code == 1
         assert "Permission denied" in result.stderr, result.output
         assert "none" not in result.stderr

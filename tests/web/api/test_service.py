@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from contextlib import closing
@@ -224,9 +225,35 @@ def test_model_store__with_unusable_entries_still_serves_the_others(tmp_path: Pa
     (tmp_path / "other" / "store.json").write_text("{")
     with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
         assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
-        assert client.post("/v1/completions", json={"prompt": "a", "model": "loop"}).status_code == 404
+        assert client.post("/v1/completions", json={"prompt": "a", "model": "loop"}).status_code == 503
         assert client.get("/v1/models/other").status_code == 503
         assert str(tmp_path) not in client.get("/v1/models/other").text
+
+
+def test_models__tell_the_log_once_what_is_not_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every open page lists the models four times a minute."""
+    store = ModelStore(tmp_path)
+    for name in ("tiny", "other"):
+        publish_tiny(store, name)
+    (tmp_path / "broken").symlink_to("nowhere")
+    described = tmp_path / "other" / "1" / "training.json"
+    data = described.read_bytes()
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+
+        def told() -> list[str]:
+            capfd.readouterr()
+            assert client.get("/v1/models").status_code == 200
+            lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+            return [line["model"] for line in lines if line["event"] == "model not listed"]
+
+        assert told() == ["broken"]
+        described.write_bytes(b"")
+        assert told() == ["other@1"]
+        assert told() == []
+        described.write_bytes(data)
+        assert told() == []
+        described.write_bytes(b"")
+        assert told() == ["other@1"]
 
 
 def test_new_version__is_served_after_a_reload(tmp_path: Path) -> None:

@@ -24,18 +24,23 @@ class ModelRoutes(Resource):
 
     def __init__(self, models: LoadedModels, limits: Limits) -> None:
         self._models, self._store, self._limits = models, models.store, limits
+        self._not_listed: dict[str, str] = {}  # version, or name that can't be read -> why; as of the last list
 
     @Route("GET", "/v1/models", "List model versions", {"200": ModelsAnswer})
     def index(self) -> Response:
-        """List every version in the model store. Damaged versions are left out, and the server logs them."""
+        """List every version in the model store. Damaged versions are left out, and the log names each of them once."""
         store, data = self._store, []
+        not_listed = store.unreadable()
         for version in [version for name in store.names() for version in store.versions(name)]:
             try:
                 data.append(_answer(store.describe(version)))
             except ModelNotFound:
                 continue  # deleted since it was listed
-            except GruServeError as error:
-                log.warning("model not listed", model=version.ref, error=error.message)
+            except GruServeError as failure:
+                not_listed[version.ref] = failure.message
+        for model, error in not_listed.items() - self._not_listed.items():
+            log.warning("model not listed", model=model, error=error)
+        self._not_listed = not_listed
         return _json(ModelsAnswer(data=data, limits=self._limits))
 
     @Route("GET", "/v1/models/<id>", "Show a model version", {"200": ModelAnswer})

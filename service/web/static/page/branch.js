@@ -147,11 +147,11 @@ export class Branch extends EventTarget {
     while (this.#syncing);
     this.#inFlightEnd = Infinity;
     const result = operation().finally(() => (this.#inFlightEnd = 0));
-    const goOn = () => {
+    const syncAgain = () => {
       this.#syncing = null;
       return this.sync();
     };
-    this.#syncing = result.then(goOn, goOn);
+    this.#syncing = result.then(syncAgain, syncAgain);
     return result;
   }
 

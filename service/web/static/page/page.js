@@ -94,7 +94,7 @@ function redraw() {
 function drawActive() {
   const { branch, inspector, cursorIndex } = active;
   const { chars } = branch;
-  byId("model").value = branch.model.id;
+  byId("model").value = active.chosenModel?.id ?? branch.model.id;
   const hasCharacter = cursorIndex >= 0 && cursorIndex < chars.length;
   network.show(hasCharacter ? { char: chars[cursorIndex], following: chars[cursorIndex + 1], ...inspector.get(cursorIndex) } : null);
   setText(byId("go"), branch.isRunning ? "Stop" : "Continue");
@@ -255,7 +255,9 @@ async function copy(column, { model, unknownChars }) {
 
 /** Remove a column and delete its session. There is always at least one column. */
 async function closeColumn(column) {
-  if (columns.length === 1) addColumn(await createText(column.branch.model.id));
+  const next = columns.length === 1 ? await createText(column.branch.model.id) : null;
+  if (!columns.includes(column)) return next?.delete(); // it was closed meanwhile
+  if (next) addColumn(next);
   columns.splice(columns.indexOf(column), 1);
   column.remove();
   if (active === column) activate(columns[0]);
@@ -263,10 +265,20 @@ async function closeColumn(column) {
   await column.branch.delete();
 }
 
-/** Let another model read the active text. An empty text is replaced by one of that model. */
+/** Replace a column by one of a new branch. What was typed while the server created that one is typed into it. */
+async function replaceColumn(column, branch) {
+  const hasFocus = column.element.contains(document.activeElement);
+  const other = addColumn(branch, column);
+  other.type(column.branch.chars.concat(column.unencodable).join(""));
+  if (hasFocus) other.focus();
+  await closeColumn(column);
+}
+
+/** Let another model read the active text. An empty text is replaced by one of that model. The last choice counts. */
 async function useModel(id) {
   const column = active;
   const { branch } = column;
+  const choice = (column.chosenModel = { id });
   try {
     const model = await models.get(id);
     if (branch.chars.some((char) => !model.charset.has(char))) return void (column.refusedModel = model);
@@ -275,9 +287,11 @@ async function useModel(id) {
       await branch.rebase(model);
       return column.type(""); // the model may know what was typed and could not be sent
     }
-    addColumn(await Branch.create(api, models, branch.name, { model: id }), column);
-    await closeColumn(column);
+    const other = await Branch.create(api, models, branch.name, { model: id });
+    if (columns.includes(column) && column.chosenModel === choice) await replaceColumn(column, other);
+    else await other.delete();
   } finally {
+    if (column.chosenModel === choice) column.chosenModel = null;
     redraw(); // if the server refused, the menu shows the old model again
   }
 }
