@@ -270,7 +270,8 @@ def _changed(settings: Hyperparameters, given: dict[str, Any]) -> Hyperparameter
     for key, value in given.items():
         before = getattr(settings, key)
         if value != before and key not in CHANGEABLE:
-            raise click.UsageError(f"{_option(key)} {value} can't be changed: the run that is resumed has {before}")
+            given_value, has = (f" {value}", before) if value is not True else ("", "no such option")
+            raise click.UsageError(f"{_option(key)}{given_value} can't be changed: the run that is resumed has {has}")
         if key == "epochs" and value < before:
             raise click.UsageError(f"--epochs can only be raised: the run that is resumed has {before}")
     return _checked(settings.model_dump() | given)

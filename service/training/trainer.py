@@ -140,7 +140,10 @@ class Trainer:
         Raises InvalidCheckpoint if the checkpoint belongs to another corpus or has other settings, or is damaged.
         """
         if state.corpus_sha256 != self.state.corpus_sha256:
-            raise InvalidCheckpoint(f"{self.checkpoint} belongs to another corpus, {state.corpus_name}")
+            raise InvalidCheckpoint(
+                f"{self.checkpoint} belongs to another corpus, {state.corpus_name}: give that corpus, or name another "
+                "file with --checkpoint"
+            )
         differing = [n for n in Hyperparameters.model_fields if getattr(state.settings, n) != getattr(self.settings, n)]
         if fixed := [name for name in differing if name not in CHANGEABLE]:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with other settings: {', '.join(fixed)}")

@@ -198,6 +198,21 @@ def test_train__resume_without_a_checkpoint_says_what_to_do(folder: Folder) -> N
     assert "there is no checkpoint at none: leave --resume out to begin a run" in result.stderr
 
 
+def test_train__resume_says_what_differs_and_what_to_do(folder: Folder) -> None:
+    assert folder.train("--checkpoint", "run").exit_code == 0
+    (folder.path / "other.txt").write_text(TEXT + "More.\n")
+    result = folder.train("--checkpoint", "run", "--resume", "--corpus", "other.txt")
+    assert result.exit_code == 1
+    assert (
+        "run belongs to another corpus, fox.txt: give that corpus, or name another file with --check" in result.stderr
+    )
+    result = folder.train("--checkpoint", "run", "--resume", "--lines")
+    assert result.exit_code == 2
+    assert "--lines can't be changed: the run that is resumed has no such option" in result.stderr
+    result = folder.train("--checkpoint", "run", "--resume", "--seed", "9")
+    assert "--seed 9 can't be changed: the run that is resumed has 1" in result.stderr
+
+
 def test_find_sources__a_folder_that_can_be_listed_and_not_entered(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
