@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -17,6 +19,8 @@ from service.commands.models import models_group
 from service.commands.serve import serve_command
 from service.commands.train import train_command
 from service.errors import GruServeError, InvalidSettings, UnknownCharacters
+
+_OUTPUT_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class _Group(click.Group):
@@ -33,6 +37,12 @@ class _Group(click.Group):
             raise click.ClickException(error.command_message) from error
         except GruServeError as error:
             raise click.ClickException(error.message) from error
+        except OSError as error:
+            if error.filename is not None or error.errno not in _OUTPUT_FAILED:
+                raise
+            # What is still buffered can't be written at exit either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.ClickException(f"can't write the output: {error.strerror}") from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
