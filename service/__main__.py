@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 import sys
 from typing import Any
 
@@ -20,7 +19,7 @@ from service.commands.serve import serve_command
 from service.commands.train import train_command
 from service.errors import GruServeError, InvalidSettings, UnknownCharacters
 
-_OUTPUT_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_CANT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class _Group(click.Group):
@@ -38,10 +37,8 @@ class _Group(click.Group):
         except GruServeError as error:
             raise click.ClickException(error.message) from error
         except OSError as error:
-            if error.filename is not None or error.errno not in _OUTPUT_FAILED:
+            if error.errno not in _CANT_WRITE or error.filename is not None:
                 raise
-            # What is still buffered can't be written at exit either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise click.ClickException(f"can't write the output: {error.strerror}") from error
 
 
