@@ -258,9 +258,11 @@ def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars 
                 continue
             error.param = "stop"
             raise
-        if not 0 < len(text) <= MAX_STOP_CHARS:
+        if not text:
+            raise InvalidValue("stop: folding leaves none of its characters: leave this stop string out", param="stop")
+        if len(text) > MAX_STOP_CHARS:
             raise InvalidValue(
-                f"stop: 1 to {MAX_STOP_CHARS} characters, not {len(text)}, which it has as the model writes it",
+                f"stop: the model writes it with {len(text)} characters, and it may have at most {MAX_STOP_CHARS}",
                 param="stop",
             )
         written.append(text)

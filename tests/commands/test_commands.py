@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -324,6 +325,18 @@ def run_in_new_process(program: str, *words: str, cwd: Path) -> subprocess.Compl
     """Run a Python program with a command line's words in its sys.argv."""
     command = [sys.executable, "-c", program, *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+@pytest.mark.parametrize("words", [["models", "list"], ["models", "list", "--json"], ["generate", "--prompt", "R"]])
+def test_output__to_a_full_disk_is_an_error_in_one_line(tiny_store: ModelStore, words: list[str]) -> None:
+    command = [sys.executable, "-m", "service", *words, "--model-store", str(tiny_store.root)]
+    with open("/dev/full", "w") as full:
+        environment = os.environ | {"GRU_SERVE_MODEL": "tiny"}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "Error: can't write the output: No space left on device"
+    assert "Traceback" not in done.stderr
 
 
 def test_models_list__does_not_import_torch(tiny_store: ModelStore, tmp_path: Path) -> None:
