@@ -156,7 +156,8 @@ def test_models__are_a_table_with_headings(tmp_path: Path) -> None:
     assert heading.split() == ["model", "parameters", "nats/char", "aliases"]
     assert [row.index("latest") for row in rows if "latest" in row] == [heading.index("aliases")]
     assert "damaged" in rows[1]
-    empty = run("models", "list", "--model-store", str(tmp_path / "tiny"))
+    (tmp_path / "empty").mkdir()
+    empty = run("models", "list", "--model-store", str(tmp_path / "empty"))
     assert (empty.stdout, "no models in" in empty.stderr) == ("", True)
 
 

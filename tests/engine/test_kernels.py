@@ -82,9 +82,7 @@ def test_choose_kernel__without_torch_choices_that_need_it_are_refused(monkeypat
     with pytest.raises(InvalidSettings, match="torch is not installed: set kernel=auto or run make setup"):
         choose_kernel("torch", 1)
     monkeypatch.setattr(kernels, "variants", list)
-    with pytest.raises(
-        InvalidSettings, match="the native kernel was not compiled: install a C"
-    ):
+    with pytest.raises(InvalidSettings, match="the native kernel was not compiled: install a C"):
         choose_kernel("auto", 1)
 
 
