@@ -329,7 +329,7 @@ class Explanation:
     is_found: bool
     is_decided: bool  # False if the search was given up
     explained: tuple[Operation, ...]  # all calls in order, or as many as could be explained
-    left: tuple[Operation, ...]  # the calls that might have been next, none of which explains its answer
+    left: tuple[Operation, ...]  # the calls that might have been next; none explains its answer
     state: State  # after the calls explained
 
 

@@ -125,7 +125,9 @@ def _training_settings(ref: str, artifact: Artifact) -> Hyperparameters:
     names = ("lines", "keep_newlines", "unknown_chars", "min_count", "validation_fraction", "validation_chars")
     known = artifact.training.model_dump().get("settings")
     try:
-        return Hyperparameters(**{name: known[name] for name in names if name in known})  # type: ignore[index, operator]
+        if not isinstance(known, dict):
+            raise TypeError("no settings")
+        return Hyperparameters(**{name: known[name] for name in names if name in known})
     except (TypeError, ValidationError) as error:
         raise InvalidCorpus(f"{ref} doesn't say how it was trained, so nothing is known to be held out") from error
 

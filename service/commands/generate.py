@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args, get_type_hints
@@ -26,7 +26,7 @@ from service.model.charset import UnknownChars
 from service.settings import read_settings
 
 if TYPE_CHECKING:
-    from service.generation.completion import CompletionRequest
+    from service.generation.completion import Choice, CompletionRequest
     from service.registry.loaded_models import LoadedModel
 
 _UNKNOWN_HELP = "What happens to characters of prompt and stop strings that the model does not know.  [error]"
@@ -174,7 +174,7 @@ def generate_command(
         if as_json:
             facts = [
                 {"model": loaded.version.ref, "seed": text.seed, "text": "".join(text.pieces)}
-                | {"finish_reason": text.finish_reason()}
+                | {"finish_reason": text.choice.finish_reason}
                 for text in _texts(loaded, request, number)
             ]
             echo_json(facts[0] if num_texts is None else facts)
@@ -195,7 +195,7 @@ class _Text:
 
     seed: int
     pieces: Iterable[str]
-    finish_reason: Callable[[], str]  # after the last piece
+    choice: Choice  # has a finish reason after the last piece
 
 
 def _texts(model: LoadedModel, request: CompletionRequest, number: int) -> Iterator[_Text]:
@@ -211,8 +211,8 @@ def _texts(model: LoadedModel, request: CompletionRequest, number: int) -> Itera
         seeds = [choice_seed(request.seed, first + index) for index in range(size)]
         if number == 1:
             pieces: Iterator[str] = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
-            yield _Text(seeds[0], pieces, lambda choice=completion.choices[0]: choice.finish_reason)  # type: ignore[misc]
+            yield _Text(seeds[0], pieces, completion.choices[0])
             return
         texts = {item[0].index: item[1].text for item in completion.chunks(None, 1.0) if item is not None}
         for index, choice in enumerate(completion.choices):
-            yield _Text(seeds[index], [texts[index]], lambda choice=choice: choice.finish_reason)  # type: ignore[misc]
+            yield _Text(seeds[index], [texts[index]], choice)

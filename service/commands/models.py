@@ -148,7 +148,7 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
 
 
 def _damaged_row(model: str) -> dict[str, Any]:
-    """Return the row of a version that can't be read, or of a name of which that is true."""
+    """Return the row of a version, or of a whole name, that can't be read."""
     row: dict[str, Any] = {"model": model, "damaged": True, "aliases": [], "digest": None, "num_parameters": None}
     return row | {"validation_nats_per_char": None}
 

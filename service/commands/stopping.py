@@ -22,7 +22,7 @@ class Stopped(click.ClickException):
         super().__init__(message)
         self.exit_code = signals.exit_status  # type: ignore[misc]  # click reads it from the instance too
 
-    def show(self, file: Any = None) -> None:  # noqa: ARG002
+    def show(self, file: Any = None) -> None:  # noqa: ARG002 - click's signature
         click.echo(self.message, err=True)
 
 

@@ -29,6 +29,7 @@ from service.training.hyperparameters import CHOSEN, Hyperparameters
 if TYPE_CHECKING:
     from service.training.checkpoint import PublishedRecord, RunState
     from service.training.corpus import Corpus
+    from service.training.devices import Device
     from service.training.initial import InitialVersion
     from service.training.publishing import Publication
     from service.training.sources import Sources
@@ -93,7 +94,7 @@ def train_command(
     checkpoint: Path | None,
     resume: bool,
     overwrite: bool,
-    device: str,
+    device: Device,
     model_store: Path | None,
     **options: Any,
 ) -> None:
@@ -120,7 +121,7 @@ def train_command(
             from service.training.devices import find_device
 
             given = {key: value for key, value in options.items() if value is not None}
-            place = find_device(device)  # type: ignore[arg-type]
+            place = find_device(device)
             request = _Request(
                 sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given
             )

@@ -218,7 +218,7 @@ class Stepper(Protocol):
 
 
 def mean_loss(stepper: Stepper, text: EncodedText, progress: Callable[[int], object] = lambda _: None) -> float:
-    """Return the mean loss, in nats per character, of a stepper's model on texts of which a character is scored.
+    """Return the mean loss, in nats per character, of a stepper's model on texts with at least one scored character.
 
     The state starts at zero in each text. Several texts are read side by side. `progress` is called now and then with
     the number of characters scored since its last call.

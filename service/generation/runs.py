@@ -125,19 +125,8 @@ class RunRegistry:
         InvalidValue, Overloaded, EngineFailed.
         """
 
-        def resolved(session: Session) -> RunRequest:
-            if not (request.biases or request.stops):
-                return request
-            try:
-                charset = self._models.for_state(session.model, session.identity).charset
-            except ModelChanged:
-                if request.biases:
-                    raise
-                return request  # a finished run can be sent again; anything else raises this again
-            return request.for_charset(charset)
-
         def choose(session: Session) -> tuple[Session, Run, int]:
-            wanted = resolved(session)
+            wanted = self._in_its_charset(request, session)
             if wanted.matches_last_run(session, position):
                 return session, *_resumable(session, position)
             session = self.replayed(session, position)
@@ -161,9 +150,21 @@ class RunRegistry:
             return self.without_left_client(key, begin)
         except SessionBusy:
             session = self._store.load(key)
-            if not resolved(session).matches_last_run(session, position):
+            if not self._in_its_charset(request, session).matches_last_run(session, position):
                 raise
             return self._take_over(key, start, client_has_left)
+
+    def _in_its_charset(self, request: RunRequest, session: Session) -> RunRequest:
+        """Return `request.for_charset` of the session's model. Raises ModelChanged, UnknownCharacters, InvalidValue."""
+        if not (request.biases or request.stops):
+            return request
+        try:
+            charset = self._models.for_state(session.model, session.identity).charset
+        except ModelChanged:
+            if request.biases:
+                raise
+            return request  # a finished run can be sent again; anything else raises this again
+        return request.for_charset(charset)
 
     def resume(
         self,

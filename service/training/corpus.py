@@ -144,7 +144,7 @@ def read_text(
 ) -> WholeText:
     """Read the files that the sources name without holding out a part. See `read_corpus`.
 
-    A `charset` takes the place of the one that `settings` and `known` determine.
+    A `charset` replaces the one that `settings` and `known` determine.
     """
     if settings.charset and settings.min_count:
         raise InvalidCorpus(
@@ -226,7 +226,7 @@ def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[Encode
     else:
         num_held = int((tails > 0).sum())
         what = f"held out: {int(tails.sum()):,} characters at the end of {num_held:,} of {len(lengths):,} documents"
-    # The parts of each document, one of which may be empty.
+    # The two parts of each document; one may be empty.
     starts = np.stack([text.starts, text.starts + lengths - tails], axis=1).reshape(-1)
     training, validation = _divide(EncodedText(text.ids, starts), np.arange(len(starts)) % 2 == 1)
     return training, EncodedText(validation.ids, validation.starts, scores_starts=False), what
@@ -292,7 +292,7 @@ def last_part(text: EncodedText, fraction: float, *, lines: bool) -> EncodedText
 
 
 def require_two_chars(text: EncodedText) -> None:
-    """Raise InvalidCorpus for a text of which no character is scored."""
+    """Raise InvalidCorpus if a measurement would score no character of the text."""
     if text.num_scored < 1:
         raise InvalidCorpus(
             f"the text has {len(text.ids)} known characters: at least two are needed, because the first is never "

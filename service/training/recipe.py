@@ -27,7 +27,7 @@ _INPUT_DROPOUT = (0.25, 0.25, 0.1, 0.1, 0.05, 0.0, 0.0)
 _RECURRENT_DROPOUT = (0.5, 0.5, 0.4, 0.4, 0.2, 0.1, 0.0)
 _OUTPUT_DROPOUT = (0.5, 0.5, 0.4, 0.4, 0.2, 0.1, 0.0)
 
-_FEW_CHARS, _FEW_UNITS, _UNITS = 100_000, 512, 1024  # below so many training characters, more units only memorise
+_FEW_CHARS, _FEW_UNITS, _UNITS = 100_000, 512, 1024  # with fewer training characters, more units only memorise
 _RESTART_INTERVAL = 500  # characters
 _MAX_WARMUP = 100  # updates; at most a tenth of all
 _EVALUATIONS, _MAX_EVALUATIONS = 40, 200  # of a whole run: the aim, and the limit

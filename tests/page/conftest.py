@@ -9,7 +9,9 @@ import pytest
 from playwright.sync_api import Browser
 
 from service.client import Client
+from service.store.model_store import ModelStore
 from tests.harness.browser import ENVIRONMENT, OpenPage, chromium
+from tests.harness.models import publish_tiny
 from tests.harness.screen import Screen
 from tests.harness.server import SERVE, Server, serving
 
@@ -19,6 +21,16 @@ def browser() -> Iterator[Browser]:
     """One browser for the tests of a module."""
     with chromium() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
+    """A store with models of several shapes: `deep` has three layers, `poor` few characters."""
+    store = ModelStore(tmp_path_factory.mktemp("models"))
+    publish_tiny(store)
+    publish_tiny(store, "deep", num_layers=3, num_units=24)
+    publish_tiny(store, "poor", charset="ab c")
+    return store
 
 
 @pytest.fixture(scope="module")

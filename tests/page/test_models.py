@@ -20,16 +20,6 @@ NO_COLOUR = "() => [...Array(17).keys()].every(level => !CSS.highlights.get(`lev
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """A store with models of other shapes and charsets."""
-    store = ModelStore(tmp_path_factory.mktemp("models"))
-    publish_tiny(store)
-    publish_tiny(store, "deep", num_layers=3, num_units=24)
-    publish_tiny(store, "poor", charset="ab c")
-    return store
-
-
-@pytest.fixture(scope="module")
 def server(store: ModelStore) -> Iterator[Server]:
     settings = {"GRU_SERVE_MODEL_STORE": str(store.root), "GRU_SERVE_MODEL": "tiny", "GRU_SERVE_MAX_TOKENS": "200"}
     with serving(SERVE, ENVIRONMENT | settings) as server:

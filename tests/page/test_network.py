@@ -17,7 +17,6 @@ from playwright.sync_api import FloatRect, Locator, expect
 from service.client import Client
 from service.store.model_store import ModelStore
 from tests.harness.browser import ENVIRONMENT, OpenPage
-from tests.harness.models import publish_tiny
 from tests.harness.screen import Screen, comes_to
 from tests.harness.server import SERVE, serving
 
@@ -220,16 +219,6 @@ def test_cursor__follows_arrow_keys_buttons_and_player(screen: Screen) -> None:
     expect(screen.page.locator("#play")).to_have_text("Play")
     field.press("End")
     expect(screen.page.locator("#last")).to_be_disabled()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
-    """A store with models of other shapes: one with three layers, one with few characters."""
-    store = ModelStore(tmp_path_factory.mktemp("models"))
-    publish_tiny(store)
-    publish_tiny(store, "deep", num_layers=3, num_units=24)
-    publish_tiny(store, "poor", charset="ab c")
-    return store
 
 
 @pytest.fixture(scope="module")

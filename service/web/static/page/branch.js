@@ -117,7 +117,7 @@ export class Branch extends EventTarget {
   }
 
   /**
-   * Append characters, some of which the model doesn't know: the server replaces those by similar ones ("fold") or leaves
+   * Append characters. The server replaces those that the model doesn't know by similar ones ("fold") or leaves
    * them out ("drop"). Returns whether that was done. Throws ApiError if the server knows no similar ones.
    */
   appendAs(chars, unknownChars) {
