@@ -17,9 +17,9 @@ from service.commands.options import (
     PathOption,
     corpus_option,
     field_options,
+    limit_spinning,
     model_store_option,
     open_store,
-    wait_passively,
 )
 from service.commands.progress import Progress, plural, say, tell
 from service.commands.stopping import Stopped, StopSignals
@@ -106,7 +106,7 @@ def train_command(
 
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
-    wait_passively()
+    limit_spinning()
     store = open_store(model_store, create=True)
     store.versions(name)  # refuses an impossible name before anything is written
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
@@ -142,7 +142,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
             tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
             return
         publication.rehearse()
-        _describe(request.name, corpus, trainer)
+        _describe(request, corpus, trainer)
     again = f"--resume continues from {request.checkpoint}"
     with signals.says(f"stopped at once; {again}, as it was last written"):
         failure = _train(trainer, signals)
@@ -268,6 +268,8 @@ def _changed(settings: Hyperparameters, given: dict[str, Any]) -> Hyperparameter
     """Return the settings of a resumed run. Raises click.UsageError if a given option can't be changed."""
     from service.training.trainer import CHANGEABLE
 
+    # A run continues in the precision that it began with, so `auto` means that one.
+    given = {key: value for key, value in given.items() if (key, value) != ("precision", "auto")}
     for key, value in given.items():
         before = getattr(settings, key)
         if value != before and key not in CHANGEABLE:
@@ -293,15 +295,25 @@ def _read(sources: Sources, settings: Hyperparameters, known: str) -> Corpus:
     return corpus
 
 
-def _describe(name: str, corpus: Corpus, trainer: Trainer) -> None:
-    config, state = trainer.model.config, trainer.state
+def _describe(request: _Request, corpus: Corpus, trainer: Trainer) -> None:
+    config, state, settings = trainer.model.config, trainer.state, trainer.settings
     device = trainer.device.type
     began = f", begins with the weights of {state.initial.ref}" if state.initial else ""
     say(
-        f"{name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
+        f"{request.name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
         f"{config.vocab_size:,} of them distinct, {plural(trainer.total_steps, 'update')}, "
-        f"{plural(trainer.settings.threads, 'thread') if device == 'cpu' else device}{began}"
+        f"{plural(settings.threads, 'thread') if device == 'cpu' else device}, "
+        f"products in {settings.precision}{_why_precision(request)}{began}"
     )
+
+
+def _why_precision(request: _Request) -> str:
+    """Say why `--precision auto` chose what it chose, if it was measured for this run."""
+    from service.training.devices import bfloat16_speedup
+
+    if request.resume or request.given.get("precision", "auto") != "auto" or request.device.type != "cpu":
+        return ""
+    return f" (bfloat16 is {bfloat16_speedup():.1f} times as fast here)"
 
 
 def _train(trainer: Trainer, signals: StopSignals) -> GruServeError | None:

@@ -20,6 +20,7 @@ from service.__main__ import main
 from service.commands.progress import Progress
 from service.model.artifact import write_artifact
 from service.store.model_store import ModelStore
+from service.training import devices
 from service.training.checkpoint import lock_checkpoint, read_state
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
@@ -228,17 +229,35 @@ def test_train__says_what_to_do_next_and_shows_samples(place: Place) -> None:
     assert f"next: gru-serve generate --model fox --prompt '' --model-store {place.store}" in result.stderr
 
 
-def test_train__waits_passively_unless_the_user_chose() -> None:
-    program = "import os; from service.commands.options import wait_passively; wait_passively(); "
-    program += "print(os.environ.get('OMP_WAIT_POLICY'))"
-    plain = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+def test_train__lets_threads_spin_only_briefly_unless_the_user_chose() -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    program = "import os; from service.commands.options import limit_spinning; limit_spinning(); "
+    program += f"print([os.environ.get(name) for name in {names}])"
+    plain = {key: value for key, value in os.environ.items() if key not in names}
     for given, expected in (
-        ({}, "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "9"}, "None"),
+        ({}, [None, "2000", "1"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None, None]),
+        ({"GOMP_SPINCOUNT": "9"}, [None, "9", None]),
     ):
         done = subprocess.run([sys.executable, "-c", program], env=plain | given, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, done.stderr
+        assert done.stdout.strip() == str(expected), done.stderr
+
+
+def test_train__stays_with_the_precision_that_was_faster_at_the_start(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "bfloat16_speedup", lambda: 0.6)
+    result = place.train(*SMALL, "--epochs", "1")
+    assert "products in float32 (bfloat16 is 0.6 times as fast here)\n" in result.stderr
+    assert "--precision float32" in place.facts(1)["command"]
+    assert "| precision | float32 |" in (place.store / "fox/1/README.md").read_text()
+    monkeypatch.setattr(devices, "bfloat16_speedup", lambda: 2.0)
+    for number, words in enumerate(([], ["--precision", "auto"]), start=2):
+        result = place.train(*SMALL, *words, "--epochs", str(number), "--resume")
+        assert "products in float32\n" in result.stderr
+        assert place.facts(number)["settings"]["precision"] == "float32"
+    result = place.train(*SMALL, "--epochs", "1", "--overwrite")
+    assert "products in bfloat16 (bfloat16 is 2.0 times as fast here)\n" in result.stderr
 
 
 def test_progress__in_a_log_file_is_a_line_every_30_seconds(
