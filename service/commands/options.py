@@ -43,9 +43,9 @@ class PathOption(click.Path):
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-# How often a waiting thread of libgomp looks before it sleeps. With x86's pause instruction this takes about 0.1 ms on
-# Intel and less on AMD. Elsewhere libgomp doesn't pause between two looks.
-_SPINS = 2_000 if platform.machine() in ("x86_64", "AMD64", "i686") else 50_000
+# How often a waiting thread of libgomp looks before it sleeps, which takes about 0.1 ms. On x86 it pauses between two
+# looks, elsewhere it doesn't.
+_SPINS = 5_000 if platform.machine() in ("x86_64", "AMD64", "i686") else 50_000
 _BLOCKTIME_MS = 1  # the same for the OpenMP of LLVM and Intel, in milliseconds
 
 
