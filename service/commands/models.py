@@ -141,6 +141,7 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
     version = store.resolve(model)
     if model != version.ref:
         raise click.UsageError(f"give the version to delete by its number, such as {version.ref}")
+    store.check_deletable(model)  # refuses before the user is asked
     if not yes:
         click.confirm(f"Delete {version.ref} at {version.path}?", abort=True)
     store.delete(model)

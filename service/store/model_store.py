@@ -269,21 +269,30 @@ class ModelStore:
             index.aliases.pop(alias, None)
             self._write_index(directory, index)
 
+    def check_deletable(self, ref: str) -> ModelVersion:
+        """Return the version `ref` if `delete` would delete it now, and change nothing. Raises what `delete` raises."""
+        version = self.resolve(ref)
+        if ref != version.ref:
+            raise StoreError(f"name the version to delete by its number: {version.ref}")
+        directory = self._changeable(version.name)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise StoreError(f"can't delete {version.ref}: {directory} may not be changed; check its permissions")
+        named = self._read_index(version.name).aliases
+        aliases = sorted(alias for alias, number in named.items() if number == version.number)
+        if aliases:
+            raise StoreError(f"{version.ref} has the alias {version.name}@{aliases[0]}: move or remove that first")
+        return version
+
     def delete(self, ref: str) -> ModelVersion:
         """Delete the version `ref`, which must be a `name@number` without aliases.
 
         Raises ModelNotFound, or StoreError if it has an alias, is named by one, or can't be deleted.
         """
-        version = self.resolve(ref)
-        if ref != version.ref:
-            raise StoreError(f"name the version to delete by its number: {version.ref}")
+        version = self.check_deletable(ref)
         directory = self._changeable(version.name)
         with _os_errors_as_store_errors(f"can't delete {version.ref}"), locked(directory):
-            self.resolve(ref)  # again, now that no other writer can delete it
+            self.check_deletable(ref)  # again, now that no other writer can change it
             index = self._read_index(version.name)
-            aliases = sorted(alias for alias, number in index.aliases.items() if number == version.number)
-            if aliases:
-                raise StoreError(f"{version.ref} has the alias {version.name}@{aliases[0]}: move or remove that first")
             index.last_number = max(index.last_number, self.versions(version.name)[-1].number)
             self._write_index(directory, index)
             trash = directory / f"{TRASH}{version.number}"

@@ -310,6 +310,30 @@ def test_models_delete__asks_first(tmp_path: Path) -> None:
     assert ModelStore(tmp_path).resolve("tiny@1")
 
 
+@pytest.mark.parametrize(
+    ("ref", "reason"),
+    [
+        ("tiny@1", "move or remove that first"),
+        ("tiny@9", "no version or alias '9'"),
+        ("nope@1", "it has: tiny"),
+        ("tiny@2", "check its permissions"),
+    ],
+)
+def test_models_delete__refuses_before_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str, reason: str
+) -> None:
+    store = ModelStore(tmp_path)
+    for _ in range(2):
+        publish_tiny(store)
+    store.set_alias("tiny", "stable", 1)
+    if ref == "tiny@2":  # as if the store were mounted read-only
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    result = run("models", "delete", ref, "--model-store", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert reason in result.stderr
+    assert len(store.versions("tiny")) == 2
+
+
 def test_serve__reports_a_bad_start_in_one_line(tmp_path: Path) -> None:
     missing = run("serve", "--model-store", str(tmp_path))
     assert missing.exit_code == 1

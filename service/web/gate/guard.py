@@ -68,6 +68,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
 def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBudget) -> None:
     """Take and parse the body of each request before the route validates it, and refuse HEAD of a stream.
 
+    A query with two parameters of one name is refused, as a body with two fields of one name is.
+
     `large_bodies` limits what each client may have in bodies of more than `SMALL_BODY_BYTES`, until its answers end:
     read and parsed, each takes ten times its length. The poller limits what has arrived for all clients together.
 
@@ -77,6 +79,14 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
     app.json = BodyJson(app)
     app.json.sort_keys = False
+
+    @app.before_request
+    def _check_query() -> Response | None:
+        for name, values in request.args.lists():
+            if len(values) > 1:  # of which Flask would silently take the first
+                name = name[:80]
+                return error_response(f"{name}: the query has it {len(values)} times: give it once", "bad_request", name)
+        return None
 
     @app.before_request
     def _check_body() -> Response | None:
