@@ -24,6 +24,7 @@ from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
 from service.web.api.schemas import ErrorAnswer
 from service.web.api.sessions.routes import SessionLimits, SessionRoutes
+from service.web.api.tokens.routes import TokenRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
@@ -124,6 +125,7 @@ def _resources(
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
+        TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),
         MetricRoutes(metrics.exposition),
