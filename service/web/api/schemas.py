@@ -143,6 +143,9 @@ class ErrorObject(BaseModel):
     position: int | None = Field(
         None, description="length of the session's text; only present if `code` is `position_conflict`"
     )
+    retry: bool | None = Field(
+        None, description="true if a session's stream that ended with this error may be resumed; otherwise not present"
+    )
 
 
 class ErrorAnswer(BaseModel):
@@ -151,7 +154,5 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "401": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer,
-    "415": ErrorAnswer, "429": ErrorAnswer, "503": ErrorAnswer,
-}  # fmt: skip
+# What a route that names a model or a session may answer beyond what every route may: see `openapi.error_responses`.
+ERRORS: dict[str | int | HTTPStatus, Any] = {"404": ErrorAnswer}

@@ -21,7 +21,7 @@ from service.web.api.operation.schemas import (
     VersionAnswer,
 )
 from service.web.api.resource import Resource
-from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.api.schemas import ErrorAnswer
 from service.web.gate.access import current_owner
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
@@ -59,7 +59,7 @@ class HealthRoutes(Resource):
         "GET",
         "/readyz",
         "Check that requests can be served",
-        {"200": ReadyAnswer, "404": ErrorAnswer, "503": ErrorAnswer},
+        {"200": ReadyAnswer, "404": ErrorAnswer},
         open=True,
         is_check=True,
     )
@@ -109,7 +109,6 @@ class AdminRoutes(Resource):
     """The routes for operators of the server."""
 
     name = "admin"
-    errors = ERRORS | {"403": ErrorAnswer}
 
     def __init__(self, resolver: VersionResolver) -> None:
         self._resolver = resolver

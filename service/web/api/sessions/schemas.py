@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from service.arrays import MAX_POSITION
@@ -185,6 +185,23 @@ class ResumeQuery(_Query):
         True,
         description="take the run over from a connection that still reads it; with `false` the answer is then 409 "
         "`session_busy`",
+    )
+
+
+def _check_event_id(event_id: object) -> object:
+    if isinstance(event_id, str) and not (event_id.isascii() and event_id.isdecimal() and len(event_id) <= 16):
+        raise PydanticCustomError("event_id", "must be the id of an event of this stream, which is a position")
+    return event_id
+
+
+class ResumeHeader(BaseModel):
+    """Headers of GET /v1/sessions/{id}/generate."""
+
+    last_event_id: Annotated[Position | None, BeforeValidator(_check_event_id)] = Field(
+        None,
+        alias="Last-Event-ID",
+        description="position after the last character that you have. Browsers send it by themselves when they connect "
+        "again; it takes precedence over `after`",
     )
 
 
