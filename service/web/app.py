@@ -152,6 +152,7 @@ def _bounds(settings: Settings) -> Bounds:
         "FeedBody": {"text": text},
         "GenerateBody": {"max_tokens": {"maximum": _max_run(settings)}},
         "TokenizeBody": {"prompt": text},
+        "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},
     }
 
 

@@ -52,6 +52,8 @@ _RETRY_AFTER = {
     "schema": {"type": "integer"},
 }
 
+_TYPES = {"maxLength": "string", "maxItems": "array", "maximum": "integer"}  # that a keyword limits
+
 
 def error_responses(route: Route) -> dict[str, Any]:
     """Return the schemas by status of the errors that a route may answer whatever its view does."""
@@ -91,7 +93,7 @@ def _complete(spec: dict[str, Any], routes: Iterable[Route], bounds: Bounds) -> 
             for keyword, value in bounds.get(name, {}).get(field, {}).items():
                 _bound(property_, keyword, value)
             if field not in schema.get("required", ()):
-                schema["properties"][field] = _nullable(property_)
+                schema["properties"][field] = _nullable(_enumerated(property_))
 
 
 def _error(status: str) -> dict[str, Any]:
@@ -129,15 +131,36 @@ def _refs(part: object) -> Iterator[str]:
 
 def _bound(schema: dict[str, Any], keyword: str, value: int) -> None:
     """Limit every type of a field that the keyword can limit."""
-    applies_to = "string" if keyword == "maxLength" else "integer"
-    if schema.get("type") == applies_to:
+    if schema.get("type") == _TYPES[keyword]:
         schema[keyword] = min(value, schema.get(keyword, value))
     for part in [*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())]:
         _bound(part, keyword, value)
 
 
+def _enumerated(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field with few values as alternatives: generators know enumerations of strings only."""
+    if "enum" not in schema or "anyOf" not in schema:
+        return schema
+    about = {name: value for name, value in schema.items() if name not in ("enum", "anyOf")}
+    return about | {"anyOf": [_exactly(value) for value in schema["enum"]]}
+
+
+def _exactly(value: object) -> dict[str, Any]:
+    """Return a schema that one JSON value fits."""
+    if value is None:
+        return {"type": "null"}
+    if isinstance(value, dict):
+        fields = {name: _exactly(part) for name, part in value.items()}
+        return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
+    if value == []:
+        return {"type": "array", "items": {}, "maxItems": 0}
+    return {"const": value}
+
+
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field that may be null, too."""
+    if schema.get("default") == {}:  # no generator makes that the default of an object or null
+        schema = {name: value for name, value in schema.items() if name != "default"}
     kind = schema.get("type")
     if kind == "null" or "null" in (kind if isinstance(kind, list) else ()):
         return schema

@@ -24,7 +24,8 @@ from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
 from service.web.gate.error_responses import STATUS
-from tests.harness.application import client_of
+from service.web.gate.route import route_of
+from tests.harness.application import client_of, described
 from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
 SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
@@ -98,7 +99,7 @@ def test_unknown_route_or_method__gets_an_error_in_the_common_shape(client: Flas
 
 
 def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClient) -> None:
-    description = client.get("/openapi.json").get_json()
+    description = described(client)
     assert description["openapi"] == "3.1.1"
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert description["security"] == [{"key": []}, {}]  # a key, or nothing on a server without keys
@@ -115,10 +116,54 @@ def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClien
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
-    answers = description["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "429", "503"}
-    for status in set(answers) - {"200"}:
-        assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+    assert body["properties"]["max_tokens"]["maximum"] == 500  # as this server is configured
+    assert body["properties"]["prompt"]["anyOf"][0]["maxLength"] == 1000
+
+
+def test_openapi__says_which_fields_may_be_null(client: FlaskClient) -> None:
+    """`null` means the default, which clients send for a field that they don't set."""
+    schemas = described(client)["components"]["schemas"]
+    for name, schema in schemas.items():
+        if name.endswith(("Body", "Options")):
+            for field, property_ in schema.get("properties", {}).items():
+                is_nullable = re.search(r'"null"|"enum": \[[^]]*null', json.dumps(property_)) is not None
+                assert is_nullable == (field not in schema.get("required", ())) or property_.keys() <= {
+                    "description", "default", "title", "enum",
+                }, (name, field)  # fmt: skip
+
+
+def test_openapi__says_what_every_route_answers(client: FlaskClient) -> None:
+    """Also what no schema says: errors that are found before the view, keys, and streams."""
+    description = described(client)
+    assert description["servers"] == [{"url": "./"}]
+    always = {"400", "403", "405", "408", "414", "429", "431", "500", "503"}
+    num_described = 0
+    for rule in client.application.url_map.iter_rules():
+        route = route_of(client.application.view_functions[rule.endpoint])
+        assert route is not None
+        if route.summary is None:
+            continue
+        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
+        operation = description["paths"][path][route.method.lower()]
+        answers = set(operation["responses"])
+        assert always <= answers, path
+        assert ("401" in answers) == (not route.open) == ("security" not in operation), path
+        assert {"413", "415"} & answers == ({"413", "415"} if route.takes_body else set()), path
+        assert ("404" in answers) >= ("<id>" in route.path), path
+        assert ("504" in answers) == route.path.startswith("/v1/sessions"), path
+        streams = "text/event-stream" in operation["responses"].get("200", {}).get("content", {})
+        assert streams == route.streams, path
+        num_described += 1
+        for status in answers - {"200", "201", "204"}:
+            assert operation["responses"][status] == {"$ref": f"#/components/responses/Error{status}"}
+    assert num_described == sum(len(path) for path in description["paths"].values())
+    errors = description["components"]["responses"]
+    for status, error in errors.items():
+        assert error["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+        assert ("Retry-After" in error["headers"]) == (status in ("Error409", "Error429", "Error503"))
+    resume = description["paths"]["/v1/sessions/{id}/generate"]["get"]
+    assert "Last-Event-ID" in [parameter["name"] for parameter in resume["parameters"] if parameter["in"] == "header"]
+    assert "<br/>" not in json.dumps(description)
 
 
 def test_docs_page__loads_nothing_from_another_host(client: FlaskClient) -> None:

@@ -52,6 +52,9 @@ def test_detokenize__is_the_inverse(client: FlaskClient) -> None:
 def test_detokenize__names_the_id_that_no_character_has(client: FlaskClient, token: int) -> None:
     error = refused(client.post("/detokenize", json={"tokens": [1, 2, token, -5]}), 400, "out_of_range", "tokens[2]")
     assert str(len(TINY_CHARSET) - 1) in error["message"]
+    refused(client.post("/detokenize", json={"tokens": [1, "a", token]}), 400, "wrong_type", "tokens[1]")
+    assert len(ok(client.post("/detokenize", json={"tokens": [5] * 1000}))["prompt"]) == 1000
+    refused(client.post("/detokenize", json={"tokens": [5] * 1001}), 400, "out_of_range", "tokens")
 
 
 def test_tokenizer_info__has_what_lm_eval_looks_for(client: FlaskClient) -> None:

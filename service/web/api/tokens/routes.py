@@ -77,6 +77,8 @@ class TokenRoutes(Resource):
     )
     def detokenize(self, body: schemas.DetokenizeBody) -> Response:
         """Return the text of these ids. The inverse of `/tokenize`."""
+        if len(body.tokens) > self._max_prompt_chars:
+            raise InvalidValue(f"tokens: at most {self._max_prompt_chars} ids, not {len(body.tokens)}", param="tokens")
         charset = self._charset(body.model)
         return _json({"prompt": charset.decode(_checked(body.tokens, charset))})
 

@@ -6,12 +6,12 @@ users of the API.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.model.charset import MAX_CHARSET, UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body
+from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef
 
 _MODEL = "name, name@version or name@alias; default: the server's default model"
 
@@ -22,7 +22,7 @@ class TokenizeBody(Body):
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "ROMEO:", "add_special_tokens": False}})
 
     prompt: str = Field(description="the text to encode")
-    model: str | None = Field(None, max_length=200, description=_MODEL)
+    model: ModelRef = Field(None, description=_MODEL)
     add_special_tokens: bool = Field(
         True, description="accepted for vLLM's clients; has no effect, because a charset has no special tokens"
     )
@@ -46,8 +46,8 @@ class DetokenizeBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": {"tokens": [30, 27, 25, 17, 27, 10]}})
 
-    tokens: list[int] = Field(description="ids of characters")
-    model: str | None = Field(None, max_length=200, description=_MODEL)
+    tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="ids of characters")
+    model: ModelRef = Field(None, description=_MODEL)
 
 
 class DetokenizeAnswer(BaseModel):
@@ -61,7 +61,7 @@ class TokenizerQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(None, max_length=200, description=_MODEL)
+    model: ModelRef = Field(None, description=_MODEL)
 
 
 class TokenizerPath(BaseModel):
