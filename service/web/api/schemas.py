@@ -41,6 +41,9 @@ NumLogprobs = Annotated[
     ),
 ]
 
+# A state that is signed; any of a model that the service can load is shorter.
+PortableState = Annotated[str | None, Field(max_length=1_000_000)]
+
 
 class Body(BaseModel):
     """A request body. It allows no unknown fields, no conversion between types and no infinite numbers."""

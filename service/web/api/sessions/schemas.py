@@ -15,11 +15,19 @@ from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.web.api.known_fields import ClientFields
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs, SamplingBody, Usage
+from service.web.api.schemas import (
+    UNKNOWN_CHARS,
+    Body,
+    Logprobs,
+    ModelRef,
+    NumLogprobs,
+    PortableState,
+    SamplingBody,
+    Usage,
+)
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
-MAX_STATE_CHARS = 1_000_000
 _POSITION = (
     "length of the session's text before this request, as far as you know. If that is wrong, the request is refused "
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
@@ -74,9 +82,8 @@ class CreateBody(Body):
         le=_MAX_TTL_S,
         description="time to live: seconds after its last use until the session expires; default: the server's setting",
     )
-    state: str | None = Field(
+    state: PortableState = Field(
         None,
-        max_length=MAX_STATE_CHARS,
         description="a portable state to begin from, as a session's `/state` returns it",
     )
 
