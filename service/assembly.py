@@ -41,6 +41,7 @@ class Service:
     store: MemoryStore | RedisStore
     sessions: SessionService
     inspector: Inspector
+    sealer: StateSealer  # of portable states
     _closing: ExitStack
 
     @classmethod
@@ -70,7 +71,7 @@ class Service:
             if settings.model_poll_s:
                 closing.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
             inspector = Inspector(models, sessions.get, sealer)
-            return cls(kernel, models, settings.model, store, sessions, inspector, closing.pop_all())
+            return cls(kernel, models, settings.model, store, sessions, inspector, sealer, closing.pop_all())
 
     def close(self) -> None:
         """End all threads and connections. Texts that are being generated fail. Repeating it does nothing."""

@@ -1,20 +1,23 @@
-"""`gru-serve models list|show|verify|alias|delete`."""
+"""`gru-serve models list|show|verify|tokenizer|alias|delete`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from service.commands.options import echo_json, json_option, model_store_option, open_store
+from service.commands.options import PathOption, echo_json, json_option, model_store_option, open_store
 from service.errors import GruServeError, InvalidArtifact
+from service.model import hugging_face
+from service.model.charset import Charset
 
 
 @click.group("models")
 def models_group() -> None:
-    """List, show, verify, alias and delete the versions in a model store."""
+    """List, show, verify, alias and delete the versions in a model store, and write their tokenizers."""
 
 
 @models_group.command("list")
@@ -106,6 +109,37 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
             click.echo(f"{row['model']:<24} {row['error'] or '; '.join(['ok', *row['warnings']])}")
     if any(row["error"] for row in results):
         raise click.exceptions.Exit(1)
+
+
+@models_group.command("tokenizer")
+@click.argument("model")
+@click.option(
+    "--folder",
+    type=PathOption(),
+    help="Write tokenizer.json and tokenizer_config.json into this folder, for transformers, instead of printing the "
+    "first.",
+)
+@model_store_option
+def tokenizer_command(model: str, folder: Path | None, model_store: Path | None) -> None:
+    """Print a version's tokenizer.json, which Hugging Face's tokenizers loads: each character is a token.
+
+    Example: gru-serve models tokenizer shakespeare --folder shakespeare-tokenizer
+    """
+    store = open_store(model_store)
+    described = store.describe(store.resolve(model))
+    charset = Charset(described.config.charset)
+    tokenizer = hugging_face.tokenizer(charset)
+    if folder is None:
+        echo_json(tokenizer)
+        return
+    config = hugging_face.tokenizer_config(charset, ends_with_newline=described.training.is_of_lines)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((hugging_face.TOKENIZER, tokenizer), (hugging_face.CONFIG, config)):
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"can't write into {folder}: {error.strerror}") from error
+    click.echo(f"the tokenizer of {described.version.ref} is in {folder}", err=True)
 
 
 @models_group.command("alias")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.arrays import Ids
+from service.arrays import Float32, Ids
 from service.engine.pace import flush_interval
 from service.engine.prefix_cache import NOBODY, CacheScope
 from service.engine.request import End, Handle, Request
@@ -15,11 +15,16 @@ from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
-from service.engine.stop import StopFilter
-from service.generation.reader import stop_ids
+from service.engine.stop import StopFilter, completed
+from service.generation.portable_start import PortableStart
+from service.generation.reader import step, stop_ids
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
+
+# While a text is generated that may end with a stop string, and whose state is returned: a state after so many
+# characters, but no more states than this.
+_CHECKPOINT_CHARS, _MAX_CHECKPOINTS = 256, 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class CompletionRequest:
     num_prompt_logprobs: int | None = None  # the same for the characters of the prompts, beside the text
     cache_scope: CacheScope = NOBODY  # whose states after prompts are used
     echo: bool = False  # the prompt is part of the returned text, with its log-probabilities if those are returned
+    start: PortableStart | None = None  # each prompt continues the text of this state; None for the zero state
+    returns_state: bool = False  # each `Choice` has the state after its text
 
     @property
     def num_scores(self) -> int:
@@ -90,6 +97,8 @@ class Choice:
         self.prompt_scores: list[Scores] = []
         self._num_scored = 0  # characters of the prompt
         self._num_echoed = 0 if request.echo else len(prompt)
+        # (L, H) and the number of characters before it: the state after the returned text, if that is requested.
+        self.state: tuple[Float32, int] | None = None  # None until the continuation is over
 
     @property
     def mean_logprob(self) -> float:
@@ -118,6 +127,8 @@ class Choice:
             self.is_over = True
             shown += self._stop_filter.end(stopped=end.reason == "stop")
             self._cache_states(end)
+            if self._request.returns_state and end.reason != "cancelled":
+                self.state = self._state_after(end)
         return self._chunk(shown, self._num_echoed - num_echoed) if shown or self.is_over else None
 
     def _process(self, part: StepResult) -> str:
@@ -125,7 +136,7 @@ class Choice:
         shown = ""
         num_logprobs, num_prompt_logprobs = self._request.num_logprobs, self._request.num_prompt_logprobs
         if part.prompt_scores is not None:
-            if self._num_scored == 0:
+            if self._num_scored == 0 and self._request.start is None:
                 part.prompt_scores.chosen[0] = np.nan  # nothing predicts the first character
             self._num_scored += len(part.prompt_scores.chosen)
             if num_prompt_logprobs is not None:
@@ -156,11 +167,29 @@ class Choice:
         return CompletionChunk(shown, scores.slice(0, len(shown)), num_echoed)
 
     def _cache_states(self, end: End) -> None:
+        if self._request.start is not None:
+            return  # the cache knows states by their whole text
         prompt = self._model.charset.decode(self.prompt)
-        for position, hidden in end.checkpoints.items():
-            self._model.prefixes.put(self._request.cache_scope, prompt[:position], hidden)
+        if (hidden := end.checkpoints.get(len(prompt))) is not None:
+            self._model.prefixes.put(self._request.cache_scope, prompt, hidden)
         if end.reason != "cancelled":
             self._model.prefixes.put(self._request.cache_scope, prompt + self.generated, end.hidden)
+
+    def _state_after(self, end: End) -> tuple[Float32, int]:
+        """Return the (L, H) state after the text, and its position. The text ends before a stop string that ended it.
+
+        The engine's own state is the one after the stop string, so the characters before that are stepped again.
+        """
+        ends_before_stop = end.reason == "stop" and not self._request.includes_stop
+        stop = completed(self.generated, self._request.stop) if ends_before_stop else ""
+        if not stop:
+            return end.hidden, end.position
+        begun, position = self.handle.request, end.position - len(stop)
+        states = {begun.position: begun.hidden} | end.checkpoints
+        start = max(place for place in states if place <= position)
+        ids = np.concatenate([begun.prompt, self._model.charset.exact(self.generated)])
+        ids = ids[start - begun.position : position - begun.position]
+        return step(self._model, ids, states[start], start, already_admitted=True)[0].hidden, position
 
 
 class Completion:
@@ -226,13 +255,23 @@ class Completion:
     def _requests(self, model: LoadedModel, prompt: Ids) -> list[Request]:
         request = self.request
         text = model.charset.decode(prompt)
-        start, hidden = (0, None) if request.scores_prompt else model.prefixes.longest(request.cache_scope, text)
+        origin = 0 if request.start is None else request.start.position
+        start, hidden = 0, None if request.start is None else request.start.hidden
+        if request.start is None and not request.scores_prompt:
+            start, hidden = model.prefixes.longest(request.cache_scope, text)
         self.num_cached += start
         if request.best_of > 1 and not request.scores_prompt and start < len(prompt):
             # Read the prompt once, not best_of times.
-            handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=start)])[0]
+            handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=origin + start)])[0]
             hidden, start = handle.wait().hidden, len(prompt)
-            model.prefixes.put(request.cache_scope, text, hidden)
+            if request.start is None:
+                model.prefixes.put(request.cache_scope, text, hidden)
+        checkpoints = [origin + len(prompt)] if start < len(prompt) else []
+        if request.returns_state and request.stop and not request.includes_stop:
+            # So that few characters are stepped again when a stop string has ended the text.
+            every = max(_CHECKPOINT_CHARS, -(-request.max_chars // _MAX_CHECKPOINTS))
+            end = origin + len(prompt) + request.max_chars
+            checkpoints += range(origin + len(prompt) + every, end + 1, every)
         return [
             Request(
                 prompt=prompt[start:],
@@ -244,9 +283,9 @@ class Completion:
                 num_logprobs=request.num_top,
                 score_prompt=request.scores_prompt,
                 hidden=hidden,
-                position=start,
+                position=origin + start,
                 history_prompt=prompt,
-                checkpoint_positions=(len(prompt),) if start < len(prompt) else (),
+                checkpoint_positions=tuple(checkpoints),
             )
             for index in range(request.best_of)
         ]

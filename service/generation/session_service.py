@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
+from service.generation.portable_start import open_start
 from service.generation.reader import Reader
 from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
 from service.model.charset import UnknownChars
@@ -295,15 +296,9 @@ class SessionService:
             model = self._models.get(new.model)
             seed = new.seed if new.seed is not None else secrets.randbits(_SEED_BITS)
             return model, seed, self._reader.empty(model)
-        opened = self._sealer.open(new.state)
-        header = opened.header
-        if new.model is not None:
-            model = self._models.get(new.model)
-        else:
-            model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
-        hidden = opened.hidden(model.identity, model.state_shape)
-        seed = new.seed if new.seed is not None else header.seed
-        return model, seed, Text.from_state(header.position, hidden)
+        start = open_start(self._models, self._sealer, new.state, new.model)
+        seed = new.seed if new.seed is not None else start.seed
+        return start.model, seed, Text.from_state(start.position, start.hidden)
 
     def _created_before(self, key: SessionKey, origin: bytes) -> Session | None:
         """Return the session of this id, if there is one. Raises SessionExists if it was created otherwise."""

@@ -40,7 +40,8 @@ from service.store.staging import (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
-_INDEX, _LATEST = "store.json", "latest"
+_INDEX = "store.json"
+LATEST = "latest"  # the alias of the newest version, which every name has
 _MAX_LISTED = 8  # names in an error
 
 
@@ -134,7 +135,7 @@ class ModelStore:
             raise ModelNotFound(
                 f"no model {name!r} is in the store; it has: {_listed(names)}{more}", param="model", others=names
             )
-        if not at or selector == _LATEST:
+        if not at or selector == LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
         for version in versions:
@@ -215,7 +216,7 @@ class ModelStore:
             raise
         aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
         if self.versions(version.name)[-1:] == [version]:
-            aliases.insert(0, _LATEST)
+            aliases.insert(0, LATEST)
         return Description(version, config, training, digest, aliases)
 
     def verify(self, ref: str) -> tuple[str, ...]:
@@ -247,7 +248,7 @@ class ModelStore:
 
         Raises InvalidValue for an impossible name or alias, ModelNotFound, StoreError.
         """
-        if not _NAME.fullmatch(alias) or alias.isdigit() or alias == _LATEST:
+        if not _NAME.fullmatch(alias) or alias.isdigit() or alias == LATEST:
             raise InvalidValue(
                 f"{alias[:80]!r} can't be an alias: use letters, digits, . _ -; neither a number nor `latest`"
             )

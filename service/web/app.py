@@ -19,11 +19,13 @@ from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
 from service.web.api.models.schemas import Limits
+from service.web.api.openapi import Bounds, DescribedApi
 from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
 from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
 from service.web.api.schemas import ErrorAnswer
 from service.web.api.sessions.routes import SessionLimits, SessionRoutes
+from service.web.api.tokens.routes import TokenRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
@@ -57,6 +59,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         closing.callback(_register_gates(app, settings, keys, drain, metrics))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
+        app.bounds = _bounds(settings)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
         drain.on_interrupt(lambda: service.sessions.runs.interrupt_all(INTERRUPT_S / 2))
         drain.on_interrupt(service.models.close)  # last: saving the runs needs the engines; completions get an error
@@ -67,8 +70,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     return app
 
 
-def _openapi_app() -> OpenAPI:
-    app = OpenAPI(
+def _openapi_app() -> DescribedApi:
+    app = DescribedApi(
         __name__,
         info=Info(title="gru-serve", version=__version__, description="Generates text with a GRU character model."),
         validation_error_status=400,
@@ -112,24 +115,45 @@ def _resources(
     models, store, default = service.models, service.store, service.default_model
     texts = settings.max_batch + settings.max_queue
     completion_limits = CompletionLimits(settings.max_tokens, settings.max_prompt_chars, texts)
-    # Everything that a run generates is retained until the run ends, including the stop string that ends it.
-    max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
+    max_run = _max_run(settings)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     limits = Limits(
         max_tokens=settings.max_tokens, session_max_tokens=max_run, max_prompt_chars=settings.max_prompt_chars
     )
     score_budget = SharedBudget(settings.max_scores)
     return [
-        CompletionRoutes(models, default, completion_limits, admission, score_budget),
+        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.sealer),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
+        TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),
         MetricRoutes(metrics.exposition),
         DocsRoutes(),
         PageRoutes(),
     ]
+
+
+def _max_run(settings: Settings) -> int:
+    """Return the largest `max_tokens` of a session's run.
+
+    Everything that a run generates is retained until the run ends, including the stop string that ends it.
+    """
+    return min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
+
+
+def _bounds(settings: Settings) -> Bounds:
+    """Return the bounds of fields that the settings decide, for the API description."""
+    text = {"maxLength": settings.max_prompt_chars}
+    return {
+        "CompletionBody": {"max_tokens": {"maximum": settings.max_tokens}, "prompt": text},
+        "CreateBody": {"text": text},
+        "FeedBody": {"text": text},
+        "GenerateBody": {"max_tokens": {"maximum": _max_run(settings)}},
+        "TokenizeBody": {"prompt": text},
+        "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},
+    }
 
 
 def _admission_limit(settings: Settings) -> AdmissionLimit:

@@ -19,10 +19,12 @@ from click.testing import CliRunner, Result
 from service import __version__, installation
 from service.__main__ import main
 from service.engine.native.native_stepper import variants
+from service.model import hugging_face
+from service.model.charset import Charset
 from service.store.model_store import ModelStore
 from service.training.streams import Window
 from service.training.trainer import Trainer
-from tests.harness.models import publish_tiny
+from tests.harness.models import TINY_CHARSET, publish_tiny
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
@@ -51,7 +53,7 @@ def place(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
-     "models", "models list", "models show", "models verify", "models alias", "models delete"],
+     "models", "models list", "models show", "models verify", "models tokenizer", "models alias", "models delete"],
 )  # fmt: skip
 def test_help__of_every_command_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -361,6 +363,24 @@ def test_output__to_a_full_disk_is_an_error_in_one_line(tiny_store: ModelStore, 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "Error: can't write the output: No space left on device"
     assert "Traceback" not in done.stderr
+
+
+def test_models_tokenizer__writes_what_the_server_returns(tiny_store: ModelStore, tmp_path: Path) -> None:
+    store, folder = ["--model-store", str(tiny_store.root)], tmp_path / "new" / "tokenizer"
+    charset = Charset(TINY_CHARSET)
+    printed = run("models", "tokenizer", "tiny", *store)
+    assert json.loads(printed.stdout) == hugging_face.tokenizer(charset)
+    for _ in range(2):  # an earlier one is replaced
+        assert run("models", "tokenizer", "tiny@1", "--folder", str(folder), *store).exit_code == 0
+    files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.iterdir()}
+    assert files == {
+        "tokenizer.json": hugging_face.tokenizer(charset),
+        "tokenizer_config.json": hugging_face.tokenizer_config(charset, ends_with_newline=False),
+    }
+    (tmp_path / "file").touch()
+    failed = run("models", "tokenizer", "tiny", "--folder", str(tmp_path / "file"), *store)
+    assert (failed.exit_code, failed.stderr) == (1, f"Error: can't write into {tmp_path / 'file'}: File exists\n")
+    assert run("models", "tokenizer", "nope", *store).exit_code == 1
 
 
 def test_models_list__does_not_import_torch(tiny_store: ModelStore, tmp_path: Path) -> None:

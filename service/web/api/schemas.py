@@ -41,6 +41,9 @@ NumLogprobs = Annotated[
     ),
 ]
 
+# A state that is signed; any of a model that the service can load is shorter.
+PortableState = Annotated[str | None, Field(max_length=1_000_000)]
+
 
 class Body(BaseModel):
     """A request body. It allows no unknown fields, no conversion between types and no infinite numbers."""
@@ -183,6 +186,9 @@ class ErrorObject(BaseModel):
     position: int | None = Field(
         None, description="length of the session's text; only present if `code` is `position_conflict`"
     )
+    retry: bool | None = Field(
+        None, description="true if a session's stream that ended with this error may be resumed; otherwise not present"
+    )
 
 
 class ErrorAnswer(BaseModel):
@@ -191,7 +197,5 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "401": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer,
-    "415": ErrorAnswer, "429": ErrorAnswer, "503": ErrorAnswer,
-}  # fmt: skip
+# What a route that names a model or a session may answer beyond what every route may: see `openapi.error_responses`.
+ERRORS: dict[str | int | HTTPStatus, Any] = {"404": ErrorAnswer}

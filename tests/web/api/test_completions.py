@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from service.engine.request import Handle
 from service.errors import EngineFailed
 from service.registry.loaded_models import LoadedModels
+from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.shares import SharedBudget
 from service.store.model_store import ModelStore
@@ -234,7 +235,9 @@ def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000)).register(app)
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000), StateSealer(["k" * 16])).register(
+        app
+    )
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

@@ -14,7 +14,9 @@ from flask import Response
 from service.engine.scores import Scores
 from service.errors import ClientGone, GruServeError
 from service.generation.completion import Choice, Completion, CompletionChunk
+from service.generation.portable_start import seal_state
 from service.registry.loaded_models import LoadedModel
+from service.sessions.portable import StateSealer
 from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
 from service.web.api.json_pieces import dumps, ids_pieces, logprobs_pieces, prompt_logprobs_pieces
@@ -29,8 +31,11 @@ log = structlog.get_logger(__name__)
 class CompletionAnswer:
     """The answer to one completion, in OpenAI's shape."""
 
-    def __init__(self, model: LoadedModel, completion: Completion, *, with_ids: bool = False) -> None:
-        """with_ids: Return the ids of prompts and texts too."""
+    def __init__(
+        self, model: LoadedModel, completion: Completion, *, with_ids: bool = False, sealer: StateSealer | None = None
+    ) -> None:
+        """with_ids: Return the ids of prompts and texts too. sealer: Signs the states after the texts, if requested."""
+        self._model, self._sealer = model, sealer
         self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
         # The fields that are the same in every event of a stream.
         self._common_fields = {
@@ -80,7 +85,7 @@ class CompletionAnswer:
                 yield from ids_pieces(choice.prompt)
                 yield ',"token_ids":'
                 yield from ids_pieces(self._charset.exact(text[num_echoed:]))
-            yield "}"
+            yield f"{self._state_of(choice)}}}"
         yield f'],"usage":{self._usage().model_dump_json()}}}'
 
     def _scores_of(self, parts: list[CompletionChunk]) -> Scores | None:
@@ -136,8 +141,16 @@ class CompletionAnswer:
             reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
             yield TextEvent(
                 f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
-                f'"finish_reason": {reason}{ids}}}]{tail}'
+                f'"finish_reason": {reason}{ids}{self._state_of(choice)}}}]{tail}'
             )
+
+    def _state_of(self, choice: Choice) -> str:
+        """Return the field with the state after a choice's text; nothing before it is over, or if none is requested."""
+        if self._sealer is None or choice.state is None:
+            return ""
+        hidden, position = choice.state
+        sealed = seal_state(self._sealer, self._model, hidden, position, choice.handle.request.seed)
+        return f', "state": "{sealed}"'
 
     def _ids_of_event(self, choice: Choice, piece: CompletionChunk, *, is_first: bool) -> Iterator[str]:
         if is_first:

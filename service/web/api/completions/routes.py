@@ -12,10 +12,12 @@ from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
+from service.generation.portable_start import PortableStart, open_start
 from service.generation.reader import ids_of, with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel, LoadedModels
+from service.sessions.portable import StateSealer
 from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
@@ -52,9 +54,11 @@ class CompletionRoutes(Resource):
         limits: CompletionLimits,
         admission: AdmissionLimit,
         score_budget: SharedBudget,
+        sealer: StateSealer,
     ) -> None:
+        """`sealer` opens and signs portable states."""
         self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
-        self._score_budget = score_budget
+        self._score_budget, self._sealer = score_budget, sealer
 
     @Route(
         "POST",
@@ -75,14 +79,18 @@ class CompletionRoutes(Resource):
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
-            model = self._models.get(body.model or self._default_model)
-            request = _completion_request(model, body, self._limits)
+            start = None
+            if body.state is not None:
+                start = open_start(self._models, self._sealer, body.state, body.model)
+            model = start.model if start is not None else self._models.get(body.model or self._default_model)
+            request = _completion_request(model, body, self._limits, start)
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             scores.require(request.num_scores)
             completion = Completion(model, request)
             held.callback(completion.cancel)
-            answer = CompletionAnswer(model, completion, with_ids=body.return_token_ids)
+            sealer = self._sealer if body.return_state else None
+            answer = CompletionAnswer(model, completion, with_ids=body.return_token_ids, sealer=sealer)
             if not body.stream:
                 return answer.whole(client_monitor(), held)
             return EventStream(answer.events(client_monitor(), body.stream_options or _NO_OPTIONS), held, named=False)
@@ -95,8 +103,8 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     longest = max(map(len, prompts))
     if body.max_tokens > limits.max_tokens:
         raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo", param="max_tokens")
+    if body.max_tokens == 0 and not body.echo and not body.return_state:
+        raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
     if longest > limits.max_prompt_chars:
         raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters, not {longest}", param="prompt")
     if best_of < body.n:
@@ -133,14 +141,16 @@ def _encoded_prompts(charset: Charset, body: CompletionBody) -> tuple[Ids, ...]:
     return tuple(encoded)
 
 
-def _completion_request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits) -> CompletionRequest:
+def _completion_request(
+    model: LoadedModel, body: CompletionBody, limits: CompletionLimits, start: PortableStart | None
+) -> CompletionRequest:
     encoded = _encoded_prompts(model.charset, body)
     if max(map(len, encoded)) > limits.max_prompt_chars:  # folding can make a prompt longer
         raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters after folding", param="prompt")
     return CompletionRequest(
         prompts=encoded,
         max_chars=body.max_tokens,
-        seed=body.seed if body.seed is not None else secrets.randbits(63),
+        seed=body.seed if body.seed is not None else start.seed if start is not None else secrets.randbits(63),
         sampling=with_biases(
             body.sampling_settings, model.charset, body.logit_bias, body.unknown_chars, body.allowed_token_ids
         ),
@@ -152,5 +162,7 @@ def _completion_request(model: LoadedModel, body: CompletionBody, limits: Comple
         num_logprobs=body.logprobs,
         num_prompt_logprobs=body.prompt_logprobs,
         echo=body.echo,
+        start=start,
+        returns_state=body.return_state,
         cache_scope=CacheScope(current_owner(), body.cache_salt or ""),
     )

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.engine.stepper import FinishReason
 from service.web.api.known_fields import ClientFields, Only
-from service.web.api.schemas import Body, CharId, Logprobs, ModelRef, NumLogprobs, SamplingBody, Usage
+from service.web.api.schemas import (
+    Body,
+    CharId,
+    Logprobs,
+    ModelRef,
+    NumLogprobs,
+    PortableState,
+    SamplingBody,
+    Usage,
+)
 
 MAX_CHOICES = 128  # prompts x continuations in one request
 
@@ -95,6 +104,14 @@ class CompletionBody(ClientFields, SamplingBody):
         max_length=256,
         description="only prompts with the same salt, of the same API key, share cached hidden states",
     )
+    state: PortableState = Field(
+        None,
+        description="a portable state, as `return_state` or a session's `/state` returns it: each prompt continues its "
+        "text. Its model and seed are used unless others are given; the model has to be the one that computed it",
+    )
+    return_state: bool = Field(
+        False, description="return with each choice the portable state after its text; in a stream with its last event"
+    )
     suffix: Annotated[str | None, Only("the models continue a text, and can't take into account what follows", "")] = (
         None
     )
@@ -138,6 +155,11 @@ class Choice(BaseModel):
     )
     token_ids: list[int] | None = Field(
         None, description="ids of the generated characters of `text`. Only present if requested"
+    )
+    state: str | None = Field(
+        None,
+        description="portable state after `text`; in a stream with the last event of the choice. Only present if "
+        "requested",
     )
 
 

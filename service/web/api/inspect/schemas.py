@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.model.charset import UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs
-from service.web.api.sessions.schemas import MAX_STATE_CHARS, NextCharacter, Position, SessionId
+from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs, PortableState
+from service.web.api.sessions.schemas import NextCharacter, Position, SessionId
 
 
 class InspectBody(Body):
@@ -31,9 +31,7 @@ class InspectBody(Body):
     session: SessionId | None = Field(
         None, description="id of a session to read instead of a text. The session is not changed"
     )
-    state: str | None = Field(
-        None, max_length=MAX_STATE_CHARS, description="portable state after which the text is read"
-    )
+    state: PortableState = Field(None, description="portable state after which the text is read")
     start: Position | None = Field(
         None,
         alias="from",

@@ -8,18 +8,26 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.web.api.known_fields import ClientFields
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs, SamplingBody, Usage
+from service.web.api.schemas import (
+    UNKNOWN_CHARS,
+    Body,
+    Logprobs,
+    ModelRef,
+    NumLogprobs,
+    PortableState,
+    SamplingBody,
+    Usage,
+)
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
-MAX_STATE_CHARS = 1_000_000
 _POSITION = (
     "length of the session's text before this request, as far as you know. If that is wrong, the request is refused "
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
@@ -74,9 +82,8 @@ class CreateBody(Body):
         le=_MAX_TTL_S,
         description="time to live: seconds after its last use until the session expires; default: the server's setting",
     )
-    state: str | None = Field(
+    state: PortableState = Field(
         None,
-        max_length=MAX_STATE_CHARS,
         description="a portable state to begin from, as a session's `/state` returns it",
     )
 
@@ -183,6 +190,23 @@ class ResumeQuery(_Query):
         True,
         description="take the run over from a connection that still reads it; with `false` the answer is then 409 "
         "`session_busy`",
+    )
+
+
+def _check_event_id(event_id: object) -> object:
+    if isinstance(event_id, str) and not (event_id.isascii() and event_id.isdecimal() and len(event_id) <= 16):
+        raise PydanticCustomError("event_id", "must be the id of an event of this stream, which is a position")
+    return event_id
+
+
+class ResumeHeader(BaseModel):
+    """Headers of GET /v1/sessions/{id}/generate."""
+
+    last_event_id: Annotated[Position | None, BeforeValidator(_check_event_id)] = Field(
+        None,
+        alias="Last-Event-ID",
+        description="position after the last character that you have. Browsers send it by themselves when they connect "
+        "again; it takes precedence over `after`",
     )
 
 
