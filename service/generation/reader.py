@@ -244,20 +244,23 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
 def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error") -> tuple[str, ...]:
     """Return stop strings in the characters in which the model writes them, each once.
 
-    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out:
-    the model can't write it, and without these characters it would end other texts.
+    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out,
+    and with `fold_drop` if it can't be folded: the model can't write it, and without these characters it would end
+    other texts.
 
     Raises UnknownCharacters, InvalidValue.
     """
     written = []
     for stop in stops:
         try:
-            text = charset.written(stop, "fold" if unknown == "fold" else "error")
+            text = charset.written(stop, "fold" if unknown in ("fold", "fold_drop") else "error")
         except UnknownCharacters as error:
-            if unknown == "drop":
+            if unknown in ("drop", "fold_drop"):
                 continue
             error.param = "stop"
             raise
+        if not text and unknown == "fold_drop":
+            continue
         if not text:
             raise InvalidValue("stop: folding leaves none of its characters: leave this stop string out", param="stop")
         if len(text) > MAX_STOP_CHARS:
@@ -289,7 +292,7 @@ def with_biases(
         except InvalidValue as error:
             error.param = "logit_bias"
             raise
-        if not len(ids) and unknown == "drop":
+        if not len(ids) and unknown in ("drop", "fold_drop"):
             continue
         if len(ids) != 1:
             raise InvalidValue(f"logit_bias: {char!r} is not one character to this model", param="logit_bias")
