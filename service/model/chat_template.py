@@ -62,9 +62,7 @@ class ChatTemplate(BaseModel):
     system: str = Field("", max_length=_MAX_TURN_CHARS)  # the same for instructions; empty leaves them out
     names: Names = Names()
     # Strings that end an answer, and are not part of it.
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
-        min_length=1, max_length=MAX_TEMPLATE_STOPS
-    )
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(min_length=1, max_length=MAX_TEMPLATE_STOPS)
 
     @model_validator(mode="after")
     def _check_turns(self) -> Self:
@@ -125,9 +123,7 @@ _PLAY = ChatTemplate(
     stop=["\n\n"],
 )
 # One line for each message, which begins with the speaker's name.
-_DIALOGUE = ChatTemplate(
-    system="{content}\n", user="{name}: {content}\n", assistant="{name}: {content}\n", stop=["\n"]
-)
+_DIALOGUE = ChatTemplate(system="{content}\n", user="{name}: {content}\n", assistant="{name}: {content}\n", stop=["\n"])
 # One line for each message, and no names.
 _LINES = ChatTemplate(system="{content}\n", user="{content}\n", assistant="{content}\n", stop=["\n"])
 PRESETS = {"play": _PLAY, "dialogue": _DIALOGUE, "lines": _LINES}

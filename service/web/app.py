@@ -12,10 +12,14 @@ from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
 from service.engine.stop import MAX_STOP_CHARS
+from service.errors import InvalidArtifact, InvalidSettings
+from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.shares import SharedBudget
+from service.web.api.chat.routes import ChatRoutes
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
+from service.web.api.embeddings.routes import EmbeddingRoutes
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
 from service.web.api.models.schemas import Limits
@@ -121,6 +125,8 @@ def _resources(
     score_budget = SharedBudget(settings.max_scores)
     return [
         CompletionRoutes(models, default, completion_limits, admission, score_budget),
+        ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
+        EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
@@ -130,6 +136,15 @@ def _resources(
         DocsRoutes(),
         PageRoutes(),
     ]
+
+
+def _chat_template(settings: Settings) -> ChatTemplate | None:
+    if not settings.chat_template:
+        return None
+    try:
+        return find_template(settings.chat_template)
+    except InvalidArtifact as error:
+        raise InvalidSettings(f"GRU_SERVE_CHAT_TEMPLATE: {error.message}", param="chat_template") from None
 
 
 def _admission_limit(settings: Settings) -> AdmissionLimit:

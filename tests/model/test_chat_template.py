@@ -86,7 +86,7 @@ def test_find_template__reads_presets_and_files(tmp_path: Path) -> None:
 def test_find_template__says_which_file_is_wrong(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "chat.json"
     path.write_bytes(data)
-    with pytest.raises(InvalidArtifact, match="chat.json"):
+    with pytest.raises(InvalidArtifact, match=r"chat\.json"):
         find_template(str(path))
 
 

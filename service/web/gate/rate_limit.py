@@ -104,12 +104,21 @@ def _num_chars(body: Any, max_chars: int, max_texts: int) -> int:
 
     prompts = body.get("prompt")
     prompts = prompts if isinstance(prompts, list) else [prompts]
-    num_read = sum(len(text) for text in (*prompts, body.get("text")) if isinstance(text, str))
+    num_read = sum(map(_length, (*prompts, body.get("text"), body.get("messages"), body.get("input"))))
     num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
-    max_tokens = number("max_tokens", 0, max_chars)
+    max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)
     if min(num_choices, max_tokens) < 0 or len(prompts) > max_texts:
         return 0
     return int(num_read + max_tokens * num_choices * len(prompts))
+
+
+def _length(text: Any) -> int:
+    """Return the number of characters of a text, and of what a list of texts, ids, messages or parts has."""
+    if isinstance(text, dict):
+        return _length(text.get("content")) + _length(text.get("text"))
+    if isinstance(text, list):
+        return sum(map(_length, text))
+    return len(text) if isinstance(text, str) else 1 if isinstance(text, int) else 0
 
 
 def _refusal(breached: RequestLimit) -> Response:

@@ -1,0 +1,150 @@
+"""The body of POST /v1/chat/completions, and of its answer.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.engine.stepper import FinishReason
+from service.model.charset import UnknownChars
+from service.model.chat_template import MAX_NAME_CHARS
+from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
+from service.web.api.schemas import UNKNOWN_CHARS, Body, SamplingBody, Usage
+
+DEFAULT_MAX_TOKENS = 1024
+MAX_MESSAGES = 1024
+_HARD_MAX_TOKENS = 2**53
+
+
+class TextPart(Body):
+    """A part of a message."""
+
+    type: Literal["text"] = Field(description="the model reads characters only")
+    text: str
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is the same as `system`")
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] = Field(
+        description="the text, or parts of it, which are joined"
+    )
+    name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_NAME_CHARS,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="name of the speaker, instead of that of the chat template",
+    )
+
+
+class ChatBody(SamplingBody):
+    """Body of POST /v1/chat/completions. A token is a character."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"model": "shakespeare", "messages": [{"role": "user", "content": "Who goes there?"}], "seed": 7}
+        }
+    )
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    model: str | None = Field(
+        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
+    )
+    max_tokens: int = Field(
+        DEFAULT_MAX_TOKENS,
+        ge=1,
+        le=_HARD_MAX_TOKENS,
+        description="largest number of characters to generate; most answers end before, where the template says so",
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=_HARD_MAX_TOKENS, description="OpenAI's newer name of `max_tokens`"
+    )
+    n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of answers")
+    logprobs: bool = Field(False, description="return the log-probability of each character")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="with `logprobs`, also return this many most likely characters at each position"
+    )
+    unknown_chars: UnknownChars = Field(
+        "fold_drop",
+        description=f"{UNKNOWN_CHARS}, in all texts of the request. `drop` leaves out a `stop` string that has one",
+    )
+    stream: bool = Field(False, description="send the answer as server-sent events while it is generated")
+    stream_options: StreamOptions | None = Field(None, description="only allowed with `stream`")
+    add_generation_prompt: bool = Field(
+        True, description="begin a new answer; if false, the model continues after the last message as it likes"
+    )
+    continue_final_message: bool = Field(
+        False, description="continue the last message, which is the assistant's, instead of beginning a new answer"
+    )
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="only chats with the same salt, of the same API key, share cached hidden states",
+    )
+    user: str | None = Field(
+        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
+    )
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class TokenLogprob(BaseModel):
+    """A likely character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] = Field(description="the character in UTF-8")
+
+
+class ChosenLogprob(TokenLogprob):
+    """A character of the answer."""
+
+    top_logprobs: list[TokenLogprob] = Field(description="the most likely characters at its place")
+
+
+class ChatLogprobs(BaseModel):
+    """Log-probabilities of the answer's characters, in nats, before any sampling setting."""
+
+    content: list[ChosenLogprob]
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason = Field(description="why it ended: `stop` at its end, `length` at `max_tokens`")
+
+
+class ChatCompletion(BaseModel):
+    """Answer of POST /v1/chat/completions, in OpenAI's shape.
+
+    A stream has events with `object` `chat.completion.chunk`, in whose choices `delta` has the next part of the
+    message.
+    """
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int = Field(description="seconds since 1970")
+    model: str = Field(description="name@version of the model that answered")
+    system_fingerprint: str = Field(
+        description="identifies model, arithmetic and chat template: with the same fingerprint, the same request and "
+        "seed give the same text"
+    )
+    choices: list[ChatChoice]
+    usage: Usage

@@ -1,0 +1,77 @@
+"""The body of POST /v1/embeddings, and of its answer.
+
+Class docstrings and field descriptions are part of `/openapi.json`: they are written for users of the API.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.generation.embedding import Pooling
+from service.model.charset import UnknownChars
+from service.web.api.schemas import UNKNOWN_CHARS, Body
+
+MAX_INPUTS = 2048
+_Ids = Annotated[list[int], Field(min_length=1)]
+
+
+class EmbeddingsBody(Body):
+    """Body of POST /v1/embeddings."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"example": {"model": "shakespeare", "input": ["To be, or not to be", "Good morrow."]}}
+    )
+
+    input: str | Annotated[list[str] | list[int] | list[_Ids], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+        description="a text, a list of up to 2,048 texts, or the same as ids of characters"
+    )
+    model: str | None = Field(
+        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
+    )
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="how a vector is written: as a list of numbers, or its float32 numbers (little-endian)"
+    )
+    dimensions: int | None = Field(
+        None, ge=1, description="accepted if it is the model's number of units, because no vector is shortened"
+    )
+    pooling: Pooling = Field(
+        "last",
+        description="the state after the text (`last`), or the mean of the states after each of its characters "
+        "(`mean`); of the top layer",
+    )
+    unknown_chars: UnknownChars = Field("fold_drop", description=UNKNOWN_CHARS)
+    cache_salt: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="only texts with the same salt, of the same API key, share cached hidden states",
+    )
+    user: str | None = Field(
+        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
+    )
+
+
+class Embedding(BaseModel):
+    """The vector of one text."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int = Field(description="place of the text in `input`")
+    embedding: list[float] | str = Field(description="numbers, or in base64; the length of the vector is 1")
+
+
+class EmbeddingsUsage(BaseModel):
+    """Number of characters that were read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    """Answer of POST /v1/embeddings, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str = Field(description="name@version of the model that read the texts")
+    usage: EmbeddingsUsage
