@@ -17,6 +17,7 @@ from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.shares import SharedBudget
 from service.web.api.chat.routes import ChatRoutes
+from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.embeddings.routes import EmbeddingRoutes
@@ -104,7 +105,7 @@ def _register_gates(
     register_access(app, keys)
     close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes, SharedBudget(settings.large_bodies_bytes))
-    register_start_costs(app, settings.max_tokens, MAX_CHOICES)
+    register_start_costs(app, settings.max_tokens, MAX_CHOICES, DEFAULT_MAX_TOKENS)
     register_error_handlers(app)
     return close_counts
 
