@@ -5,12 +5,12 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
@@ -25,24 +25,24 @@ UNKNOWN_CHARS = (
 )
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
-
-
-def only(value: object) -> WrapValidator:
-    """Return a validator that accepts only this value, and refuses others of its type with `unsupported_value`."""
-
-    def check(sent: object, parse: ValidatorFunctionWrapHandler) -> object:
-        if parse(sent) != value:
-            shown = json.dumps(value)
-            raise PydanticCustomError("unsupported_value", "only {shown} is supported", {"shown": shown})
-        return value
-
-    return WrapValidator(check)
+# Name of a model; empty as clients send it that have no choice: not given.
+ModelRef = Annotated[str | None, Field(max_length=200), AfterValidator(lambda ref: ref or None)]
+# How many alternatives to score; clients that take it for a switch send false for none.
+_NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+NumLogprobs = Annotated[
+    _NumLogprobs | None,
+    BeforeValidator(
+        lambda sent: None if sent is False else sent, json_schema_input_type=_NumLogprobs | Literal[False] | None
+    ),
+]
 
 
 class Body(BaseModel):
     """A request body. It allows no unknown fields, no conversion between types and no infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    other_names: ClassVar[Mapping[str, str]] = {}  # what clients call a field elsewhere -> its name here, for an error
 
     @model_validator(mode="before")
     @classmethod
@@ -63,8 +63,16 @@ class SamplingBody(Body):
         description="largest number of characters to generate; 0 only reads the prompt, and needs echo",
     )
     temperature: sampling.Temperature = PLAIN.temperature
-    top_k: sampling.TopK = PLAIN.top_k
-    top_p: sampling.TopP = PLAIN.top_p
+    top_k: int = Field(
+        PLAIN.top_k, ge=-1, le=65_536, description="draw from the k likeliest characters only; 0 or -1: from all"
+    )
+    top_p: float = Field(
+        PLAIN.top_p,
+        ge=0,
+        le=1,
+        description="draw only from the likeliest characters that together reach this probability; 0 always takes the "
+        "likeliest one",
+    )
     min_p: sampling.MinP = PLAIN.min_p
     repetition_penalty: sampling.RepetitionPenalty = PLAIN.repetition_penalty
     presence_penalty: sampling.PresencePenalty = PLAIN.presence_penalty
@@ -72,7 +80,7 @@ class SamplingBody(Body):
     logit_bias: Annotated[dict[SingleChar, sampling.Bias], Field(max_length=1024)] = Field(
         {}, description="character -> number, -100 to 100, that is added to its logit"
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = Field(
         None, description="a string, or a list of up to 4, that ends the text and is not part of it"
     )
     unknown_chars: UnknownChars = Field(
@@ -94,7 +102,9 @@ class SamplingBody(Body):
     @property
     def sampling_settings(self) -> SamplingSettings:
         """All sampling settings but `logit_bias`, whose characters only get ids with the model that generates."""
-        return SamplingSettings(**{name: getattr(self, name) for name in NUMBERS})
+        settings = SamplingSettings(**{name: getattr(self, name) for name in NUMBERS} | {"top_k": max(0, self.top_k)})
+        # The likeliest characters that reach a probability of 0 are the likeliest one alone.
+        return settings if settings.top_p else replace(settings, temperature=0.0, top_p=1.0)
 
 
 class Logprobs(BaseModel):

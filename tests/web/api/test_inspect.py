@@ -279,7 +279,7 @@ def test_range__before_the_retained_text_is_gone(client: FlaskClient) -> None:
         ({"text": "abc", "from": 2, "to": 1}, 400, "out_of_range", "from"),
         ({"text": "abc", "to": 4}, 400, "out_of_range", "to"),
         ({"text": "abc", "from": -1}, 400, "out_of_range", "from"),
-        ({"text": "abc", "from": 1.0}, 400, "wrong_type", "from"),
+        ({"text": "abc", "from": 1.5}, 400, "wrong_type", "from"),
         ({"text": "abc", "start": 1}, 400, "unknown_field", "start"),
         ({"text": "abc", "logprobs": 21}, 400, "out_of_range", "logprobs"),
         ({"text": "abc", "gates": 1}, 400, "wrong_type", "gates"),

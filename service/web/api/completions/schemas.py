@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.engine.stepper import FinishReason
-from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage, only
+from service.web.api.known_fields import ClientFields, Only
+from service.web.api.schemas import Body, Logprobs, ModelRef, NumLogprobs, SamplingBody, Usage
 
 MAX_CHOICES = 128  # prompts x continuations in one request
 
@@ -21,12 +22,12 @@ class StreamOptions(Body):
     include_usage: bool = Field(
         False, description="send one more event before `[DONE]`, with the usage and without choices"
     )
-    include_obfuscation: Annotated[bool, only(False)] = Field(
-        False, description="accepted for compatibility with OpenAI's clients; only false is supported"
+    include_obfuscation: Annotated[bool | None, Only("the lengths of events tell nothing that was a secret", False)] = (
+        None
     )
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(ClientFields, SamplingBody):
     """Body of POST /v1/completions. A token is a character."""
 
     model_config = ConfigDict(
@@ -36,9 +37,7 @@ class CompletionBody(SamplingBody):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
         description="the text to continue, or a list of texts"
     )
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
-    )
+    model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of continuations of each prompt")
     best_of: int | None = Field(
         None,
@@ -48,10 +47,8 @@ class CompletionBody(SamplingBody):
         "log-probability per character are returned. Default: `n`",
     )
     echo: bool = Field(False, description="begin the text of each choice with the prompt")
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs = Field(
         None,
-        ge=0,
-        le=20,
         description="return the log-probability of each character, and of this many most likely characters at each "
         "position",
     )
@@ -63,11 +60,8 @@ class CompletionBody(SamplingBody):
         max_length=256,
         description="only prompts with the same salt, of the same API key, share cached hidden states",
     )
-    user: str | None = Field(
-        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
-    )
-    suffix: Annotated[str | None, only(None)] = Field(
-        None, description="not supported: the models can't take text after the gap into account"
+    suffix: Annotated[str | None, Only("the models continue a text, and can't take into account what follows", "")] = (
+        None
     )
 
 

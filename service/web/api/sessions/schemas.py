@@ -14,7 +14,8 @@ from pydantic_core import PydanticCustomError
 from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, SamplingBody, Usage
+from service.web.api.known_fields import ClientFields
+from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs, SamplingBody, Usage
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
@@ -57,9 +58,8 @@ class CreateBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "seed": 7}})
 
-    model: str | None = Field(
+    model: ModelRef = Field(
         None,
-        max_length=200,
         description="name, name@version or name@alias; default: the model of `state`, or else the server's default "
         "model",
     )
@@ -88,10 +88,8 @@ class FeedBody(Body):
 
     text: str = Field(description="text to append; if it is empty, the answer has only the next characters")
     position: Position | None = Field(None, description=_POSITION)
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs = Field(
         None,
-        ge=0,
-        le=20,
         description="return the log-probability of each fed character, and of this many most likely characters at each "
         "position",
     )
@@ -104,7 +102,7 @@ class FeedBody(Body):
     )
 
 
-class GenerateBody(SamplingBody):
+class GenerateBody(ClientFields, SamplingBody):
     """Body of POST /v1/sessions/{id}/generate."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"max_tokens": 200, "temperature": 0.8, "stream": True}})
