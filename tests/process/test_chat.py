@@ -20,6 +20,9 @@ from tests.harness.server import SERVE, Server, ask, serving
 
 PLAY = PRESETS["play"]
 ASKED = {"role": "user", "content": "Are you there?"}
+TEXT = {"type": "text", "text": "Are you there?"}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+UNSUPPORTED, UNKNOWN = "unsupported_value", "unknown_field"
 CHAT = {"model": "tiny", "messages": [ASKED], "max_tokens": 60, "seed": 7}
 PROMPT = "ROMEO:\nAre you there?\n\nJULIET:\n"
 
@@ -232,10 +235,66 @@ def test_max_tokens__has_two_names_and_a_default_within_the_limit(server: Server
         ),
         ({"model": "plain"}, "no_chat_template", "model"),
         ({"logprobs": True, "top_logprobs": 21}, "out_of_range", "top_logprobs"),
+        (
+            {"messages": [ASKED, ASKED, {"role": "user", "content": [IMAGE]}]},
+            UNSUPPORTED,
+            "messages[2].content[0].type",
+        ),
+        (
+            {"messages": [ASKED, {"role": "user", "content": [TEXT, TEXT | {"x": 1}]}]},
+            UNKNOWN,
+            "messages[1].content[1].x",
+        ),
+        ({"messages": [ASKED, {"role": "tool", "content": "4"}]}, UNSUPPORTED, "messages[1].role"),
+        ({"messages": [{"role": "users", "content": "4"}]}, "out_of_range", "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "missing_field", "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "missing_field", "messages[0].content"),
+        ({"messages": [ASKED | {"name": "a\nb"}]}, "out_of_range", "messages[0].name"),
+        ({"messages": [ASKED | {"contents": "a"}]}, UNKNOWN, "messages[0].contents"),
+        ({"messages": [ASKED | {"tool_calls": [{"id": "1"}]}]}, UNSUPPORTED, "messages[0].tool_calls"),
+        ({"messages": "Hello"}, "wrong_type", "messages"),
+        ({"tools": [{"type": "function"}]}, UNSUPPORTED, "tools"),
+        ({"tool_choice": "required"}, UNSUPPORTED, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, UNSUPPORTED, "functions"),
+        ({"response_format": {"type": "json_object"}}, UNSUPPORTED, "response_format"),
+        ({"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
+        ({"audio": {"voice": "alloy"}}, UNSUPPORTED, "audio"),
+        ({"chat_template": "{{ messages }}"}, UNSUPPORTED, "chat_template"),
+        ({"logprobs": 5}, "wrong_type", "logprobs"),
+        ({"prompt": "ROMEO:"}, UNKNOWN, "prompt"),
     ],
 )
 def test_chat__refuses_what_it_cant_answer(server: Server, changes: dict[str, object], code: str, param: str) -> None:
     assert refused(server, "/v1/chat/completions", CHAT | changes) == (code, param)
+
+
+# Bodies as clients send them, besides messages and model.
+CLIENTS: dict[str, dict[str, Any]] = {
+    "langchain": {"n": 1, "temperature": 1.0, "stream": False, "max_completion_tokens": 60, "tools": [], "stop": None}
+    | {"parallel_tool_calls": False, "tool_choice": "none", "logprobs": False},
+    "open webui": {"stream": False, "metadata": {"chat": "1"}, "user": "me", "seed": 7, "tool_choice": "auto"},
+    "litellm": {"functions": [], "function_call": "none", "response_format": {"type": "text"}},
+    "vercel": {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0, "reasoning_effort": "low"},
+    "lm-eval": {"stop": ["\n\n"], "seed": 7.0, "max_tokens": 60},
+    "vllm bench": {"ignore_eos": True, "repetition_penalty": 1.0, "stream_options": None, "chat_template_kwargs": {}},
+    "openai": {"store": False, "modalities": ["text"], "service_tier": "auto", "prediction": None, "audio": None},
+    "llm": {"stream": False, "verbosity": "medium", "logit_bias": {}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sent", CLIENTS.values(), ids=CLIENTS)
+def test_clients__are_answered_as_without_their_extra_fields(server: Server, sent: dict[str, Any]) -> None:
+    body = {name: value for name, value in CHAT.items() if name != "max_tokens" or "max_completion_tokens" not in sent}
+    status, answer = server.call("POST", "/v1/chat/completions", body | sent)
+    assert status == 200, answer
+    assert said(answer) == said(chat(server))
+
+
+def test_messages__of_an_answer_may_be_sent_back_as_they_are(client: openai.OpenAI) -> None:
+    first = client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
+    for message in (first.choices[0].message, first.choices[0].message.model_dump()):
+        second = client.chat.completions.create(**CHAT | {"messages": [ASKED, message, ASKED]})
+        assert second.choices[0].message.role == "assistant"
 
 
 def test_version_without_a_template__says_how_to_give_it_one(server: Server) -> None:
@@ -327,6 +386,9 @@ def test_embeddings__of_two_thousand_texts_are_one_request(server: Server) -> No
         ({"input": "a", "dimensions": 8}, "out_of_range", "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "out_of_range", "encoding_format"),
         ({"input": ["a"] * 2049}, "out_of_range", "input"),
+        ({"input": ["a", 5]}, "wrong_type", "input[1]"),
+        ({"input": []}, "out_of_range", "input"),
+        ({"inputs": "a", "input": "a"}, "unknown_field", "inputs"),
         ({"input": "a", "model": "no"}, "model_not_found", "model"),
     ],
 )

@@ -5,33 +5,56 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.model.chat_template import MAX_NAME_CHARS
 from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
-from service.web.api.schemas import UNKNOWN_CHARS, Body, SamplingBody, Usage
+from service.web.api.known_fields import OTHER_NAMES, Anyway, ClientFields, Name, Only
+from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, SamplingBody, Usage
 
 DEFAULT_MAX_TOKENS = 1024
 MAX_MESSAGES = 1024
 _HARD_MAX_TOKENS = 2**53
+_NO_TOOLS = "the models call no tools"
+_NO_THOUGHTS = "the models don't think before they write"
+
+
+def _is_text(sent: object) -> object:
+    if isinstance(sent, str) and sent != "text":
+        raise PydanticCustomError(
+            "unsupported_value", 'only "text" is accepted: the models read characters, and no images, sounds or files'
+        )
+    return sent
+
+
+def _is_no_tool(sent: object) -> object:
+    if sent in ("tool", "function"):
+        raise PydanticCustomError(
+            "unsupported_value", "the models call no tools: send what a tool has returned as a message of the user"
+        )
+    return sent
 
 
 class TextPart(Body):
     """A part of a message."""
 
-    type: Literal["text"] = Field(description="the model reads characters only")
+    type: Annotated[Literal["text"], BeforeValidator(_is_text)]
     text: str
 
 
 class Message(Body):
-    """One message of a chat."""
+    """One message of a chat. What else an answer's message has may be sent back with it."""
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="`developer` is the same as `system`")
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)] = Field(
+    role: Annotated[Literal["system", "developer", "user", "assistant"], BeforeValidator(_is_no_tool)] = Field(
+        description="`developer` is the same as `system`"
+    )
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)] = Field(
         description="the text, or parts of it, which are joined"
     )
     name: str | None = Field(
@@ -41,9 +64,41 @@ class Message(Body):
         pattern=r"^[^\x00-\x1f\x7f]*$",
         description="name of the speaker, instead of that of the chat template",
     )
+    refusal: Annotated[Any, Only("the models refuse nothing: send the text as `content`")] = None
+    annotations: Annotated[Any, Only("the models read text only", [])] = None
+    audio: Annotated[Any, Only("the models read text only")] = None
+    tool_calls: Annotated[Any, Only(_NO_TOOLS, [])] = None
+    tool_call_id: Annotated[Any, Only(_NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(_NO_TOOLS)] = None
+    reasoning: Annotated[Any, Only(_NO_THOUGHTS, "")] = None
+    reasoning_content: Annotated[Any, Only(_NO_THOUGHTS, "")] = None
 
 
-class ChatBody(SamplingBody):
+class ChatFields(ClientFields):
+    """Fields that clients send to chats, besides those that they send to all routes that generate text."""
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES | {"prompt": "messages", "input": "messages"}
+
+    tools: Annotated[Any, Only(_NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, Only(_NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[bool | None, Anyway(_NO_TOOLS)] = None
+    functions: Annotated[Any, Only(_NO_TOOLS, [])] = None
+    function_call: Annotated[Any, Only(_NO_TOOLS, "none", "auto")] = None
+    modalities: Annotated[Any, Only("the models write text only", ["text"])] = None
+    audio: Annotated[Any, Only("the models write text only")] = None
+    web_search_options: Annotated[Any, Only("the models search nothing: send what they should read")] = None
+    documents: Annotated[Any, Only("send what the model should read as a message", [])] = None
+    prediction: Annotated[Any, Anyway("a predicted answer changes nothing but the time elsewhere")] = None
+    reasoning_effort: Annotated[Name | None, Anyway(_NO_THOUGHTS)] = None
+    include_reasoning: Annotated[bool | None, Anyway(_NO_THOUGHTS)] = None
+    verbosity: Annotated[Name | None, Only("use `max_tokens`", "medium")] = None
+    chat_template: Annotated[Any, Only("the template belongs to the version: see `gru-serve models chat`")] = None
+    chat_template_kwargs: Annotated[Any, Only("a template has no variables", {})] = None
+    echo: Annotated[bool | None, Only("use POST /v1/completions", False)] = None
+    best_of: Annotated[int | None, Only("use `n`, or POST /v1/completions", 1)] = None
+
+
+class ChatBody(ChatFields, SamplingBody):
     """Body of POST /v1/chat/completions. A token is a character."""
 
     model_config = ConfigDict(
@@ -52,10 +107,8 @@ class ChatBody(SamplingBody):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
-    )
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     max_tokens: int = Field(
         DEFAULT_MAX_TOKENS,
         ge=1,
@@ -87,9 +140,6 @@ class ChatBody(SamplingBody):
         min_length=1,
         max_length=256,
         description="only chats with the same salt, of the same API key, share cached hidden states",
-    )
-    user: str | None = Field(
-        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
     )
 
 

@@ -5,31 +5,35 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.generation.embedding import Pooling
 from service.model.charset import UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body
+from service.web.api.known_fields import Anyway, Name, Only
+from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef
 
 MAX_INPUTS = 2048
-_Ids = Annotated[list[int], Field(min_length=1)]
+_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
+_Several = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+_TELLS_NOTHING = "it describes the request to other services"
 
 
 class EmbeddingsBody(Body):
     """Body of POST /v1/embeddings."""
 
+    other_names: ClassVar[Mapping[str, str]] = {"prompt": "input", "inputs": "input", "text": "input"}
+
     model_config = ConfigDict(
         json_schema_extra={"example": {"model": "shakespeare", "input": ["To be, or not to be", "Good morrow."]}}
     )
 
-    input: str | Annotated[list[str] | list[int] | list[_Ids], Field(min_length=1, max_length=MAX_INPUTS)] = Field(
+    input: str | Annotated[list[str], _Several] | Annotated[list[_Ids], _Several] | _Ids = Field(
         description="a text, a list of up to 2,048 texts, or the same as ids of characters"
     )
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
-    )
+    model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="how a vector is written: as a list of numbers, or its float32 numbers (little-endian)"
     )
@@ -48,9 +52,13 @@ class EmbeddingsBody(Body):
         max_length=256,
         description="only texts with the same salt, of the same API key, share cached hidden states",
     )
-    user: str | None = Field(
-        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
-    )
+    user: Annotated[Name | None, Anyway(_TELLS_NOTHING)] = None
+    metadata: Annotated[dict[str, Any] | None, Anyway(_TELLS_NOTHING)] = None
+    priority: Annotated[int | None, Anyway("clients share the engine equally")] = None
+    add_special_tokens: Annotated[bool | None, Anyway("every token is a character of the text")] = None
+    truncate_prompt_tokens: Annotated[
+        int | None, Only("a text of any accepted length is read whole: send the part that counts", -1)
+    ] = None
 
 
 class Embedding(BaseModel):
