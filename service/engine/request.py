@@ -30,6 +30,7 @@ class Request:
     seed: int
     sampling: SamplingSettings = PLAIN
     stops: tuple[Ids, ...] = ()
+    min_chars: int = 0  # of `generated` and what this request generates, together
     num_logprobs: int | None = None
     score_prompt: bool = False
     # (L, H) float32, the state after `position` characters; None for the zero state. Copied, not modified.
@@ -72,6 +73,7 @@ class Request:
             seed=self.seed,
             sampling=self.sampling,
             stops=self.stops,
+            min_chars=max(0, self.min_chars - len(generated)) if self.min_chars > 0 else self.min_chars,
             history=history,
             num_logprobs=self.num_logprobs,
             score_prompt=self.score_prompt,

@@ -30,8 +30,10 @@ class CompletionRequest:
     max_chars: int  # to generate for each continuation
     seed: int
     sampling: SamplingSettings = PLAIN
-    # Strings that end a continuation, as `written_stops` returns them; they are not part of its text.
+    # Strings that end a continuation, as `written_stops` returns them.
     stop: tuple[str, ...] = ()
+    includes_stop: bool = False  # the stop string that ends a continuation is part of its text
+    min_chars: int = 0  # none of the first `min_chars` characters of a continuation completes a stop string
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
     best_of: int = 1
@@ -39,6 +41,7 @@ class CompletionRequest:
     # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
     # log-probabilities are returned.
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None  # the same for the characters of the prompts, beside the text
     cache_scope: CacheScope = NOBODY  # whose states after prompts are used
     echo: bool = False  # the prompt is part of the returned text, with its log-probabilities if those are returned
 
@@ -46,13 +49,18 @@ class CompletionRequest:
     def num_scores(self) -> int:
         """The largest number of log-probabilities that are in memory for it at a time."""
         num_chars = self.max_chars * len(self.prompts) + (sum(map(len, self.prompts)) if self.scores_prompt else 0)
-        num_top = 0 if self.num_logprobs is None and self.best_of > self.n else self.num_logprobs
-        return num_scores(num_chars * self.best_of, num_top)
+        return num_scores(num_chars * self.best_of, self.num_top)
+
+    @property
+    def num_top(self) -> int | None:
+        """How many likeliest characters the engine scores at each place. None if it scores nothing."""
+        wanted = [count for count in (self.num_logprobs, self.num_prompt_logprobs) if count is not None]
+        return max(wanted) if wanted else 0 if self.best_of > self.n else None
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's characters need log-probabilities, so that every one must be stepped."""
-        return self.echo and self.num_logprobs is not None
+        return (self.echo and self.num_logprobs is not None) or self.num_prompt_logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class CompletionChunk:
     text: str
     # Of the text's characters. NaN for a first character, which nothing predicts. None if no scores are returned.
     scores: Scores | None = None
+    num_echoed: int = 0  # characters at the beginning of the text that belong to the prompt
 
 
 class Choice:
@@ -75,8 +84,11 @@ class Choice:
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
-        self._stop_filter = StopFilter(request.stop)
+        self._stop_filter = StopFilter(() if request.includes_stop else request.stop)
         self._scores: list[Scores] = []  # of characters that were read or generated, and not yet returned
+        # Of the prompt's characters, if they are returned beside the text. NaN for the first one.
+        self.prompt_scores: list[Scores] = []
+        self._num_scored = 0  # characters of the prompt
         self._num_echoed = 0 if request.echo else len(prompt)
 
     @property
@@ -94,8 +106,9 @@ class Choice:
 
         After the last chunk, `is_over`. Raises EngineFailed.
         """
-        if self._num_echoed < len(self.prompt) and not self._request.scores_prompt:
-            return self._chunk(self._echo(len(self.prompt)))
+        num_echoed = self._num_echoed
+        if num_echoed < len(self.prompt) and not self._request.scores_prompt:
+            return self._chunk(self._echo(len(self.prompt)), len(self.prompt))
         parts = [self.handle.read(flush_interval_s, timeout_s)]
         end = self.handle.end
         if end is not None:
@@ -105,21 +118,27 @@ class Choice:
             self.is_over = True
             shown += self._stop_filter.end(stopped=end.reason == "stop")
             self._cache_states(end)
-        return self._chunk(shown) if shown or self.is_over else None
+        return self._chunk(shown, self._num_echoed - num_echoed) if shown or self.is_over else None
 
     def _process(self, part: StepResult) -> str:
         """Take over a result of the engine, and return the text that can be returned now."""
         shown = ""
+        num_logprobs, num_prompt_logprobs = self._request.num_logprobs, self._request.num_prompt_logprobs
         if part.prompt_scores is not None:
-            if self._num_echoed == 0:
+            if self._num_scored == 0:
                 part.prompt_scores.chosen[0] = np.nan  # nothing predicts the first character
-            self._scores.append(part.prompt_scores)
-            shown = self._echo(len(part.prompt_scores.chosen))
+            self._num_scored += len(part.prompt_scores.chosen)
+            if num_prompt_logprobs is not None:
+                self.prompt_scores.append(part.prompt_scores.likeliest(num_prompt_logprobs))
+            if self._request.echo:
+                shown = self._echo(len(part.prompt_scores.chosen))
+                if num_logprobs is not None:
+                    self._scores.append(part.prompt_scores.likeliest(num_logprobs))
         text = self._model.charset.decode(part.chars)
         if part.scores is not None:
             self._logprob += float(part.scores.chosen.sum(dtype=np.float64))
-            if self._request.num_logprobs is not None:
-                self._scores.append(part.scores)
+            if num_logprobs is not None:
+                self._scores.append(part.scores.likeliest(num_logprobs))
         self.num_generated += len(text)
         self.generated += text
         return shown + self._stop_filter.feed(text)
@@ -129,12 +148,12 @@ class Choice:
         self._num_echoed = min(start + num_chars, len(self.prompt))
         return self._model.charset.decode(self.prompt[start : self._num_echoed])
 
-    def _chunk(self, shown: str) -> CompletionChunk:
+    def _chunk(self, shown: str, num_echoed: int) -> CompletionChunk:
         if not self._scores:
-            return CompletionChunk(shown)
+            return CompletionChunk(shown, None, num_echoed)
         scores = Scores.join(self._scores)
         self._scores = [scores.slice(len(shown), None)]
-        return CompletionChunk(shown, scores.slice(0, len(shown)))
+        return CompletionChunk(shown, scores.slice(0, len(shown)), num_echoed)
 
     def _cache_states(self, end: End) -> None:
         prompt = self._model.charset.decode(self.prompt)
@@ -214,7 +233,6 @@ class Completion:
             handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=start)])[0]
             hidden, start = handle.wait().hidden, len(prompt)
             model.prefixes.put(request.cache_scope, text, hidden)
-        scored = request.num_logprobs is not None or request.best_of > request.n
         return [
             Request(
                 prompt=prompt[start:],
@@ -222,7 +240,8 @@ class Completion:
                 seed=choice_seed(request.seed, request.first_choice + index),
                 sampling=request.sampling,
                 stops=stop_ids(model.charset, request.stop),
-                num_logprobs=(request.num_logprobs or 0) if scored else None,
+                min_chars=request.min_chars,
+                num_logprobs=request.num_top,
                 score_prompt=request.scores_prompt,
                 hidden=hidden,
                 position=start,

@@ -21,6 +21,7 @@ from service.sessions.text import Retention, Text
 
 _POLL_S = 0.25  # between two checks whether the client is still connected
 _NOTHING = np.empty(0, np.int64)
+_DIGITS = "0123456789"
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ class Reader:
             seed=run.seed,
             sampling=run.sampling,
             stops=stop_ids(model.charset, run.stops),
+            min_chars=run.min_chars,
             hidden=text.hidden,
             position=text.position,
             history_prompt=model.charset.exact(run.context),
@@ -127,8 +129,7 @@ class Reader:
         if not text.position < position <= run.start + run.max_chars:
             return text
         generated, end = self._generated(model, text, run, position)
-        stopped = completed(text.slice(run.start, text.position) + generated, run.stops)
-        if end.position < position or stopped:
+        if end.position < position or (end.reason == "stop" and not run.includes_stop):
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
 
@@ -156,9 +157,10 @@ class Reader:
     def finish(self, model: LoadedModel, text: Text, run: Run, generated: str, end: End) -> Text:
         """Return the text after the engine has ended a run: it ends before the stop string, if one was completed.
 
-        generated: the characters that were generated after `text`. The stop string may have begun before them.
+        If the run includes its stop string, it ends after it. generated: the characters that were generated after
+        `text`. The stop string may have begun before them.
         """
-        if end.reason != "stop":
+        if end.reason != "stop" or run.includes_stop:
             return text.extended(generated, end.hidden, end.checkpoints, self._retention)
         stop = completed(text.slice(run.start, text.position) + generated, run.stops)
         num_left = len(generated) - len(stop)
@@ -241,8 +243,23 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
     return tuple(map(charset.exact, stops))
 
 
-def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error") -> tuple[str, ...]:
+def ids_of(charset: Charset, ids: Sequence[int], param: str) -> Ids:
+    """Return (n,) int64 ids that a client has sent. Raises InvalidValue, naming the first that no character has."""
+    for place, char_id in enumerate(ids):
+        if not 0 <= char_id < len(charset):
+            raise InvalidValue(
+                f"{param}[{place}]: no character has the id {char_id}: this model has the ids 0 to {len(charset) - 1}",
+                param=f"{param}[{place}]",
+            )
+    return np.array(ids, np.int64)
+
+
+def written_stops(
+    charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error", ids: Sequence[int] = ()
+) -> tuple[str, ...]:
     """Return stop strings in the characters in which the model writes them, each once.
+
+    `ids` are those of characters that end a text too: each is a stop string of one character.
 
     A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out,
     and with `fold_drop` if it can't be folded: the model can't write it, and without these characters it would end
@@ -269,29 +286,42 @@ def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars 
                 param="stop",
             )
         written.append(text)
-    return tuple(dict.fromkeys(written))
+    return tuple(dict.fromkeys([*written, *charset.decode(ids_of(charset, ids, "stop_token_ids"))]))
 
 
 def with_biases(
-    sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float], unknown: UnknownChars = "error"
+    sampling: SamplingSettings,
+    charset: Charset,
+    biases: Mapping[str, float],
+    unknown: UnknownChars = "error",
+    allowed: Sequence[int] | None = None,
 ) -> SamplingSettings:
-    """Return sampling settings with a `logit_bias` of these characters, for a model with this charset.
+    """Return sampling settings with a `logit_bias` and the `allowed` ids, for a model with this charset.
+
+    A key of `biases` is a character or, if it has two digits or more, the id of one: `12`, `05`.
 
     Raises UnknownCharacters for a character that the model doesn't know, unless `unknown` folds or drops it, and
-    InvalidValue for what is not one character, or for two biases of one.
+    InvalidValue for what is neither one character nor an id, for two biases of one character, or for a key that may be
+    either, because others are ids.
     """
     by_id: dict[int, float] = {}
+    has_ids = any(map(_is_id, biases))
     for char, bias in biases.items():
-        if len(char) > 1 and char.isascii():
+        if has_ids and len(char) == 1 and char in _DIGITS:
             raise InvalidValue(
-                f"logit_bias: {char!r} is not one character: the keys are characters, not ids of tokens",
+                f"logit_bias: {char!r} may be a character or an id, because other keys are ids: write the id as "
+                f"'0{char}', or send no ids",
                 param="logit_bias",
             )
-        try:
-            ids = charset.encode(char, unknown)
-        except InvalidValue as error:
-            error.param = "logit_bias"
-            raise
+        if _is_id(char):
+            ids = _ids_in_key(charset, char)
+        elif len(char) > 1 and char.isascii():
+            raise InvalidValue(
+                f"logit_bias: {char!r} is not one character: the keys are characters, or ids of two digits or more",
+                param="logit_bias",
+            )
+        else:
+            ids = _ids_of_character(charset, char, unknown)
         if not len(ids) and unknown in ("drop", "fold_drop"):
             continue
         if len(ids) != 1:
@@ -301,4 +331,28 @@ def with_biases(
                 f"logit_bias: {char!r} has another bias in a second spelling, and is one character to this model",
                 param="logit_bias",
             )
-    return replace(sampling, logit_bias=tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0)))
+    used = tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0))
+    only = None if allowed is None else tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist())))
+    return replace(sampling, logit_bias=used, allowed=only)
+
+
+def _is_id(key: str) -> bool:
+    return len(key) > 1 and all(char in _DIGITS for char in key)
+
+
+def _ids_in_key(charset: Charset, key: str) -> Ids:
+    try:
+        return ids_of(charset, [int(key)], "logit_bias")
+    except InvalidValue:
+        raise InvalidValue(
+            f"logit_bias: no character has the id {key}: this model has the ids 0 to {len(charset) - 1}",
+            param="logit_bias",
+        ) from None
+
+
+def _ids_of_character(charset: Charset, char: str, unknown: UnknownChars) -> Ids:
+    try:
+        return charset.encode(char, unknown)
+    except InvalidValue as error:
+        error.param = "logit_bias"
+        raise

@@ -207,7 +207,7 @@ class RunStream:
         Raises RunTakenOver, EngineFailed, and Draining after the last part of a run that was interrupted. The rest can
         be had elsewhere, by resuming after `resume_position`.
         """
-        stop_filter = StopFilter(self._run.stops if self._active is not None else ())
+        stop_filter = StopFilter(self._run.stops if self._active is not None and not self._run.includes_stop else ())
         yield from self._stored_chunks(stop_filter)
         active, first, is_over = self._active, True, self._active is None
         while active is not None and not is_over:

@@ -38,12 +38,14 @@ class Run:
     max_chars: Position  # generates at most this many characters
     seed: Seed
     sampling: SamplingSettings
-    stops: tuple[str, ...] = ()  # strings that end the run; they don't become part of the text
+    stops: tuple[str, ...] = ()  # strings that end the run; unless `includes_stop`, they don't become part of the text
     # The distinct characters of the text before the run, which repetition_penalty treats as the prompt. Empty if the
     # sampling settings have no such penalty.
     context: str = ""
     finish_reason: FinishReason | None = None  # None while the run is unfinished
     end: Position | None = None  # the position at which it ended; None while it is unfinished
+    min_chars: Position = 0  # none of its first `min_chars` characters completes a stop string
+    includes_stop: bool = False  # the stop string that ends the run becomes part of the text
 
     @property
     def is_finished(self) -> bool:
@@ -53,7 +55,9 @@ class Run:
     @property
     def num_bytes(self) -> int:
         """Approximate memory in bytes."""
-        return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
+        num_chars = sum(map(len, self.stops)) + len(self.context)
+        num_ids = len(self.sampling.allowed or ())
+        return 512 + 4 * num_chars + 128 * len(self.sampling.logit_bias) + 40 * num_ids
 
 
 @dataclass(frozen=True, slots=True)

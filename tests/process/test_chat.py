@@ -15,7 +15,7 @@ import pytest
 
 from service.model.chat_template import PRESETS
 from service.store.model_store import ModelStore
-from tests.harness.models import loaded_model, publish_tiny
+from tests.harness.models import TINY_CHARSET, loaded_model, publish_tiny
 from tests.harness.server import SERVE, Server, ask, serving
 
 PLAY = PRESETS["play"]
@@ -34,6 +34,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     publish_tiny(store, chat="play")
     publish_tiny(store, "deep", chat="lines", num_layers=3)
     publish_tiny(store, "plain")
+    publish_tiny(store, "wide", chat="play", charset=TINY_CHARSET + "".join(map(chr, range(0x4E00, 0x4E00 + 200))))
     return store
 
 
@@ -80,6 +81,8 @@ def refused(server: Server, path: str, body: dict[str, object]) -> tuple[str, st
         {"stop": ["a", "b"], "temperature": 1.5},
         {"logit_bias": {"e": 5}, "presence_penalty": 0.5, "frequency_penalty": 0.5, "top_k": 10},
         {"temperature": 0, "max_tokens": 200},
+        {"min_tokens": 50, "stop_token_ids": [22, 23], "include_stop_str_in_output": True},
+        {"allowed_token_ids": [*range(20, 40)], "max_tokens": 30},
     ],
 )
 def test_chat__is_the_completion_of_the_text_that_the_template_writes(server: Server, fields: dict[str, Any]) -> None:
@@ -262,6 +265,13 @@ def test_max_tokens__has_two_names_and_a_default_within_the_limit(server: Server
         ({"chat_template": "{{ messages }}"}, UNSUPPORTED, "chat_template"),
         ({"logprobs": 5}, "wrong_type", "logprobs"),
         ({"prompt": "ROMEO:"}, UNKNOWN, "prompt"),
+        ({"min_tokens": 61}, "out_of_range", "min_tokens"),
+        (
+            {"model": "wide", "stop": ["a", "b", "c", "d"], "stop_token_ids": [*range(60, 188)]},
+            "out_of_range",
+            "stop_token_ids",
+        ),
+        ({"return_token_ids": True}, UNSUPPORTED, "return_token_ids"),
     ],
 )
 def test_chat__refuses_what_it_cant_answer(server: Server, changes: dict[str, object], code: str, param: str) -> None:
@@ -381,12 +391,15 @@ def test_embeddings__of_two_thousand_texts_are_one_request(server: Server) -> No
         ({"input": ["漢"]}, "out_of_range", "input[0]"),
         ({"input": "é漢", "unknown_chars": "error"}, "unknown_characters", "input"),
         ({"input": ["a", "a" * 3001]}, "out_of_range", "input[1]"),
-        ({"input": [15339, 856]}, "out_of_range", "input"),
-        ({"input": [[1], [-1]]}, "out_of_range", "input[1]"),
+        ({"input": [15339, 856]}, "out_of_range", "input[0]"),
+        ({"input": [10**9]}, "out_of_range", "input[0]"),
+        ({"input": 5}, "wrong_type", "input"),
+        ({"input": [[1], [1, -1]]}, "out_of_range", "input[1][1]"),
         ({"input": "a", "dimensions": 8}, "out_of_range", "dimensions"),
         ({"input": "a", "encoding_format": "int8"}, "out_of_range", "encoding_format"),
         ({"input": ["a"] * 2049}, "out_of_range", "input"),
         ({"input": ["a", 5]}, "wrong_type", "input[1]"),
+        ({"input": [1, "a"]}, "wrong_type", "input[1]"),
         ({"input": []}, "out_of_range", "input"),
         ({"inputs": "a", "input": "a"}, "unknown_field", "inputs"),
         ({"input": "a", "model": "no"}, "model_not_found", "model"),

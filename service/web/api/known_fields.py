@@ -78,6 +78,7 @@ class Only:
 
 # Names that other servers, and other routes, use for what a field here does: for the error that refuses them.
 OTHER_NAMES = {
+    "max_completion_tokens": "max_tokens",
     "max_new_tokens": "max_tokens", "max_length": "max_tokens", "n_predict": "max_tokens", "num_predict": "max_tokens",
     "min_new_tokens": "min_tokens", "min_length": "min_tokens",
     "stop_sequences": "stop", "stopping_strings": "stop", "stop_strings": "stop",

@@ -14,17 +14,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.engine.stepper import MAX_STOPS
 from service.engine.stop import MAX_STOP_CHARS
-from service.model.charset import UnknownChars
+from service.errors import InvalidValue
+from service.model.charset import MAX_CHARSET, UnknownChars
 
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 2**53  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
+_MAX_STOP_STRINGS, _MAX_STOP_IDS = 4, MAX_STOPS - 4
 UNKNOWN_CHARS = (
     "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
     "ones (`fold`), leave them out (`drop`), or replace those that can be and leave out the others (`fold_drop`)"
 )
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
+# An id of a character: its index in the model's charset, whose length the routes check.
+CharId = Annotated[int, Field(ge=0, lt=MAX_CHARSET)]
 # Name of a model; empty as clients send it that have no choice: not given.
 ModelRef = Annotated[str | None, Field(max_length=200), AfterValidator(lambda ref: ref or None)]
 # How many alternatives to score; clients that take it for a switch send false for none.
@@ -78,10 +83,27 @@ class SamplingBody(Body):
     presence_penalty: sampling.PresencePenalty = PLAIN.presence_penalty
     frequency_penalty: sampling.FrequencyPenalty = PLAIN.frequency_penalty
     logit_bias: Annotated[dict[SingleChar, sampling.Bias], Field(max_length=1024)] = Field(
-        {}, description="character -> number, -100 to 100, that is added to its logit"
+        {},
+        description="character, or id of one in two digits or more, -> number, -100 to 100, that is added to its logit",
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = Field(
+    allowed_token_ids: (
+        Annotated[list[CharId], Field(min_length=1, max_length=sampling.MAX_ALLOWED, fail_fast=True)] | None
+    ) = Field(None, description="ids of the only characters that can be drawn")
+    stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
         None, description="a string, or a list of up to 4, that ends the text and is not part of it"
+    )
+    stop_token_ids: Annotated[list[CharId], Field(max_length=_MAX_STOP_IDS, fail_fast=True)] = Field(
+        [], description="ids of characters that end the text, as stop strings of one character do"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="the stop string or character that ends the text is part of it"
+    )
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        le=_HARD_MAX_TOKENS,
+        description="none of this many first characters ends the text: a stop string that is complete by then is "
+        "part of the text like any other. At most `max_tokens`",
     )
     unknown_chars: UnknownChars = Field(
         "error",
@@ -99,9 +121,17 @@ class SamplingBody(Body):
         """`stop` as a tuple, whichever form the caller gave it in."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> SamplingBody:
+        if self.min_tokens > self.max_tokens:
+            raise InvalidValue(
+                f"min_tokens: must be at most max_tokens, which is {self.max_tokens}", param="min_tokens"
+            )
+        return self
+
     @property
     def sampling_settings(self) -> SamplingSettings:
-        """All sampling settings but `logit_bias`, whose characters only get ids with the model that generates."""
+        """All sampling settings but `logit_bias` and allowed ids, which need the charset of the model."""
         settings = SamplingSettings(**{name: getattr(self, name) for name in NUMBERS} | {"top_k": max(0, self.top_k)})
         # The likeliest characters that reach a probability of 0 are the likeliest one alone.
         return settings if settings.top_p else replace(settings, temperature=0.0, top_p=1.0)

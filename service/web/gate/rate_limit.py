@@ -104,7 +104,8 @@ def _num_chars(body: Any, max_chars: int, max_texts: int, chat_chars: int) -> in
         return default if value is None else value if type(value) is int and 0 <= value <= largest else -1
 
     prompts = body.get("prompt")
-    prompts = prompts if isinstance(prompts, list) else [prompts]
+    # A list is a text of ids if its first element is one.
+    prompts = prompts if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else [prompts]
     num_read = sum(map(_length, (*prompts, body.get("text"), body.get("messages"), body.get("input"))))
     num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
     max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)

@@ -10,6 +10,7 @@ from service.generation.completion import Completion, CompletionChunk
 from service.model.chat_template import ChatTemplate
 from service.registry.loaded_models import LoadedModel
 from service.web.api.completions.answer import CompletionAnswer
+from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import TextEvent
 from service.web.api.json_pieces import chat_logprobs_pieces, dumps
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
@@ -43,8 +44,8 @@ class ChatAnswer(CompletionAnswer):
             yield f',"finish_reason":"{choice.finish_reason}"}}'
         yield f'],"usage":{self._usage().model_dump_json()}}}'
 
-    def _text_events(self, with_usage: bool) -> Iterator[TextEvent | None]:
-        head, tail = self._head, ', "usage": null}' if with_usage else "}"
+    def _text_events(self, options: StreamOptions) -> Iterator[TextEvent | None]:
+        head, tail = self._head, ', "usage": null}' if options.include_usage else "}"
         begun: set[int] = set()
         for item in self._completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
             if item is None:
@@ -55,6 +56,8 @@ class ChatAnswer(CompletionAnswer):
             begun.add(choice.index)
             index, text = choice.index, json.dumps(piece.text)
             scores = "".join(chat_logprobs_pieces(piece.text, piece.scores, self._charset))
+            if options.continuous_usage_stats:
+                tail = f', "usage": {self._usage().model_dump_json()}}}'
             reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
             yield TextEvent(
                 f'{head}, "choices": [{{"index": {index}, "delta": {{{role}"content": {text}}}, "logprobs": {scores}, '

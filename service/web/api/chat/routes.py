@@ -9,6 +9,7 @@ from dataclasses import replace
 from flask import Response
 
 from service.engine.prefix_cache import CacheScope
+from service.engine.stepper import MAX_STOPS
 from service.errors import InvalidValue, NoChatTemplate
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases, written_stops
@@ -21,13 +22,15 @@ from service.web.api.chat import schemas
 from service.web.api.chat.answer import ChatAnswer
 from service.web.api.chat.schemas import ChatBody, Message
 from service.web.api.completions.routes import CompletionLimits
-from service.web.api.completions.schemas import MAX_CHOICES
+from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.route import Route
+
+_NO_OPTIONS = StreamOptions()
 
 
 class ChatRoutes(Resource):
@@ -68,7 +71,7 @@ class ChatRoutes(Resource):
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
-            model = self._models.get(body.model if body.model is not None else self._default_model)
+            model = self._models.get(body.model or self._default_model)
             template = self._template_of(model)
             request = _completion_request(model, template, body, messages, max_chars, self._limits)
             scores = ScoreReservation(self._score_budget)
@@ -79,8 +82,7 @@ class ChatRoutes(Resource):
             answer = ChatAnswer(model, completion, template)
             if not body.stream:
                 return answer.whole(client_monitor(), held)
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(answer.events(client_monitor(), with_usage), held, named=False)
+            return EventStream(answer.events(client_monitor(), body.stream_options or _NO_OPTIONS), held, named=False)
 
     def _template_of(self, model: LoadedModel) -> ChatTemplate:
         template = model.chat or self._default_template
@@ -122,6 +124,8 @@ def _check(body: ChatBody, messages: list[ChatMessage], limits: CompletionLimits
             raise InvalidValue(f"{field}: at most {limits.max_tokens} characters a request", param=field)
     if {"max_tokens", "max_completion_tokens"} <= body.model_fields_set and body.max_tokens != max_chars:
         raise InvalidValue("max_tokens: differs from max_completion_tokens; give one of them", param="max_tokens")
+    if body.min_tokens > max_chars:
+        raise InvalidValue(f"min_tokens: must be at most {field}, which is {max_chars}", param="min_tokens")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidValue("top_logprobs: only allowed with logprobs: true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
@@ -164,13 +168,21 @@ def _completion_request(
             f"{len(prompt)}",
             param="messages",
         )
-    stops = [*template.stop, *written_stops(model.charset, body.stop_strings, unknown)]
+    stops = [*template.stop, *written_stops(model.charset, body.stop_strings, unknown, body.stop_token_ids)]
+    if len(stops := list(dict.fromkeys(stops))) > MAX_STOPS:
+        raise InvalidValue(
+            f"stop_token_ids: at most {MAX_STOPS} stop strings and ids together with the {len(template.stop)} of the "
+            "chat template",
+            param="stop_token_ids",
+        )
     return CompletionRequest(
         prompts=(prompt,),
         max_chars=max_chars,
         seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias, unknown),
-        stop=tuple(dict.fromkeys(stops)),
+        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias, unknown, body.allowed_token_ids),
+        stop=tuple(stops),
+        includes_stop=body.include_stop_str_in_output,
+        min_chars=body.min_tokens,
         n=body.n,
         best_of=body.n,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,

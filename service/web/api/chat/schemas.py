@@ -6,9 +6,9 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.engine.stepper import FinishReason
@@ -94,6 +94,8 @@ class ChatFields(ClientFields):
     verbosity: Annotated[Name | None, Only("use `max_tokens`", "medium")] = None
     chat_template: Annotated[Any, Only("the template belongs to the version: see `gru-serve models chat`")] = None
     chat_template_kwargs: Annotated[Any, Only("a template has no variables", {})] = None
+    prompt_logprobs: Annotated[Any, Only("use POST /v1/completions", False)] = None
+    return_token_ids: Annotated[bool | None, Only("use POST /v1/completions", False)] = None
     echo: Annotated[bool | None, Only("use POST /v1/completions", False)] = None
     best_of: Annotated[int | None, Only("use `n`, or POST /v1/completions", 1)] = None
 
@@ -141,6 +143,10 @@ class ChatBody(ChatFields, SamplingBody):
         max_length=256,
         description="only chats with the same salt, of the same API key, share cached hidden states",
     )
+
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> Self:
+        return self  # the route does, which knows which limit applies
 
 
 class AnswerMessage(BaseModel):

@@ -6,13 +6,13 @@ import base64
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-import numpy as np
 from flask import Response
 
 from service.arrays import Float32, Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue, Overloaded
 from service.generation.embedding import embed
+from service.generation.reader import ids_of
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.shares import SharedBudget, current_client
 from service.web.api.completions.routes import CompletionLimits
@@ -63,7 +63,7 @@ class EmbeddingRoutes(Resource):
         _check_lengths(texts, self._limits.max_prompt_chars)
         with ExitStack() as held:
             held.enter_context(self._admission.admit())
-            model = self._models.get(body.model if body.model is not None else self._default_model)
+            model = self._models.get(body.model or self._default_model)
             if body.dimensions not in (None, model.state_shape[1]):
                 raise InvalidValue(
                     f"dimensions: the vectors of this model have {model.state_shape[1]} numbers, and are not shortened",
@@ -116,14 +116,14 @@ def _ids_of(model: LoadedModel, text: str | list[int], path: str, body: Embeddin
         except InvalidValue as error:
             error.param = path
             raise
-    largest = len(model.charset) - 1
-    if min(text) < 0 or max(text) > largest:
+    try:
+        return ids_of(model.charset, text, path)
+    except InvalidValue as error:
         raise InvalidValue(
-            f"{path}: the ids of this model's characters are 0 to {largest}: send text, and not the tokens of another "
-            "model (LangChain's OpenAIEmbeddings sends text with check_embedding_ctx_length=False)",
-            param=path,
-        )
-    return np.array(text, np.int64)
+            f"{error.message}; if these are tokens of another model, send text (LangChain's OpenAIEmbeddings does with "
+            "check_embedding_ctx_length=False)",
+            param=error.param,
+        ) from None
 
 
 def _pieces(model: LoadedModel, vectors: Float32, encoding_format: str, num_chars: int) -> Iterator[str]:

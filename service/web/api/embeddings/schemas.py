@@ -8,16 +8,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.generation.embedding import Pooling
 from service.model.charset import UnknownChars
+from service.web.api.completions.schemas import kind_of_prompt
 from service.web.api.known_fields import Anyway, Name, Only
 from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef
 
 MAX_INPUTS = 2048
-_Ids = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 _Several = Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True)
+_Ids = Annotated[list[int], Field(fail_fast=True)]  # the route checks them, and says more than a bound would
+Input = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], _Several, Tag("texts")]
+    | Annotated[list[int], Field(min_length=1, fail_fast=True), Tag("ids")]
+    | Annotated[list[_Ids], _Several, Tag("texts of ids")],
+    Discriminator(
+        kind_of_prompt,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a text, the ids of its characters, or a list of texts or of ids",
+    ),
+]
 _TELLS_NOTHING = "it describes the request to other services"
 
 
@@ -30,9 +42,7 @@ class EmbeddingsBody(Body):
         json_schema_extra={"example": {"model": "shakespeare", "input": ["To be, or not to be", "Good morrow."]}}
     )
 
-    input: str | Annotated[list[str], _Several] | Annotated[list[_Ids], _Several] | _Ids = Field(
-        description="a text, a list of up to 2,048 texts, or the same as ids of characters"
-    )
+    input: Input = Field(description="a text, a list of up to 2,048 texts, or the same as ids of characters")
     model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     encoding_format: Literal["float", "base64"] = Field(
         "float", description="how a vector is written: as a list of numbers, or its float32 numbers (little-endian)"

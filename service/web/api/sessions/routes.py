@@ -179,6 +179,10 @@ class SessionRoutes(Resource):
             body.seed,
             tuple(body.logit_bias.items()),
             body.unknown_chars,
+            body.min_tokens,
+            body.include_stop_str_in_output,
+            tuple(body.stop_token_ids),
+            tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
         )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
