@@ -13,8 +13,14 @@ import numpy as np
 import openai
 import pytest
 
+from service.errors import InvalidSettings
+from service.generation.reader import step
 from service.model.chat_template import PRESETS
+from service.settings import Settings
 from service.store.model_store import ModelStore
+from service.web.app import create_app
+from tests.harness.application import client_of, ok
+from tests.harness.application import refused as refusal
 from tests.harness.models import TINY_CHARSET, loaded_model, publish_tiny
 from tests.harness.server import SERVE, Server, ask, serving
 
@@ -126,6 +132,15 @@ def test_stream__has_the_text_of_the_whole_answer(client: openai.OpenAI) -> None
     assert last.usage == whole.usage.model_copy(update={"prompt_tokens_details": last.usage.prompt_tokens_details})
 
 
+def test_stream__has_the_usage_so_far_in_every_event_on_request(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"include_usage": True, "continuous_usage_stats": True}
+    settings: dict[str, Any] = CHAT | {"max_tokens": 2000, "stream": True, "stream_options": options}
+    usages = [chunk.usage for chunk in client.chat.completions.create(**settings)]
+    counts = [usage.completion_tokens for usage in usages if usage]
+    assert len(counts) == len(usages) > 1
+    assert counts == sorted(counts)
+
+
 def test_stream__ends_with_done(server: Server) -> None:
     connection = server.connect()
     try:
@@ -217,6 +232,9 @@ def test_max_tokens__has_two_names_and_a_default_within_the_limit(server: Server
     assert (status, answer["usage"]["completion_tokens"]) == (200, 30)
     assert chat(server, **never, max_completion_tokens=60)["usage"]["completion_tokens"] == 60
     path = "/v1/chat/completions"
+    long = {"max_completion_tokens": 1500, "min_tokens": 1200}
+    status, answer = server.call("POST", path, plain | long | {"logit_bias": {"\n": 5}})
+    assert (status, answer["usage"]["completion_tokens"] >= 1200) == (200, True)
     assert refused(server, path, CHAT | {"max_completion_tokens": 61}) == ("out_of_range", "max_tokens")
     assert refused(server, path, plain | {"max_completion_tokens": 2001})[1] == "max_completion_tokens"
 
@@ -332,8 +350,6 @@ def test_embeddings__are_the_normalised_states_of_the_top_layer(server: Server, 
     text = "Are you there? " * 20  # longer than one segment
     last, mean = (as_floats(embeddings(server, model=model, input=text, pooling=how))[0] for how in ("last", "mean"))
     with loaded_model(store, model) as loaded:
-        from service.generation.reader import step
-
         ids = loaded.charset.encode(text)
         positions = tuple(range(1, len(ids) + 1))
         end, _ = step(loaded, ids, checkpoint_positions=positions)
@@ -412,13 +428,10 @@ def test_embeddings__refuse_what_they_cant_read(
     assert (status in (400, 404), answer["error"]["code"], answer["error"]["param"]) == (True, code, param), answer
 
 
-# The template of the server
+# Settings
 
 
 def test_chat_template__of_the_server_serves_versions_that_have_none(tmp_path: Path) -> None:
-    from service.settings import Settings
-    from tests.harness.application import client_of, ok
-
     store = ModelStore(tmp_path)
     publish_tiny(store)
     publish_tiny(store, "signs", charset="ab\n")
@@ -432,5 +445,22 @@ def test_chat_template__of_the_server_serves_versions_that_have_none(tmp_path: P
         prompts = {"tiny": PROMPT, "lines": "Are you there?\n"}
         for name, prompt in prompts.items():
             assert ok(found[name])["usage"]["prompt_tokens"] == len(prompt)
-        assert found["signs"].get_json()["error"]["code"] == "no_chat_template"
-        assert "':' (U+003A)" in found["signs"].get_json()["error"]["message"]
+        error = refusal(found["signs"], 400, "no_chat_template", "model")
+        assert "':' (U+003A)" in error["message"]
+
+
+def test_chat_template__that_cant_be_read_stops_the_start(tmp_path: Path, tiny_store: ModelStore) -> None:
+    (tmp_path / "chat.json").write_text("{}")
+    for word, reason in (("paly", "there is no file 'paly'"), (str(tmp_path / "chat.json"), r"chat\.json: user")):
+        settings = Settings(model_store=tiny_store.root, model="tiny", chat_template=word, log_level="error")
+        with pytest.raises(InvalidSettings, match=f"GRU_SERVE_CHAT_TEMPLATE: .*{reason}"):
+            create_app(settings)
+
+
+def test_embeddings__share_the_memory_for_numbers(tiny_store: ModelStore) -> None:
+    """Of 1,000 numbers one client may have 500 at a time: 31 vectors of 16 units."""
+    settings = Settings(model_store=tiny_store.root, model="tiny", max_scores=1000, log_level="error")
+    with client_of(settings) as client:
+        for _ in range(3):  # what an answer has reserved is given back
+            assert len(ok(client.post("/v1/embeddings", json={"input": ["a"] * 31}))["data"]) == 31
+        refusal(client.post("/v1/embeddings", json={"input": ["a"] * 32}), 400, "out_of_range", "input")
