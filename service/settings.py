@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     model_store: Path = Field(Path("model_store"), description="directory of the model store")
     model: str = Field("shakespeare", description="default model: loaded at startup, used by requests that name none")
+    chat_template: str = Field(
+        "", description="chat template of versions that have none: play, dialogue, lines, or a file; empty: none"
+    )
     max_models: int = Field(
         4, ge=1, le=1000, description="model versions loaded at a time; one more evicts the least recently used"
     )

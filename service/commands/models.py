@@ -1,4 +1,4 @@
-"""`gru-serve models list|show|verify|tokenizer|alias|delete`."""
+"""`gru-serve models list|show|verify|tokenizer|alias|chat|delete`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import Any
 
 import click
 
-from service.commands.options import PathOption, echo_json, json_option, model_store_option, open_store
+from service.commands.options import (
+    ChatTemplateType,
+    PathOption,
+    echo_json,
+    json_option,
+    model_store_option,
+    open_store,
+)
 from service.errors import GruServeError, InvalidArtifact
 from service.model import hugging_face
+from service.model.artifact import CHAT
 from service.model.charset import Charset
 
 
 @click.group("models")
 def models_group() -> None:
-    """List, show, verify, alias and delete the versions in a model store, and write their tokenizers."""
+    """List, show, verify, alias and delete versions, write their tokenizers, and give them chat templates."""
 
 
 @models_group.command("list")
@@ -65,8 +73,9 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
     config, training = described.config, described.training.model_dump()
     facts: dict[str, Any] = {"model": described.version.ref, "path": str(described.version.path)}
     facts |= {"digest": described.digest, "aliases": described.aliases, "num_parameters": config.num_parameters}
+    chat = described.chat.model_dump() if described.chat else None
     if as_json:
-        echo_json(facts | {"config": config.model_dump(), "training": training}, indent=1)
+        echo_json(facts | {"config": config.model_dump(), "chat": chat, "training": training}, indent=1)
         return
     rows = [
         ("model", ", ".join([facts["model"], *described.aliases])),
@@ -75,6 +84,7 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
         ("parameters", f"{config.num_parameters:,}"),
         ("sizes", f"embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}"),
         ("charset", f"{config.vocab_size} characters: {config.charset!r}"),
+        ("chat", json.dumps(chat, ensure_ascii=False) if chat else "no template, see models chat"),
     ]
     for section in ("corpus", "losses"):
         rows += [(f"{section}: {name}", value) for name, value in _facts(training[section])]
@@ -160,6 +170,33 @@ def alias_command(model: str, alias: str, remove: bool, model_store: Path | None
         version = store.resolve(model)
         store.set_alias(version.name, alias, version.number)
         click.echo(f"{version.name}@{alias} is {version.ref}")
+
+
+@models_group.command("chat")
+@click.argument("model")
+@click.argument("template", type=ChatTemplateType())
+@model_store_option
+def chat_command(model: str, template: Any, model_store: Path | None) -> None:
+    """Publish MODEL again with a chat template, so that it answers chats: a file, or play, dialogue or lines.
+
+    A version never changes, so this publishes a new one, with the same weights.
+
+    Example: gru-serve models chat shakespeare@1 play
+    """
+    store = open_store(model_store)
+    described = store.describe(store.resolve(model))
+    before = described.version
+    if described.chat == template:
+        click.echo(f"{before.ref} has this chat template already")
+        return
+    if unknown := template.unknown_to(Charset(described.config.charset)):
+        reason = f"{before.ref} doesn't know {unknown}, which the template writes"
+        raise click.BadParameter(reason, param_hint="TEMPLATE")
+    newest = store.versions(before.name)[-1]
+    version = store.republish(before.ref, {CHAT: template.to_json().encode()})
+    click.echo(f"{version.ref} is {before.ref} with this chat template")
+    if newest != before:
+        click.echo(f"{version.name}@latest is {version.ref} now, and was {newest.ref}", err=True)
 
 
 @models_group.command("delete")

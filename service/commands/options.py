@@ -41,6 +41,21 @@ class PathOption(click.Path):
         return super().convert(value, param, ctx)
 
 
+class ChatTemplateType(click.ParamType):
+    """A chat template: the name of a preset, or the path of a file. The command gets a `ChatTemplate`."""
+
+    name = "template"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from service.errors import InvalidArtifact
+        from service.model.chat_template import find_template
+
+        try:
+            return find_template(value) if isinstance(value, str) else value
+        except InvalidArtifact as error:
+            self.fail(error.message, param, ctx)
+
+
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 # How often a waiting thread of libgomp looks before it sleeps, which takes about 0.1 ms. On x86 it pauses between two

@@ -261,20 +261,23 @@ def written_stops(
 
     `ids` are those of characters that end a text too: each is a stop string of one character.
 
-    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out:
-    the model can't write it, and without these characters it would end other texts.
+    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out,
+    and with `fold_drop` if it can't be folded: the model can't write it, and without these characters it would end
+    other texts.
 
     Raises UnknownCharacters, InvalidValue.
     """
     written = []
     for stop in stops:
         try:
-            text = charset.written(stop, "fold" if unknown == "fold" else "error")
+            text = charset.written(stop, "fold" if unknown in ("fold", "fold_drop") else "error")
         except UnknownCharacters as error:
-            if unknown == "drop":
+            if unknown in ("drop", "fold_drop"):
                 continue
             error.param = "stop"
             raise
+        if not text and unknown == "fold_drop":
+            continue
         if not text:
             raise InvalidValue("stop: folding leaves none of its characters: leave this stop string out", param="stop")
         if len(text) > MAX_STOP_CHARS:
@@ -319,7 +322,7 @@ def with_biases(
             )
         else:
             ids = _ids_of_character(charset, char, unknown)
-        if not len(ids) and unknown == "drop":
+        if not len(ids) and unknown in ("drop", "fold_drop"):
             continue
         if len(ids) != 1:
             raise InvalidValue(f"logit_bias: {char!r} is not one character to this model", param="logit_bias")

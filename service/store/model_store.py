@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
-from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
+from service.model.artifact import Artifact, TrainingFacts, copy_artifact, read_artifact, read_description
+from service.model.chat_template import ChatTemplate
 from service.model.config import ModelConfig
 from service.model.manifest import MANIFEST, describe_os_error, is_broken_link, is_stray
 from service.store.staging import (
@@ -68,6 +69,7 @@ class Description:
     training: TrainingFacts
     digest: str  # see Artifact.digest
     aliases: list[str]  # all aliases of the version, sorted; `latest` is the first if it applies
+    chat: ChatTemplate | None = None  # see Artifact.chat
 
 
 class _Index(BaseModel):
@@ -186,6 +188,14 @@ class ModelStore:
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
+    def republish(self, ref: str, files: Mapping[str, bytes]) -> ModelVersion:
+        """Publish a version again as a new one of its name, with these files added or replaced.
+
+        Raises ModelNotFound, InvalidArtifact, StoreError.
+        """
+        version, _ = self.load(ref)
+        return self.publish(version.name, lambda directory: copy_artifact(version.path, directory, files))
+
     def check_writable(self, name: str, write: Callable[[Path], None] = lambda _: None) -> None:
         """Raise InvalidValue, InvalidArtifact or StoreError if no version of `name` could be published.
 
@@ -209,7 +219,7 @@ class ModelStore:
         Raises ModelNotFound if it was deleted, InvalidArtifact, or StoreError if the index is damaged.
         """
         try:
-            config, training, digest = read_description(version.path)
+            config, training, digest, chat = read_description(version.path)
         except InvalidArtifact:
             if version not in self.versions(version.name):
                 raise ModelNotFound(f"{version.ref} was deleted", param="model") from None
@@ -217,7 +227,7 @@ class ModelStore:
         aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
         if self.versions(version.name)[-1:] == [version]:
             aliases.insert(0, LATEST)
-        return Description(version, config, training, digest, aliases)
+        return Description(version, config, training, digest, aliases, chat)
 
     def verify(self, ref: str) -> tuple[str, ...]:
         """Check every file of a version, as loading does. Return what is wrong with files that decide nothing.

@@ -170,7 +170,8 @@ def read_text(
     unknown: UnknownChars = settings.unknown_chars
     if settings.min_count and unknown == "error":
         unknown = "fold"
-    ids, lengths = reader.encode(charset, unknown, or_drop=settings.min_count > 0)
+    or_drop = settings.min_count > 0 or unknown == "fold_drop"
+    ids, lengths = reader.encode(charset, "fold" if unknown == "fold_drop" else unknown, or_drop=or_drop)
     text = _lines_of(ids, charset) if settings.lines else EncodedText.of_lengths(ids, lengths)
     if not len(text.ids):
         what = "lines that are not empty" if settings.lines else "characters that the charset knows"

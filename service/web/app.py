@@ -12,10 +12,15 @@ from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
 from service.engine.stop import MAX_STOP_CHARS
+from service.errors import InvalidArtifact, InvalidSettings
+from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, read_settings
 from service.shares import SharedBudget
+from service.web.api.chat.routes import ChatRoutes
+from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
+from service.web.api.embeddings.routes import EmbeddingRoutes
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
 from service.web.api.models.schemas import Limits
@@ -103,7 +108,7 @@ def _register_gates(
     register_access(app, keys)
     close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes, SharedBudget(settings.large_bodies_bytes))
-    register_start_costs(app, settings.max_tokens, MAX_CHOICES)
+    register_start_costs(app, settings.max_tokens, MAX_CHOICES, DEFAULT_MAX_TOKENS)
     register_error_handlers(app)
     return close_counts
 
@@ -123,6 +128,8 @@ def _resources(
     score_budget = SharedBudget(settings.max_scores)
     return [
         CompletionRoutes(models, default, completion_limits, admission, score_budget, service.sealer),
+        ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
+        EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
@@ -154,6 +161,15 @@ def _bounds(settings: Settings) -> Bounds:
         "TokenizeBody": {"prompt": text},
         "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},
     }
+
+
+def _chat_template(settings: Settings) -> ChatTemplate | None:
+    if not settings.chat_template:
+        return None
+    try:
+        return find_template(settings.chat_template)
+    except InvalidArtifact as error:
+        raise InvalidSettings(f"GRU_SERVE_CHAT_TEMPLATE: {error.message}", param="chat_template") from None
 
 
 def _admission_limit(settings: Settings) -> AdmissionLimit:

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from service.__main__ import main
 from service.commands.progress import Progress
 from service.model.artifact import write_artifact
+from service.model.chat_template import PRESETS
 from service.store.model_store import ModelStore
 from service.training import devices
 from service.training.checkpoint import lock_checkpoint, read_state
@@ -217,6 +218,30 @@ def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_train__publishes_a_chat_template_also_when_resumed_and_from_a_version_with_one(place: Place) -> None:
+    template = place.corpus.with_name("mine.json")
+    template.write_text('{"user": "{content}\\n", "assistant": "I am {content}\\n", "stop": ["\\n"]}')
+    result = place.train(*SMALL, "--epochs", "1", "--chat", "play")
+    assert result.exit_code == 2
+    assert "the text has no 'R' (U+0052), which the template writes" in result.output
+    result = place.train(*SMALL, "--epochs", "1", "--chat", str(template))
+    assert result.exit_code == 0, result.output
+    assert place.facts(1)["command"].endswith("--chat chat.json")
+    result = place.train("--resume", "--epochs", "2")
+    assert result.exit_code == 0, result.output
+    place.checkpoint.unlink()
+    result = place.train("--init-from", "fox@1", "--batch-size", "4", "--sequence-length", "16", "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    store = ModelStore(place.store)
+    chats = [store.describe(version).chat for version in store.versions("fox")]
+    assert len(chats) == 3
+    assert {chat and chat.assistant for chat in chats} == {"I am {content}\n"}
+    result = place.train("--overwrite", "--init-from", "fox@1", "--epochs", "1", "--chat", "lines")
+    assert result.exit_code == 0, result.output
+    assert store.describe(store.resolve("fox")).chat == PRESETS["lines"]
+    assert place.facts(4)["command"].endswith("--chat lines")
+
+
 def test_train__says_that_there_is_no_gpu(place: Place) -> None:
     result = place.train(*SMALL, "--device", "cuda")
     assert result.exit_code == 1

@@ -68,6 +68,28 @@ def logprobs_pieces(text: str, scores: Scores | None, charset: Charset, offset: 
     yield "]}"
 
 
+def chat_logprobs_pieces(text: str, scores: Scores | None, charset: Charset) -> Iterator[str]:
+    """Yield the log-probabilities of a text's characters in the shape of OpenAI's chats; `null` without scores."""
+    if scores is None:
+        yield "null"
+        return
+    characters, num_top = charset.characters, scores.top_ids.shape[1]
+
+    def token(char: str, logprob: float) -> dict[str, object]:
+        return {"token": char, "logprob": logprob, "bytes": list(char.encode())}
+
+    def tokens(part: slice) -> list[dict[str, object]]:
+        likeliest = zip(scores.top_ids[part].tolist(), scores.top[part], strict=True)
+        return [
+            token(char, own) | {"top_logprobs": list(map(token, map(characters.__getitem__, ids), rounded(values)))}
+            for char, own, (ids, values) in zip(text[part], rounded(scores.chosen[part]), likeliest, strict=True)
+        ]
+
+    yield '{"content":['
+    yield from _list(len(text), max(1, _PIECE_NUMBERS // (4 * (1 + num_top))), tokens)
+    yield '],"refusal":null}'
+
+
 def prompt_logprobs_pieces(prompt: Ids, scores: Scores, charset: Charset) -> Iterator[str]:
     """Yield the log-probabilities of a prompt's (n,) ids in vLLM's shape: for each place an object by ids."""
     characters, num_top = charset.characters, scores.top_ids.shape[1]

@@ -24,7 +24,7 @@ _HARD_MAX_TOKENS = 2**53  # a fixed bound for the schema; the routes check GRU_S
 _MAX_STOP_STRINGS, _MAX_STOP_IDS = 4, MAX_STOPS - 4
 UNKNOWN_CHARS = (
     "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
-    "ones (`fold`) or leave them out (`drop`)"
+    "ones (`fold`), leave them out (`drop`), or replace those that can be and leave out the others (`fold_drop`)"
 )
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]

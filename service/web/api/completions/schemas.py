@@ -37,8 +37,8 @@ class StreamOptions(Body):
     )
 
 
-def _kind_of_prompt(prompt: object) -> str | None:
-    """Return which of the alternatives of `Prompt` a value is meant to be, by its first element."""
+def kind_of_prompt(prompt: object) -> str | None:
+    """Return which of the alternatives of `Prompt`, or of other texts, a value is meant to be, by its first element."""
     if isinstance(prompt, str):
         return "text"
     if not isinstance(prompt, list):
@@ -54,7 +54,7 @@ Prompt = Annotated[
     | Annotated[list[CharId], Field(min_length=1, fail_fast=True), Tag("ids")]
     | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag("texts of ids")],
     Discriminator(
-        _kind_of_prompt,
+        kind_of_prompt,
         custom_error_type="prompt_type",
         custom_error_message="must be a text, the ids of its characters, or a list of texts or of ids",
     ),
