@@ -27,6 +27,8 @@ _MIN_KEY_CHARS = 16
 _MAX_PROXIES = 16
 _HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
+_METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}[:_]")
+_MAX_PREFIXES = 4
 _SESSION_STORES = (
     "memory", "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"
 )  # fmt: skip
@@ -192,6 +194,11 @@ class Settings(BaseSettings):
         "auto", description="format of the log; auto: text on a terminal, JSON lines otherwise"
     )
 
+    metrics_prefixes: str = Field(
+        "gru_serve:",
+        description="prefixes of the names of metrics, comma-separated: each metric has one name with each of them",
+    )
+
     @field_validator("host")
     @classmethod
     def _remove_brackets(cls, host: str) -> str:
@@ -217,6 +224,17 @@ class Settings(BaseSettings):
         if self.drain_notice_s > self.drain_s:
             raise ValueError(f"drain_notice_s is part of drain_s and can't be longer than it, {self.drain_s} s")
         return self
+
+    @field_validator("metrics_prefixes")
+    @classmethod
+    def _check_metrics_prefixes(cls, prefixes: str) -> str:
+        found = _split(prefixes)
+        if not 0 < len(found) <= _MAX_PREFIXES or not all(map(_METRICS_PREFIX.fullmatch, found)):
+            raise ValueError(
+                f"1 to {_MAX_PREFIXES} prefixes, each of letters, digits and underscores, with `:` or `_` at its end, "
+                "such as gru_serve:,vllm:"
+            )
+        return prefixes
 
     @field_validator("session_store")
     @classmethod
@@ -287,6 +305,11 @@ class Settings(BaseSettings):
     def allowed_origin_list(self) -> list[str]:
         """The origins in `allowed_origins`, in lower case."""
         return [origin.lower() for origin in _split(self.allowed_origins)]
+
+    @property
+    def metrics_prefix_list(self) -> list[str]:
+        """The prefixes in `metrics_prefixes`, each once."""
+        return list(dict.fromkeys(_split(self.metrics_prefixes)))
 
     @property
     def parsed_proxies(self) -> int | list[ipaddress.IPv4Network | ipaddress.IPv6Network]:

@@ -81,11 +81,18 @@ class Reader:
         return self.read(model, beginning, ids, client_has_left=client_has_left).text
 
     def score(
-        self, model: LoadedModel, text: Text, start: int, end: int, num_logprobs: int | None, num_next: int | None
+        self,
+        model: LoadedModel,
+        text: Text,
+        start: int,
+        end: int,
+        num_logprobs: int | None,
+        num_next: int | None,
+        client_has_left: Callable[[], bool] | None = None,
     ) -> tuple[Scores | None, Distribution | None]:
         """Return the scores of characters that a text has already, and the distribution after them.
 
-        Raises PositionGone.
+        client_has_left: see `step`. Raises PositionGone.
         """
         begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
         is_between = num_logprobs is not None and begin < start
@@ -93,7 +100,14 @@ class Reader:
             begin, hidden = start, state_at(model, text, start)
         ids = model.charset.exact(text.slice(begin, end))
         after, scores = step(
-            model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next, already_admitted=is_between
+            model,
+            ids,
+            hidden,
+            begin,
+            num_logprobs=num_logprobs,
+            num_next=num_next,
+            already_admitted=is_between,
+            client_has_left=client_has_left,
         )
         return scores, after.next
 
@@ -176,7 +190,7 @@ class Reader:
     ) -> tuple[str, End]:
         """Generate a run from the end of a text up to the position `end`, and wait for it. Raises ClientGone."""
         handle = model.engine.submit([self.remaining_request(model, text, run, end)])[0]
-        part = _all_of(handle, client_has_left)
+        part = all_of(handle, client_has_left)
         return model.charset.decode(part.chars) if part is not None else "", handle.wait()
 
 
@@ -209,11 +223,11 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
-    part = _all_of(handle, client_has_left)
+    part = all_of(handle, client_has_left)
     return handle.wait(), part.prompt_scores if part is not None else None
 
 
-def _all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
+def all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
     """Wait until a text has ended, and return all its results. Raises EngineFailed, ClientGone."""
     part = handle.read(None, _POLL_S if client_has_left is not None else None)
     while handle.end is None and client_has_left is not None:

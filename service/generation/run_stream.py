@@ -234,6 +234,11 @@ class RunStream:
             raise Draining("the server is shutting down and has not finished this request: send it again")
 
     @property
+    def model_name(self) -> str:
+        """The full name of the session's model version."""
+        return self._session.model
+
+    @property
     def resume_position(self) -> int:
         """Position after the last character that was sent."""
         return max(self._position, self._after)

@@ -218,7 +218,9 @@ class LeaseRenewer:
             self._server.call_all([self._command("exists", key) for key, _ in batch], one_by_one=True) if batch else []
         )
         for (key, save_id), answer in zip(batch, answers, strict=True):
-            if answer[0] != b"ok":
+            if answer[0] == b"gone":
+                self._cache.expire(key, save_id)
+            elif answer[0] != b"ok":
                 self._cache.drop(key, save_id)
 
     def _restore(self) -> None:

@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    metrics, drain = Metrics(), Drain(settings.drain_s, settings.drain_notice_s)
+    metrics, drain = Metrics(settings.metrics_prefix_list), Drain(settings.drain_s, settings.drain_notice_s)
     admission = _admission_limit(settings)
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
@@ -58,6 +58,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
+        metrics.loaded_models = lambda: [model.version.ref for model in service.models.all()]
+        metrics.expect_routes(app)
         drain.on_interrupt(lambda: service.sessions.runs.interrupt_all(INTERRUPT_S / 2))
         drain.on_interrupt(service.models.close)  # last: saving the runs needs the engines; completions get an error
         app.extensions["gru_serve"] = closing.pop_all()

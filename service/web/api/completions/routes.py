@@ -6,7 +6,7 @@ import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from flask import Response
+from flask import Response, g
 
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
@@ -72,17 +72,19 @@ class CompletionRoutes(Resource):
             held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
             model = self._models.get(body.model if body.model is not None else self._default_model)
+            g.model_name = model.version.ref  # for the metrics
             request = _completion_request(model, body, self._limits)
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             scores.require(request.num_scores)
-            completion = Completion(model, request)
+            client_has_left = client_monitor()
+            completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
             answer = CompletionAnswer(model, completion)
             if not body.stream:
-                return answer.whole(client_monitor(), held)
+                return answer.whole(client_has_left, held)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(answer.events(client_monitor(), with_usage), held, named=False)
+            return EventStream(answer.events(client_has_left, with_usage), held, named=False)
 
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from flask import Response, request
+from flask import Response, g, request
 from pydantic import BaseModel
 
 from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
@@ -186,6 +186,7 @@ class SessionRoutes(Resource):
                 _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
             )
             held.callback(stream.close)
+            g.model_name = stream.model_name  # for the metrics
             if not body.stream:
                 return run_answer(stream, client_monitor())
             return EventStream(run_events(stream, client_monitor()), held, named=True)
@@ -209,6 +210,7 @@ class SessionRoutes(Resource):
             after = _resume_position(query.after)
             stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
+            g.model_name = stream.model_name
             return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
