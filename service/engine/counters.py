@@ -7,7 +7,7 @@ from bisect import bisect_left
 from service.engine.request import TextTimes
 from service.engine.stepper import FinishReason
 
-_CHARS = tuple(float(digit * 10**power) for power in range(5) for digit in (1, 2, 5)) + (100_000.0,)
+_CHARS = (*(digit * 10.0**power for power in range(5) for digit in (1, 2, 5)), 100_000.0)
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 
 

@@ -33,6 +33,7 @@ from service.web.gate.origins import HostPolicy, is_loopback, register_origins
 from service.web.gate.paths import register_paths
 from service.web.gate.proxies import register_proxies
 from service.web.gate.rate_limit import register_rate_limit, register_start_costs
+from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
@@ -94,6 +95,7 @@ def _register_gates(
 
     Return a function that closes connections.
     """
+    register_reconnects(app)
     register_paths(app)
     register_guard(app, drain)
     register_metrics(app, metrics)
