@@ -41,6 +41,14 @@ _SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://\S+")
 SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
+def otlp_is_configured(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether OpenTelemetry's own variables say that traces are exported. Its libraries read the rest of them."""
+    targets = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    is_disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    has_exporter = environment.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+    return has_exporter and not is_disabled and any(environment.get(name) for name in targets)
+
+
 class Settings(BaseSettings):
     """Every setting of the service: variable `GRU_SERVE_<NAME>`, option `gru-serve serve --<name>`."""
 

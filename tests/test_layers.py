@@ -75,6 +75,7 @@ LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
     "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
+    "opentelemetry": {"web"},
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {

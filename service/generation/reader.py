@@ -140,7 +140,8 @@ class Reader:
         """
         if not text.position < position <= run.start + run.max_chars:
             return text
-        generated, end = self._generated(model, text, run, position)
+        handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
+        generated, end = self._generated(model, handle)
         stopped = completed(text.slice(run.start, text.position) + generated, run.stops)
         if end.position < position or stopped:
             return text
@@ -148,13 +149,17 @@ class Reader:
 
     def generate(
         self, model: LoadedModel, text: Text, run: Run, client_has_left: Callable[[], bool] | None = None
-    ) -> tuple[Text, Run]:
-        """Generate the rest of a run. Return the text with it, and the run as it ended. client_has_left: see `step`."""
-        generated, end = self._generated(model, text, run, run.start + run.max_chars, client_has_left)
+    ) -> tuple[Text, Run, Handle]:
+        """Generate the rest of a run. Return the text with it, the run as it ended, and what the engine did for it.
+
+        client_has_left: see `step`.
+        """
+        handle = model.engine.submit([self.remaining_request(model, text, run, run.start + run.max_chars)])[0]
+        generated, end = self._generated(model, handle, client_has_left)
         if end.reason == "cancelled":
             raise AssertionError("only a client that has left cancels the run")
         text = self.finish(model, text, run, generated, end)
-        return text, replace(run, finish_reason=end.reason, end=text.position)
+        return text, replace(run, finish_reason=end.reason, end=text.position), handle
 
     def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
         """Return the text as far as a run has come: from there, the run can be continued.
@@ -186,10 +191,9 @@ class Reader:
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
 
     def _generated(
-        self, model: LoadedModel, text: Text, run: Run, end: int, client_has_left: Callable[[], bool] | None = None
+        self, model: LoadedModel, handle: Handle, client_has_left: Callable[[], bool] | None = None
     ) -> tuple[str, End]:
-        """Generate a run from the end of a text up to the position `end`, and wait for it. Raises ClientGone."""
-        handle = model.engine.submit([self.remaining_request(model, text, run, end)])[0]
+        """Wait for the end of a text; return what was generated, and the end. Raises ClientGone."""
         part = all_of(handle, client_has_left)
         return model.charset.decode(part.chars) if part is not None else "", handle.wait()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -12,7 +13,7 @@ from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
 from service.engine.stop import MAX_STOP_CHARS
-from service.settings import SPARE_THREADS, Settings, read_settings
+from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
@@ -37,6 +38,10 @@ from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
+from service.web.telemetry.tracing import otlp_provider, register_tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +60,10 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
         app = _openapi_app()
-        closing.callback(_register_gates(app, settings, keys, drain, metrics))
+        tracing = otlp_provider() if otlp_is_configured() else None
+        if tracing is not None:
+            closing.callback(tracing.shutdown)
+        closing.callback(_register_gates(app, settings, keys, drain, metrics, tracing))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
@@ -89,7 +97,12 @@ def _openapi_app() -> OpenAPI:
 
 
 def _register_gates(
-    app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics
+    app: OpenAPI,
+    settings: Settings,
+    keys: ApiKeys | None,
+    drain: Drain,
+    metrics: Metrics,
+    tracing: TracerProvider | None,
 ) -> Callable[[], None]:
     """Add what every request passes. The order matters: the body is read last, after everything that may refuse.
 
@@ -98,6 +111,8 @@ def _register_gates(
     register_reconnects(app)
     register_paths(app)
     register_guard(app, drain)
+    if tracing is not None:
+        register_tracing(app, tracing)
     register_metrics(app, metrics)
     register_proxies(app, settings.parsed_proxies)
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)

@@ -24,11 +24,11 @@ from service.web.api.events import (
     UsageEvent,
 )
 from service.web.api.responses import HoldingResponse
+from service.web.gate.reconnects import RECONNECT_MS, accepts_events
 
 FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
 PING_S = 10.0  # after this much silence a comment is sent, so that balancers don't close the connection
-RECONNECT_MS = 1000  # how long a browser's EventSource waits before it reconnects
 _IS_STREAM = "gru_serve.is_stream"  # in the environ of a request whose answer is a stream
 
 
@@ -72,11 +72,6 @@ class EventStream(HoldingResponse):
             self.events.close()
         finally:
             super().close()
-
-
-def accepts_events() -> bool:
-    """Return whether the current request says that it is for server-sent events, as a browser's EventSource does."""
-    return "text/event-stream" in request.headers.get("Accept", "").lower()
 
 
 def frame(event: Event, *, named: bool, for_browsers: bool = False) -> bytes:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from flask import Flask, Response, request
 
-from service.web.api.sse import RECONNECT_MS, accepts_events
 from service.web.gate.route import current_route
 
+RECONNECT_MS = 1000  # how long an EventSource waits before it connects again; each stream says so
 _PASSING = (429, 503, 504)  # statuses after which the same request may succeed
+
+
+def accepts_events() -> bool:
+    """Return whether the current request says that it is for server-sent events, as a browser's EventSource does."""
+    return "text/event-stream" in request.headers.get("Accept", "").lower()
 
 
 def register_reconnects(app: Flask) -> None:

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from service.sessions.session_store import Operation
 from service.web.api.events import Events, TextEvent
 from service.web.api.sse import EventStream
+from service.web.gate.generation import current_generation
 from service.web.gate.guard import HTTP_METHODS
 from service.web.gate.route import current_route, route_of
 
@@ -126,7 +127,8 @@ class Metrics:
         method = current.method if current.method in HTTP_METHODS else "other"
         status, began = response.status_code, g.get("started") or time.perf_counter()
         self._answer_counter(method, route, status).inc()
-        model_name: str = g.get("model_name", "")
+        generation = current_generation()
+        model_name = generation.model_name if generation is not None else ""
         if isinstance(response, EventStream):
             # A resumed stream begins with text that was generated earlier, so it has no time to first token.
             response.events = self._timed(response.events, began, model_name, is_new=current_route().counts_as_start)

@@ -6,7 +6,7 @@ import secrets
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from flask import Response, g
+from flask import Response
 
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
@@ -23,6 +23,7 @@ from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
 
 
@@ -72,7 +73,6 @@ class CompletionRoutes(Resource):
             held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
             model = self._models.get(body.model if body.model is not None else self._default_model)
-            g.model_name = model.version.ref  # for the metrics
             request = _completion_request(model, body, self._limits)
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
@@ -80,6 +80,7 @@ class CompletionRoutes(Resource):
             client_has_left = client_monitor()
             completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
+            note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = CompletionAnswer(model, completion)
             if not body.stream:
                 return answer.whole(client_has_left, held)

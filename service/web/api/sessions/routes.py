@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from flask import Response, g, request
+from flask import Response, request
 from pydantic import BaseModel
 
 from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
@@ -22,6 +22,7 @@ from service.web.api.sessions.answer import feed_answer, run_answer, run_events,
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
 
 
@@ -186,7 +187,7 @@ class SessionRoutes(Resource):
                 _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
             )
             held.callback(stream.close)
-            g.model_name = stream.model_name  # for the metrics
+            note_generation(stream.model_name, stream.handles)
             if not body.stream:
                 return run_answer(stream, client_monitor())
             return EventStream(run_events(stream, client_monitor()), held, named=True)
@@ -210,7 +211,7 @@ class SessionRoutes(Resource):
             after = _resume_position(query.after)
             stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
-            g.model_name = stream.model_name
+            note_generation(stream.model_name, stream.handles)
             return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
