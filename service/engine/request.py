@@ -111,6 +111,16 @@ class Snapshot:
         return dict(zip(self.checkpoint_positions, self.reached, strict=False))
 
 
+@dataclass(slots=True)
+class TextTimes:
+    """When a text reached its stages, in seconds on the engine's clock. The engine writes, any thread may read."""
+
+    submitted: float
+    started: float | None = None  # the tick began that advanced it first
+    first: float | None = None  # the tick ended that generated its first characters
+    ended: float | None = None
+
+
 class Handle:
     """The caller's side of a request: the caller reads characters from it, and can cancel the text.
 
@@ -118,8 +128,9 @@ class Handle:
     by what it waits for.
     """
 
-    def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
+    def __init__(self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0) -> None:
         self.request = request
+        self.times = TextTimes(submitted_at)
         self.is_cancelled = False
         self.end: End | None = None  # None while the text is running or waiting
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it

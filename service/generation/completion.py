@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter, completed
 from service.generation.portable_start import PortableStart
-from service.generation.reader import step, stop_ids
+from service.generation.reader import all_of, step, stop_ids
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
@@ -195,9 +195,16 @@ class Choice:
 class Completion:
     """All continuations of a request, submitted to the engine."""
 
-    def __init__(self, model: LoadedModel, request: CompletionRequest) -> None:
-        """Submit the request. Raises Overloaded, EngineFailed. After that, only a failing engine can end it early."""
+    def __init__(
+        self, model: LoadedModel, request: CompletionRequest, client_has_left: Callable[[], bool] | None = None
+    ) -> None:
+        """Submit the request. After that, only a failing engine can end it early.
+
+        This waits until a prompt with several continuations is read. If `client_has_left()` returns true meanwhile,
+        nothing more is read. Raises Overloaded, EngineFailed, ClientGone.
+        """
         self.request = request
+        self._client_has_left = client_has_left
         self._engine = model.engine
         self.num_prompt = sum(len(prompt) for prompt in request.prompts)  # characters of all prompts
         self.num_cached = 0  # those of them that the prefix cache saved from being stepped
@@ -262,7 +269,9 @@ class Completion:
         self.num_cached += start
         if request.best_of > 1 and not request.scores_prompt and start < len(prompt):
             # Read the prompt once, not best_of times.
-            handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=origin + start)])[0]
+            read = Request(prompt[start:], 0, 0, hidden=hidden, position=origin + start)
+            handle = model.engine.submit([read])[0]
+            all_of(handle, self._client_has_left)
             hidden, start = handle.wait().hidden, len(prompt)
             if request.start is None:
                 model.prefixes.put(request.cache_scope, text, hidden)

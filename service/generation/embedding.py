@@ -59,7 +59,8 @@ def _last_states(
     model: LoadedModel, texts: Sequence[Ids], scope: CacheScope, client_has_left: Callable[[], bool]
 ) -> list[Float32]:
     """Return the (H,) states of the top layer after some texts: completions that generate nothing."""
-    completion = Completion(model, CompletionRequest(tuple(texts), max_chars=0, seed=0, cache_scope=scope))
+    request = CompletionRequest(tuple(texts), max_chars=0, seed=0, cache_scope=scope)
+    completion = Completion(model, request, client_has_left)
     try:
         for item in completion.chunks(None, _IDLE_S):
             if item is None and client_has_left():

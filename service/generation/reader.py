@@ -82,11 +82,18 @@ class Reader:
         return self.read(model, beginning, ids, client_has_left=client_has_left).text
 
     def score(
-        self, model: LoadedModel, text: Text, start: int, end: int, num_logprobs: int | None, num_next: int | None
+        self,
+        model: LoadedModel,
+        text: Text,
+        start: int,
+        end: int,
+        num_logprobs: int | None,
+        num_next: int | None,
+        client_has_left: Callable[[], bool] | None = None,
     ) -> tuple[Scores | None, Distribution | None]:
         """Return the scores of characters that a text has already, and the distribution after them.
 
-        Raises PositionGone.
+        client_has_left: see `step`. Raises PositionGone.
         """
         begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
         is_between = num_logprobs is not None and begin < start
@@ -94,7 +101,14 @@ class Reader:
             begin, hidden = start, state_at(model, text, start)
         ids = model.charset.exact(text.slice(begin, end))
         after, scores = step(
-            model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next, already_admitted=is_between
+            model,
+            ids,
+            hidden,
+            begin,
+            num_logprobs=num_logprobs,
+            num_next=num_next,
+            already_admitted=is_between,
+            client_has_left=client_has_left,
         )
         return scores, after.next
 
@@ -128,20 +142,25 @@ class Reader:
         """
         if not text.position < position <= run.start + run.max_chars:
             return text
-        generated, end = self._generated(model, text, run, position)
+        handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
+        generated, end = self._generated(model, handle)
         if end.position < position or (end.reason == "stop" and not run.includes_stop):
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
 
     def generate(
         self, model: LoadedModel, text: Text, run: Run, client_has_left: Callable[[], bool] | None = None
-    ) -> tuple[Text, Run]:
-        """Generate the rest of a run. Return the text with it, and the run as it ended. client_has_left: see `step`."""
-        generated, end = self._generated(model, text, run, run.start + run.max_chars, client_has_left)
+    ) -> tuple[Text, Run, Handle]:
+        """Generate the rest of a run. Return the text with it, the run as it ended, and what the engine did for it.
+
+        client_has_left: see `step`.
+        """
+        handle = model.engine.submit([self.remaining_request(model, text, run, run.start + run.max_chars)])[0]
+        generated, end = self._generated(model, handle, client_has_left)
         if end.reason == "cancelled":
             raise AssertionError("only a client that has left cancels the run")
         text = self.finish(model, text, run, generated, end)
-        return text, replace(run, finish_reason=end.reason, end=text.position)
+        return text, replace(run, finish_reason=end.reason, end=text.position), handle
 
     def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
         """Return the text as far as a run has come: from there, the run can be continued.
@@ -174,11 +193,10 @@ class Reader:
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
 
     def _generated(
-        self, model: LoadedModel, text: Text, run: Run, end: int, client_has_left: Callable[[], bool] | None = None
+        self, model: LoadedModel, handle: Handle, client_has_left: Callable[[], bool] | None = None
     ) -> tuple[str, End]:
-        """Generate a run from the end of a text up to the position `end`, and wait for it. Raises ClientGone."""
-        handle = model.engine.submit([self.remaining_request(model, text, run, end)])[0]
-        part = _all_of(handle, client_has_left)
+        """Wait for the end of a text; return what was generated, and the end. Raises ClientGone."""
+        part = all_of(handle, client_has_left)
         return model.charset.decode(part.chars) if part is not None else "", handle.wait()
 
 
@@ -211,11 +229,11 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
-    part = _all_of(handle, client_has_left)
+    part = all_of(handle, client_has_left)
     return handle.wait(), part.prompt_scores if part is not None else None
 
 
-def _all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
+def all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
     """Wait until a text has ended, and return all its results. Raises EngineFailed, ClientGone."""
     part = handle.read(None, _POLL_S if client_has_left is not None else None)
     while handle.end is None and client_has_left is not None:

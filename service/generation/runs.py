@@ -159,9 +159,9 @@ class RunRegistry:
             if run.is_finished:
                 return session, RunStream(session, run, after, None)
             model = self._models.for_state(chosen.model, chosen.identity)
-            text, run = self._reader.generate(model, chosen.text, run, client_has_left)
+            text, run, handle = self._reader.generate(model, chosen.text, run, client_has_left)
             session = replace(chosen, text=text, run=run)
-            return session, RunStream(session, run, after, None)
+            return session, RunStream(session, run, after, None, handle)
 
         start = _Start(self._models, self._reader, choose)
         begin = partial(self._begin, key, start, client_has_left)

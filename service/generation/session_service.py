@@ -187,7 +187,7 @@ class SessionService:
             if target is not None and target.identity != session.identity:
                 session = self._rebased(session, target, request.position, client_has_left)
             if request.position is not None and request.position != session.position:
-                return session, self._repeated_feed(session, request, reserve)
+                return session, self._repeated_feed(session, request, client_has_left, reserve)
             session, result = self._fed(session, request, client_has_left, reserve)
             return session if result.text or request.rebase is not None else before, result
 
@@ -272,7 +272,13 @@ class SessionService:
         text = self._reader.reread(model, session.text, client_has_left)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
 
-    def _repeated_feed(self, session: Session, request: FeedRequest, reserve: Callable[[int], None]) -> FeedResult:
+    def _repeated_feed(
+        self,
+        session: Session,
+        request: FeedRequest,
+        client_has_left: Callable[[], bool] | None,
+        reserve: Callable[[int], None],
+    ) -> FeedResult:
         """Answer a feed whose text the session has already. Raises PositionConflict if it has another text there."""
         model = self._models.for_state(session.model, session.identity)
         text = model.charset.decode(model.charset.encode(request.text, request.unknown_chars))
@@ -285,7 +291,9 @@ class SessionService:
             )
         num_logprobs = request.num_logprobs if text else None
         reserve(num_scores(len(text), num_logprobs))
-        scores, following = self._reader.score(model, session.text, start, end, num_logprobs, request.num_next)
+        scores, following = self._reader.score(
+            model, session.text, start, end, num_logprobs, request.num_next, client_has_left
+        )
         return FeedResult(model, text, end, following, scores)
 
     def _beginning(self, new: NewSession) -> tuple[LoadedModel, int, Text]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -14,7 +15,7 @@ from service.assembly import Service
 from service.engine.stop import MAX_STOP_CHARS
 from service.errors import InvalidArtifact, InvalidSettings
 from service.model.chat_template import ChatTemplate, find_template
-from service.settings import SPARE_THREADS, Settings, read_settings
+from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
 from service.web.api.chat.routes import ChatRoutes
 from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
@@ -40,9 +41,14 @@ from service.web.gate.origins import HostPolicy, is_loopback, register_origins
 from service.web.gate.paths import register_paths
 from service.web.gate.proxies import register_proxies
 from service.web.gate.rate_limit import register_rate_limit, register_start_costs
+from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
+from service.web.telemetry.tracing import otlp_provider, register_tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = structlog.get_logger(__name__)
 
@@ -56,16 +62,21 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    metrics, drain = Metrics(), Drain(settings.drain_s, settings.drain_notice_s)
+    metrics, drain = Metrics(settings.metrics_prefix_list), Drain(settings.drain_s, settings.drain_notice_s)
     admission = _admission_limit(settings)
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
         app = _openapi_app()
-        closing.callback(_register_gates(app, settings, keys, drain, metrics))
+        tracing = otlp_provider() if otlp_is_configured() else None
+        if tracing is not None:
+            closing.callback(tracing.shutdown)
+        closing.callback(_register_gates(app, settings, keys, drain, metrics, tracing))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
         app.bounds = _bounds(settings)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
+        metrics.loaded_models = lambda: [model.version.ref for model in service.models.all()]
+        metrics.expect_routes(app)
         drain.on_interrupt(lambda: service.sessions.runs.interrupt_all(INTERRUPT_S / 2))
         drain.on_interrupt(service.models.close)  # last: saving the runs needs the engines; completions get an error
         app.extensions["gru_serve"] = closing.pop_all()
@@ -94,14 +105,22 @@ def _openapi_app() -> DescribedApi:
 
 
 def _register_gates(
-    app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics
+    app: OpenAPI,
+    settings: Settings,
+    keys: ApiKeys | None,
+    drain: Drain,
+    metrics: Metrics,
+    tracing: TracerProvider | None,
 ) -> Callable[[], None]:
     """Add what every request passes. The order matters: the body is read last, after everything that may refuse.
 
     Return a function that closes connections.
     """
+    register_reconnects(app)
     register_paths(app)
     register_guard(app, drain)
+    if tracing is not None:
+        register_tracing(app, tracing)
     register_metrics(app, metrics)
     register_proxies(app, settings.parsed_proxies)
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)

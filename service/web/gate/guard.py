@@ -20,6 +20,7 @@ from service.web.gate.body_json import BodyJson, TooManyValues
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
+from service.web.gate.trace_context import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
         g.request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=g.request_id)
+        if trace_id := trace_id_of(request.headers.get("traceparent", "")):
+            structlog.contextvars.bind_contextvars(trace_id=trace_id)
 
     @app.before_request
     def _refuse_new_work() -> Response | None:

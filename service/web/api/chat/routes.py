@@ -28,6 +28,7 @@ from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
 
 _NO_OPTIONS = StreamOptions()
@@ -77,12 +78,14 @@ class ChatRoutes(Resource):
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             scores.require(request.num_scores)
-            completion = Completion(model, request)
+            client_has_left = client_monitor()
+            completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
+            note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = ChatAnswer(model, completion, template)
             if not body.stream:
-                return answer.whole(client_monitor(), held)
-            return EventStream(answer.events(client_monitor(), body.stream_options or _NO_OPTIONS), held, named=False)
+                return answer.whole(client_has_left, held)
+            return EventStream(answer.events(client_has_left, body.stream_options or _NO_OPTIONS), held, named=False)
 
     def _template_of(self, model: LoadedModel) -> ChatTemplate:
         template = model.chat or self._default_template

@@ -22,6 +22,7 @@ from service.web.api.sessions.answer import feed_answer, run_answer, run_events,
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
 
 
@@ -190,6 +191,7 @@ class SessionRoutes(Resource):
                 _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
             )
             held.callback(stream.close)
+            note_generation(stream.model_name, stream.handles)
             if not body.stream:
                 return run_answer(stream, client_monitor())
             return EventStream(run_events(stream, client_monitor()), held, named=True)
@@ -213,6 +215,7 @@ class SessionRoutes(Resource):
             after = header.last_event_id if header.last_event_id is not None else query.after
             stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
+            note_generation(stream.model_name, stream.handles)
             return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
