@@ -33,7 +33,7 @@ def only(value: object) -> WrapValidator:
     def check(sent: object, parse: ValidatorFunctionWrapHandler) -> object:
         if parse(sent) != value:
             shown = json.dumps(value)
-            raise PydanticCustomError("unsupported_value", "only {shown} is supported", {"shown": shown})
+            raise PydanticCustomError("unsupported_value", "only {shown} is supported: leave it out", {"shown": shown})
         return value
 
     return WrapValidator(check)

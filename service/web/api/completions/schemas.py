@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from service.engine.stepper import FinishReason
 from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage, only
@@ -36,6 +37,15 @@ class CompletionBody(SamplingBody):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
         description="the text to continue, or a list of texts"
     )
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _refuse_ids(cls, value: object) -> object:
+        parts = value if isinstance(value, list) else []
+        if any(isinstance(part, (int, list)) for part in parts[:MAX_CHOICES]):
+            advice = "must be a text or a list of texts, not ids of tokens: a token is a character here, so send the text"
+            raise PydanticCustomError("prompt_type", advice)
+        return value
+
     model: str | None = Field(
         None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
     )
