@@ -438,5 +438,5 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     unknown = sorted(name for name in named if name.upper() not in known)
     if unknown:
         close = get_close_matches(unknown[0].upper(), known, 1)
-        guess = f": did you mean {close[0]}?" if close else ""
-        raise InvalidSettings(f"{unknown[0]} is not a setting{guess}; the settings are: {', '.join(sorted(known))}")
+        advice = f"did you mean {close[0]}?" if close else f"the settings are: {', '.join(sorted(known))}"
+        raise InvalidSettings(f"{unknown[0]} is not a setting: {advice}")

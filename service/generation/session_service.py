@@ -286,7 +286,8 @@ class SessionService:
         end = start + len(text)
         if end > session.position or session.text.slice(start, end) != text:
             raise PositionConflict(
-                f"the text is {session.position} characters long, not {start}, and continues otherwise",
+                f"the text has {session.position} characters and not this text at {start}: read it and send its end as "
+                "position",
                 session.position,
             )
         num_logprobs = request.num_logprobs if text else None

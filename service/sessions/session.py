@@ -128,11 +128,14 @@ class Session:
     def require_position(self, position: int | None) -> None:
         """Raise PositionConflict unless the session is at this position. None accepts any."""
         if position is not None and position != self.position:
-            raise PositionConflict(f"the text has {self.position} characters, not {position}", self.position)
+            raise PositionConflict(
+                f"the text has {self.position} characters, not {position}: read it and send its end as position",
+                self.position,
+            )
 
     def require_within(self, position: int, param: str = "position") -> None:
         """Raise PositionConflict, naming `param`, if a position is after the end of the text."""
         if position > self.position:
             raise PositionConflict(
-                f"the text has {self.position} characters, not {position}", self.position, param=param
+                f"the text has {self.position} characters, so {position} is after its end", self.position, param=param
             )

@@ -189,7 +189,8 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
-    return (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    return message.replace(" should have ", " must have ").replace(" after validation", "")
 
 
 def _schema(name: str) -> type[BaseModel] | None:
