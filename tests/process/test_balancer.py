@@ -225,6 +225,21 @@ def test_errors__of_the_balancer_have_the_shape_of_the_servers() -> None:
         assert answer(alone, slow_body) == (408, "incomplete_body", None)
 
 
+def test_reconnect__of_a_browser_waits_while_no_server_is_ready() -> None:
+    """An EventSource gives up at any status but 200. Its first connection, and other clients, get the error."""
+    browser = "Accept: text/event-stream\r\n"
+    with balancing([free_port()], timeout_queue="100ms") as alone:
+        for headers, status in ((browser + "Last-Event-ID: 7\r\n", 200), (browser, 503), ("Last-Event-ID: 7\r\n", 503)):
+            request = f"GET /v1/sessions/a/generate HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode()
+            with socket.create_connection(("127.0.0.1", alone.port), timeout=30) as connection:
+                connection.sendall(request)
+                with closing(HTTPResponse(connection)) as response:
+                    response.begin()
+                    kind = response.headers["Content-Type"]
+                    assert (response.status, kind == "text/event-stream") == (status, status == 200)
+                    assert b"data:" not in response.read()
+
+
 def test_errors__of_malformed_http_are_haproxys_own() -> None:
     """HAProxy answers them before it has a request, and its text for them can't be configured."""
     with balancing([free_port()], timeout_http__request="300ms") as alone:
