@@ -122,7 +122,7 @@ def _resources(
     )
     score_budget = SharedBudget(settings.max_scores)
     return [
-        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.sealer),
+        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.states),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
