@@ -111,7 +111,7 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     (COMPLETIONS, PROMPT | {"stop": ["a"] * 5}, 400, "out_of_range", "stop: list must have at most 4 items, not 5"),
     (COMPLETIONS, PROMPT | {"stop": "→"}, 400, "unknown_characters", '"unknown_chars": "fold" replaces'),
     (COMPLETIONS, {"prompt": "→"}, 400, "unknown_characters", '"unknown_chars": "drop" leaves them out'),
-    (COMPLETIONS, {"prompt": [1, 2]}, 400, "wrong_type", "prompt: must be a text or a list of texts, not ids of tokens"),
+    (COMPLETIONS, {"prompt": [1, 99]}, 400, "out_of_range", "prompt[1]"),
     (COMPLETIONS, {"prompt": "R" * 2000}, 400, "out_of_range", "prompt: at most 1000 characters, not 2000"),
     (COMPLETIONS, PROMPT | {"suffix": "x"}, 400, "unsupported_value", "suffix: only null is supported: leave it out"),
     (COMPLETIONS, PROMPT | {"logit_bias": {"50256": 1}}, 400, "out_of_range", "characters, not ids of tokens"),

@@ -16,7 +16,7 @@ from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter, completed
-from service.generation.portable_start import PortableStart
+from service.generation.portable_states import PortableStart
 from service.generation.reader import all_of, step, stop_ids
 from service.registry.loaded_models import LoadedModel
 

@@ -10,7 +10,7 @@ import numpy as np
 from service.arrays import Float16, Float32, Ids
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, UnknownCharacters
-from service.generation.portable_start import open_start, seal_state
+from service.generation.portable_states import PortableStates
 from service.generation.reader import state_at, step
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
@@ -78,7 +78,7 @@ class Inspector:
 
     def __init__(self, models: LoadedModels, load: Callable[[SessionKey], Session], sealer: StateSealer) -> None:
         """load: returns a session."""
-        self._models, self._load, self._sealer = models, load, sealer
+        self._models, self._load, self._states = models, load, PortableStates(models, sealer)
 
     def inspect(
         self, owner: str, request: InspectionRequest, reserve: Callable[[int], None] = lambda _: None
@@ -116,7 +116,7 @@ class Inspector:
         if len(text) > MAX_CHARS:
             raise InvalidValue(f"text: at most {MAX_CHARS} characters a request, not {len(text)}", param="text")
         if request.state is not None:
-            origin = open_start(self._models, self._sealer, request.state, request.model)
+            origin = self._states.open(request.state, request.model)
             model, hidden, position, seed = origin.model, origin.hidden, origin.position, origin.seed
         else:
             model = self._models.get(request.model or "")
@@ -175,7 +175,7 @@ class Inspector:
             embedding=model.embedding[origin.ids] if request.embedding else None,
             scores=Scores.join(scores) if scores else None,
             next=following.next if following is not None else None,
-            state=seal_state(self._sealer, model, hidden, position, origin.seed) if request.seal else None,
+            state=self._states.seal(model, hidden, position, origin.seed) if request.seal else None,
         )
 
 

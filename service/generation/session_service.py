@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
-from service.generation.portable_start import open_start
+from service.generation.portable_states import PortableStates
 from service.generation.reader import Reader
 from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
 from service.model.charset import UnknownChars
@@ -88,7 +88,7 @@ class SessionService:
     ) -> None:
         """ttl_s: default life of a session. clock: seconds since 1970. save_interval_s: see RunRegistry."""
         self._models, self._store, self._sealer, self._ttl_s, self._clock = models, store, sealer, ttl_s, clock
-        self._reader = Reader(retention)
+        self._states, self._reader = PortableStates(models, sealer), Reader(retention)
         self.runs = RunRegistry(models, store, self._reader, save_interval_s)
 
     def get(self, key: SessionKey) -> Session:
@@ -305,7 +305,7 @@ class SessionService:
             model = self._models.get(new.model)
             seed = new.seed if new.seed is not None else secrets.randbits(_SEED_BITS)
             return model, seed, self._reader.empty(model)
-        start = open_start(self._models, self._sealer, new.state, new.model)
+        start = self._states.open(new.state, new.model)
         seed = new.seed if new.seed is not None else start.seed
         return start.model, seed, Text.from_state(start.position, start.hidden)
 

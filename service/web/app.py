@@ -146,7 +146,7 @@ def _resources(
     )
     score_budget = SharedBudget(settings.max_scores)
     return [
-        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.sealer),
+        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.states),
         ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
         EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),

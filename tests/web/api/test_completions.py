@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from service.engine.request import Handle
 from service.errors import EngineFailed
+from service.generation.portable_states import PortableStates
 from service.registry.loaded_models import LoadedModels
 from service.sessions.portable import StateSealer
 from service.settings import Settings
@@ -235,9 +236,8 @@ def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000), StateSealer(["k" * 16])).register(
-        app
-    )
+    states = PortableStates(models, StateSealer(["k" * 16]))
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000), states).register(app)
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429

@@ -14,9 +14,8 @@ from flask import Response
 from service.engine.scores import Scores
 from service.errors import ClientGone, GruServeError
 from service.generation.completion import Choice, Completion, CompletionChunk
-from service.generation.portable_start import seal_state
+from service.generation.portable_states import PortableStates
 from service.registry.loaded_models import LoadedModel
-from service.sessions.portable import StateSealer
 from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
 from service.web.api.json_pieces import dumps, ids_pieces, logprobs_pieces, prompt_logprobs_pieces
@@ -32,10 +31,10 @@ class CompletionAnswer:
     """The answer to one completion, in OpenAI's shape."""
 
     def __init__(
-        self, model: LoadedModel, completion: Completion, *, with_ids: bool = False, sealer: StateSealer | None = None
+        self, model: LoadedModel, completion: Completion, states: PortableStates, *, with_ids: bool = False
     ) -> None:
-        """with_ids: Return the ids of prompts and texts too. sealer: Signs the states after the texts, if requested."""
-        self._model, self._sealer = model, sealer
+        """with_ids: Return the ids of prompts and texts too."""
+        self._model, self._states = model, states
         self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
         # The fields that are the same in every event of a stream.
         self._common_fields = {
@@ -146,10 +145,9 @@ class CompletionAnswer:
 
     def _state_of(self, choice: Choice) -> str:
         """Return the field with the state after a choice's text; nothing before it is over, or if none is requested."""
-        if self._sealer is None or choice.state is None:
+        if choice.state is None:
             return ""
-        hidden, position = choice.state
-        sealed = seal_state(self._sealer, self._model, hidden, position, choice.handle.request.seed)
+        sealed = self._states.seal(self._model, *choice.state, choice.handle.request.seed)
         return f', "state": "{sealed}"'
 
     def _ids_of_event(self, choice: Choice, piece: CompletionChunk, *, is_first: bool) -> Iterator[str]:

@@ -12,12 +12,11 @@ from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
-from service.generation.portable_start import PortableStart, open_start
+from service.generation.portable_states import PortableStart, PortableStates
 from service.generation.reader import ids_of, with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.portable import StateSealer
 from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
@@ -55,11 +54,10 @@ class CompletionRoutes(Resource):
         limits: CompletionLimits,
         admission: AdmissionLimit,
         score_budget: SharedBudget,
-        sealer: StateSealer,
+        states: PortableStates,
     ) -> None:
-        """`sealer` opens and signs portable states."""
         self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
-        self._score_budget, self._sealer = score_budget, sealer
+        self._score_budget, self._states = score_budget, states
 
     @Route(
         "POST",
@@ -82,7 +80,7 @@ class CompletionRoutes(Resource):
             # From here on the thread may wait: first for the model.
             start = None
             if body.state is not None:
-                start = open_start(self._models, self._sealer, body.state, body.model)
+                start = self._states.open(body.state, body.model)
             model = start.model if start is not None else self._models.get(body.model or self._default_model)
             request = _completion_request(model, body, self._limits, start)
             scores = ScoreReservation(self._score_budget)
@@ -92,8 +90,7 @@ class CompletionRoutes(Resource):
             completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
-            sealer = self._sealer if body.return_state else None
-            answer = CompletionAnswer(model, completion, with_ids=body.return_token_ids, sealer=sealer)
+            answer = CompletionAnswer(model, completion, self._states, with_ids=body.return_token_ids)
             if not body.stream:
                 return answer.whole(client_has_left, held)
             return EventStream(answer.events(client_has_left, body.stream_options or _NO_OPTIONS), held, named=False)
