@@ -60,7 +60,7 @@ def place(**settings: str) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Place]:
     """A server with keys, on which a client may have four streams, and a stream may last as long as a test needs."""
-    yield from place(keys="1", GRU_SERVE_MAX_STREAMS="4", GRU_SERVE_MAX_TOKENS="100000000")
+    yield from place(keys="1", GRU_SERVE_MAX_STREAMS="4", GRU_SERVE_MAX_TOKENS="10000000")
 
 
 @pytest.mark.parametrize("client", QUICK + (SLOW if RUN == "all" else []))

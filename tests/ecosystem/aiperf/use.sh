@@ -6,7 +6,7 @@ for file in tokenizer.json tokenizer_config.json; do
 done
 aiperf profile --model "$MODEL" --url "$HOST_URL" --api-key "$API_KEY" --endpoint-type completions --streaming \
   --tokenizer "$PWD/tokenizer" --isl 40 --osl 24 --extra-inputs ignore_eos:true --extra-inputs min_tokens:24 \
-  --request-count 6 --concurrency 2 --ready-check-timeout 60 --ui-type none --artifact-dir artifacts
+  --request-count 6 --concurrency 2 --wait-for-model-timeout 60 --wait-for-model-mode both --ui-type none --artifact-dir artifacts
 python - <<PYTHON
 import json
 from pathlib import Path

@@ -1,17 +1,19 @@
-# guidellm: a benchmark of completions with prompts that it makes itself.
+# guidellm: a benchmark of completions, with prompts that it makes itself.
 set -eu
 mkdir tokenizer
 for file in tokenizer.json tokenizer_config.json; do
   curl -sf -H "Authorization: Bearer $API_KEY" "$BASE_URL/models/$MODEL/$file" -o "tokenizer/$file"
 done
-guidellm benchmark run --target "$HOST_URL" --model "$MODEL" --processor tokenizer --request-type text_completions \
-  --backend-kwargs "{\"api_key\": \"$API_KEY\"}" --data "prompt_tokens=32,output_tokens=24" --profile synchronous \
-  --max-requests 4 --output-dir . --outputs json
+guidellm run \
+  --backend "kind=openai_http,target=$HOST_URL,model=$MODEL,api_key=$API_KEY,request_format=/v1/completions" \
+  --tokenizer "kind=huggingface_auto,model=$PWD/tokenizer" \
+  --data kind=synthetic_text,prompt_tokens=32,output_tokens=24 \
+  --profile kind=synchronous --constraint kind=max_requests,count=4 \
+  --output kind=json,path=benchmarks.json --disable-console-interactive
 python - <<PYTHON
 import json
 
-report = json.load(open("benchmarks.json"))
-(benchmark,) = report["benchmarks"]
+(benchmark,) = json.load(open("benchmarks.json"))["benchmarks"]
 totals = benchmark["metrics"]["request_totals"]
 assert (totals["successful"], totals["errored"]) == (4, 0), totals
 PYTHON
