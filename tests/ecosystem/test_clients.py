@@ -52,7 +52,10 @@ def place(**settings: str) -> Iterator[Place]:
     """Serve the shipped model."""
     key, entry = new_key("client")
     keys = {"GRU_SERVE_API_KEYS": entry} if settings.pop("keys", "") else {}
-    variables = {"GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), **keys, **settings}
+    variables = {
+        "GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), "GRU_SERVE_MODEL": MODEL, "GRU_SERVE_CHAT_TEMPLATE": "play",
+    }  # fmt: skip
+    variables |= keys | settings
     with serving(SERVE, variables) as server:
         yield Place(server.port, key)
 
