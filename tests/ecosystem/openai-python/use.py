@@ -24,15 +24,15 @@ score = client.completions.create(model=model, prompt="To be, or not to be", max
 assert sum(score.choices[0].logprobs.token_logprobs[1:]) < 0
 
 # A chat, and the same as a stream.
-chat = client.chat.completions.create(model=model, messages=question, max_completion_tokens=40, seed=7)
+chat = client.chat.completions.create(model=model, messages=question, max_completion_tokens=200, seed=7)
 assert chat.choices[0].message.role == "assistant"
 assert chat.choices[0].message.content
 with client.chat.completions.create(
-    model=model, messages=question, max_completion_tokens=40, seed=7, stream=True
+    model=model, messages=question, max_completion_tokens=200, seed=7, stream=True
 ) as events:
     streamed = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
 assert streamed == chat.choices[0].message.content
-with client.chat.completions.stream(model=model, messages=question, max_completion_tokens=40, seed=7) as events:
+with client.chat.completions.stream(model=model, messages=question, max_completion_tokens=200, seed=7) as events:
     assert events.get_final_completion().choices[0].message.content == streamed
 
 # Log-probabilities of a chat.
