@@ -7,10 +7,12 @@ BIN := $(VENV)/bin
 KERNEL := setup.py $(wildcard service/engine/native/src/*)
 ASAN := build/asan
 
-.PHONY: setup serve test test-deploy lint check kernel-asan train bench lock clean
+.PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan train bench lock clean
 setup: $(VENV)/.installed
 serve: $(VENV)/.server ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
+test-clients: setup ; TEST_CLIENTS=quick TORCH_INDEX=$(TORCH_INDEX) $(BIN)/pytest --durations=0 --durations-min=1 tests/ecosystem
+test-clients-all: setup ; TEST_CLIENTS=all TORCH_INDEX=$(TORCH_INDEX) $(BIN)/pytest --durations=0 --durations-min=1 tests/ecosystem
 test-deploy: setup ; TEST_DEPLOY=1 $(BIN)/pytest -s tests/deploy
 lint: setup ; $(BIN)/ruff format . && $(BIN)/ruff check --fix .
 check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
@@ -18,7 +20,7 @@ train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
 bench: setup ; $(BIN)/python -m benchmarks
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
 	for peer in onnxruntime tensorflow; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
-clean: ; rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+clean: ; rm -rf $(VENV) .clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Runs the kernel's tests on a build that aborts at the first memory error or undefined behaviour.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -44,7 +44,7 @@ def relative(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with serving(SERVE, {}) as server:
+    with serving(SERVE, {"GRU_SERVE_CHAT_TEMPLATE": "play"}) as server:
         yield server
 
 
@@ -60,7 +60,7 @@ def openapi() -> dict[str, Any]:
 # Examples
 
 
-@pytest.mark.parametrize(("name", "least"), [("sessions.md", 26), ("inspect.md", 20)])
+@pytest.mark.parametrize(("name", "least"), [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12)])
 def test_examples__print_what_they_show(
     server: Server, name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

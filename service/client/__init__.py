@@ -1,17 +1,58 @@
-"""A Python client for the sessions of a server. It needs only the standard library and imports nothing of the service.
+"""A Python client of a server. It needs only the standard library and imports nothing of the service.
 
     client = Client("http://127.0.0.1:8000")
+    print(client.complete("ROMEO:", max_tokens=200, seed=7).text)
     session = client.create("ROMEO:", seed=7)
     for piece in session.generate(max_tokens=200):
         print(piece, end="")
 
+`AsyncClient` has the same calls as coroutines.
+
 The client repeats a call that failed because a connection broke or a server was restarted. This is safe, because every
-call names the position in the text that it applies to: the server applies it once. Such a failure costs a pause, but no
-character is lost or doubled.
+call on a session names the position in the text that it applies to: the server applies it once. A stream is resumed, or
+requested again with its seed, and continues after the last piece. Such a failure costs a pause, but no character is
+lost or doubled.
 """
 
-from service.client.client import Client, FeedResult, Session
+from service.client.answers import Choice, Chunk, Completion, Logprobs, Model, Score, Usage
+from service.client.async_client import AsyncClient, AsyncSession, FeedResult
+from service.client.client import Client, Session
+from service.client.fields import Message
 from service.client.inspection import Inspection
-from service.client.transport import ServerError
+from service.client.transport import (
+    Conflict,
+    Gone,
+    InvalidRequest,
+    NotFound,
+    NotPermitted,
+    Overloaded,
+    ServerError,
+    ServerFailed,
+    StreamBroken,
+)
 
-__all__ = ["Client", "FeedResult", "Inspection", "ServerError", "Session"]
+__all__ = [
+    "AsyncClient",
+    "AsyncSession",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Conflict",
+    "FeedResult",
+    "Gone",
+    "Inspection",
+    "InvalidRequest",
+    "Logprobs",
+    "Message",
+    "Model",
+    "NotFound",
+    "NotPermitted",
+    "Overloaded",
+    "Score",
+    "ServerError",
+    "ServerFailed",
+    "Session",
+    "StreamBroken",
+    "Usage",
+]

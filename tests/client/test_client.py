@@ -16,6 +16,7 @@ import pytest
 
 from service.client import Client, ServerError, Session
 from service.web.api.sse import IDLE_S, PING_S
+from tests.harness.played_server import head, played
 from tests.harness.programs import free_port
 
 
@@ -159,34 +160,6 @@ def test_client__has_patience_for_more_than_one_ping() -> None:
 def test_client__gives_up_on_an_absent_server_after_retry_s() -> None:
     with pytest.raises(ConnectionRefusedError):
         Client(f"http://127.0.0.1:{free_port()}", retry_s=0.1).create()
-
-
-@contextmanager
-def played(answers: list[bytes]) -> Iterator[tuple[str, list[tuple[float, bytes]]]]:
-    """Serve one raw answer on each connection. Yields the URL, and the time and text of each request so far."""
-    requests: list[tuple[float, bytes]] = []
-
-    def serve(listener: socket.socket) -> None:
-        for answer in answers:
-            connection, _ = listener.accept()
-            with connection:
-                connection.settimeout(30)
-                request = b""
-                while b"\r\n\r\n" not in request:
-                    part = connection.recv(65_536)
-                    assert part, "the client closed its connection before it had sent a request"
-                    request += part
-                requests.append((time.monotonic(), request))
-                connection.sendall(answer)
-
-    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
-        served = pool.submit(serve, listener)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", requests
-        served.result(30)
-
-
-def head(kind: str, status: str = "200 OK", *lines: str) -> bytes:
-    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Type: {kind}", "Connection: close", *lines, "", ""]).encode()
 
 
 FACTS = head("application/json") + b'{"id": "a", "model": "tiny@1", "seed": 7, "position": 6}'

@@ -1,0 +1,108 @@
+"""The optional fields of each call, as in the API, for type checkers and editors. docs/api.md says what they mean."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+UnknownChars = Literal["error", "fold", "drop"]
+
+
+class Message(TypedDict):
+    """One turn of a chat."""
+
+    role: str  # system, user or assistant, or another role that the model's template has
+    content: str
+
+
+class SamplingFields(TypedDict, total=False):
+    """How characters are drawn, and when a text ends."""
+
+    stop: str | list[str] | None
+    seed: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[str, float]
+    unknown_chars: UnknownChars
+    min_tokens: int
+    include_stop_str_in_output: bool
+    stop_token_ids: list[int]
+    allowed_token_ids: list[int]
+    structured_outputs: dict[str, Any]
+    response_format: dict[str, Any]
+
+
+class ModelFields(SamplingFields, total=False):
+    """Also which model continues the text, and how often."""
+
+    model: str
+    n: int
+    cache_salt: str
+    user: str
+
+
+class CompletionFields(ModelFields, total=False):
+    """Also what only a completion has."""
+
+    best_of: int
+    echo: bool
+    logprobs: int
+    prompt_logprobs: int
+    return_token_ids: bool
+    state: str
+    return_state: bool
+
+
+class ChatFields(ModelFields, total=False):
+    """Also what only a chat has."""
+
+    logprobs: bool
+    top_logprobs: int
+
+
+class ScoreFields(TypedDict, total=False):
+    """How a text is scored."""
+
+    model: str
+    unknown_chars: UnknownChars
+    cache_salt: str
+    state: str
+
+
+class SessionFields(TypedDict, total=False):
+    """What a new session is created with."""
+
+    model: str
+    seed: int | None
+    ttl_s: float
+    unknown_chars: UnknownChars
+
+
+class FeedFields(TypedDict, total=False):
+    """How a session is fed."""
+
+    logprobs: int | None
+    num_next: int
+    unknown_chars: UnknownChars
+    rebase: str
+
+
+InspectFields = TypedDict(  # `from` is a keyword of Python
+    "InspectFields",
+    {
+        "model": str,
+        "unknown_chars": UnknownChars,
+        "state": str,
+        "from": int | None,
+        "to": int | None,
+        "gates": bool,
+        "embedding": bool,
+        "logprobs": int,
+        "portable": bool,
+    },
+    total=False,
+)

@@ -1,0 +1,109 @@
+"""Clients of the ecosystem, unchanged, against the real server: each as a user of it would write it.
+
+Each folder here is a client: what it needs (`requirements.txt` or `package.json`), and what is done with it, in
+`use.py`, `use.mjs` or `use.sh`. The clients are installed into environments of their own at the first run, so the tests
+run only if TEST_CLIENTS is set: `quick` for those that are used most, `all` for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from service.api_keys import new_key
+from tests.harness.environments import ROOT, environment
+from tests.harness.programs import program
+from tests.harness.server import SERVE, serving
+
+HERE = Path(__file__).parent
+QUICK = ["openai-python", "openai-node", "langchain-openai", "litellm", "llm", "llama-index", "vercel-ai"]
+SLOW = ["inspect-ai", "lm-eval", "aiperf", "guidellm"]
+USE_S = 300
+MODEL = "shakespeare"
+RUN = os.environ.get("TEST_CLIENTS", "")
+# Nothing on the network but the server, and nothing in the user's own folders.
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_TELEMETRY": "False", "AI_SDK_LOG_WARNINGS": "false", "NO_PROXY": "127.0.0.1",
+}  # fmt: skip
+
+pytestmark = [
+    pytest.mark.skipif(RUN not in ("quick", "all"), reason="set TEST_CLIENTS=quick or all: it installs the clients"),
+    pytest.mark.timeout(1_500),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A server, and the key that clients have on it."""
+
+    port: int
+    key: str
+
+
+def place(**settings: str) -> Iterator[Place]:
+    """Serve the shipped model."""
+    key, entry = new_key("client")
+    keys = {"GRU_SERVE_API_KEYS": entry} if settings.pop("keys", "") else {}
+    variables = {
+        "GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), "GRU_SERVE_MODEL": MODEL, "GRU_SERVE_CHAT_TEMPLATE": "play",
+    }  # fmt: skip
+    variables |= keys | settings
+    with serving(SERVE, variables) as server:
+        yield Place(server.port, key)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Place]:
+    """A server with keys, on which a client may have four streams, and a stream may last as long as a test needs."""
+    yield from place(keys="1", GRU_SERVE_MAX_STREAMS="4", GRU_SERVE_MAX_TOKENS="10000000")
+
+
+@pytest.mark.parametrize("client", QUICK + (SLOW if RUN == "all" else []))
+def test_client__works_unchanged(server: Place, client: str, tmp_path: Path) -> None:
+    output = use(client, server, tmp_path)
+    assert output.splitlines()[-1] == "ok", output[-4_000:]
+
+
+# Texts that the schema allows may have characters that the model doesn't know, and ids may be of sessions that are gone
+# by then. `expected.py` holds such refusals to the codes that are meant.
+@pytest.mark.parametrize("keys", ["", "1"], ids=["open", "keyed"])
+def test_schemathesis__finds_no_failure(keys: str, tmp_path: Path) -> None:
+    examples = "300" if RUN == "all" else "20"
+    with ExitStack() as stack:
+        served = place(keys=keys, GRU_SERVE_MAX_TOKENS="200")
+        stack.callback(served.close)
+        output = use("schemathesis", next(served), tmp_path, EXAMPLES=examples, KEYED=keys)
+    assert output.splitlines()[-1] == "ok", output[-8_000:]
+
+
+def use(client: str, server: Place, folder: Path, **variables: str) -> str:
+    """Run what is done with a client; return what it printed. Fails if it fails."""
+    source = HERE / client
+    installed = environment(source)
+    (script,) = source.glob("use.*")
+    if script.suffix == ".mjs":  # its imports are resolved from the folder that it is in
+        shutil.copy(script, installed)
+        command = [program("node"), str(installed / script.name)]
+    else:
+        command = [str(installed / "bin" / "python") if script.suffix == ".py" else program("bash"), str(script)]
+    base = f"http://127.0.0.1:{server.port}"
+    paths = os.pathsep.join([str(installed / "bin"), os.environ.get("PATH", "")])
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GRU_SERVE_"))}
+    given = {
+        "PATH": paths, "HOME": str(folder), "HERE": str(source), "HOST_URL": base, "BASE_URL": f"{base}/v1",
+        "API_KEY": server.key, "MODEL": MODEL,
+    }  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, env=inherited | OFFLINE | given | variables, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=USE_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8_000:]
+    return done.stdout
