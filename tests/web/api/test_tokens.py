@@ -86,4 +86,4 @@ def test_tokenizer_files__are_those_of_the_charset(client: FlaskClient) -> None:
     for ref in ("tiny", "tiny@1", "tiny@latest"):
         assert ok(client.get(f"/v1/models/{ref}/tokenizer.json")) == hugging_face.tokenizer(Charset(TINY_CHARSET))
         assert ok(client.get(f"/v1/models/{ref}/tokenizer_config.json")) == ok(client.get("/tokenizer_info"))
-    refused(client.get("/v1/models/nope/tokenizer.json"), 404, "model_not_found", "model")
+    refused(client.get("/v1/models/nope/tokenizer.json"), 404, "model_not_found", "id")
