@@ -115,11 +115,7 @@ class TokenRoutes(Resource):
             return self._models.get(model or self._default_model).charset
 
     def _config(self, description: Description) -> dict[str, Any]:
-        return hugging_face.tokenizer_config(
-            Charset(description.config.charset),
-            ends_with_newline=description.training.is_of_lines,
-            max_chars=self._max_chars,
-        )
+        return hugging_face.tokenizer_config(Charset(description.config.charset), self._max_chars)
 
 
 def _checked(tokens: list[int], charset: Charset) -> Ids:
