@@ -3,6 +3,7 @@
 #
 #   docker build -t gru-serve .
 #   docker build -t gru-serve:train --build-arg WITH_TORCH=1 .      # for `gru-serve train` and the torch stepper
+#   docker build -t gru-serve:otel --build-arg WITH_OTEL=1 .        # for traces
 
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 
@@ -26,6 +27,12 @@ RUN if [ "$WITH_TORCH" = 1 ]; then \
       pip install -q --retries 1 --timeout 20 --extra-index-url "$TORCH_INDEX" --no-deps "$(grep -o '^torch==[^ ;]*+cpu' constraints.txt)" \
    && python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["torch"], sep="\n")' > torch.txt \
    && pip install -q -c constraints.txt -r torch.txt; \
+    fi
+
+ARG WITH_OTEL=0
+RUN if [ "$WITH_OTEL" = 1 ]; then \
+      python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["otel"], sep="\n")' > otel.txt \
+   && pip install -q -c constraints.txt -r otel.txt; \
     fi
 
 COPY setup.py README.md LICENSE ./

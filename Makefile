@@ -41,7 +41,7 @@ $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
 
 # What training, tests and benchmarks need beyond that.
 $(VENV)/.installed: $(VENV)/.server
-	$(call install,torch train dev)
+	$(call install,torch train otel dev)
 	touch $@
 
 # Installs extras of pyproject.toml, but not this package again. torch is installed first and alone, so that pip queries the

@@ -16,6 +16,7 @@ import sys
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "train": (),
     "recipes": (),
+    "corpora": (),
     "decode": (),
     "roofline": (),
     "http": (),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from service.engine.kernels import Kernel, choose_kernel
 from service.errors import InvalidSettings
 from service.generation.inspector import Inspector
+from service.generation.portable_states import PortableStates
 from service.generation.session_service import SessionService
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import EngineSettings, LoadedModels
@@ -41,6 +42,7 @@ class Service:
     store: MemoryStore | RedisStore
     sessions: SessionService
     inspector: Inspector
+    states: PortableStates
     _closing: ExitStack
 
     @classmethod
@@ -69,8 +71,8 @@ class Service:
             closing.callback(sessions.runs.close)
             if settings.model_poll_s:
                 closing.callback(PeriodicThread("model-polling", settings.model_poll_s, models.resolver.poll).close)
-            inspector = Inspector(models, sessions.get, sealer)
-            return cls(kernel, models, settings.model, store, sessions, inspector, closing.pop_all())
+            inspector, states = Inspector(models, sessions.get, sealer), PortableStates(models, sealer)
+            return cls(kernel, models, settings.model, store, sessions, inspector, states, closing.pop_all())
 
     def close(self) -> None:
         """End all threads and connections. Texts that are being generated fail. Repeating it does nothing."""

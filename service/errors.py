@@ -4,6 +4,7 @@
     ├── InvalidRequest              the request itself is wrong; sending it again can't help
     │   ├── InvalidValue            out_of_range
     │   │   └── UnknownCharacters   unknown_characters
+    │   ├── NoChatTemplate          no_chat_template
     │   └── InvalidState            invalid_state
     │       ├── StateExpired        state_expired
     │       └── StateModelMismatch  state_model_mismatch
@@ -107,6 +108,12 @@ _EFFECTS: dict[UnknownCharsRemedy, str] = {
     "fold": "replaces such characters by the nearest known ones",
     "drop": "leaves them out",
 }
+
+
+class NoChatTemplate(InvalidRequest):
+    """A version has no chat template, so it can't answer chats."""
+
+    code = "no_chat_template"
 
 
 class InvalidState(InvalidRequest):

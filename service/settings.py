@@ -27,6 +27,8 @@ _MIN_KEY_CHARS = 16
 _MAX_PROXIES = 16
 _HOST = re.compile(r"(?:\*\.)?[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
 _ORIGIN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9_.:\[\]-]{1,255}")
+_METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}[:_]")
+_MAX_PREFIXES = 4
 _SESSION_STORES = (
     "memory", "redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"
 )  # fmt: skip
@@ -39,6 +41,14 @@ _SERVICE_ADDRESS = re.compile(r"(?:tcp|udp|sctp)://\S+")
 SPARE_THREADS = 16  # HTTP threads that never wait for an engine, so that health checks and refusals stay fast
 
 
+def otlp_is_configured(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether OpenTelemetry's own variables say that traces are exported. Its libraries read the rest of them."""
+    targets = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    is_disabled = environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+    has_exporter = environment.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+    return has_exporter and not is_disabled and any(environment.get(name) for name in targets)
+
+
 class Settings(BaseSettings):
     """Every setting of the service: variable `GRU_SERVE_<NAME>`, option `gru-serve serve --<name>`."""
 
@@ -48,6 +58,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free port")
     model_store: Path = Field(Path("model_store"), description="directory of the model store")
     model: str = Field("shakespeare", description="default model: loaded at startup, used by requests that name none")
+    chat_template: str = Field(
+        "", description="chat template of versions that have none: play, dialogue, lines, or a file; empty: none"
+    )
     max_models: int = Field(
         4, ge=1, le=1000, description="model versions loaded at a time; one more evicts the least recently used"
     )
@@ -192,6 +205,11 @@ class Settings(BaseSettings):
         "auto", description="format of the log; auto: text on a terminal, JSON lines otherwise"
     )
 
+    metrics_prefixes: str = Field(
+        "gru_serve:",
+        description="prefixes of the names of metrics, comma-separated: each metric has one name with each of them",
+    )
+
     @field_validator("host")
     @classmethod
     def _remove_brackets(cls, host: str) -> str:
@@ -217,6 +235,17 @@ class Settings(BaseSettings):
         if self.drain_notice_s > self.drain_s:
             raise ValueError(f"drain_notice_s is part of drain_s and can't be longer than it, {self.drain_s} s")
         return self
+
+    @field_validator("metrics_prefixes")
+    @classmethod
+    def _check_metrics_prefixes(cls, prefixes: str) -> str:
+        found = _split(prefixes)
+        if not 0 < len(found) <= _MAX_PREFIXES or not all(map(_METRICS_PREFIX.fullmatch, found)):
+            raise ValueError(
+                f"1 to {_MAX_PREFIXES} prefixes, each of letters, digits and underscores, with `:` or `_` at its end, "
+                "such as gru_serve:,vllm:"
+            )
+        return prefixes
 
     @field_validator("session_store")
     @classmethod
@@ -287,6 +316,11 @@ class Settings(BaseSettings):
     def allowed_origin_list(self) -> list[str]:
         """The origins in `allowed_origins`, in lower case."""
         return [origin.lower() for origin in _split(self.allowed_origins)]
+
+    @property
+    def metrics_prefix_list(self) -> list[str]:
+        """The prefixes in `metrics_prefixes`, each once."""
+        return list(dict.fromkeys(_split(self.metrics_prefixes)))
 
     @property
     def parsed_proxies(self) -> int | list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
@@ -404,5 +438,5 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     unknown = sorted(name for name in named if name.upper() not in known)
     if unknown:
         close = get_close_matches(unknown[0].upper(), known, 1)
-        guess = f": did you mean {close[0]}?" if close else ""
-        raise InvalidSettings(f"{unknown[0]} is not a setting{guess}; the settings are: {', '.join(sorted(known))}")
+        advice = f"did you mean {close[0]}?" if close else f"the settings are: {', '.join(sorted(known))}"
+        raise InvalidSettings(f"{unknown[0]} is not a setting: {advice}")

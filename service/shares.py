@@ -71,6 +71,7 @@ class SharedBudget:
     """
 
     def __init__(self, max_amount: int) -> None:
+        self.max_amount = max_amount
         self.max_per_client = max_amount // 2
         self._capacity = SharedCapacity(self.max_per_client, reserve=max_amount - self.max_per_client)
         self._lock = threading.Lock()

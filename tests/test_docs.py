@@ -22,6 +22,8 @@ from pydantic import SecretStr
 from service.__main__ import main
 from service.errors import GruServeError
 from service.settings import Settings
+from service.web.api.chat.schemas import ChatFields, Message
+from service.web.api.known_fields import ClientFields, mark_of
 from service.web.app import create_app
 from tests.harness.server import SERVE, Server, serving
 
@@ -50,7 +52,7 @@ def server() -> Iterator[Server]:
 def openapi() -> dict[str, Any]:
     """The description of the API, as a server with default settings answers it."""
     app = create_app(Settings(log_level="error", model_store=ROOT / "model_store"))
-    description = app.test_client().get("/openapi.json").get_json()
+    description = json.loads(app.test_client().get("/openapi.json").text)
     assert isinstance(description, dict)
     return description
 
@@ -204,18 +206,40 @@ def test_routes__each_is_documented_once(openapi: dict[str, Any]) -> None:
 
 def test_request_fields__each_is_documented_once_with_its_default(openapi: dict[str, Any]) -> None:
     documented = sections(API)
-    (sampling,) = [text for heading, text in documented if heading == "Sampling fields"]
-    used = {sampling}
+    headings = ("Sampling fields", "Accepted fields", "Accepted fields of chats")
+    shared = {heading: text for heading, text in documented if heading in headings}
+    used = set(shared.values())
     for route, operation in operations(openapi).items():
         fields = inputs(openapi, operation)
         texts = [text for heading, text in documented if f"`{route}`" in heading]
         assert len(texts) == 1 or not (texts or fields), f"{route} needs one section"
         used.update(texts)
-        if any("(#sampling-fields)" in text for text in texts):
-            texts.append(sampling)
-        shown = [(cells[0].strip("`"), cells[1].strip("`")) for text in texts for cells in field_rows(text)]
+        own = [(cells[0].strip("`"), cells[1].strip("`")) for text in texts for cells in field_rows(text)]
+        shown = list(own)
+        for heading, text in shared.items():
+            if any(f"(#{heading.lower().replace(' ', '-')})" in " ".join(one.split()) for one in texts):
+                rows_of_others = [(cells[0].strip("`"), cells[1].strip("`")) for cells in field_rows(text)]
+                # A route may say of a shared field what is different here.
+                shown += [row for row in rows_of_others if row[0] not in dict(own)]
+                assert not set(own) & set(rows_of_others), f"{route} repeats a shared field"
         assert sorted(shown) == sorted(fields.items()), f"the fields of {route}"
     assert not [heading for heading, text in documented if text not in used and list(field_rows(text))]
+
+
+@pytest.mark.parametrize("heading", ["Accepted fields", "Accepted fields of chats"])
+def test_accepted_fields__are_documented_with_their_values_and_reasons(heading: str) -> None:
+    (text,) = [text for found, text in sections(API) if found == heading]
+    if heading == "Accepted fields":
+        fields = dict(ClientFields.model_fields)
+    else:
+        fields = {
+            name: field for name, field in ChatFields.model_fields.items() if name not in ClientFields.model_fields
+        }
+        fields |= {f"messages.{name}": field for name, field in Message.model_fields.items() if mark_of(field)}
+    marks = {name: mark_of(field) for name, field in fields.items()}
+    known = [(f"`{name}`", mark.accepted, mark.why) for name, mark in marks.items() if mark is not None]
+    assert len(known) == len(fields)
+    assert [(name, accepted, why) for name, _, accepted, why in field_rows(text)] == known
 
 
 def test_request_fields__are_tabled_in_api_md_only() -> None:

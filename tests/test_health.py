@@ -14,6 +14,7 @@ import pytest
 
 from service import health
 from service.store.model_store import ModelStore
+from tests.harness.programs import has_ipv6
 from tests.harness.server import SERVE, Endpoint, Server, serving
 
 ROOT = Path(__file__).parent.parent
@@ -25,14 +26,6 @@ def only(tmp_path: Path, pid: int) -> Path:
     """Return a /proc in which there is one process, as in a container."""
     tmp_path.joinpath(str(pid)).symlink_to(f"/proc/{pid}")
     return tmp_path
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")

@@ -56,6 +56,7 @@ EXTRA = {
     "web/app.py": {"assembly", "settings"},
     "web/api/sessions/routes.py": {"sessions"},  # names sessions by their keys
     "web/api/sessions/answer.py": {"sessions"},  # shows a session's record
+    "web/telemetry/metrics.py": {"sessions"},  # counts the operations of session stores by their names
     "web/gate/shared_counts.py": {"sessions"},  # counts starts in the session store's Redis
     "web/gunicorn/server.py": {"settings"},
     "web/api/operation/routes.py": {"sessions"},  # checks that the session store can be reached
@@ -74,6 +75,7 @@ LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
     "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
+    "opentelemetry": {"web"},
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {

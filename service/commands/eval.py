@@ -13,9 +13,9 @@ from service.commands.options import (
     corpus_option,
     echo_json,
     json_option,
+    limit_spinning,
     model_store_option,
     open_store,
-    wait_passively,
 )
 from service.commands.progress import Progress
 from service.errors import InvalidCorpus, MissingLibrary
@@ -57,6 +57,16 @@ if TYPE_CHECKING:
     default="float32",
     help="float32 is the reference; with int8 and int4 the model computes exactly as the server does.  [float32]",
 )
+@click.option(
+    "--beginnings",
+    type=click.IntRange(1, 10_000),
+    help="Measure only the characters after the zero state, at this many places spread evenly over the text.",
+)
+@click.option(
+    "--beginning-chars",
+    type=click.IntRange(1, 1_000),
+    help="Characters that --beginnings scores at each place, after a first one that is only read.  [100]",
+)
 @model_store_option
 @json_option
 def eval_command(
@@ -68,26 +78,33 @@ def eval_command(
     keep_newlines: bool,
     unknown_chars: UnknownChars | None,
     precision: str,
+    beginnings: int | None,
+    beginning_chars: int | None,
     model_store: Path | None,
     as_json: bool,
 ) -> None:
     """Measure how well a model predicts a text, in nats and bits a character.
 
     The state starts at zero in each document, or with --lines in each line, and is carried through all of it. The very
-    first character is read but not scored.
+    first character is read but not scored. With --beginnings the state starts at zero at each of that many places: so
+    well does the model continue a short prompt.
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
-    wait_passively()
+    limit_spinning()
     if precision == "float32":
         require_torch()
 
-    from service.training.corpus import TextLoss, hold_out, last_part, read_text, require_two_chars
+    from service.training.corpus import TextLoss, beginnings_of, hold_out, last_part, read_text, require_two_chars
     from service.training.hyperparameters import Hyperparameters
     from service.training.sources import find_sources
 
     if held_out and (last != 1 or lines or keep_newlines or unknown_chars is not None):
         raise click.UsageError("--held-out reads the text as training did: it takes no other option about the text")
+    if beginning_chars is not None and beginnings is None:
+        raise click.UsageError("--beginning-chars says how much --beginnings measures: give both")
+    if beginnings and lines:
+        raise click.UsageError("with --lines each line starts at the zero state anyway: leave --beginnings out")
     sources = find_sources(corpus)
     version, artifact = open_store(model_store).load(model)
     if held_out:
@@ -99,6 +116,11 @@ def eval_command(
     if held_out and whole.sha256 != artifact.training.corpus.get("sha256"):
         raise InvalidCorpus(f"{whole.name} is not the corpus that {version.ref} was trained on: its SHA-256 differs")
     text = hold_out(whole, settings).validation if held_out else last_part(whole.text, last, lines=lines)
+    if beginnings:
+        if settings.lines:
+            raise click.UsageError(f"{version.ref} is a model of lines, which start at the zero state anyway")
+        beginning_chars = beginning_chars or 100
+        text = beginnings_of(text, beginnings, beginning_chars)
     require_two_chars(text)
     for note in whole.notes:
         click.echo(f"{whole.name}: {note}", err=True)
@@ -108,11 +130,17 @@ def eval_command(
     if as_json:
         facts = {"model": version.ref, "corpus": whole.name, "precision": precision}
         facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
-        echo_json(facts | {"num_chars": loss.num_chars, "num_scored": loss.num_scored})
+        facts |= {"num_chars": loss.num_chars, "num_scored": loss.num_scored}
+        if beginnings:
+            facts |= {"beginnings": len(text.starts), "beginning_chars": beginning_chars}
+        echo_json(facts)
     else:
+        what = f"{loss.num_chars:,} characters"
+        if beginnings:
+            what = f"the first {beginning_chars:,} after the zero state at {len(text.starts):,} places"
         click.echo(
             f"{version.ref} on {whole.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
-            f"{loss.bits_per_char:.4f} bits/char, {loss.num_chars:,} characters"
+            f"{loss.bits_per_char:.4f} bits/char, {what}"
         )
 
 
@@ -137,16 +165,19 @@ def measure(config: Any, tensors: Any, precision: str, text: EncodedText, progre
 
     Calls `progress` with the number of characters read since its last call.
     """
-    # One thread is enough: the steps of a single text depend on each other, so a second core would mostly wait.
     if precision == "float32":
         import torch
 
         from service.model.folded import FoldedGRU
         from service.model.gru import GRUCharModel
-        from service.training.evaluation import text_loss
+        from service.training.evaluation import side_by_side_loss, text_loss
 
+        model = GRUCharModel.from_tensors(config, tensors)
+        if (loss := side_by_side_loss(model, text, progress)) is not None:
+            return loss
+        # One thread is enough: the steps of a single text depend on each other, so a second core would mostly wait.
         torch.set_num_threads(1)
-        return text_loss(FoldedGRU(GRUCharModel.from_tensors(config, tensors)), text, progress).nats_per_char
+        return text_loss(FoldedGRU(model), text, progress).nats_per_char
 
     from service.engine.kernels import choose_kernel
     from service.engine.stepper import mean_loss

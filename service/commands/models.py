@@ -1,20 +1,31 @@
-"""`gru-serve models list|show|verify|alias|delete`."""
+"""`gru-serve models list|show|verify|tokenizer|alias|chat|delete`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from service.commands.options import echo_json, json_option, model_store_option, open_store
+from service.commands.options import (
+    ChatTemplateType,
+    PathOption,
+    echo_json,
+    json_option,
+    model_store_option,
+    open_store,
+)
 from service.errors import GruServeError, InvalidArtifact
+from service.model import hugging_face
+from service.model.artifact import CHAT
+from service.model.charset import Charset
 
 
 @click.group("models")
 def models_group() -> None:
-    """List, show, verify, alias and delete the versions in a model store."""
+    """List, show, verify, alias and delete versions, write their tokenizers, and give them chat templates."""
 
 
 @models_group.command("list")
@@ -62,8 +73,9 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
     config, training = described.config, described.training.model_dump()
     facts: dict[str, Any] = {"model": described.version.ref, "path": str(described.version.path)}
     facts |= {"digest": described.digest, "aliases": described.aliases, "num_parameters": config.num_parameters}
+    chat = described.chat.model_dump() if described.chat else None
     if as_json:
-        echo_json(facts | {"config": config.model_dump(), "training": training}, indent=1)
+        echo_json(facts | {"config": config.model_dump(), "chat": chat, "training": training}, indent=1)
         return
     rows = [
         ("model", ", ".join([facts["model"], *described.aliases])),
@@ -72,6 +84,7 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
         ("parameters", f"{config.num_parameters:,}"),
         ("sizes", f"embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}"),
         ("charset", f"{config.vocab_size} characters: {config.charset!r}"),
+        ("chat", json.dumps(chat, ensure_ascii=False) if chat else "no template, see models chat"),
     ]
     for section in ("corpus", "losses"):
         rows += [(f"{section}: {name}", value) for name, value in _facts(training[section])]
@@ -108,6 +121,37 @@ def verify_command(model: str | None, model_store: Path | None, as_json: bool) -
         raise click.exceptions.Exit(1)
 
 
+@models_group.command("tokenizer")
+@click.argument("model")
+@click.option(
+    "--folder",
+    type=PathOption(),
+    help="Write tokenizer.json and tokenizer_config.json into this folder, for transformers, instead of printing the "
+    "first.",
+)
+@model_store_option
+def tokenizer_command(model: str, folder: Path | None, model_store: Path | None) -> None:
+    """Print a version's tokenizer.json, which Hugging Face's tokenizers loads: each character is a token.
+
+    Example: gru-serve models tokenizer shakespeare --folder shakespeare-tokenizer
+    """
+    store = open_store(model_store)
+    described = store.describe(store.resolve(model))
+    charset = Charset(described.config.charset)
+    tokenizer = hugging_face.tokenizer(charset)
+    if folder is None:
+        echo_json(tokenizer)
+        return
+    config = hugging_face.tokenizer_config(charset, ends_with_newline=described.training.is_of_lines)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in ((hugging_face.TOKENIZER, tokenizer), (hugging_face.CONFIG, config)):
+            (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(f"can't write into {folder}: {error.strerror}") from error
+    click.echo(f"the tokenizer of {described.version.ref} is in {folder}", err=True)
+
+
 @models_group.command("alias")
 @click.argument("model")
 @click.argument("alias")
@@ -128,6 +172,33 @@ def alias_command(model: str, alias: str, remove: bool, model_store: Path | None
         click.echo(f"{version.name}@{alias} is {version.ref}")
 
 
+@models_group.command("chat")
+@click.argument("model")
+@click.argument("template", type=ChatTemplateType())
+@model_store_option
+def chat_command(model: str, template: Any, model_store: Path | None) -> None:
+    """Publish MODEL again with a chat template, so that it answers chats: a file, or play, dialogue or lines.
+
+    A version never changes, so this publishes a new one, with the same weights.
+
+    Example: gru-serve models chat shakespeare@1 play
+    """
+    store = open_store(model_store)
+    described = store.describe(store.resolve(model))
+    before = described.version
+    if described.chat == template:
+        click.echo(f"{before.ref} has this chat template already")
+        return
+    if unknown := template.unknown_to(Charset(described.config.charset)):
+        reason = f"{before.ref} doesn't know {unknown}, which the template writes"
+        raise click.BadParameter(reason, param_hint="TEMPLATE")
+    newest = store.versions(before.name)[-1]
+    version = store.republish(before.ref, {CHAT: template.to_json().encode()})
+    click.echo(f"{version.ref} is {before.ref} with this chat template")
+    if newest != before:
+        click.echo(f"{version.name}@latest is {version.ref} now, and was {newest.ref}", err=True)
+
+
 @models_group.command("delete")
 @click.argument("model")
 @click.option("--yes", is_flag=True, help="Delete without asking.")
@@ -141,6 +212,7 @@ def delete_command(model: str, yes: bool, model_store: Path | None) -> None:
     version = store.resolve(model)
     if model != version.ref:
         raise click.UsageError(f"give the version to delete by its number, such as {version.ref}")
+    store.check_deletable(model)  # refuses before the user is asked
     if not yes:
         click.confirm(f"Delete {version.ref} at {version.path}?", abort=True)
     store.delete(model)

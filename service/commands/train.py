@@ -14,12 +14,13 @@ import click
 
 from service.commands.eval import measure, require_torch
 from service.commands.options import (
+    ChatTemplateType,
     PathOption,
     corpus_option,
     field_options,
+    limit_spinning,
     model_store_option,
     open_store,
-    wait_passively,
 )
 from service.commands.progress import Progress, plural, say, tell
 from service.commands.stopping import Stopped, StopSignals
@@ -27,6 +28,7 @@ from service.errors import GruServeError, TrainingDiverged
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
+    from service.model.chat_template import ChatTemplate
     from service.training.checkpoint import PublishedRecord, RunState
     from service.training.corpus import Corpus
     from service.training.devices import Device
@@ -56,6 +58,7 @@ class _Request:
     store: Any
     store_option: Path | None
     given: dict[str, Any]  # hyperparameters that were given
+    chat: ChatTemplate | None
 
 
 @click.command("train")
@@ -66,6 +69,12 @@ class _Request:
     metavar="MODEL",
     help="Begin with the weights of a published version, as name, name@version or name@alias. Its sizes are taken too, "
     "and its charset grows by the characters of the text.",
+)
+@click.option(
+    "--chat",
+    type=ChatTemplateType(),
+    help="How the version writes the messages of a chat: a file with a chat template, or play, dialogue or lines. "
+    "[that of --init-from, or none]",
 )
 @click.option(
     "--checkpoint",
@@ -91,6 +100,7 @@ def train_command(
     corpus: tuple[Path, ...],
     name: str,
     init_from: str | None,
+    chat: ChatTemplate | None,
     checkpoint: Path | None,
     resume: bool,
     overwrite: bool,
@@ -106,7 +116,7 @@ def train_command(
 
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
-    wait_passively()
+    limit_spinning()
     store = open_store(model_store, create=True)
     store.versions(name)  # refuses an impossible name before anything is written
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
@@ -123,7 +133,7 @@ def train_command(
             given = {key: value for key, value in options.items() if value is not None}
             place = find_device(device)
             request = _Request(
-                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given
+                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given, chat
             )
         with lock_checkpoint(checkpoint, name, say):
             _train_and_publish(request, signals)
@@ -139,10 +149,11 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         publication = Publication(request.store, request.name, corpus, trainer, command, _Serving())
         existing = publication.existing()
         if trainer.state.finished and existing:
-            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it")
+            chat = "; `gru-serve models chat` gives it a chat template" if request.chat else ""
+            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it{chat}")
             return
         publication.rehearse()
-        _describe(request.name, corpus, trainer)
+        _describe(request, corpus, trainer)
     again = f"--resume continues from {request.checkpoint}"
     with signals.says(f"stopped at once; {again}, as it was last written"):
         failure = _train(trainer, signals)
@@ -175,6 +186,7 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
         trainer.restore(state)
         if state.device != request.device.type:
             say(f"the run was on {state.device} and continues on {request.device.type}, which rounds differently")
+        _choose_chat(trainer, request.chat or state.chat)
         return corpus, trainer
     if os.path.lexists(request.checkpoint):
         require_replaceable(request.checkpoint)
@@ -184,7 +196,18 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
     settings = _settings(request.given, initial)
     corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
     settings = _choose(settings, corpus)
-    return corpus, Trainer(corpus, settings, request.checkpoint, initial, request.device)
+    trainer = Trainer(corpus, settings, request.checkpoint, initial, request.device)
+    _choose_chat(trainer, request.chat or (initial.artifact.chat if initial else None))
+    return corpus, trainer
+
+
+def _choose_chat(trainer: Trainer, chat: ChatTemplate | None) -> None:
+    """Let the run publish a chat template. Raises click.BadParameter if the model will not know its characters."""
+    if chat is not None and (unknown := chat.unknown_to(trainer.charset)):
+        raise click.BadParameter(
+            f"the text has no {unknown}, which the template writes: give another template", param_hint="--chat"
+        )
+    trainer.state.chat = chat
 
 
 def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
@@ -268,6 +291,8 @@ def _changed(settings: Hyperparameters, given: dict[str, Any]) -> Hyperparameter
     """Return the settings of a resumed run. Raises click.UsageError if a given option can't be changed."""
     from service.training.trainer import CHANGEABLE
 
+    # A run continues in the precision that it began with, so `auto` means that one.
+    given = {key: value for key, value in given.items() if (key, value) != ("precision", "auto")}
     for key, value in given.items():
         before = getattr(settings, key)
         if value != before and key not in CHANGEABLE:
@@ -293,15 +318,25 @@ def _read(sources: Sources, settings: Hyperparameters, known: str) -> Corpus:
     return corpus
 
 
-def _describe(name: str, corpus: Corpus, trainer: Trainer) -> None:
-    config, state = trainer.model.config, trainer.state
+def _describe(request: _Request, corpus: Corpus, trainer: Trainer) -> None:
+    config, state, settings = trainer.model.config, trainer.state, trainer.settings
     device = trainer.device.type
     began = f", begins with the weights of {state.initial.ref}" if state.initial else ""
     say(
-        f"{name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
+        f"{request.name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
         f"{config.vocab_size:,} of them distinct, {plural(trainer.total_steps, 'update')}, "
-        f"{plural(trainer.settings.threads, 'thread') if device == 'cpu' else device}{began}"
+        f"{plural(settings.threads, 'thread') if device == 'cpu' else device}, "
+        f"products in {settings.precision}{_why_precision(request)}{began}"
     )
+
+
+def _why_precision(request: _Request) -> str:
+    """Say why `--precision auto` chose what it chose, if it was measured for this run."""
+    from service.training.devices import bfloat16_speedup
+
+    if request.resume or request.given.get("precision", "auto") != "auto" or request.device.type != "cpu":
+        return ""
+    return f" (bfloat16 is {bfloat16_speedup():.1f} times as fast here)"
 
 
 def _train(trainer: Trainer, signals: StopSignals) -> GruServeError | None:
@@ -436,6 +471,9 @@ def _command(request: _Request, trainer: Trainer) -> str:
     It names what was given as the corpus without its folder. It gives every setting that differs from its default or is
     chosen by the size of the text, so that a version with other choices repeats the run too.
     """
+    from service.model.artifact import CHAT
+    from service.model.chat_template import PRESETS
+
     words = ["gru-serve", "train"]
     for word in request.sources.words:
         words += ["--corpus", word]
@@ -448,6 +486,9 @@ def _command(request: _Request, trainer: Trainer) -> str:
         is_needed = value != field.default or key in CHOSEN
         if is_needed and not (initial is not None and key in _sizes()):
             words += [_option(key), *([] if value is True else [str(value)])]
+    if trainer.state.chat is not None:
+        presets = (name for name, preset in PRESETS.items() if preset == trainer.state.chat)
+        words += ["--chat", next(presets, CHAT)]  # a file's content is published under this name
     return shlex.join(words)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from service.arrays import Float32, read_state
-from service.engine.counters import Counters
+from service.engine.counters import Counters, SubmittedBatch
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import End, EndReason, Handle, Request, Snapshot
 from service.engine.scheduler import Scheduler
@@ -36,6 +36,7 @@ class _Text:
 
     handle: Handle
     row: Row
+    batch: SubmittedBatch  # the texts that were submitted together
     num_bytes: int = 0  # counted in the engine's memory budget
 
     @property
@@ -76,6 +77,7 @@ class Engine:
         self._stall_s, self._clock = stall_s, clock
         self._memory = memory if memory is not None else SharedBudget(_UNLIMITED_BYTES)
         self._scheduler: Scheduler[_Text] = Scheduler(max_running)
+        self._silent: set[_Text] = set()  # those in the scheduler that have generated nothing yet
         self._pace = Pace()
         self._short_ticks_until = 0.0
         self.counters = Counters()  # written while holding `_stepping`, read by any thread
@@ -100,8 +102,11 @@ class Engine:
         client = requests[0].client if requests else ""  # all of them have the same
         self._require_room(client, len(requests), already_admitted)
         # On the caller's thread, so that a request that can't be computed fails alone, before it is accepted.
+        batch, now = SubmittedBatch(len(requests)), self._clock()
         texts = [
-            _Text(Handle(request, self.check), request.row(self._stepper.initial_hidden(), self._vocab_size))
+            _Text(
+                Handle(request, self.check, now), request.row(self._stepper.initial_hidden(), self._vocab_size), batch
+            )
             for request in requests
         ]
         shared = {id(request.prompt): request.prompt.nbytes for request in requests}
@@ -166,6 +171,11 @@ class Engine:
         wait for the many texts of another client.
         """
         return self._places.held_by(client) * self._places.num_clients
+
+    @property
+    def memory_usage(self) -> float:
+        """Share, from 0 to 1, of the memory for texts that is taken; texts of other engines may share it."""
+        return self._memory.num_taken / self._memory.max_amount
 
     @property
     def num_running(self) -> int:
@@ -250,6 +260,7 @@ class Engine:
                 self._thread = None
                 return False
             scheduler.add(self._inbox)
+            self._silent.update(self._inbox)
             self._inbox = []
         return True
 
@@ -274,6 +285,7 @@ class Engine:
                 self._fail_texts([text for text in texts if text.row in invalid.causes], _NOT_COMPUTABLE)
                 return  # the next tick advances the others
             duration_s = self._clock() - started
+        self._note_times(started, started + duration_s)
         self._pace.measured(len(rows), num_chars, duration_s)
         scheduler.charge(duration_s)
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
@@ -283,6 +295,18 @@ class Engine:
             text.handle.publish(result, _end(row, row.finished) if row.finished is not None else None)
             if text.handle.wants_snapshot and row.finished is None:
                 text.handle.publish_snapshot(_snapshot(row))
+
+    def _note_times(self, started: float, ended: float) -> None:
+        """Note which texts a tick has advanced for the first time, and which have generated their first character."""
+        born = []
+        for text in self._silent:
+            times, row = text.handle.times, text.row
+            if times.started is None and row.position > text.handle.request.position:
+                times.started = started
+            if row.num_generated:
+                times.first = ended
+                born.append(text)
+        self._silent.difference_update(born)
 
     def _tick_s(self) -> float:
         """Return how long the next tick should take: less while clients share the engine."""
@@ -298,9 +322,15 @@ class Engine:
 
     def _remove(self, texts: Sequence[_Text]) -> None:
         if texts:
+            self._silent.difference_update(texts)
+            now = self._clock()
             for text in texts:
+                text.handle.times.ended = now
                 if text.handle.request.max_chars:
-                    self.counters.ended(text.row.finished)
+                    request, row = text.handle.request, text.row
+                    self.counters.ended(row.finished, len(request.prompt), row.num_generated, text.handle.times)
+                    if text.batch.ended(row.num_generated):
+                        self.counters.longest_generated.add(text.batch.longest)
             self._scheduler.remove(texts)
             for text in texts:
                 self._memory.give_back(text.client, text.num_bytes)

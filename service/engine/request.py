@@ -30,6 +30,7 @@ class Request:
     seed: int
     sampling: SamplingSettings = PLAIN
     stops: tuple[Ids, ...] = ()
+    min_chars: int = 0  # of `generated` and what this request generates, together
     num_logprobs: int | None = None
     score_prompt: bool = False
     # (L, H) float32, the state after `position` characters; None for the zero state. Copied, not modified.
@@ -72,6 +73,7 @@ class Request:
             seed=self.seed,
             sampling=self.sampling,
             stops=self.stops,
+            min_chars=max(0, self.min_chars - len(generated)) if self.min_chars > 0 else self.min_chars,
             history=history,
             num_logprobs=self.num_logprobs,
             score_prompt=self.score_prompt,
@@ -109,6 +111,16 @@ class Snapshot:
         return dict(zip(self.checkpoint_positions, self.reached, strict=False))
 
 
+@dataclass(slots=True)
+class TextTimes:
+    """When a text reached its stages, in seconds on the engine's clock. The engine writes, any thread may read."""
+
+    submitted: float
+    started: float | None = None  # the tick began that advanced it first
+    first: float | None = None  # the tick ended that generated its first characters
+    ended: float | None = None
+
+
 class Handle:
     """The caller's side of a request: the caller reads characters from it, and can cancel the text.
 
@@ -116,8 +128,9 @@ class Handle:
     by what it waits for.
     """
 
-    def __init__(self, request: Request, check_engine: Callable[[], None]) -> None:
+    def __init__(self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0) -> None:
         self.request = request
+        self.times = TextTimes(submitted_at)
         self.is_cancelled = False
         self.end: End | None = None  # None while the text is running or waiting
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it

@@ -3,8 +3,8 @@
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
 the same model, text, settings, seed and position give the same character, regardless of what else was drawn.
 
-Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, temperature, min_p,
-top_k, top_p.
+Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, allowed, temperature,
+min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -96,11 +96,16 @@ def weights(logits: Float32, settings: SamplingSettings, history: History | None
     with np.errstate(over="ignore"):
         scaled = (adjusted - adjusted.max()) / settings.temperature
     shares = arithmetic.exp(scaled)  # the largest is 1
+    if settings.allowed is not None:
+        shares[np.isneginf(adjusted)] = 0  # `exp` gives every number a weight
     return _restrict(shares, adjusted, settings) if settings.restricts else shares
 
 
 def _adjust(logits: Float32, settings: SamplingSettings, history: History | None) -> Float64:
-    """Return (V,) float64 logits after penalties and bias, computed in float64, element by element."""
+    """Return (V,) float64 logits after penalties and bias, -inf for characters that are not allowed.
+
+    They are computed in float64, element by element.
+    """
     adjusted = logits.astype(np.float64)
     if settings.penalizes:
         if history is None:
@@ -113,6 +118,10 @@ def _adjust(logits: Float32, settings: SamplingSettings, history: History | None
         adjusted = adjusted - (history.num_generated > 0) * settings.presence_penalty
     for char, bias in settings.logit_bias:
         adjusted[char] += bias
+    if settings.allowed is not None:
+        allowed = adjusted[[*settings.allowed]]
+        adjusted.fill(-np.inf)
+        adjusted[[*settings.allowed]] = allowed
     return adjusted
 
 

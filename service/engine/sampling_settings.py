@@ -46,6 +46,8 @@ FrequencyPenalty = Annotated[
 ]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 MAX_BIASES = 1024
+MAX_ALLOWED = 1024
+AllowedIds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, max_length=MAX_ALLOWED)]
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,17 @@ class SamplingSettings:
     frequency_penalty: FrequencyPenalty = 0.0
     # (id, added to its logit) pairs
     logit_bias: Annotated[tuple[tuple[Annotated[int, Field(ge=0)], Bias], ...], Field(max_length=MAX_BIASES)] = ()
+    # ids of the only characters that can be drawn; None for all
+    allowed: AllowedIds | None = None
 
     @cached_property
     def is_plain(self) -> bool:
         """Whether temperature is the only setting that applies. Rows of this kind are drawn together."""
-        return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias)
+        return self.temperature > 0 and not (self.restricts or self.penalizes or self.logit_bias or self.allowed)
 
     @property
     def restricts(self) -> bool:
-        """Whether the settings may exclude characters."""
+        """Whether the settings may exclude unlikely characters."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @cached_property
@@ -84,11 +88,11 @@ class SamplingSettings:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def check(self) -> None:
-        """Raise ValueError if a number is outside its limits, or there are too many biases."""
+        """Raise ValueError if a number is outside its limits, or there are too many biases or allowed characters."""
         _CHECKER.validate_python({name: getattr(self, name) for name in _NAMES})
 
 
 _NAMES = tuple(field.name for field in fields(SamplingSettings))
 _CHECKER = TypeAdapter(SamplingSettings)
 PLAIN = SamplingSettings()
-NUMBERS = tuple(field.name for field in fields(SamplingSettings) if field.name != "logit_bias")  # one number each
+NUMBERS = tuple(name for name in _NAMES if name not in ("logit_bias", "allowed"))  # one number each

@@ -34,6 +34,10 @@ class Scores:
         """Return the scores of a text without characters."""
         return cls(np.empty(0, np.float32), np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
 
+    def likeliest(self, num_top: int) -> Scores:
+        """Return the scores with only the `num_top` likeliest characters at each place."""
+        return Scores(self.chosen, self.top_ids[:, :num_top], self.top[:, :num_top])
+
     def slice(self, start: int, end: int | None) -> Scores:
         """Return the scores of characters start .. end - 1."""
         return Scores(self.chosen[start:end], self.top_ids[start:end], self.top[start:end])

@@ -18,7 +18,7 @@ from service.model.encoded_text import EncodedText
 
 FinishReason = Literal["stop", "length"]
 
-MAX_STOPS = 16
+MAX_STOPS = 132  # as many as a request may have strings and ids
 MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
 _COUNTED_CHARS = 8192
@@ -42,6 +42,8 @@ class Row:
     sampling: SamplingSettings = PLAIN
     # (n,) int64 ids each, n > 0. The text ends with the generated character that completes one of them.
     stops: tuple[Ids, ...] = ()
+    # None of the first `min_chars` generated characters completes one of them.
+    min_chars: int = 0
     # Characters that penalties count: the prompt's, and those generated. None unless `sampling.penalizes`. Written.
     history: History | None = None
     # Score each generated character and this many likeliest ones. None for no scores.
@@ -111,6 +113,8 @@ class Row:
             )
         for stop in self.stops:
             check_ids(stop, vocab_size, "stop")
+        if self.min_chars < 0:
+            raise InvalidValue("min_tokens: a number of characters can't be negative", param="min_tokens")
         if self.sampling is not PLAIN:
             try:
                 self.sampling.check()
@@ -118,6 +122,10 @@ class Row:
                 raise InvalidValue("a sampling setting is outside its limits") from error
             if any(char >= vocab_size for char, _ in self.sampling.logit_bias):
                 raise InvalidValue("logit_bias: a character that the model doesn't have", param="logit_bias")
+            if any(char >= vocab_size for char in self.sampling.allowed or ()):
+                raise InvalidValue(
+                    "allowed_token_ids: a character that the model doesn't have", param="allowed_token_ids"
+                )
             if self.sampling.penalizes and self.history is None:
                 raise InvalidValue("penalties need a history")
         if any(count is not None and count < 0 for count in (self.num_logprobs, self.num_next)):

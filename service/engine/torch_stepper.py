@@ -99,7 +99,7 @@ class TorchStepper:
             chars = batch.chars[t]  # (B,)
             self._step(batch, products, chars)
             batch.store_checkpoints(t)
-            stopped = [_record_drawn(row, int(chars[i])) for i, row in watched]
+            stopped = [_record_drawn(row, int(chars[i]), t) for i, row in watched]
             if any(stopped):
                 done = t + 1
                 break
@@ -245,15 +245,16 @@ def _finish_if_done(row: Row) -> None:
         row.finished = "length"
 
 
-def _record_drawn(row: Row, char: int) -> bool:
-    """Add a drawn character to the row's history and tail. Return whether it completes a stop string."""
+def _record_drawn(row: Row, char: int, step: int) -> bool:
+    """Add the character drawn in a step to the row's history and tail. Return whether it completes a stop string."""
     if row.history is not None:
         row.history.add(char)
     if not row.stops:
         return False
     row.tail.append(char)
     del row.tail[: -max(len(stop) for stop in row.stops)]
-    if any(row.tail[-len(stop) :] == stop.tolist() for stop in row.stops):
+    may_stop = row.num_generated + step >= row.min_chars
+    if may_stop and any(row.tail[-len(stop) :] == stop.tolist() for stop in row.stops):
         row.finished = "stop"
         return True
     return False

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from service.arrays import Ids
+from service.arrays import Float32, Ids
 from service.engine.pace import flush_interval
 from service.engine.prefix_cache import NOBODY, CacheScope
 from service.engine.request import End, Handle, Request
@@ -15,11 +15,16 @@ from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
-from service.engine.stop import StopFilter
-from service.generation.reader import stop_ids
+from service.engine.stop import StopFilter, completed
+from service.generation.portable_states import PortableStart
+from service.generation.reader import all_of, step, stop_ids
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
+
+# While a text is generated that may end with a stop string, and whose state is returned: a state after so many
+# characters, but no more states than this.
+_CHECKPOINT_CHARS, _MAX_CHECKPOINTS = 256, 32
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,10 @@ class CompletionRequest:
     max_chars: int  # to generate for each continuation
     seed: int
     sampling: SamplingSettings = PLAIN
-    # Strings that end a continuation, as `written_stops` returns them; they are not part of its text.
+    # Strings that end a continuation, as `written_stops` returns them.
     stop: tuple[str, ...] = ()
+    includes_stop: bool = False  # the stop string that ends a continuation is part of its text
+    min_chars: int = 0  # none of the first `min_chars` characters of a continuation completes a stop string
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
     best_of: int = 1
@@ -39,20 +46,28 @@ class CompletionRequest:
     # Return the log-probability of every character, and of this many likeliest characters at its place. None if no
     # log-probabilities are returned.
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None  # the same for the characters of the prompts, beside the text
     cache_scope: CacheScope = NOBODY  # whose states after prompts are used
     echo: bool = False  # the prompt is part of the returned text, with its log-probabilities if those are returned
+    start: PortableStart | None = None  # each prompt continues the text of this state; None for the zero state
+    returns_state: bool = False  # each `Choice` has the state after its text
 
     @property
     def num_scores(self) -> int:
         """The largest number of log-probabilities that are in memory for it at a time."""
         num_chars = self.max_chars * len(self.prompts) + (sum(map(len, self.prompts)) if self.scores_prompt else 0)
-        num_top = 0 if self.num_logprobs is None and self.best_of > self.n else self.num_logprobs
-        return num_scores(num_chars * self.best_of, num_top)
+        return num_scores(num_chars * self.best_of, self.num_top)
+
+    @property
+    def num_top(self) -> int | None:
+        """How many likeliest characters the engine scores at each place. None if it scores nothing."""
+        wanted = [count for count in (self.num_logprobs, self.num_prompt_logprobs) if count is not None]
+        return max(wanted) if wanted else 0 if self.best_of > self.n else None
 
     @property
     def scores_prompt(self) -> bool:
         """Whether the prompt's characters need log-probabilities, so that every one must be stepped."""
-        return self.echo and self.num_logprobs is not None
+        return (self.echo and self.num_logprobs is not None) or self.num_prompt_logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,7 @@ class CompletionChunk:
     text: str
     # Of the text's characters. NaN for a first character, which nothing predicts. None if no scores are returned.
     scores: Scores | None = None
+    num_echoed: int = 0  # characters at the beginning of the text that belong to the prompt
 
 
 class Choice:
@@ -75,9 +91,14 @@ class Choice:
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
-        self._stop_filter = StopFilter(request.stop)
+        self._stop_filter = StopFilter(() if request.includes_stop else request.stop)
         self._scores: list[Scores] = []  # of characters that were read or generated, and not yet returned
+        # Of the prompt's characters, if they are returned beside the text. NaN for the first one.
+        self.prompt_scores: list[Scores] = []
+        self._num_scored = 0  # characters of the prompt
         self._num_echoed = 0 if request.echo else len(prompt)
+        # (L, H) and the number of characters before it: the state after the returned text, if that is requested.
+        self.state: tuple[Float32, int] | None = None  # None until the continuation is over
 
     @property
     def mean_logprob(self) -> float:
@@ -94,8 +115,9 @@ class Choice:
 
         After the last chunk, `is_over`. Raises EngineFailed.
         """
-        if self._num_echoed < len(self.prompt) and not self._request.scores_prompt:
-            return self._chunk(self._echo(len(self.prompt)))
+        num_echoed = self._num_echoed
+        if num_echoed < len(self.prompt) and not self._request.scores_prompt:
+            return self._chunk(self._echo(len(self.prompt)), len(self.prompt))
         parts = [self.handle.read(flush_interval_s, timeout_s)]
         end = self.handle.end
         if end is not None:
@@ -105,21 +127,29 @@ class Choice:
             self.is_over = True
             shown += self._stop_filter.end(stopped=end.reason == "stop")
             self._cache_states(end)
-        return self._chunk(shown) if shown or self.is_over else None
+            if self._request.returns_state and end.reason != "cancelled":
+                self.state = self._state_after(end)
+        return self._chunk(shown, self._num_echoed - num_echoed) if shown or self.is_over else None
 
     def _process(self, part: StepResult) -> str:
         """Take over a result of the engine, and return the text that can be returned now."""
         shown = ""
+        num_logprobs, num_prompt_logprobs = self._request.num_logprobs, self._request.num_prompt_logprobs
         if part.prompt_scores is not None:
-            if self._num_echoed == 0:
+            if self._num_scored == 0 and self._request.start is None:
                 part.prompt_scores.chosen[0] = np.nan  # nothing predicts the first character
-            self._scores.append(part.prompt_scores)
-            shown = self._echo(len(part.prompt_scores.chosen))
+            self._num_scored += len(part.prompt_scores.chosen)
+            if num_prompt_logprobs is not None:
+                self.prompt_scores.append(part.prompt_scores.likeliest(num_prompt_logprobs))
+            if self._request.echo:
+                shown = self._echo(len(part.prompt_scores.chosen))
+                if num_logprobs is not None:
+                    self._scores.append(part.prompt_scores.likeliest(num_logprobs))
         text = self._model.charset.decode(part.chars)
         if part.scores is not None:
             self._logprob += float(part.scores.chosen.sum(dtype=np.float64))
-            if self._request.num_logprobs is not None:
-                self._scores.append(part.scores)
+            if num_logprobs is not None:
+                self._scores.append(part.scores.likeliest(num_logprobs))
         self.num_generated += len(text)
         self.generated += text
         return shown + self._stop_filter.feed(text)
@@ -129,27 +159,52 @@ class Choice:
         self._num_echoed = min(start + num_chars, len(self.prompt))
         return self._model.charset.decode(self.prompt[start : self._num_echoed])
 
-    def _chunk(self, shown: str) -> CompletionChunk:
+    def _chunk(self, shown: str, num_echoed: int) -> CompletionChunk:
         if not self._scores:
-            return CompletionChunk(shown)
+            return CompletionChunk(shown, None, num_echoed)
         scores = Scores.join(self._scores)
         self._scores = [scores.slice(len(shown), None)]
-        return CompletionChunk(shown, scores.slice(0, len(shown)))
+        return CompletionChunk(shown, scores.slice(0, len(shown)), num_echoed)
 
     def _cache_states(self, end: End) -> None:
+        if self._request.start is not None:
+            return  # the cache knows states by their whole text
         prompt = self._model.charset.decode(self.prompt)
-        for position, hidden in end.checkpoints.items():
-            self._model.prefixes.put(self._request.cache_scope, prompt[:position], hidden)
+        if (hidden := end.checkpoints.get(len(prompt))) is not None:
+            self._model.prefixes.put(self._request.cache_scope, prompt, hidden)
         if end.reason != "cancelled":
             self._model.prefixes.put(self._request.cache_scope, prompt + self.generated, end.hidden)
+
+    def _state_after(self, end: End) -> tuple[Float32, int]:
+        """Return the (L, H) state after the text, and its position. The text ends before a stop string that ended it.
+
+        The engine's own state is the one after the stop string, so the characters before that are stepped again.
+        """
+        ends_before_stop = end.reason == "stop" and not self._request.includes_stop
+        stop = completed(self.generated, self._request.stop) if ends_before_stop else ""
+        if not stop:
+            return end.hidden, end.position
+        begun, position = self.handle.request, end.position - len(stop)
+        states = {begun.position: begun.hidden} | end.checkpoints
+        start = max(place for place in states if place <= position)
+        ids = np.concatenate([begun.prompt, self._model.charset.exact(self.generated)])
+        ids = ids[start - begun.position : position - begun.position]
+        return step(self._model, ids, states[start], start, already_admitted=True)[0].hidden, position
 
 
 class Completion:
     """All continuations of a request, submitted to the engine."""
 
-    def __init__(self, model: LoadedModel, request: CompletionRequest) -> None:
-        """Submit the request. Raises Overloaded, EngineFailed. After that, only a failing engine can end it early."""
+    def __init__(
+        self, model: LoadedModel, request: CompletionRequest, client_has_left: Callable[[], bool] | None = None
+    ) -> None:
+        """Submit the request. After that, only a failing engine can end it early.
+
+        This waits until a prompt with several continuations is read. If `client_has_left()` returns true meanwhile,
+        nothing more is read. Raises Overloaded, EngineFailed, ClientGone.
+        """
         self.request = request
+        self._client_has_left = client_has_left
         self._engine = model.engine
         self.num_prompt = sum(len(prompt) for prompt in request.prompts)  # characters of all prompts
         self.num_cached = 0  # those of them that the prefix cache saved from being stepped
@@ -207,14 +262,25 @@ class Completion:
     def _requests(self, model: LoadedModel, prompt: Ids) -> list[Request]:
         request = self.request
         text = model.charset.decode(prompt)
-        start, hidden = (0, None) if request.scores_prompt else model.prefixes.longest(request.cache_scope, text)
+        origin = 0 if request.start is None else request.start.position
+        start, hidden = 0, None if request.start is None else request.start.hidden
+        if request.start is None and not request.scores_prompt:
+            start, hidden = model.prefixes.longest(request.cache_scope, text)
         self.num_cached += start
         if request.best_of > 1 and not request.scores_prompt and start < len(prompt):
             # Read the prompt once, not best_of times.
-            handle = model.engine.submit([Request(prompt[start:], 0, 0, hidden=hidden, position=start)])[0]
+            read = Request(prompt[start:], 0, 0, hidden=hidden, position=origin + start)
+            handle = model.engine.submit([read])[0]
+            all_of(handle, self._client_has_left)
             hidden, start = handle.wait().hidden, len(prompt)
-            model.prefixes.put(request.cache_scope, text, hidden)
-        scored = request.num_logprobs is not None or request.best_of > request.n
+            if request.start is None:
+                model.prefixes.put(request.cache_scope, text, hidden)
+        checkpoints = [origin + len(prompt)] if start < len(prompt) else []
+        if request.returns_state and request.stop and not request.includes_stop:
+            # So that few characters are stepped again when a stop string has ended the text.
+            every = max(_CHECKPOINT_CHARS, -(-request.max_chars // _MAX_CHECKPOINTS))
+            end = origin + len(prompt) + request.max_chars
+            checkpoints += range(origin + len(prompt) + every, end + 1, every)
         return [
             Request(
                 prompt=prompt[start:],
@@ -222,12 +288,13 @@ class Completion:
                 seed=choice_seed(request.seed, request.first_choice + index),
                 sampling=request.sampling,
                 stops=stop_ids(model.charset, request.stop),
-                num_logprobs=(request.num_logprobs or 0) if scored else None,
+                min_chars=request.min_chars,
+                num_logprobs=request.num_top,
                 score_prompt=request.scores_prompt,
                 hidden=hidden,
-                position=start,
+                position=origin + start,
                 history_prompt=prompt,
-                checkpoint_positions=(len(prompt),) if start < len(prompt) else (),
+                checkpoint_positions=tuple(checkpoints),
             )
             for index in range(request.best_of)
         ]

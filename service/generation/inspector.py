@@ -10,10 +10,11 @@ import numpy as np
 from service.arrays import Float16, Float32, Ids
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, UnknownCharacters
+from service.generation.portable_states import PortableStates
 from service.generation.reader import state_at, step
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.portable import StateHeader, StateSealer
+from service.sessions.portable import StateSealer
 from service.sessions.session import Session, SessionKey
 
 MAX_CHARS = 2048
@@ -77,7 +78,7 @@ class Inspector:
 
     def __init__(self, models: LoadedModels, load: Callable[[SessionKey], Session], sealer: StateSealer) -> None:
         """load: returns a session."""
-        self._models, self._load, self._sealer = models, load, sealer
+        self._models, self._load, self._states = models, load, PortableStates(models, sealer)
 
     def inspect(
         self, owner: str, request: InspectionRequest, reserve: Callable[[int], None] = lambda _: None
@@ -115,14 +116,8 @@ class Inspector:
         if len(text) > MAX_CHARS:
             raise InvalidValue(f"text: at most {MAX_CHARS} characters a request, not {len(text)}", param="text")
         if request.state is not None:
-            opened = self._sealer.open(request.state)
-            header = opened.header
-            position, seed = header.position, header.seed
-            if request.model is not None:
-                model = self._models.get(request.model)
-            else:
-                model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
-            hidden = opened.hidden(model.identity, model.state_shape)
+            origin = self._states.open(request.state, request.model)
+            model, hidden, position, seed = origin.model, origin.hidden, origin.position, origin.seed
         else:
             model = self._models.get(request.model or "")
             hidden = model.engine.initial_hidden()
@@ -180,13 +175,8 @@ class Inspector:
             embedding=model.embedding[origin.ids] if request.embedding else None,
             scores=Scores.join(scores) if scores else None,
             next=following.next if following is not None else None,
-            state=self._seal(origin, position, hidden) if request.seal else None,
+            state=self._states.seal(model, hidden, position, origin.seed) if request.seal else None,
         )
-
-    def _seal(self, origin: _Start, position: int, hidden: Float32) -> str:
-        model = origin.model
-        facts = {"model": model.version.ref, "identity": model.identity, "position": position, "seed": origin.seed}
-        return self._sealer.seal(StateHeader(**facts, expires_at=None), hidden)  # type: ignore[arg-type]
 
 
 def _max_chars(model: LoadedModel) -> int:

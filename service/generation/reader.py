@@ -21,6 +21,7 @@ from service.sessions.text import Retention, Text
 
 _POLL_S = 0.25  # between two checks whether the client is still connected
 _NOTHING = np.empty(0, np.int64)
+_DIGITS = "0123456789"
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,18 @@ class Reader:
         return self.read(model, beginning, ids, client_has_left=client_has_left).text
 
     def score(
-        self, model: LoadedModel, text: Text, start: int, end: int, num_logprobs: int | None, num_next: int | None
+        self,
+        model: LoadedModel,
+        text: Text,
+        start: int,
+        end: int,
+        num_logprobs: int | None,
+        num_next: int | None,
+        client_has_left: Callable[[], bool] | None = None,
     ) -> tuple[Scores | None, Distribution | None]:
         """Return the scores of characters that a text has already, and the distribution after them.
 
-        Raises PositionGone.
+        client_has_left: see `step`. Raises PositionGone.
         """
         begin, hidden = text.nearest_checkpoint(start if num_logprobs is not None else end)
         is_between = num_logprobs is not None and begin < start
@@ -93,7 +101,14 @@ class Reader:
             begin, hidden = start, state_at(model, text, start)
         ids = model.charset.exact(text.slice(begin, end))
         after, scores = step(
-            model, ids, hidden, begin, num_logprobs=num_logprobs, num_next=num_next, already_admitted=is_between
+            model,
+            ids,
+            hidden,
+            begin,
+            num_logprobs=num_logprobs,
+            num_next=num_next,
+            already_admitted=is_between,
+            client_has_left=client_has_left,
         )
         return scores, after.next
 
@@ -111,6 +126,7 @@ class Reader:
             seed=run.seed,
             sampling=run.sampling,
             stops=stop_ids(model.charset, run.stops),
+            min_chars=run.min_chars,
             hidden=text.hidden,
             position=text.position,
             history_prompt=model.charset.exact(run.context),
@@ -126,21 +142,25 @@ class Reader:
         """
         if not text.position < position <= run.start + run.max_chars:
             return text
-        generated, end = self._generated(model, text, run, position)
-        stopped = completed(text.slice(run.start, text.position) + generated, run.stops)
-        if end.position < position or stopped:
+        handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
+        generated, end = self._generated(model, handle)
+        if end.position < position or (end.reason == "stop" and not run.includes_stop):
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
 
     def generate(
         self, model: LoadedModel, text: Text, run: Run, client_has_left: Callable[[], bool] | None = None
-    ) -> tuple[Text, Run]:
-        """Generate the rest of a run. Return the text with it, and the run as it ended. client_has_left: see `step`."""
-        generated, end = self._generated(model, text, run, run.start + run.max_chars, client_has_left)
+    ) -> tuple[Text, Run, Handle]:
+        """Generate the rest of a run. Return the text with it, the run as it ended, and what the engine did for it.
+
+        client_has_left: see `step`.
+        """
+        handle = model.engine.submit([self.remaining_request(model, text, run, run.start + run.max_chars)])[0]
+        generated, end = self._generated(model, handle, client_has_left)
         if end.reason == "cancelled":
             raise AssertionError("only a client that has left cancels the run")
         text = self.finish(model, text, run, generated, end)
-        return text, replace(run, finish_reason=end.reason, end=text.position)
+        return text, replace(run, finish_reason=end.reason, end=text.position), handle
 
     def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
         """Return the text as far as a run has come: from there, the run can be continued.
@@ -156,9 +176,10 @@ class Reader:
     def finish(self, model: LoadedModel, text: Text, run: Run, generated: str, end: End) -> Text:
         """Return the text after the engine has ended a run: it ends before the stop string, if one was completed.
 
-        generated: the characters that were generated after `text`. The stop string may have begun before them.
+        If the run includes its stop string, it ends after it. generated: the characters that were generated after
+        `text`. The stop string may have begun before them.
         """
-        if end.reason != "stop":
+        if end.reason != "stop" or run.includes_stop:
             return text.extended(generated, end.hidden, end.checkpoints, self._retention)
         stop = completed(text.slice(run.start, text.position) + generated, run.stops)
         num_left = len(generated) - len(stop)
@@ -172,11 +193,10 @@ class Reader:
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
 
     def _generated(
-        self, model: LoadedModel, text: Text, run: Run, end: int, client_has_left: Callable[[], bool] | None = None
+        self, model: LoadedModel, handle: Handle, client_has_left: Callable[[], bool] | None = None
     ) -> tuple[str, End]:
-        """Generate a run from the end of a text up to the position `end`, and wait for it. Raises ClientGone."""
-        handle = model.engine.submit([self.remaining_request(model, text, run, end)])[0]
-        part = _all_of(handle, client_has_left)
+        """Wait for the end of a text; return what was generated, and the end. Raises ClientGone."""
+        part = all_of(handle, client_has_left)
         return model.charset.decode(part.chars) if part is not None else "", handle.wait()
 
 
@@ -209,11 +229,11 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
-    part = _all_of(handle, client_has_left)
+    part = all_of(handle, client_has_left)
     return handle.wait(), part.prompt_scores if part is not None else None
 
 
-def _all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
+def all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
     """Wait until a text has ended, and return all its results. Raises EngineFailed, ClientGone."""
     part = handle.read(None, _POLL_S if client_has_left is not None else None)
     while handle.end is None and client_has_left is not None:
@@ -241,23 +261,41 @@ def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
     return tuple(map(charset.exact, stops))
 
 
-def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error") -> tuple[str, ...]:
+def ids_of(charset: Charset, ids: Sequence[int], param: str) -> Ids:
+    """Return (n,) int64 ids that a client has sent. Raises InvalidValue, naming the first that no character has."""
+    for place, char_id in enumerate(ids):
+        if not 0 <= char_id < len(charset):
+            raise InvalidValue(
+                f"{param}[{place}]: no character has the id {char_id}: this model has the ids 0 to {len(charset) - 1}",
+                param=f"{param}[{place}]",
+            )
+    return np.array(ids, np.int64)
+
+
+def written_stops(
+    charset: Charset, stops: Sequence[str], unknown: UnknownChars = "error", ids: Sequence[int] = ()
+) -> tuple[str, ...]:
     """Return stop strings in the characters in which the model writes them, each once.
 
-    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out:
-    the model can't write it, and without these characters it would end other texts.
+    `ids` are those of characters that end a text too: each is a stop string of one character.
+
+    A stop string with unknown characters is refused (`error`) or folded, as a prompt is. With `drop` it is left out,
+    and with `fold_drop` if it can't be folded: the model can't write it, and without these characters it would end
+    other texts.
 
     Raises UnknownCharacters, InvalidValue.
     """
     written = []
     for stop in stops:
         try:
-            text = charset.written(stop, "fold" if unknown == "fold" else "error")
+            text = charset.written(stop, "fold" if unknown in ("fold", "fold_drop") else "error")
         except UnknownCharacters as error:
-            if unknown == "drop":
+            if unknown in ("drop", "fold_drop"):
                 continue
             error.param = "stop"
             raise
+        if not text and unknown == "fold_drop":
+            continue
         if not text:
             raise InvalidValue("stop: folding leaves none of its characters: leave this stop string out", param="stop")
         if len(text) > MAX_STOP_CHARS:
@@ -266,30 +304,43 @@ def written_stops(charset: Charset, stops: Sequence[str], unknown: UnknownChars 
                 param="stop",
             )
         written.append(text)
-    return tuple(dict.fromkeys(written))
+    return tuple(dict.fromkeys([*written, *charset.decode(ids_of(charset, ids, "stop_token_ids"))]))
 
 
 def with_biases(
-    sampling: SamplingSettings, charset: Charset, biases: Mapping[str, float], unknown: UnknownChars = "error"
+    sampling: SamplingSettings,
+    charset: Charset,
+    biases: Mapping[str, float],
+    unknown: UnknownChars = "error",
+    allowed: Sequence[int] | None = None,
 ) -> SamplingSettings:
-    """Return sampling settings with a `logit_bias` of these characters, for a model with this charset.
+    """Return sampling settings with a `logit_bias` and the `allowed` ids, for a model with this charset.
+
+    A key of `biases` is a character or, if it has two digits or more, the id of one: `12`, `05`.
 
     Raises UnknownCharacters for a character that the model doesn't know, unless `unknown` folds or drops it, and
-    InvalidValue for what is not one character, or for two biases of one.
+    InvalidValue for what is neither one character nor an id, for two biases of one character, or for a key that may be
+    either, because others are ids.
     """
     by_id: dict[int, float] = {}
+    has_ids = any(map(_is_id, biases))
     for char, bias in biases.items():
-        if len(char) > 1 and char.isascii():
+        if has_ids and len(char) == 1 and char in _DIGITS:
             raise InvalidValue(
-                f"logit_bias: {char!r} is not one character: the keys are characters, not ids of tokens",
+                f"logit_bias: {char!r} may be a character or an id, because other keys are ids: write the id as "
+                f"'0{char}', or send no ids",
                 param="logit_bias",
             )
-        try:
-            ids = charset.encode(char, unknown)
-        except InvalidValue as error:
-            error.param = "logit_bias"
-            raise
-        if not len(ids) and unknown == "drop":
+        if _is_id(char):
+            ids = _ids_in_key(charset, char)
+        elif len(char) > 1 and char.isascii():
+            raise InvalidValue(
+                f"logit_bias: {char!r} is not one character: the keys are characters, or ids of two digits or more",
+                param="logit_bias",
+            )
+        else:
+            ids = _ids_of_character(charset, char, unknown)
+        if not len(ids) and unknown in ("drop", "fold_drop"):
             continue
         if len(ids) != 1:
             raise InvalidValue(f"logit_bias: {char!r} is not one character to this model", param="logit_bias")
@@ -298,4 +349,28 @@ def with_biases(
                 f"logit_bias: {char!r} has another bias in a second spelling, and is one character to this model",
                 param="logit_bias",
             )
-    return replace(sampling, logit_bias=tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0)))
+    used = tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0))
+    only = None if allowed is None else tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist())))
+    return replace(sampling, logit_bias=used, allowed=only)
+
+
+def _is_id(key: str) -> bool:
+    return len(key) > 1 and all(char in _DIGITS for char in key)
+
+
+def _ids_in_key(charset: Charset, key: str) -> Ids:
+    try:
+        return ids_of(charset, [int(key)], "logit_bias")
+    except InvalidValue:
+        raise InvalidValue(
+            f"logit_bias: no character has the id {key}: this model has the ids 0 to {len(charset) - 1}",
+            param="logit_bias",
+        ) from None
+
+
+def _ids_of_character(charset: Charset, char: str, unknown: UnknownChars) -> Ids:
+    try:
+        return charset.encode(char, unknown)
+    except InvalidValue as error:
+        error.param = "logit_bias"
+        raise

@@ -57,7 +57,7 @@ class ActiveRun:
         self.state = RunState.RUNNING
         self.is_over = False  # the session was saved, or could not be
         self._all_or_nothing = False  # the reader wants the whole text; a part would be useless
-        self._model, self._reader, self._lease, self._handle, self._forget = model, reader, lease, handle, forget
+        self._model, self._reader, self._lease, self.handle, self._forget = model, reader, lease, handle, forget
         self._generated = ""
         self._saved_at = time.monotonic()  # when the session was saved last
         self._has_lost_lease = False  # nothing can be saved any more
@@ -79,7 +79,7 @@ class ActiveRun:
     def interrupt(self) -> None:
         """Ask the engine to leave the run at the next tick. Its reader gets the last characters, and then Draining."""
         self.state = RunState.INTERRUPTED
-        self._handle.cancel()
+        self.handle.cancel()
 
     def stop(self) -> None:
         """End the run at the next tick, and return when the session is saved. Harmless at any time.
@@ -88,7 +88,7 @@ class ActiveRun:
         """
         if not self.is_over and self.state is RunState.RUNNING:
             self.state = RunState.STOPPED
-        self._handle.cancel()
+        self.handle.cancel()
         with self._lock:
             try:
                 if not self.is_over:
@@ -103,7 +103,7 @@ class ActiveRun:
         so that a client may also feed the session, where its stream broke off, after this process has died. If the save
         fails, a later call tries again. Raises StoreUnavailable, OutcomeUnknown.
         """
-        snapshot = self._handle.snapshot
+        snapshot = self.handle.snapshot
         num_sent = min(self.sent_position - self.session.position, len(self._generated))
         if snapshot is not None and snapshot.position - self.session.position > num_sent:
             return  # it is saved when it was sent
@@ -114,12 +114,12 @@ class ActiveRun:
             self._has_lost_lease = True
             self.stop()
         finally:
-            self._handle.request_snapshot()
+            self.handle.request_snapshot()
 
     def _save_snapshot(self, snapshot: Snapshot) -> None:
         with self._leasing:
             saved, start = self._lease.session, self.session.position
-            if self.is_over or self._handle.end is not None or saved.run is None or snapshot.position <= saved.position:
+            if self.is_over or self.handle.end is not None or saved.run is None or snapshot.position <= saved.position:
                 return  # after the end, the thread that sees it saves
             generated = self._generated[saved.position - start : snapshot.position - start]
             text = self._reader.extend(saved.text, saved.run, generated, snapshot)
@@ -129,14 +129,14 @@ class ActiveRun:
 
     def _read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
         try:
-            text = self._decoded(self._handle.read(flush_interval_s, timeout_s))
-            if self._handle.end is not None:
-                text += self._decoded(self._handle.read(0.0))  # what arrived between these two lines
+            text = self._decoded(self.handle.read(flush_interval_s, timeout_s))
+            if self.handle.end is not None:
+                text += self._decoded(self.handle.read(0.0))  # what arrived between these two lines
         except EngineFailed:
             self._end()  # the session stays as it was saved last, and the run can be resumed elsewhere
             raise
         self._generated += text
-        if self._handle.end is not None:
+        if self.handle.end is not None:
             try:
                 if not self._is_worthless():
                     self._save_end()
@@ -151,12 +151,12 @@ class ActiveRun:
         """Whether the session has to stay as it is: it can't be saved, or its reader wanted all and got interrupted."""
         if self._has_lost_lease:
             return True
-        was_cancelled = self._handle.wait().reason == "cancelled"
+        was_cancelled = self.handle.wait().reason == "cancelled"
         return self._all_or_nothing and self.state is RunState.INTERRUPTED and was_cancelled
 
     def _save_end(self) -> None:
         """Save the session after the run."""
-        end, run = self._handle.wait(), self.session.run
+        end, run = self.handle.wait(), self.session.run
         if run is None:
             raise AssertionError("an active run belongs to its session")
         # From the text before the run, whatever was saved since: a stop string may begin before the last save.
@@ -185,7 +185,9 @@ class TextChunk:
 class RunStream:
     """Yields every character of a run after a position once, in order: stored ones first, then generated ones."""
 
-    def __init__(self, session: Session, run: Run, after: int, active: ActiveRun | None) -> None:
+    def __init__(
+        self, session: Session, run: Run, after: int, active: ActiveRun | None, generated: Handle | None = None
+    ) -> None:
         """Can't fail: the request has been accepted.
 
         Args:
@@ -193,8 +195,10 @@ class RunStream:
             run: the run, which belongs to the session.
             after: the position of the first character to send.
             active: generates the rest; None if the run is finished.
+            generated: what the engine did if it has just finished the run.
         """
         self._session, self._run, self._after, self._active = session, run, after, active
+        self._generated = active.handle if active is not None else generated
         self._position = run.start  # after the last character that the stop filter has let through
 
     def chunks(self, flush_interval_s: float | None, idle_s: float) -> Iterator[TextChunk | None]:
@@ -207,7 +211,7 @@ class RunStream:
         Raises RunTakenOver, EngineFailed, and Draining after the last part of a run that was interrupted. The rest can
         be had elsewhere, by resuming after `resume_position`.
         """
-        stop_filter = StopFilter(self._run.stops if self._active is not None else ())
+        stop_filter = StopFilter(self._run.stops if self._active is not None and not self._run.includes_stop else ())
         yield from self._stored_chunks(stop_filter)
         active, first, is_over = self._active, True, self._active is None
         while active is not None and not is_over:
@@ -232,6 +236,16 @@ class RunStream:
             yield from self._unsent_chunks(shown)
         if self.finish_reason is None:
             raise Draining("the server is shutting down and has not finished this request: send it again")
+
+    @property
+    def model_name(self) -> str:
+        """The full name of the session's model version."""
+        return self._session.model
+
+    @property
+    def handles(self) -> list[Handle]:
+        """The text that the engine generates for this request; none if it had been generated before."""
+        return [self._generated] if self._generated is not None else []
 
     @property
     def resume_position(self) -> int:

@@ -53,15 +53,24 @@ class RunRequest:
     # then another request may move the session to another model. `sampling` has no biases.
     biases: tuple[tuple[str, float], ...] = ()
     unknown_chars: UnknownChars = "error"  # what happens to unknown characters of `stops` and `biases`
+    min_chars: int = 0  # none of the first `min_chars` characters completes a stop string
+    includes_stop: bool = False  # the stop string that ends the run becomes part of the text
+    stop_ids: tuple[int, ...] = ()  # of characters that end the run; they become `stops` as `biases` do
+    allowed: tuple[int, ...] | None = None  # ids of the only characters that the run may draw; the same
+
+    @property
+    def needs_charset(self) -> bool:
+        """Whether the request has what only the session's model gives a meaning to, besides stop strings."""
+        return bool(self.biases or self.stop_ids or self.allowed)
 
     def for_charset(self, charset: Charset) -> RunRequest:
-        """Return the request with its biases in `sampling`, and its stop strings as the model writes them.
+        """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
 
         Raises UnknownCharacters, InvalidValue.
         """
-        sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars)
-        stops = written_stops(charset, self.stops, self.unknown_chars)
-        return replace(self, sampling=sampling, stops=stops, biases=())
+        sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars, self.allowed)
+        stops = written_stops(charset, self.stops, self.unknown_chars, self.stop_ids)
+        return replace(self, sampling=sampling, stops=stops, biases=(), stop_ids=(), allowed=None)
 
     def new_run(self, session: Session) -> Run:
         """Return the run that this request starts at the end of a session."""
@@ -69,12 +78,24 @@ class RunRequest:
         if self.sampling.repetition_penalty != 1:
             text = session.text.slice(session.text.start, session.position)
             context = "".join(sorted(set(text)))
-        return Run(session.position, self.max_chars, self._seed(session), self.sampling, self.stops, context)
+        return Run(
+            session.position,
+            self.max_chars,
+            self._seed(session),
+            self.sampling,
+            self.stops,
+            context,
+            min_chars=self.min_chars,
+            includes_stop=self.includes_stop,
+        )
 
     def matches_last_run(self, session: Session, position: int | None) -> bool:
         """Whether the session's last run was started by an equal request at this position."""
-        run, expected = session.run, (position, self.max_chars, self.sampling, self.stops, self._seed(session))
-        return run is not None and (run.start, run.max_chars, run.sampling, run.stops, run.seed) == expected
+        run = session.run
+        if run is None or run.start != position:
+            return False
+        expected = (self.max_chars, self.sampling, self.stops, self._seed(session), self.min_chars, self.includes_stop)
+        return (run.max_chars, run.sampling, run.stops, run.seed, run.min_chars, run.includes_stop) == expected
 
     def _seed(self, session: Session) -> int:
         return self.seed if self.seed is not None else session.seed
@@ -138,9 +159,9 @@ class RunRegistry:
             if run.is_finished:
                 return session, RunStream(session, run, after, None)
             model = self._models.for_state(chosen.model, chosen.identity)
-            text, run = self._reader.generate(model, chosen.text, run, client_has_left)
+            text, run, handle = self._reader.generate(model, chosen.text, run, client_has_left)
             session = replace(chosen, text=text, run=run)
-            return session, RunStream(session, run, after, None)
+            return session, RunStream(session, run, after, None, handle)
 
         start = _Start(self._models, self._reader, choose)
         begin = partial(self._begin, key, start, client_has_left)
@@ -156,12 +177,12 @@ class RunRegistry:
 
     def _in_its_charset(self, request: RunRequest, session: Session) -> RunRequest:
         """Return `request.for_charset` of the session's model. Raises ModelChanged, UnknownCharacters, InvalidValue."""
-        if not (request.biases or request.stops):
+        if not (request.needs_charset or request.stops):
             return request
         try:
             charset = self._models.for_state(session.model, session.identity).charset
         except ModelChanged:
-            if request.biases:
+            if request.needs_charset:
                 raise
             return request  # a finished run can be sent again; anything else raises this again
         return request.for_charset(charset)

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from service.engine.scores import Distribution, Scores, num_scores
 from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
+from service.generation.portable_states import PortableStates
 from service.generation.reader import Reader
 from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
 from service.model.charset import UnknownChars
@@ -87,7 +88,7 @@ class SessionService:
     ) -> None:
         """ttl_s: default life of a session. clock: seconds since 1970. save_interval_s: see RunRegistry."""
         self._models, self._store, self._sealer, self._ttl_s, self._clock = models, store, sealer, ttl_s, clock
-        self._reader = Reader(retention)
+        self._states, self._reader = PortableStates(models, sealer), Reader(retention)
         self.runs = RunRegistry(models, store, self._reader, save_interval_s)
 
     def get(self, key: SessionKey) -> Session:
@@ -186,7 +187,7 @@ class SessionService:
             if target is not None and target.identity != session.identity:
                 session = self._rebased(session, target, request.position, client_has_left)
             if request.position is not None and request.position != session.position:
-                return session, self._repeated_feed(session, request, reserve)
+                return session, self._repeated_feed(session, request, client_has_left, reserve)
             session, result = self._fed(session, request, client_has_left, reserve)
             return session if result.text or request.rebase is not None else before, result
 
@@ -271,7 +272,13 @@ class SessionService:
         text = self._reader.reread(model, session.text, client_has_left)
         return replace(session, model=model.version.ref, identity=model.identity, text=text, run=session.finished_run)
 
-    def _repeated_feed(self, session: Session, request: FeedRequest, reserve: Callable[[int], None]) -> FeedResult:
+    def _repeated_feed(
+        self,
+        session: Session,
+        request: FeedRequest,
+        client_has_left: Callable[[], bool] | None,
+        reserve: Callable[[int], None],
+    ) -> FeedResult:
         """Answer a feed whose text the session has already. Raises PositionConflict if it has another text there."""
         model = self._models.for_state(session.model, session.identity)
         text = model.charset.decode(model.charset.encode(request.text, request.unknown_chars))
@@ -279,12 +286,15 @@ class SessionService:
         end = start + len(text)
         if end > session.position or session.text.slice(start, end) != text:
             raise PositionConflict(
-                f"the text is {session.position} characters long, not {start}, and continues otherwise",
+                f"the text has {session.position} characters and not this text at {start}: read it and send its end as "
+                "position",
                 session.position,
             )
         num_logprobs = request.num_logprobs if text else None
         reserve(num_scores(len(text), num_logprobs))
-        scores, following = self._reader.score(model, session.text, start, end, num_logprobs, request.num_next)
+        scores, following = self._reader.score(
+            model, session.text, start, end, num_logprobs, request.num_next, client_has_left
+        )
         return FeedResult(model, text, end, following, scores)
 
     def _beginning(self, new: NewSession) -> tuple[LoadedModel, int, Text]:
@@ -295,15 +305,9 @@ class SessionService:
             model = self._models.get(new.model)
             seed = new.seed if new.seed is not None else secrets.randbits(_SEED_BITS)
             return model, seed, self._reader.empty(model)
-        opened = self._sealer.open(new.state)
-        header = opened.header
-        if new.model is not None:
-            model = self._models.get(new.model)
-        else:
-            model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
-        hidden = opened.hidden(model.identity, model.state_shape)
-        seed = new.seed if new.seed is not None else header.seed
-        return model, seed, Text.from_state(header.position, hidden)
+        start = self._states.open(new.state, new.model)
+        seed = new.seed if new.seed is not None else start.seed
+        return start.model, seed, Text.from_state(start.position, start.hidden)
 
     def _created_before(self, key: SessionKey, origin: bytes) -> Session | None:
         """Return the session of this id, if there is one. Raises SessionExists if it was created otherwise."""

@@ -1,4 +1,5 @@
-"""The files of one model version: `config.json`, `model.safetensors`, `training.json`, a model card and their manifest.
+"""The files of one model version: `config.json`, `model.safetensors`, `training.json`, perhaps a chat template, a model
+card, and their manifest.
 
 Reading trusts none of them: lengths and SHA-256 sums are compared with the manifest, then names, dtypes and shapes with
 the config, before a weight is copied anywhere. The formats are JSON and safetensors; neither can contain code.
@@ -24,12 +25,14 @@ from safetensors.numpy import save as save_safetensors
 
 from service.errors import InvalidArtifact
 from service.model.charset import Charset
+from service.model.chat_template import MAX_CHAT_BYTES, ChatTemplate, parse_template
 from service.model.config import ModelConfig
 from service.model.manifest import MANIFEST, Manifest, describe_first_error
 from service.model.quantize import IntegerPrecision
 
 CONFIG, WEIGHTS, TRAINING, CARD = "config.json", "model.safetensors", "training.json", "README.md"
-_DECIDING = (CONFIG, WEIGHTS, TRAINING)  # the other files are for people
+CHAT = "chat.json"  # a version may have none
+_DECIDING = (CONFIG, WEIGHTS, TRAINING, CHAT)  # the other files are for people
 _MAX_CONFIG_BYTES = 1024 * 1024
 _MAX_TRAINING_BYTES = 1024 * 1024
 _MAX_HEADER_BYTES = 64 * 1024
@@ -59,6 +62,12 @@ class TrainingFacts(BaseModel):
     serving_precision: IntegerPrecision = "int8"  # what the trainer found sufficient, see choose_precision
     corpus: dict[str, str | int | float | None] = {}
 
+    @property
+    def is_of_lines(self) -> bool:
+        """Whether each text that the model was trained on was one line, which a newline ends."""
+        settings = (self.model_extra or {}).get("settings")
+        return isinstance(settings, dict) and settings.get("lines") is True
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -69,6 +78,7 @@ class Artifact:
     training: TrainingFacts
     digest: str  # SHA-256 of config and weights: models with equal digests compute the same function
     warnings: tuple[str, ...] = ()  # what is wrong with files that decide nothing, such as the card
+    chat: ChatTemplate | None = None  # how the messages of a chat are written; None if the version has no template
 
     @property
     def charset(self) -> Charset:
@@ -90,7 +100,7 @@ def write_artifact(
         config: the model's sizes and charset.
         tensors: float32 weights, with the names and shapes of `config.tensor_shapes()`.
         training: the content of `training.json`, see TrainingFacts.
-        extra_files: name -> content of further files, such as the model card `README.md`.
+        extra_files: name -> content of further files, such as the model card `README.md` or a chat template.
     """
     (directory / CONFIG).write_text(_json(config.model_dump()), encoding="utf-8")
     contiguous = {name: np.ascontiguousarray(tensor, dtype=np.float32) for name, tensor in tensors.items()}
@@ -126,13 +136,40 @@ def read_artifact(directory: Path) -> Artifact:
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
             raise InvalidArtifact(f"{path}: {name} contains a number that is not finite")
-    return Artifact(config, tensors, _read_training(directory, manifest), _digest(manifest), tuple(warnings))
+    training, chat = _read_training(directory, manifest), _read_chat(directory, manifest, config)
+    return Artifact(config, tensors, training, _digest(manifest), tuple(warnings), chat)
 
 
-def read_description(directory: Path) -> tuple[ModelConfig, TrainingFacts, str]:
-    """Return config, training facts and digest of a version without reading its weights. Raises InvalidArtifact."""
+def read_description(directory: Path) -> tuple[ModelConfig, TrainingFacts, str, ChatTemplate | None]:
+    """Return config, training facts, digest and chat template of a version without reading its weights.
+
+    Raises InvalidArtifact.
+    """
     manifest = Manifest.read(directory, needed=_DECIDING)
-    return _read_config(directory, manifest), _read_training(directory, manifest), _digest(manifest)
+    config = _read_config(directory, manifest)
+    chat = _read_chat(directory, manifest, config)
+    return config, _read_training(directory, manifest), _digest(manifest), chat
+
+
+def copy_artifact(source: Path, directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files of a checked version into an empty directory, with these added or replaced, the manifest last.
+
+    A file that was edited or removed, and decides nothing, is left out. Raises InvalidArtifact.
+    """
+    manifest = Manifest.read(source, needed=_DECIDING)
+    for name in manifest.files:
+        if name in files:
+            continue
+        try:
+            data = manifest.read_file(source, name, manifest.files[name].num_bytes)
+        except InvalidArtifact:
+            if name in _DECIDING:
+                raise
+        else:
+            (directory / name).write_bytes(data)
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    (directory / MANIFEST).write_text(Manifest.of(directory).to_json(), encoding="utf-8")
 
 
 def _digest(manifest: Manifest) -> str:
@@ -155,6 +192,15 @@ def _read_training(directory: Path, manifest: Manifest) -> TrainingFacts:
         return TrainingFacts.model_validate_json(data)
     except ValidationError as error:
         raise InvalidArtifact(f"{directory / TRAINING}: {describe_first_error(error)}") from error
+
+
+def _read_chat(directory: Path, manifest: Manifest, config: ModelConfig) -> ChatTemplate | None:
+    if CHAT not in manifest.files:
+        return None
+    template = parse_template(manifest.read_file(directory, CHAT, MAX_CHAT_BYTES), directory / CHAT)
+    if unknown := template.unknown_to(Charset(config.charset)):
+        raise InvalidArtifact(f"{directory / CHAT}: the model doesn't know {unknown}, which the template writes")
+    return template
 
 
 def _check_header(path: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -19,7 +19,8 @@ from service.arrays import Ids
 from service.errors import InvalidCharset, UnknownCharacters, UnknownCharsRemedy
 from service.model.normal_form import code_points, joins, normalised_pieces
 
-UnknownChars = Literal["error", "fold", "drop"]  # what to do with unknown characters, see Charset.encode
+# What to do with unknown characters, see Charset.encode.
+UnknownChars = Literal["error", "fold", "drop", "fold_drop"]
 
 MAX_CHARSET = 65_536
 _SHORT = 8  # characters up to which a text is encoded without numpy
@@ -99,7 +100,7 @@ class Charset:
             text: any text.
             unknown: what to do with unknown characters. `error` refuses the text; `fold` replaces each by the nearest
                 known spelling (é by e, curly quotes by straight ones, any dash by a hyphen) and refuses the text if
-                one has none; `drop` leaves them out.
+                one has none; `drop` leaves them out; `fold_drop` folds, and leaves out those that have no spelling.
 
         Raises:
             UnknownCharacters: the text is refused; names the first unknown characters and their positions after NFC.
@@ -130,10 +131,10 @@ class Charset:
             return ids, len(text)
         if unknown == "drop":
             return ids[ids >= 0], len(text)
-        if unknown == "fold":
+        if unknown in ("fold", "fold_drop"):
             folded = self._look_up(self._fold(text))
-            if not (folded < 0).any():
-                return folded, len(text)
+            if unknown == "fold_drop" or not (folded < 0).any():
+                return folded[folded >= 0], len(text)
             # The error gives positions in the text before folding, because that is what the caller knows.
             hopeless = {char for char in set(text) if char not in self and self._nearest(char) is None}
             positions = [position for position, char in enumerate(text) if char in hopeless]
@@ -151,7 +152,7 @@ class Charset:
         if char in self:
             return char
         parts = self._parts(char)
-        return parts if parts is not None or unknown != "fold" else self._nearest(char)
+        return parts if parts is not None or unknown not in ("fold", "fold_drop") else self._nearest(char)
 
     def exact(self, text: str) -> Ids:
         """Return the (n,) int64 ids of exactly these n characters, without normalisation. The inverse of `decode`.

@@ -27,6 +27,7 @@ from service.engine.stepper import Stepper
 from service.errors import GruServeError, InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
 from service.model.artifact import Artifact
 from service.model.charset import Charset
+from service.model.chat_template import ChatTemplate
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
 from service.shares import SharedBudget, SharedCapacity, current_client
@@ -58,6 +59,7 @@ class LoadedModel:
 
     version: ModelVersion
     charset: Charset
+    chat: ChatTemplate | None  # how the messages of a chat are written; None if the version has no template
     digest: str  # of the published config and float32 weights, see Artifact: it says which model this is
     precision: IntegerPrecision  # of the recurrent weights as they are computed with
     arithmetic: str  # SHA-256 of all quantised numbers and the arithmetic's VERSION: how the model is computed
@@ -72,6 +74,7 @@ class LoadedModel:
     def __init__(self, version: ModelVersion, artifact: Artifact, settings: EngineSettings) -> None:
         self.version = version
         self.charset = artifact.charset
+        self.chat = artifact.chat
         self.digest = artifact.digest
         self.precision = settings.precision or artifact.training.serving_precision
         self.stepper, quantized = settings.kernel.load(artifact.config, artifact.tensors, self.precision)

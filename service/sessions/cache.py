@@ -46,6 +46,7 @@ class CachedSession:
     session: Session
     save_id: SaveId
     settled_hash: bytes | None = None  # of the settled text that this save has in Redis; None if not known
+    is_own: bool = False  # whether this process made the save, and did not only read it
 
 
 class SessionCache:
@@ -55,6 +56,7 @@ class SessionCache:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self.num_evicted = 0
+        self.num_expired = 0  # sessions that this process saved last
         self._sessions: OrderedDict[SessionKey, CachedSession] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -82,6 +84,14 @@ class SessionCache:
         """Forget a session, or only this save of it. Harmless if it isn't here."""
         with self._lock:
             if save_id is None or (key in self._sessions and self._sessions[key].save_id == save_id):
+                self._drop(key)
+
+    def expire(self, key: SessionKey, save_id: SaveId) -> None:
+        """Forget a save of a session that has expired. Counts it if this process made it, so that one process does."""
+        with self._lock:
+            cached = self._sessions.get(key)
+            if cached is not None and cached.save_id == save_id:
+                self.num_expired += cached.is_own
                 self._drop(key)
 
     def save_ids(self) -> list[tuple[SessionKey, SaveId]]:

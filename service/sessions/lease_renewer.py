@@ -218,7 +218,9 @@ class LeaseRenewer:
             self._server.call_all([self._command("exists", key) for key, _ in batch], one_by_one=True) if batch else []
         )
         for (key, save_id), answer in zip(batch, answers, strict=True):
-            if answer[0] != b"ok":
+            if answer[0] == b"gone" and answer[1] == save_id.nonce:  # else another process has saved since
+                self._cache.expire(key, save_id)
+            elif answer[0] != b"ok":
                 self._cache.drop(key, save_id)
 
     def _restore(self) -> None:

@@ -134,7 +134,9 @@ def encode(session: Session, segment_chars: int) -> Record:
         run=session.run,
         origin=session.origin.hex() if session.origin is not None else None,
     )
-    head = header.model_dump_json().encode()
+    # Without defaults, so that a server of an older version, which doesn't know a field, reads the records of all
+    # sessions that don't use it.
+    head = header.model_dump_json(exclude_defaults=True).encode()
     state = np.ascontiguousarray(session.hidden, "<f4").tobytes()
     begin = max(text.start, stored[-1].end if stored else 0)
     step = max(2, segment_chars // _SETTLED_STEPS)  # so that it never is one character, which means "the same"

@@ -287,7 +287,11 @@ class RedisServer:
         self._connections.close()
 
     def _timed(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
-        self.check()
+        try:
+            self.check()
+        except StoreUnavailable:  # counted too: else an outage would look like a single failure
+            self._count_failure(operation)
+            raise
         started = time.perf_counter()
         try:
             return self._call(operation, run)
@@ -415,8 +419,7 @@ class RedisServer:
             log.error("the session store is full", **_kind(error))
         else:
             self._note_failure(error, may_be_about_one_call=True)
-            if self._observer is not None:
-                self._observer.count_failure(operation)
+            self._count_failure(operation)
         if may_be_done and operation in _CHANGING:
             return OutcomeUnknown(_UNKNOWN)
         if is_full:
@@ -424,6 +427,10 @@ class RedisServer:
         if _word(error) == _WRONG_KEY:
             return KeyOccupied(_OCCUPIED)
         return StoreUnavailable(_NO_CONNECTION if _is_own_exhaustion(error) else _UNREACHABLE)
+
+    def _count_failure(self, operation: Operation) -> None:
+        if self._observer is not None:
+            self._observer.count_failure(operation)
 
     def _note_refused_command(self, *answers: Any) -> None:
         for answer in answers:
@@ -481,6 +488,7 @@ class RedisServer:
             self._close_ping_links()
             self._probe_at = 0.0
             self._note_failure(error)
+            self._count_failure("ping")  # so that an outage is counted while nobody calls
             raise StoreUnavailable(_UNREACHABLE) from None
 
     def _answer_pings(self) -> bool:

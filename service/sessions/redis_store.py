@@ -195,8 +195,11 @@ class RedisStore:
 
     @property
     def num_expired(self) -> int:
-        """Always 0: Redis drops expired sessions without a notice."""
-        return 0
+        """How many sessions have expired that this process saved last. It notices that within about a minute.
+
+        Those are missing that the cache had evicted by then, or whose process has died.
+        """
+        return self._cache.num_expired
 
     def check(self) -> None:
         """See SessionStore."""
@@ -414,7 +417,7 @@ class RedisStore:
         save_id, expires_at = SaveId(answer[1], int(answer[2]), answer[4]), int(answer[3]) / 1000
         text = session.text.with_hidden(read_state(session.hidden))
         session = replace(session, text=text, revision=save_id.revision, expires_at=expires_at)
-        saved = CachedSession(session, save_id, record.settled_hash)
+        saved = CachedSession(session, save_id, record.settled_hash, is_own=True)
         self._cache.put(session.key, saved)
         self._renewer.record_save(session.key, save_id)
         self._prolong(saved)

@@ -251,9 +251,9 @@ function operations.bury(seen_incarnation, seen_revision, seen_nonce, kind, only
   return {'ok'}
 end
 
--- Is there a session? For a process that has a copy.
+-- Is there a session, and which is its last save? For a process that has a copy.
 function operations.exists()
-  return {refusal('') or 'ok'}
+  return {refusal('') or 'ok', nonce or ''}
 end
 
 -- What each process does once a second to a key of the server's own. It says that it is there, and learns in which epoch

@@ -38,12 +38,14 @@ class Run:
     max_chars: Position  # generates at most this many characters
     seed: Seed
     sampling: SamplingSettings
-    stops: tuple[str, ...] = ()  # strings that end the run; they don't become part of the text
+    stops: tuple[str, ...] = ()  # strings that end the run; unless `includes_stop`, they don't become part of the text
     # The distinct characters of the text before the run, which repetition_penalty treats as the prompt. Empty if the
     # sampling settings have no such penalty.
     context: str = ""
     finish_reason: FinishReason | None = None  # None while the run is unfinished
     end: Position | None = None  # the position at which it ended; None while it is unfinished
+    min_chars: Position = 0  # none of its first `min_chars` characters completes a stop string
+    includes_stop: bool = False  # the stop string that ends the run becomes part of the text
 
     @property
     def is_finished(self) -> bool:
@@ -53,7 +55,9 @@ class Run:
     @property
     def num_bytes(self) -> int:
         """Approximate memory in bytes."""
-        return 512 + 4 * (sum(map(len, self.stops)) + len(self.context)) + 128 * len(self.sampling.logit_bias)
+        num_chars = sum(map(len, self.stops)) + len(self.context)
+        num_ids = len(self.sampling.allowed or ())
+        return 512 + 4 * num_chars + 128 * len(self.sampling.logit_bias) + 40 * num_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +128,14 @@ class Session:
     def require_position(self, position: int | None) -> None:
         """Raise PositionConflict unless the session is at this position. None accepts any."""
         if position is not None and position != self.position:
-            raise PositionConflict(f"the text has {self.position} characters, not {position}", self.position)
+            raise PositionConflict(
+                f"the text has {self.position} characters, not {position}: read it and send its end as position",
+                self.position,
+            )
 
     def require_within(self, position: int, param: str = "position") -> None:
         """Raise PositionConflict, naming `param`, if a position is after the end of the text."""
         if position > self.position:
             raise PositionConflict(
-                f"the text has {self.position} characters, not {position}", self.position, param=param
+                f"the text has {self.position} characters, so {position} is after its end", self.position, param=param
             )

@@ -13,7 +13,7 @@ Answer = TypeVar("Answer")
 #: A function from a session to the changed session and an answer. It gives back the session that it got if there is
 #: nothing to save. It may be called twice, the first time with a copy that is no longer current.
 Change = Callable[[Session], tuple[Session, Answer]]
-Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "summarize"]
+Operation = Literal["create", "load", "lease", "claim", "renew", "save", "release", "delete", "summarize", "ping"]
 
 
 class Lease(Protocol):

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import InvalidArtifact, InvalidValue, ModelNotFound, StoreError
-from service.model.artifact import Artifact, TrainingFacts, read_artifact, read_description
+from service.model.artifact import Artifact, TrainingFacts, copy_artifact, read_artifact, read_description
+from service.model.chat_template import ChatTemplate
 from service.model.config import ModelConfig
 from service.model.manifest import MANIFEST, describe_os_error, is_broken_link, is_stray
 from service.store.staging import (
@@ -40,7 +41,8 @@ from service.store.staging import (
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 _ABSENT = (errno.ENOENT, errno.ENOTDIR)
-_INDEX, _LATEST = "store.json", "latest"
+_INDEX = "store.json"
+LATEST = "latest"  # the alias of the newest version, which every name has
 _MAX_LISTED = 8  # names in an error
 
 
@@ -67,6 +69,7 @@ class Description:
     training: TrainingFacts
     digest: str  # see Artifact.digest
     aliases: list[str]  # all aliases of the version, sorted; `latest` is the first if it applies
+    chat: ChatTemplate | None = None  # see Artifact.chat
 
 
 class _Index(BaseModel):
@@ -134,7 +137,7 @@ class ModelStore:
             raise ModelNotFound(
                 f"no model {name!r} is in the store; it has: {_listed(names)}{more}", param="model", others=names
             )
-        if not at or selector == _LATEST:
+        if not at or selector == LATEST:
             return versions[-1]
         number = int(selector) if _VERSION.fullmatch(selector) else self.aliases(name).get(selector)
         for version in versions:
@@ -185,6 +188,14 @@ class ModelStore:
                     fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
+    def republish(self, ref: str, files: Mapping[str, bytes]) -> ModelVersion:
+        """Publish a version again as a new one of its name, with these files added or replaced.
+
+        Raises ModelNotFound, InvalidArtifact, StoreError.
+        """
+        version, _ = self.load(ref)
+        return self.publish(version.name, lambda directory: copy_artifact(version.path, directory, files))
+
     def check_writable(self, name: str, write: Callable[[Path], None] = lambda _: None) -> None:
         """Raise InvalidValue, InvalidArtifact or StoreError if no version of `name` could be published.
 
@@ -208,15 +219,15 @@ class ModelStore:
         Raises ModelNotFound if it was deleted, InvalidArtifact, or StoreError if the index is damaged.
         """
         try:
-            config, training, digest = read_description(version.path)
+            config, training, digest, chat = read_description(version.path)
         except InvalidArtifact:
             if version not in self.versions(version.name):
                 raise ModelNotFound(f"{version.ref} was deleted", param="model") from None
             raise
         aliases = sorted(alias for alias, number in self.aliases(version.name).items() if number == version.number)
         if self.versions(version.name)[-1:] == [version]:
-            aliases.insert(0, _LATEST)
-        return Description(version, config, training, digest, aliases)
+            aliases.insert(0, LATEST)
+        return Description(version, config, training, digest, aliases, chat)
 
     def verify(self, ref: str) -> tuple[str, ...]:
         """Check every file of a version, as loading does. Return what is wrong with files that decide nothing.
@@ -247,7 +258,7 @@ class ModelStore:
 
         Raises InvalidValue for an impossible name or alias, ModelNotFound, StoreError.
         """
-        if not _NAME.fullmatch(alias) or alias.isdigit() or alias == _LATEST:
+        if not _NAME.fullmatch(alias) or alias.isdigit() or alias == LATEST:
             raise InvalidValue(
                 f"{alias[:80]!r} can't be an alias: use letters, digits, . _ -; neither a number nor `latest`"
             )
@@ -269,21 +280,30 @@ class ModelStore:
             index.aliases.pop(alias, None)
             self._write_index(directory, index)
 
+    def check_deletable(self, ref: str) -> ModelVersion:
+        """Return the version `ref` if `delete` would delete it now, and change nothing. Raises what `delete` raises."""
+        version = self.resolve(ref)
+        if ref != version.ref:
+            raise StoreError(f"name the version to delete by its number: {version.ref}")
+        directory = self._changeable(version.name)
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise StoreError(f"can't delete {version.ref}: {directory} may not be changed; check its permissions")
+        named = self._read_index(version.name).aliases
+        aliases = sorted(alias for alias, number in named.items() if number == version.number)
+        if aliases:
+            raise StoreError(f"{version.ref} has the alias {version.name}@{aliases[0]}: move or remove that first")
+        return version
+
     def delete(self, ref: str) -> ModelVersion:
         """Delete the version `ref`, which must be a `name@number` without aliases.
 
         Raises ModelNotFound, or StoreError if it has an alias, is named by one, or can't be deleted.
         """
-        version = self.resolve(ref)
-        if ref != version.ref:
-            raise StoreError(f"name the version to delete by its number: {version.ref}")
+        version = self.check_deletable(ref)
         directory = self._changeable(version.name)
         with _os_errors_as_store_errors(f"can't delete {version.ref}"), locked(directory):
-            self.resolve(ref)  # again, now that no other writer can delete it
+            self.check_deletable(ref)  # again, now that no other writer can change it
             index = self._read_index(version.name)
-            aliases = sorted(alias for alias, number in index.aliases.items() if number == version.number)
-            if aliases:
-                raise StoreError(f"{version.ref} has the alias {version.name}@{aliases[0]}: move or remove that first")
             index.last_number = max(index.last_number, self.versions(version.name)[-1].number)
             self._write_index(directory, index)
             trash = directory / f"{TRASH}{version.number}"

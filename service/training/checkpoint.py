@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from service.errors import InvalidCheckpoint
+from service.model.chat_template import ChatTemplate
 from service.store.staging import fsync
 from service.training.hyperparameters import Hyperparameters
 
@@ -88,6 +89,7 @@ class RunState(BaseModel):
     corpus_sha256: str
     device: str = "cpu"  # of the last updates
     initial: VersionRecord | None = None  # the version that the run began with; None for random weights
+    chat: ChatTemplate | None = None  # of the version that the run will publish
     changes: list[SettingsChange] = []  # the last ones
     step: int = 0  # updates done
     seconds: float = 0.0  # time spent on updates and evaluations

@@ -170,7 +170,8 @@ def read_text(
     unknown: UnknownChars = settings.unknown_chars
     if settings.min_count and unknown == "error":
         unknown = "fold"
-    ids, lengths = reader.encode(charset, unknown, or_drop=settings.min_count > 0)
+    or_drop = settings.min_count > 0 or unknown == "fold_drop"
+    ids, lengths = reader.encode(charset, "fold" if unknown == "fold_drop" else unknown, or_drop=or_drop)
     text = _lines_of(ids, charset) if settings.lines else EncodedText.of_lengths(ids, lengths)
     if not len(text.ids):
         what = "lines that are not empty" if settings.lines else "characters that the charset knows"
@@ -289,6 +290,28 @@ def last_part(text: EncodedText, fraction: float, *, lines: bool) -> EncodedText
     if lines:
         border = int(text.starts[min(int(np.searchsorted(text.starts, border)), len(text.starts) - 1)])
     return text.last(len(text.ids) - border)
+
+
+def beginnings_of(text: EncodedText, num_places: int, num_chars: int) -> EncodedText:
+    """Return what follows places that are spread evenly over texts, each as a text of its own.
+
+    Of each, the first character is only read, and the `num_chars` after it are scored. None reaches into the next text.
+    If there are fewer places than `num_places`, all are taken. Raises InvalidCorpus if there is none.
+    """
+    places = np.maximum(text.lengths - num_chars, 0)  # in each text
+    ends = np.cumsum(places)
+    total = int(ends[-1])
+    if total == 0:
+        raise InvalidCorpus(
+            f"the longest text has {int(text.lengths.max()):,} characters: --beginning-chars must be lower than that",
+            param="corpus",
+        )
+    num_places = min(num_places, total)
+    chosen = (2 * np.arange(num_places) + 1) * total // (2 * num_places)
+    within = np.searchsorted(ends, chosen, "right")  # the text of each place
+    begins = text.starts[within] + chosen - (ends[within] - places[within])
+    ids = text.ids[begins[:, None] + np.arange(num_chars + 1)]
+    return EncodedText.of_lengths(ids.reshape(-1), np.full(num_places, num_chars + 1), scores_starts=False)
 
 
 def require_two_chars(text: EncodedText) -> None:

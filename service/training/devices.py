@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import cache
 from typing import Literal
 
 import torch
@@ -10,6 +12,11 @@ from service.errors import MissingLibrary
 
 Device = Literal["auto", "cpu", "cuda"]
 CPU = torch.device("cpu")
+
+_ROWS, _UNITS = 64, 1024  # of the product that is measured: a step of the shipped model in training
+_ROUNDS = 5
+_HOPELESS = 4.0  # times as long as float32, after which one round is enough
+_MIN_SPEEDUP = 1.2  # from which bfloat16 is worth its rounding
 
 
 def find_device(name: Device) -> torch.device:
@@ -26,11 +33,41 @@ def find_device(name: Device) -> torch.device:
 
 
 def product_dtype(precision: str, device: torch.device = CPU) -> torch.dtype:
-    """Return the dtype of large products. `auto` means bfloat16 if the device multiplies it directly."""
+    """Return the dtype of large products. `auto` means bfloat16 if the device multiplies it clearly faster."""
     if precision == "auto":
         if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+            is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+            is_faster = bfloat16_speedup() >= _MIN_SPEEDUP
+        return torch.bfloat16 if is_faster else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
+@cache
+def bfloat16_speedup() -> float:
+    """Return how many times as fast as in float32 this processor multiplies matrices in bfloat16.
+
+    It is measured, because a processor with instructions for bfloat16 may still be slower with them: Intel's without
+    AMX reach 0.7 times the speed of float32, AMD's twice. Processor time of a single thread hardly depends on other
+    processes. Both formats take turns, and the shortest time of each counts. That takes about 0.1 s, once in a process.
+    """
+    operands = {
+        dtype: (torch.ones(_ROWS, _UNITS, dtype=dtype), torch.ones(3 * _UNITS, _UNITS, dtype=dtype).t())
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    best = dict.fromkeys(operands, float("inf"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(_ROUNDS + 1):
+            for dtype, (left, right) in operands.items():
+                began = time.thread_time()
+                torch.mm(left, right)
+                seconds = time.thread_time() - began
+                if number > 0:  # the first round also pays for what is made once
+                    best[dtype] = min(best[dtype], seconds)
+            if number > 0 and best[torch.bfloat16] > _HOPELESS * best[torch.float32]:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return best[torch.float32] / max(best[torch.bfloat16], 1e-9)

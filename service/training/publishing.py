@@ -14,7 +14,7 @@ import torch
 
 from service import __version__
 from service.errors import GruServeError, StoreError
-from service.model.artifact import CARD, Tensors, write_artifact
+from service.model.artifact import CARD, CHAT, Tensors, write_artifact
 from service.model.config import ModelConfig
 from service.model.encoded_text import EncodedText
 from service.model.quantize import IntegerPrecision, Precision, choose_precision
@@ -176,6 +176,8 @@ class Publication:
         files = {CARD: model_card(self._name, facts, picture is not None).encode()}
         if picture is not None:
             files[CURVE] = picture
+        if self._trainer.state.chat is not None:
+            files[CHAT] = self._trainer.state.chat.to_json().encode()
         return lambda directory: write_artifact(directory, self._trainer.model.config, tensors, facts, files)
 
 

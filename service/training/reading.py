@@ -269,7 +269,7 @@ def _decoded(source: Source, file: BinaryIO, digest: Any, progress: Callable[[in
             raise InvalidCorpus(
                 f"{source.place} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {place} "
                 f"({error.reason}). Convert it first, {_conversion(source, 'WINDOWS-1252')}, with the encoding that "
-                "it has in place of WINDOWS-1252",
+                f"it has in place of WINDOWS-1252{_exclusion(source)}",
                 param="corpus",
             ) from error
         offset += len(block)
@@ -313,7 +313,8 @@ def _refuse_nul(source: Source, head: bytes, offset: int) -> None:
 
 def _encoding_error(source: Source, encoding: str) -> InvalidCorpus:
     return InvalidCorpus(
-        f"{source.place} is probably {encoding}, not UTF-8: convert it first, {_conversion(source, encoding)}",
+        f"{source.place} is probably {encoding}, not UTF-8: convert it first, "
+        f"{_conversion(source, encoding)}{_exclusion(source)}",
         param="corpus",
     )
 
@@ -321,6 +322,13 @@ def _encoding_error(source: Source, encoding: str) -> InvalidCorpus:
 def _conversion(source: Source, encoding: str) -> str:
     name = "FILE" if source.path is None else shlex.quote(source.place)
     return f"for example with iconv -f {encoding} -t UTF-8 {name} > new.txt"
+
+
+def _exclusion(source: Source) -> str:
+    """Return how to leave out a file that a folder or a pattern contains. It is not left out silently: it has text."""
+    if not source.is_found:
+        return ""
+    return f"; to leave it out, move it away or rename it to .{source.name}, because hidden files are not read"
 
 
 def _translation(

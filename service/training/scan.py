@@ -2,7 +2,7 @@
 
 Why it is fast:
 
-- Products use `product_dtype`; state and gates are float32. bfloat16 doubles the rate of float32 if the CPU has it.
+- Products use `product_dtype`; state and gates are float32. On some CPUs bfloat16 doubles the rate of float32.
 - The input gates are computed beforehand. For the first layer they are rows of a (V, 3H) table that is computed once a
   window, because an embedding and its product with the input weights depend only on the character.
 - The backward loop computes only the gradient of the gates, which the recurrence needs. The gradient of the recurrent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import structlog
 from flask_openapi import Info, OpenAPI
@@ -12,18 +13,25 @@ from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
 from service.engine.stop import MAX_STOP_CHARS
-from service.settings import SPARE_THREADS, Settings, read_settings
+from service.errors import InvalidArtifact, InvalidSettings
+from service.model.chat_template import ChatTemplate, find_template
+from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
+from service.web.api.chat.routes import ChatRoutes
+from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
 from service.web.api.completions.schemas import MAX_CHOICES
+from service.web.api.embeddings.routes import EmbeddingRoutes
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
 from service.web.api.models.schemas import Limits
+from service.web.api.openapi import Bounds, DescribedApi
 from service.web.api.operation.routes import AdminRoutes, HealthRoutes, MetricRoutes
 from service.web.api.pages import DocsRoutes, PageRoutes
 from service.web.api.resource import Resource
 from service.web.api.schemas import ErrorAnswer
 from service.web.api.sessions.routes import SessionLimits, SessionRoutes
+from service.web.api.tokens.routes import TokenRoutes
 from service.web.gate.access import register_access
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import INTERRUPT_S, Drain
@@ -33,9 +41,14 @@ from service.web.gate.origins import HostPolicy, is_loopback, register_origins
 from service.web.gate.paths import register_paths
 from service.web.gate.proxies import register_proxies
 from service.web.gate.rate_limit import register_rate_limit, register_start_costs
+from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
+from service.web.telemetry.tracing import otlp_provider, register_tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
 
 log = structlog.get_logger(__name__)
 
@@ -49,15 +62,21 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     settings = settings or read_settings()
     configure_logs(settings.log_level, settings.log_format)
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
-    metrics, drain = Metrics(), Drain(settings.drain_s, settings.drain_notice_s)
+    metrics, drain = Metrics(settings.metrics_prefix_list), Drain(settings.drain_s, settings.drain_notice_s)
     admission = _admission_limit(settings)
     with ExitStack() as closing:
         service = closing.enter_context(Service.open(settings, metrics.store))
         app = _openapi_app()
-        closing.callback(_register_gates(app, settings, keys, drain, metrics))
+        tracing = otlp_provider() if otlp_is_configured() else None
+        if tracing is not None:
+            closing.callback(tracing.shutdown)
+        closing.callback(_register_gates(app, settings, keys, drain, metrics, tracing))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)
+        app.bounds = _bounds(settings)
         metrics.registry.register(ServiceCollector(service.models, service.store, admission, service.kernel.name))
+        metrics.loaded_models = lambda: [model.version.ref for model in service.models.all()]
+        metrics.expect_routes(app)
         drain.on_interrupt(lambda: service.sessions.runs.interrupt_all(INTERRUPT_S / 2))
         drain.on_interrupt(service.models.close)  # last: saving the runs needs the engines; completions get an error
         app.extensions["gru_serve"] = closing.pop_all()
@@ -67,8 +86,8 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
     return app
 
 
-def _openapi_app() -> OpenAPI:
-    app = OpenAPI(
+def _openapi_app() -> DescribedApi:
+    app = DescribedApi(
         __name__,
         info=Info(title="gru-serve", version=__version__, description="Generates text with a GRU character model."),
         validation_error_status=400,
@@ -86,21 +105,29 @@ def _openapi_app() -> OpenAPI:
 
 
 def _register_gates(
-    app: OpenAPI, settings: Settings, keys: ApiKeys | None, drain: Drain, metrics: Metrics
+    app: OpenAPI,
+    settings: Settings,
+    keys: ApiKeys | None,
+    drain: Drain,
+    metrics: Metrics,
+    tracing: TracerProvider | None,
 ) -> Callable[[], None]:
     """Add what every request passes. The order matters: the body is read last, after everything that may refuse.
 
     Return a function that closes connections.
     """
+    register_reconnects(app)
     register_paths(app)
     register_guard(app, drain)
+    if tracing is not None:
+        register_tracing(app, tracing)
     register_metrics(app, metrics)
     register_proxies(app, settings.parsed_proxies)
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
     close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
     register_body_check(app, settings.max_body_bytes, SharedBudget(settings.large_bodies_bytes))
-    register_start_costs(app, settings.max_tokens, MAX_CHOICES)
+    register_start_costs(app, settings.max_tokens, MAX_CHOICES, DEFAULT_MAX_TOKENS)
     register_error_handlers(app)
     return close_counts
 
@@ -112,24 +139,56 @@ def _resources(
     models, store, default = service.models, service.store, service.default_model
     texts = settings.max_batch + settings.max_queue
     completion_limits = CompletionLimits(settings.max_tokens, settings.max_prompt_chars, texts)
-    # Everything that a run generates is retained until the run ends, including the stop string that ends it.
-    max_run = min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
+    max_run = _max_run(settings)
     session_limits = SessionLimits(max_run, settings.max_prompt_chars)
     limits = Limits(
         max_tokens=settings.max_tokens, session_max_tokens=max_run, max_prompt_chars=settings.max_prompt_chars
     )
     score_budget = SharedBudget(settings.max_scores)
     return [
-        CompletionRoutes(models, default, completion_limits, admission, score_budget),
+        CompletionRoutes(models, default, completion_limits, admission, score_budget, service.states),
+        ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
+        EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
+        TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),
         MetricRoutes(metrics.exposition),
         DocsRoutes(),
         PageRoutes(),
     ]
+
+
+def _max_run(settings: Settings) -> int:
+    """Return the largest `max_tokens` of a session's run.
+
+    Everything that a run generates is retained until the run ends, including the stop string that ends it.
+    """
+    return min(settings.max_tokens, settings.session_text_chars - MAX_STOP_CHARS)
+
+
+def _bounds(settings: Settings) -> Bounds:
+    """Return the bounds of fields that the settings decide, for the API description."""
+    text = {"maxLength": settings.max_prompt_chars}
+    return {
+        "CompletionBody": {"max_tokens": {"maximum": settings.max_tokens}, "prompt": text},
+        "CreateBody": {"text": text},
+        "FeedBody": {"text": text},
+        "GenerateBody": {"max_tokens": {"maximum": _max_run(settings)}},
+        "TokenizeBody": {"prompt": text},
+        "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},
+    }
+
+
+def _chat_template(settings: Settings) -> ChatTemplate | None:
+    if not settings.chat_template:
+        return None
+    try:
+        return find_template(settings.chat_template)
+    except InvalidArtifact as error:
+        raise InvalidSettings(f"GRU_SERVE_CHAT_TEMPLATE: {error.message}", param="chat_template") from None
 
 
 def _admission_limit(settings: Settings) -> AdmissionLimit:

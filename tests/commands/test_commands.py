@@ -19,10 +19,12 @@ from click.testing import CliRunner, Result
 from service import __version__, installation
 from service.__main__ import main
 from service.engine.native.native_stepper import variants
+from service.model import hugging_face
+from service.model.charset import Charset
 from service.store.model_store import ModelStore
 from service.training.streams import Window
 from service.training.trainer import Trainer
-from tests.harness.models import publish_tiny
+from tests.harness.models import TINY_CHARSET, publish_tiny
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 needs_native = pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
@@ -51,7 +53,8 @@ def place(tmp_path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
-     "models", "models list", "models show", "models verify", "models alias", "models delete"],
+     "models", "models list", "models show", "models verify", "models tokenizer", "models alias", "models chat",
+     "models delete"],
 )  # fmt: skip
 def test_help__of_every_command_has_an_example(command: str) -> None:
     result = run(*command.split(), "--help")
@@ -303,11 +306,70 @@ def test_models__list_show_verify_alias_delete(tmp_path: Path) -> None:
     assert run("models", "show", "tiny@1", *where).exit_code == 1
 
 
+def test_models_chat__publishes_the_version_again_with_a_template(tmp_path: Path) -> None:
+    store, where = ModelStore(tmp_path / "store"), ["--model-store", str(tmp_path / "store")]
+    publish_tiny(store)
+    (store.root / "tiny" / "1" / "README.md").write_text("# edited\n")
+    before = {path.name: path.read_bytes() for path in (store.root / "tiny" / "1").iterdir()}
+    result = run("models", "chat", "tiny", "play", *where)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "tiny@2 is tiny@1 with this chat template\n", "")
+    assert {path.name: path.read_bytes() for path in (store.root / "tiny" / "1").iterdir()} == before
+    plain, chatty = (store.describe(store.resolve(ref)) for ref in ("tiny@1", "tiny@2"))
+    assert (plain.digest, plain.training, plain.chat) == (chatty.digest, chatty.training, None)
+    assert run("models", "show", "tiny@1", *where).stdout.count("no template, see models chat") == 1
+    assert json.loads(run("models", "show", "tiny", "--json", *where).stdout)["chat"]["stop"] == ["\n\n"]
+    assert run("models", "verify", "tiny@2", *where).stdout.split() == ["tiny@2", "ok"]
+    assert run("models", "chat", "tiny", "play", *where).stdout == "tiny@2 has this chat template already\n"
+    path = tmp_path / "mine.json"
+    path.write_text('{"user": "{content}\\n", "assistant": "{content}\\n", "stop": ["\\n"]}')
+    result = run("models", "chat", "tiny@1", str(path), *where)
+    assert result.stdout == "tiny@3 is tiny@1 with this chat template\n"
+    assert result.stderr == "tiny@latest is tiny@3 now, and was tiny@2\n"
+
+
+def test_models_chat__refuses_what_is_no_template_of_the_model(tmp_path: Path) -> None:
+    where = ["--model-store", str(tmp_path / "store")]
+    publish_tiny(ModelStore(tmp_path / "store"))
+    path = tmp_path / "mine.json"
+    path.write_text('{"user": "# {content}\\n", "assistant": "{content}\\n", "stop": ["\\n"]}')
+    for template, reason in [
+        (str(path), "tiny@1 doesn't know '#' (U+0023), which the template writes"),
+        ("dialog", "there is no file 'dialog'; templates without a file: play, dialogue, lines"),
+    ]:
+        result = run("models", "chat", "tiny", template, *where)
+        assert (result.exit_code, reason in result.stderr) == (2, True), result.output
+    assert len(ModelStore(tmp_path / "store").versions("tiny")) == 1
+
+
 def test_models_delete__asks_first(tmp_path: Path) -> None:
     publish_tiny(ModelStore(tmp_path))
     result = CliRunner().invoke(main, ["models", "delete", "tiny@1", "--model-store", str(tmp_path)], input="n\n")
     assert result.exit_code == 1
     assert ModelStore(tmp_path).resolve("tiny@1")
+
+
+@pytest.mark.parametrize(
+    ("ref", "reason"),
+    [
+        ("tiny@1", "move or remove that first"),
+        ("tiny@9", "no version or alias '9'"),
+        ("nope@1", "it has: tiny"),
+        ("tiny@2", "check its permissions"),
+    ],
+)
+def test_models_delete__refuses_before_it_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ref: str, reason: str
+) -> None:
+    store = ModelStore(tmp_path)
+    for _ in range(2):
+        publish_tiny(store)
+    store.set_alias("tiny", "stable", 1)
+    if ref == "tiny@2":  # as if the store were mounted read-only
+        monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.W_OK)
+    result = run("models", "delete", ref, "--model-store", str(tmp_path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert reason in result.stderr
+    assert len(store.versions("tiny")) == 2
 
 
 def test_serve__reports_a_bad_start_in_one_line(tmp_path: Path) -> None:
@@ -337,6 +399,24 @@ def test_output__to_a_full_disk_is_an_error_in_one_line(tiny_store: ModelStore, 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "Error: can't write the output: No space left on device"
     assert "Traceback" not in done.stderr
+
+
+def test_models_tokenizer__writes_what_the_server_returns(tiny_store: ModelStore, tmp_path: Path) -> None:
+    store, folder = ["--model-store", str(tiny_store.root)], tmp_path / "new" / "tokenizer"
+    charset = Charset(TINY_CHARSET)
+    printed = run("models", "tokenizer", "tiny", *store)
+    assert json.loads(printed.stdout) == hugging_face.tokenizer(charset)
+    for _ in range(2):  # an earlier one is replaced
+        assert run("models", "tokenizer", "tiny@1", "--folder", str(folder), *store).exit_code == 0
+    files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.iterdir()}
+    assert files == {
+        "tokenizer.json": hugging_face.tokenizer(charset),
+        "tokenizer_config.json": hugging_face.tokenizer_config(charset, ends_with_newline=False),
+    }
+    (tmp_path / "file").touch()
+    failed = run("models", "tokenizer", "tiny", "--folder", str(tmp_path / "file"), *store)
+    assert (failed.exit_code, failed.stderr) == (1, f"Error: can't write into {tmp_path / 'file'}: File exists\n")
+    assert run("models", "tokenizer", "nope", *store).exit_code == 1
 
 
 def test_models_list__does_not_import_torch(tiny_store: ModelStore, tmp_path: Path) -> None:
@@ -387,7 +467,11 @@ def test_commands__use_the_shipped_models_where_there_is_no_store(
     assert listed.stdout.startswith("shakespeare@") or "shakespeare@" in listed.stdout
     assert "using the shipped models in" in listed.stderr
     assert "there is no ./model_store here" in listed.stderr
-    for words in (["alias", "shakespeare@1", "stable"], ["delete", "shakespeare@1", "--yes"]):
+    for words in (
+        ["alias", "shakespeare@1", "stable"],
+        ["chat", "shakespeare@1", "play"],
+        ["delete", "shakespeare@1", "--yes"],
+    ):
         refused = run("models", *words)
         assert refused.exit_code == 1
         assert "can't be changed: name another store with --model-store" in refused.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,9 @@ from click.testing import CliRunner, Result
 from service.__main__ import main
 from service.commands.progress import Progress
 from service.model.artifact import write_artifact
+from service.model.chat_template import PRESETS
 from service.store.model_store import ModelStore
+from service.training import devices
 from service.training.checkpoint import lock_checkpoint, read_state
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
@@ -215,6 +218,30 @@ def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_train__publishes_a_chat_template_also_when_resumed_and_from_a_version_with_one(place: Place) -> None:
+    template = place.corpus.with_name("mine.json")
+    template.write_text('{"user": "{content}\\n", "assistant": "I am {content}\\n", "stop": ["\\n"]}')
+    result = place.train(*SMALL, "--epochs", "1", "--chat", "play")
+    assert result.exit_code == 2
+    assert "the text has no 'R' (U+0052), which the template writes" in result.output
+    result = place.train(*SMALL, "--epochs", "1", "--chat", str(template))
+    assert result.exit_code == 0, result.output
+    assert place.facts(1)["command"].endswith("--chat chat.json")
+    result = place.train("--resume", "--epochs", "2")
+    assert result.exit_code == 0, result.output
+    place.checkpoint.unlink()
+    result = place.train("--init-from", "fox@1", "--batch-size", "4", "--sequence-length", "16", "--epochs", "1")
+    assert result.exit_code == 0, result.output
+    store = ModelStore(place.store)
+    chats = [store.describe(version).chat for version in store.versions("fox")]
+    assert len(chats) == 3
+    assert {chat and chat.assistant for chat in chats} == {"I am {content}\n"}
+    result = place.train("--overwrite", "--init-from", "fox@1", "--epochs", "1", "--chat", "lines")
+    assert result.exit_code == 0, result.output
+    assert store.describe(store.resolve("fox")).chat == PRESETS["lines"]
+    assert place.facts(4)["command"].endswith("--chat lines")
+
+
 def test_train__says_that_there_is_no_gpu(place: Place) -> None:
     result = place.train(*SMALL, "--device", "cuda")
     assert result.exit_code == 1
@@ -228,17 +255,35 @@ def test_train__says_what_to_do_next_and_shows_samples(place: Place) -> None:
     assert f"next: gru-serve generate --model fox --prompt '' --model-store {place.store}" in result.stderr
 
 
-def test_train__waits_passively_unless_the_user_chose() -> None:
-    program = "import os; from service.commands.options import wait_passively; wait_passively(); "
-    program += "print(os.environ.get('OMP_WAIT_POLICY'))"
-    plain = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+def test_train__lets_threads_spin_only_briefly_unless_the_user_chose() -> None:
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    program = "import os; from service.commands.options import limit_spinning; limit_spinning(); "
+    program += f"print([os.environ.get(name) for name in {names}])"
+    plain = {key: value for key, value in os.environ.items() if key not in names}
     for given, expected in (
-        ({}, "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "9"}, "None"),
+        ({}, [None, "5000" if platform.machine() == "x86_64" else "50000", "1"]),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None, None]),
+        ({"GOMP_SPINCOUNT": "9"}, [None, "9", None]),
     ):
         done = subprocess.run([sys.executable, "-c", program], env=plain | given, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, done.stderr
+        assert done.stdout.strip() == str(expected), done.stderr
+
+
+def test_train__stays_with_the_precision_that_was_faster_at_the_start(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "bfloat16_speedup", lambda: 0.6)
+    result = place.train(*SMALL, "--epochs", "1")
+    assert "products in float32 (bfloat16 is 0.6 times as fast here)\n" in result.stderr
+    assert "--precision float32" in place.facts(1)["command"]
+    assert "| precision | float32 |" in (place.store / "fox/1/README.md").read_text()
+    monkeypatch.setattr(devices, "bfloat16_speedup", lambda: 2.0)
+    for number, words in enumerate(([], ["--precision", "auto"]), start=2):
+        result = place.train(*SMALL, *words, "--epochs", str(number), "--resume")
+        assert "products in float32\n" in result.stderr
+        assert place.facts(number)["settings"]["precision"] == "float32"
+    result = place.train(*SMALL, "--epochs", "1", "--overwrite")
+    assert "products in bfloat16 (bfloat16 is 2.0 times as fast here)\n" in result.stderr
 
 
 def test_progress__in_a_log_file_is_a_line_every_30_seconds(

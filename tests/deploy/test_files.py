@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flask.testing import FlaskClient
 
-from service.settings import Settings
+from service.settings import Settings, read_settings
 from service.store.model_store import ModelStore
 from service.web.gunicorn.server import gunicorn_config
 from tests.harness.application import client_of
-from tests.harness.balancer import CONFIGURATION
+from tests.harness.balancer import CONFIGURATION, balancing
+from tests.harness.programs import free_port
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -34,6 +36,38 @@ def test_settings__that_a_file_names_exist(name: str) -> None:
     named = set(re.findall(r"GRU_SERVE_([A-Z_]+)", FILES[name]))
     assert named
     assert named <= {field.upper() for field in Settings.model_fields}
+
+
+def test_compose__passes_every_setting_that_it_does_not_fix() -> None:
+    """So that a key or a limit in `.env` is never ignored. The container's own address and store are the image's."""
+    named = set(re.findall(r"^ +GRU_SERVE_([A-Z_]+):", COMPOSE, re.MULTILINE))
+    passed = dict(re.findall(r'^ +GRU_SERVE_([A-Z_]+): "\$\{GRU_SERVE_([A-Z_]+):-[^}]*\}"$', COMPOSE, re.MULTILINE))
+    assert {field.upper() for field in Settings.model_fields} - named == {"HOST", "PORT", "MODEL_STORE"}
+    assert named - set(passed) == {"SESSION_STORE", "DRAIN_NOTICE_S", "DRAIN_S", "TRUSTED_PROXIES"}
+    assert all(name == variable for name, variable in passed.items())
+
+
+def test_settings__that_compose_passes_on_empty_have_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    for field in Settings.model_fields:
+        monkeypatch.setenv(f"GRU_SERVE_{field.upper()}", "")
+    empty = read_settings()
+    assert empty == Settings()
+
+
+def test_liveness__of_balancer_and_redis_is_probed() -> None:
+    for name, files in (("balancer", _balancer()), ("redis", (ROOT / "deploy/kubernetes/redis.yaml").read_text())):
+        assert "livenessProbe:" in files, name
+    for service in ("lb", "redis"):
+        (section,) = re.findall(rf"^  {service}:\n(?:    .*\n|\n)+", COMPOSE, re.MULTILINE)
+        assert "healthcheck:" in section, service
+
+
+def test_liveness__probe_of_the_compose_file_finds_a_balancer_that_runs_without_replicas() -> None:
+    (line,) = re.findall(r"^ +- '(exec 3.*)'$", COMPOSE, re.MULTILINE)
+    with balancing([free_port()]) as balancer:
+        probe = line.replace("$$", "$").replace("8404", str(balancer.metrics_port))
+        assert subprocess.run(["bash", "-c", probe], timeout=30, check=False).returncode == 0
+    assert subprocess.run(["bash", "-c", probe], timeout=30, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
 def drain_of(text: str) -> tuple[float, float]:

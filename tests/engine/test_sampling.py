@@ -250,6 +250,26 @@ def test_draw_plain__rows_drawn_together_get_what_each_gets_alone(rows: list[lis
     assert together.tolist() == alone
 
 
+@given(
+    logits=st.lists(FLOATS, min_size=2, max_size=40),
+    allowed=st.sets(st.integers(0, 39), min_size=1),
+    chance=st.sampled_from([0.0, float(np.nextafter(1, 0))]) | st.floats(0, 1, exclude_max=True),
+    temperature=st.sampled_from([0.0, 1e-300, 1.0, 100.0]),
+    top_p=st.sampled_from([1e-9, 0.5, 1.0]),
+)
+def test_allowed__are_the_only_characters_that_are_drawn_and_keep_their_shares(
+    logits: list[float], allowed: set[int], chance: float, temperature: float, top_p: float
+) -> None:
+    """Also with the smallest and the largest uniform, although `exp` gives every number a weight."""
+    values = np.array(logits, np.float32)
+    ids = tuple(sorted(one for one in allowed if one < len(values))) or (1,)
+    settings = SamplingSettings(temperature, top_k=3, top_p=top_p, allowed=ids)
+    drawn = draw_one(values, settings, chance)
+    assert drawn in ids
+    # Of the allowed characters alone, the same one is drawn.
+    assert ids.index(drawn) == draw_one(values[[*ids]], SamplingSettings(temperature, top_k=3, top_p=top_p), chance)
+
+
 def test_draw_one__largest_uniform_never_draws_an_excluded_character() -> None:
     logits, largest = np.array([0, 0, -1, -2000], np.float32), np.nextafter(1, 0)
     assert draw_one(logits, SamplingSettings(), largest) == 2

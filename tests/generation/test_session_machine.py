@@ -54,6 +54,7 @@ SAMPLING = st.sampled_from(
         SamplingSettings(temperature=0),
         SamplingSettings(temperature=0.7, top_k=5),
         SamplingSettings(repetition_penalty=1.5, frequency_penalty=0.3),
+        SamplingSettings(allowed=(1, 9, 26, 41), top_p=0.9),
     ]
 )
 RUNS = st.builds(
@@ -62,6 +63,8 @@ RUNS = st.builds(
     sampling=SAMPLING,
     stops=st.sampled_from([(), ("e",), ("ab", "I", "tt")]),
     seed=st.none() | SEEDS,
+    min_chars=st.sampled_from([0, 0, 2, 9]),
+    includes_stop=st.booleans(),
 )
 
 
@@ -224,7 +227,7 @@ class SessionMachine(RuleBasedStateMachine):
         handle = self.model.engine.submit([self.replayed(run)])[0]
         part, end = handle.read(None), handle.wait()
         text = self.model.charset.decode(part.chars) if part is not None else ""
-        num_whole = len(text) - (end.reason == "stop")
+        num_whole = len(text) - (end.reason == "stop" and not run.request.includes_stop)
         more = text[len(run.text) : len(run.text) + num_chars]
         return more if len(run.text) + num_chars <= num_whole else None
 
@@ -237,6 +240,7 @@ class SessionMachine(RuleBasedStateMachine):
             ran.seed,
             ran.request.sampling,
             stop_ids(self.model.charset, ran.request.stops),
+            ran.request.min_chars,
             history_prompt=encode(ran.context),
         )
 
@@ -600,7 +604,7 @@ class SessionMachine(RuleBasedStateMachine):
             if ran.reason is None:
                 assert text.startswith(ran.text)
                 continue
-            if end.reason == "stop":
+            if end.reason == "stop" and not ran.request.includes_stop:
                 text = text[: -max(len(stop) for stop in ran.request.stops if text.endswith(stop))]
             assert (ran.text, ran.reason) == (text, end.reason)
 

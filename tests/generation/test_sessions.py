@@ -320,6 +320,34 @@ def test_stop__leaves_the_session_before_the_string(bench: Bench) -> None:
         assert bench.state() == bench.replayed(bench.text())
 
 
+@pytest.mark.parametrize("includes_stop", [False, True])
+@pytest.mark.parametrize("num_chars", [200, 400])  # a short run, as a change; a longer one, on the engine
+def test_stop__after_min_chars_ends_a_run_however_it_is_read(bench: Bench, num_chars: int, includes_stop: bool) -> None:
+    """Streamed, as a whole, after an interruption, and sent again from the record."""
+    bench.create("plain")
+    plain = drain(bench.generate("plain", RunRequest(num_chars, PLAIN)))
+    early, late = plain[10:13], plain[150:154]
+    request = RunRequest(num_chars, PLAIN, (early, late), min_chars=100, includes_stop=includes_stop)
+    end = next(end for end in range(101, num_chars + 1) if plain[:end].endswith((early, late)))
+    expected = plain[: end if includes_stop else end - (4 if plain[:end].endswith(late) else 3)]
+    for name, interrupted, as_whole in (
+        ("s", False, False),
+        ("w", False, True),
+        ("si", True, False),
+        ("wi", True, True),
+    ):
+        bench.create(name)
+        if interrupted:
+            bench.generate(name, request, 6).close()
+        run = bench.sessions.runs.generate(SessionKey("", name), request, 6, as_whole=as_whole)
+        assert drain(run) == run.text == expected
+        assert (run.finish_reason, bench.text(name)) == ("stop", "ROMEO:" + expected)
+        assert bench.state(name) == bench.replayed(bench.text(name))
+        assert drain(bench.generate(name, request, 6)) == expected
+        with pytest.raises(PositionConflict):  # another request, so the run of the first is not sent again
+            bench.generate(name, replace(request, min_chars=99), 6)
+
+
 def test_short_run__as_a_whole_has_the_text_of_a_stream(bench: Bench) -> None:
     """With every sampling setting, stop string and earlier interruption; and the state after it is that of its text."""
     difficult = replace(PLAIN, temperature=0.8, repetition_penalty=1.4, presence_penalty=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,13 @@ def client_of(settings: Settings, key: str | None = None) -> Iterator[FlaskClien
             yield client
     finally:
         app.extensions["gru_serve"].close()
+
+
+def described(client: FlaskClient) -> dict[str, Any]:
+    """Return the API description, which has more values than the application reads from a body."""
+    with client.get("/openapi.json") as response:
+        description: dict[str, Any] = json.loads(response.text)
+        return description
 
 
 def ok(response: Any, status: int = 200) -> Any:

@@ -10,7 +10,8 @@ import numpy as np
 
 from service.engine.kernels import Kernel
 from service.engine.torch_stepper import TorchStepper
-from service.model.artifact import write_artifact
+from service.model.artifact import CHAT, write_artifact
+from service.model.chat_template import PRESETS
 from service.model.config import ModelConfig
 from service.model.gru import GRUCharModel
 from service.registry.loaded_models import EngineSettings, LoadedModel
@@ -34,7 +35,12 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def publish_tiny(
-    store: ModelStore, name: str = "tiny", seed: int = 0, facts: dict[str, object] | None = None, **changes: object
+    store: ModelStore,
+    name: str = "tiny",
+    seed: int = 0,
+    facts: dict[str, object] | None = None,
+    chat: str | None = None,
+    **changes: object,
 ) -> str:
     """Publish a small model with random weights; return its reference, such as `tiny@1`.
 
@@ -43,14 +49,16 @@ def publish_tiny(
         name: The model's name.
         seed: Of its weights.
         facts: More facts about its training.
+        chat: The preset of its chat template; None for no template.
         changes: Other values for fields of its config.
     """
     config = tiny_config(**changes)
     tensors = random_tensors(config, seed)
     facts = {"losses": {"validation_nats_per_char": 3.5}, "published_at": 1_700_000_000} | (facts or {})
+    files = {"README.md": b"# tiny\n"} | ({CHAT: PRESETS[chat].to_json().encode()} if chat else {})
 
     def write(directory: Path) -> None:
-        write_artifact(directory, config, tensors, facts, {"README.md": b"# tiny\n"})
+        write_artifact(directory, config, tensors, facts, files)
 
     return store.publish(name, write).ref
 

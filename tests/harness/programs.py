@@ -39,3 +39,12 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+def has_ipv6() -> bool:
+    """Return whether this machine has a loopback address of IPv6."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False

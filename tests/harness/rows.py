@@ -12,7 +12,7 @@ from service.engine.stepper import Row, Stepper, StepResult
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
-from tests.harness.models import random_tensors, tiny_config
+from tests.harness.models import TINY_CHARSET, random_tensors, tiny_config
 
 CONFIG = tiny_config(num_units=64)
 DEEP = tiny_config(num_units=48, num_layers=3)
@@ -47,11 +47,17 @@ KINDS: list[dict[str, Any]] = [
     {"sampling": SamplingSettings(top_k=3, top_p=0.9)},
     {"sampling": SamplingSettings(min_p=0.1, logit_bias=((4, 2.0),))},
     {"sampling": SamplingSettings(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=0.2)},
+    {"sampling": SamplingSettings(allowed=(3, 9, 30))},
+    {"sampling": SamplingSettings(allowed=(9, 0, 30, 12), temperature=0)},
+    {"sampling": SamplingSettings(0.9, 3, 0.8, 0.01, 1.4, 0.5, 0.1, ((30, 2.0), (1, 9.0)), (0, 4, 9, 30))},
     {"num_logprobs": 0},
     {"num_logprobs": 3, "score_prompt": True},
     {"num_logprobs": 20, "score_prompt": True, "max_chars": 0},
     {"stops": ("ab", "e")},
     {"stops": ("I",), "sampling": SamplingSettings(temperature=2.0), "num_logprobs": 1},
+    {"stops": ("ab", "e"), "min_chars": 12},
+    {"stops": tuple(TINY_CHARSET), "min_chars": 7, "num_logprobs": 1},
+    {"stops": tuple(TINY_CHARSET), "min_chars": 31},
     {"seed": -1, "position": 10**12},
     {"num_next": 5},
     {"prompt": "", "max_chars": 0, "num_next": 0},

@@ -18,7 +18,17 @@ import pytest
 from safetensors.numpy import save
 
 from service.errors import InvalidArtifact
-from service.model.artifact import CARD, CONFIG, WEIGHTS, TrainingFacts, read_artifact, write_artifact
+from service.model.artifact import (
+    CARD,
+    CHAT,
+    CONFIG,
+    WEIGHTS,
+    TrainingFacts,
+    read_artifact,
+    read_description,
+    write_artifact,
+)
+from service.model.chat_template import PRESETS
 from service.model.manifest import MANIFEST, Manifest
 from tests.harness.models import random_tensors, tiny_config
 
@@ -28,7 +38,10 @@ def version(tmp_path: Path) -> Path:
     directory = tmp_path / "1"
     directory.mkdir()
     config = tiny_config()
-    write_artifact(directory, config, random_tensors(config), {"losses": {}}, {"README.md": b"# card\n"})
+    chat = PRESETS["play"].to_json().encode()
+    write_artifact(
+        directory, config, random_tensors(config), {"losses": {}}, {"README.md": b"# card\n", "chat.json": chat}
+    )
     return directory
 
 
@@ -54,6 +67,41 @@ def test_read_artifact__returns_what_was_written(version: Path) -> None:
     for name, tensor in random_tensors(config).items():
         assert np.array_equal(artifact.tensors[name], tensor)
         assert artifact.tensors[name].dtype == np.float32
+
+
+def test_read_artifact__returns_the_chat_template_and_needs_none(version: Path) -> None:
+    assert read_artifact(version).chat == PRESETS["play"]
+    assert read_description(version)[3] == PRESETS["play"]
+    (version / CHAT).unlink()
+    with pytest.raises(InvalidArtifact, match=r"chat\.json is missing"):
+        read_artifact(version)
+    seal(version)
+    assert read_artifact(version).chat is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"user": "{name}:\n"}, "user: the text of a turn has {content} once"),
+        ({"assistant": "{content}{content}"}, "assistant: the text of a turn has {content} once"),
+        ({"system": "{name}: {content}"}, "system: instructions have no speaker"),
+        ({"stop": []}, "stop: List should have at least 1 item"),
+        ({"stop": ["z" * 257]}, "stop.0: String should have at most 256 characters"),
+        ({"stop": ["#"]}, "the model doesn't know '#' (U+0023), which the template writes"),
+        ({"names": {"user": "X", "assistant": "ROMEO"}}, "the model doesn't know 'X' (U+0058)"),
+        ({"format": 2}, "format: Input should be 1"),
+        ({"jinja": "{{ 1 }}"}, "jinja: Extra inputs are not permitted"),
+    ],
+)
+def test_read_artifact__refuses_a_chat_template_that_cant_be_used(
+    version: Path, changes: dict[str, object], reason: str
+) -> None:
+    (version / CHAT).write_text(json.dumps(PRESETS["play"].model_dump() | changes))
+    seal(version)
+    with pytest.raises(InvalidArtifact, match=re.escape(reason)):
+        read_artifact(version)
+    with pytest.raises(InvalidArtifact, match=re.escape(reason)):
+        read_description(version)
 
 
 def test_digest__depends_on_config_and_weights_only(version: Path, tmp_path: Path) -> None:

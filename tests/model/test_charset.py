@@ -39,7 +39,7 @@ def test_decode__inverts_encode_for_any_text_with_its_own_charset(text: str) -> 
     assert charset.decode(charset.encode(text)) == unicodedata.normalize("NFC", text)
 
 
-@given(st.text(alphabet=st.characters(), max_size=50), st.sampled_from(["error", "fold", "drop"]))
+@given(st.text(alphabet=st.characters(), max_size=50), st.sampled_from(["error", "fold", "drop", "fold_drop"]))
 def test_encode__any_text_gives_valid_ids_or_unknown_characters(text: str, unknown: str) -> None:
     try:
         ids = ASCII.encode(text, unknown)  # type: ignore[arg-type]
@@ -123,11 +123,11 @@ def encoded_at_once(charset: Charset, text: str, unknown: str) -> list[int] | No
         known = {ord(char): part for char, part in parts.items() if all(one in charset for one in part)}
         text = text.translate(known)
     missing = {char for char in set(text) if char not in charset}
-    if missing and unknown == "fold":
+    if missing and unknown.startswith("fold"):
         text = text if "\r" in charset else text.replace("\r\n", "\n")
         nearest = {char: charset._nearest(char) for char in missing}
         text = "".join(char if (near := nearest.get(char)) is None else near for char in text)
-    if unknown == "drop":
+    if unknown.endswith("drop"):
         text = "".join(char for char in text if char in charset)
     if any(char not in charset for char in text):
         return None
@@ -138,7 +138,7 @@ def encoded_at_once(charset: Charset, text: str, unknown: str) -> list[int] | No
 @given(
     text=st.text(st.sampled_from(DIFFICULT), max_size=60) | st.text(max_size=30),
     repeats=st.integers(1, 40),
-    unknown=st.sampled_from(["error", "fold", "drop"]),
+    unknown=st.sampled_from(["error", "fold", "drop", "fold_drop"]),
     charset=st.sampled_from([Charset(characters) for characters in CHARSETS]),
     piece_chars=st.integers(1, 50),
 )
@@ -199,6 +199,10 @@ def test_fold__distinct_unknown_characters_are_refused_at_the_first_piece(monkey
     with pytest.raises(UnknownCharacters, match="at least 4086 others"):
         Charset("ab").encode(text, "fold")
     assert len(looked_up) <= 4096
+
+
+def test_fold_drop__leaves_out_only_what_has_no_known_spelling() -> None:
+    assert ASCII.decode(ASCII.encode("“café” 🎭 – 漢", "fold_drop")) == '"cafe"  - '
 
 
 def test_fold__keeps_known_characters() -> None:

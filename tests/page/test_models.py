@@ -214,16 +214,31 @@ def test_unknown_characters__are_replaced_or_left_out_at_once(open_page: OpenPag
     screen.type("abc")
     assert stored(client, screen) == folded + "abc"
 
-    # One of them has no similar character: the server refuses, and leaving out remains.
-    screen.page.keyboard.insert_text("\U0001f600é5b")
+    # Folding stops at the first one that has no similar character. Leaving out such ones still folds the others.
+    expected = folded + "abc"
+    screen.page.keyboard.insert_text("é" * 40 + "q\u0307b\U0001f600\u0301é5b\nö\U0001f600\u0301a\U0001f638")
     fold.click()
-    expect(warning).to_contain_text("knows no similar characters")
+    expect(warning).to_contain_text(
+        "tiny@1 has no similar character for \U0001f600 (U+1F600) and \u25cc\u0301 (U+0301)."
+    )
     expect(fold).to_be_hidden()
-    screen.shows(folded + "abc")
+    expected += "e" * 40 + "qb"
+    screen.shows(expected)
+    screen.page.keyboard.insert_text("c")
+    expect(drop).to_have_text("Leave out what has none")
     drop.click()
-    screen.shows(folded + "abcb")
+    expected += "eb\noac"
+    screen.shows(expected)
+    expect(warning).to_have_text("")
     screen.generate(max_tokens=20, seed=2)
-    screen.shows(continued(client, folded + "abcb", 20, 2))
+    screen.shows(continued(client, expected, 20, 2))
+    assert stored(client, screen) == screen.text
+
+    # Leaving out all of them folds none.
+    screen.page.locator(".column.active textarea").focus()
+    screen.page.keyboard.insert_text("é5b")
+    drop.click()
+    screen.shows(continued(client, expected, 20, 2) + "b")
     assert stored(client, screen) == screen.text
 
 

@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Route, expect
 
 from service.client import Client
 from tests.harness.browser import ENVIRONMENT, OpenPage
 from tests.harness.line import SLOW, line_to
-from tests.harness.screen import continued, stored
+from tests.harness.screen import comes_to, continued, stored
 from tests.harness.server import KEYS, SERVE, Server, serving
 
 
@@ -99,6 +100,54 @@ def test_reload__restores_all_texts_and_the_active_one(open_page: OpenPage) -> N
     screen.shows_texts(texts)
     assert screen.page.locator(".column h3").all_inner_texts() == names
     screen.shows(texts[0])
+
+
+def test_reload__restores_characters_that_were_not_sent(open_page: OpenPage, client: Client) -> None:
+    screen = open_page()
+    screen.type("Stra")
+    screen.page.keyboard.insert_text("ße, 5 Äpfel")
+    mark = screen.page.locator(".column.active mark")
+    expect(mark).to_have_text("ße, 5 Äpfel")
+    screen.page.reload()
+    screen.wait_until_ready()
+    expect(mark).to_have_text("ße, 5 Äpfel")
+    screen.shows("Stra")
+    assert stored(client, screen) == "Stra"
+    screen.page.click(".column.active .drop")
+    screen.shows("Strae,  pfel")
+    assert stored(client, screen) == screen.text
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_reload__during_a_replacement_neither_doubles_nor_loses_a_character(
+    open_page: OpenPage, client: Client, arrives: bool
+) -> None:
+    """The server has carried out the request when the page is left, or never gets it."""
+    screen = open_page()
+    screen.type("Stra")
+    assert screen.session_id
+    screen.page.keyboard.insert_text("ße")
+    requests: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if arrives and not requests:
+            route.fetch()
+        requests.append(route)
+
+    screen.page.route("**/feed", hold, times=1)
+    screen.page.click(".column.active .fold")
+    comes_to(lambda: (screen.page.title(), len(requests))[1], 1)  # a call of the page lets `hold` run
+    screen.page.reload()
+    screen.wait_until_ready()
+    mark = screen.page.locator(".column.active mark")
+    if not arrives:
+        expect(mark).to_have_text("ße")
+        screen.page.click(".column.active .fold")
+    screen.shows("Strasse")
+    expect(mark).to_have_text("")
+    screen.type("n")
+    screen.shows("Strassen")
+    assert stored(client, screen) == "Strassen"
 
 
 def test_lost_session__is_created_again_from_the_text_of_the_page(open_page: OpenPage) -> None:

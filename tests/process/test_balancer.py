@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import re
 import signal
 import socket
@@ -20,7 +22,7 @@ from service.client import Client
 from service.store.model_store import ModelStore
 from tests.harness.balancer import CONFIGURATION, Balancer, balancing, kill, replicas, served_by
 from tests.harness.name_server import name_server
-from tests.harness.programs import free_port, program
+from tests.harness.programs import free_port, has_ipv6, program
 from tests.harness.redis_process import redis_process
 from tests.harness.server import BODY, ENDLESS, Server, ask
 from tests.harness.wait import wait_until
@@ -78,6 +80,31 @@ def test_configuration__is_valid_and_has_no_warnings() -> None:
     assert "WARNING" not in result.stdout + result.stderr
 
 
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("bind", [":::{port}", "[::]:{port}", "127.0.0.1:{port},::1:{port}"])
+def test_address__may_be_all_of_ipv6_and_then_also_answers_ipv4(bind: str) -> None:
+    """As docs/operations.md advises for clusters that have only IPv6. No replica is there, so the balancer answers."""
+    port = free_port()
+    environment = {"LB_BIND": bind.format(port=port), "LB_METRICS_BIND": f"127.0.0.1:{free_port()}"}
+    command = [program("haproxy"), "-W", "-db", "-f", str(CONFIGURATION)]
+    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL) as process:
+        try:
+            for host in ("127.0.0.1", "::1"):
+
+                def status(host: str = host) -> int:
+                    assert process.poll() is None
+                    with closing(http.client.HTTPConnection(host, port, timeout=10)) as connection:
+                        try:
+                            connection.request("GET", "/v1/models")
+                            return connection.getresponse().status
+                        except OSError:  # it does not listen yet
+                            return 0
+
+                wait_until(lambda status=status: status() == 503)
+        finally:
+            process.terminate()
+
+
 def test_routing__a_session_stays_on_one_replica_and_sessions_use_all(balancer: Balancer) -> None:
     servers = set()
     for number in range(24):
@@ -89,7 +116,8 @@ def test_routing__a_session_stays_on_one_replica_and_sessions_use_all(balancer: 
         ]
         calls += [("POST", f"{path}/generate", {"max_tokens": 5}), ("GET", f"{path}/text?to=3", None)]
         # No other spelling of the path leads to the session, so none can lead to another replica.
-        assert balancer.call("GET", f"/v1/sessions/%73{number}")[0] == 404
+        for other in (f"/v1/sessions/%73{number}", f"/v1/%73essions/s{number}", f"/v1/sessions%2Fs{number}"):
+            assert balancer.call("GET", other)[0] == 404
         served = {served_by(balancer, *call) for call in calls}
         assert len(served) == 1, served
         servers |= served
@@ -195,6 +223,21 @@ def test_errors__of_the_balancer_have_the_shape_of_the_servers() -> None:
             assert answer(alone, request) == (503, "not_ready", "1")
         slow_body = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"
         assert answer(alone, slow_body) == (408, "incomplete_body", None)
+
+
+def test_reconnect__of_a_browser_waits_while_no_server_is_ready() -> None:
+    """An EventSource gives up at any status but 200. Its first connection, and other clients, get the error."""
+    browser = "Accept: text/event-stream\r\n"
+    with balancing([free_port()], timeout_queue="100ms") as alone:
+        for headers, status in ((browser + "Last-Event-ID: 7\r\n", 200), (browser, 503), ("Last-Event-ID: 7\r\n", 503)):
+            request = f"GET /v1/sessions/a/generate HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode()
+            with socket.create_connection(("127.0.0.1", alone.port), timeout=30) as connection:
+                connection.sendall(request)
+                with closing(HTTPResponse(connection)) as response:
+                    response.begin()
+                    kind = response.headers["Content-Type"]
+                    assert (response.status, kind == "text/event-stream") == (status, status == 200)
+                    assert b"data:" not in response.read()
 
 
 def test_errors__of_malformed_http_are_haproxys_own() -> None:

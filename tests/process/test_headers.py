@@ -102,11 +102,16 @@ def test_host__that_is_a_loopback_name_is_accepted(server: Server, host: str) ->
     assert send(server, "GET", "/v1/sessions/mine", {"Host": host}).status == 200
 
 
-def test_host__may_be_missing_and_health_checks_may_send_any(server: Server) -> None:
+def test_host__may_be_missing_in_http_1_0_and_health_checks_may_send_any(server: Server) -> None:
     """HAProxy's checks are HTTP/1.0 without Host by default. Others send the address or a name of their own."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
         connection.sendall(b"GET /v1/sessions/mine HTTP/1.0\r\n\r\n")
         assert connection.recv(100).startswith(b"HTTP/1.0 200")
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(b"GET /v1/sessions/mine HTTP/1.1\r\n\r\n")  # RFC 9112 requires the refusal
+        answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 400")
+        assert b"HTTP/1.1 requires the header Host" in answer
     for host in ("replica", "10.1.2.3:8000", "[fd00::1]:8000"):
         for path in ("/healthz", "/readyz", "/readyz?unready=404"):
             assert send(server, "GET", path, {"Host": host}).status == 200

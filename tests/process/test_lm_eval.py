@@ -56,18 +56,10 @@ def server(tiny_store: ModelStore) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def tokenizer(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer for `transformers` whose tokens are the model's characters; lm-evaluation-harness counts with it."""
-    charset = server.call("GET", "/v1/models/tiny")[1]["meta"]["charset"]
-    vocabulary = {char: number for number, char in enumerate(charset)}
-    one_character = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+    """The model's tokenizer in a folder, which lm-evaluation-harness counts with by default."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    facts: dict[str, Any] = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": one_character, "post_processor": None, "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "none"},
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(facts))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps(server.call("GET", f"/v1/models/tiny/{name}")[1]))
     return folder
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -454,3 +455,24 @@ def test_cache__forgets_what_others_have_deleted(server: RedisProcess, monkeypat
 
         wait_until(is_forgotten, 10)
         assert text_of(one, SessionKey("", "s119")) == "ROMEO:"
+
+
+def test_expirations__are_counted_once_by_the_process_that_saved_last(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease_renewer, "_SWEEP_S", 0.0)
+    with replicas(server, 2) as (one, other):
+        one.create(session("kept"))
+        one.create(replace(session("short"), ttl_s=1))
+        other.update(SessionKey("", "short"), appended("x"))
+        other.create(replace(session("deleted"), ttl_s=1))
+        one.load(SessionKey("", "deleted"))
+        one.delete(SessionKey("", "deleted"))
+
+        def are_forgotten() -> bool:
+            for store in (one, other):
+                store._renewer._sweep()
+            return (len(one), len(other)) == (1, 0)
+
+        wait_until(are_forgotten, 10)
+        assert (one.num_expired, other.num_expired) == (0, 1)

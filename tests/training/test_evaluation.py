@@ -94,6 +94,19 @@ def test_losses__read_each_text_from_the_zero_state(
         assert exact.num_scored == encoded.num_scored == sum(reported)
 
 
+@pytest.mark.parametrize("scores_starts", [True, False])
+def test_side_by_side_loss__is_that_of_texts_read_one_at_a_time(model: GRUCharModel, scores_starts: bool) -> None:
+    lengths = np.random.default_rng(2).integers(1, 400, 90)  # some are longer than a stream's usual warm-up
+    text = EncodedText.of_lengths(random_text(model, int(lengths.sum())), lengths, scores_starts)
+    reported: list[int] = []
+    loss = evaluation.side_by_side_loss(model, text, reported.append)
+    assert loss == pytest.approx(evaluation.text_loss(FoldedGRU(model), text).nats_per_char, abs=1e-6)
+    assert sum(reported) == text.num_scored
+    assert evaluation.side_by_side_loss(model, one_text(random_text(model, 500))) is None
+    long = EncodedText.of_lengths(random_text(model, 3000), np.array([2900] + [1] * 100))
+    assert evaluation.side_by_side_loss(model, long) is None
+
+
 def test_streamed_loss__can_be_interrupted_between_windows(model: GRUCharModel) -> None:
     text = one_text(random_text(model, 100_000))
     window_loss, reported = WindowLoss(model, torch.float32), [0]

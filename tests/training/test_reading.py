@@ -176,9 +176,23 @@ def test_read_text__leaves_binary_files_of_a_folder_out(tmp_path: Path, monkeypa
     )
     digests = "".join(hashlib.sha256(data).hexdigest() + "\n" for data in (b"one\r\n", b"two"))
     assert whole.sha256 == hashlib.sha256(digests.encode()).hexdigest()
-    (tmp_path / "e.txt").write_bytes("Text".encode("utf-16"))  # a text, which the user must know about
-    with pytest.raises(InvalidCorpus, match=r"e\.txt is probably UTF-16LE"):
-        read_text([tmp_path], Hyperparameters())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_read_text__a_text_in_another_encoding_stops_a_folder_until_it_is_hidden(tmp_path: Path, encoding: str) -> None:
+    """It has text that the user may want, so it is not left out as a binary file is."""
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes("Grüße".encode(encoding))
+    (tmp_path / "usual.txt").write_text("text")
+    for words in ([tmp_path], [tmp_path / "*.txt"]):
+        with pytest.raises(InvalidCorpus, match=r"odd\.txt is .* move it away or rename it to \.odd\.txt"):
+            read_text(words, Hyperparameters())
+    with pytest.raises(InvalidCorpus, match=r"> new\.txt") as caught:
+        read_text([odd], Hyperparameters())
+    assert "rename" not in caught.value.message
+    odd.rename(tmp_path / ".odd.txt")
+    assert text_of(read_text([tmp_path], Hyperparameters())) == "text"
+    assert text_of(read_text([tmp_path / "*.txt"], Hyperparameters())) == "text"
 
 
 def test_read_text__reads_standard_input_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from service.model.gru import GRUCharModel
+from service.training import devices
 from service.training.devices import CPU, product_dtype
 from service.training.network import DropoutRates, WindowLoss, initialise
 from service.training.randomness import drop, keep_mask
@@ -119,12 +120,33 @@ def test_dropout__drops_at_its_rate_and_preserves_the_mean(rate: float) -> None:
     assert abs(dropped.mean().item() - 1) < 0.01
 
 
-@pytest.mark.parametrize(("has_avx512_bf16", "has_amx"), [(False, False), (True, False), (False, True)])
-def test_product_dtype__auto_is_bfloat16_if_the_processor_supports_it(
-    monkeypatch: pytest.MonkeyPatch, has_avx512_bf16: bool, has_amx: bool
+@pytest.mark.parametrize(("speedup", "expected"), [(0.6, torch.float32), (1.1, torch.float32), (1.9, torch.bfloat16)])
+def test_product_dtype__auto_is_bfloat16_if_that_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, speedup: float, expected: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(
+        torch.cpu, "_is_avx512_bf16_supported", lambda: True
+    )  # it may have the instructions and be slow
+    monkeypatch.setattr(devices, "bfloat16_speedup", lambda: speedup)
     assert product_dtype("float32") == torch.float32
     assert product_dtype("bfloat16") == torch.bfloat16
-    assert product_dtype("auto") == (torch.bfloat16 if has_avx512_bf16 or has_amx else torch.float32)
+    assert product_dtype("auto") == expected
+
+
+@pytest.mark.parametrize(("bfloat16_s", "speedup", "num_products"), [(0.002, 2, 12), (0.008, 0.5, 12), (1, 0.004, 4)])
+def test_bfloat16_speedup__compares_the_shortest_times(
+    monkeypatch: pytest.MonkeyPatch, bfloat16_s: float, speedup: float, num_products: int
+) -> None:
+    """One that is hopelessly slow is measured only once after the warm-up."""
+    now, delays = [0.0], iter([9.0, 9.0, 0.0, 0.0, 5.0, 0.0, 0.0, 7.0, 0.0, 0.0, 1.0, 1.0])
+    threads: list[int] = []
+
+    def multiply(left: torch.Tensor, _: torch.Tensor) -> None:
+        threads.append(torch.get_num_threads())
+        now[0] += next(delays) + (bfloat16_s if left.dtype == torch.bfloat16 else 0.004)
+
+    monkeypatch.setattr(torch, "mm", multiply)
+    monkeypatch.setattr(devices.time, "thread_time", lambda: now[0])
+    before = torch.get_num_threads()
+    assert devices.bfloat16_speedup.__wrapped__() == pytest.approx(speedup)
+    assert (threads, torch.get_num_threads()) == ([1] * num_products, before)

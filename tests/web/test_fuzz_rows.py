@@ -12,7 +12,7 @@ import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from service import assembly
+from service.engine.sampling_settings import PLAIN
 from service.errors import GruServeError
 from service.sessions import record
 from service.sessions.memory_store import MemoryStore
@@ -145,6 +146,14 @@ class Fuzzer:
             }
         if chance.random() < 0.2:
             fields["stop"] = chance.sample(["a", "b", "ab", "é", "z" * 256, "z" * 257, "", "\u0301" * 100], 2)
+        for name, most in (("stop_token_ids", 4), ("allowed_token_ids", 6)):
+            if chance.random() < 0.15:
+                fields[name] = [self.mostly(chance.randrange(30), self.number()) for _ in range(chance.randrange(most))]
+        if chance.random() < 0.2:
+            fields |= {
+                "min_tokens": self.mostly(chance.randrange(30), self.number()),
+                "include_stop_str_in_output": True,
+            }
         if chance.random() < 0.3:
             fields["seed"] = self.number()
         fields["max_tokens"] = self.mostly(chance.randrange(1, 40), self.number())
@@ -156,6 +165,10 @@ class Fuzzer:
         body |= {"model": chance.choice(MODELS), "prompt": chance.choice(TEXTS)}
         if chance.random() < 0.2:
             body["prompt"] = chance.choices(TEXTS, k=chance.randrange(1, 4))
+        elif chance.random() < 0.2:
+            body["prompt"] = [self.mostly(chance.randrange(30), self.number()) for _ in range(chance.randrange(9))]
+        if chance.random() < 0.1:
+            body |= {"prompt_logprobs": self.mostly(2, self.number()), "return_token_ids": True}
         for name, values in (("n", 4), ("best_of", 4), ("logprobs", 22)):
             if chance.random() < 0.2:
                 body[name] = self.mostly(chance.randrange(values), self.number())
@@ -245,9 +258,12 @@ class Fuzzer:
         place: Any = header
         if header["run"] and chance.random() < 0.6:
             header["run"]["finish_reason"] = header["run"]["end"] = None
+            header["run"]["sampling"] = asdict(PLAIN) | header["run"]["sampling"]  # a record leaves out defaults
             place = header["run"] if chance.random() < 0.5 else header["run"]["sampling"]
         name = chance.choice([*place])
-        if name == "logit_bias":
+        if name == "allowed":
+            place[name] = [self.number() for _ in range(chance.randrange(3))]
+        elif name == "logit_bias":
             place[name] = [[self.number(), self.chance.uniform(-150, 150)]]
         elif name not in ("sampling", "model", "identity"):
             place[name] = chance.choice([self.number(), chance.choice(FLOATS), "x", ["a", ""], [self.number()] * 2])

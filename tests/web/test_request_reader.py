@@ -81,6 +81,8 @@ def test_requests__are_the_same_in_pieces_of_any_size(seed: int) -> None:
         (b"GET / HTTP/1.1\r\nHost: a\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: a\r\n folded\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET http://a/ HTTP/1.1\r\nX-Host: a\r\n\r\n", 400),
         (b"GET / HTTP/9.9\r\n\r\n", 505),
         (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET /" + b"a" * 5000, None),
@@ -122,7 +124,7 @@ def test_too_long_bodies__are_handed_out_early_and_skipped() -> None:
     assert client.requests == [("/a", WITHHELD)]
     assert client.reader.is_skipping
     assert not client.reader.has_begun
-    client.send(b"c" * 4998 + b"GET /next HTTP/1.1\r\n\r\n")
+    client.send(b"c" * 4998 + b"GET /next HTTP/1.1\r\nHost: a\r\n\r\n")
     assert client.requests[1:] == [("/next", b"")]
     client = Client()
     client.send(CHUNKED)
@@ -131,7 +133,7 @@ def test_too_long_bodies__are_handed_out_early_and_skipped() -> None:
     assert client.requests == []
     client.send(chunk)
     assert [len(body) for _, body in client.requests] == [1200]  # more than allowed, so the application refuses it
-    client.send(chunk * 10 + b"0\r\n\r\nGET /next HTTP/1.1\r\n\r\n")
+    client.send(chunk * 10 + b"0\r\n\r\nGET /next HTTP/1.1\r\nHost: a\r\n\r\n")
     assert client.requests[1:] == [("/next", b"")]
 
 
@@ -147,7 +149,7 @@ def test_skipped_body__has_a_limit() -> None:
 def test_unwanted_body__is_not_waited_for() -> None:
     client = Client(may_send_body=False)
     assert client.send(HEAD + b"Content-Length: 5\r\n\r\nab") == [("/a", WITHHELD)]
-    assert client.send(b"cdeGET /next HTTP/1.1\r\n\r\n")[1:] == [("/next", b"")]
+    assert client.send(b"cdeGET /next HTTP/1.1\r\nHost: a\r\n\r\n")[1:] == [("/next", b"")]
     assert client.send(HEAD + b"Content-Length: 0\r\n\r\n")[2:] == [("/a", b"")]
 
 

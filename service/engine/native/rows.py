@@ -141,6 +141,12 @@ class Rows:
             record["num_biases"] = len(ids)
             record["bias_ids"] = self._address(np.array(ids), np.int64)
             record["biases"] = self._address(np.array(biases), np.float64)
+        if sampling.allowed is not None:
+            if not 0 <= min(sampling.allowed) <= max(sampling.allowed) < self._vocab_size:
+                raise ValueError("allowed has the id of a character that the model doesn't have")
+            allowed = np.zeros(self._vocab_size, np.bool_)
+            allowed[[*sampling.allowed]] = True
+            record["allowed"] = self._address(allowed, np.bool_)
         if sampling.penalizes:
             if history is None:
                 raise ValueError("penalties need a history")
@@ -161,6 +167,7 @@ class Rows:
         text = self._texts[i] = np.empty(num_before + self._num_steps[i], np.int64)
         text[:num_before] = row.tail
         record["num_stops"] = len(row.stops)
+        record["first_stop"] = max(0, row.min_chars - row.num_generated)
         record["stop_lengths"] = self._address(np.array([len(stop) for stop in row.stops]), np.int64)
         record["stop_ids"] = self._address(np.concatenate(row.stops), np.int64)
         record["text"], record["text_length"] = text.ctypes.data, num_before

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from service.arrays import Float32
+from service.arrays import Float32, Ids
 from service.engine.scores import Scores
 from service.model.charset import Charset
 
@@ -66,6 +66,57 @@ def logprobs_pieces(text: str, scores: Scores | None, charset: Charset, offset: 
         yield '],"top_logprobs":null,"text_offset":['
     yield from _list(size, _PIECE_NUMBERS, lambda part: list(range(offset + part.start, offset + part.stop)))
     yield "]}"
+
+
+def chat_logprobs_pieces(text: str, scores: Scores | None, charset: Charset) -> Iterator[str]:
+    """Yield the log-probabilities of a text's characters in the shape of OpenAI's chats; `null` without scores."""
+    if scores is None:
+        yield "null"
+        return
+    characters, num_top = charset.characters, scores.top_ids.shape[1]
+
+    def token(char: str, logprob: float) -> dict[str, object]:
+        return {"token": char, "logprob": logprob, "bytes": list(char.encode())}
+
+    def tokens(part: slice) -> list[dict[str, object]]:
+        likeliest = zip(scores.top_ids[part].tolist(), scores.top[part], strict=True)
+        return [
+            token(char, own) | {"top_logprobs": list(map(token, map(characters.__getitem__, ids), rounded(values)))}
+            for char, own, (ids, values) in zip(text[part], rounded(scores.chosen[part]), likeliest, strict=True)
+        ]
+
+    yield '{"content":['
+    yield from _list(len(text), max(1, _PIECE_NUMBERS // (4 * (1 + num_top))), tokens)
+    yield '],"refusal":null}'
+
+
+def prompt_logprobs_pieces(prompt: Ids, scores: Scores, charset: Charset) -> Iterator[str]:
+    """Yield the log-probabilities of a prompt's (n,) ids in vLLM's shape: for each place an object by ids."""
+    characters, num_top = charset.characters, scores.top_ids.shape[1]
+
+    def place(char_id: int, own: float, ids: list[int], values: Float32) -> dict[str, Any] | None:
+        if own != own:
+            return None
+        found = {
+            str(one): {"logprob": logprob, "rank": rank, "decoded_token": characters[one]}
+            for rank, (one, logprob) in enumerate(zip(ids, rounded(values), strict=True), 1)
+        }
+        return {str(char_id): {"logprob": own, "rank": None, "decoded_token": characters[char_id]}} | found
+
+    def places(part: slice) -> list[dict[str, Any] | None]:
+        columns = prompt[part].tolist(), rounded(scores.chosen[part]), scores.top_ids[part].tolist(), scores.top[part]
+        return [*map(place, *columns)]
+
+    yield "["
+    yield from _list(len(prompt), max(1, _PIECE_NUMBERS // (1 + num_top) // 4), places)
+    yield "]"
+
+
+def ids_pieces(ids: Ids) -> Iterator[str]:
+    """Yield (n,) ids as a list."""
+    yield "["
+    yield from _list(len(ids), _PIECE_NUMBERS, lambda part: ids[part].tolist())
+    yield "]"
 
 
 def _list(size: int, step: int, values: Callable[[slice], list[Any]]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from flask import Response
 from flask_openapi import APIBlueprint, OpenAPI, Tag
 
+from service.web.api.openapi import error_responses
 from service.web.gate.route import Route, route_of
 
 
@@ -21,17 +22,22 @@ class Resource:
     """
 
     name: ClassVar[str]  # of the blueprint; in the API description, of the tag
-    errors: ClassVar[Mapping[str | int | HTTPStatus, Any]] = {}  # schemas by status, for all routes of the resource
+    errors: ClassVar[
+        Mapping[str | int | HTTPStatus, Any]
+    ] = {}  # further ones, by status, of all routes of the resource
 
     def register(self, app: OpenAPI) -> None:
         """Add the routes to an application."""
-        blueprint = APIBlueprint(self.name, __name__, abp_tags=[Tag(name=self.name)], abp_responses=dict(self.errors))
+        blueprint = APIBlueprint(self.name, __name__, abp_tags=[Tag(name=self.name)])
         for route, view in self._views():
             if route.summary is None:
                 blueprint.add_url_rule(route.path, view_func=view, methods=[route.method])
             else:
                 add = getattr(blueprint, route.method.lower())
-                add(route.path, summary=route.summary, responses=dict(route.responses or {}))(view)
+                responses = error_responses(route) | dict(self.errors) | dict(route.responses or {})
+                add(
+                    route.path, summary=route.summary, operation_id=f"{self.name}_{view.__name__}", responses=responses
+                )(view)
         blueprint.before_request(self.before_view)
         app.register_api(blueprint)
 

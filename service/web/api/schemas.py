@@ -5,44 +5,52 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.engine import sampling_settings as sampling
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.engine.stepper import MAX_STOPS
 from service.engine.stop import MAX_STOP_CHARS
-from service.model.charset import UnknownChars
+from service.errors import InvalidValue
+from service.model.charset import MAX_CHARSET, UnknownChars
 
 _SEED_LIMIT = 2**63
 _HARD_MAX_TOKENS = 2**53  # a fixed bound for the schema; the routes check GRU_SERVE_MAX_TOKENS
+_MAX_STOP_STRINGS, _MAX_STOP_IDS = 4, MAX_STOPS - 4
 UNKNOWN_CHARS = (
     "what to do with characters that the model doesn't know: refuse the request (`error`), replace them by similar "
-    "ones (`fold`) or leave them out (`drop`)"
+    "ones (`fold`), leave them out (`drop`), or replace those that can be and leave out the others (`fold_drop`)"
 )
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 SingleChar = Annotated[str, Field(min_length=1, max_length=8)]
+# An id of a character: its index in the model's charset, whose length the routes check.
+CharId = Annotated[int, Field(ge=0, lt=MAX_CHARSET)]
+# Name of a model; empty as clients send it that have no choice: not given.
+ModelRef = Annotated[str | None, Field(max_length=200), AfterValidator(lambda ref: ref or None)]
+# How many alternatives to score; clients that take it for a switch send false for none.
+_NumLogprobs = Annotated[int, Field(ge=0, le=20)]
+NumLogprobs = Annotated[
+    _NumLogprobs | None,
+    BeforeValidator(
+        lambda sent: None if sent is False else sent, json_schema_input_type=_NumLogprobs | Literal[False] | None
+    ),
+]
 
-
-def only(value: object) -> WrapValidator:
-    """Return a validator that accepts only this value, and refuses others of its type with `unsupported_value`."""
-
-    def check(sent: object, parse: ValidatorFunctionWrapHandler) -> object:
-        if parse(sent) != value:
-            shown = json.dumps(value)
-            raise PydanticCustomError("unsupported_value", "only {shown} is supported", {"shown": shown})
-        return value
-
-    return WrapValidator(check)
+# A state that is signed; any of a model that the service can load is shorter.
+PortableState = Annotated[str | None, Field(max_length=1_000_000)]
 
 
 class Body(BaseModel):
     """A request body. It allows no unknown fields, no conversion between types and no infinite numbers."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    other_names: ClassVar[Mapping[str, str]] = {}  # what clients call a field elsewhere -> its name here, for an error
 
     @model_validator(mode="before")
     @classmethod
@@ -63,17 +71,42 @@ class SamplingBody(Body):
         description="largest number of characters to generate; 0 only reads the prompt, and needs echo",
     )
     temperature: sampling.Temperature = PLAIN.temperature
-    top_k: sampling.TopK = PLAIN.top_k
-    top_p: sampling.TopP = PLAIN.top_p
+    top_k: int = Field(
+        PLAIN.top_k, ge=-1, le=65_536, description="draw from the k likeliest characters only; 0 or -1: from all"
+    )
+    top_p: float = Field(
+        PLAIN.top_p,
+        ge=0,
+        le=1,
+        description="draw only from the likeliest characters that together reach this probability; 0 always takes the "
+        "likeliest one",
+    )
     min_p: sampling.MinP = PLAIN.min_p
     repetition_penalty: sampling.RepetitionPenalty = PLAIN.repetition_penalty
     presence_penalty: sampling.PresencePenalty = PLAIN.presence_penalty
     frequency_penalty: sampling.FrequencyPenalty = PLAIN.frequency_penalty
     logit_bias: Annotated[dict[SingleChar, sampling.Bias], Field(max_length=1024)] = Field(
-        {}, description="character -> number, -100 to 100, that is added to its logit"
+        {},
+        description="character, or id of one in two digits or more, -> number, -100 to 100, that is added to its logit",
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = Field(
+    allowed_token_ids: (
+        Annotated[list[CharId], Field(min_length=1, max_length=sampling.MAX_ALLOWED, fail_fast=True)] | None
+    ) = Field(None, description="ids of the only characters that can be drawn")
+    stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP_STRINGS, fail_fast=True)] | None = Field(
         None, description="a string, or a list of up to 4, that ends the text and is not part of it"
+    )
+    stop_token_ids: Annotated[list[CharId], Field(max_length=_MAX_STOP_IDS, fail_fast=True)] = Field(
+        [], description="ids of characters that end the text, as stop strings of one character do"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, description="the stop string or character that ends the text is part of it"
+    )
+    min_tokens: int = Field(
+        0,
+        ge=0,
+        le=_HARD_MAX_TOKENS,
+        description="none of this many first characters ends the text: a stop string that is complete by then is "
+        "part of the text like any other. At most `max_tokens`",
     )
     unknown_chars: UnknownChars = Field(
         "error",
@@ -91,10 +124,20 @@ class SamplingBody(Body):
         """`stop` as a tuple, whichever form the caller gave it in."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    @model_validator(mode="after")
+    def _check_min_tokens(self) -> SamplingBody:
+        if self.min_tokens > self.max_tokens:
+            raise InvalidValue(
+                f"min_tokens: must be at most max_tokens, which is {self.max_tokens}", param="min_tokens"
+            )
+        return self
+
     @property
     def sampling_settings(self) -> SamplingSettings:
-        """All sampling settings but `logit_bias`, whose characters only get ids with the model that generates."""
-        return SamplingSettings(**{name: getattr(self, name) for name in NUMBERS})
+        """All sampling settings but `logit_bias` and allowed ids, which need the charset of the model."""
+        settings = SamplingSettings(**{name: getattr(self, name) for name in NUMBERS} | {"top_k": max(0, self.top_k)})
+        # The likeliest characters that reach a probability of 0 are the likeliest one alone.
+        return settings if settings.top_p else replace(settings, temperature=0.0, top_p=1.0)
 
 
 class Logprobs(BaseModel):
@@ -143,6 +186,9 @@ class ErrorObject(BaseModel):
     position: int | None = Field(
         None, description="length of the session's text; only present if `code` is `position_conflict`"
     )
+    retry: bool | None = Field(
+        None, description="true if a session's stream that ended with this error may be resumed; otherwise not present"
+    )
 
 
 class ErrorAnswer(BaseModel):
@@ -151,7 +197,5 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
-ERRORS: dict[str | int | HTTPStatus, Any] = {
-    "400": ErrorAnswer, "401": ErrorAnswer, "404": ErrorAnswer, "408": ErrorAnswer, "413": ErrorAnswer,
-    "415": ErrorAnswer, "429": ErrorAnswer, "503": ErrorAnswer,
-}  # fmt: skip
+# What a route that names a model or a session may answer beyond what every route may: see `openapi.error_responses`.
+ERRORS: dict[str | int | HTTPStatus, Any] = {"404": ErrorAnswer}

@@ -24,6 +24,7 @@ from service.web.api.events import (
     UsageEvent,
 )
 from service.web.api.responses import HoldingResponse
+from service.web.gate.reconnects import RECONNECT_MS, accepts_events
 
 FLUSH_INTERVAL_S = 0.025  # characters generated within it are sent in one event
 IDLE_S = 0.5  # how often a stream without new text checks whether its client is still connected
@@ -47,7 +48,9 @@ class EventStream(HoldingResponse):
         super().__init__(iter(()), held, "text/event-stream")
         self.events, self._named = events, named
         self._connection: socket.socket | None = None
+        self._for_browsers = False
         if has_request_context():
+            self._for_browsers = named and accepts_events()
             request.environ[_IS_STREAM] = True
             self._connection = request.environ.get("gunicorn.socket")
         self.headers["Cache-Control"] = "no-cache, no-transform"  # a proxy that compresses would hold events back
@@ -55,7 +58,13 @@ class EventStream(HoldingResponse):
 
     def iter_encoded(self) -> Iterator[bytes]:
         """Yield the framed events, and pings during silence."""
-        return (frame(event, named=self._named) for event in with_pings(self.events, self._connection))
+        start = f"retry: {RECONNECT_MS}\n".encode() if self._named else b""
+        for event in with_pings(self.events, self._connection):
+            framed = frame(event, named=self._named, for_browsers=self._for_browsers)
+            if start and not isinstance(event, PingEvent):
+                # Not as a block of its own: clients that are no browsers would take that for an event without data.
+                framed, start = start + framed, b""
+            yield framed
 
     def close(self) -> None:
         """End the stream, and release what it holds. Repeating it does nothing."""
@@ -65,8 +74,12 @@ class EventStream(HoldingResponse):
             super().close()
 
 
-def frame(event: Event, *, named: bool) -> bytes:
-    """Frame an event. Errors have a name in every stream, other events if `named`."""
+def frame(event: Event, *, named: bool, for_browsers: bool = False) -> bytes:
+    """Frame an event. Errors have a name in every stream, other events if `named`.
+
+    With `for_browsers`, an error is sent as `failure` first: EventSource has an event `error` of its own, which says
+    that the connection is lost.
+    """
     position: int | None = None
     match event:
         case TextEvent(data, position):
@@ -79,6 +92,8 @@ def frame(event: Event, *, named: bool) -> bytes:
             name, data = "reconnect", json.dumps({"position": position})
         case ErrorEvent(body):
             name, data = "error", json.dumps(body)
+            if for_browsers:
+                return f"event: failure\ndata: {data}\n\nevent: error\ndata: {data}\n\n".encode()
         case PingEvent():
             return b": ping\n\n"
     number = f"id: {position}\n" if position is not None else ""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import structlog
 from flask import Flask, Response, current_app, jsonify, request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from werkzeug.exceptions import HTTPException
 
 from service import errors
@@ -119,19 +120,23 @@ def _response(body: dict[str, Any], status: int) -> Response:
 def validation_error_response(error: ValidationError) -> Response:
     """Return the response to a body, path or query that its schema refuses.
 
-    It describes the errors of the first wrong field, and says how many more fields have errors.
+    It describes the errors of the first wrong field, names it by its path, such as `stream_options.include_usage` or
+    `prompt[3]`, and says how many more fields have errors.
     """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
-    first = faults[0]
-    param = str(first["loc"][0])[:80] if first["loc"] else None
+    schema = _schema(error.title)
     # A field that accepts several types has an error for each of them. If one has the type of the value, the message
-    # describes that error; otherwise it lists all, and so what is allowed.
-    same = [fault for fault in faults if fault["loc"][:1] == first["loc"][:1]]
+    # describes that error, or the one that is deepest in the value; otherwise it lists all, and so what is allowed.
+    same = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
     same = [fault for fault in same if not fault["type"].endswith("_type")] or same
-    first = same[0]
+    paths = [_path(fault, schema) for fault in same]
+    path = max(paths, key=len)
+    same = [fault for fault, its in zip(same, paths, strict=True) if its == path]
+    first, param = same[0], _written(path)
     message = " or ".join(dict.fromkeys(_sentence(fault["type"], fault["msg"]) for fault in same))
-    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
-        message += _did_you_mean(str(param), _fields())
+    message = message.replace(" or must be ", " or ")
+    if first["type"] == "extra_forbidden":
+        message += _nearest_field(path, schema)
     names = list(dict.fromkeys(str(fault["loc"][0])[:80] for fault in faults if fault["loc"][:1] != first["loc"][:1]))
     if names:
         more = f" and {len(names) - _MAX_OTHERS} more" if len(names) > _MAX_OTHERS else ""
@@ -139,7 +144,7 @@ def validation_error_response(error: ValidationError) -> Response:
     code = _CODE_OF_PYDANTIC.get(first["type"])
     if code is None:
         code = "wrong_type" if first["type"].endswith("_type") else "out_of_range"
-    return error_response(f"{param}: {message}" if param else message, code, param)
+    return error_response(f"{param}: {message}" if param else message, code, param or None)
 
 
 def register_error_handlers(app: Flask) -> None:
@@ -184,15 +189,73 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
-    return (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    return message.replace(" should have ", " must have ").replace(" after validation", "")
 
 
-def _fields() -> list[str]:
-    """Return the names of all fields that the body or query of the current route may have."""
+def _schema(name: str) -> type[BaseModel] | None:
+    """Return the schema of this name of the current route, which may be that of its body, query or path."""
     view: Any = current_app.view_functions.get(request.endpoint or "")
     kinds = get_type_hints(view) if view is not None else {}
-    schemas = [kinds[name] for name in ("body", "query") if name in kinds]
-    return [field.alias or name for schema in schemas for name, field in schema.model_fields.items()]
+    return next(
+        (kinds[part] for part in ("body", "query", "path") if part in kinds and kinds[part].__name__ == name), None
+    )
+
+
+def _path(fault: ErrorDetails, schema: type[BaseModel] | None) -> tuple[str | int, ...]:
+    """Return names and indices that lead to the place of an error, as far as a schema names them.
+
+    pydantic's own path also has the alternatives that a field has, and the keys of an object whose keys are free.
+    """
+    path: list[str | int] = []
+    schemas = [schema] if schema is not None else []
+    sent: Any = request.get_json() if request.is_json else request.args
+    for place, part in enumerate(fault["loc"]):
+        is_last = place == len(fault["loc"]) - 1
+        if isinstance(part, int):
+            if not isinstance(sent, list) or part >= len(sent):
+                break
+            sent = sent[part]
+        else:
+            fields = _fields(schemas)
+            is_sent = isinstance(sent, dict) and part in sent
+            if not (part in fields or (is_last and fault["type"] == "extra_forbidden")) or not (is_sent or is_last):
+                continue  # an alternative, or a free key
+            sent = sent.get(part) if isinstance(sent, dict) else None
+            schemas = fields.get(part, [])
+        path.append(part)
+    return tuple(path) or fault["loc"][:1]
+
+
+def _fields(schemas: Iterable[type[BaseModel]]) -> dict[str, list[type[BaseModel]]]:
+    """Return the fields of schemas, under the names that clients send, with the schemas of their values."""
+    return {
+        field.alias or name: list(_models_in(field.annotation))
+        for schema in schemas
+        for name, field in schema.model_fields.items()
+    }
+
+
+def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _written(path: Sequence[str | int]) -> str:
+    """Return a path as a client reads it: `stream_options.include_usage`, `prompt[3]`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in path).removeprefix(".")
+
+
+def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) -> str:
+    """Return a question that proposes the known name nearest to the unknown one at the end of a path, or nothing."""
+    schemas = [schema] if schema is not None else []
+    for part in path[:-1]:
+        schemas = schemas if isinstance(part, int) else _fields(schemas).get(part, [])
+    name, known = str(path[-1]), _fields(schemas)
+    other = next((kind.other_names[name] for kind in schemas if name in getattr(kind, "other_names", {})), None)
+    return f"; did you mean {other}?" if other in known else _did_you_mean(name, known)
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

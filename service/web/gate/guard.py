@@ -20,6 +20,7 @@ from service.web.gate.body_json import BodyJson, TooManyValues
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
+from service.web.gate.trace_context import trace_id_of
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
         g.request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(8)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=g.request_id)
+        if trace_id := trace_id_of(request.headers.get("traceparent", "")):
+            structlog.contextvars.bind_contextvars(trace_id=trace_id)
 
     @app.before_request
     def _refuse_new_work() -> Response | None:
@@ -68,6 +71,8 @@ def register_guard(app: Flask, drain: Drain) -> None:
 def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBudget) -> None:
     """Take and parse the body of each request before the route validates it, and refuse HEAD of a stream.
 
+    A query with two parameters of one name is refused, as a body with two fields of one name is.
+
     `large_bodies` limits what each client may have in bodies of more than `SMALL_BODY_BYTES`, until its answers end:
     read and parsed, each takes ten times its length. The poller limits what has arrived for all clients together.
 
@@ -77,6 +82,16 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
     app.config["MAX_CONTENT_LENGTH"] = max_body_bytes + 1
     app.json = BodyJson(app)
     app.json.sort_keys = False
+
+    @app.before_request
+    def _check_query() -> Response | None:
+        for name, values in request.args.lists():
+            if len(values) > 1:  # of which Flask would silently take the first
+                name = name[:80]
+                return error_response(
+                    f"{name}: the query has it {len(values)} times: give it once", "bad_request", name
+                )
+        return None
 
     @app.before_request
     def _check_body() -> Response | None:

@@ -65,7 +65,7 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
     return close
 
 
-def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
+def register_start_costs(app: Flask, max_chars: int, max_texts: int, chat_chars: int) -> None:
     """Count large requests several times. Does nothing without a rate limit.
 
     A request is refused only if not a single start is left. So one that counts for more than the whole limit is
@@ -75,6 +75,7 @@ def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
         app: The application.
         max_chars: Characters that a text may have. A request for more is refused later, and counts once.
         max_texts: The same for its texts.
+        chat_chars: Characters that a chat generates at most if it doesn't say.
     """
 
     @app.before_request
@@ -82,7 +83,7 @@ def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
         limiter = next(iter(app.extensions.get("limiter", ())), None)
         if limiter is None or not current_route().counts_as_start:
             return
-        num_more = (_num_chars(request.get_json(), max_chars, max_texts) - 1) // _START_CHARS
+        num_more = (_num_chars(request.get_json(), max_chars, max_texts, chat_chars) - 1) // _START_CHARS
         if num_more < 1:
             return
         try:
@@ -92,7 +93,7 @@ def register_start_costs(app: Flask, max_chars: int, max_texts: int) -> None:
             log.warning("the cost of a request was not counted", error=type(error).__name__)
 
 
-def _num_chars(body: Any, max_chars: int, max_texts: int) -> int:
+def _num_chars(body: Any, max_chars: int, max_texts: int, chat_chars: int) -> int:
     """Return how many characters a request reads and generates: 0 for a body that will be refused.
 
     The body is JSON that no schema has seen yet.
@@ -103,13 +104,28 @@ def _num_chars(body: Any, max_chars: int, max_texts: int) -> int:
         return default if value is None else value if type(value) is int and 0 <= value <= largest else -1
 
     prompts = body.get("prompt")
-    prompts = prompts if isinstance(prompts, list) else [prompts]
-    num_read = sum(len(text) for text in (*prompts, body.get("text")) if isinstance(text, str))
+    # A list is a text of ids if its first element is one.
+    prompts = prompts if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else [prompts]
+    num_read = sum(map(_length, (*prompts, body.get("text"), body.get("messages"), body.get("input"))))
     num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
-    max_tokens = number("max_tokens", 0, max_chars)
+    max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)
+    if max_tokens == 0 and "messages" in body:
+        max_tokens = min(chat_chars, max_chars)
     if min(num_choices, max_tokens) < 0 or len(prompts) > max_texts:
         return 0
     return int(num_read + max_tokens * num_choices * len(prompts))
+
+
+def _length(text: Any, depth: int = 4) -> int:
+    """Return the number of characters of a text, and of what a list of texts, ids, messages or parts has.
+
+    depth: How far lists and objects are looked into. The deepest text that is read is one in a part of a message.
+    """
+    if isinstance(text, dict) and depth:
+        return _length(text.get("content"), depth - 1) + _length(text.get("text"), depth - 1)
+    if isinstance(text, list) and depth:
+        return sum(_length(one, depth - 1) for one in text)
+    return len(text) if isinstance(text, str) else 1 if isinstance(text, int) else 0
 
 
 def _refusal(breached: RequestLimit) -> Response:

@@ -1,3 +1,3 @@
 """What the service reports of itself: `metrics` counts answers and times the events of streams, `collector` reads the
-metrics of the other packages, `logs` configures logging.
+metrics of the other packages, `tracing` exports spans, `logs` configures logging.
 """

@@ -16,10 +16,23 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from service import __version__
-from service.engine.counters import Buckets
+from service.engine.counters import Buckets, Counters
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.web.gate.admission import AdmissionLimit
 from service.web.telemetry.metrics import PREFIX
+
+_OF_TEXTS: tuple[tuple[str, str, Callable[[Counters], Buckets]], ...] = (
+    ("request_queue_time_seconds", "Time that a text waited for its first tick.", lambda of: of.queue_s),
+    ("request_prefill_time_seconds", "Time from a text's first tick to its first character.", lambda of: of.prefill_s),
+    ("request_decode_time_seconds", "Time from a text's first character to its end.", lambda of: of.decode_s),
+    ("request_prompt_tokens", "Characters of a text's prompt that were read.", lambda of: of.prompt_chars),
+    ("request_generation_tokens", "Characters generated of a text.", lambda of: of.generated_chars),
+    (
+        "request_max_num_generation_tokens",
+        "Characters of the longest text of a request.",
+        lambda of: of.longest_generated,
+    ),
+)
 
 
 class CountedStore(Protocol):
@@ -53,6 +66,7 @@ class ServiceCollector(Collector):
         )
         models = self._models.all()
         yield from self._engines(models)
+        yield from self._texts(models)
         yield from self._prefixes(models)
         yield from self._ends(models)
         yield from self._served_versions()
@@ -75,6 +89,12 @@ class ServiceCollector(Collector):
             models,
             lambda one: max(0, one.engine.num_open - one.engine.num_running),
         )
+        yield _gauges(
+            "kv_cache_usage_perc",
+            "Share, 0 to 1, of the memory for texts that is taken; all models share it.",
+            models,
+            lambda one: one.engine.memory_usage,
+        )
         yield _counters(
             "prompt_tokens",
             "Characters of prompts and fed texts that the network was stepped over.",
@@ -90,6 +110,11 @@ class ServiceCollector(Collector):
         yield _histograms(
             "tick_seconds", "Duration of one tick of the engine.", models, lambda one: one.engine.counters.tick_s
         )
+
+    def _texts(self, models: list[LoadedModel]) -> Iterator[Metric]:
+        """Yield the histograms that have a value for each text that has ended."""
+        for name, help_text, buckets in _OF_TEXTS:
+            yield _histograms(name, help_text, models, lambda one, of=buckets: of(one.engine.counters))
 
     def _prefixes(self, models: list[LoadedModel]) -> Iterator[Metric]:
         yield _counters(

@@ -50,7 +50,7 @@ def test_reload__of_a_broken_version_keeps_serving_the_old_one(tmp_path: Path) -
         assert completed_by(client) == completed_by(client, model="tiny") == "tiny@1"
         named = client.post("/v1/completions", json={"prompt": "a", "model": "tiny@2"})
         assert (named.status_code, named.get_json()["error"]["code"]) == (503, "invalid_artifact")
-        assert client.get("/v1/models/tiny").get_json()["id"] == "tiny@1"
+        assert client.get("/v1/models/tiny").get_json()["meta"]["version"] == "tiny@1"
         assert client.put("/v1/sessions/a", json={}).get_json()["model"] == "tiny@1"
 
 

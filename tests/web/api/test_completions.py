@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from service.engine.request import Handle
 from service.errors import EngineFailed
+from service.generation.portable_states import PortableStates
 from service.registry.loaded_models import LoadedModels
+from service.sessions.portable import StateSealer
 from service.settings import Settings
 from service.shares import SharedBudget
 from service.store.model_store import ModelStore
@@ -234,7 +236,8 @@ def test_completion__above_the_admission_limit_is_refused(tiny_store: ModelStore
     app = OpenAPI(__name__)
     register_error_handlers(app)
     limits = CompletionLimits(max_tokens=100, max_prompt_chars=100, max_texts=100)
-    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000)).register(app)
+    states = PortableStates(models, StateSealer(["k" * 16]))
+    CompletionRoutes(models, "tiny", limits, AdmissionLimit(1), SharedBudget(1000), states).register(app)
     client = app.test_client()
     stream = client.post("/v1/completions", json={"prompt": "a", "stream": True}, buffered=False)
     assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 429
@@ -266,14 +269,14 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": float("inf")}, "temperature", "out_of_range"),
     ({"temperature": -0.1}, "temperature", "out_of_range"),
     ({"temperature": "hot"}, "temperature", "wrong_type"),
-    ({"top_k": -1}, "top_k", "out_of_range"),
-    ({"top_p": 0}, "top_p", "out_of_range"),
+    ({"top_k": -2}, "top_k", "out_of_range"),
+    ({"top_p": -0.1}, "top_p", "out_of_range"),
     ({"top_p": 1.1}, "top_p", "out_of_range"),
     ({"seed": 2**63}, "seed", "out_of_range"),
     ({"seed": 10**4000}, "seed", "out_of_range"),
     ({"seed": 1.5}, "seed", "wrong_type"),
     ({"stop": ""}, "stop", "out_of_range"),
-    ({"stop": [""]}, "stop", "out_of_range"),
+    ({"stop": [""]}, "stop[0]", "out_of_range"),
     ({"stop": ["a"] * 5}, "stop", "out_of_range"),
     ({"stop": "x" * 1000}, "stop", "out_of_range"),
     ({"stop": 5}, "stop", "wrong_type"),
@@ -307,14 +310,18 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"n": 3, "best_of": 2}, "best_of", "out_of_range"),
     ({"best_of": 2, "stream": True}, "best_of", "out_of_range"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "out_of_range"),
-    ({"stream": True, "stream_options": {"x": 1}}, "stream_options", "unknown_field"),
-    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options", "unsupported_value"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown_field"),
+    (
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        "unsupported_value",
+    ),
     ({"presence_penalty": 2.1}, "presence_penalty", "out_of_range"),
     ({"repetition_penalty": 0}, "repetition_penalty", "out_of_range"),
     ({"min_p": -0.1}, "min_p", "out_of_range"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty", "out_of_range"),
     ({"n": True}, "n", "wrong_type"),
-    ({"n": 1.0}, "n", "wrong_type"),
+    ({"n": 1.5}, "n", "wrong_type"),
     ({"stream": 0}, "stream", "wrong_type"),
     ({"prompt_": "a"}, "prompt_", "unknown_field"),
 ]
@@ -336,7 +343,7 @@ def test_missing_prompt__is_refused_and_named(client: FlaskClient) -> None:
     assert response.get_json()["error"]["param"] == "prompt"
 
 
-@pytest.mark.parametrize("model", ["nope", "tiny@9", "tiny@stable", "../tiny", "", "@", "tiny@1@1"])
+@pytest.mark.parametrize("model", ["nope", "tiny@9", "tiny@stable", "../tiny", "@", "tiny@1@1"])
 def test_unknown_model__is_not_found(client: FlaskClient, model: str) -> None:
     response = client.post("/v1/completions", json=GOOD | {"model": model})
     error = response.get_json()["error"]

@@ -24,7 +24,7 @@ from service.registry.loaded_models import LoadedModel
 from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
-from tests.harness.application import client_of, ok, refused
+from tests.harness.application import client_of, described, ok, refused
 from tests.harness.models import TINY_CHARSET, loaded_model, publish_tiny, random_tensors, tiny_config
 
 TEXT = "ROMEO: what light is it, Juliet?\nTell me of all that was and will be. " * 4  # longer than a segment
@@ -279,7 +279,7 @@ def test_range__before_the_retained_text_is_gone(client: FlaskClient) -> None:
         ({"text": "abc", "from": 2, "to": 1}, 400, "out_of_range", "from"),
         ({"text": "abc", "to": 4}, 400, "out_of_range", "to"),
         ({"text": "abc", "from": -1}, 400, "out_of_range", "from"),
-        ({"text": "abc", "from": 1.0}, 400, "wrong_type", "from"),
+        ({"text": "abc", "from": 1.5}, 400, "wrong_type", "from"),
         ({"text": "abc", "start": 1}, 400, "unknown_field", "start"),
         ({"text": "abc", "logprobs": 21}, 400, "out_of_range", "logprobs"),
         ({"text": "abc", "gates": 1}, 400, "wrong_type", "gates"),
@@ -319,10 +319,10 @@ def test_session__of_another_owner_is_not_found(store: ModelStore) -> None:
 
 
 def test_openapi__describes_inspect(client: FlaskClient) -> None:
-    described = ok(client.get("/openapi.json"))
-    body = described["components"]["schemas"]["InspectBody"]["properties"]
+    description = described(client)
+    body = description["components"]["schemas"]["InspectBody"]["properties"]
     assert {"model", "text", "session", "from", "to", "gates", "logprobs"} <= set(body)
-    assert {"200", "400", "404", "409", "410", "429"} <= set(described["paths"]["/v1/inspect"]["post"]["responses"])
+    assert {"200", "400", "404", "409", "410", "429"} <= set(description["paths"]["/v1/inspect"]["post"]["responses"])
 
 
 def _ids(text: str) -> NDArray[np.int64]:

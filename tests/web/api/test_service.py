@@ -14,6 +14,7 @@ import pytest
 from flask.testing import FlaskClient
 from pydantic import SecretStr
 
+from service import __version__
 from service.api_keys import new_key
 from service.engine.kernels import choose_kernel
 from service.engine.torch_stepper import TorchStepper
@@ -23,7 +24,8 @@ from service.settings import Settings
 from service.store.model_store import ModelStore
 from service.web.app import create_app
 from service.web.gate.error_responses import STATUS
-from tests.harness.application import client_of
+from service.web.gate.route import route_of
+from tests.harness.application import client_of, described
 from tests.harness.models import TINY_CHARSET, publish_tiny, tiny_config
 
 SWAGGER = Path(flask_openapi_swagger.__file__).parent / "templates" / "swagger"
@@ -35,8 +37,10 @@ def test_models__are_listed_in_openais_shape(client: FlaskClient) -> None:
     limits = answer["limits"]
     assert sorted(limits) == ["max_prompt_chars", "max_tokens", "session_max_tokens"]
     assert 0 < limits["session_max_tokens"] <= limits["max_tokens"]
-    (model,) = answer["data"]
+    name, model = answer["data"]
     assert (model["id"], model["object"], model["created"]) == ("tiny@1", "model", 1_700_000_000)
+    assert name == model | {"id": "tiny"}
+    assert model["meta"]["version"] == "tiny@1"
     assert model["meta"]["charset"] == TINY_CHARSET
     assert model["meta"]["num_units"] == 16
     assert model["meta"]["num_layers"] == 1
@@ -46,9 +50,33 @@ def test_models__are_listed_in_openais_shape(client: FlaskClient) -> None:
     assert re.fullmatch(r"[0-9a-f]{64}", model["meta"]["digest"])
 
 
+def test_models__are_listed_under_every_name_that_a_request_can_give(tmp_path: Path) -> None:
+    """Clients look for the name that they were told, and some wait for it for ever."""
+    store = ModelStore(tmp_path)
+    for name in ("tiny", "other"):
+        for seed in (0, 1):
+            publish_tiny(store, name, seed)
+    store.set_alias("tiny", "stable", 1)
+    with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
+        listed = {entry["id"]: entry for entry in client.get("/v1/models").get_json()["data"]}
+        assert {ref: entry["meta"]["version"] for ref, entry in listed.items()} == {
+            "tiny": "tiny@2", "tiny@1": "tiny@1", "tiny@2": "tiny@2", "tiny@stable": "tiny@1",
+            "other": "other@2", "other@1": "other@1", "other@2": "other@2",
+        }  # fmt: skip
+        for ref, entry in listed.items():
+            assert client.get(f"/v1/models/{ref}").get_json() == entry
+            answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1, "model": ref}).get_json()
+            assert answer["model"] == entry["meta"]["version"]
+        # The name of a model in use stands for the version that this server uses, until it looks for new ones.
+        publish_tiny(store, "tiny", 2)
+        newer = {entry["id"]: entry["meta"]["version"] for entry in client.get("/v1/models").get_json()["data"]}
+        assert (newer["tiny"], newer["tiny@3"]) == ("tiny@2", "tiny@3")
+
+
 @pytest.mark.parametrize("ref", ["tiny", "tiny@1", "tiny@latest"])
 def test_model__is_found_under_each_of_its_names(client: FlaskClient, ref: str) -> None:
-    assert client.get(f"/v1/models/{ref}").get_json()["id"] == "tiny@1"
+    answer = client.get(f"/v1/models/{ref}").get_json()
+    assert (answer["id"], answer["meta"]["version"]) == (ref, "tiny@1")
 
 
 def test_unknown_model__is_not_found(client: FlaskClient) -> None:
@@ -58,7 +86,8 @@ def test_unknown_model__is_not_found(client: FlaskClient) -> None:
 
 
 def test_health__answers_ok_and_the_kernel(client: FlaskClient) -> None:
-    assert client.get("/healthz").get_json() == {"status": "ok"}
+    assert client.get("/healthz").get_json() == client.get("/health").get_json() == {"status": "ok"}
+    assert client.get("/version").get_json() == {"version": __version__}
     assert client.get("/readyz").get_json() == {"status": "ready", "kernel": choose_kernel("auto", 1).name}
 
 
@@ -70,7 +99,7 @@ def test_unknown_route_or_method__gets_an_error_in_the_common_shape(client: Flas
 
 
 def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClient) -> None:
-    description = client.get("/openapi.json").get_json()
+    description = described(client)
     assert description["openapi"] == "3.1.1"
     assert description["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert description["security"] == [{"key": []}, {}]  # a key, or nothing on a server without keys
@@ -81,14 +110,60 @@ def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClien
         *(f"{session}/{name}" for name in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
     others = {"/v1/completions", "/v1/inspect", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
+    others |= {"/health", "/version", "/tokenize", "/detokenize", "/tokenizer_info"}
+    others |= {f"/v1/models/{{id}}/tokenizer{end}.json" for end in ("", "_config")}
     assert set(description["paths"]) == sessions | others
     body = description["components"]["schemas"]["CompletionBody"]
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
-    answers = description["paths"]["/v1/completions"]["post"]["responses"]
-    assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "429", "503"}
-    for status in set(answers) - {"200"}:
-        assert answers[status]["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+    assert body["properties"]["max_tokens"]["maximum"] == 500  # as this server is configured
+    assert body["properties"]["prompt"]["anyOf"][0]["maxLength"] == 1000
+
+
+def test_openapi__says_which_fields_may_be_null(client: FlaskClient) -> None:
+    """`null` means the default, which clients send for a field that they don't set."""
+    schemas = described(client)["components"]["schemas"]
+    for name, schema in schemas.items():
+        if name.endswith(("Body", "Options")):
+            for field, property_ in schema.get("properties", {}).items():
+                is_nullable = re.search(r'"null"|"enum": \[[^]]*null', json.dumps(property_)) is not None
+                assert is_nullable == (field not in schema.get("required", ())) or property_.keys() <= {
+                    "description", "default", "title", "enum",
+                }, (name, field)  # fmt: skip
+
+
+def test_openapi__says_what_every_route_answers(client: FlaskClient) -> None:
+    """Also what no schema says: errors that are found before the view, keys, and streams."""
+    description = described(client)
+    assert description["servers"] == [{"url": "./"}]
+    always = {"400", "403", "405", "408", "414", "429", "431", "500", "503"}
+    num_described = 0
+    for rule in client.application.url_map.iter_rules():
+        route = route_of(client.application.view_functions[rule.endpoint])
+        assert route is not None
+        if route.summary is None:
+            continue
+        path = re.sub(r"<(\w+)>", r"{\1}", route.path)
+        operation = description["paths"][path][route.method.lower()]
+        answers = set(operation["responses"])
+        assert always <= answers, path
+        assert ("401" in answers) == (not route.open) == ("security" not in operation), path
+        assert {"413", "415"} & answers == ({"413", "415"} if route.takes_body else set()), path
+        assert ("404" in answers) >= ("<id>" in route.path), path
+        assert ("504" in answers) == route.path.startswith("/v1/sessions"), path
+        streams = "text/event-stream" in operation["responses"].get("200", {}).get("content", {})
+        assert streams == route.streams, path
+        num_described += 1
+        for status in answers - {"200", "201", "204"}:
+            assert operation["responses"][status] == {"$ref": f"#/components/responses/Error{status}"}
+    assert num_described == sum(len(path) for path in description["paths"].values())
+    errors = description["components"]["responses"]
+    for status, error in errors.items():
+        assert error["content"]["application/json"]["schema"]["$ref"].endswith("/ErrorAnswer")
+        assert ("Retry-After" in error["headers"]) == (status in ("Error409", "Error429", "Error503"))
+    resume = description["paths"]["/v1/sessions/{id}/generate"]["get"]
+    assert "Last-Event-ID" in [parameter["name"] for parameter in resume["parameters"] if parameter["in"] == "header"]
+    assert "<br/>" not in json.dumps(description)
 
 
 def test_docs_page__loads_nothing_from_another_host(client: FlaskClient) -> None:
@@ -199,7 +274,7 @@ def test_damaged_version__is_unavailable_without_revealing_its_path(tmp_path: Pa
         assert str(tmp_path) not in response.text
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
         (tmp_path / "other" / "1" / "training.json").write_bytes(b"")
-        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
+        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny", "tiny@1"]
 
 
 def test_readiness__fails_while_the_default_model_can_not_be_used(tmp_path: Path) -> None:
@@ -224,7 +299,7 @@ def test_model_store__with_unusable_entries_still_serves_the_others(tmp_path: Pa
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "other" / "store.json").write_text("{")
     with client_of(Settings(model_store=tmp_path, model="tiny")) as client:
-        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny@1"]
+        assert [model["id"] for model in client.get("/v1/models").get_json()["data"]] == ["tiny", "tiny@1"]
         assert client.post("/v1/completions", json={"prompt": "a", "model": "loop"}).status_code == 503
         assert client.get("/v1/models/other").status_code == 503
         assert str(tmp_path) not in client.get("/v1/models/other").text

@@ -38,6 +38,8 @@ def test_frame__names_only_errors_unless_all_are_named() -> None:
     for named in (False, True):
         assert frame(ErrorEvent({"error": {}}), named=named) == b'event: error\ndata: {"error": {}}\n\n'
         assert frame(PingEvent(), named=named) == b": ping\n\n"
+    twice = b'event: failure\ndata: {"error": {}}\n\nevent: error\ndata: {"error": {}}\n\n'
+    assert frame(ErrorEvent({"error": {}}), named=True, for_browsers=True) == twice
 
 
 def test_stream__sends_pings_during_long_silence_only(monkeypatch: pytest.MonkeyPatch) -> None:

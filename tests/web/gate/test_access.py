@@ -51,7 +51,7 @@ def test_routes__except_health_and_the_page_need_a_key(closed: FlaskClient) -> N
             if status == 200:
                 answered.append((method, path))
     paths = {path for _, path in answered}
-    assert paths == {"/healthz", "/readyz", "/", "/page/page.css"}
+    assert paths == {"/healthz", "/health", "/readyz", "/", "/page/page.css"}
 
 
 @pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/docs/../x", "/healthz/", "/healthz?x=/v1"])
@@ -156,7 +156,7 @@ def test_new_route__needs_a_key_unless_declared_open() -> None:
 def test_open_routes__are_only_health_and_the_page(closed: FlaskClient) -> None:
     declared = {name: route_of(view) for name, view in closed.application.view_functions.items()}
     open_endpoints = {name for name, route in declared.items() if route is not None and route.open}
-    assert open_endpoints == {"health.healthz", "health.readyz", "page.page", "page.part"}
+    assert open_endpoints == {"health.healthz", "health.health", "health.readyz", "page.page", "page.part"}
 
 
 def test_server_without_keys__is_open_and_ignores_keys(client: FlaskClient) -> None:

@@ -15,6 +15,7 @@ CONTRACT = {
     "invalid_json": 400,
     "invalid_state": 400,
     "missing_field": 400,
+    "no_chat_template": 400,
     "out_of_range": 400,
     "state_expired": 400,
     "state_model_mismatch": 400,

@@ -112,6 +112,16 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             address = f"10.0.0.{number}"
             assert started(body, address) == status
             assert num_left(address) == 20 - cost, body
+        parts = [{"role": "user", "content": [{"type": "text", "text": "a" * 20_000}]}] * 2
+        others: list[tuple[str, dict[str, object], int]] = [
+            ("chat/completions", {"messages": parts, "max_completion_tokens": 1}, 5),
+            ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 16}, 3),  # 1,024 characters each
+            ("embeddings", {"input": ["a" * 20_000] * 2}, 5),
+            ("embeddings", {"input": [[[[[[["a"]]]]]]]}, 1),
+        ]
+        for number, (path, body, cost) in enumerate(others):
+            client.post(f"/v1/{path}", json=body, environ_base={"REMOTE_ADDR": f"10.0.1.{number}"})
+            assert num_left(f"10.0.1.{number}") == 20 - cost, path
         assert client.put("/v1/sessions/a", json={"text": "a" * 50_000}).status_code == 201
         assert client.post("/v1/sessions/a/generate", json={"max_tokens": 2}).status_code == 200
         assert num_left("127.0.0.1") == 20 - 7 - 1

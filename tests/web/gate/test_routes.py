@@ -57,7 +57,7 @@ def test_routes__whose_views_stream_or_wait_for_an_engine_say_so(client: FlaskCl
         (route, inspect.getsource(inspect.unwrap(client.application.view_functions[rule.endpoint])))
         for rule, route in declared(client)
     ]
-    assert sum(route.streams for route, _ in sources) == 3
+    assert sum(route.streams for route, _ in sources) == 4
     for route, source in sources:
         assert ("EventStream(" in source) == route.streams, route.path
         assert route.starts_work or ".admit(" not in source, route.path

@@ -53,12 +53,14 @@ GRU_FIELD(double, frequency_penalty)
 GRU_FIELD(int64_t, num_biases)        // pairs of logit_bias
 GRU_FIELD(const int64_t*, bias_ids)   // (num_biases,)
 GRU_FIELD(const double*, biases)      // (num_biases,)
+GRU_FIELD(const uint8_t*, allowed)    // (V,) 1 if the character can be drawn; null: all can
 GRU_FIELD(const uint8_t*, in_prompt)  // (V,) 1 if the prompt has the character; null without penalties
 GRU_FIELD(double*, num_generated)     // (V,) how often each character was generated; updated; null without penalties
 
 GRU_FIELD(int64_t, num_stops)            // stop strings
 GRU_FIELD(const int64_t*, stop_lengths)  // (num_stops,)
 GRU_FIELD(const int64_t*, stop_ids)      // the ids of all stop strings, one string after the other
+GRU_FIELD(int64_t, first_stop)           // the first drawn character of this call that may complete one, from 0
 GRU_FIELD(int64_t*, text)                // (text_length + num_steps,) ids to search for stop strings; updated
 GRU_FIELD(int64_t, text_length)          // ids generated before this call; updated
 

@@ -13,10 +13,12 @@ from flask import Response
 
 from service.engine.scores import Scores
 from service.errors import ClientGone, GruServeError
-from service.generation.completion import Completion, CompletionChunk
+from service.generation.completion import Choice, Completion, CompletionChunk
+from service.generation.portable_states import PortableStates
 from service.registry.loaded_models import LoadedModel
+from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
-from service.web.api.json_pieces import dumps, logprobs_pieces
+from service.web.api.json_pieces import dumps, ids_pieces, logprobs_pieces, prompt_logprobs_pieces
 from service.web.api.responses import json_response
 from service.web.api.schemas import PromptTokensDetails, Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
@@ -28,8 +30,12 @@ log = structlog.get_logger(__name__)
 class CompletionAnswer:
     """The answer to one completion, in OpenAI's shape."""
 
-    def __init__(self, model: LoadedModel, completion: Completion) -> None:
-        self._charset, self._completion = model.charset, completion
+    def __init__(
+        self, model: LoadedModel, completion: Completion, states: PortableStates, *, with_ids: bool = False
+    ) -> None:
+        """with_ids: Return the ids of prompts and texts too."""
+        self._model, self._states = model, states
+        self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
         # The fields that are the same in every event of a stream.
         self._common_fields = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -62,10 +68,23 @@ class CompletionAnswer:
         for index, choice in enumerate(chosen):
             parts, pieces[choice.index] = pieces[choice.index], []
             text, scores = "".join(part.text for part in parts), self._scores_of(parts)
+            num_echoed = sum(part.num_echoed for part in parts)
             parts.clear()
             yield f'{"," if index else ""}{{"index":{index},"text":{dumps(text)},"logprobs":'
             yield from logprobs_pieces(text, scores, self._charset, 0)
-            yield f',"finish_reason":"{choice.finish_reason}"}}'
+            yield f',"finish_reason":"{choice.finish_reason}"'
+            if completion.request.num_prompt_logprobs is not None:
+                yield ',"prompt_logprobs":'
+                yield from prompt_logprobs_pieces(
+                    choice.prompt, Scores.join(choice.prompt_scores or [Scores.none()]), self._charset
+                )
+                choice.prompt_scores.clear()
+            if self._with_ids:
+                yield ',"prompt_token_ids":'
+                yield from ids_pieces(choice.prompt)
+                yield ',"token_ids":'
+                yield from ids_pieces(self._charset.exact(text[num_echoed:]))
+            yield f"{self._state_of(choice)}}}"
         yield f'],"usage":{self._usage().model_dump_json()}}}'
 
     def _scores_of(self, parts: list[CompletionChunk]) -> Scores | None:
@@ -74,19 +93,19 @@ class CompletionAnswer:
             return Scores.none()
         return Scores.join(scores) if scores else None
 
-    def events(self, client_has_left: Callable[[], bool], with_usage: bool) -> Events:
+    def events(self, client_has_left: Callable[[], bool], options: StreamOptions) -> Events:
         """Yield the events of a stream, and None whenever there was nothing to send for `IDLE_S`.
 
-        `with_usage` adds an event with the usage before the last one. An error becomes the last event.
+        An error becomes the last event.
         """
         completion, started = self._completion, time.perf_counter()
         ending = "left"
         try:
-            for event in self._text_events(with_usage):
+            for event in self._text_events(options):
                 if event is None and client_has_left():
                     return
                 yield event
-            if with_usage:
+            if options.include_usage:
                 yield UsageEvent(f'{self._head}, "choices": [], "usage": {self._usage().model_dump_json()}}}')
             yield DoneEvent("[DONE]")
             ending = "done"
@@ -101,10 +120,11 @@ class CompletionAnswer:
                 duration_ms=round((time.perf_counter() - started) * 1000, 2),
             )
 
-    def _text_events(self, with_usage: bool) -> Iterator[TextEvent | None]:
+    def _text_events(self, options: StreamOptions) -> Iterator[TextEvent | None]:
         # The JSON is assembled by hand: to dump the common fields in every event took a fifth of a busy stream's time.
-        head, tail = self._head, ', "usage": null}' if with_usage else "}"
+        head, tail = self._head, ', "usage": null}' if options.include_usage else "}"
         num_sent = [0] * len(self._completion.choices)  # characters, of each choice
+        begun: set[int] = set()
         for item in self._completion.chunks(FLUSH_INTERVAL_S, IDLE_S):
             if item is None:
                 yield None
@@ -112,12 +132,30 @@ class CompletionAnswer:
             choice, piece = item
             index, text = choice.index, json.dumps(piece.text)
             scores = "".join(logprobs_pieces(piece.text, piece.scores, self._charset, num_sent[index]))
+            ids = "".join(self._ids_of_event(choice, piece, is_first=index not in begun)) if self._with_ids else ""
+            begun.add(index)
             num_sent[index] += len(piece.text)
+            if options.continuous_usage_stats:
+                tail = f', "usage": {self._usage().model_dump_json()}}}'
             reason = f'"{choice.finish_reason}"' if choice.is_over else "null"
             yield TextEvent(
                 f'{head}, "choices": [{{"index": {index}, "text": {text}, "logprobs": {scores}, '
-                f'"finish_reason": {reason}}}]{tail}'
+                f'"finish_reason": {reason}{ids}{self._state_of(choice)}}}]{tail}'
             )
+
+    def _state_of(self, choice: Choice) -> str:
+        """Return the field with the state after a choice's text; nothing before it is over, or if none is requested."""
+        if choice.state is None:
+            return ""
+        sealed = self._states.seal(self._model, *choice.state, choice.handle.request.seed)
+        return f', "state": "{sealed}"'
+
+    def _ids_of_event(self, choice: Choice, piece: CompletionChunk, *, is_first: bool) -> Iterator[str]:
+        if is_first:
+            yield ', "prompt_token_ids": '
+            yield from ids_pieces(choice.prompt)
+        yield ', "token_ids": '
+        yield from ids_pieces(self._charset.exact(piece.text[piece.num_echoed :]))
 
     @property
     def _head(self) -> str:

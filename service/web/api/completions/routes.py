@@ -8,22 +8,28 @@ from dataclasses import dataclass
 
 from flask import Response
 
+from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.completion import Completion, CompletionRequest
-from service.generation.reader import with_biases, written_stops
+from service.generation.portable_states import PortableStart, PortableStates
+from service.generation.reader import ids_of, with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
+from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
-from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody
+from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody, StreamOptions
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
+
+_NO_OPTIONS = StreamOptions()
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,10 @@ class CompletionRoutes(Resource):
         limits: CompletionLimits,
         admission: AdmissionLimit,
         score_budget: SharedBudget,
+        states: PortableStates,
     ) -> None:
         self._models, self._default_model, self._limits, self._admission = models, default_model, limits, admission
-        self._score_budget = score_budget
+        self._score_budget, self._states = score_budget, states
 
     @Route(
         "POST",
@@ -71,29 +78,33 @@ class CompletionRoutes(Resource):
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
             # From here on the thread may wait: first for the model.
-            model = self._models.get(body.model if body.model is not None else self._default_model)
-            request = _completion_request(model, body, self._limits)
+            start = None
+            if body.state is not None:
+                start = self._states.open(body.state, body.model)
+            model = start.model if start is not None else self._models.get(body.model or self._default_model)
+            request = _completion_request(model, body, self._limits, start)
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
             scores.require(request.num_scores)
-            completion = Completion(model, request)
+            client_has_left = client_monitor()
+            completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
-            answer = CompletionAnswer(model, completion)
+            note_generation(model.version.ref, [choice.handle for choice in completion.choices])
+            answer = CompletionAnswer(model, completion, self._states, with_ids=body.return_token_ids)
             if not body.stream:
-                return answer.whole(client_monitor(), held)
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return EventStream(answer.events(client_monitor(), with_usage), held, named=False)
+                return answer.whole(client_has_left, held)
+            return EventStream(answer.events(client_has_left, body.stream_options or _NO_OPTIONS), held, named=False)
 
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     """Check what the schema can't express: the configured limits, and fields that depend on each other."""
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    prompts = body.prompts
     best_of = body.best_of if body.best_of is not None else body.n
     longest = max(map(len, prompts))
     if body.max_tokens > limits.max_tokens:
         raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
-    if body.max_tokens == 0 and not body.echo:
-        raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo", param="max_tokens")
+    if body.max_tokens == 0 and not body.echo and not body.return_state:
+        raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
     if longest > limits.max_prompt_chars:
         raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters, not {longest}", param="prompt")
     if best_of < body.n:
@@ -103,6 +114,8 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
             "best_of: can't exceed n with stream, because the best continuations are known only at the end",
             param="best_of",
         )
+    if body.stream and body.prompt_logprobs is not None:
+        raise InvalidValue("prompt_logprobs: not with stream: send the request without it", param="prompt_logprobs")
     if body.stream_options is not None and not body.stream:
         raise InvalidValue("stream_options: only allowed with stream", param="stream_options")
     if len(prompts) * best_of > min(MAX_CHOICES, limits.max_texts):
@@ -112,24 +125,44 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
         )
 
 
-def _completion_request(model: LoadedModel, body: CompletionBody, limits: CompletionLimits) -> CompletionRequest:
-    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
-    try:
-        encoded = tuple(model.charset.encode(prompt, body.unknown_chars) for prompt in prompts)
-    except InvalidValue as error:
-        error.param = "prompt"
-        raise
+def _encoded_prompts(charset: Charset, body: CompletionBody) -> tuple[Ids, ...]:
+    """Return (n,) int64 ids of each prompt. Raises UnknownCharacters, InvalidValue."""
+    encoded = []
+    for place, prompt in enumerate(body.prompts):
+        if isinstance(prompt, str):
+            try:
+                encoded.append(charset.encode(prompt, body.unknown_chars))
+            except InvalidValue as error:
+                error.param = "prompt"
+                raise
+        else:
+            is_list = isinstance(body.prompt[0], list)
+            encoded.append(ids_of(charset, prompt, f"prompt[{place}]" if is_list else "prompt"))
+    return tuple(encoded)
+
+
+def _completion_request(
+    model: LoadedModel, body: CompletionBody, limits: CompletionLimits, start: PortableStart | None
+) -> CompletionRequest:
+    encoded = _encoded_prompts(model.charset, body)
     if max(map(len, encoded)) > limits.max_prompt_chars:  # folding can make a prompt longer
         raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters after folding", param="prompt")
     return CompletionRequest(
         prompts=encoded,
         max_chars=body.max_tokens,
-        seed=body.seed if body.seed is not None else secrets.randbits(63),
-        sampling=with_biases(body.sampling_settings, model.charset, body.logit_bias, body.unknown_chars),
-        stop=written_stops(model.charset, body.stop_strings, body.unknown_chars),
+        seed=body.seed if body.seed is not None else start.seed if start is not None else secrets.randbits(63),
+        sampling=with_biases(
+            body.sampling_settings, model.charset, body.logit_bias, body.unknown_chars, body.allowed_token_ids
+        ),
+        stop=written_stops(model.charset, body.stop_strings, body.unknown_chars, body.stop_token_ids),
+        includes_stop=body.include_stop_str_in_output,
+        min_chars=body.min_tokens,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,
+        num_prompt_logprobs=body.prompt_logprobs,
         echo=body.echo,
+        start=start,
+        returns_state=body.return_state,
         cache_scope=CacheScope(current_owner(), body.cache_salt or ""),
     )

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.engine.stepper import FinishReason
-from service.web.api.schemas import Body, Logprobs, SamplingBody, Usage, only
+from service.web.api.known_fields import ClientFields, Only
+from service.web.api.schemas import (
+    Body,
+    CharId,
+    Logprobs,
+    ModelRef,
+    NumLogprobs,
+    PortableState,
+    SamplingBody,
+    Usage,
+)
 
 MAX_CHOICES = 128  # prompts x continuations in one request
 
@@ -21,24 +31,47 @@ class StreamOptions(Body):
     include_usage: bool = Field(
         False, description="send one more event before `[DONE]`, with the usage and without choices"
     )
-    include_obfuscation: Annotated[bool, only(False)] = Field(
-        False, description="accepted for compatibility with OpenAI's clients; only false is supported"
+    continuous_usage_stats: bool = Field(False, description="every event has the usage up to it")
+    include_obfuscation: Annotated[bool | None, Only("the lengths of events tell nothing that was a secret", False)] = (
+        None
     )
 
 
-class CompletionBody(SamplingBody):
+def kind_of_prompt(prompt: object) -> str | None:
+    """Return which of the alternatives of `Prompt`, or of other texts, a value is meant to be, by its first element."""
+    if isinstance(prompt, str):
+        return "text"
+    if not isinstance(prompt, list):
+        return None
+    first = prompt[0] if prompt else ""
+    return "texts of ids" if isinstance(first, list) else "ids" if type(first) is int else "texts"
+
+
+_Ids = Annotated[list[CharId], Field(fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag("texts")]
+    | Annotated[list[CharId], Field(min_length=1, fail_fast=True), Tag("ids")]
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), Tag("texts of ids")],
+    Discriminator(
+        kind_of_prompt,
+        custom_error_type="prompt_type",
+        custom_error_message="must be a text, the ids of its characters, or a list of texts or of ids",
+    ),
+]
+
+
+class CompletionBody(ClientFields, SamplingBody):
     """Body of POST /v1/completions. A token is a character."""
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"model": "shakespeare", "prompt": "ROMEO:", "max_tokens": 200, "seed": 7}}
     )
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
-        description="the text to continue, or a list of texts"
+    prompt: Prompt = Field(
+        description="the text to continue, as a string or as the ids of its characters, or a list of such texts"
     )
-    model: str | None = Field(
-        None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
-    )
+    model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     n: int = Field(1, ge=1, le=MAX_CHOICES, description="number of continuations of each prompt")
     best_of: int | None = Field(
         None,
@@ -48,12 +81,20 @@ class CompletionBody(SamplingBody):
         "log-probability per character are returned. Default: `n`",
     )
     echo: bool = Field(False, description="begin the text of each choice with the prompt")
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs = Field(
         None,
-        ge=0,
-        le=20,
         description="return the log-probability of each character, and of this many most likely characters at each "
         "position",
+    )
+    prompt_logprobs: NumLogprobs = Field(
+        None,
+        description="return with each choice the log-probability of each character of the prompt, and of this many "
+        "most likely characters at its place; not with `stream`",
+    )
+    return_token_ids: bool = Field(
+        False,
+        description="return with each choice the ids of the prompt and of the generated text; in a stream those of the "
+        "prompt with its first event",
     )
     stream: bool = Field(False, description="send the text as server-sent events while it is generated")
     stream_options: StreamOptions | None = Field(None, description="only allowed with `stream`")
@@ -63,12 +104,35 @@ class CompletionBody(SamplingBody):
         max_length=256,
         description="only prompts with the same salt, of the same API key, share cached hidden states",
     )
-    user: str | None = Field(
-        None, max_length=256, description="accepted for compatibility with OpenAI's clients, and ignored"
+    state: PortableState = Field(
+        None,
+        description="a portable state, as `return_state` or a session's `/state` returns it: each prompt continues its "
+        "text. Its model and seed are used unless others are given; the model has to be the one that computed it",
     )
-    suffix: Annotated[str | None, only(None)] = Field(
-        None, description="not supported: the models can't take text after the gap into account"
+    return_state: bool = Field(
+        False, description="return with each choice the portable state after its text; in a stream with its last event"
     )
+    suffix: Annotated[str | None, Only("the models continue a text, and can't take into account what follows", "")] = (
+        None
+    )
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts, each as a text or as ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if self.prompt and isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item,return-value]
+
+
+class PromptLogprob(BaseModel):
+    """How likely a character was at a place of the prompt."""
+
+    logprob: float = Field(description="its log-probability, in nats")
+    rank: int | None = Field(
+        description="its place among the likeliest characters, from 1; null if it is not one of the `prompt_logprobs` "
+        "likeliest"
+    )
+    decoded_token: str = Field(description="the character")
 
 
 class Choice(BaseModel):
@@ -80,6 +144,22 @@ class Choice(BaseModel):
     finish_reason: FinishReason | None = Field(
         description="why the text ended: `stop` after a stop string, `length` at `max_tokens`; null in events of a "
         "stream that are followed by more text"
+    )
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
+        None,
+        description="for each character of the prompt, by their ids: that character and the most likely ones; null for "
+        "the first one. Only present if requested",
+    )
+    prompt_token_ids: list[int] | None = Field(
+        None, description="ids of the prompt; in a stream with its first event. Only present if requested"
+    )
+    token_ids: list[int] | None = Field(
+        None, description="ids of the generated characters of `text`. Only present if requested"
+    )
+    state: str | None = Field(
+        None,
+        description="portable state after `text`; in a stream with the last event of the choice. Only present if "
+        "requested",
     )
 
 
@@ -96,5 +176,6 @@ class CompletionAnswer(BaseModel):
     )
     choices: list[Choice]
     usage: Usage | None = Field(
-        description="null in a stream, except in the event before `[DONE]` that `include_usage` requests"
+        description="null in a stream, except in the event before `[DONE]` that `include_usage` requests, and in all "
+        "events with `continuous_usage_stats`"
     )

@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.model.charset import UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs
-from service.web.api.sessions.schemas import MAX_STATE_CHARS, NextCharacter, Position, SessionId
+from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, ModelRef, NumLogprobs, PortableState
+from service.web.api.sessions.schemas import NextCharacter, Position, SessionId
 
 
 class InspectBody(Body):
@@ -21,9 +21,8 @@ class InspectBody(Body):
         json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "gates": True, "logprobs": 5}}
     )
 
-    model: str | None = Field(
+    model: ModelRef = Field(
         None,
-        max_length=200,
         description="name, name@version or name@alias; default: the model of `state`, or else the server's default "
         "model. Not allowed with `session`",
     )
@@ -32,9 +31,7 @@ class InspectBody(Body):
     session: SessionId | None = Field(
         None, description="id of a session to read instead of a text. The session is not changed"
     )
-    state: str | None = Field(
-        None, max_length=MAX_STATE_CHARS, description="portable state after which the text is read"
-    )
+    state: PortableState = Field(None, description="portable state after which the text is read")
     start: Position | None = Field(
         None,
         alias="from",
@@ -46,10 +43,8 @@ class InspectBody(Body):
     )
     gates: bool = Field(False, description="also return the gates and candidates of every step")
     embedding: bool = Field(False, description="also return the embedding of every character")
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs = Field(
         None,
-        ge=0,
-        le=20,
         description="return the log-probability of each character, and of this many most likely characters at each "
         "position",
     )

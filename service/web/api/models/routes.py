@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
 import structlog
 from flask import Response
 
 from service.errors import GruServeError, ModelNotFound
 from service.registry.loaded_models import LoadedModels
-from service.store.model_store import Description
+from service.store.model_store import LATEST, Description
 from service.web.api.models.schemas import Limits, ModelAnswer, ModelMeta, ModelPath, ModelsAnswer
 from service.web.api.resource import Resource
 from service.web.api.schemas import ERRORS
@@ -26,35 +29,54 @@ class ModelRoutes(Resource):
         self._models, self._store, self._limits = models, models.store, limits
         self._not_listed: dict[str, str] = {}  # version, or name that can't be read -> why; as of the last list
 
-    @Route("GET", "/v1/models", "List model versions", {"200": ModelsAnswer})
+    @Route("GET", "/v1/models", "List models", {"200": ModelsAnswer})
     def index(self) -> Response:
-        """List every version in the model store. Damaged versions are left out, and the log names each of them once."""
-        store, data = self._store, []
-        not_listed = store.unreadable()
-        for version in [version for name in store.names() for version in store.versions(name)]:
-            try:
-                data.append(_answer(store.describe(version)))
-            except ModelNotFound:
-                continue  # deleted since it was listed
-            except GruServeError as failure:
-                not_listed[version.ref] = failure.message
+        """List every name that a request can give as `model`, with the version in the model store that it stands for.
+
+        Damaged versions are left out, and the log names each of them once.
+        """
+        data: list[ModelAnswer] = []
+        not_listed = self._store.unreadable()
+        for name in self._store.names():
+            described: dict[str, Description] = {}
+            for version in self._store.versions(name):
+                try:
+                    described[version.ref] = self._store.describe(version)
+                except ModelNotFound:
+                    continue  # deleted since it was listed
+                except GruServeError as failure:
+                    not_listed[version.ref] = failure.message
+            data += self._answers(name, described)
         for model, error in not_listed.items() - self._not_listed.items():
             log.warning("model not listed", model=model, error=error)
         self._not_listed = not_listed
         return _json(ModelsAnswer(data=data, limits=self._limits))
 
-    @Route("GET", "/v1/models/<id>", "Show a model version", {"200": ModelAnswer})
+    def _answers(self, name: str, described: Mapping[str, Description]) -> Iterator[ModelAnswer]:
+        """Yield what the list has for a name: the name, its versions, and its aliases.
+
+        `name@latest` is left out, because it is the name.
+        """
+        aliases = {alias for one in described.values() for alias in one.aliases if alias != LATEST}
+        for ref in [name, *described, *(f"{name}@{alias}" for alias in sorted(aliases))]:
+            with suppress(ModelNotFound):  # deleted since it was listed
+                served = self._models.resolve(ref).ref
+                if served in described:
+                    yield _answer(ref, described[served])
+
+    @Route("GET", "/v1/models/<id>", "Show a model", {"200": ModelAnswer})
     def show(self, path: ModelPath) -> Response:
         """Describe the version that `name`, `name@version` or `name@alias` refers to on this server now."""
-        return _json(_answer(self._store.describe(self._models.resolve(path.id))))
+        return _json(_answer(path.id, self._store.describe(self._models.resolve(path.id))))
 
 
-def _answer(description: Description) -> ModelAnswer:
+def _answer(ref: str, description: Description) -> ModelAnswer:
     config, training = description.config, description.training
     return ModelAnswer(
-        id=description.version.ref,
+        id=ref,
         created=training.published_at or 0,
         meta=ModelMeta(
+            version=description.version.ref,
             charset=config.charset,
             embedding_dim=config.embedding_dim,
             num_units=config.num_units,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 class ModelMeta(BaseModel):
     """Properties of a model version."""
 
+    version: str = Field(description="name@version that this name stands for on this server now")
     charset: str = Field(description="all characters that the model knows, in the order of their ids")
     embedding_dim: int = Field(description="size of the vector that represents a character")
     num_units: int = Field(description="units of each layer")
@@ -24,9 +25,12 @@ class ModelMeta(BaseModel):
 
 
 class ModelAnswer(BaseModel):
-    """A model version, in OpenAI's shape."""
+    """A name of a model and the version that it stands for, in OpenAI's shape."""
 
-    id: str = Field(examples=["shakespeare@1"])
+    id: str = Field(
+        description="the name, as a request gives it in `model`: name, name@version or name@alias",
+        examples=["shakespeare", "shakespeare@1"],
+    )
     object: Literal["model"] = "model"
     created: int = Field(description="time of publication, in seconds since 1970; 0 if unknown")
     owned_by: str = "gru-serve"
@@ -42,7 +46,7 @@ class Limits(BaseModel):
 
 
 class ModelsAnswer(BaseModel):
-    """All versions in the model store, and the limits of requests for them."""
+    """All names of models, and the limits of requests for them."""
 
     object: Literal["list"] = "list"
     data: list[ModelAnswer]

@@ -1,1 +1,1 @@
-"""/healthz, /readyz, /metrics and /admin/reload: for supervisors, balancers, Prometheus and operators."""
+"""Health, the version, metrics and reloading: for supervisors, balancers, Prometheus and operators."""

@@ -1,4 +1,4 @@
-"""/healthz, /readyz, /metrics and /admin: for operators, supervisors and balancers."""
+"""/healthz, /health, /version, /readyz, /metrics and /admin: for operators, supervisors and balancers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from flask import Response
 
+from service import __version__
 from service.errors import Forbidden, GruServeError, NotReady
 from service.registry.loaded_models import LoadedModels
 from service.registry.version_resolver import Resolution, VersionResolver
@@ -17,9 +18,10 @@ from service.web.api.operation.schemas import (
     ReloadAnswer,
     ReloadBody,
     ServedName,
+    VersionAnswer,
 )
 from service.web.api.resource import Resource
-from service.web.api.schemas import ERRORS, ErrorAnswer
+from service.web.api.schemas import ErrorAnswer
 from service.web.gate.access import current_owner
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
@@ -43,11 +45,21 @@ class HealthRoutes(Resource):
         """Answer 200 as long as the process runs."""
         return Response(HealthAnswer(status="ok").model_dump_json(), mimetype="application/json")
 
+    @Route("GET", "/health", "Check that the process answers", {"200": HealthAnswer}, open=True, is_check=True)
+    def health(self) -> Response:
+        """Answer as /healthz, for clients that know servers by this path."""
+        return self.healthz()
+
+    @Route("GET", "/version", "Show the version of the server", {"200": VersionAnswer})
+    def version(self) -> Response:
+        """Return the version of gru-serve."""
+        return Response(VersionAnswer(version=__version__).model_dump_json(), mimetype="application/json")
+
     @Route(
         "GET",
         "/readyz",
         "Check that requests can be served",
-        {"200": ReadyAnswer, "404": ErrorAnswer, "503": ErrorAnswer},
+        {"200": ReadyAnswer, "404": ErrorAnswer},
         open=True,
         is_check=True,
     )
@@ -97,7 +109,6 @@ class AdminRoutes(Resource):
     """The routes for operators of the server."""
 
     name = "admin"
-    errors = ERRORS | {"403": ErrorAnswer}
 
     def __init__(self, resolver: VersionResolver) -> None:
         self._resolver = resolver

@@ -31,6 +31,12 @@ class HealthAnswer(BaseModel):
     status: Literal["ok"]
 
 
+class VersionAnswer(BaseModel):
+    """The server's version."""
+
+    version: str = Field(examples=["0.9.0"])
+
+
 class ReadyAnswer(BaseModel):
     """Requests can be served."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from flask import Response, request
+from flask import Response
 from pydantic import BaseModel
 
 from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
@@ -22,6 +22,7 @@ from service.web.api.sessions.answer import feed_answer, run_answer, run_events,
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
 from service.web.gate.admission import AdmissionLimit
+from service.web.gate.generation import note_generation
 from service.web.gate.route import Route
 
 
@@ -37,7 +38,7 @@ class SessionRoutes(Resource):
     """The routes of sessions."""
 
     name = "sessions"
-    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
+    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer, "504": ErrorAnswer}
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class SessionRoutes(Resource):
         """
         return self._create(path.id, body)
 
-    @Route("GET", "/v1/sessions", "List your sessions", {"200": schemas.SessionsAnswer, "403": ErrorAnswer})
+    @Route("GET", "/v1/sessions", "List your sessions", {"200": schemas.SessionsAnswer})
     def index(self, query: schemas.PageQuery) -> Response:
         """List your sessions in the order of their ids, in pages.
 
@@ -179,6 +180,10 @@ class SessionRoutes(Resource):
             body.seed,
             tuple(body.logit_bias.items()),
             body.unknown_chars,
+            body.min_tokens,
+            body.include_stop_str_in_output,
+            tuple(body.stop_token_ids),
+            tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
         )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
@@ -186,6 +191,7 @@ class SessionRoutes(Resource):
                 _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
             )
             held.callback(stream.close)
+            note_generation(stream.model_name, stream.handles)
             if not body.stream:
                 return run_answer(stream, client_monitor())
             return EventStream(run_events(stream, client_monitor()), held, named=True)
@@ -198,7 +204,7 @@ class SessionRoutes(Resource):
         starts_work=True,
         streams=True,
     )
-    def resume(self, path: schemas.SessionPath, query: schemas.ResumeQuery) -> Response:
+    def resume(self, path: schemas.SessionPath, query: schemas.ResumeQuery, header: schemas.ResumeHeader) -> Response:
         """Stream the last run from a position on: first the characters that were generated already, then new ones.
 
         A run that was interrupted is continued with its original settings. If another connection still streams the run,
@@ -206,9 +212,10 @@ class SessionRoutes(Resource):
         """
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=True))
-            after = _resume_position(query.after)
+            after = header.last_event_id if header.last_event_id is not None else query.after
             stream = self._sessions.runs.resume(_key(path), after, client_monitor(), take_over=query.take_over)
             held.callback(stream.close)
+            note_generation(stream.model_name, stream.handles)
             return EventStream(run_events(stream, client_monitor()), held, named=True)
 
     @Route(
@@ -263,18 +270,6 @@ def _blaming(param: str) -> Iterator[None]:
 def _check_length(text: str, limits: SessionLimits) -> None:
     if len(text) > limits.max_text_chars:
         raise InvalidValue(f"text: at most {limits.max_text_chars} characters, not {len(text)}", param="text")
-
-
-def _resume_position(after: int | None) -> int | None:
-    """Return the position in the header Last-Event-ID, which browsers send by themselves, or else `after`."""
-    event_id = request.headers.get("Last-Event-ID")
-    if event_id is None:
-        return after
-    if not (event_id.isascii() and event_id.isdecimal() and len(event_id) <= 16):
-        raise InvalidValue(
-            "Last-Event-ID: must be the id of an event of this stream, which is a position", param="Last-Event-ID"
-        )
-    return int(event_id)
 
 
 def _key(path: schemas.SessionPath) -> SessionKey:

@@ -8,17 +8,26 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
-from service.web.api.schemas import UNKNOWN_CHARS, Body, Logprobs, SamplingBody, Usage
+from service.web.api.known_fields import ClientFields
+from service.web.api.schemas import (
+    UNKNOWN_CHARS,
+    Body,
+    Logprobs,
+    ModelRef,
+    NumLogprobs,
+    PortableState,
+    SamplingBody,
+    Usage,
+)
 
 _SEED_LIMIT = 2**63
 _MAX_TTL_S = 30 * 24 * 3600
-MAX_STATE_CHARS = 1_000_000
 _POSITION = (
     "length of the session's text before this request, as far as you know. If that is wrong, the request is refused "
     "(`position_conflict`), unless it repeats an earlier one. So a request with `position` can safely be sent again. "
@@ -57,9 +66,8 @@ class CreateBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": {"model": "shakespeare", "text": "ROMEO:", "seed": 7}})
 
-    model: str | None = Field(
+    model: ModelRef = Field(
         None,
-        max_length=200,
         description="name, name@version or name@alias; default: the model of `state`, or else the server's default "
         "model",
     )
@@ -74,9 +82,8 @@ class CreateBody(Body):
         le=_MAX_TTL_S,
         description="time to live: seconds after its last use until the session expires; default: the server's setting",
     )
-    state: str | None = Field(
+    state: PortableState = Field(
         None,
-        max_length=MAX_STATE_CHARS,
         description="a portable state to begin from, as a session's `/state` returns it",
     )
 
@@ -88,10 +95,8 @@ class FeedBody(Body):
 
     text: str = Field(description="text to append; if it is empty, the answer has only the next characters")
     position: Position | None = Field(None, description=_POSITION)
-    logprobs: int | None = Field(
+    logprobs: NumLogprobs = Field(
         None,
-        ge=0,
-        le=20,
         description="return the log-probability of each fed character, and of this many most likely characters at each "
         "position",
     )
@@ -104,7 +109,7 @@ class FeedBody(Body):
     )
 
 
-class GenerateBody(SamplingBody):
+class GenerateBody(ClientFields, SamplingBody):
     """Body of POST /v1/sessions/{id}/generate."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"max_tokens": 200, "temperature": 0.8, "stream": True}})
@@ -185,6 +190,23 @@ class ResumeQuery(_Query):
         True,
         description="take the run over from a connection that still reads it; with `false` the answer is then 409 "
         "`session_busy`",
+    )
+
+
+def _check_event_id(event_id: object) -> object:
+    if isinstance(event_id, str) and not (event_id.isascii() and event_id.isdecimal() and len(event_id) <= 16):
+        raise PydanticCustomError("event_id", "must be the id of an event of this stream, which is a position")
+    return event_id
+
+
+class ResumeHeader(BaseModel):
+    """Headers of GET /v1/sessions/{id}/generate."""
+
+    last_event_id: Annotated[Position | None, BeforeValidator(_check_event_id)] = Field(
+        None,
+        alias="Last-Event-ID",
+        description="position after the last character that you have. Browsers send it by themselves when they connect "
+        "again; it takes precedence over `after`",
     )
 
 

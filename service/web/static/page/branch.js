@@ -83,6 +83,7 @@ export class Branch extends EventTarget {
     branch.runSeed = snapshot.runSeed ?? null;
     branch.rewindTo = snapshot.settle;
     branch.chars = Array.from(snapshot.text);
+    if (snapshot.sending && branch.rewindTo === null) await branch.#refetch();
     await branch.sync();
     if (snapshot.isRunning) branch.#startStream("GET");
     return branch;
@@ -97,6 +98,16 @@ export class Branch extends EventTarget {
     this.serverEnd = answer.to;
     this.rewindTo = null;
     this.#textChanged(0);
+  }
+
+  /** Read again which text the server has, if it still has the session. */
+  async #refetch() {
+    try {
+      await this.#fetch();
+    } catch (error) {
+      if (!SESSION_LOST_STATUSES.has(error.status)) throw error;
+      await this.#recover(error);
+    }
   }
 
   /**

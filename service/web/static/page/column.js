@@ -9,7 +9,20 @@ const ARROW_STEPS = { ArrowLeft: -1, ArrowRight: 1 };
 
 // What the buttons do with characters that the model doesn't know; the API's `unknown_chars`.
 const [FOLD, DROP] = ["fold", "drop"];
-const JOINS_BEFORE = /[\p{M}\u1160-\u11FF\n]/u; // what may form one character, or one line end, with what is before it
+const MARK = /[\p{M}\u1160-\u11FF]/u;
+
+/** Whether a character may form one character, or one line end, with the one before it. */
+const joins = (before, char) => (char === "\n" ? before === "\r" : MARK.test(char));
+
+/** The index after a character and those that join with it, at most `limit` of them. They are sent in one request. */
+function endOfUnit(chars, start, limit) {
+  let end = Math.min(start + 1, chars.length);
+  while (end < chars.length && end - start < limit && joins(chars[end - 1], chars[end])) end++;
+  return end;
+}
+
+// For each model, the units that it has no similar character for, as the server has answered.
+const unfoldable = new WeakMap();
 
 /**
  * Dispatches `activate`, `close`, `fork` (detail: how many characters to copy), `copy` (detail: {model, unknownChars}; a copy
@@ -22,8 +35,8 @@ export class Column extends EventTarget {
   refusedModel = null; // the model that the user chose for this text but that doesn't know all of its characters
   #parts;
   #view;
-  #sending = null; // {count}: how many of `unencodable` are being sent with the user's choice; null if none
-  #canFold = true; // false if the server knows no similar characters for those that are typed
+  // {count, batch}: how many of `unencodable` are being sent with the user's choice, and in the current request; null if none
+  #sending = null;
   #dirtyFrom = 0; // first index that needs rendering; Infinity if none
   #isComposing = false;
   #highlightedAt = -Infinity; // performance.now()
@@ -97,7 +110,6 @@ export class Column extends EventTarget {
   type(text) {
     this.cursor = null;
     this.refusedModel = null;
-    this.#canFold = true;
     if (this.#sending) {
       this.unencodable = this.unencodable.concat(Array.from(text));
     } else {
@@ -108,8 +120,37 @@ export class Column extends EventTarget {
     this.#emit("change");
   }
 
+  /** What a reload of the page needs. The field names are a stored format. */
+  get snapshot() {
+    return { ...this.branch.snapshot, unsent: this.unencodable.join(""), sending: this.#sending?.batch ?? 0 };
+  }
+
+  /** Show the characters of a snapshot that were not sent. Those of a request that the server has carried out are in the text. */
+  restore({ first, text, unsent = "", sending = 0 }) {
+    const chars = Array.from(unsent);
+    const isDone = sending > 0 && this.branch.end > first + Array.from(text).length;
+    this.type(chars.slice(isDone ? sending : 0).join(""));
+  }
+
+  get #unfoldable() {
+    const { model } = this.branch;
+    if (!unfoldable.has(model)) unfoldable.set(model, new Set());
+    return unfoldable.get(model);
+  }
+
+  /** The first unit of what was not sent. */
+  get #firstUnsent() {
+    return this.unencodable.slice(0, endOfUnit(this.unencodable, 0, this.branch.maxFeedChars));
+  }
+
+  /** Whether the text waits before a character that can only be left out or deleted. */
+  get #isStuck() {
+    return this.#unfoldable.has(this.#firstUnsent.join(""));
+  }
+
   /** Do what the user chose for characters that a model doesn't know. */
   async #choose(unknownChars) {
+    if (this.#isStuck) return this.sendUnknown(FOLD, true);
     if (this.unencodable.length) return this.sendUnknown(unknownChars);
     const model = this.refusedModel;
     this.refusedModel = null;
@@ -117,34 +158,65 @@ export class Column extends EventTarget {
     if (model) this.#emit("copy", { model, unknownChars });
   }
 
-  /** Send the characters from the first unknown one on; the server replaces the unknown ones (fold) or leaves them out (drop). */
-  async sendUnknown(unknownChars) {
+  /**
+   * Send the characters from the first unknown one on; the server replaces the unknown ones (fold) or leaves them out (drop).
+   * Folding stops before a character for which the model has no similar one, unless `leavesOut` leaves such ones out.
+   */
+  async sendUnknown(unknownChars, leavesOut = false) {
     if (this.#sending) return;
-    const sending = (this.#sending = { count: this.unencodable.length });
+    const sending = (this.#sending = { count: this.unencodable.length, batch: 0 });
+    const isFolding = unknownChars === FOLD;
+    let limit = this.branch.maxFeedChars;
     this.#emit("change");
-    try {
-      while (sending.count && this.#sending === sending) {
-        const batch = this.#nextBatch(sending.count);
-        if (!(await this.branch.appendAs(batch, unknownChars)) || this.#sending !== sending) break;
-        this.unencodable.splice(0, batch.length);
-        sending.count -= batch.length;
+    while (sending.count && this.#sending === sending) {
+      const isStuck = isFolding && this.#isStuck;
+      if (isStuck && !leavesOut) break;
+      const batch = isStuck ? this.#firstUnsent : this.#nextBatch(sending.count, limit, isFolding);
+      sending.batch = isStuck ? 0 : batch.length;
+      if (!isStuck) {
+        const isSent = await this.#appendAs(batch, unknownChars);
+        if (this.#sending !== sending || isSent === null) break;
+        if (!isSent) { // one of them has no similar character: smaller and smaller requests find which
+          const isUnit = endOfUnit(batch, 0, batch.length) === batch.length;
+          if (isUnit && !this.#isStuck) break; // a mark was typed after it meanwhile
+          limit = Math.floor(batch.length / 2);
+          continue;
+        }
+        limit = Math.min(2 * Math.max(1, limit), this.branch.maxFeedChars);
       }
-      if (this.#sending === sending) this.#endSending();
-    } catch (error) {
-      if (this.#sending === sending) this.#endSending();
-      this.#canFold = false;
-      if (unknownChars !== FOLD) this.#emit("message", error.message);
+      this.unencodable.splice(0, batch.length);
+      sending.count -= Math.min(batch.length, sending.count);
     }
+    if (this.#sending === sending) this.#endSending();
     this.#emit("change");
     if (this.unencodable.length === 0) this.focus();
   }
 
-  /** The next characters to send in one request: they end where the next character can't join with the last one. */
-  #nextBatch(count) {
-    const chars = this.unencodable;
-    let end = Math.min(count, this.branch.maxFeedChars);
-    for (let at = end; at > end / 2; at--) {
-      if (at === count || !JOINS_BEFORE.test(chars[at])) return chars.slice(0, at);
+  /** Send characters. Returns true, false if a character has no similar one, or null if they can't be sent now. */
+  async #appendAs(chars, unknownChars) {
+    try {
+      return (await this.branch.appendAs(chars, unknownChars)) || null;
+    } catch (error) {
+      if (error.code === "unknown_characters" && unknownChars === FOLD) {
+        if (endOfUnit(chars, 0, chars.length) === chars.length) this.#unfoldable.add(chars.join(""));
+        return false;
+      }
+      this.#emit("message", error.message);
+      return null;
+    }
+  }
+
+  /**
+   * The next characters to send in one request: whole units of the first `count`, at most `limit` characters if the first unit
+   * is not longer. Without what is known to have no similar character.
+   */
+  #nextBatch(count, limit, isFolding) {
+    const chars = this.unencodable.slice(0, count);
+    let end = 0;
+    while (end < chars.length) {
+      const next = endOfUnit(chars, end, this.branch.maxFeedChars);
+      if (end > 0 && (next > limit || (isFolding && this.#unfoldable.has(chars.slice(end, next).join(""))))) break;
+      end = next;
     }
     return chars.slice(0, end);
   }
@@ -170,7 +242,6 @@ export class Column extends EventTarget {
     if (this.unencodable.length) {
       if (this.unencodable.length <= (this.#sending?.count ?? 0)) return; // the server reads them already
       this.unencodable.pop();
-      this.#canFold = true;
       this.#emit("change");
     } else if (this.branch.chars.length) {
       this.rewind(this.branch.chars.length - 1);
@@ -271,11 +342,14 @@ export class Column extends EventTarget {
     const isTyped = unencodable.length > 0;
     fold.hidden = drop.hidden = !isTyped && !refusedModel;
     fold.disabled = drop.disabled = this.#sending !== null;
-    if (isTyped) {
+    if (this.#isStuck) {
+      const names = describeAll(this.#firstUnsent);
+      setText(warning, `${branch.model.id} has no similar character for ${names}. From there on, nothing is sent. Backspace deletes.`);
+      fold.hidden = true;
+      setText(drop, "Leave out what has none");
+    } else if (isTyped) {
       const names = describeAll(branch.model.charset.unknown(unencodable));
-      const similar = this.#canFold ? "" : " It knows no similar characters for all of them.";
-      setText(warning, `${branch.model.id} doesn't know ${names}.${similar} From the first one on, nothing is sent. Backspace deletes.`);
-      fold.hidden = !this.#canFold;
+      setText(warning, `${branch.model.id} doesn't know ${names}. From the first one on, nothing is sent. Backspace deletes.`);
       setText(fold, "Use similar characters");
       setText(drop, "Leave them out");
     } else if (refusedModel) {

@@ -29,8 +29,9 @@ export class Models extends EventTarget {
 
   async #loadList() {
     const { data, limits } = await this.#api.call("GET", "v1/models");
-    for (const entry of data) if (!this.#cache.has(entry.id)) this.#cache.set(entry.id, parse(entry));
-    this.ids = data.map(({ id }) => id);
+    const versions = data.filter(({ id, meta }) => id === meta.version); // without names that stand for one of them
+    for (const entry of versions) if (!this.#cache.has(entry.id)) this.#cache.set(entry.id, parse(entry));
+    this.ids = versions.map(({ id }) => id);
     this.limits = limits;
     this.dispatchEvent(new Event("list"));
   }

@@ -69,7 +69,7 @@ const api = new Api(askKey, (text) => {
 const models = new Models(api);
 const network = new Network();
 const player = new Player(() => active.step(1));
-const storage = new TabStorage(() => ({ active: columns.indexOf(active), branches: columns.map(({ branch }) => branch.snapshot) }));
+const storage = new TabStorage(() => ({ active: columns.indexOf(active), branches: columns.map((column) => column.snapshot) }));
 
 /** Wrap an async event handler so that its errors are shown to the user. */
 const reportingErrors = (handler) => (...args) => handler(...args).catch((error) => showMessage(error.message));
@@ -409,7 +409,7 @@ async function start() {
   const stored = TabStorage.read();
   await models.load();
   for (const snapshot of stored?.branches ?? []) {
-    await reportingErrors(async () => addColumn(await Branch.restore(api, models, snapshot)))();
+    await reportingErrors(async () => addColumn(await Branch.restore(api, models, snapshot)).restore(snapshot))();
   }
   if (!columns.length) addColumn(await createText());
   activate(columns[stored?.active] ?? columns[0]);
@@ -420,3 +420,4 @@ async function start() {
 }
 
 start().catch((error) => showMessage(`${error.message} Reload the page to try again.`, () => true, Infinity));
+byId("not-loaded").remove(); // this program and all parts of it have been loaded

@@ -1,0 +1,101 @@
+"""A model's charset as a tokenizer of Hugging Face's libraries: the files `tokenizer.json` and `tokenizer_config.json`.
+
+They encode and decode every text as `Charset` does, to the same ids: a token is a character of the text in Unicode's
+normal form C. Clients that count or cut texts by tokens, such as lm-evaluation-harness, read them.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+from typing import Any
+
+from service.model.charset import Charset
+from service.model.normal_form import joins
+
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
+_BOUNDARY = "\n"
+_NO_TOKEN = "unknown character"  # noqa: S105 - not one character, so no text has it: the library then raises an error
+
+
+def tokenizer(charset: Charset) -> dict[str, Any]:
+    """Return the content of `tokenizer.json`, which the library `tokenizers` loads.
+
+    It refuses unknown characters with an error, as `Charset.encode` does unless it is told to fold or drop them.
+    """
+    normal_form: dict[str, Any] = {"type": "NFC"}
+    if replacements := _decompositions(charset):
+        steps = [
+            {"type": "Replace", "pattern": {"String": char}, "content": parts} for char, parts in replacements.items()
+        ]
+        normal_form = {"type": "Sequence", "normalizers": [normal_form, *steps]}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(charset),
+        "normalizer": normal_form,
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": r"[\s\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        "post_processor": None,
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {char: number for number, char in enumerate(charset.characters)},
+            "unk_token": _NO_TOKEN,
+        },
+    }
+
+
+def tokenizer_config(charset: Charset, *, ends_with_newline: bool, max_chars: int | None = None) -> dict[str, Any]:
+    """Return the content of `tokenizer_config.json`, which `transformers` reads beside `tokenizer.json`.
+
+    A charset has no character for the beginning or the end of a text. Clients that need a token before a text's first
+    one get the newline, after which a model of any text begins something new; without a newline they get none.
+
+    Args:
+        charset: Of the model.
+        ends_with_newline: Whether a newline ends the texts of the model, because it was trained on lines.
+        max_chars: The largest number of characters that a request can read and write; None for no limit.
+    """
+    boundary = _BOUNDARY if _BOUNDARY in charset else None
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": boundary,
+        "eos_token": boundary if ends_with_newline else None,
+        "pad_token": boundary,
+        "unk_token": None,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_chars if max_chars is not None else sys.maxsize,
+        "vocab_size": len(charset),
+    }
+
+
+def _added_tokens(charset: Charset) -> list[dict[str, Any]]:
+    # Named here as no special token, because `transformers` would make it one, and then leave newlines out of texts
+    # that it decodes without special tokens.
+    if _BOUNDARY not in charset:
+        return []
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return [{"id": charset.characters.index(_BOUNDARY), "content": _BOUNDARY} | flags]
+
+
+def _decompositions(charset: Charset) -> dict[str, str]:
+    """Return the characters of NFC texts that `Charset` reads as a letter and its marks, each with these characters."""
+    if not any(map(joins, charset.characters)):
+        return {}
+    found = {}
+    for point in range(0xC0, 0x20000):  # no character outside has a decomposition of several characters
+        char = chr(point)
+        if char in charset or 0xD800 <= point <= 0xDFFF:
+            continue
+        parts = unicodedata.normalize("NFD", char)
+        if parts != char and all(part in charset for part in parts) and unicodedata.is_normalized("NFC", char):
+            found[char] = parts
+    return found
