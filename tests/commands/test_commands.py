@@ -327,7 +327,7 @@ def test_models_delete__refuses_before_it_asks(
         publish_tiny(store)
     store.set_alias("tiny", "stable", 1)
     if ref == "tiny@2":  # as if the store were mounted read-only
-        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        monkeypatch.setattr(os, "access", lambda _path, mode: not mode & os.W_OK)
     result = run("models", "delete", ref, "--model-store", str(tmp_path))
     assert (result.exit_code, result.stdout) == (1, "")
     assert reason in result.stderr

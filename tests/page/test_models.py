@@ -218,7 +218,9 @@ def test_unknown_characters__are_replaced_or_left_out_at_once(open_page: OpenPag
     expected = folded + "abc"
     screen.page.keyboard.insert_text("é" * 40 + "q\u0307b\U0001f600\u0301é5b\nö\U0001f600\u0301a\U0001f638")
     fold.click()
-    expect(warning).to_contain_text("tiny@1 has no similar character for \U0001f600 (U+1F600) and \u25cc\u0301 (U+0301).")
+    expect(warning).to_contain_text(
+        "tiny@1 has no similar character for \U0001f600 (U+1F600) and \u25cc\u0301 (U+0301)."
+    )
     expect(fold).to_be_hidden()
     expected += "e" * 40 + "qb"
     screen.shows(expected)

@@ -187,7 +187,7 @@ def test_read_text__a_text_in_another_encoding_stops_a_folder_until_it_is_hidden
     for words in ([tmp_path], [tmp_path / "*.txt"]):
         with pytest.raises(InvalidCorpus, match=r"odd\.txt is .* move it away or rename it to \.odd\.txt"):
             read_text(words, Hyperparameters())
-    with pytest.raises(InvalidCorpus, match="> new.txt") as caught:
+    with pytest.raises(InvalidCorpus, match=r"> new\.txt") as caught:
         read_text([odd], Hyperparameters())
     assert "rename" not in caught.value.message
     odd.rename(tmp_path / ".odd.txt")

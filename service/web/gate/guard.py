@@ -85,7 +85,9 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
         for name, values in request.args.lists():
             if len(values) > 1:  # of which Flask would silently take the first
                 name = name[:80]
-                return error_response(f"{name}: the query has it {len(values)} times: give it once", "bad_request", name)
+                return error_response(
+                    f"{name}: the query has it {len(values)} times: give it once", "bad_request", name
+                )
         return None
 
     @app.before_request

@@ -37,15 +37,6 @@ class CompletionBody(SamplingBody):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)] = Field(
         description="the text to continue, or a list of texts"
     )
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _refuse_ids(cls, value: object) -> object:
-        parts = value if isinstance(value, list) else []
-        if any(isinstance(part, (int, list)) for part in parts[:MAX_CHOICES]):
-            advice = "must be a text or a list of texts, not ids of tokens: a token is a character here, so send the text"
-            raise PydanticCustomError("prompt_type", advice)
-        return value
-
     model: str | None = Field(
         None, max_length=200, description="name, name@version or name@alias; default: the server's default model"
     )
@@ -79,6 +70,17 @@ class CompletionBody(SamplingBody):
     suffix: Annotated[str | None, only(None)] = Field(
         None, description="not supported: the models can't take text after the gap into account"
     )
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _refuse_ids(cls, value: object) -> object:
+        parts = value if isinstance(value, list) else []
+        if any(isinstance(part, (int, list)) for part in parts[:MAX_CHOICES]):
+            raise PydanticCustomError(
+                "prompt_type",
+                "must be a text or a list of texts, not ids of tokens: a token is a character here, so send the text",
+            )
+        return value
 
 
 class Choice(BaseModel):
