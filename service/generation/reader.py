@@ -332,8 +332,10 @@ def with_biases(
                 param="logit_bias",
             )
     used = tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0))
-    only = None if allowed is None else tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist())))
-    return replace(sampling, logit_bias=used, allowed=only)
+    sampling = replace(sampling, logit_bias=used)
+    if allowed is None:
+        return sampling
+    return replace(sampling, allowed=tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist()))))
 
 
 def _is_id(key: str) -> bool:
