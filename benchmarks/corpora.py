@@ -3,9 +3,10 @@
     python -m benchmarks.corpora [names ...] [--epochs 4] [--seconds 300] [--requests 1000]
 
 For each text it makes the files, runs the line, and prints the peak of resident memory, the seconds to the first line
-and to the first update, those of the whole run, and the loss. A run that lasts `--seconds` is stopped as with Ctrl-C,
-which publishes the best model so far, and its row says so. Of the model of names it requests names over HTTP, and
-counts those that are whole: at least one letter, then the end of the line, and no character but letters.
+and to the first update, those of the whole run, and the loss. Seconds in brackets are those of the processor, of all
+threads, which a busy machine changes less. A run that lasts `--seconds` is stopped as with Ctrl-C, which publishes the
+best model so far, and its row says so. Of the model of names it requests names over HTTP, and counts those that are
+whole: at least one letter, then the end of the line, and no character but letters.
 
 The texts are random and follow simple rules, except the source code, which is that of Python's library.
 """
@@ -70,9 +71,9 @@ class Row:
 
     megabytes: float = 0.0  # of the text
     peak_mb: float = 0.0  # resident memory
-    first_line_s: float | None = None
-    first_update_s: float | None = None
-    seconds: float = 0.0
+    first_line: str = ""  # its time
+    first_update: str = ""
+    whole: str = ""
     ended: str = ""
     facts: dict[str, Any] | None = None  # `training.json`; None if nothing was published
 
@@ -81,10 +82,9 @@ class Row:
         if self.facts:
             loss = f"{self.facts['losses']['validation_nats_per_char']:.3f}"
             held = f"{self.facts['run']['num_epochs']:.1f} epochs of {self.facts['settings']['num_units']} units"
-        first = [f"{value:.1f}" if value is not None else "" for value in (self.first_line_s, self.first_update_s)]
         return (
-            f"| {self.megabytes:.3f} MB | {self.peak_mb:,.0f} MB | {' | '.join(first)} | {self.seconds:.0f} "
-            f"| {loss} | {held or 'nothing published'}{self.ended} |"
+            f"| {self.megabytes:.3f} MB | {self.peak_mb:,.0f} MB | {self.first_line} | {self.first_update} "
+            f"| {self.whole} | {loss} | {held or 'nothing published'}{self.ended} |"
         )
 
 
@@ -140,10 +140,10 @@ def run(name: str, words: list[str], folder: Path, limit_s: float, after_s: floa
                 break
             seen = (seen + data)[-(2**20) :]
             now = time.monotonic() - began
-            if row.first_line_s is None and seen.strip():
-                row = replace(row, first_line_s=now)
-            if row.first_update_s is None and UPDATED.search(seen):
-                row = replace(row, first_update_s=now)
+            if not row.first_line and seen.strip():
+                row = replace(row, first_line=f"{now:.1f} ({processor_time(pid):.1f})")
+            if not row.first_update and UPDATED.search(seen):
+                row = replace(row, first_update=f"{now:.1f} ({processor_time(pid):.1f})")
                 if after_s is not None:
                     deadline = min(deadline, now + after_s)
     finally:
@@ -155,7 +155,14 @@ def run(name: str, words: list[str], folder: Path, limit_s: float, after_s: floa
         row = replace(row, ended=f", exit code {code}")
     published = folder / "store" / name / "1" / "training.json"
     facts = json.loads(published.read_text()) if published.exists() else None
-    return replace(row, peak_mb=usage.ru_maxrss / 1000, seconds=time.monotonic() - began, facts=facts)
+    whole = f"{time.monotonic() - began:.0f} ({usage.ru_utime + usage.ru_stime:.0f})"
+    return replace(row, peak_mb=usage.ru_maxrss * 1024 / 1e6, whole=whole, facts=facts)
+
+
+def processor_time(pid: int) -> float:
+    """Return the seconds that a process has computed so far."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def whole_names(folder: Path, name: str, num_requests: int) -> str:

@@ -356,7 +356,7 @@ def fields_of(openapi: dict[str, Any], reference: str) -> dict[str, str]:
 
 def default_of(schema: dict[str, Any], *, is_required: bool) -> str:
     """A field's default as the tables show it."""
-    default = schema.get("default")
+    default = schema.get("default", schema.get("x-default"))
     return "required" if is_required else "" if default is None else json.dumps(default)
 
 

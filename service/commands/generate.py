@@ -91,8 +91,8 @@ def _read_prompt(prompt: str | None, file: BinaryIO | None) -> str:
     except UnicodeDecodeError as error:
         if len(data) < 4 * max_chars + 4:
             raise click.UsageError(
-                f"--prompt-file: not UTF-8 at byte {error.start}: convert the file, for example with iconv -f WINDOWS-1252 "
-                "-t UTF-8"
+                f"--prompt-file: not UTF-8 at byte {error.start}: convert the file, for example with "
+                "iconv -f WINDOWS-1252 -t UTF-8"
             ) from None
         text = data.decode(errors="replace")
     if len(text) > max_chars:

@@ -142,7 +142,7 @@ def tokenizer_command(model: str, folder: Path | None, model_store: Path | None)
     if folder is None:
         echo_json(tokenizer)
         return
-    config = hugging_face.tokenizer_config(charset, ends_with_newline=described.training.is_of_lines)
+    config = hugging_face.tokenizer_config(charset)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in ((hugging_face.TOKENIZER, tokenizer), (hugging_face.CONFIG, config)):

@@ -286,22 +286,23 @@ def written_stops(
     Raises UnknownCharacters, InvalidValue.
     """
     written = []
-    for stop in stops:
+    for place, stop in enumerate(stops):
+        name = "stop" if len(stops) == 1 else f"stop[{place}]"
         try:
             text = charset.written(stop, "fold" if unknown in ("fold", "fold_drop") else "error")
         except UnknownCharacters as error:
             if unknown in ("drop", "fold_drop"):
                 continue
-            error.param = "stop"
+            error.param = name
             raise
         if not text and unknown == "fold_drop":
             continue
         if not text:
-            raise InvalidValue("stop: folding leaves none of its characters: leave this stop string out", param="stop")
+            raise InvalidValue(f"{name}: folding leaves none of its characters: leave this stop string out", param=name)
         if len(text) > MAX_STOP_CHARS:
             raise InvalidValue(
-                f"stop: the model writes it with {len(text)} characters, and it may have at most {MAX_STOP_CHARS}",
-                param="stop",
+                f"{name}: the model writes it with {len(text)} characters, and it may have at most {MAX_STOP_CHARS}",
+                param=name,
             )
         written.append(text)
     return tuple(dict.fromkeys([*written, *charset.decode(ids_of(charset, ids, "stop_token_ids"))]))
@@ -350,8 +351,10 @@ def with_biases(
                 param="logit_bias",
             )
     used = tuple(sorted((char, bias) for char, bias in by_id.items() if bias != 0))
-    only = None if allowed is None else tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist())))
-    return replace(sampling, logit_bias=used, allowed=only)
+    sampling = replace(sampling, logit_bias=used)
+    if allowed is None:
+        return sampling
+    return replace(sampling, allowed=tuple(sorted(set(ids_of(charset, allowed, "allowed_token_ids").tolist()))))
 
 
 def _is_id(key: str) -> bool:

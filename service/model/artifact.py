@@ -62,12 +62,6 @@ class TrainingFacts(BaseModel):
     serving_precision: IntegerPrecision = "int8"  # what the trainer found sufficient, see choose_precision
     corpus: dict[str, str | int | float | None] = {}
 
-    @property
-    def is_of_lines(self) -> bool:
-        """Whether each text that the model was trained on was one line, which a newline ends."""
-        settings = (self.model_extra or {}).get("settings")
-        return isinstance(settings, dict) and settings.get("lines") is True
-
 
 @dataclass(frozen=True)
 class Artifact:

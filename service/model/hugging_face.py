@@ -51,22 +51,22 @@ def tokenizer(charset: Charset) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(charset: Charset, *, ends_with_newline: bool, max_chars: int | None = None) -> dict[str, Any]:
+def tokenizer_config(charset: Charset, max_chars: int | None = None) -> dict[str, Any]:
     """Return the content of `tokenizer_config.json`, which `transformers` reads beside `tokenizer.json`.
 
-    A charset has no character for the beginning or the end of a text. Clients that need a token before a text's first
-    one get the newline, after which a model of any text begins something new; without a newline they get none.
+    A charset has no character for the beginning or the end of a text. Clients that need tokens for them get the
+    newline, or none if the charset lacks it. lm-evaluation-harness takes the id 0 of a beginning, which is that of
+    most newlines, for none, and then looks for the end: so both have to be there.
 
     Args:
         charset: Of the model.
-        ends_with_newline: Whether a newline ends the texts of the model, because it was trained on lines.
         max_chars: The largest number of characters that a request can read and write; None for no limit.
     """
     boundary = _BOUNDARY if _BOUNDARY in charset else None
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": boundary,
-        "eos_token": boundary if ends_with_newline else None,
+        "eos_token": boundary,
         "pad_token": boundary,
         "unk_token": None,
         "add_bos_token": False,

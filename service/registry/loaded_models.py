@@ -31,7 +31,7 @@ from service.model.chat_template import ChatTemplate
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
 from service.shares import SharedBudget, SharedCapacity, current_client
-from service.store.model_store import ModelStore, ModelVersion
+from service.store.model_store import Description, ModelStore, ModelVersion
 
 log = structlog.get_logger(__name__)
 
@@ -160,6 +160,17 @@ class LoadedModels:
     def resolve(self, ref: str) -> ModelVersion:
         """Return the version that `get` would use for `ref`, without loading it. Raises ModelNotFound."""
         return self.resolver.get(ref) or self.store.resolve(ref)
+
+    def describe(self, ref: str, param: str = "model") -> Description:
+        """Return what is known about the version that `get` would use, without loading it.
+
+        Raises ModelNotFound, which names `param`, and InvalidArtifact.
+        """
+        try:
+            return self.store.describe(self.resolve(ref))
+        except ModelNotFound as error:
+            error.param = param
+            raise
 
     @property
     def num_waiting(self) -> int:

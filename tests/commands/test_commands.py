@@ -411,7 +411,7 @@ def test_models_tokenizer__writes_what_the_server_returns(tiny_store: ModelStore
     files = {path.name: json.loads(path.read_text("utf-8")) for path in folder.iterdir()}
     assert files == {
         "tokenizer.json": hugging_face.tokenizer(charset),
-        "tokenizer_config.json": hugging_face.tokenizer_config(charset, ends_with_newline=False),
+        "tokenizer_config.json": hugging_face.tokenizer_config(charset),
     }
     (tmp_path / "file").touch()
     failed = run("models", "tokenizer", "tiny", "--folder", str(tmp_path / "file"), *store)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -222,7 +224,7 @@ FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
     chance=st.floats(0, 1, exclude_max=True),
 )
 def test_draw_one__any_settings_draw_an_id(
-    logits: list[float], bias: float, chance: float, temperature: float, top_k: int, **others: float
+    logits: list[float], bias: float, chance: float, temperature: float, top_k: int, **others: Any
 ) -> None:
     values = np.array(logits, np.float32)
     history = History(len(values), np.array([0]))

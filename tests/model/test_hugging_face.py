@@ -103,9 +103,8 @@ def test_tokenizer__knows_what_the_charset_knows(peer: Peer, name: str) -> None:
 
 
 def test_config__names_the_newline_where_the_charset_has_it() -> None:
-    shipped, dna = Charset(CHARSETS["shipped"]), Charset("ACGT")
-    config = hugging_face.tokenizer_config(shipped, ends_with_newline=False, max_chars=100)
-    assert (config["bos_token"], config["eos_token"], config["model_max_length"]) == ("\n", None, 100)
-    assert hugging_face.tokenizer_config(shipped, ends_with_newline=True)["eos_token"] == "\n"
-    none = hugging_face.tokenizer_config(dna, ends_with_newline=True)
-    assert (none["bos_token"], none["eos_token"], none["pad_token"]) == (None, None, None)
+    config = hugging_face.tokenizer_config(Charset(CHARSETS["shipped"]), 100)
+    assert [config[f"{kind}_token"] for kind in ("bos", "eos", "pad")] == ["\n"] * 3
+    assert config["model_max_length"] == 100
+    config = hugging_face.tokenizer_config(Charset("ACGT"))
+    assert [config[f"{kind}_token"] for kind in ("bos", "eos", "pad")] == [None] * 3

@@ -118,6 +118,24 @@ def test_reload__restores_characters_that_were_not_sent(open_page: OpenPage, cli
     assert stored(client, screen) == screen.text
 
 
+def test_reload__keeps_a_text_that_can_not_be_restored_now(open_page: OpenPage) -> None:
+    """Such as one whose model is not in the store at the moment."""
+    screen = open_page()
+    screen.type("Stra")
+    assert screen.session_id
+    screen.page.add_init_script(
+        """if (sessionStorage.getItem("gru-serve.texts").includes("shakespeare@1")) sessionStorage.setItem(
+          "gru-serve.texts", sessionStorage.getItem("gru-serve.texts").replace("shakespeare@1", "gone@1"))"""
+    )
+    for _ in range(2):
+        screen.page.reload()
+        screen.wait_until_ready()
+        expect(screen.page.locator("#trouble")).to_contain_text("no model 'gone'")
+        screen.shows_texts([""])
+    stored_texts = screen.page.evaluate("() => JSON.parse(sessionStorage.getItem('gru-serve.texts')).branches")
+    assert ["gone@1", "Stra"] in [[branch["model"], branch["text"]] for branch in stored_texts]
+
+
 @pytest.mark.parametrize("arrives", [True, False])
 def test_reload__during_a_replacement_neither_doubles_nor_loses_a_character(
     open_page: OpenPage, client: Client, arrives: bool

@@ -6,6 +6,7 @@ Nothing that was acknowledged is lost unless its client gets to know it, and not
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -30,7 +31,7 @@ from service.sessions import lease_renewer
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import SessionKey
-from service.sessions.session_store import SessionStore
+from service.sessions.session_store import Operation, SessionStore
 from tests.harness.clock import Clock
 from tests.harness.lossy_proxy import lossy_proxy
 from tests.harness.redis_process import RedisProcess, redis_process
@@ -519,3 +520,33 @@ def test_clock_set_back__serves_a_session_that_was_made_anew(server: RedisProces
         assert [characters(store.load(A)) for store in (one, other)] == ["JULIET:", "JULIET:"]
         assert one.update(A, appended("x")) == 8
         assert call("load", b"", 0, b"")[1] > ahead
+
+
+# What an operator sees
+
+
+class Failures(Counter[str]):
+    """Counts the failures of calls by their operation."""
+
+    def observe(self, operation: Operation, duration_s: float) -> None:
+        """See StoreObserver."""
+
+    def count_failure(self, operation: Operation) -> None:
+        self[operation] += 1
+
+
+def test_failures__are_counted_throughout_an_outage(server: RedisProcess) -> None:
+    """Also those of calls that are refused without asking the server, and, while nobody calls, those of pings."""
+    failures = Failures()
+    with closing(RedisStore(RedisServer(server.url, observer=failures), 4096)) as store:
+        when_served(partial(store.create, session()))
+        failures.clear()
+        assert store.load(A).position == 6
+        assert failures == {}
+        server.kill()
+        for _ in range(5):
+            with pytest.raises(StoreUnavailable):
+                store.load(A)
+        assert failures["load"] == 5
+        pings = failures["ping"]
+        wait_until(lambda: failures["ping"] >= pings + 3)

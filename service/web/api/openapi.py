@@ -6,6 +6,7 @@ server is configured with; and they don't show that `null` means the default. A 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -80,6 +81,8 @@ def _complete(spec: dict[str, Any], routes: Iterable[Route], bounds: Bounds) -> 
         operation["description"] = operation["description"].replace("<br/>", "\n")
         if route.open:
             operation["security"] = []
+        for parameter in operation.get("parameters", ()):
+            parameter["schema"] = _not_null(parameter["schema"])
         responses = operation["responses"] = dict(sorted(operation["responses"].items()))
         for status in responses.keys() & _DESCRIPTIONS.keys():
             responses[status] = {"$ref": f"#/components/responses/Error{status}"}
@@ -93,7 +96,7 @@ def _complete(spec: dict[str, Any], routes: Iterable[Route], bounds: Bounds) -> 
             for keyword, value in bounds.get(name, {}).get(field, {}).items():
                 _bound(property_, keyword, value)
             if field not in schema.get("required", ()):
-                schema["properties"][field] = _nullable(_enumerated(property_))
+                schema["properties"][field] = _optional(_nullable(_enumerated(property_)))
 
 
 def _error(status: str) -> dict[str, Any]:
@@ -137,6 +140,12 @@ def _bound(schema: dict[str, Any], keyword: str, value: int) -> None:
         _bound(part, keyword, value)
 
 
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a parameter: a path, a query or a header can leave it out, and can't write null."""
+    kinds = [part for part in schema.get("anyOf", ()) if part != {"type": "null"}]
+    return {name: value for name, value in schema.items() if name != "anyOf"} | kinds[0] if len(kinds) == 1 else schema
+
+
 def _enumerated(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field with few values as alternatives: generators know enumerations of strings only."""
     if "enum" not in schema or "anyOf" not in schema:
@@ -157,10 +166,23 @@ def _exactly(value: object) -> dict[str, Any]:
     return {"const": value}
 
 
+def _optional(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a field of a body with its default in words.
+
+    openapi-typescript takes a field with a default for one that is always there, and would have clients send it.
+    """
+    if "default" not in schema or schema["default"] is None:
+        return schema
+    default = json.dumps(schema["default"])
+    described = {
+        "description": f"{schema.get('description', '')}. Default: `{default}`",
+        "x-default": schema["default"],
+    }
+    return {name: value for name, value in schema.items() if name != "default"} | described
+
+
 def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field that may be null, too."""
-    if schema.get("default") == {}:  # no generator makes that the default of an object or null
-        schema = {name: value for name, value in schema.items() if name != "default"}
     kind = schema.get("type")
     if kind == "null" or "null" in (kind if isinstance(kind, list) else ()):
         return schema

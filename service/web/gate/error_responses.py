@@ -254,7 +254,10 @@ def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) ->
     for part in path[:-1]:
         schemas = schemas if isinstance(part, int) else _fields(schemas).get(part, [])
     name, known = str(path[-1]), _fields(schemas)
-    other = next((kind.other_names[name] for kind in schemas if name in getattr(kind, "other_names", {})), None)
+    others: dict[str, str] = {}
+    for kind in schemas:
+        others |= getattr(kind, "other_names", {})
+    other = others.get(name)
     return f"; did you mean {other}?" if other in known else _did_you_mean(name, known)
 
 

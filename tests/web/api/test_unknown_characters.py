@@ -43,6 +43,13 @@ def complete(client: FlaskClient, **fields: Any) -> tuple[str, str]:
     return choice["choices"][0]["text"], choice["choices"][0]["finish_reason"]
 
 
+def test_prompt__of_several_that_has_unknown_characters_is_named(client: FlaskClient) -> None:
+    for prompt, param in (("漢", "prompt"), (["a", "漢"], "prompt[1]"), (["漢"], "prompt[0]")):
+        refused(client.post("/v1/completions", json={"prompt": prompt}), 400, "unknown_characters", param)
+    long = {"prompt": ["a", "a" * 200_000]}
+    assert refused(client.post("/v1/completions", json=long), 400, "out_of_range", "prompt[1]")["message"]
+
+
 @pytest.mark.parametrize("stop", ["→", ["c", "漢"], ["漢", "é→"]])
 def test_stop__that_the_model_cannot_write_is_refused(client: FlaskClient, session: str, stop: Any) -> None:
     body = {"stop": stop, "max_tokens": 5}
@@ -52,7 +59,8 @@ def test_stop__that_the_model_cannot_write_is_refused(client: FlaskClient, sessi
         client.post(f"{session}/generate", json=body),
         client.post(f"{session}/generate", json=body | {"stream": True}),
     ):
-        assert HELP in refused(response, 400, "unknown_characters", "stop")["message"]
+        param = "stop" if isinstance(stop, str) else f"stop[{[one.isascii() for one in stop].index(False)}]"
+        assert HELP in refused(response, 400, "unknown_characters", param)["message"]
     assert ok(client.get(session))["position"] == 3
 
 

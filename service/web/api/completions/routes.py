@@ -106,7 +106,10 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     if body.max_tokens == 0 and not body.echo and not body.return_state:
         raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
     if longest > limits.max_prompt_chars:
-        raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters, not {longest}", param="prompt")
+        name = "prompt"
+        if len(prompts) > 1:
+            name = f"prompt[{next(place for place, prompt in enumerate(prompts) if len(prompt) == longest)}]"
+        raise InvalidValue(f"{name}: at most {limits.max_prompt_chars} characters, not {longest}", param=name)
     if best_of < body.n:
         raise InvalidValue(f"best_of: must be at least n, which is {body.n}", param="best_of")
     if body.stream and best_of > body.n:
@@ -133,7 +136,7 @@ def _encoded_prompts(charset: Charset, body: CompletionBody) -> tuple[Ids, ...]:
             try:
                 encoded.append(charset.encode(prompt, body.unknown_chars))
             except InvalidValue as error:
-                error.param = "prompt"
+                error.param = f"prompt[{place}]" if isinstance(body.prompt, list) else "prompt"
                 raise
         else:
             is_list = isinstance(body.prompt[0], list)

@@ -5,7 +5,7 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -117,11 +117,12 @@ class CompletionBody(ClientFields, SamplingBody):
     )
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str | list[int]]:
         """The prompts, each as a text or as ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        return [self.prompt] if self.prompt and isinstance(self.prompt[0], int) else self.prompt  # type: ignore[list-item,return-value]
+        prompt = self.prompt
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+            return [cast("str | list[int]", prompt)]
+        return [*cast("list[str | list[int]]", prompt)]
 
 
 class PromptLogprob(BaseModel):

@@ -67,7 +67,7 @@ class ModelRoutes(Resource):
     @Route("GET", "/v1/models/<id>", "Show a model", {"200": ModelAnswer})
     def show(self, path: ModelPath) -> Response:
         """Describe the version that `name`, `name@version` or `name@alias` refers to on this server now."""
-        return _json(_answer(path.id, self._store.describe(self._models.resolve(path.id))))
+        return _json(_answer(path.id, self._models.describe(path.id, param="id")))
 
 
 def _answer(ref: str, description: Description) -> ModelAnswer:

@@ -85,7 +85,7 @@ class TokenRoutes(Resource):
     @Route("GET", "/tokenizer_info", "Describe a model's tokenizer", {"200": schemas.TokenizerInfo})
     def info(self, query: schemas.TokenizerQuery) -> Response:
         """Describe the tokenizer as `tokenizer_config.json` does, for clients such as lm-evaluation-harness."""
-        return _json(self._config(query.model if query.model is not None else self._default_model))
+        return _json(self._config(self._models.describe(query.model or self._default_model)))
 
     @Route(
         "GET",
@@ -98,7 +98,7 @@ class TokenRoutes(Resource):
 
         It encodes and decodes texts as `/tokenize` and `/detokenize` do.
         """
-        return _json(hugging_face.tokenizer(Charset(self._describe(path.id).config.charset)))
+        return _json(hugging_face.tokenizer(Charset(self._models.describe(path.id, param="id").config.charset)))
 
     @Route(
         "GET",
@@ -108,22 +108,14 @@ class TokenRoutes(Resource):
     )
     def tokenizer_config(self, path: schemas.TokenizerPath) -> Response:
         """Return what `transformers` reads beside `tokenizer.json`: the same as `/tokenizer_info`."""
-        return _json(self._config(path.id))
+        return _json(self._config(self._models.describe(path.id, param="id")))
 
     def _charset(self, model: str | None) -> Charset:
         with self._admission.admit():  # the thread may wait for the model
-            return self._models.get(model if model is not None else self._default_model).charset
+            return self._models.get(model or self._default_model).charset
 
-    def _describe(self, ref: str) -> Description:
-        return self._models.store.describe(self._models.resolve(ref))
-
-    def _config(self, ref: str) -> dict[str, Any]:
-        description = self._describe(ref)
-        return hugging_face.tokenizer_config(
-            Charset(description.config.charset),
-            ends_with_newline=description.training.is_of_lines,
-            max_chars=self._max_chars,
-        )
+    def _config(self, description: Description) -> dict[str, Any]:
+        return hugging_face.tokenizer_config(Charset(description.config.charset), self._max_chars)
 
 
 def _checked(tokens: list[int], charset: Charset) -> Ids:

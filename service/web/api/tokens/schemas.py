@@ -78,7 +78,7 @@ class TokenizerInfo(BaseModel):
         description="the newline, which clients put before a text that has no beginning; null if the model has none"
     )
     eos_token: str | None = Field(
-        description="the newline if the model was trained on lines, or else null, because then no text ends by itself"
+        description="the newline, too, for clients that need an end; null if the model has none. No text ends by itself"
     )
     pad_token: str | None = Field(description="the newline; null if the model has none")
     unk_token: None = Field(description="always null: a charset has no character for those that it lacks")

@@ -69,7 +69,11 @@ const api = new Api(askKey, (text) => {
 const models = new Models(api);
 const network = new Network();
 const player = new Player(() => active.step(1));
-const storage = new TabStorage(() => ({ active: columns.indexOf(active), branches: columns.map((column) => column.snapshot) }));
+const unrestored = []; // snapshots of texts that could not be restored: another reload tries again
+const storage = new TabStorage(() => {
+  const branches = columns.map((column) => column.snapshot);
+  return { active: columns.indexOf(active), branches: branches.concat(unrestored) };
+});
 
 /** Wrap an async event handler so that its errors are shown to the user. */
 const reportingErrors = (handler) => (...args) => handler(...args).catch((error) => showMessage(error.message));
@@ -409,7 +413,13 @@ async function start() {
   const stored = TabStorage.read();
   await models.load();
   for (const snapshot of stored?.branches ?? []) {
-    await reportingErrors(async () => addColumn(await Branch.restore(api, models, snapshot)).restore(snapshot))();
+    await reportingErrors(async () => {
+      const branch = await Branch.restore(api, models, snapshot).catch((error) => {
+        unrestored.push(snapshot);
+        throw error;
+      });
+      addColumn(branch).restore(snapshot);
+    })();
   }
   if (!columns.length) addColumn(await createText());
   activate(columns[stored?.active] ?? columns[0]);
