@@ -194,7 +194,7 @@ class Screen:
         return session_id
 
 
-def continued(client: Client, text: str, num_chars: int, seed: int, **fields: object) -> str:
+def continued(client: Client, text: str, num_chars: int, seed: int, **fields: Any) -> str:
     """Return a text with the continuation that the API generates."""
     session = client.create(text)
     return text + "".join(session.generate(num_chars, seed=seed, **fields))

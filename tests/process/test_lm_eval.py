@@ -1,7 +1,6 @@
 """lm-evaluation-harness, unchanged, against the real server: its `local-completions` model scores a task of our own.
 
-It needs 900 MB of packages. The test installs them into a virtual environment in pytest's cache, runs only if
-TEST_LM_EVAL is set, and is skipped if they can't be installed.
+It needs 900 MB of packages, so the test runs only if TEST_LM_EVAL is set.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import json
 import math
 import os
 import subprocess
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,34 +16,20 @@ from typing import Any
 import pytest
 
 from service.store.model_store import ModelStore
+from tests.harness.environments import ROOT, environment
 from tests.harness.server import SERVE, Server, serving
 
-PACKAGES = ["lm_eval[api]==0.4.13", "transformers==5.23.0"]
 TASK = Path(__file__).parent / "lm_eval_task"
-INSTALL_S = 300
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def python(request: pytest.FixtureRequest) -> Path:
+def python() -> Path:
     """The interpreter of an environment in which lm-evaluation-harness is installed."""
     if not os.environ.get("TEST_LM_EVAL"):
         pytest.skip("set TEST_LM_EVAL=1: it installs 900 MB of packages in an environment of their own")
-    assert request.config.cache
-    folder = request.config.cache.mkdir("lm-eval-" + "-".join(package.split("==")[1] for package in PACKAGES))
-    python, finished = folder / "bin" / "python", folder / "finished"
-    if not finished.exists():
-        venv.create(folder, clear=True, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10", *PACKAGES]
-        try:
-            result = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S, check=False)
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"lm-evaluation-harness was not installed within {INSTALL_S} s")
-        if result.returncode != 0:
-            pytest.skip(f"lm-evaluation-harness can't be installed: {result.stderr.strip().splitlines()[-1]}")
-        finished.touch()
-    return python
+    return environment(ROOT / "tests" / "ecosystem" / "lm-eval") / "bin" / "python"
 
 
 @pytest.fixture(scope="module")

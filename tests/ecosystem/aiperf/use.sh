@@ -1,5 +1,6 @@
 # aiperf: streamed completions of a fixed length, after it has waited until the model is listed and answers.
 set -eu
+unset HF_HUB_OFFLINE  # with it, aiperf looks for the tokenizer in a cache even if it is given a folder
 mkdir tokenizer
 for file in tokenizer.json tokenizer_config.json; do
   curl -sf -H "Authorization: Bearer $API_KEY" "$BASE_URL/models/$MODEL/$file" -o "tokenizer/$file"
