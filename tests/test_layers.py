@@ -23,6 +23,7 @@ ALLOWED = {
         "cores",
         "engine",
         "generation",
+        "importing",
         "installation",
         "model",
         "registry",
@@ -36,6 +37,7 @@ ALLOWED = {
     "registry": {"engine", "model", "store"},
     "sessions": set(),
     "training": {"model", "store", "__init__"},
+    "importing": {"model", "store", "__init__"},
     "store": {"model"},
     "engine": {"installation", "model"},
     "model": set(),
@@ -74,6 +76,7 @@ LIBRARIES = {
     "flask": {"web"}, "flask_openapi": {"web"}, "gunicorn": {"web"}, "click": {"__main__", "commands"},
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
     "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
+    "h5py": {"importing", "exporting"},
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {
