@@ -12,6 +12,7 @@ import click
 from service import __version__
 from service.commands.bench import bench_command
 from service.commands.eval import eval_command
+from service.commands.export import export_command
 from service.commands.generate import generate_command
 from service.commands.import_ import import_command
 from service.commands.keys import keys_group
@@ -56,6 +57,7 @@ for _command in (
     generate_command,
     bench_command,
     import_command,
+    export_command,
     models_group,
     keys_group,
 ):

@@ -22,6 +22,7 @@ ALLOWED = {
         "assembly",
         "cores",
         "engine",
+        "exporting",
         "generation",
         "importing",
         "installation",
@@ -37,6 +38,7 @@ ALLOWED = {
     "registry": {"engine", "model", "store"},
     "sessions": set(),
     "training": {"model", "store", "__init__"},
+    "exporting": {"importing", "model"},  # the wire format of protocol buffers
     "importing": {"model", "store", "__init__"},
     "store": {"model"},
     "engine": {"installation", "model"},

@@ -80,12 +80,14 @@ def import_command(
     model, source = read_foreign(file, order)
     tokens, notes = _tokens(model, charset, charset_from)
     config, tensors = convert(model, tokens)
-    model = model.without_weights()  # publishing needs memory for two more copies
     say(
         f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter')}, embedding {config.embedding_dim}, "
         f"GRU {config.num_units} units x {config.num_layers}, {plural(config.vocab_size, 'character')}"
     )
+    if len(model.layers) > 1:
+        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
     notes = (*model.notes, *notes)
+    model = model.without_weights()  # publishing needs memory for two more copies
     for note in notes:
         say(f"{source.name}: {note}")
     measured = _measure(config, tensors, corpus)

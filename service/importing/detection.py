@@ -14,6 +14,16 @@ from service.errors import GruServeError, InvalidModelFile
 from service.importing.archive import Archive
 from service.importing.foreign import ForeignModel, shown
 from service.importing.keras_files import CONFIG, WEIGHTS, read_keras_archive, read_keras_hdf5
+from service.importing.onnx_files import external_files, read_onnx
+from service.importing.tensor_bundle import INDEX
+from service.importing.tensorflow_files import (
+    GRAPH,
+    VARIABLES,
+    checkpoint_files,
+    find_checkpoint,
+    read_checkpoint,
+    read_saved_model,
+)
 from service.importing.torch_files import read_safetensors, read_torch_archive, read_torch_legacy
 
 _HDF5, _ZIP = b"\x89HDF\r\n\x1a\n", b"PK\x03\x04"
@@ -63,22 +73,34 @@ def read_foreign(path: Path, order: Sequence[str] = ()) -> tuple[ForeignModel, S
 
 def _files_of(path: Path) -> list[Path]:
     """Return the files that belong to a model, which exist and are plain files. Raises InvalidModelFile, OSError."""
-    files = [path]
+    if (path / GRAPH).is_file():
+        files = [path / GRAPH, *checkpoint_files(path / VARIABLES)]
+    elif (prefix := find_checkpoint(path)) is not None:
+        files = checkpoint_files(prefix)
+    else:
+        files = [path]
+        if path.is_file() and _is_onnx(path):
+            files += external_files(path)
     total = 0
     for file in files:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidModelFile(f"{shown(str(file))} is not a file. {_KNOWN}")
+            raise InvalidModelFile(f"{shown(str(file))} is not a file, nor a folder with a model. {_KNOWN}")
+        if not status.st_size:
+            raise InvalidModelFile(f"{shown(file.name)} is empty")
         total += status.st_size
-    if not total:
-        raise InvalidModelFile(f"{shown(path.name)} is empty")
     if total > _MAX_BYTES:
         raise InvalidModelFile(f"{shown(path.name)} has {total:,} bytes; at most {_MAX_BYTES:,} are read")
     return files
 
 
 def _read(path: Path, files: list[Path], order: Sequence[str]) -> ForeignModel:
-    with files[0].open("rb") as file:
+    first = files[0]
+    if first.name == GRAPH:
+        return read_saved_model(first.parent, order)
+    if first.name.endswith(INDEX) and len(files) > 1:
+        return read_checkpoint(first.with_name(first.name.removesuffix(INDEX)), order)
+    with first.open("rb") as file:
         head = file.read(16)
     if head.startswith(_HDF5):
         return read_keras_hdf5(path, order)
@@ -92,7 +114,16 @@ def _read(path: Path, files: list[Path], order: Sequence[str]) -> ForeignModel:
         return read_torch_legacy(path, order)
     if head[8:9] == b"{":
         return read_safetensors(path, order)
+    if _is_onnx(path):
+        return read_onnx(path)
     raise InvalidModelFile(f"{shown(path.name)} is of no known kind. {_KNOWN}")
+
+
+def _is_onnx(path: Path) -> bool:
+    """Return whether a file begins as ONNX files do, with the version of the format, or is called one."""
+    with path.open("rb") as file:
+        head = file.read(3)
+    return head[:1] == b"\x08" and 1 <= head[1] <= 64 and head[2:] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42")
 
 
 def _source(path: Path, files: list[Path]) -> Source:

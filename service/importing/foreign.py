@@ -62,6 +62,10 @@ class ForeignModel:
         """V: the number of rows, also of those that are no character."""
         return int(self.dense.shape[0])
 
+    def with_tokens(self, tokens: Tokens | None) -> ForeignModel:
+        """Return the model with a vocabulary."""
+        return replace(self, tokens=tokens)
+
     def without_weights(self) -> ForeignModel:
         """Return what describes the model, so that the memory of its weights can be freed."""
         return replace(self, embedding=None, layers=(), dense=np.empty((0, 0)), dense_bias=None)

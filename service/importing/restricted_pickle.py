@@ -25,8 +25,9 @@ _MAX_MEMO = 1 << 20
 _HARMLESS = {
     "collections.OrderedDict", "collections.defaultdict", "collections.Counter", "collections.deque",
     "argparse.Namespace", "types.SimpleNamespace", "copyreg._reconstructor", "copy_reg._reconstructor",
-    "_codecs.encode", "datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone", "decimal.Decimal",
-    "uuid.UUID", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib.PurePosixPath", "pathlib._local.PosixPath",
+    "_codecs.encode", "datetime.datetime", "datetime.date", "datetime.timedelta", "datetime.timezone",
+    "decimal.Decimal", "uuid.UUID", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib.PurePosixPath", "pathlib._local.PosixPath",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
         "set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "str", "bytes", "bytearray", "bool",
         "complex", "slice", "range")),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from service.importing.archive import Archive
 from service.importing.foreign import Array, ForeignModel, Tokens, shown
 from service.importing.restricted_pickle import MAX_PICKLE_BYTES, Inert, Storage, Tensor, read_pickle, values_of
 from service.importing.torch_roles import find_torch_roles, is_model
-from service.importing.vocabulary import is_special, tokens_of
+from service.importing.vocabulary import is_plausible, is_vocabulary_name, tokens_of, tokens_of_metadata
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -26,7 +25,6 @@ _NUMPY = {"float32": "f4", "float64": "f8", "float16": "f2"}
 _SIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "": 1} | _ITEMSIZE
 _MAX_DEPTH = 6
 _MAX_VISITED = 20_000
-_VOCABULARY = re.compile(r"char|vocab|itos|stoi|token|alphabet|idx|int2|2int|symbol|letter", re.I)
 _SAFETENSORS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
 _MAX_HEADER_BYTES = 1 << 20
 
@@ -154,21 +152,9 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
         if not is_model(list(entries)):
             raise UnsupportedModel(f"{name} has no recurrent layer as PyTorch names them: it holds no GRU")
         found = find_torch_roles(entries, load, order, {})
-    tokens = _vocabulary(_parsed(metadata), len(found.dense))
+    texts = metadata if isinstance(metadata, dict) else {}
+    tokens = tokens_of_metadata(texts, len(found.dense))
     return found.model("safetensors", "torch", tokens)
-
-
-def _parsed(metadata: Any) -> dict[str, Any]:
-    """Return the texts of a safetensors file's metadata, and what they are if they are JSON."""
-    found: dict[str, Any] = {}
-    for key, value in metadata.items() if isinstance(metadata, dict) else ():
-        if isinstance(value, str):
-            found[key] = value
-            try:
-                found[f"{key} as JSON"] = json.loads(value)
-            except (ValueError, RecursionError):
-                continue
-    return found
 
 
 class _Loader:
@@ -312,19 +298,10 @@ def _vocabulary(value: Any, num_rows: int) -> Tokens | None:
             continue
         seen.add(id(one))
         tokens = tokens_of(one)
-        if tokens is not None and _is_plausible(tokens, num_rows):
-            found.append((_VOCABULARY.search(name) is None, tokens))
+        if tokens is not None and is_plausible(tokens, num_rows):
+            found.append((not is_vocabulary_name(name), tokens))
             continue
         if not isinstance(one, Mapping | Inert):
             continue
         waiting += [(key, inner, depth + 1) for key, inner in values_of(one)]
     return min(found, key=lambda one: one[0])[1] if found else None
-
-
-def _is_plausible(tokens: Tokens, num_rows: int) -> bool:
-    """Return whether tokens can be the vocabulary: all characters but some, in the right number."""
-    missing = num_rows - len(tokens)
-    if missing and not (missing in (1, 2) and not any(map(is_special, tokens))):
-        return False
-    named = [token for token in tokens if not is_special(token)]
-    return len(set(named)) == len(named) > 0

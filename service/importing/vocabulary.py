@@ -19,6 +19,7 @@ _MAX_CHARSET_BYTES = 4 * 1024 * 1024
 _SPECIAL = re.compile(
     r"|[\[<{|(].{1,30}[\])}|>]|\w{2,4}_?(?:token|TOKEN)", re.DOTALL
 )  # such as [UNK] and <pad>; or empty
+_VOCABULARY = re.compile(r"char|vocab|itos|stoi|token|alphabet|idx|int2|2int|symbol|letter", re.I)
 _SPECIAL_WORDS = {"unk", "pad", "oov", "sos", "eos", "bos", "mask", "start", "end", "null", "none", "unknown"}
 
 
@@ -101,6 +102,39 @@ def tokens_of(document: Any) -> Tokens | None:
 def is_special(token: str | None) -> bool:
     """Return whether a token stands for no character: an unknown one, padding, a beginning or an end."""
     return token is None or _SPECIAL.fullmatch(token) is not None or token.lower() in _SPECIAL_WORDS
+
+
+def is_plausible(tokens: Tokens, num_rows: int) -> bool:
+    """Return whether tokens can be the vocabulary: all characters but some, in the right number."""
+    missing = num_rows - len(tokens)
+    if missing and not (missing in (1, 2) and not any(map(is_special, tokens))):
+        return False
+    named = [token for token in tokens if not is_special(token)]
+    return len(set(named)) == len(named) > 0
+
+
+def is_vocabulary_name(name: str) -> bool:
+    """Return whether something of this name is probably a vocabulary."""
+    return _VOCABULARY.search(name) is not None
+
+
+def tokens_of_metadata(metadata: Mapping[str, Any], num_rows: int) -> Tokens | None:
+    """Return the vocabulary in the texts that a file has about itself: as JSON, or as its characters."""
+    for name in sorted(metadata, key=lambda name: not is_vocabulary_name(name)):
+        text = metadata[name]
+        if not isinstance(text, str) or len(text) > _MAX_CHARSET_BYTES:
+            continue
+        for tokens in (_tokens_of_json(text), tokens_of(text)):
+            if tokens is not None and is_plausible(tokens, num_rows):
+                return tokens
+    return None
+
+
+def _tokens_of_json(text: str) -> Tokens | None:
+    try:
+        return tokens_of(json.loads(text))
+    except (ValueError, RecursionError):
+        return None
 
 
 def fit(tokens: Tokens, num_rows: int, origin: str) -> tuple[Tokens, tuple[str, ...]]:

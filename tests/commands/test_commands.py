@@ -50,7 +50,7 @@ def place(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "train", "eval", "generate", "bench", "import", "keys", "keys new",
+    ["", "serve", "train", "eval", "generate", "bench", "import", "export", "keys", "keys new",
      "models", "models list", "models show", "models verify", "models alias", "models delete"],
 )  # fmt: skip
 def test_help__of_every_command_has_an_example(command: str) -> None:
