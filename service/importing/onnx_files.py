@@ -8,7 +8,6 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto, https://onnx.ai/onnx/ope
 from __future__ import annotations
 
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +41,8 @@ class _Node:
 
 def external_files(path: Path) -> list[Path]:
     """Return the files beside an ONNX file that have weights of it. Raises InvalidModelFile, OSError."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        data = memoryview(mapped)
-        try:
-            names = {_location(tensor)[0] for tensor in Message(data).message(7).messages(5) if _is_external(tensor)}
-        finally:
-            data.release()
+    graph = Message(memoryview(path.read_bytes())).message(7)
+    names = {_location(tensor)[0] for tensor in graph.messages(5) if _is_external(tensor)}
     if len(names) > 16:
         raise InvalidModelFile(f"{shown(path.name)} has its weights in {len(names)} other files")
     return [path.parent / name for name in sorted(names)]
@@ -55,7 +50,7 @@ def external_files(path: Path) -> list[Path]:
 
 def read_onnx(path: Path) -> ForeignModel:
     """Read an ONNX file. Raises InvalidModelFile, UnsupportedModel, OSError."""
-    # Bytes and not a map of the file: arrays that outlive this function are views of them.
+    # Arrays are views of these bytes.
     message = Message(memoryview(path.read_bytes()))
     graph = message.message(7)
     producer = f"{message.text(2)[:40]} {message.text(3)[:20]}".strip()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,14 +67,9 @@ def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
     """Read a SavedModel. Raises InvalidModelFile, UnsupportedModel."""
     model = _model_of(folder / VARIABLES, "TensorFlow SavedModel", order)
     path = folder / GRAPH
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        if len(mapped) > _MAX_GRAPH_BYTES:
-            raise InvalidModelFile(f"{shown(path.name)} is larger than the graph of any model")
-        data = memoryview(mapped)
-        try:
-            tokens = _vocabulary(Message(data), model.vocab_size)
-        finally:
-            data.release()
+    if path.stat().st_size > _MAX_GRAPH_BYTES:
+        raise InvalidModelFile(f"{shown(path.name)} is larger than the graph of any model")
+    tokens = _vocabulary(Message(memoryview(path.read_bytes())), model.vocab_size)
     return model.with_tokens(tokens)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,42 +66,38 @@ def read_torch_legacy(path: Path, order: Sequence[str]) -> ForeignModel:
     Raises InvalidModelFile, UnsupportedModel.
     """
     name = shown(path.name)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        data = memoryview(mapped)
-        try:
-            magic, position = read_pickle(data, 0, name)
-            if magic != MAGIC:
-                raise InvalidModelFile(
-                    f"{name} is a pickle that torch.save has not written: save model.state_dict() with torch.save"
-                )
-            _, position = read_pickle(data, position, name)  # version of the protocol
-            system, position = read_pickle(data, position, name)
-            value, position = read_pickle(data, position, name)
-            keys, position = read_pickle(data, position, name)
-            if not isinstance(keys, list) or len(keys) > 4096:
-                raise InvalidModelFile(f"{name} is damaged: it doesn't list its numbers")
-            big = isinstance(system, dict) and system.get("little_endian") is False
-            storages = _declared(value)
-            places: dict[str, tuple[int, int]] = {}
-            for key in map(str, keys):
-                storage = storages.get(key)
-                if storage is None or position + 8 > len(data):
-                    raise InvalidModelFile(f"{name} is damaged: its numbers are incomplete")
-                count = int.from_bytes(data[position : position + 8], "big" if big else "little")
-                size = count * _SIZES[storage.dtype]
-                position += 8
-                if count != storage.num_elements or position + size > len(data):
-                    raise InvalidModelFile(f"{name} is damaged: its numbers are incomplete")
-                places[key] = position, size
-                position += size
+    data = memoryview(path.read_bytes())
+    magic, position = read_pickle(data, 0, name)
+    if magic != MAGIC:
+        raise InvalidModelFile(
+            f"{name} is a pickle that torch.save has not written: save model.state_dict() with torch.save"
+        )
+    _, position = read_pickle(data, position, name)  # version of the protocol
+    system, position = read_pickle(data, position, name)
+    value, position = read_pickle(data, position, name)
+    keys, position = read_pickle(data, position, name)
+    if not isinstance(keys, list) or len(keys) > 4096:
+        raise InvalidModelFile(f"{name} is damaged: it doesn't list its numbers")
+    big = isinstance(system, dict) and system.get("little_endian") is False
+    storages = _declared(value)
+    places: dict[str, tuple[int, int]] = {}
+    for key in map(str, keys):
+        storage = storages.get(key)
+        if storage is None or position + 8 > len(data):
+            raise InvalidModelFile(f"{name} is damaged: its numbers are incomplete")
+        count = int.from_bytes(data[position : position + 8], "big" if big else "little")
+        size = count * _SIZES[storage.dtype]
+        position += 8
+        if count != storage.num_elements or position + size > len(data):
+            raise InvalidModelFile(f"{name} is damaged: its numbers are incomplete")
+        places[key] = position, size
+        position += size
 
-            def read(storage: Storage, _: int) -> bytes:
-                start, size = places[storage.key]
-                return bytes(data[start : start + size])
+    def read(storage: Storage, _: int) -> memoryview:
+        start, size = places[storage.key]
+        return data[start : start + size]
 
-            return _model_of(value, _Loader(read, ">" if big else "<"), order)
-        finally:
-            data.release()
+    return _model_of(value, _Loader(read, ">" if big else "<"), order)
 
 
 @dataclass(frozen=True)
@@ -160,7 +155,7 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
 class _Loader:
     """Reads the numbers of tensors."""
 
-    def __init__(self, read: Callable[[Storage, int], bytes], byte_order: str) -> None:
+    def __init__(self, read: Callable[[Storage, int], bytes | memoryview], byte_order: str) -> None:
         self._read, self._byte_order = read, byte_order
 
     def __call__(self, tensor: Tensor) -> Array:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.importing.conversion import convert
+from service.importing.crc32c import masked_crc32c
 from service.importing.detection import read_foreign
 from service.importing.float_loss import log_probabilities
+from service.importing.protobuf import field, write_varint
 from service.importing.vocabulary import fit
 
 Array = NDArray[Any]
@@ -138,3 +141,79 @@ def write_keras(path: Path, arrays: Mapping[str, Array], config: Any, **members:
             archive.writestr(name.replace("_", "."), data)
     inner.unlink()
     return path
+
+
+# TensorFlow
+
+
+def write_bundle(prefix: Path, arrays: Mapping[str, Array]) -> Path:
+    """Write a TensorFlow checkpoint; return its path without `.index`."""
+    data, entries = b"", [(b"", field(1, 1) + field(3, field(1, 1)))]
+    for name, array in sorted(arrays.items()):
+        raw = np.ascontiguousarray(array).tobytes()
+        dims = b"".join(field(2, field(1, length)) for length in array.shape)
+        kind = {"f4": 1, "f8": 2, "f2": 19, "i8": 9}[array.dtype.str[1:]]
+        entry = field(1, kind) + field(2, dims) + field(4, len(data)) + field(5, len(raw))
+        entries.append((name.encode(), entry + b"\x35" + struct.pack("<I", masked_crc32c(raw))))
+        data += raw
+    prefix.with_name(prefix.name + ".data-00000-of-00001").write_bytes(data)
+    prefix.with_name(prefix.name + ".index").write_bytes(table_of(entries))
+    return prefix
+
+
+def table_of(entries: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """Return a table as LevelDB writes it, with one block and shared prefixes."""
+    out = b""
+
+    def block(items: Sequence[tuple[bytes, bytes]]) -> bytes:
+        nonlocal out
+        body, before = b"", b""
+        for key, value in items:
+            shared = next(
+                (i for i, pair in enumerate(zip(before, key, strict=False)) if pair[0] != pair[1]),
+                min(len(before), len(key)),
+            )
+            body += write_varint(shared) + write_varint(len(key) - shared) + write_varint(len(value))
+            body += key[shared:] + value
+            before = key
+        body += struct.pack("<II", 0, 1)
+        handle = write_varint(len(out)) + write_varint(len(body))
+        out += body + b"\0" + struct.pack("<I", masked_crc32c(body + b"\0"))
+        return handle
+
+    data, meta = block(entries), block([])
+    index = block([(b"z", data)])
+    return out + (meta + index).ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+
+
+def checkpointed(weights: KerasWeights, names: Sequence[str] = ("gru",)) -> dict[str, Array]:
+    """Return name -> array as tf.train.Checkpoint(model=...) writes a subclassed model."""
+    arrays = {
+        "model/table/_embeddings": weights.embedding,
+        "model/head/_kernel": weights.dense,
+        "model/head/bias": weights.bias,
+        "model/optimizer/_variables/2": weights.embedding,
+        "save_counter": np.array(1),
+    }
+    for name, gru in zip(names, weights.grus, strict=True):
+        for part, array in zip(("kernel", "recurrent_kernel", "bias"), gru, strict=True):
+            arrays[f"model/{name}/cell/{part}"] = array
+    return {f"{name}/.ATTRIBUTES/VARIABLE_VALUE": array for name, array in arrays.items()}
+
+
+def write_saved_model(folder: Path, weights: KerasWeights, tokens: Sequence[str], ids: Sequence[int]) -> Path:
+    """Write a SavedModel whose graph has a lookup table from tokens to ids."""
+    (folder / "variables").mkdir(parents=True)
+    names = [f"rnn_{index}" for index in range(len(weights.grus))]
+    write_bundle(folder / "variables" / "variables", checkpointed(weights, names))
+
+    def constant(tensor: bytes) -> bytes:
+        value = field(1, "value") + field(2, field(8, tensor))
+        return field(1, field(1, "Const") + field(2, "Const") + field(5, value))
+
+    shape = field(2, field(2, field(1, len(tokens))))
+    keys = constant(field(1, 7) + shape + b"".join(field(8, token) for token in tokens))
+    values = constant(field(1, 9) + shape + field(4, np.array(ids, "<i8").tobytes()))
+    names_of_inputs = constant(field(1, 7) + field(8, "a name") + field(8, "another"))
+    (folder / "saved_model.pb").write_bytes(field(1, 1) + field(2, field(2, names_of_inputs + keys + values)))
+    return folder
