@@ -140,5 +140,5 @@ def _numbered(name: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def shown(name: str) -> str:
     """Return a name of a foreign file in a form that is safe in every terminal and file."""
-    text = name if len(name) <= 120 else name[:117] + "..."
+    text = name if len(name) <= 300 else name[:297] + "..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape", "replace").decode() for char in text)

@@ -87,5 +87,5 @@ def _receive(stream: IO[bytes], num_bytes: int) -> tuple[HDF5 | None, str]:
         array = np.empty(shape, dtype)
         if size and stream.readinto(memoryview(array).cast("B")) != size:  # type: ignore[attr-defined]
             return None, ""
-        arrays[shown(path)] = array
+        arrays[str(path)] = array
     return HDF5(header["attributes"], arrays), ""
