@@ -29,7 +29,7 @@ def client_of(settings: Settings, key: str | None = None) -> Iterator[FlaskClien
 def described(client: FlaskClient) -> dict[str, Any]:
     """Return the API description, which has more values than the application reads from a body."""
     with client.get("/openapi.json") as response:
-        description: dict[str, Any] = json.loads(response.text)
+        description: dict[str, Any] = json.loads(response.get_data(as_text=True))
         return description
 
 

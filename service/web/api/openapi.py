@@ -136,7 +136,7 @@ def _bound(schema: dict[str, Any], keyword: str, value: int) -> None:
     """Limit every type of a field that the keyword can limit."""
     if schema.get("type") == _TYPES[keyword]:
         schema[keyword] = min(value, schema.get(keyword, value))
-    for part in [*schema.get("anyOf", ()), *([schema["items"]] if "items" in schema else ())]:
+    for part in [*schema.get("anyOf", ()), *schema.get("oneOf", ()), *([schema["items"]] if "items" in schema else ())]:
         _bound(part, keyword, value)
 
 

@@ -117,7 +117,7 @@ def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClien
     assert body["required"] == ["prompt"]
     assert body["properties"]["top_p"]["maximum"] == 1
     assert body["properties"]["max_tokens"]["maximum"] == 500  # as this server is configured
-    assert body["properties"]["prompt"]["anyOf"][0]["maxLength"] == 1000
+    assert body["properties"]["prompt"]["oneOf"][0]["maxLength"] == 1000
 
 
 def test_openapi__says_which_fields_may_be_null(client: FlaskClient) -> None:
