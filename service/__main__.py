@@ -12,7 +12,9 @@ import click
 from service import __version__
 from service.commands.bench import bench_command
 from service.commands.eval import eval_command
+from service.commands.export import export_command
 from service.commands.generate import generate_command
+from service.commands.import_ import import_command
 from service.commands.keys import keys_group
 from service.commands.models import models_group
 from service.commands.serve import serve_command
@@ -48,7 +50,17 @@ def main() -> None:
     """Serve, train and measure GRU character models."""
 
 
-for _command in (serve_command, train_command, eval_command, generate_command, bench_command, models_group, keys_group):
+for _command in (
+    serve_command,
+    train_command,
+    eval_command,
+    generate_command,
+    bench_command,
+    import_command,
+    export_command,
+    models_group,
+    keys_group,
+):
     main.add_command(_command)
 
 if __name__ == "__main__":

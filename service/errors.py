@@ -47,6 +47,8 @@
         ├── InvalidCorpus           invalid_corpus
         ├── InvalidCheckpoint       invalid_checkpoint
         ├── TrainingDiverged        training_diverged
+        ├── InvalidModelFile        invalid_model_file
+        ├── UnsupportedModel        unsupported_model
         └── MissingLibrary          missing_library
 
 Only classes with a code are raised; a category exists to be caught. A code is part of the API and never changes. This
@@ -362,6 +364,18 @@ class TrainingDiverged(OperatorError):
     """The loss of a training run became infinite or not a number."""
 
     code = "training_diverged"
+
+
+class InvalidModelFile(OperatorError):
+    """A file of another library can't be read, is damaged, or declares more than it has."""
+
+    code = "invalid_model_file"
+
+
+class UnsupportedModel(OperatorError):
+    """A file of another library holds a model that computes another function than this service's models do."""
+
+    code = "unsupported_model"
 
 
 class MissingLibrary(OperatorError):

@@ -22,7 +22,9 @@ ALLOWED = {
         "assembly",
         "cores",
         "engine",
+        "exporting",
         "generation",
+        "importing",
         "installation",
         "model",
         "registry",
@@ -36,6 +38,8 @@ ALLOWED = {
     "registry": {"engine", "model", "store"},
     "sessions": set(),
     "training": {"model", "store", "__init__"},
+    "exporting": {"importing", "model"},  # the wire format of protocol buffers
+    "importing": {"model", "store", "__init__"},
     "store": {"model"},
     "engine": {"installation", "model"},
     "model": set(),
@@ -76,6 +80,7 @@ LIBRARIES = {
     "pydantic_settings": {"settings"}, "tqdm": {"commands"}, "matplotlib": {"training"}, "redis": {"sessions", "web"},
     "flask_limiter": {"web"}, "prometheus_client": {"web"}, "limits": {"settings", "web"}, "pickle": set[str](),
     "opentelemetry": {"web"},
+    "h5py": {"importing", "exporting"},
 }  # fmt: skip
 # File names that occur in several packages of `service`. Such a pair must play the same role in its packages.
 SHARED_NAMES = {

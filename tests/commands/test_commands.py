@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "serve", "train", "eval", "generate", "bench", "keys", "keys new",
+     ["", "serve", "train", "eval", "generate", "bench", "import", "export", "keys", "keys new",
      "models", "models list", "models show", "models verify", "models tokenizer", "models alias", "models chat",
      "models delete"],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from tests.harness.wait import wait_until
 DOCS = (Path(__file__).parents[2] / "docs" / "sessions.md").read_text()
 EXAMPLES = re.findall(r"^```js\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 EVENT_SOURCE, FETCH = (example for example in EXAMPLES)
-NUM_CHARS = 20_000  # which take the server a few seconds
+NUM_CHARS = 4000  # which take the server a few seconds
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def environment(tiny_store: ModelStore, tmp_path_factory: pytest.TempPathFactory
             "GRU_SERVE_MODEL_STORE": str(tiny_store.root),
             "GRU_SERVE_MODEL": "tiny",
             "GRU_SERVE_KERNEL": "torch",
+            "GRU_SERVE_ENGINE_THREADS": "1",
             "GRU_SERVE_MAX_TOKENS": "10000000",
             "GRU_SERVE_SESSION_TEXT_CHARS": "10000000",
             "GRU_SERVE_SESSION_CHECKPOINT_CHARS": "65536",

@@ -69,7 +69,7 @@ class DescribedApi(OpenAPI):
 
     def generate_spec_json(self) -> None:
         """Generate the description. It is generated once, when it is first requested."""
-        super().generate_spec_json()
+        super().generate_spec_json()  # type: ignore[no-untyped-call]
         routes = filter(None, map(route_of, self.view_functions.values()))
         _complete(self.spec_json, [route for route in routes if route.summary is not None], self.bounds)
 

@@ -164,7 +164,9 @@ class RequestReader:
                 name == "TRANSFER-ENCODING" and value.strip().lower() != "chunked" for name, value in request.headers
             ):
                 raise errors.UnsupportedTransferCoding("another coding than chunked")
-            if request.version >= (1, 1) and all(name != "HOST" for name, _ in request.headers):  # RFC 9112, 3.2
+            if (request.version or (1, 1)) >= (1, 1) and all(
+                name != "HOST" for name, _ in request.headers
+            ):  # RFC 9112, 3.2
                 message = "HTTP/1.1 requires the header Host: send the name or the address of the server in it"
                 raise Refusal(HTTPStatus.BAD_REQUEST, "bad_request", message, "no Host")
             return request

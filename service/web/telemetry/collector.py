@@ -113,8 +113,11 @@ class ServiceCollector(Collector):
 
     def _texts(self, models: list[LoadedModel]) -> Iterator[Metric]:
         """Yield the histograms that have a value for each text that has ended."""
-        for name, help_text, buckets in _OF_TEXTS:
-            yield _histograms(name, help_text, models, lambda one, of=buckets: of(one.engine.counters))
+        for name, help_text, buckets_of in _OF_TEXTS:
+            family = HistogramMetricFamily(PREFIX + name, help_text, labels=["model_name"])
+            for model in models:
+                add_buckets(family, [model.version.ref], buckets_of(model.engine.counters))
+            yield family
 
     def _prefixes(self, models: list[LoadedModel]) -> Iterator[Metric]:
         yield _counters(

@@ -51,6 +51,21 @@ def test_clients__are_answered_as_without_their_extra_fields(client: FlaskClient
     assert text(client, **sent) == text(client)
 
 
+def test_streams_of_benchmarks__have_what_they_count(client: FlaskClient) -> None:
+    """guidellm reads the usage of each event; the benchmarks of vLLM and SGLang that of the last."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    guidellm = {"stream": True, "stream_options": options, "ignore_eos": True, "stop": None}
+    others = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True, "logprobs": None}
+    for sent in (guidellm, others | {"repetition_penalty": 1.0}):
+        response = client.post("/v1/completions", json=GOOD | sent)
+        *parts, done, rest = response.text.split("\n\n")
+        chunks = [json.loads(part.removeprefix("data: ")) for part in parts]
+        assert (response.status_code, done, rest) == (200, "data: [DONE]", "")
+        assert "".join(one["text"] for chunk in chunks for one in chunk["choices"]) == text(client)
+        assert chunks[-1]["usage"]["completion_tokens"] == 8
+        assert all((chunk["usage"] is not None) is (sent is guidellm) for chunk in chunks[:-1])
+
+
 def test_fields__of_openai_and_vllm_are_known() -> None:
     assert set(OPENAI.split()) | set(VLLM.split()) <= set(CompletionBody.model_fields)
 

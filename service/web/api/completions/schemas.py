@@ -121,7 +121,7 @@ class CompletionBody(ClientFields, SamplingBody):
         """The prompts, each as a text or as ids."""
         prompt = self.prompt
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [cast("str | list[int]", prompt)]
+            return [prompt]
         return [*cast("list[str | list[int]]", prompt)]
 
 

@@ -1,0 +1,168 @@
+"""`gru-serve import`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from service.commands.eval import measure
+from service.commands.options import PathOption, model_store_option, open_store
+from service.commands.progress import Progress, plural, say
+
+if TYPE_CHECKING:
+    from service.importing.foreign import Tokens
+    from service.importing.publication import MeasuredText
+    from service.model.config import ModelConfig
+
+_MAX_MEASURED = 100_000  # characters, the last ones of the text
+_PROMPT = "It was "
+
+
+@click.command("import")
+@click.argument("file", type=PathOption())
+@click.option("--name", required=True, help="Name of the model; a new version is published.")
+@click.option(
+    "--charset",
+    metavar="FILE|TEXT",
+    help="The characters in the order of the model's ids: a file with them, as text or JSON, or the "
+    "characters themselves, "
+    "or string.printable.  [the vocabulary in the file]",
+)
+@click.option(
+    "--charset-from",
+    metavar="CORPUS",
+    type=PathOption(),
+    help="Text that the model was trained on: its sorted distinct characters are the charset.",
+)
+@click.option(
+    "--layers-from",
+    metavar="NAMES",
+    help="Names of the GRU layers, first to last, with commas between. Needed where the file doesn't say their order.",
+)
+@click.option(
+    "--corpus",
+    multiple=True,
+    type=PathOption(),
+    help=f"Text to measure the model with, in each precision; its last {_MAX_MEASURED:,} characters are "
+    "read. May be given "
+    "several times.  [nothing is measured]",
+)
+@model_store_option
+def import_command(
+    file: Path,
+    name: str,
+    charset: str | None,
+    charset_from: Path | None,
+    layers_from: str | None,
+    corpus: tuple[Path, ...],
+    model_store: Path | None,
+) -> None:
+    """Publish a model that Keras, TensorFlow, PyTorch or ONNX has written.
+
+    FILE is a .weights.h5, .h5 or .keras file, a TensorFlow checkpoint or SavedModel, a .pt, .pth or .safetensors file,
+    or an .onnx file. Nothing in it is executed.
+
+    Example: gru-serve import tutorial.weights.h5 --name mine --charset-from shakespeare.txt
+    """
+    from service.importing.conversion import convert
+    from service.importing.detection import read_foreign
+    from service.importing.publication import publish_import
+
+    if charset is not None and charset_from is not None:
+        raise click.UsageError("give the characters once: with --charset or with --charset-from")
+    store = open_store(model_store, create=True)
+    store.versions(name)  # refuses an impossible name before anything is read
+    order = [part.strip() for part in layers_from.split(",") if part.strip()] if layers_from is not None else []
+    model, source = read_foreign(file, order)
+    tokens, notes = _tokens(model, charset, charset_from)
+    config, tensors = convert(model, tokens)
+    say(
+        f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter')}, embedding {config.embedding_dim}, "
+        f"GRU {config.num_units} units x {config.num_layers}, {plural(config.vocab_size, 'character')}"
+    )
+    if len(model.layers) > 1:
+        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
+    notes = (*model.notes, *notes)
+    model = model.without_weights()  # publishing needs memory for two more copies
+    for note in notes:
+        say(f"{source.name}: {note}")
+    measured = _measure(config, tensors, corpus)
+    words = ["gru-serve", "import", source.name, "--name", name]
+    for option, value in (
+        ("--charset", charset), ("--charset-from", charset_from and charset_from.name), ("--layers-from", layers_from),
+        *(("--corpus", path.name) for path in corpus),
+    ):  # fmt: skip
+        words += [option, str(value)] if value is not None else []
+    version = publish_import(
+        store, name, config, tensors, model=model, source=source, notes=notes, measured=measured,
+        command=shlex.join(words)[:2000],
+    )  # fmt: skip
+    say(f"published {version.ref} in {version.path}")
+    option = f" --model-store {shlex.quote(str(model_store))}" if model_store else ""
+    prompt = _PROMPT if set(_PROMPT) <= set(config.charset) else ""
+    say(f"next: gru-serve generate --model {name} --prompt {shlex.quote(prompt)}{option}")
+    say(f"      gru-serve serve --model {name}{option}        # {version.ref} over HTTP")
+
+
+def _tokens(model: Any, charset: str | None, charset_from: Path | None) -> tuple[Tokens, tuple[str, ...]]:
+    """Return a token for each row of the embedding, and notes. Raises UnsupportedModel, InvalidCharset."""
+    from service.errors import UnsupportedModel
+    from service.importing.vocabulary import advice, fit, tokens_of_corpus, tokens_of_option
+
+    if charset is not None:
+        return fit(tokens_of_option(charset), model.vocab_size, "--charset")
+    if charset_from is not None:
+        return fit(tokens_of_corpus(_read_characters(charset_from)), model.vocab_size, charset_from.name)
+    if model.tokens is None:
+        raise UnsupportedModel(f"the file doesn't say which characters its ids are: {advice(model.vocab_size)}")
+    return fit(model.tokens, model.vocab_size, "the vocabulary in the file")
+
+
+def _read_characters(path: Path) -> str:
+    """Return the distinct characters of a text, as they are. Raises InvalidCorpus."""
+    from service.errors import InvalidCorpus
+
+    found: set[str] = set()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while piece := file.read(1 << 20):
+                found.update(piece)
+    except OSError as error:
+        raise InvalidCorpus(f"can't read {path}: {error.strerror}", param="charset_from") from error
+    except UnicodeDecodeError as error:
+        raise InvalidCorpus(f"{path} is not UTF-8: convert it", param="charset_from") from error
+    return "".join(found)
+
+
+def _measure(config: ModelConfig, tensors: Any, corpus: tuple[Path, ...]) -> MeasuredText | None:
+    """Measure the weights in each precision. Returns None, and says so, if there is no text."""
+    from service.importing.float_loss import float_loss
+    from service.importing.publication import PRECISIONS, MeasuredText
+    from service.model.charset import Charset
+
+    if not corpus:
+        say("nothing was measured: with --corpus FILE the import measures the model and chooses its precision")
+        return None
+    from service.training.corpus import last_part, read_text, require_two_chars
+    from service.training.hyperparameters import Hyperparameters
+    from service.training.sources import find_sources
+
+    whole = read_text(find_sources(corpus), Hyperparameters(unknown_chars="fold"), charset=Charset(config.charset))
+    text = whole.text
+    if len(text.ids) > _MAX_MEASURED:
+        text = last_part(text, _MAX_MEASURED / len(text.ids), lines=False)
+    require_two_chars(text)
+    losses: dict[Any, float] = {}
+    for precision in PRECISIONS:
+        with Progress(f"measuring {precision}", text.num_scored) as bar:
+            update: Callable[[int], object] = bar.update
+            if precision == "float32":
+                losses[precision] = float_loss(config, tensors, text, update)
+            else:
+                losses[precision] = measure(config, tensors, precision, text, update)
+    say(", ".join(f"{precision} {loss:.4f}" for precision, loss in losses.items()) + " nats/char")
+    return MeasuredText(whole.name, whole.sha256, text.num_scored, losses)

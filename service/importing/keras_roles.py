@@ -1,0 +1,331 @@
+"""Finds embedding, GRU layers and output layer among the weights of a Keras model, by shape and kind.
+
+    GRU, reset_after=True   kernel (I, 3H), recurrent kernel (H, 3H), bias (2, 3H); gates z, r, h
+    CuDNNGRU                the same with a bias (6H,), and each gate's part transposed in memory
+    embedding               (V, E)
+    dense                   kernel (H, V), bias (V,)
+
+The names in a file depend on how the model was built and saved; only their last parts are fixed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from service.errors import InvalidModelFile, UnsupportedModel
+from service.importing.foreign import (
+    NEEDED,
+    Array,
+    ForeignLayer,
+    ForeignModel,
+    NamedArrays,
+    Tokens,
+    order_layers,
+    shown,
+)
+
+RESET_BEFORE = (
+    "{} has reset_after=False: its reset gate acts before the recurrent product, which is another function. Train it "
+    "again with reset_after=True, the default of Keras since TensorFlow 2"
+)
+_LINEAR, _PROBABILITIES = ("linear", None), ("linear", "softmax", "log_softmax", None)
+_HARMLESS = {  # layers without an effect on a prediction
+    "InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout", "ActivityRegularization",
+    "Softmax", "Reshape",
+}  # fmt: skip
+_WRAPPERS = {"TimeDistributed", "Sequential", "Functional", "Model"}
+_OTHER_KINDS = (
+    (re.compile(r"attention|query_dense|key_dense|multi_head", re.I), "attention"),
+    (re.compile(r"batch_?norm|layer_?norm|gamma$|moving_mean", re.I), "normalisation"),
+    (re.compile(r"conv", re.I), "a convolution"),
+)
+_BACKWARD = re.compile(r"backward|bidirectional", re.I)
+_MAX_LAYERS = 64
+
+
+@dataclass
+class _Group:
+    """The arrays of one layer."""
+
+    path: str
+    arrays: dict[str, Array] = field(default_factory=dict)  # last part of the name, without `:0` -> array
+
+
+def find_keras_roles(
+    arrays: NamedArrays,
+    kind: str,
+    library: str,
+    *,
+    config: Any = None,
+    names: Mapping[str, str] | None = None,
+    order: Sequence[str] = (),
+    tokens: Tokens | None = None,
+) -> ForeignModel:
+    """Return the model whose weights these are.
+
+    Args:
+        arrays: path -> array. Optimizer slots and counters must be left out.
+        kind: of the file, for messages.
+        library: that made it.
+        config: what Keras wrote about the layers, as parsed JSON; None if the file has none.
+        names: path of a group -> the name of its layer, as Keras 3 writes it.
+        order: names of the GRU layers in their order, as the user gives them.
+        tokens: the vocabulary, if the file has it.
+
+    Raises UnsupportedModel if it is another function, InvalidModelFile.
+    """
+    described = list(_layers_of(config)) if config is not None else []
+    _check_config(described)
+    layers: list[ForeignLayer] = []
+    embeddings: list[tuple[str, Array]] = []
+    denses: list[tuple[str, Array, Array | None]] = []
+    bare: list[tuple[str, Array]] = []
+    for group in _groups(arrays):
+        _sort_in(group, layers, embeddings, denses, bare)
+    embedding, dense, bias = _ends(embeddings, denses, bare, layers)
+    order = order or _order_of_config(described, layers, names or {})
+    num_inputs = embedding.shape[1] if embedding is not None else dense.shape[1]
+    ordered = order_layers(layers, num_inputs, int(dense.shape[0]), order)
+    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens)
+
+
+def _groups(arrays: NamedArrays) -> Iterator[_Group]:
+    """Yield the arrays of each layer, in the order of the file."""
+    groups: dict[str, _Group] = {}
+    for path, array in arrays.items():
+        parent, _, leaf = re.sub(r":\d+$", "", path).rpartition("/")
+        groups.setdefault(parent, _Group(parent)).arrays[leaf.lstrip("_")] = array
+    for group in groups.values():
+        if len(group.arrays) > 3 and all(leaf.isdecimal() for leaf in group.arrays):
+            yield from _split(group)  # a list of all variables
+        else:
+            yield group
+
+
+def _split(group: _Group) -> Iterator[_Group]:
+    """Yield the layers whose variables follow one another in a list."""
+    leaves = sorted(group.arrays, key=int)
+    position = 0
+    while position < len(leaves):
+        here = [group.arrays[leaf] for leaf in leaves[position : position + 3]]
+        size = 1
+        if len(here) > 2 and _is_recurrent(here[0], here[1]):
+            size = 3 if here[2].ndim == 1 or here[2].shape[0] == 2 else 2
+        elif len(here) > 1 and here[0].ndim == 2 and here[1].shape == here[0].shape[1:]:
+            size = 2
+        yield _Group(f"{group.path}/{leaves[position]}", {str(i): array for i, array in enumerate(here[:size])})
+        position += size
+
+
+def _is_recurrent(kernel: Array, recurrent: Array) -> bool:
+    """Return whether these can be the kernels of a recurrent layer with 1, 3 or 4 gates."""
+    return (
+        kernel.ndim == 2
+        and recurrent.ndim == 2
+        and kernel.shape[1] == recurrent.shape[1]
+        and recurrent.shape[1] in (recurrent.shape[0], 3 * recurrent.shape[0], 4 * recurrent.shape[0])
+    )
+
+
+def _sort_in(
+    group: _Group,
+    layers: list[ForeignLayer],
+    embeddings: list[tuple[str, Array]],
+    denses: list[tuple[str, Array, Array | None]],
+    bare: list[tuple[str, Array]],
+) -> None:
+    """Add a layer's arrays to those of its kind. Raises UnsupportedModel."""
+    arrays, path = group.arrays, shown(group.path) or "the file"
+    get = arrays.get
+    kernel, recurrent, bias = get("kernel"), get("recurrent_kernel"), get("bias")
+    table = get("embeddings")
+    if all(leaf.isdecimal() for leaf in arrays):
+        listed = [arrays[leaf] for leaf in sorted(arrays, key=int)]
+        if len(listed) >= 2 and _is_recurrent(listed[0], listed[1]):
+            kernel, recurrent = listed[:2]
+            bias = listed[2] if len(listed) > 2 else None
+        elif len(listed) == 2 and listed[0].ndim == 2 and listed[1].ndim == 1:
+            kernel, bias = listed
+        elif len(listed) == 1:
+            bare.append((path, listed[0]))
+            return
+    if recurrent is not None and kernel is not None:
+        if _BACKWARD.search(path):
+            raise UnsupportedModel(
+                f"{path} is bidirectional: a text is generated forwards. Train it without Bidirectional"
+            )
+        layers.append(_gru(path, kernel, recurrent, bias))
+    elif table is not None and len(arrays) == 1 and table.ndim == 2:
+        embeddings.append((path, table))
+    elif kernel is not None and kernel.ndim == 2 and (bias is None or bias.shape == kernel.shape[1:]):
+        if len(arrays) > 1 + (bias is not None):
+            raise UnsupportedModel(f"{path} has weights that are not those of a dense layer; {NEEDED} is needed")
+        denses.append((path, kernel, bias))
+    else:
+        shapes = ", ".join(f"{shown(leaf)} {list(array.shape)}" for leaf, array in list(arrays.items())[:4])
+        name = " ".join([group.path, *arrays])
+        what = next((what for pattern, what in _OTHER_KINDS if pattern.search(name)), "a layer of another kind")
+        raise UnsupportedModel(
+            f"{path} is {what} ({shapes}), which this service's models don't have; {NEEDED} is needed"
+        )
+
+
+def _gru(path: str, kernel: Array, recurrent: Array, bias: Array | None) -> ForeignLayer:
+    """Return a GRU layer. Raises UnsupportedModel for another recurrent layer, InvalidModelFile."""
+    if kernel.ndim != 2 or recurrent.ndim != 2 or recurrent.shape[1] != kernel.shape[1]:
+        raise InvalidModelFile(f"{path}: kernels of the shapes {list(kernel.shape)} and {list(recurrent.shape)}")
+    units = recurrent.shape[0]
+    if recurrent.shape[1] != 3 * units:
+        gates = {units: "a SimpleRNN", 4 * units: "an LSTM"}.get(recurrent.shape[1], "no GRU")
+        raise UnsupportedModel(f"{path} is {gates}; {NEEDED} is needed: train it with GRU layers")
+    if bias is None:
+        raise UnsupportedModel(
+            f"{path} has no bias, so the file doesn't say where its reset gate acts: train it with use_bias=True"
+        )
+    if bias.shape == (3 * units,):
+        raise UnsupportedModel(RESET_BEFORE.format(path))
+    if bias.shape == (6 * units,):  # CuDNNGRU
+        parts = [gate.reshape(units, -1) for gate in np.hsplit(kernel, 3)]
+        recurrent_parts = np.hsplit(recurrent, 3)
+        both = bias.reshape(2, 3 * units)
+        return ForeignLayer(path, np.concatenate(parts), np.concatenate(recurrent_parts), both[0], both[1], "zrn")
+    if bias.shape != (2, 3 * units):
+        raise InvalidModelFile(f"{path}: a bias of the shape {list(bias.shape)}, and {units} units")
+    return ForeignLayer(path, kernel.T, recurrent.T, bias[0], bias[1], "zrn")
+
+
+def _ends(
+    embeddings: list[tuple[str, Array]],
+    denses: list[tuple[str, Array, Array | None]],
+    bare: list[tuple[str, Array]],
+    layers: list[ForeignLayer],
+) -> tuple[Array | None, Array, Array | None]:
+    """Return the embedding (V, E) or None, and kernel (H, V) and bias of the output layer. Raises UnsupportedModel."""
+    # A layer whose only variable is a matrix is an embedding, or a dense layer without a bias.
+    for path, array in bare:
+        if array.ndim != 2:
+            raise UnsupportedModel(f"{path} is a layer of another kind ({list(array.shape)}); {NEEDED} is needed")
+        if not embeddings and (denses or any(array.shape[1] == layer.num_inputs for layer in layers)):
+            embeddings.append((path, array))
+        else:
+            denses.append((path, array, None))
+    if len(embeddings) > 1 or len(denses) > 1:
+        extra = [path for path, *_ in (embeddings if len(embeddings) > 1 else denses)]
+        what = "embeddings" if len(embeddings) > 1 else "dense layers"
+        raise UnsupportedModel(f"the file has {len(extra)} {what} ({', '.join(extra[:4])}); {NEEDED} is needed")
+    embedding = embeddings[0][1] if embeddings else None
+    if denses:
+        _, dense, bias = denses[0]
+    elif embedding is not None and layers and embedding.shape[1] == layers[-1].num_units:
+        dense, bias = embedding.T, None  # tied
+    else:
+        raise UnsupportedModel(f"the file has no output layer; {NEEDED} is needed")
+    if embedding is not None and embedding.shape[0] != dense.shape[1]:
+        raise UnsupportedModel(
+            f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[1]}: both "
+            "must know the same "
+            "characters"
+        )
+    return embedding, dense, bias
+
+
+# The config
+
+
+def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield class and config of each layer, in order. Layers inside wrappers follow these. Raises UnsupportedModel."""
+    if depth > 8 or not isinstance(config, dict):
+        return
+    kind, inner = config.get("class_name"), config.get("config")
+    layers = inner if isinstance(inner, list) else inner.get("layers") if isinstance(inner, dict) else None
+    if isinstance(layers, list):
+        if len(layers) > _MAX_LAYERS:
+            raise UnsupportedModel(f"the model has {len(layers)} layers; {NEEDED} is needed")
+        for layer in layers:
+            yield from _layers_of(layer, depth + 1)
+    elif isinstance(kind, str) and isinstance(inner, dict):
+        if depth == 0:
+            return  # a class of the user's own: its layers are known by their weights only
+        yield kind, inner
+        if isinstance(inner.get("layer"), dict):
+            yield from _layers_of(inner["layer"], depth + 1)
+
+
+def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
+    """Raise UnsupportedModel if a layer computes what our models don't."""
+    for kind, config in described:
+        name = shown(str(config.get("name", kind)))
+        if kind in _HARMLESS or kind in _WRAPPERS:
+            continue
+        if kind in ("GRU", "CuDNNGRU"):
+            _check_gru(name, kind, config)
+        elif kind == "Embedding":
+            continue
+        elif kind in ("Dense", "Activation"):
+            if _activation(config.get("activation")) not in _PROBABILITIES:
+                raise UnsupportedModel(
+                    f"{name} has the activation {shown(str(_activation(config.get('activation'))))}: "
+                    "the output layer must "
+                    "be linear, or end in softmax"
+                )
+        else:
+            what = {"LSTM": "an LSTM", "SimpleRNN": "a SimpleRNN", "CuDNNLSTM": "an LSTM"}.get(
+                kind, f"of the kind {shown(kind)}"
+            )
+            raise UnsupportedModel(f"the layer {name} is {what}; {NEEDED} is needed: train it with such layers")
+
+
+def _check_gru(name: str, kind: str, config: Mapping[str, Any]) -> None:
+    if kind == "GRU" and config.get("reset_after") is False:
+        raise UnsupportedModel(RESET_BEFORE.format(name))
+    if config.get("go_backwards"):
+        raise UnsupportedModel(
+            f"{name} reads backwards: a text is generated forwards. Train it with go_backwards=False"
+        )
+    expected = {"activation": "tanh", "recurrent_activation": "sigmoid"}
+    for key, value in expected.items():
+        found = _activation(config[key]) if key in config else value
+        if found != value:
+            raise UnsupportedModel(f"{name} has {key}={shown(str(found))}: train it with {key}={value!r}")
+
+
+def _activation(value: Any) -> str | None:
+    """Return the name of an activation, which newer versions write as an object."""
+    if isinstance(value, dict):
+        inner = value.get("config")
+        value = inner if isinstance(inner, str) else value.get("class_name")
+    return None if value is None else str(value).lower()
+
+
+def _order_of_config(
+    described: list[tuple[str, dict[str, Any]]], layers: Sequence[ForeignLayer], names: Mapping[str, str]
+) -> list[str]:
+    """Return the names of the GRU layers in the order of the config, as the file has them; none if it isn't known."""
+    if len(layers) < 2:
+        return []
+    order: list[str] = []
+    counts: dict[str, int] = defaultdict(int)
+    for kind, config in described:
+        if kind not in ("GRU", "CuDNNGRU"):
+            continue
+        snake = "gru" if kind == "GRU" else "cu_dnngru"  # how Keras 3 numbers the groups of a container
+        numbered = f"{snake}_{counts[snake]}" if counts[snake] else snake
+        counts[snake] += 1
+        name = str(config.get("name"))
+        matching = [
+            layer.name
+            for layer in layers
+            if name in (names.get(layer.name), names.get(layer.name.removesuffix("/cell/vars") + "/vars"))
+        ]
+        matching = matching or [layer.name for layer in layers if name in layer.name.split("/")]
+        matching = matching or [layer.name for layer in layers if numbered in layer.name.split("/")]
+        if len(matching) != 1:
+            return []
+        order.append(matching[0])
+    return order if len(set(order)) == len(layers) else []

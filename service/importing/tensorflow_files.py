@@ -1,0 +1,140 @@
+"""TensorFlow checkpoints and SavedModels. Of a SavedModel's graph only constants are read: the vocabulary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from service.errors import InvalidModelFile
+from service.importing.foreign import ForeignModel, Tokens, shown
+from service.importing.keras_roles import find_keras_roles
+from service.importing.protobuf import Message, text_of
+from service.importing.tensor_bundle import INDEX, data_files, read_bundle
+from service.importing.vocabulary import is_plausible
+from service.model.charset import MAX_CHARSET
+
+GRAPH, VARIABLES = "saved_model.pb", "variables/variables"
+_LATEST = "checkpoint"  # a file that names the newest checkpoint of a folder
+_MAX_GRAPH_BYTES = 256 << 20
+_MAX_CANDIDATES = 256
+_MAX_TOKEN_BYTES = 64
+_NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api/", "save_counter", "metrics/")
+_VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+_STRING, _INT64 = 7, 9  # DataType
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """Return the path without `.index` of the checkpoint that a path means; None if it means none.
+
+    A path means a checkpoint by its name without an ending, by one of its files, or by the folder that has it.
+    """
+    name = path.name
+    for stem in (name, name.removesuffix(INDEX), re.sub(r"\.data-\d{5}-of-\d{5}$", "", name)):
+        if stem and path.with_name(stem + INDEX).is_file():
+            return path.with_name(stem)
+    if not path.is_dir() or (path / GRAPH).exists():
+        return None
+    latest = path / _LATEST
+    if latest.is_file():
+        with latest.open("rb") as file:
+            match = re.search(rb'^model_checkpoint_path: "([^"\n]{1,400})"', file.read(4096), re.MULTILINE)
+        # The path is where it was written; the file is here now.
+        stem = match[1].decode("utf-8", "replace").rpartition("/")[2] if match else ""
+        if stem and (path / (stem + INDEX)).is_file():
+            return path / stem
+    found = sorted(path.glob("*" + INDEX))
+    if len(found) > 1:
+        raise InvalidModelFile(
+            f"{shown(name)} has {len(found)} checkpoints: name one of them, such as {shown(found[-1].name)}"
+        )
+    return found[0].with_name(found[0].name.removesuffix(INDEX)) if found else None
+
+
+def checkpoint_files(prefix: Path) -> list[Path]:
+    """Return the files of a checkpoint. Raises InvalidModelFile, OSError."""
+    return [prefix.with_name(prefix.name + INDEX), *data_files(prefix)]
+
+
+def read_checkpoint(prefix: Path, order: Sequence[str]) -> ForeignModel:
+    """Read a checkpoint by its path without `.index`. Raises InvalidModelFile, UnsupportedModel."""
+    return _model_of(prefix, "TensorFlow checkpoint", order)
+
+
+def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
+    """Read a SavedModel. Raises InvalidModelFile, UnsupportedModel."""
+    model = _model_of(folder / VARIABLES, "TensorFlow SavedModel", order)
+    path = folder / GRAPH
+    if path.stat().st_size > _MAX_GRAPH_BYTES:
+        raise InvalidModelFile(f"{shown(path.name)} is larger than the graph of any model")
+    tokens = _vocabulary(Message(memoryview(path.read_bytes())), model.vocab_size)
+    return model.with_tokens(tokens)
+
+
+def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
+    arrays = read_bundle(prefix, _NOT_THE_MODEL)
+    named = {key.removesuffix(_VALUE): array for key, array in arrays.items()}
+    if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times
+        named = {key: array for key, array in named.items() if key.startswith("variables/")}
+    return find_keras_roles(named, kind, "tensorflow", order=order)
+
+
+def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
+    """Return the vocabulary of the StringLookup layers of a graph, with None for the rows that it doesn't number.
+
+    A table's keys and values are two constants of one length: characters, and the ids from 1, or from 2 after padding.
+    """
+    texts: list[Tokens] = []
+    firsts: dict[int, set[int]] = {}  # how many ids follow one another -> the first of them
+    for count, constant in enumerate(_constants(graph)):
+        if count >= _MAX_CANDIDATES:
+            break
+        if isinstance(constant, tuple):
+            texts.append(constant)
+        elif len(constant) > 1 and (np.diff(constant) == 1).all():
+            firsts.setdefault(len(constant), set()).add(int(constant[0]))
+    for tokens in texts:
+        first = firsts.get(len(tokens), set())
+        if len(first) == 1 and 0 <= min(first) <= num_rows - len(tokens):
+            before = min(first)
+            tokens = (None,) * before + tokens + (None,) * (num_rows - len(tokens) - before)
+        if is_plausible(tokens, num_rows):
+            return tokens
+    return None
+
+
+def _constants(graph: Message) -> Iterator[Tokens | np.ndarray]:
+    """Yield the constants of a graph and its functions that are lists of texts or of integers."""
+    for meta in graph.messages(2):
+        definition = meta.message(2)
+        for node in definition.messages(1):
+            yield from _constant(node)
+        for function in definition.message(2).messages(1):
+            for node in function.messages(3):
+                yield from _constant(node)
+
+
+def _constant(node: Message) -> Iterator[Tokens | np.ndarray]:
+    if bytes(node.bytes(2)[:8]) != b"Const":
+        return
+    for attribute in node.messages(5):
+        if bytes(attribute.bytes(1)[:8]) != b"value":
+            continue
+        tensor = attribute.message(2).message(8)
+        dtype = tensor.integer(1)
+        if dtype == _STRING:
+            tokens: list[str | None] = []
+            for item in tensor.all(8):
+                if len(item) > _MAX_TOKEN_BYTES or len(tokens) > MAX_CHARSET + 2:
+                    return
+                tokens.append(text_of(item))
+            if len(tokens) > 1:
+                yield tuple(tokens)
+        elif dtype == _INT64:
+            content = tensor.bytes(4)
+            if len(content) % 8 == 0 and 8 < len(content) <= 8 * (MAX_CHARSET + 2):
+                yield np.frombuffer(content, "<i8")
+            else:
+                yield np.array(tensor.integers(10, MAX_CHARSET + 2), np.int64)

@@ -1,0 +1,163 @@
+"""Keras files: what is imported computes what Keras computes; everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.errors import InvalidModelFile, UnsupportedModel
+from service.importing.detection import read_foreign
+from tests.harness.foreign_models import (
+    CHARSET,
+    UNITS,
+    Array,
+    imported_log_probs,
+    keras_config,
+    keras_log_probs,
+    keras_weights,
+    legacy,
+    sequential,
+    subclassed,
+    write_hdf5,
+    write_keras,
+)
+
+IDS = np.random.default_rng(1).integers(0, len(CHARSET), 40)
+
+
+def same(path: Path, weights: Any, order: tuple[str, ...] = ()) -> None:
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET, order)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_keras__every_kind_of_file_gives_what_keras_computes(tmp_path: Path, num_layers: int) -> None:
+    weights = keras_weights(num_layers)
+    same(write_hdf5(tmp_path / "a.weights.h5", sequential(weights)), weights)
+    names = tuple(f"rnn{index}" for index in range(1, num_layers + 1))
+    same(write_hdf5(tmp_path / "b.weights.h5", subclassed(weights, names)), weights)
+    # The names of the layers contradict their order, which only the config tells.
+    config = keras_config(num_layers)
+    attributes = {"model_config": json.dumps(config), "keras_version": "2.15.0"}
+    same(write_hdf5(tmp_path / "c.h5", legacy(weights), attributes), weights)
+    same(write_hdf5(tmp_path / "d.h5", legacy(weights), {"model_config": json.dumps(config).encode()}), weights)
+    same(write_keras(tmp_path / "e.keras", sequential(weights), config), weights)
+
+
+def test_keras__a_list_of_all_variables_is_divided_into_layers(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    arrays = [weights.embedding, *weights.grus[0], *weights.grus[1], weights.dense, weights.bias]
+    same(write_hdf5(tmp_path / "m.h5", {f"vars/{index}": array for index, array in enumerate(arrays)}), weights)
+
+
+def test_keras__order_of_equal_layers_is_asked_for_where_names_have_no_numbers(tmp_path: Path) -> None:
+    weights = keras_weights(2, dim=UNITS)
+    path = write_hdf5(tmp_path / "m.weights.h5", subclassed(weights, ("upper", "lower")))
+    with pytest.raises(UnsupportedModel, match="--layers-from lower/cell/vars,upper/cell/vars"):
+        read_foreign(path)
+    same(path, weights, ("upper", "lower"))
+    with pytest.raises(UnsupportedModel, match="doesn't name each GRU layer once"):
+        read_foreign(path, ("upper", "middle"))
+
+
+def test_keras__cudnn_gru_is_the_same_function(tmp_path: Path) -> None:
+    weights = keras_weights()
+    ((kernel, recurrent, bias),) = weights.grus
+    # As Keras converts between the two: each gate's kernel keeps its numbers and its shape, and changes its layout.
+    parts = [gate.T.reshape(gate.shape) for gate in np.hsplit(kernel, 3)]
+    arrays = legacy(weights)
+    stem = "model_weights/layer_b/layer_b/gru_cell/"
+    arrays[stem + "kernel:0"] = np.hstack(parts)
+    arrays[stem + "recurrent_kernel:0"] = np.hstack([gate.T for gate in np.hsplit(recurrent, 3)])
+    arrays[stem + "bias:0"] = bias.reshape(-1)
+    same(write_hdf5(tmp_path / "m.h5", arrays), weights)
+
+
+def test_keras__tied_embedding_and_output_without_bias(tmp_path: Path) -> None:
+    weights = keras_weights(dim=UNITS)
+    weights.dense, weights.bias = weights.embedding.T, np.zeros_like(weights.bias)
+    arrays = {path: array for path, array in subclassed(weights).items() if not path.startswith("head")}
+    same(write_hdf5(tmp_path / "m.weights.h5", arrays), weights)
+
+
+def test_keras__unknown_and_padding_rows_are_left_out_as_if_masked(tmp_path: Path) -> None:
+    weights = keras_weights(vocab=len(CHARSET) + 1)
+    path = write_hdf5(tmp_path / "m.weights.h5", subclassed(weights))
+    masked = keras_log_probs(weights, IDS + 1)[:, 1:]
+    masked -= np.log(np.exp(masked).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), masked, atol=2e-6)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "reset_before": ({"reset_after": False}, "reset_after=False.*reset_after=True"),
+    "backwards": ({"go_backwards": True}, "reads backwards"),
+    "relu": ({"activation": "relu"}, "activation=relu: train it with activation='tanh'"),
+    "hard_sigmoid": ({"recurrent_activation": "hard_sigmoid"}, "recurrent_activation=hard_sigmoid"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_keras__another_function_is_refused_by_its_config(tmp_path: Path, name: str) -> None:
+    changes, message = REFUSED[name]
+    path = write_keras(tmp_path / "m.keras", sequential(keras_weights()), keras_config(**changes))
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(path)
+
+
+OTHER_LAYERS: dict[str, tuple[dict[str, Any], str]] = {
+    "LSTM": ({"class_name": "LSTM", "config": {"name": "l"}}, "the layer l is an LSTM"),
+    "Bidirectional": (
+        {"class_name": "Bidirectional", "config": {"name": "b", "layer": {"class_name": "GRU", "config": {}}}},
+        "Bidirectional",
+    ),
+    "LayerNormalization": ({"class_name": "LayerNormalization", "config": {"name": "n"}}, "LayerNormalization"),
+    "MultiHeadAttention": ({"class_name": "MultiHeadAttention", "config": {"name": "a"}}, "MultiHeadAttention"),
+    "Dense": ({"class_name": "Dense", "config": {"name": "d", "activation": "relu"}}, "activation relu"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYERS)
+def test_keras__other_layers_are_refused_by_the_config(tmp_path: Path, name: str) -> None:
+    layer, message = OTHER_LAYERS[name]
+    config = keras_config()
+    config["config"]["layers"].insert(2, layer)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write_keras(tmp_path / "m.keras", sequential(keras_weights()), config))
+
+
+def normal(*shape: int) -> Array:
+    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+
+WEIGHTS_ONLY: dict[str, tuple[dict[str, Array | None], str]] = {
+    "reset_before": ({"gru/cell/vars/2": normal(3 * UNITS)}, "reset_after=False"),
+    "lstm": ({"gru/cell/vars/0": normal(5, 4 * UNITS), "gru/cell/vars/1": normal(UNITS, 4 * UNITS)}, "an LSTM"),
+    "rnn": ({"gru/cell/vars/0": normal(5, UNITS), "gru/cell/vars/1": normal(UNITS, UNITS)}, "a SimpleRNN"),
+    "norm": ({"norm/gamma": normal(UNITS), "norm/beta": normal(UNITS)}, "norm is normalisation"),
+    "attention": ({"mha/query_dense/vars/0": normal(UNITS, 2, 3)}, "attention|another kind"),
+    "dense": ({"extra/vars/0": normal(UNITS, UNITS), "extra/vars/1": normal(UNITS)}, "2 dense layers"),
+    "no_bias": ({"gru/cell/vars/2": None}, "use_bias=True"),
+    "no_output": ({"head/vars/0": None, "head/vars/1": None}, "no output layer"),
+    "sizes": ({"gru/cell/vars/0": normal(9, 3 * UNITS)}, "don't fit together"),
+    "rows": ({"table/vars/0": normal(20, 5)}, "embedding has 20 rows"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ONLY)
+def test_keras__another_function_is_refused_by_its_weights(tmp_path: Path, name: str) -> None:
+    changes, message = WEIGHTS_ONLY[name]
+    arrays = {key: array for key, array in (subclassed(keras_weights()) | changes).items() if array is not None}
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write_hdf5(tmp_path / "m.weights.h5", arrays))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("path", ["table/vars/0", "gru/cell/vars/1", "gru/cell/vars/2", "head/vars/0", "head/vars/1"])
+def test_keras__numbers_that_are_not_finite_are_refused(tmp_path: Path, path: str, value: float) -> None:
+    arrays = subclassed(keras_weights())
+    arrays[path].flat[-1] = value
+    with pytest.raises(InvalidModelFile, match="not finite"):
+        imported_log_probs(write_hdf5(tmp_path / "m.weights.h5", arrays), CHARSET)

@@ -1,0 +1,180 @@
+"""ONNX files: what is imported computes what was written; everything else is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.errors import InvalidModelFile, UnsupportedModel
+from service.importing.detection import read_foreign
+from service.importing.protobuf import field
+from tests.harness.foreign_models import (
+    CHARSET,
+    UNITS,
+    Array,
+    KerasWeights,
+    imported_log_probs,
+    keras_log_probs,
+    keras_weights,
+)
+
+IDS = np.random.default_rng(1).integers(0, len(CHARSET), 40)
+
+
+def node(op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: int | str | list[int]) -> bytes:
+    """A node of a graph, as the field of the graph."""
+    body = b"".join(field(1, name) for name in inputs) + b"".join(field(2, name) for name in outputs) + field(4, op)
+    for name, value in attributes.items():
+        if isinstance(value, int):
+            content = field(3, value)
+        elif isinstance(value, str):
+            content = field(4, value)
+        else:
+            content = b"".join(field(8, one) for one in value)
+        body += field(5, field(1, name) + content)
+    return field(1, body)
+
+
+def tensor(name: str, array: Array, *, external: tuple[str, int] | None = None, packed: bool = False) -> bytes:
+    """A constant of a graph, as the field of the graph."""
+    kind = {"f4": 1, "f8": 11, "f2": 10, "i8": 7}[array.dtype.str[1:]]
+    body = b"".join(field(1, length) for length in array.shape) + field(2, kind) + field(8, name)
+    if external is not None:
+        for key, value in (("location", external[0]), ("offset", str(external[1])), ("length", str(array.nbytes))):
+            body += field(13, field(1, key) + field(2, value))
+        return field(5, body + field(14, 1))
+    return field(5, body + field(4 if packed else 9, np.ascontiguousarray(array).tobytes()))
+
+
+def graph(weights: KerasWeights, make: Callable[..., bytes] = tensor, **gru: int | str) -> list[bytes]:
+    """The parts of a graph as the exporter of PyTorch writes them; the weights are those of a Keras model."""
+    attributes = {"hidden_size": UNITS, "linear_before_reset": 1} | gru
+    parts = [make("emb", weights.embedding), node("Gather", ["emb", "ids"], ["e"]), node("Transpose", ["e"], ["x0"])]
+    for index, (kernel, recurrent, bias) in enumerate(weights.grus):
+        arrays = {"W": kernel.T[None], "R": recurrent.T[None], "B": bias.reshape(1, -1)}
+        parts += [make(f"{name}{index}", array) for name, array in arrays.items()]
+        inputs = [f"x{index}", *(f"{name}{index}" for name in arrays), "", "state"]
+        parts += [node("GRU", inputs, [f"y{index}", f"h{index}"], **attributes)]
+        parts += [node("Squeeze", [f"y{index}"], [f"x{index + 1}"], axes=[1])]
+    parts += [make("w", weights.dense), make("b", weights.bias)]
+    parts += [node("MatMul", [f"x{len(weights.grus)}", "w"], ["product"]), node("Add", ["b", "product"], ["sum"])]
+    return [*parts, node("Transpose", ["sum"], ["logits"])]
+
+
+OUTPUTS = field(12, field(1, "logits")) + field(12, field(1, "h0"))
+
+
+def write(path: Path, parts: Sequence[bytes], outputs: bytes = OUTPUTS, metadata: bytes = b"") -> Path:
+    model = field(1, 9) + field(2, "pytorch") + field(3, "2.13.0") + field(7, b"".join(parts) + outputs)
+    path.write_bytes(model + metadata)
+    return path
+
+
+def same(path: Path, weights: KerasWeights, charset: str | None = CHARSET) -> None:
+    np.testing.assert_allclose(imported_log_probs(path, charset)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_onnx__gives_what_its_graph_computes(tmp_path: Path, num_layers: int) -> None:
+    weights = keras_weights(num_layers)
+    metadata = field(14, field(1, "chars") + field(2, CHARSET))
+    same(write(tmp_path / "a.onnx", graph(weights), metadata=metadata), weights, None)
+    packed = graph(weights, lambda name, array: tensor(name, array, packed=True))
+    packed += [node("LogSoftmax", ["logits"], ["p"])]
+    same(write(tmp_path / "b.onnx", packed, field(12, field(1, "p"))), weights)
+
+
+def test_onnx__weights_that_the_graph_computes_from_constants(tmp_path: Path) -> None:
+    weights = keras_weights()
+    ((kernel, _, _),) = weights.grus
+    z, r, h = np.split(kernel.T, 3)
+    parts = [one for one in graph(weights) if b"W0" not in one or b"GRU" in one]
+    parts = [one for one in parts if not one.endswith(tensor("w", weights.dense)[-20:])]
+    names = {
+        "starts": np.array([0]),
+        "middle": np.array([UNITS]),
+        "two": np.array([2 * UNITS]),
+        "end": np.array([9999]),
+    }
+    parts += [tensor("rzn", np.concatenate((r, z, h))), tensor("axis", np.array([0]))]
+    parts += [tensor(name, value) for name, value in names.items()]
+    parts += [
+        node("Slice", ["rzn", "starts", "middle", "axis"], ["r"]),
+        node("Slice", ["rzn", "middle", "two", "axis"], ["z"]),
+        node("Slice", ["rzn", "two", "end", "axis"], ["n"]),
+        node("Concat", ["z", "r", "n"], ["zrn"], axis=0),
+        node("Unsqueeze", ["zrn", "axis"], ["W0"]),
+        tensor("wt", weights.dense.T),
+        node("Transpose", ["wt"], ["w"], perm=[1, 0]),
+    ]
+    same(write(tmp_path / "a.onnx", parts), weights)
+
+
+def test_onnx__gemm_one_hot_and_weights_beside_the_file(tmp_path: Path) -> None:
+    weights = keras_weights(dim=len(CHARSET))
+    weights.embedding = np.eye(len(CHARSET), dtype=np.float32)
+    parts = [one for one in graph(weights) if b"MatMul" not in one and b"Add" not in one and b"Gather" not in one]
+    parts += [node("Gemm", ["x1", "w", "b"], ["sum"]), tensor("values", np.array([0.0, 1.0]))]
+    parts += [node("OneHot", ["ids", "depth", "values"], ["e"])]
+    same(write(tmp_path / "a.onnx", parts), weights)
+    data = bytearray()
+
+    def beside(name: str, array: Array) -> bytes:
+        offset = len(data)
+        data.extend(np.ascontiguousarray(array).tobytes())
+        return tensor(name, array, external=("b.onnx.data", offset))
+
+    weights = keras_weights(2)
+    path = write(tmp_path / "b.onnx", graph(weights, beside))
+    with pytest.raises(InvalidModelFile, match="can't read"):
+        read_foreign(path)
+    (tmp_path / "b.onnx.data").write_bytes(data)
+    same(path, weights)
+    (tmp_path / "b.onnx.data").write_bytes(data[:-4])
+    with pytest.raises(InvalidModelFile, match=r"beyond the end of b\.onnx\.data"):
+        read_foreign(path)
+
+
+@pytest.mark.parametrize("place", ["../secret", "/etc/passwd", "a/b", "..", ""])
+def test_onnx__weights_elsewhere_are_never_opened(tmp_path: Path, place: str) -> None:
+    parts = graph(keras_weights(), lambda name, array: tensor(name, array, external=(place, 0)))
+    with pytest.raises(InvalidModelFile, match="only from beside the file"):
+        read_foreign(write(tmp_path / "a.onnx", parts))
+
+
+def replaced(parts: list[bytes], old: bytes, *new: bytes) -> list[bytes]:
+    found = [one for one in parts if old in one]
+    assert len(found) == 1
+    return [*(one for one in parts if one is not found[0]), *new]
+
+
+PARTS = graph(keras_weights())
+GRU = ["x0", "W0", "R0", "B0", "", "state"]
+REFUSED: dict[str, tuple[list[bytes], str]] = {
+    "reset_before": (graph(keras_weights(), linear_before_reset=0), "linear_before_reset=0"),
+    "reverse": (graph(keras_weights(), direction="reverse"), "is reverse"),
+    "bidirectional": (graph(keras_weights(), direction="bidirectional"), "is bidirectional"),
+    "lstm": (replaced(PARTS, b"GRU", node("LSTM", GRU, ["y0"])), "an LSTM node"),
+    "no_gru": (replaced(PARTS, b"GRU"), "no GRU node"),
+    "relu": (
+        replaced(PARTS, b"MatMul", node("Relu", ["x1"], ["q"]), node("MatMul", ["q", "w"], ["product"])),
+        "Relu precedes the output layer",
+    ),
+    "norm": (replaced(PARTS, b"Gather", node("LayerNormalization", ["emb", "ids"], ["e"])), "LayerNormalization"),
+    "residual": (replaced(PARTS, b"Add", node("Add", ["x1", "product"], ["sum"])), "adds two layers"),
+    "learnt": (
+        [*replaced(PARTS, b"GRU", node("GRU", [*GRU[:5], "h"], ["y0", "h0"], linear_before_reset=1)),
+         tensor("h", np.ones((1, 1, UNITS), np.float32))],
+        "an initial state that was learnt",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_onnx__another_function_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    parts, message = REFUSED[name]
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write(tmp_path / "a.onnx", parts))

@@ -1,0 +1,250 @@
+"""PyTorch files: what is imported computes what PyTorch computes; everything else is refused by name."""
+
+from __future__ import annotations
+
+import string
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from service.errors import InvalidModelFile, UnsupportedModel
+from service.importing.detection import read_foreign
+from tests.harness.foreign_models import CHARSET, DIM, UNITS, imported_log_probs
+
+IDS = np.random.default_rng(1).integers(0, len(CHARSET), 40)
+V = len(CHARSET)
+
+
+class Net(nn.Module):
+    """A character model as people write it."""
+
+    def __init__(self, num_layers: int = 1, dim: int = DIM, *, bias: bool = True, tied: bool = False, vocab: int = V):
+        super().__init__()
+        torch.manual_seed(num_layers)
+        self.lookup = nn.Embedding(vocab, dim)
+        self.recur = nn.GRU(dim, UNITS, num_layers, dropout=0.1 if num_layers > 1 else 0.0)
+        self.drop = nn.Dropout(0.5)
+        self.to_chars = nn.Linear(UNITS, vocab, bias=bias)
+        if tied:
+            self.to_chars.weight = self.lookup.weight
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, 0, 0.6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        states: Tensor = self.recur(self.lookup(ids))[0]
+        return torch.log_softmax(self.to_chars(self.drop(states)), -1)
+
+
+class OneHot(nn.Module):
+    """A model that reads one-hot vectors, with cells instead of layers."""
+
+    def __init__(self, units: int = UNITS) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.cell = nn.GRUCell(V, units)
+        self.fc = nn.Linear(units, V)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden, out = torch.zeros(self.cell.hidden_size), []
+        for vector in torch.eye(V)[ids]:
+            hidden = self.cell(vector, hidden)
+            out.append(torch.log_softmax(self.fc(hidden), -1))
+        return torch.stack(out)
+
+
+def same(path: Path, net: nn.Module, charset: str | None = CHARSET, order: tuple[str, ...] = ()) -> None:
+    net.eval()
+    with torch.no_grad():
+        expected = net(torch.from_numpy(IDS)).numpy()
+    np.testing.assert_allclose(imported_log_probs(path, charset, order)(IDS), expected, atol=3e-6)
+
+
+def saved(path: Path, value: Any, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+@pytest.mark.parametrize("dim", [DIM, UNITS])
+def test_torch__every_kind_of_file_gives_what_torch_computes(tmp_path: Path, num_layers: int, dim: int) -> None:
+    net = Net(num_layers, dim)
+    state = net.state_dict()
+    same(saved(tmp_path / "a.pt", state), net)
+    same(saved(tmp_path / "b.pt", net), net)
+    same(saved(tmp_path / "c.pt", state, _use_new_zipfile_serialization=False), net)
+    same(saved(tmp_path / "d.pt", net, _use_new_zipfile_serialization=False), net)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.from_numpy(IDS)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "epoch": 3,
+        "optimizer": optimizer.state_dict(),
+        "model_state": net.state_dict(),
+        "loss": np.float64(1),
+    }
+    same(saved(tmp_path / "e.pt", checkpoint), net)
+    prefixed = {f"module._orig_mod.{name}": tensor for name, tensor in net.state_dict().items()}
+    same(saved(tmp_path / "f.pt", prefixed), net)
+    save_file({name: tensor.contiguous() for name, tensor in net.state_dict().items()}, tmp_path / "g.safetensors")
+    same(tmp_path / "g.safetensors", net)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_torch__tied_embeddings(tmp_path: Path, bias: bool) -> None:
+    net = Net(dim=UNITS, tied=True, bias=bias)
+    same(saved(tmp_path / "a.pt", net.state_dict()), net)
+    same(saved(tmp_path / "b.pt", net), net)
+    state = net.state_dict()
+    del state["to_chars.weight"]  # as safetensors stores shared tensors: once
+    save_file(state, tmp_path / "c.safetensors")
+    same(tmp_path / "c.safetensors", net)
+
+
+def test_torch__output_without_bias_is_told_from_an_embedding_of_the_same_shape(tmp_path: Path) -> None:
+    net = Net(dim=UNITS, bias=False)
+    same(saved(tmp_path / "module.pt", net), net)  # by its class
+    renamed = {name.replace("lookup", "emb").replace("to_chars", "fc"): one for name, one in net.state_dict().items()}
+    same(saved(tmp_path / "names.pt", renamed), net)
+    unclear = {name.replace("lookup", "a").replace("to_chars", "b"): one for name, one in net.state_dict().items()}
+    with pytest.raises(UnsupportedModel, match="which of a and b is the embedding"):
+        read_foreign(saved(tmp_path / "unclear.pt", unclear))
+
+
+@pytest.mark.parametrize("units", [2, UNITS])
+def test_torch__one_hot_inputs_and_cells(tmp_path: Path, units: int) -> None:
+    net = OneHot(units)
+    same(saved(tmp_path / "a.pt", net.state_dict()), net)
+    same(saved(tmp_path / "b.pt", net), net)
+
+
+def test_torch__several_gru_modules_compute_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    net = Net(2, UNITS)
+    state = net.state_dict()
+    split = {
+        name.replace("recur", f"rnn{name[-1]}").replace("_l1", "_l0") if name.startswith("recur") else name: tensor
+        for name, tensor in reversed(state.items())
+    }
+    same(saved(tmp_path / "a.pt", split), net)
+    named = {name.replace("rnn0", "first").replace("rnn1", "last"): tensor for name, tensor in split.items()}
+    same(saved(tmp_path / "b.pt", named), net, order=("first", "last"))
+    with pytest.raises(UnsupportedModel, match="--layers-from"):
+        read_foreign(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_torch__other_precisions_are_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    net = Net()
+    state = {name: tensor.to(dtype) for name, tensor in net.state_dict().items()}
+    net.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    same(saved(tmp_path / "a.pt", state), net)
+    save_file(state, tmp_path / "b.safetensors")
+    same(tmp_path / "b.safetensors", net)
+
+
+def test_torch__transposed_and_sliced_tensors_are_read_by_their_strides(tmp_path: Path) -> None:
+    net = Net()
+    state = net.state_dict()
+    state["lookup.weight"] = state["lookup.weight"].T.contiguous().T
+    state["to_chars.weight"] = torch.cat([torch.ones(2, UNITS), state["to_chars.weight"]])[2:]
+    same(saved(tmp_path / "a.pt", state), net)
+
+
+VOCABULARIES: dict[str, Any] = {
+    "chars": CHARSET,
+    "vocab": list(CHARSET),
+    "char2idx": {char: index for index, char in enumerate(CHARSET)},
+    "idx2char": dict(enumerate(CHARSET)),
+    "tuple_of_chars": tuple(CHARSET),
+}
+
+
+@pytest.mark.parametrize("key", VOCABULARIES)
+def test_torch__vocabulary_is_taken_from_the_checkpoint(tmp_path: Path, key: str) -> None:
+    net = Net()
+    other = {"args": {"names": ["x", "y"]}, "letters_seen": 7, "numbers": list(range(V))}
+    same(saved(tmp_path / "a.pt", {"net": net.state_dict(), **other, key: VOCABULARIES[key]}), net, None)
+
+
+def test_torch__vocabulary_of_a_module_and_rows_that_are_no_character(tmp_path: Path) -> None:
+    net = Net(vocab=V + 2)
+    net.stoi = {"<pad>": 0, "<unk>": V + 1} | {char: index + 1 for index, char in enumerate(CHARSET)}  # type: ignore[assignment]
+    net.eval()
+    with torch.no_grad():
+        expected = net(torch.from_numpy(IDS + 1)).numpy()[:, 1:-1]
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    found = imported_log_probs(saved(tmp_path / "a.pt", net))(IDS)
+    np.testing.assert_allclose(found, expected, atol=3e-6)
+
+
+def test_torch__without_a_vocabulary_nothing_is_guessed(tmp_path: Path) -> None:
+    model, _ = read_foreign(saved(tmp_path / "a.pt", Net(vocab=len(string.printable)).state_dict()))
+    assert model.tokens is None
+
+
+def module(**children: nn.Module) -> nn.Module:
+    net = Net()
+    for name, child in children.items():
+        setattr(net, name, child)
+    return net
+
+
+class Attended(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.attn = nn.MultiheadAttention(UNITS, 2)
+
+
+REFUSED: dict[str, tuple[nn.Module, str]] = {
+    "lstm": (module(recur=nn.LSTM(DIM, UNITS)), "LSTM"),
+    "rnn": (module(recur=nn.RNN(DIM, UNITS)), "a plain RNN|of the kind RNN"),
+    "bidirectional": (module(recur=nn.GRU(DIM, UNITS, bidirectional=True)), "bidirectional=False"),
+    "norm": (module(norm=nn.LayerNorm(UNITS)), "normalisation|LayerNorm"),
+    "hidden_layer": (module(middle=nn.Linear(UNITS, UNITS)), "2 linear layers"),
+    "attention": (Attended(), "attention|MultiheadAttention"),
+    "conv": (module(conv=nn.Conv1d(2, 2, 2)), "convolution|Conv1d"),
+    "relu": (module(act=nn.ReLU()), "ReLU"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_torch__another_function_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    net, message = REFUSED[name]
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(saved(tmp_path / "module.pt", net))
+    if name != "relu":  # which has no weights
+        with pytest.raises(UnsupportedModel, match=message):
+            read_foreign(saved(tmp_path / "state.pt", net.state_dict()))
+
+
+def test_torch__learnt_initial_state_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    net.h0 = nn.Parameter(torch.zeros(1, 1, UNITS))
+    with pytest.raises(UnsupportedModel, match="an initial state that was learnt"):
+        read_foreign(saved(tmp_path / "a.pt", net.state_dict()))
+
+
+def test_torch__two_models_in_a_file_are_told_apart_by_name(tmp_path: Path) -> None:
+    one, other = Net(1), Net(2)
+    path = saved(tmp_path / "a.pt", {"best": one.state_dict(), "last": other.state_dict()})
+    with pytest.raises(UnsupportedModel, match=r"2 models \(best, last\)"):
+        read_foreign(path)
+    same(path, other, order=("last",))
+
+
+def test_torch__scripts_and_other_pickles_are_refused(tmp_path: Path) -> None:
+    import pickle
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": [1, 2]}))
+    with pytest.raises(InvalidModelFile, match=r"torch\.save has not written"):
+        read_foreign(tmp_path / "a.pkl")
+    with pytest.raises(InvalidModelFile, match="no tensors"):
+        read_foreign(saved(tmp_path / "b.pt", OrderedDict(a=1)))
+    with pytest.raises(UnsupportedModel, match="no recurrent layer"):
+        read_foreign(saved(tmp_path / "c.pt", nn.Linear(2, 2).state_dict()))
