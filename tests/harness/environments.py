@@ -42,7 +42,11 @@ def environment(source: Path) -> Path:
     folder.mkdir(parents=True)
     if is_python:
         _uv("venv", "--quiet", "--allow-existing", "--python", sys.executable, str(folder))
-        _uv("pip", "install", "--quiet", "--python", str(folder / "bin" / "python"), "-r", str(requirements))
+        # torch's CPU build, where pip finds it too: the default wheel installs several GB of CUDA libraries.
+        torch = os.environ.get("PIP_FIND_LINKS") or f"{os.environ.get('TORCH_INDEX')}/torch"
+        links = ["--find-links", torch] if b"torch==" in content else []
+        python = str(folder / "bin" / "python")
+        _uv("pip", "install", "--quiet", "--exclude-newer", NEWEST, *links, "--python", python, "-r", str(requirements))
     else:
         (folder / "package.json").write_bytes(content)
         npm = [
@@ -67,10 +71,7 @@ def _uv(*words: str) -> None:
         venv.create(folder, clear=True, with_pip=True)
         _install([str(folder / "bin" / "python"), "-m", "pip", "install", "-q", UV], folder)
         finished.touch()
-    # torch's CPU build, where pip finds it too: the default wheel installs several GB of CUDA libraries.
-    torch = os.environ.get("PIP_FIND_LINKS") or f"{os.environ.get('TORCH_INDEX', '')}/torch"
-    newest = ["--exclude-newer", NEWEST, "--find-links", torch] if words[0] == "pip" else []
-    _install([str(executable), *words, *newest], folder)
+    _install([str(executable), *words], folder)
 
 
 def _install(command: list[str], folder: Path) -> None:

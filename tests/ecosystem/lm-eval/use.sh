@@ -4,16 +4,16 @@ cp "$HERE"/*.yaml "$HERE"/*.jsonl .
 export OPENAI_API_KEY="$API_KEY"
 completions="model=$MODEL,base_url=$BASE_URL/completions"
 
-# As its documentation shows it for a server with /tokenize and /tokenizer_info.
-lm_eval run --model local-completions --model_args "$completions,tokenizer_backend=remote,tokenizer=$MODEL" \
+# In its default way, it finds the routes of the server for tokens.
+lm_eval run --model local-completions --model_args "$completions,auth_token=$API_KEY" \
   --tasks play_perplexity,play_answer --include_path . --output_path remote
 
-# With the tokenizer's files, in its default way: prompts are lists of ids.
+# With the files of the tokenizer.
 mkdir tokenizer
 for file in tokenizer.json tokenizer_config.json; do
   curl -sf -H "Authorization: Bearer $API_KEY" "$BASE_URL/models/$MODEL/$file" -o "tokenizer/$file"
 done
-lm_eval run --model local-completions --model_args "$completions,tokenizer=tokenizer" \
+lm_eval run --model local-completions --model_args "$completions,tokenizer_backend=huggingface,tokenizer=tokenizer" \
   --tasks play_perplexity --include_path . --output_path files
 
 lm_eval run --model local-chat-completions --model_args "model=$MODEL,base_url=$BASE_URL/chat/completions" \

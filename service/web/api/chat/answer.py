@@ -22,7 +22,7 @@ class ChatAnswer(CompletionAnswer):
     """The answer to one chat."""
 
     def __init__(self, model: LoadedModel, completion: Completion, template: ChatTemplate) -> None:
-        super().__init__(model, completion)
+        super().__init__(model, completion, states=None)
         # The template decides what the model reads, so it belongs to what has to be equal for equal texts.
         fingerprint = f"{model.fingerprint}_{template.digest[:_FINGERPRINT_CHARS]}"
         self._common_fields |= {

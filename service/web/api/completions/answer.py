@@ -31,9 +31,16 @@ class CompletionAnswer:
     """The answer to one completion, in OpenAI's shape."""
 
     def __init__(
-        self, model: LoadedModel, completion: Completion, states: PortableStates, *, with_ids: bool = False
+        self, model: LoadedModel, completion: Completion, states: PortableStates | None, *, with_ids: bool = False
     ) -> None:
-        """with_ids: Return the ids of prompts and texts too."""
+        """Prepare the answer.
+
+        Args:
+            model: The model that generates it.
+            completion: The continuations.
+            states: Seals the states that the request wants; None if it can't want any.
+            with_ids: Return the ids of prompts and texts too.
+        """
         self._model, self._states = model, states
         self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
         # The fields that are the same in every event of a stream.
@@ -147,6 +154,7 @@ class CompletionAnswer:
         """Return the field with the state after a choice's text; nothing before it is over, or if none is requested."""
         if choice.state is None:
             return ""
+        assert self._states is not None
         sealed = self._states.seal(self._model, *choice.state, choice.handle.request.seed)
         return f', "state": "{sealed}"'
 
