@@ -38,7 +38,7 @@ ALLOWED = {
     "registry": {"engine", "model", "store"},
     "sessions": set(),
     "training": {"model", "store", "__init__"},
-    "exporting": {"importing", "model"},  # the wire format of protocol buffers
+    "exporting": {"importing", "model", "__init__"},  # the wire format of protocol buffers
     "importing": {"model", "store", "__init__"},
     "store": {"model"},
     "engine": {"installation", "model"},

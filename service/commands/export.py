@@ -9,7 +9,6 @@ from typing import IO, Any
 
 import click
 
-from service import __version__
 from service.commands.options import PathOption, model_store_option, open_store
 from service.commands.progress import say, tell
 
@@ -60,7 +59,7 @@ def _write(file: IO[bytes], form: str, artifact: Any) -> None:
     elif form == "onnx":
         from service.exporting.onnx_format import write_onnx
 
-        write_onnx(file, artifact.config, artifact.tensors, __version__)
+        write_onnx(file, artifact.config, artifact.tensors)
     else:
         from service.exporting.keras_format import write_keras
 

@@ -15,6 +15,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from service import __version__
 from service.arrays import Float32
 from service.importing.protobuf import field
 from service.model.artifact import Tensors
@@ -25,8 +26,8 @@ _FLOAT, _INT64 = 1, 7  # TensorProto.DataType
 _ATTRIBUTE_INT, _ATTRIBUTE_INTS = 2, 7  # AttributeProto.AttributeType
 
 
-def write_onnx(file: IO[bytes], config: ModelConfig, tensors: Tensors, version: str) -> None:
-    """Write a model into an empty file. `version` is that of this project."""
+def write_onnx(file: IO[bytes], config: ModelConfig, tensors: Tensors) -> None:
+    """Write a model into an empty file."""
     nodes = [_node("Gather", ["embedding", "ids"], ["embedded"]), _transpose("embedded", "x0")]
     constants = [_tensor("embedding", tensors["embedding.weight"]), _tensor("one", np.array([1], np.int64))]
     states = []
@@ -56,7 +57,7 @@ def write_onnx(file: IO[bytes], config: ModelConfig, tensors: Tensors, version: 
         _node("MatMul", ["states", "dense"], ["product"]),
         _node("Add", ["product", "bias"], ["logits"]),
     ]
-    state = [config.num_layers, "batch", config.num_units]
+    state: list[int | str] = [config.num_layers, "batch", config.num_units]
     graph = b"".join(
         [
             *(field(1, node) for node in nodes),
@@ -69,7 +70,7 @@ def write_onnx(file: IO[bytes], config: ModelConfig, tensors: Tensors, version: 
         ]
     )
     charset = field(1, "charset") + field(2, json.dumps(list(config.charset)))
-    file.write(field(1, _IR_VERSION) + field(2, "gru-serve") + field(3, version))
+    file.write(field(1, _IR_VERSION) + field(2, "gru-serve") + field(3, __version__))
     file.write(field(7, graph) + field(8, field(1, "") + field(2, _OPSET)) + field(14, charset))
 
 

@@ -6,7 +6,7 @@ import mmap
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from service.errors import InvalidModelFile
 from service.importing.foreign import shown
@@ -66,7 +66,7 @@ class Archive:
             raise InvalidModelFile(f"{self._name}: {shown(member)} is incomplete")
         return data
 
-    def copy(self, member: str, target: BinaryIO) -> None:
+    def copy(self, member: str, target: IO[bytes]) -> None:
         """Write a member, which may be as large as the archive, into a file. Raises InvalidModelFile."""
         target.write(self.read(member, self._num_bytes))
 

@@ -85,7 +85,7 @@ def _receive(stream: IO[bytes], num_bytes: int) -> tuple[HDF5 | None, str]:
         if dtype not in _DTYPES or size > num_bytes:
             return None, f"{shown(path)} is larger than the file"
         array = np.empty(shape, dtype)
-        if size and stream.readinto(memoryview(array).cast("B")) != size:  # type: ignore[attr-defined]
+        if size and stream.readinto(array.data.cast("B")) != size:  # type: ignore[attr-defined]
             return None, ""
         arrays[str(path)] = array
     return HDF5(header["attributes"], arrays), ""

@@ -104,9 +104,9 @@ class _Graph:
             raise UnsupportedModel(f"{len(found)} outputs of the graph are those of a dense layer; {NEEDED} is needed")
         dense, bias, name = found[0]
         layers: list[ForeignLayer] = []
-        while (node := self._follow(name)) is not None and node.op == "GRU":
-            layers.append(self._layer(node))
-            name = node.inputs[0]
+        while (source := self._follow(name)) is not None and source.op == "GRU":
+            layers.append(self._layer(source))
+            name = source.inputs[0]
             if len(layers) > len(recurrent):
                 raise InvalidModelFile("the graph goes in circles: the file is damaged")
         if len(layers) != len(recurrent):
@@ -114,7 +114,7 @@ class _Graph:
                 f"{len(recurrent) - len(layers)} GRU nodes don't follow one another; {NEEDED} is needed"
             )
         layers.reverse()
-        embedding = self._embedding(node)
+        embedding = self._embedding(source)
         if embedding is not None and embedding.shape[0] != dense.shape[0]:
             raise UnsupportedModel(
                 f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[0]}: both "
@@ -213,8 +213,8 @@ class _Graph:
             raise InvalidModelFile(f"{name} has weights of the shapes {list(inputs.shape)} and {list(recurrent.shape)}")
         if bias is not None and bias.shape != (1, 6 * units):
             raise InvalidModelFile(f"{name} has a bias of the shape {list(bias.shape)}")
-        halves = (None, None) if bias is None else (bias[0, : 3 * units], bias[0, 3 * units :])
-        return ForeignLayer(name, inputs[0], recurrent[0], *halves, "zrn")
+        of_input, of_recurrent = (None, None) if bias is None else (bias[0, : 3 * units], bias[0, 3 * units :])
+        return ForeignLayer(name, inputs[0], recurrent[0], of_input, of_recurrent, "zrn")
 
     def _embedding(self, node: _Node | None) -> Array | None:
         """Return the table of the node that makes the first layer's input; None if that is one-hot."""

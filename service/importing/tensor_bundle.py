@@ -86,10 +86,9 @@ def _read_index(prefix: Path) -> tuple[int, list[tuple[str, _Entry]]]:
     """Return the number of data files, and the entries by name. Raises InvalidModelFile, OSError."""
     path = prefix.with_name(prefix.name + INDEX)
     name = shown(path.name)
-    with path.open("rb") as file:
-        data = memoryview(file.read(_MAX_INDEX_BYTES + 1))
-    if len(data) > _MAX_INDEX_BYTES:
+    if path.stat().st_size > _MAX_INDEX_BYTES:
         raise InvalidModelFile(f"{name} is larger than the index of any model")
+    data = memoryview(path.read_bytes())
     if len(data) < _FOOTER_BYTES or int.from_bytes(data[-8:], "little") != _TABLE_MAGIC:
         raise InvalidModelFile(f"{name} is not the index of a TensorFlow checkpoint, or is incomplete")
     footer = data[-_FOOTER_BYTES:]

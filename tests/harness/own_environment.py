@@ -8,7 +8,7 @@ import venv
 
 import pytest
 
-INSTALL_S = 120
+INSTALL_S = 300
 
 
 def own_python(cache: pytest.Cache, packages: list[str], *options: str) -> str:
