@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -102,9 +103,15 @@ def use(client: str, server: Place, folder: Path, limit_s: float = USE_S, **vari
         "PATH": paths, "HOME": str(folder), "HERE": str(source), "HOST_URL": base, "BASE_URL": f"{base}/v1",
         "API_KEY": server.key, "MODEL": MODEL,
     }  # fmt: skip
-    done = subprocess.run(
+    process = subprocess.Popen(
         command, cwd=folder, env=inherited | OFFLINE | given | variables, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-8_000:]
-    return done.stdout
+    try:
+        output, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the client, and the processes that it has started
+        output, _ = process.communicate()
+        pytest.fail(f"{client} took more than {limit_s} s: {output[-8_000:]}")
+    assert process.returncode == 0, output[-8_000:]
+    return output
