@@ -152,9 +152,8 @@ class CompletionAnswer:
 
     def _state_of(self, choice: Choice) -> str:
         """Return the field with the state after a choice's text; nothing before it is over, or if none is requested."""
-        if choice.state is None:
+        if choice.state is None or self._states is None:
             return ""
-        assert self._states is not None
         sealed = self._states.seal(self._model, *choice.state, choice.handle.request.seed)
         return f', "state": "{sealed}"'
 
