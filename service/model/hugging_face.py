@@ -1,7 +1,7 @@
 """A model's charset as a tokenizer of Hugging Face's libraries: the files `tokenizer.json` and `tokenizer_config.json`.
 
 They encode and decode every text as `Charset` does, to the same ids: a token is a character of the text in Unicode's
-normal form C. Clients that count or cut texts by tokens, such as lm-evaluation-harness, read them.
+normal form C that the model knows. Clients that count or cut texts by tokens, such as lm-evaluation-harness, read them.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ _NO_TOKEN = "unknown character"  # noqa: S105 - not one character, so no text ha
 def tokenizer(charset: Charset) -> dict[str, Any]:
     """Return the content of `tokenizer.json`, which the library `tokenizers` loads.
 
-    It refuses unknown characters with an error, as `Charset.encode` does unless it is told to fold or drop them.
+    It leaves out unknown characters, as `Charset.encode` does with `drop`: programs that cut texts of their own, like
+    aiperf and guidellm, can't do anything about an error.
     """
-    normal_form: dict[str, Any] = {"type": "NFC"}
-    if replacements := _decompositions(charset):
-        steps = [
-            {"type": "Replace", "pattern": {"String": char}, "content": parts} for char, parts in replacements.items()
-        ]
-        normal_form = {"type": "Sequence", "normalizers": [normal_form, *steps]}
+    steps: list[dict[str, Any]] = [{"type": "NFC"}]
+    steps += [
+        {"type": "Replace", "pattern": {"String": char}, "content": parts}
+        for char, parts in _decompositions(charset).items()
+    ]
+    steps.append({"type": "Replace", "pattern": {"Regex": f"[^{_ranges(charset)}]"}, "content": ""})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": _added_tokens(charset),
-        "normalizer": normal_form,
+        "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": {
             "type": "Split",
             "pattern": {"Regex": r"[\s\S]"},
@@ -84,6 +85,14 @@ def _added_tokens(charset: Charset) -> list[dict[str, Any]]:
         return []
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return [{"id": charset.characters.index(_BOUNDARY), "content": _BOUNDARY} | flags]
+
+
+def _ranges(charset: Charset) -> str:
+    """Return the charset in the way that a bracket expression lists characters, neighbours as one range."""
+    points = set(map(ord, charset.characters))
+    firsts = sorted(point for point in points if point - 1 not in points)
+    lasts = sorted(point for point in points if point + 1 not in points)
+    return "".join(f"\\x{{{first:x}}}-\\x{{{last:x}}}" for first, last in zip(firsts, lasts, strict=True))
 
 
 def _decompositions(charset: Charset) -> dict[str, str]:
