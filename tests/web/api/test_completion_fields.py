@@ -197,7 +197,7 @@ def test_prompts__as_ids_are_answered_as_their_texts(client: FlaskClient, texts:
         ([], "prompt", "out_of_range"),
         ([[1]] * 129, "prompt", "out_of_range"),
         ([1] * 1001, "prompt", "out_of_range"),
-        ([[1], [1] * 1001], "prompt", "out_of_range"),
+        ([[1], [1] * 1001], "prompt[1]", "out_of_range"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -220,7 +220,7 @@ def test_prompt__of_ids_may_be_longer_than_other_lists(client: FlaskClient) -> N
 def test_rate_limit__counts_prompts_of_ids_as_texts() -> None:
     for texts in ("abc", ["abc", "de"]):
         ids = ids_of(texts) if isinstance(texts, str) else list(map(ids_of, texts))
-        costs = [_num_chars({"prompt": prompt, "max_tokens": 100, "n": 2}, 500, 128) for prompt in (texts, ids)]
+        costs = [_num_chars({"prompt": prompt, "max_tokens": 100, "n": 2}, 500, 128, 1024) for prompt in (texts, ids)]
         assert costs[0] == costs[1] > 200
 
 
@@ -302,3 +302,24 @@ def test_session_run__refuses_what_has_no_meaning_there(client: FlaskClient, nam
     session = ok(client.post("/v1/sessions", json={}), 201)["id"]
     body = {"max_tokens": 5, name: 1}
     refused(client.post(f"/v1/sessions/{session}/generate", json=body), 400, "unknown_field", name)
+
+
+@pytest.mark.parametrize("logprobs", [0, 3])
+def test_logprobs__of_no_characters_are_empty_streamed_and_not(client: FlaskClient, logprobs: int) -> None:
+    nothing = {"prompt": ["", "ROMEO:"], "max_tokens": 0, "echo": True, "logprobs": logprobs}
+    (event,) = [one for one in events(client, **nothing) if one["choices"][0]["index"] == 0]
+    whole = choice(client, **nothing)["logprobs"]
+    assert whole == event["choices"][0]["logprobs"]
+    assert whole == {"tokens": [], "token_logprobs": [], "top_logprobs": None, "text_offset": []}
+
+
+def test_prompt__that_folding_makes_too_long_is_named_by_its_place(client: FlaskClient) -> None:
+    long = "a" * 998 + "…"  # an ellipsis is read as three full stops
+    for prompt, path in (
+        (long, "prompt"),
+        (["a", long], "prompt[1]"),
+        ([long], "prompt[0]"),
+        (["a" * 1001], "prompt[0]"),
+    ):
+        body = GOOD | {"prompt": prompt, "unknown_chars": "fold"}
+        refused(client.post("/v1/completions", json=body), 400, "out_of_range", path)

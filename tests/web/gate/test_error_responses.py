@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from flask import Flask
+from flask.testing import FlaskClient
 
 from service import errors
 from service.errors import GruServeError
 from service.web.gate.error_responses import STATUS, STATUS_OF_CATEGORY, body_of, error_body, error_response, status_of
+from tests.harness.application import refused
 
 # What clients rely on. A line may be added; none may change.
 CONTRACT = {
@@ -151,3 +153,21 @@ def test_errors__that_pass_by_themselves_say_when_to_try_again() -> None:
         for code, status in STATUS.items():
             is_temporary = status in (429, 503) or code == "session_busy"
             assert ("Retry-After" in error_response("message", code).headers) == is_temporary, code
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "param"),
+    [
+        ("/v1/sessions/a/text?from=a", "out_of_range", "from"),
+        ("/v1/sessions/a/state?ttl_s=-1", "out_of_range", "ttl_s"),
+        ("/v1/sessions/a/generate?take_over=maybe", "out_of_range", "take_over"),
+        ("/readyz?part=x", "out_of_range", "part"),
+        ("/tokenizer_info?models=x", "unknown_field", "models"),
+        ("/v1/models/" + "a" * 201, "out_of_range", "id"),
+    ],
+)
+@pytest.mark.parametrize("content_type", [None, "application/json"])
+def test_query__that_is_wrong_is_named_also_if_the_request_declares_a_body_that_it_has_not(
+    client: FlaskClient, path: str, code: str, param: str, content_type: str | None
+) -> None:
+    refused(client.get(path, content_type=content_type), 400, code, param)
