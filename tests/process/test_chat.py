@@ -201,6 +201,14 @@ def test_messages__the_next_turn_reads_only_what_is_new(server: Server) -> None:
     assert second["prompt_tokens"] == read_before + len("ROMEO:\nWhat?\n\nJULIET:\n")
 
 
+def test_messages__may_be_1024_with_all_that_an_answer_has(server: Server) -> None:
+    message: dict[str, object] = {"role": "assistant", "content": "I", "name": "I", "refusal": None, "annotations": []}
+    messages = [message | {"tool_calls": None, "audio": None}] * 1023 + [dict(ASKED)]
+    answer = chat(server, model="deep", messages=messages, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == 1023 * len("I\n") + len("Are you there?\n")
+    assert refused(server, "/v1/chat/completions", CHAT | {"messages": [ASKED] * 1025}) == ("out_of_range", "messages")
+
+
 def test_messages__an_unfinished_answer_is_continued(server: Server) -> None:
     whole = said(chat(server, temperature=0.8, max_tokens=40))[0]
     messages = [ASKED, {"role": "assistant", "content": whole}]
