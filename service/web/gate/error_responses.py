@@ -70,6 +70,7 @@ _RETRY_AFTER_S = "1"
 _MAX_OTHERS = 5  # further wrong fields that an error names
 # Errors of one field whose paths are compared. A body may have thousands, and each path takes a third of a millisecond.
 _MAX_FAULTS = 32
+_MAX_WORD_CHARS = 200  # of a wrong name that known ones are compared with: a megabyte took half a second
 _SIMILAR = 0.75  # between 0 and 1: how much of two names has to be equal so that one is proposed for the other
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
@@ -170,7 +171,7 @@ def register_error_handlers(app: Flask) -> None:
         )
         if code == "not_found":
             paths = [rule.rule for rule in app.url_map.iter_rules()]
-            message = f"there is no such route{_did_you_mean(request.path[:200], paths)}; the API description lists all"
+            message = f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
@@ -267,5 +268,7 @@ def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) ->
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    if len(word) > _MAX_WORD_CHARS:
+        return ""
     close = get_close_matches(word, list(known), 1, _SIMILAR)
     return f"; did you mean {close[0]}?" if close else ""

@@ -200,3 +200,18 @@ def test_body__with_thousands_of_errors_costs_no_more_than_one_with_a_few(
     response = client.post(f"/v1/{path}", json=body)
     assert (response.status_code, response.get_json()["error"]["param"]) == (400, param)
     assert 1 <= len(found) <= 32
+
+
+def test_unknown_field__with_an_endless_name_is_not_compared_with_the_known_ones(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of a megabyte took half a second, in which all others waited."""
+    compared: list[int] = []
+    monkeypatch.setattr(error_responses, "get_close_matches", lambda word, *_: compared.append(len(word)) or [])
+    for length in (10, 5000):
+        name = "n" * length
+        for body in ({name: 1}, {"stream": True, "stream_options": {name: 1}}):
+            error = client.post("/v1/completions", json={"prompt": "a"} | body).get_json()["error"]
+            assert (error["code"], error["param"].rpartition(".")[2]) == ("unknown_field", name[:80])
+        assert client.get(f"/v1/{name}").status_code == 404
+    assert compared == [10, 10, len("/v1/") + 10]
