@@ -45,6 +45,8 @@ _OTHER_KINDS = (
     (re.compile(r"batch_?norm|layer_?norm|gamma$|moving_mean", re.I), "normalisation"),
     (re.compile(r"conv", re.I), "a convolution"),
 )
+_EMBEDDING = re.compile(r"emb|enc|lookup|input", re.I)
+_OUTPUT = re.compile(r"dec|dense|fc|lin|out|head|proj|logit|predict", re.I)
 _BACKWARD = re.compile(r"backward|bidirectional", re.I)
 _MAX_LAYERS = 64
 
@@ -92,7 +94,8 @@ def find_keras_roles(
     order = order or _order_of_config(described, layers, names or {})
     num_inputs = embedding.shape[1] if embedding is not None else dense.shape[1]
     ordered = order_layers(layers, num_inputs, int(dense.shape[0]), order)
-    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens)
+    skips = any(layer == "Embedding" and config.get("mask_zero") for layer, config in described)
+    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens, skips_row_0=skips)
 
 
 def _groups(arrays: NamedArrays) -> Iterator[_Group]:
@@ -211,10 +214,13 @@ def _ends(
     for path, array in bare:
         if array.ndim != 2:
             raise UnsupportedModel(f"{path} is a layer of another kind ({list(array.shape)}); {NEEDED} is needed")
-        if not embeddings and (denses or any(array.shape[1] == layer.num_inputs for layer in layers)):
-            embeddings.append((path, array))
-        else:
-            denses.append((path, array, None))
+    if not embeddings and not denses and bare:
+        table, output = _which(bare, layers)
+        embeddings, denses = table, [(*one, None) for one in output]
+    elif embeddings:
+        denses += [(*one, None) for one in bare]
+    else:
+        embeddings = bare
     if len(embeddings) > 1 or len(denses) > 1:
         extra = [path for path, *_ in (embeddings if len(embeddings) > 1 else denses)]
         what = "embeddings" if len(embeddings) > 1 else "dense layers"
@@ -233,6 +239,38 @@ def _ends(
             "characters"
         )
     return embedding, dense, bias
+
+
+def _which(
+    bare: list[tuple[str, Array]], layers: list[ForeignLayer]
+) -> tuple[list[tuple[str, Array]], list[tuple[str, Array]]]:
+    """Return which of one or two matrices is the embedding (V, E), and which is the kernel (H, V) of the output layer.
+
+    A single one is an embedding that the output layer shares, or an output layer after one-hot inputs.
+    Raises UnsupportedModel.
+    """
+    inputs, units = {layer.num_inputs for layer in layers}, {layer.num_units for layer in layers}
+    choices = [(bare[:1], bare[1:]), (bare[1:], bare[:1])]
+    fitting = [
+        (tables, outputs)
+        for tables, outputs in choices
+        if all(table.shape[1] in (inputs if outputs else inputs & units) for _, table in tables)
+        and all(output.shape[0] in units and (tables or output.shape[1] in inputs) for _, output in outputs)
+        and all(table.shape[0] == output.shape[1] for _, table in tables for _, output in outputs)
+    ]
+    named = [
+        (tables, outputs)
+        for tables, outputs in fitting or choices
+        if all(_EMBEDDING.search(path) for path, _ in tables) and all(_OUTPUT.search(path) for path, _ in outputs)
+    ]
+    if len(bare) > 2 or (len(fitting) != 1 and len(named) == 1):
+        return named[0] if len(named) == 1 else choices[0]
+    if len(fitting) > 1:
+        raise UnsupportedModel(
+            f"nothing in the file says which of the weights ({', '.join(path for path, _ in bare)}) are the embedding "
+            "and which are the output layer: call one of them embedding and the other one output"
+        )
+    return fitting[0] if fitting else choices[0]
 
 
 # The config

@@ -22,6 +22,8 @@ _MAX_CANDIDATES = 16
 _MAX_TOKEN_BYTES = 64
 _MAX_LISTED = 70_000  # integers of a constant, in the rare form that lists them one by one
 _NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api/", "save_counter", "metrics/")
+# Counters that an optimizer has, by Keras 3 and 2: everything at the same place is the optimizer, whatever its name.
+_OF_OPTIMIZER = re.compile(r"(.+/)(?:_?iterations|iter|_?learning_rate)/\.ATTRIBUTES/VARIABLE_VALUE")
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _STRING, _INT64 = 7, 9  # DataType
 
@@ -74,11 +76,17 @@ def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
 
 
 def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
-    arrays = read_bundle(prefix, _NOT_THE_MODEL)
+    arrays = read_bundle(prefix, _not_the_model)
     named = {key.removesuffix(_VALUE): array for key, array in arrays.items()}
     if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times
         named = {key: array for key, array in named.items() if key.startswith("variables/")}
     return find_keras_roles(named, kind, "tensorflow", order=order)
+
+
+def _not_the_model(names: list[str]) -> set[str]:
+    """Return the names of the variables of optimizers and of counters."""
+    optimizers = tuple({match[1] for name in names if (match := _OF_OPTIMIZER.fullmatch(name))})
+    return {name for name in names if name.startswith(optimizers) or any(part in name for part in _NOT_THE_MODEL)}
 
 
 def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
