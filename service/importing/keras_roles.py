@@ -105,7 +105,8 @@ def _groups(arrays: NamedArrays) -> Iterator[_Group]:
         parent, _, leaf = re.sub(r":\d+$", "", path).rpartition("/")
         groups.setdefault(parent, _Group(parent)).arrays[leaf.lstrip("_")] = array
     for group in groups.values():
-        if len(group.arrays) > 3 and all(leaf.isdecimal() for leaf in group.arrays):
+        is_list = len(group.arrays) > 3 or group.path.endswith("_trainable_variables")
+        if is_list and all(leaf.isdecimal() for leaf in group.arrays):
             yield from _split(group)  # a list of all variables
         else:
             yield group
@@ -290,6 +291,9 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
     elif isinstance(kind, str) and isinstance(inner, dict):
         if depth == 0:
             return  # a class of the user's own: its layers are known by their weights only
+        nodes = config.get("inbound_nodes")
+        if isinstance(nodes, list) and len(nodes) > 1 and kind not in _HARMLESS:
+            raise UnsupportedModel(f"{shown(str(inner.get('name', kind)))} is applied {len(nodes)} times; {NEEDED} is needed")
         yield kind, inner
         if isinstance(inner.get("layer"), dict):
             yield from _layers_of(inner["layer"], depth + 1)
@@ -297,8 +301,13 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
 
 def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
     """Raise UnsupportedModel if a layer computes what our models don't."""
+    is_probability = ""  # the layer after which there may be none with weights
     for kind, config in described:
         name = shown(str(config.get("name", kind)))
+        if is_probability and kind in ("GRU", "CuDNNGRU", "Embedding", "Dense"):
+            raise UnsupportedModel(f"{is_probability} makes probabilities before the layer {name}; {NEEDED} is needed")
+        if kind == "Softmax" or (kind == "Activation" and "softmax" in str(_activation(config.get("activation")))):
+            is_probability = name
         if kind in _HARMLESS or kind in _WRAPPERS:
             continue
         if kind in ("GRU", "CuDNNGRU"):

@@ -13,6 +13,7 @@ from torch import nn
 
 from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.detection import read_foreign
+from service.importing.protobuf import field
 from service.importing.vocabulary import fit, tokens_of_option
 from tests.harness.foreign_models import (
     CHARSET,
@@ -26,6 +27,7 @@ from tests.harness.foreign_models import (
     write_bundle,
     write_hdf5,
     write_keras,
+    write_saved_model,
 )
 from tests.importing.test_hostile import bounded
 from tests.importing.test_onnx import graph, node, replaced, tensor, write
@@ -220,12 +222,71 @@ def test_keras__one_hot_inputs_with_and_without_a_bias_of_the_output(tmp_path: P
 def test_tensorflow__optimizer_of_any_name_is_left_out(tmp_path: Path, name: str) -> None:
     weights = keras_weights(2)
     arrays = checkpointed(weights, ("gru", "gru_1"))
-    moments = [one for one in (weights.embedding, *weights.grus[0], *weights.grus[1], weights.dense, weights.bias)]
+    moments = [weights.embedding, *weights.grus[0], *weights.grus[1], weights.dense, weights.bias]
     ending = "/.ATTRIBUTES/VARIABLE_VALUE"
     arrays |= {f"{name}/_variables/{2 + index}{ending}": one for index, one in enumerate([*moments, *moments])}
     arrays |= {f"{name}/_iterations{ending}": np.array(5), f"{name}/_learning_rate{ending}": np.array(1e-3, "f4")}
     path = write_bundle(tmp_path / "ckpt", arrays)
     np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+
+
+def test_tensorflow__variables_that_only_the_optimizer_names_are_read(tmp_path: Path) -> None:
+    ending = "/.ATTRIBUTES/VARIABLE_VALUE"
+    for num_layers in (1, 2):
+        weights = keras_weights(num_layers)
+        grus = [array for gru in weights.grus for array in gru]
+        ends = {"net/emb/_embeddings": weights.embedding, "net/head/_kernel": weights.dense, "net/head/bias": weights.bias}
+        some = ends | {f"opt/_trainable_variables/{index + 1}": array for index, array in enumerate(grus)}
+        every = [weights.embedding, *grus, weights.dense, weights.bias]
+        all_of_them = {f"optimizer/_trainable_variables/{index}": array for index, array in enumerate(every)}
+        for name, arrays in (("some", some), ("all", all_of_them)):
+            stem = name == "some" and "opt" or "optimizer"
+            arrays |= {f"{stem}/_variables/{2 + index}": array for index, array in enumerate([*every, *every])}
+            arrays |= {f"{stem}/_iterations": np.array(5), f"{stem}/_learning_rate": np.array(1e-3, "f4")}
+            path = write_bundle(tmp_path / f"{name}{num_layers}", {f"{key}{ending}": one for key, one in arrays.items()})
+            np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+
+
+@pytest.mark.parametrize(("operation", "refused"), [("Relu", True), ("ReverseV2", True), ("Tanh", False)])
+def test_tensorflow__graph_with_other_operations_is_refused(tmp_path: Path, operation: str, refused: bool) -> None:
+    folder = write_saved_model(tmp_path / "m", keras_weights(vocab=V + 1), CHARSET, range(1, V + 1))
+    path = folder / "saved_model.pb"
+    function = field(1, field(3, field(1, "name") + field(2, operation)))
+    path.write_bytes(path.read_bytes() + field(2, field(2, field(2, function))))
+    if refused:
+        with pytest.raises(UnsupportedModel, match=f"operation {operation}"):
+            read_foreign(folder)
+    else:
+        assert read_foreign(folder)[0].tokens == (None, *CHARSET)
+
+
+def test_tensorflow__graph_that_masks_a_character_is_refused(tmp_path: Path) -> None:
+    folder = write_saved_model(tmp_path / "m", keras_weights(), CHARSET, range(V))
+    path = folder / "saved_model.pb"
+    imported_log_probs(folder)
+    path.write_bytes(path.read_bytes() + field(2, field(2, field(1, field(2, "NotEqual")))))
+    with pytest.raises(UnsupportedModel, match="mask_zero=True"):
+        imported_log_probs(folder)
+
+
+def test_keras__layer_that_is_applied_twice_is_refused(tmp_path: Path) -> None:
+    config = keras_config()
+    config["config"]["layers"][1]["inbound_nodes"] = [{"args": []}, {"args": []}]
+    with pytest.raises(UnsupportedModel, match="layer_b is applied 2 times"):
+        read_foreign(write_keras(tmp_path / "a.keras", sequential(keras_weights()), config))
+
+
+@pytest.mark.parametrize("layer", ["Softmax", "Activation"])
+def test_keras__probabilities_before_the_output_layer_are_refused(tmp_path: Path, layer: str) -> None:
+    config = keras_config()
+    softmax = {"class_name": layer, "config": {"name": "early", "activation": "softmax"}}
+    config["config"]["layers"].append(softmax)
+    weights = keras_weights()
+    path = write_keras(tmp_path / "a.keras", sequential(weights), config)
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+    config["config"]["layers"].insert(2, config["config"]["layers"].pop())
+    with pytest.raises(UnsupportedModel, match="early makes probabilities"):
+        read_foreign(write_keras(tmp_path / "b.keras", sequential(keras_weights()), config))
 
 
 # ONNX
