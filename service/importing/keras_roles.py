@@ -48,6 +48,12 @@ _OTHER_KINDS = (
 _EMBEDDING = re.compile(r"emb|enc|lookup|input", re.I)
 _OUTPUT = re.compile(r"dec|dense|fc|lin|out|head|proj|logit|predict", re.I)
 _BACKWARD = re.compile(r"backward|bidirectional", re.I)
+# Keras 3 calls the layers of a container in `.weights.h5` by their classes, whatever their names are.
+_WITHOUT_WEIGHTS = re.compile(
+    r"(re_lu|leaky_re_lu|elu|add|subtract|multiply|average|maximum|minimum|concatenate|dot|rescaling|unit_normalization|"
+    r"lambda|masking|repeat_vector|permute|flatten|cropping1d|zero_padding1d|up_sampling1d|"
+    r"(global_)?(max|average)_pooling1d|attention|additive_attention|bidirectional)(_\d+)?"
+)
 _MAX_LAYERS = 64
 
 
@@ -274,6 +280,13 @@ def _which(
     return fitting[0] if fitting else choices[0]
 
 
+def check_layer_names(names: Sequence[str]) -> None:
+    """Raise UnsupportedModel if a layer without weights computes something, by the names that Keras 3 gives layers."""
+    for name in names:
+        if _WITHOUT_WEIGHTS.fullmatch(name):
+            raise UnsupportedModel(f"the model has the layer {shown(name)}; {NEEDED} is needed")
+
+
 # The config
 
 
@@ -293,7 +306,9 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
             return  # a class of the user's own: its layers are known by their weights only
         nodes = config.get("inbound_nodes")
         if isinstance(nodes, list) and len(nodes) > 1 and kind not in _HARMLESS:
-            raise UnsupportedModel(f"{shown(str(inner.get('name', kind)))} is applied {len(nodes)} times; {NEEDED} is needed")
+            raise UnsupportedModel(
+                f"{shown(str(inner.get('name', kind)))} is applied {len(nodes)} times; {NEEDED} is needed"
+            )
         yield kind, inner
         if isinstance(inner.get("layer"), dict):
             yield from _layers_of(inner["layer"], depth + 1)

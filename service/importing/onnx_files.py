@@ -142,10 +142,17 @@ class _Graph:
         """Return the node that makes what a name means, before nodes that only move numbers; None for an input."""
         for _ in range(_MAX_STEPS):
             node = self._producers.get(name)
-            if node is None or node.op not in _MOVES or not node.inputs:
+            if node is None or not node.inputs or not (node.op in _MOVES or self._takes_last(node)):
                 return node
             name = node.inputs[0]
         raise InvalidModelFile("the graph goes in circles: the file is damaged")
+
+    def _takes_last(self, node: _Node) -> bool:
+        """Return whether a node selects the last of something that the graph computes, such as the last position."""
+        if node.op != "Gather" or len(node.inputs) != 2 or self._constant(node.inputs[0]) is not None:
+            return False
+        index = self._constant(node.inputs[1])
+        return index is not None and index.dtype.kind == "i" and index.tolist() in (-1, [-1])
 
     def _output_layer(self, name: str) -> tuple[Array, Array | None, str] | None:
         """Return weight (V, H), bias (V,) and the name of the input of the dense layer that makes an output.

@@ -20,6 +20,7 @@ from service.importing.foreign import BFLOAT16, Array, shown
 from service.importing.protobuf import Message, read_varint
 
 INDEX = ".index"
+_OBJECTS, _MAX_GRAPH_BYTES = "_CHECKPOINTABLE_OBJECT_GRAPH", 1 << 20
 _FOOTER_BYTES, _TABLE_MAGIC = 48, 0xDB4775248B80FB57
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_ENTRIES = 2048
@@ -77,6 +78,21 @@ def read_bundle(prefix: Path, unwanted: Callable[[list[str]], set[str]]) -> dict
             raise InvalidModelFile(f"{name}: the checksum of {shown(key)} differs: the file is damaged")
         found[key] = np.frombuffer(data, _DTYPES[entry.dtype]).reshape(entry.shape)
     return found
+
+
+def read_object_graph(prefix: Path) -> bytes:
+    """Return what a checkpoint says about its objects, a message TrackableObjectGraph; nothing if it has none.
+
+    Raises InvalidModelFile, OSError.
+    """
+    num_shards, entries = _read_index(prefix)
+    for key, entry in entries:
+        if key != _OBJECTS or entry.shard >= num_shards:
+            continue
+        with prefix.with_name(f"{prefix.name}.data-{entry.shard:05}-of-{num_shards:05}").open("rb") as file:
+            file.seek(entry.offset)
+            return file.read(min(entry.size, _MAX_GRAPH_BYTES))
+    return b""
 
 
 def _read_index(prefix: Path) -> tuple[int, list[tuple[str, _Entry]]]:

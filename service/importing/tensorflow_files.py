@@ -16,7 +16,7 @@ from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.foreign import NEEDED, ForeignModel, Tokens, shown
 from service.importing.keras_roles import find_keras_roles
 from service.importing.protobuf import Message, text_of
-from service.importing.tensor_bundle import INDEX, data_files, read_bundle
+from service.importing.tensor_bundle import INDEX, data_files, read_bundle, read_object_graph
 from service.importing.vocabulary import is_plausible
 
 GRAPH, VARIABLES = "saved_model.pb", "variables/variables"
@@ -34,6 +34,7 @@ _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _OTHER_OPERATIONS = {
     b"Relu", b"Relu6", b"LeakyRelu", b"Elu", b"Selu", b"Softplus", b"Softsign", b"Erf", b"ReverseV2", b"Conv2D",
 }  # fmt: skip
+_BACKWARD = b"backward_layer"  # what Keras calls a layer of Bidirectional
 _OF_MASK = b"NotEqual"  # an embedding with mask_zero=True compares ids with 0
 _STRING, _INT64 = 7, 9  # DataType
 
@@ -93,6 +94,10 @@ def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
 
 
 def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
+    if _BACKWARD in read_object_graph(prefix):
+        raise UnsupportedModel(
+            "the model is bidirectional: a text is generated forwards. Train it without Bidirectional"
+        )
     arrays = read_bundle(prefix, _not_the_model)
     named = {key.removesuffix(_VALUE): array for key, array in arrays.items()}
     if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times

@@ -235,7 +235,11 @@ def test_tensorflow__variables_that_only_the_optimizer_names_are_read(tmp_path: 
     for num_layers in (1, 2):
         weights = keras_weights(num_layers)
         grus = [array for gru in weights.grus for array in gru]
-        ends = {"net/emb/_embeddings": weights.embedding, "net/head/_kernel": weights.dense, "net/head/bias": weights.bias}
+        ends = {
+            "net/emb/_embeddings": weights.embedding,
+            "net/head/_kernel": weights.dense,
+            "net/head/bias": weights.bias,
+        }
         some = ends | {f"opt/_trainable_variables/{index + 1}": array for index, array in enumerate(grus)}
         every = [weights.embedding, *grus, weights.dense, weights.bias]
         all_of_them = {f"optimizer/_trainable_variables/{index}": array for index, array in enumerate(every)}
@@ -243,7 +247,9 @@ def test_tensorflow__variables_that_only_the_optimizer_names_are_read(tmp_path: 
             stem = name == "some" and "opt" or "optimizer"
             arrays |= {f"{stem}/_variables/{2 + index}": array for index, array in enumerate([*every, *every])}
             arrays |= {f"{stem}/_iterations": np.array(5), f"{stem}/_learning_rate": np.array(1e-3, "f4")}
-            path = write_bundle(tmp_path / f"{name}{num_layers}", {f"{key}{ending}": one for key, one in arrays.items()})
+            path = write_bundle(
+                tmp_path / f"{name}{num_layers}", {f"{key}{ending}": one for key, one in arrays.items()}
+            )
             np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
 
 
@@ -287,6 +293,31 @@ def test_keras__probabilities_before_the_output_layer_are_refused(tmp_path: Path
     config["config"]["layers"].insert(2, config["config"]["layers"].pop())
     with pytest.raises(UnsupportedModel, match="early makes probabilities"):
         read_foreign(write_keras(tmp_path / "b.keras", sequential(keras_weights()), config))
+
+
+def test_keras__layers_without_weights_are_refused_by_their_names(tmp_path: Path) -> None:
+    import h5py
+
+    for name in ("re_lu", "add_3", "rescaling", "masking"):
+        path = write_hdf5(tmp_path / "m.weights.h5", sequential(keras_weights()))
+        read_foreign(path)
+        with h5py.File(path, "a") as file:
+            file.create_group(f"layers/{name}/vars")
+        with pytest.raises(UnsupportedModel, match=f"the layer {name}"):
+            read_foreign(path)
+
+
+def test_tensorflow__bidirectional_checkpoint_whose_names_are_lost_is_refused(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    every = [weights.embedding, *weights.grus[0], *weights.grus[1], weights.dense, weights.bias]
+    ending = "/.ATTRIBUTES/VARIABLE_VALUE"
+    arrays = {f"opt/_trainable_variables/{index}{ending}": one for index, one in enumerate(every)}
+    children = field(1, field(1, 1) + field(2, "forward_layer")) + field(1, field(1, 2) + field(2, "backward_layer"))
+    objects = np.frombuffer(field(1, children), np.uint8)
+    padded = np.concatenate([objects, np.zeros(-len(objects) % 8, np.uint8)]).view("<i8")
+    path = write_bundle(tmp_path / "m", arrays | {"_CHECKPOINTABLE_OBJECT_GRAPH": padded})
+    with pytest.raises(UnsupportedModel, match="is bidirectional"):
+        read_foreign(path)
 
 
 # ONNX
