@@ -498,7 +498,7 @@ def paused(num_pauses: int, seconds: float) -> Figures:
                 deployment.wait_until_all_serve()
                 time.sleep(2)  # by now, the replica would have overwritten the session
                 with Client(f"http://127.0.0.1:{replica.port}") as direct:
-                    stored = direct.call("GET", f"/v1/sessions/{session.id}/text")["text"]
+                    stored = direct.open(session.id).text()
                 is_right = stored == expected == session.text() and expected[6:].startswith(text)
                 is_right = is_right and stored.endswith("xyz")
                 outcomes["not overwritten" if is_right else "OVERWRITTEN"] += 1

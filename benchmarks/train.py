@@ -72,7 +72,7 @@ def main() -> None:
         window = trainer.streams.window(0, 0)
         baseline, ours = Baseline(trainer.model.config, window.ids), lambda: trainer._update(window)
         alone = [lambda: seconds(baseline, 1), lambda: seconds(ours, CALLS)]
-        beside = [lambda call=call: busy(call) for call in alone]  # type: ignore[misc]
+        beside = [lambda call=call: busy(call) for call in alone]
         report(*in_turns([*alone, *beside], options.rounds))
 
 

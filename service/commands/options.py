@@ -41,7 +41,7 @@ class PathOption(click.Path):
         return super().convert(value, param, ctx)
 
 
-class ChatTemplateType(click.ParamType):
+class ChatTemplateType(click.ParamType[Any]):
     """A chat template: the name of a preset, or the path of a file. The command gets a `ChatTemplate`."""
 
     name = "template"

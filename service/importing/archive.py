@@ -11,7 +11,7 @@ from typing import IO
 from service.errors import InvalidModelFile
 from service.importing.foreign import shown
 
-MAX_MEMBERS = 4096
+MAX_MEMBERS = 1024
 _ENTRY = b"PK\x01\x02"  # begins each entry of the directory
 
 

@@ -138,6 +138,11 @@ def _numbered(name: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(_NUMBERS.sub("", part), tuple(map(int, re.findall(r"\d{1,9}", part)))) for part in parts]
 
 
+def max_json_bytes(num_bytes: int) -> int:
+    """Return how much JSON a file of this size may have: parsed, it takes up to 20 times as much memory."""
+    return min(1 << 20, max(64 << 10, num_bytes // 8))
+
+
 def shown(name: str) -> str:
     """Return a name of a foreign file in a form that is safe in every terminal and file."""
     text = name if len(name) <= 300 else name[:297] + "..."

@@ -10,33 +10,33 @@ from typing import Any
 
 from service.errors import InvalidModelFile
 from service.importing.archive import Archive
-from service.importing.foreign import ForeignModel, Tokens
+from service.importing.foreign import ForeignModel, Tokens, max_json_bytes, shown
 from service.importing.hdf5 import HDF5, read_hdf5
 from service.importing.keras_roles import find_keras_roles
 from service.importing.vocabulary import tokens_of
 
 CONFIG, WEIGHTS, METADATA = "config.json", "model.weights.h5", "metadata.json"
 CHARSET = "charset.json"  # a member that `gru-serve export` adds; Keras ignores it
-_MAX_CONFIG_BYTES = 512 << 10
 
 
 def read_keras_hdf5(path: Path, order: Sequence[str]) -> ForeignModel:
     """Read `.weights.h5` or a whole model in HDF5. Raises InvalidModelFile, UnsupportedModel, MissingLibrary."""
     content = read_hdf5(path, path.name)
     root = content.attributes.get("", {})
-    config = _json(root["model_config"], path.name) if "model_config" in root else None
+    config = _json(root["model_config"], path) if "model_config" in root else None
     kind = "Keras model (HDF5)" if config is not None else "Keras weights (HDF5)"
     return _model_of(content, kind, root.get("keras_version"), config, order, None)
 
 
 def read_keras_archive(path: Path, order: Sequence[str]) -> ForeignModel:
     """Read a `.keras` file. Raises InvalidModelFile, UnsupportedModel, MissingLibrary."""
+    limit = max_json_bytes(path.stat().st_size)
     with Archive(path, path.name) as archive, tempfile.NamedTemporaryFile(suffix=".h5") as file:
-        config = _json(archive.read(CONFIG, _MAX_CONFIG_BYTES), path.name)
-        metadata = _json(archive.read(METADATA, _MAX_CONFIG_BYTES), path.name) if METADATA in archive.names() else {}
+        config = _json(archive.read(CONFIG, limit), path)
+        metadata = _json(archive.read(METADATA, limit), path) if METADATA in archive.names() else {}
         tokens = None
         if CHARSET in archive.names():
-            tokens = tokens_of(_json(archive.read(CHARSET, _MAX_CONFIG_BYTES), path.name))
+            tokens = tokens_of(_json(archive.read(CHARSET, limit), path))
         archive.copy(WEIGHTS, file)
         file.flush()
         content = read_hdf5(Path(file.name), path.name)
@@ -59,8 +59,10 @@ def _model_of(
     return find_keras_roles(arrays, kind, library, config=config, names=names, order=order, tokens=tokens)
 
 
-def _json(data: str | bytes, name: str) -> Any:
+def _json(data: str | bytes, path: Path) -> Any:
+    if len(data) > max_json_bytes(path.stat().st_size):
+        raise InvalidModelFile(f"{shown(path.name)}: its config is longer than that of any model")
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise InvalidModelFile(f"{name}: its config is not JSON: the file is damaged") from error
+        raise InvalidModelFile(f"{shown(path.name)}: its config is not JSON: the file is damaged") from error

@@ -19,7 +19,8 @@ from service.importing.foreign import NEEDED, Array, ForeignLayer, ForeignModel,
 from service.importing.protobuf import FIXED32, Message, text_of
 from service.importing.vocabulary import tokens_of_metadata
 
-_MAX_NODES = 20_000
+_MAX_NODES = 4096
+_MAX_NAMES = 20_000  # inputs and outputs of all nodes
 _MAX_STEPS = 1000  # nodes on the way from the output to the input
 _FLOATS = {1: ("<f4", 4), 11: ("<f8", 10), 10: ("<f2", 5), 16: ("<u2", 5)}  # TensorProto.DataType: dtype, field
 _INTS = {7: ("<i8", 7), 6: ("<i4", 5)}
@@ -36,7 +37,14 @@ class _Node:
     op: str
     inputs: tuple[str, ...]  # names; empty for one that is left out
     outputs: tuple[str, ...]
-    attributes: dict[str, Message]
+    message: Message
+
+    def attribute(self, name: str) -> Message | None:
+        """Return an attribute, None if the node lacks it."""
+        for attribute in self.message.messages(5):
+            if attribute.bytes(1) == name.encode():
+                return attribute
+        return None
 
 
 def external_files(path: Path) -> list[Path]:
@@ -74,10 +82,14 @@ class _Graph:
             self._check_count(self._tensors)
         self._producers: dict[str, _Node] = {}
         self.nodes: list[_Node] = []
+        num_names = 0
         for item in graph.messages(1):
             node = _node(item)
             self.nodes.append(node)
             self._check_count(self.nodes)
+            num_names += len(node.inputs) + len(node.outputs)
+            if num_names > _MAX_NAMES:
+                raise InvalidModelFile(f"{shown(path.name)} has more names than any model")
             for output in node.outputs:
                 self._producers[output] = node
         self._outputs = [text_of(item.bytes(1)) for item in graph.messages(12)]
@@ -190,13 +202,13 @@ class _Graph:
         direction = _text(node, "direction", "forward")
         if direction != "forward":
             raise UnsupportedModel(f"{name} is {shown(direction)}: a text is generated forwards, from its beginning")
-        if "activations" in node.attributes:
-            activations = [text_of(one) for one in node.attributes["activations"].all(9)]
+        if (listed := node.attribute("activations")) is not None:
+            activations = [text_of(one) for one, _ in zip(listed.all(9), range(8), strict=False)]
             if [one.lower() for one in activations] != ["sigmoid", "tanh"]:
                 raise UnsupportedModel(
                     f"{name} has the activations {shown(', '.join(activations[:4]))}: train it with tanh"
                 )
-        if "clip" in node.attributes:
+        if node.attribute("clip") is not None:
             raise UnsupportedModel(f"{name} clips its gates, which this service's models don't do")
         initial = self._constant(node.inputs[5]) if len(node.inputs) > 5 and node.inputs[5] else None
         if initial is not None and initial.any():
@@ -254,12 +266,11 @@ class _Graph:
 
     def _compute(self, node: _Node, depth: int) -> Array | None:
         if node.op == "Constant":
-            attribute = node.attributes.get("value")
+            attribute = node.attribute("value")
             if attribute is not None:
                 return self._tensor(attribute.message(5))
             for key in ("value_int", "value_ints"):
-                if key in node.attributes:
-                    found = node.attributes[key]
+                if (found := node.attribute(key)) is not None:
                     return np.array([found.integer(3)] if key == "value_int" else found.integers(8, 4096), np.int64)
             return None
         operation = _OPERATIONS.get(node.op)
@@ -317,15 +328,10 @@ class _Graph:
 
 
 def _node(message: Message) -> _Node:
-    attributes = {}
-    for attribute, _ in zip(message.messages(5), range(64), strict=False):
-        attributes[attribute.text(1)] = attribute
-    return _Node(
-        message.text(4),
-        tuple(text_of(one) for one, _ in zip(message.all(1), range(256), strict=False)),
-        tuple(text_of(one) for one, _ in zip(message.all(2), range(256), strict=False)),
-        attributes,
+    inputs, outputs = (
+        tuple(text_of(one) for one, _ in zip(message.all(number), range(256), strict=False)) for number in (1, 2)
     )
+    return _Node(message.text(4), inputs, outputs, message)
 
 
 def _is_external(tensor: Message) -> bool:
@@ -345,27 +351,31 @@ def _location(tensor: Message) -> tuple[str, int, int | None]:
 
 
 def _int(node: _Node, name: str, default: int = 0) -> int:
-    return node.attributes[name].integer(3, default) if name in node.attributes else default
+    attribute = node.attribute(name)
+    return attribute.integer(3, 0) if attribute is not None else default
 
 
 def _float(node: _Node, name: str, default: float) -> float:
-    if name not in node.attributes:
+    attribute = node.attribute(name)
+    if attribute is None:
         return default
-    for number, wire, value in node.attributes[name].fields():
+    for number, wire, value in attribute.fields():
         if number == 2 and wire == FIXED32 and not isinstance(value, int):
             return float(np.frombuffer(value, "<f4")[0])
     return 0.0
 
 
 def _text(node: _Node, name: str, default: str) -> str:
-    return node.attributes[name].text(4) if name in node.attributes else default
+    attribute = node.attribute(name)
+    return attribute.text(4) if attribute is not None else default
 
 
 def _ints(node: _Node, name: str, value: Array | None) -> list[int]:
     """Return a list of integers, which older versions have as an attribute and newer ones as an input."""
     if value is not None:
         return [int(one) for one in value.reshape(-1)[:16]]
-    return node.attributes[name].integers(8, 16) if name in node.attributes else []
+    attribute = node.attribute(name)
+    return attribute.integers(8, 16) if attribute is not None else []
 
 
 def _slice(node: _Node, values: list[Array | None]) -> Array:

@@ -29,7 +29,8 @@ class Message:
         """Yield number, wire type and value of each field: an integer, or its bytes. Raises InvalidModelFile."""
         data, position = self._data, 0
         while position < len(data):
-            key, position = read_varint(data, position)
+            # Most keys and lengths are one byte: not to call a function for these halves the time.
+            key, position = (data[position], position + 1) if data[position] < 0x80 else read_varint(data, position)
             number, wire = key >> 3, key & 7
             if wire == VARINT:
                 value, position = read_varint(data, position)

@@ -17,8 +17,10 @@ from service.errors import InvalidModelFile
 from service.importing.foreign import shown
 
 MAX_PICKLE_BYTES = 32 << 20
-_FREE_OBJECTS = 20_000  # objects that every pickle may have; beyond them, their number is bounded by its size
-_BYTES_PER_OBJECT = 64
+# What an object takes is charged to a budget in proportion to the file: with the file itself, three times its size.
+_FREE_OBJECTS = 8_000
+_BYTES_PER_OBJECT = 128
+_TEXT_PER_OBJECT = 32  # bytes of a text, whose characters may take four times as much
 _MAX_MEMO = 1 << 20
 
 # Names of Python's standard library that models are known to contain. Any other one is refused even if it isn't called.
@@ -31,6 +33,9 @@ _HARMLESS = {
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
         "set", "frozenset", "list", "dict", "tuple", "object", "int", "float", "str", "bytes", "bytearray", "bool",
         "complex", "slice", "range")),
+}  # fmt: skip
+_DICTIONARIES = {
+    "collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "__builtin__.dict",
 }  # fmt: skip
 _OLD_MODULES = {"__builtin__", "copy_reg", "__builtins__", "exceptions", "commands", "nt", "posix", "__import__"}
 # Calls whose result doesn't matter to a model's weights: their arguments are stored, and nothing is called.
@@ -251,9 +256,7 @@ class _Machine:
         self.push(self._object(kind.name, args))
 
     def _object(self, name: str, args: tuple[Any, ...]) -> Any:
-        if name in ("collections.OrderedDict", "collections.defaultdict", "collections.Counter") or name.endswith(
-            "n__.dict"
-        ):
+        if name in _DICTIONARIES:
             return {}
         if name in ("builtins.set", "builtins.frozenset", "__builtin__.set"):
             return set()
@@ -372,13 +375,21 @@ class _Machine:
         self.push(int.from_bytes(self._take(length), "little", signed=True))
 
     def text(self, layout: str) -> None:
-        self.push(self._take(self._number(layout)).decode("utf-8", "surrogatepass"))
+        self.push(self._counted(layout, _TEXT_PER_OBJECT).decode("utf-8", "surrogatepass"))
 
     def old_text(self, layout: str) -> None:
-        self.push(self._take(self._number(layout)).decode("latin-1"))
+        self.push(self._counted(layout, _BYTES_PER_OBJECT).decode("latin-1"))
 
-    def bytes(self, layout: str) -> None:
-        self.push(self._take(self._number(layout)))
+    def binary(self, layout: str) -> None:
+        self.push(self._counted(layout, _BYTES_PER_OBJECT))
+
+    def _counted(self, layout: str, per_object: int) -> bytes:
+        """Return the bytes after their length, and charge them to the budget."""
+        size = self._number(layout)
+        self._budget -= size // per_object
+        if self._budget < 0:
+            raise self._error("it has longer texts than any model")
+        return self._take(size)
 
     def text_line(self) -> None:
         self.push(self._line().strip("'\""))
@@ -399,7 +410,7 @@ class _Machine:
             raise self._error("it names something with no text")
         self.name(module, name)
 
-    def tuple(self, count: int) -> None:
+    def pack(self, count: int) -> None:
         items = [self._pop() for _ in range(count)]
         self.push(tuple(reversed(items)))
 
@@ -515,19 +526,19 @@ _OPERATIONS: dict[int, Callable[[_Machine], None]] = {
     ord("X"): lambda m: m.text("<I"),
     0x8C: lambda m: m.text("<B"),
     0x8D: lambda m: m.text("<Q"),
-    ord("B"): lambda m: m.bytes("<I"),
-    ord("C"): lambda m: m.bytes("<B"),
-    0x8E: lambda m: m.bytes("<Q"),
-    0x96: lambda m: m.bytes("<Q"),
+    ord("B"): lambda m: m.binary("<I"),
+    ord("C"): lambda m: m.binary("<B"),
+    0x8E: lambda m: m.binary("<Q"),
+    0x96: lambda m: m.binary("<Q"),
     ord("]"): lambda m: m.push([]),
     ord("a"): _Machine.append_one,
     ord("e"): _Machine.append_many,
     ord("l"): _Machine.list_to_mark,
     ord(")"): lambda m: m.push(()),
     ord("t"): _Machine.tuple_to_mark,
-    0x85: lambda m: m.tuple(1),
-    0x86: lambda m: m.tuple(2),
-    0x87: lambda m: m.tuple(3),
+    0x85: lambda m: m.pack(1),
+    0x86: lambda m: m.pack(2),
+    0x87: lambda m: m.pack(3),
     ord("}"): lambda m: m.push({}),
     ord("d"): _Machine.dict_to_mark,
     ord("s"): _Machine.set_one,

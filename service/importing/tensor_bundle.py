@@ -22,8 +22,8 @@ from service.importing.protobuf import Message, read_varint
 INDEX = ".index"
 _FOOTER_BYTES, _TABLE_MAGIC = 48, 0xDB4775248B80FB57
 _MAX_INDEX_BYTES = 4 << 20
-_MAX_ENTRIES = 4096
-_MAX_KEY_BYTES = 1024
+_MAX_ENTRIES = 2048
+_MAX_KEY_BYTES = 512
 _MAX_BLOCKS = 1024
 _DTYPES = {1: "<f4", 2: "<f8", 19: "<f2", 14: "<u2"}  # the last is bfloat16
 

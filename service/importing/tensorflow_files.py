@@ -14,13 +14,13 @@ from service.importing.keras_roles import find_keras_roles
 from service.importing.protobuf import Message, text_of
 from service.importing.tensor_bundle import INDEX, data_files, read_bundle
 from service.importing.vocabulary import is_plausible
-from service.model.charset import MAX_CHARSET
 
 GRAPH, VARIABLES = "saved_model.pb", "variables/variables"
 _LATEST = "checkpoint"  # a file that names the newest checkpoint of a folder
 _MAX_GRAPH_BYTES = 256 << 20
-_MAX_CANDIDATES = 256
+_MAX_CANDIDATES = 16
 _MAX_TOKEN_BYTES = 64
+_MAX_LISTED = 70_000  # integers of a constant, in the rare form that lists them one by one
 _NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api/", "save_counter", "metrics/")
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _STRING, _INT64 = 7, 9  # DataType
@@ -88,11 +88,10 @@ def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
     """
     texts: list[Tokens] = []
     firsts: dict[int, set[int]] = {}  # how many ids follow one another -> the first of them
-    for count, constant in enumerate(_constants(graph)):
-        if count >= _MAX_CANDIDATES:
-            break
+    for constant in _constants(graph, num_rows):
         if isinstance(constant, tuple):
-            texts.append(constant)
+            if len(texts) < _MAX_CANDIDATES and len(constant) >= num_rows - 2:
+                texts.append(constant)
         elif len(constant) > 1 and (np.diff(constant) == 1).all():
             firsts.setdefault(len(constant), set()).add(int(constant[0]))
     for tokens in texts:
@@ -105,18 +104,18 @@ def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
     return None
 
 
-def _constants(graph: Message) -> Iterator[Tokens | np.ndarray]:
-    """Yield the constants of a graph and its functions that are lists of texts or of integers."""
+def _constants(graph: Message, max_length: int) -> Iterator[Tokens | np.ndarray]:
+    """Yield the constants of a graph and its functions that are lists of at most `max_length` texts or integers."""
     for meta in graph.messages(2):
         definition = meta.message(2)
         for node in definition.messages(1):
-            yield from _constant(node)
+            yield from _constant(node, max_length)
         for function in definition.message(2).messages(1):
             for node in function.messages(3):
-                yield from _constant(node)
+                yield from _constant(node, max_length)
 
 
-def _constant(node: Message) -> Iterator[Tokens | np.ndarray]:
+def _constant(node: Message, max_length: int) -> Iterator[Tokens | np.ndarray]:
     if bytes(node.bytes(2)[:8]) != b"Const":
         return
     for attribute in node.messages(5):
@@ -127,14 +126,14 @@ def _constant(node: Message) -> Iterator[Tokens | np.ndarray]:
         if dtype == _STRING:
             tokens: list[str | None] = []
             for item in tensor.all(8):
-                if len(item) > _MAX_TOKEN_BYTES or len(tokens) > MAX_CHARSET + 2:
+                if len(item) > _MAX_TOKEN_BYTES or len(tokens) >= max_length:
                     return
                 tokens.append(text_of(item))
             if len(tokens) > 1:
                 yield tuple(tokens)
         elif dtype == _INT64:
             content = tensor.bytes(4)
-            if len(content) % 8 == 0 and 8 < len(content) <= 8 * (MAX_CHARSET + 2):
+            if len(content) % 8 == 0 and 8 < len(content) <= 8 * max_length:
                 yield np.frombuffer(content, "<i8")
-            else:
-                yield np.array(tensor.integers(10, MAX_CHARSET + 2), np.int64)
+            elif not len(content):
+                yield np.array(tensor.integers(10, _MAX_LISTED), np.int64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.archive import Archive
-from service.importing.foreign import Array, ForeignModel, Tokens, shown
+from service.importing.foreign import Array, ForeignModel, Tokens, max_json_bytes, shown
 from service.importing.restricted_pickle import MAX_PICKLE_BYTES, Inert, Storage, Tensor, read_pickle, values_of
 from service.importing.torch_roles import find_torch_roles, is_model
 from service.importing.vocabulary import is_plausible, is_vocabulary_name, tokens_of, tokens_of_metadata
@@ -25,7 +26,6 @@ _SIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, 
 _MAX_DEPTH = 6
 _MAX_VISITED = 20_000
 _SAFETENSORS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
-_MAX_HEADER_BYTES = 1 << 20
 
 
 def read_torch_archive(path: Path, order: Sequence[str]) -> ForeignModel:
@@ -114,7 +114,7 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
     name, num_bytes = shown(path.name), path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER_BYTES, num_bytes - 8):
+        if length > min(max_json_bytes(num_bytes), num_bytes - 8):
             raise InvalidModelFile(f"{name} is no safetensors file: its header would be {length:,} bytes long")
         try:
             header = json.loads(file.read(length))
@@ -286,9 +286,9 @@ def _vocabulary(value: Any, num_rows: int) -> Tokens | None:
     """
     found: list[tuple[bool, Tokens]] = []
     seen: set[int] = set()
-    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    waiting: deque[tuple[str, Any, int]] = deque([("", value, 0)])
     while waiting and len(seen) < _MAX_VISITED:
-        name, one, depth = waiting.pop(0)
+        name, one, depth = waiting.popleft()
         if id(one) in seen or depth > _MAX_DEPTH:
             continue
         seen.add(id(one))
@@ -298,5 +298,5 @@ def _vocabulary(value: Any, num_rows: int) -> Tokens | None:
             continue
         if not isinstance(one, Mapping | Inert):
             continue
-        waiting += [(key, inner, depth + 1) for key, inner in values_of(one)]
+        waiting.extend((key, inner, depth + 1) for key, inner in values_of(one))
     return min(found, key=lambda one: one[0])[1] if found else None

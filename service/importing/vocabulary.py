@@ -15,6 +15,7 @@ from service.importing.foreign import Tokens
 from service.model.charset import MAX_CHARSET, describe
 
 PRINTABLE = "string.printable"
+_FREE_BYTES, _BYTES_PER_ROW = 16 << 10, 32  # that a vocabulary in a file may take as JSON
 _MAX_CHARSET_BYTES = 4 * 1024 * 1024
 _SPECIAL = re.compile(
     r"|[\[<{|(].{1,30}[\])}|>]|\w{2,4}_?(?:token|TOKEN)", re.DOTALL
@@ -122,7 +123,7 @@ def tokens_of_metadata(metadata: Mapping[str, Any], num_rows: int) -> Tokens | N
     """Return the vocabulary in the texts that a file has about itself: as JSON, or as its characters."""
     for name in sorted(metadata, key=lambda name: not is_vocabulary_name(name)):
         text = metadata[name]
-        if not isinstance(text, str) or len(text) > _MAX_CHARSET_BYTES:
+        if not isinstance(text, str) or len(text) > _FREE_BYTES + _BYTES_PER_ROW * num_rows:
             continue
         for tokens in (_tokens_of_json(text), tokens_of(text)):
             if tokens is not None and is_plausible(tokens, num_rows):

@@ -81,9 +81,9 @@ def joins(char: str) -> bool:
 def _has_long_run(text: str) -> bool:
     """Whether so many marks follow one another that sorting them may take long. Far faster than the expression."""
     points = np.minimum(code_points(text), _LAST_POINT + 1)
-    others = np.flatnonzero(~_mark_table()[points])
-    gaps = np.diff(others, prepend=-1, append=len(points))
-    return bool(gaps.max() > _LONG_RUN)
+    marks = np.flatnonzero(_mark_table()[points])  # few: in most texts there are none
+    others = _LONG_RUN - 1  # marks after the first of a long run
+    return bool((marks[others:] - marks[:-others] == others).any())
 
 
 def code_points(text: str) -> NDArray[np.uint32]:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +80,8 @@ def test_client__works_unchanged(server: Place, client: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("keys", ["", "1"], ids=["open", "keyed"])
 def test_schemathesis__finds_no_failure(keys: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        served = place(keys=keys, GRU_SERVE_MAX_TOKENS="200")
-        stack.callback(served.close)
-        output = use("schemathesis", next(served), tmp_path, limit_s=1_400, EXAMPLES="300", KEYED=keys)
+        served = stack.enter_context(contextmanager(place)(keys=keys, GRU_SERVE_MAX_TOKENS="200"))
+        output = use("schemathesis", served, tmp_path, limit_s=1_400, EXAMPLES="300", KEYED=keys)
     assert output.splitlines()[-1] == "ok", output[-8_000:]
 
 

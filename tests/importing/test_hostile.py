@@ -233,6 +233,9 @@ PICKLES: dict[str, bytes] = {
     "extension": b"\x80\x02\x82\x01.",
     "buffer": b"\x80\x05\x97.",
     "stack": b"\x80\x02R.",
+    "sets": b"\x80\x04(" + b"\x8f" * 1_000_000 + b"t.",
+    "objects_of_classes": b"\x80\x02cx\ny\nq\x00(" + b"h\x00)\x81" * 1_000_000 + b"t.",
+    "wide_text": b"\x80\x02X" + struct.pack("<I", 8_000_004) + "😀".encode() + b"a" * 8_000_000 + b".",
     "no_stop": b"\x80\x02N",
 }
 
@@ -302,11 +305,11 @@ def test_archive__bombs_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "many.keras", "w") as archive:
         for index in range(5000):
             archive.writestr(f"{index}", b"")
-    assert "more than 4096 members" in bounded(tmp_path / "many.keras")
+    assert "more than 1024 members" in bounded(tmp_path / "many.keras")
     deep = '{"class_name": "Sequential", "config": {"layers": [' * 20_000
     write_keras(tmp_path / "deep.keras", sequential(keras_weights()), keras_config())
     with zipfile.ZipFile(tmp_path / "deep.keras", "w") as archive:
-        archive.writestr("config.json", deep[:500_000])
+        archive.writestr("config.json", deep[:60_000])
         archive.writestr("model.weights.h5", b"")
     assert "config is not JSON" in bounded(tmp_path / "deep.keras")
 
@@ -340,6 +343,8 @@ ONNX: dict[str, bytes] = {
     ),
     "long_chain": onnx_of(*(onnx_node("Identity", [f"w{i}"], f"w{i + 1}") for i in range(9999)),
                           onnx_node("Identity", ["w9999"], "w"), ADD),
+    "nodes": onnx_of(*[field(1, b"")] * 50_000),
+    "names": onnx_of(field(1, b"".join(field(1, f"{index:02x}") for index in range(256)) * 4) * 400),
     "varint": b"\x08\x09\x12" + b"\xff" * 100,
     "nested": b"\x08\x09\x12\x01x\x3a" + b"\xff\xff\xff\xff\x7f",
 }  # fmt: skip
@@ -349,6 +354,22 @@ ONNX: dict[str, bytes] = {
 def test_onnx__circles_and_declared_sizes_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "m.onnx").write_bytes(ONNX[name])
     assert bounded(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("piece", [b"[],", b'{"a":{}},', b'"\xf0\x9f\x98\x80",'])
+def test_safetensors__a_long_header_is_refused(tmp_path: Path, piece: bytes) -> None:
+    header = b'{"a":[' + piece * (1_000_000 // len(piece)) + b"0]}"
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "header would be" in bounded(tmp_path / "m.safetensors")
+
+
+def test_graph__many_lists_of_texts_take_bounded_memory(tmp_path: Path) -> None:
+    path = graph_file(tmp_path / "m")
+    texts = b"".join(field(8, f"{index:03x}") for index in range(4000))
+    value = field(1, "value") + field(2, field(8, field(1, 7) + texts))
+    node = field(1, field(2, "Const") + field(5, value))
+    path.write_bytes(field(1, 1) + field(2, field(2, node * 100)))
+    assert bounded(path.parent) == ""
 
 
 def test_index__prefixes_that_grow_are_refused(tmp_path: Path) -> None:
@@ -388,7 +409,8 @@ def hdf5_declared(file: h5py.File, _: Path) -> None:
 
 
 def hdf5_circle(file: h5py.File, _: Path) -> None:
-    file.create_group("a")["a"] = file["a"]
+    group = file.create_group("a")
+    group["a"] = group
 
 
 def hdf5_many(file: h5py.File, _: Path) -> None:

@@ -91,16 +91,16 @@ def test_address__may_be_all_of_ipv6_and_then_also_answers_ipv4(bind: str) -> No
         try:
             for host in ("127.0.0.1", "::1"):
 
-                def status(host: str = host) -> int:
+                def is_down(host: str = host) -> bool:
                     assert process.poll() is None
                     with closing(http.client.HTTPConnection(host, port, timeout=10)) as connection:
                         try:
                             connection.request("GET", "/v1/models")
-                            return connection.getresponse().status
+                            return connection.getresponse().status == 503
                         except OSError:  # it does not listen yet
-                            return 0
+                            return False
 
-                wait_until(lambda status=status: status() == 503)
+                wait_until(is_down)
         finally:
             process.terminate()
 

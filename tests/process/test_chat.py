@@ -25,7 +25,7 @@ from tests.harness.models import TINY_CHARSET, loaded_model, publish_tiny
 from tests.harness.server import SERVE, Server, ask, serving
 
 PLAY = PRESETS["play"]
-ASKED = {"role": "user", "content": "Are you there?"}
+ASKED: dict[str, object] = {"role": "user", "content": "Are you there?"}
 TEXT = {"type": "text", "text": "Are you there?"}
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
 UNSUPPORTED, UNKNOWN = "unsupported_value", "unknown_field"
@@ -321,7 +321,7 @@ def test_clients__are_answered_as_without_their_extra_fields(server: Server, sen
 def test_messages__of_an_answer_may_be_sent_back_as_they_are(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(**CHAT)  # type: ignore[call-overload]
     for message in (first.choices[0].message, first.choices[0].message.model_dump()):
-        second = client.chat.completions.create(**CHAT | {"messages": [ASKED, message, ASKED]})
+        second = client.chat.completions.create(**CHAT | {"messages": [ASKED, message, ASKED]})  # type: ignore[call-overload]
         assert second.choices[0].message.role == "assistant"
 
 

@@ -29,10 +29,9 @@ def test_replicas__draw_the_same_characters() -> None:
     """One seed gives one text on each replica, after a fork, and from a state that another replica saved."""
     with deployed(3, GRU_SERVE_STATE_KEYS="a key that all replicas have") as deployment:
         clients = [Client(f"http://127.0.0.1:{replica.port}") for replica in deployment.replicas]
-        bodies = {"prompt": "ROMEO:", "max_tokens": 400, "seed": 7}
-        answers = [client.call("POST", "/v1/completions", bodies) for client in clients]
-        assert len({answer["choices"][0]["text"] for answer in answers}) == 1
-        assert len({answer["system_fingerprint"] for answer in answers}) == 1
+        answers = [client.complete("ROMEO:", max_tokens=400, seed=7) for client in clients]
+        assert len({answer.text for answer in answers}) == 1
+        assert len({answer.fingerprint for answer in answers}) == 1
 
         beginning = clients[0].create("ROMEO:", seed=7, id="whole")
         whole = "".join(beginning.generate(600))

@@ -146,7 +146,7 @@ def test_bfloat16_speedup__compares_the_shortest_times(
         now[0] += next(delays) + (bfloat16_s if left.dtype == torch.bfloat16 else 0.004)
 
     monkeypatch.setattr(torch, "mm", multiply)
-    monkeypatch.setattr(devices.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr("service.training.devices.time.thread_time", lambda: now[0])
     before = torch.get_num_threads()
     assert devices.bfloat16_speedup.__wrapped__() == pytest.approx(speedup)
     assert (threads, torch.get_num_threads()) == ([1] * num_products, before)

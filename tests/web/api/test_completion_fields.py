@@ -197,7 +197,7 @@ def test_prompts__as_ids_are_answered_as_their_texts(client: FlaskClient, texts:
         ([], "prompt", "out_of_range"),
         ([[1]] * 129, "prompt", "out_of_range"),
         ([1] * 1001, "prompt", "out_of_range"),
-        ([[1], [1] * 1001], "prompt", "out_of_range"),
+        ([[1], [1] * 1001], "prompt[1]", "out_of_range"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -220,7 +220,7 @@ def test_prompt__of_ids_may_be_longer_than_other_lists(client: FlaskClient) -> N
 def test_rate_limit__counts_prompts_of_ids_as_texts() -> None:
     for texts in ("abc", ["abc", "de"]):
         ids = ids_of(texts) if isinstance(texts, str) else list(map(ids_of, texts))
-        costs = [_num_chars({"prompt": prompt, "max_tokens": 100, "n": 2}, 500, 128) for prompt in (texts, ids)]
+        costs = [_num_chars({"prompt": prompt, "max_tokens": 100, "n": 2}, 500, 128, 0) for prompt in (texts, ids)]
         assert costs[0] == costs[1] > 200
 
 

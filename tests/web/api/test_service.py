@@ -110,6 +110,7 @@ def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClien
         *(f"{session}/{name}" for name in ("text", "feed", "generate", "rewind", "fork", "state")),
     }
     others = {"/v1/completions", "/v1/inspect", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
+    others |= {"/v1/chat/completions", "/v1/embeddings"}
     others |= {"/health", "/version", "/tokenize", "/detokenize", "/tokenizer_info"}
     others |= {f"/v1/models/{{id}}/tokenizer{end}.json" for end in ("", "_config")}
     assert set(description["paths"]) == sessions | others
@@ -362,7 +363,7 @@ def test_error_codes__that_can_reach_the_web_have_a_status() -> None:
         "invalid_settings",
         "invalid_charset",
     }
-    elsewhere |= {"missing_library"}
+    elsewhere |= {"missing_library", "invalid_model_file", "unsupported_model"}
     kinds = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.GruServeError)
     ]

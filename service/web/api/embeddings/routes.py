@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import cast
 
 from flask import Response
 
@@ -97,8 +98,9 @@ def _texts(body: EmbeddingsBody) -> list[tuple[str, str | list[int]]]:
     """Return each text, or its ids, with its path in the body."""
     sent = body.input
     if isinstance(sent, str) or isinstance(sent[0], int):
-        return [("input", sent)]  # type: ignore[list-item]
-    return [(f"input[{place}]", text) for place, text in enumerate(sent)]  # type: ignore[misc]
+        return [("input", sent)]
+    texts = cast("list[str | list[int]]", sent)
+    return [(f"input[{place}]", text) for place, text in enumerate(texts)]
 
 
 def _check_lengths(texts: Sequence[tuple[str, str | list[int] | Ids]], max_chars: int) -> None:
