@@ -40,11 +40,11 @@ _DESCRIPTIONS = {
     "503": "The server can't serve the request now; send it again after `Retry-After` seconds.",
     "504": "The session store did not answer, so the operation may have been done.",
 }
+# Without a type: a tool may take the schema for that of the whole text, or of each event. OpenAPI 3.1 doesn't say which.
 _STREAM = {
     "schema": {
-        "type": "string",
-        "description": "server-sent events, if `stream` is true; the data of each is JSON, or `[DONE]` at the end of a "
-        "completion",
+        "description": "server-sent events, if `stream` is true or the route only streams; the data of each is JSON, or "
+        "`[DONE]` at the end of a completion",
     }
 }
 _REQUEST_ID = {"description": "id of the request, which the server's log has too", "schema": {"type": "string"}}
@@ -86,7 +86,7 @@ def _complete(spec: dict[str, Any], routes: Iterable[Route], bounds: Bounds) -> 
         responses = operation["responses"] = dict(sorted(operation["responses"].items()))
         for status in responses.keys() & _DESCRIPTIONS.keys():
             responses[status] = {"$ref": f"#/components/responses/Error{status}"}
-        if route.streams and route.takes_body:
+        if route.streams:
             responses["200"]["content"]["text/event-stream"] = _STREAM
     spec["components"]["responses"] = {f"Error{status}": _error(status) for status in _DESCRIPTIONS}
     schemas = spec["components"]["schemas"]
