@@ -40,11 +40,12 @@ _DESCRIPTIONS = {
     "503": "The server can't serve the request now; send it again after `Retry-After` seconds.",
     "504": "The session store did not answer, so the operation may have been done.",
 }
-# Without a type: a tool may take the schema for that of the whole text, or of each event. OpenAPI 3.1 doesn't say which.
+# Without a type: a tool may take the schema for that of the whole text, or of each event, and OpenAPI 3.1 doesn't say
+# which.
 _STREAM = {
     "schema": {
-        "description": "server-sent events, if `stream` is true or the route only streams; the data of each is JSON, or "
-        "`[DONE]` at the end of a completion",
+        "description": "server-sent events, if `stream` is true or the route only streams; the data of each is JSON, "
+        "or `[DONE]` at the end of a completion",
     }
 }
 _REQUEST_ID = {"description": "id of the request, which the server's log has too", "schema": {"type": "string"}}

@@ -8,8 +8,9 @@ from typing import Any
 
 from flask.json.provider import DefaultJSONProvider
 
-# No request needs as many: a completion has at most some 2,300 (1,024 entries of logit_bias, 1,024 ids of characters that
-# are allowed, 128 prompts, 4 stop strings, and each field once), embeddings have 2,048 texts. Ids of a text don't count.
+# No request needs as many: a completion has at most some 2,300 (1,024 entries of logit_bias, 1,024 ids of characters
+# that are allowed, 128 prompts, 4 stop strings, and each field once), embeddings have 2,048 texts. Ids of a text don't
+# count.
 MAX_VALUES = 4096
 # A list of whole numbers counts as one value: parsed it takes at most ten times its length, as other bodies may,
 # and a schema that refuses its elements ends at the first one (`fail_fast`).
