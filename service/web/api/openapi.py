@@ -149,7 +149,7 @@ def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _enumerated(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field with few values as alternatives: generators know enumerations of strings only."""
-    if "enum" not in schema or "anyOf" not in schema:
+    if "enum" not in schema or all(isinstance(value, str) for value in schema["enum"]):
         return schema
     about = {name: value for name, value in schema.items() if name not in ("enum", "anyOf")}
     return about | {"anyOf": [_exactly(value) for value in schema["enum"]]}
@@ -162,8 +162,9 @@ def _exactly(value: object) -> dict[str, Any]:
     if isinstance(value, dict):
         fields = {name: _exactly(part) for name, part in value.items()}
         return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    if value == []:
-        return {"type": "array", "items": {}, "maxItems": 0}
+    if isinstance(value, list) and len(value) <= 1:
+        items = _exactly(value[0]) if value else {}
+        return {"type": "array", "items": items, "minItems": len(value), "maxItems": len(value)}
     return {"const": value}
 
 

@@ -133,6 +133,22 @@ def test_openapi__says_which_fields_may_be_null(client: FlaskClient) -> None:
                 }, (name, field)  # fmt: skip
 
 
+def test_openapi__enumerates_strings_only(client: FlaskClient) -> None:
+    """A generator leaves out a body with another enumeration, and the route that takes it."""
+    schemas = described(client)["components"]["schemas"]
+    written = json.dumps(schemas)
+    for values in map(json.loads, re.findall(r'"enum": (\[(?:[^][]|\[[^]]*\])*\])', written)):
+        assert all(isinstance(value, str) for value in values), values
+    assert schemas["ChatBody"]["properties"]["modalities"]["anyOf"] == [
+        {"type": "array", "items": {"const": "text"}, "minItems": 1, "maxItems": 1},
+        {"type": "null"},
+    ]
+    assert schemas["Message"]["properties"]["tool_calls"]["anyOf"] == [
+        {"type": "array", "items": {}, "minItems": 0, "maxItems": 0},
+        {"type": "null"},
+    ]
+
+
 def test_openapi__says_what_every_route_answers(client: FlaskClient) -> None:
     """Also what no schema says: errors that are found before the view, keys, and streams."""
     description = described(client)
