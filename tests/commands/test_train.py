@@ -250,7 +250,7 @@ def test_train__says_that_there_is_no_gpu(place: Place) -> None:
 
 def test_train__says_what_to_do_next_and_shows_samples(place: Place) -> None:
     result = place.train(*SMALL, "--epochs", "1")
-    assert "1 thread\n" in result.stderr
+    assert "1 thread, products in " in result.stderr
     assert "sample '" in result.stderr
     assert f"next: gru-serve generate --model fox --prompt '' --model-store {place.store}" in result.stderr
 

@@ -526,7 +526,7 @@ UNREPRESENTABLE: dict[str, dict[str, Any]] = {
     "state above 1": {"hidden": np.full((1, 64), 1.5, np.float32)},
     "empty stop string": {"stops": (np.empty(0, np.int64),)},
     "stop string of unknown characters": {"stops": (LONE,)},
-    "too many stop strings": {"stops": (LONE - 1,) * 17},
+    "too many stop strings": {"stops": (LONE - 1,) * 133},
     "stop string that is too long": {"stops": (np.zeros(8193, np.int64),)},
     "unknown characters before it": {"generated": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
     "unknown characters in its history": {"history_prompt": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
