@@ -24,7 +24,10 @@ from tests.harness.programs import program
 from tests.harness.server import SERVE, serving
 
 HERE = Path(__file__).parent
-QUICK = ["openai-python", "openai-node", "langchain-openai", "litellm", "llm", "llama-index", "vercel-ai"]
+QUICK = [
+    "openai-python", "openai-node", "langchain-openai", "litellm", "llm", "llama-index", "vercel-ai",
+    "openapi-python-client",
+]  # fmt: skip
 SLOW = ["inspect-ai", "lm-eval", "aiperf", "guidellm"]
 USE_S = 300
 MODEL = "shakespeare"
@@ -53,11 +56,8 @@ def place(**settings: str) -> Iterator[Place]:
     """Serve the shipped model."""
     key, entry = new_key("client")
     keys = {"GRU_SERVE_API_KEYS": entry} if settings.pop("keys", "") else {}
-    variables = {
-        "GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), "GRU_SERVE_MODEL": MODEL, "GRU_SERVE_CHAT_TEMPLATE": "play",
-    }  # fmt: skip
-    variables |= keys | settings
-    with serving(SERVE, variables) as server:
+    store = {"GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), "GRU_SERVE_MODEL": MODEL}
+    with serving(SERVE, store | keys | settings) as server:
         yield Place(server.port, key)
 
 

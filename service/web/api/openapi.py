@@ -40,11 +40,12 @@ _DESCRIPTIONS = {
     "503": "The server can't serve the request now; send it again after `Retry-After` seconds.",
     "504": "The session store did not answer, so the operation may have been done.",
 }
+# Without a type: a tool may take the schema for that of the whole text, or of each event, and OpenAPI 3.1 doesn't say
+# which.
 _STREAM = {
     "schema": {
-        "type": "string",
-        "description": "server-sent events, if `stream` is true; the data of each is JSON, or `[DONE]` at the end of a "
-        "completion",
+        "description": "server-sent events, if `stream` is true or the route only streams; the data of each is JSON, "
+        "or `[DONE]` at the end of a completion",
     }
 }
 _REQUEST_ID = {"description": "id of the request, which the server's log has too", "schema": {"type": "string"}}
@@ -86,7 +87,7 @@ def _complete(spec: dict[str, Any], routes: Iterable[Route], bounds: Bounds) -> 
         responses = operation["responses"] = dict(sorted(operation["responses"].items()))
         for status in responses.keys() & _DESCRIPTIONS.keys():
             responses[status] = {"$ref": f"#/components/responses/Error{status}"}
-        if route.streams and route.takes_body:
+        if route.streams:
             responses["200"]["content"]["text/event-stream"] = _STREAM
     spec["components"]["responses"] = {f"Error{status}": _error(status) for status in _DESCRIPTIONS}
     schemas = spec["components"]["schemas"]
@@ -148,7 +149,7 @@ def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _enumerated(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a field with few values as alternatives: generators know enumerations of strings only."""
-    if "enum" not in schema or "anyOf" not in schema:
+    if "enum" not in schema or all(isinstance(value, str) for value in schema["enum"]):
         return schema
     about = {name: value for name, value in schema.items() if name not in ("enum", "anyOf")}
     return about | {"anyOf": [_exactly(value) for value in schema["enum"]]}
@@ -161,8 +162,9 @@ def _exactly(value: object) -> dict[str, Any]:
     if isinstance(value, dict):
         fields = {name: _exactly(part) for name, part in value.items()}
         return {"type": "object", "properties": fields, "required": list(fields), "additionalProperties": False}
-    if value == []:
-        return {"type": "array", "items": {}, "maxItems": 0}
+    if isinstance(value, list) and len(value) <= 1:
+        items = _exactly(value[0]) if value else {}
+        return {"type": "array", "items": items, "minItems": len(value), "maxItems": len(value)}
     return {"const": value}
 
 

@@ -3,6 +3,6 @@ set -eu
 cp "$HERE/schemathesis.toml" .
 if [ -n "$KEYED" ]; then set -- -H "Authorization: Bearer $API_KEY"; else set --; fi
 SCHEMATHESIS_HOOKS="$HERE/expected.py" schemathesis run "$HOST_URL/openapi.json" "$@" --checks all \
-  --max-examples "$EXAMPLES" --seed 1 --request-timeout 30 --no-color --output-truncate false \
+  --max-examples "$EXAMPLES" --seed 1 --request-timeout 30 --no-color \
   --suppress-health-check all
 echo ok

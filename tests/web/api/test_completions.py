@@ -403,6 +403,14 @@ def test_body__may_have_any_number_of_brackets_and_commas_in_its_strings(client:
         )  # it was parsed, and the model is too long
 
 
+def test_body__may_have_as_many_texts_of_ids_as_a_route_takes(client: FlaskClient) -> None:
+    """Each text counted twice: its bracket, and the comma after it."""
+    texts = [[1], [1, 2]] * 1024
+    response = client.post("/v1/embeddings", json={"input": texts, "dimensions": None, "user": "a"})
+    assert response.status_code == 200, response.text
+    assert len(json.loads(response.data)["data"]) == 2048
+
+
 def test_body__with_two_fields_of_one_name_is_refused(client: FlaskClient) -> None:
     """One of them would be ignored, and parsers don't agree which one."""
     for body in (

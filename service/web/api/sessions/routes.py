@@ -200,7 +200,7 @@ class SessionRoutes(Resource):
         "GET",
         "/v1/sessions/<id>/generate",
         "Resume a stream",
-        {"200": {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        {"200": {"content": {"text/event-stream": {}}}},
         starts_work=True,
         streams=True,
     )
