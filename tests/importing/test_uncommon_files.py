@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from service.errors import InvalidModelFile, UnsupportedModel
+from service.errors import UnsupportedModel
 from service.importing.detection import read_foreign
 from service.importing.protobuf import field
 from service.importing.vocabulary import fit, tokens_of_option
@@ -244,7 +244,7 @@ def test_tensorflow__variables_that_only_the_optimizer_names_are_read(tmp_path: 
         every = [weights.embedding, *grus, weights.dense, weights.bias]
         all_of_them = {f"optimizer/_trainable_variables/{index}": array for index, array in enumerate(every)}
         for name, arrays in (("some", some), ("all", all_of_them)):
-            stem = name == "some" and "opt" or "optimizer"
+            stem = (name == "some" and "opt") or "optimizer"
             arrays |= {f"{stem}/_variables/{2 + index}": array for index, array in enumerate([*every, *every])}
             arrays |= {f"{stem}/_iterations": np.array(5), f"{stem}/_learning_rate": np.array(1e-3, "f4")}
             path = write_bundle(
