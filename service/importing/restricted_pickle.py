@@ -19,11 +19,10 @@ from service.importing.foreign import shown
 MAX_PICKLE_BYTES = 32 << 20
 # What objects take is charged to a budget of twice the file: with the file itself, three times its size.
 _FREE_BYTES = 2 << 20
-_OBJECT_BYTES = (
-    128  # what an opcode may allocate: an object, and its places on the stack, in the memo and in a container
-)
+# What an opcode may allocate: an object, and its places on the stack, in the memo and in a container.
+_OBJECT_BYTES = 128
 _ITEM_BYTES = 16  # for each item of a list that is copied
-# Opcodes that allocate another amount: checkpoints have losses of every step, which are numbers without an entry in the memo.
+# Opcodes that allocate another amount. Checkpoints have the losses of every step: numbers without an entry in the memo.
 _OTHER_BYTES = {
     ord("("): 24, ord("N"): 24, 0x88: 24, 0x89: 24, ord("K"): 24, ord("M"): 48, ord("J"): 48, ord("G"): 44,
     0x8F: 256,  # an empty set

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _MAX_INDEX_BYTES = 4 << 20
 _MAX_ENTRIES = 2048
 _MAX_KEY_BYTES = 512
 _MAX_BLOCKS = 1024
-_DTYPES = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2"), 14: BFLOAT16}
+_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2"), 14: BFLOAT16}
 
 
 @dataclass(frozen=True)

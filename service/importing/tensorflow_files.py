@@ -30,7 +30,7 @@ _NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api
 _OF_OPTIMIZER = re.compile(r"(.+/)(?:_?iterations|iter|_?learning_rate)/\.ATTRIBUTES/VARIABLE_VALUE")
 _LISTED_BY_OPTIMIZER = "/_trainable_variables/"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
-# Operations that a stack of GRU layers doesn't have. What Keras adds for a GRU, other ones have too: additions, products.
+# Operations that no stack of GRU layers has. Additions and products are in every graph, and say nothing.
 _OTHER_OPERATIONS = {
     b"Relu", b"Relu6", b"LeakyRelu", b"Elu", b"Selu", b"Softplus", b"Softsign", b"Erf", b"ReverseV2", b"Conv2D",
 }  # fmt: skip

@@ -29,13 +29,18 @@ from service.importing.vocabulary import is_vocabulary_name, tokens_in_file, tok
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-_NUMPY = {
+_NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16,
 }  # fmt: skip
 _SIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "": 1} | _ITEMSIZE
 _MAX_DEPTH = 6
 _MAX_VISITED = 20_000
-_SAFETENSORS = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "F16": np.dtype("<f2"), "BF16": BFLOAT16}
+_SAFETENSORS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+}
 
 
 def read_torch_archive(path: Path, order: Sequence[str]) -> ForeignModel:
