@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from typing import Any
 
 import pytest
@@ -180,6 +181,7 @@ def test_state__of_another_model_or_time_is_refused(tmp_path: Any) -> None:
         refused(client.post("/v1/completions", json=wrong), 400, "state_model_mismatch", "state")
         there = session(client, text=PROMPT)
         expiring = ok(client.get(f"{there}/state?ttl_s=0.001"))["state"]
+        time.sleep(0.01)
         refused(client.post("/v1/completions", json={"prompt": "a", "state": expiring}), 400, "state_expired", "state")
         sealer, opened = (
             StateSealer(["a key for this test alone"]),
