@@ -70,6 +70,10 @@ class Choice:
     finish_reason: str | None  # stop or length; None within a stream
     logprobs: Logprobs | None  # None unless they were requested
     state: str | None  # the portable state after the text; None unless it was requested
+    token_ids: list[int] | None = None  # of what was generated of the text; None unless they were requested
+    prompt_token_ids: list[int] | None = None  # of the prompt; None unless they were requested, or later in a stream
+    # For each character of the prompt what the API returns, by id; None unless they were requested.
+    prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,9 @@ class Chunk:
     finish_reason: str | None = None  # stop or length in the choice's last chunk
     logprobs: Logprobs | None = None  # None unless they were requested
     usage: Usage | None = None  # of the whole request, only in the stream's last chunk
+    state: str | None = None  # the portable state after the text, in the choice's last chunk, if it was requested
+    token_ids: list[int] | None = None  # of what was generated of the text; None unless they were requested
+    prompt_token_ids: list[int] | None = None  # of the prompt, in the choice's first chunk, if they were requested
 
 
 @dataclass(frozen=True)
@@ -151,4 +158,7 @@ def choice_from_json(document: dict[str, Any]) -> Choice:
         finish_reason=document.get("finish_reason"),
         logprobs=(Logprobs.from_chat if is_chat else Logprobs.from_completion)(document.get("logprobs")),
         state=document.get("state"),
+        token_ids=document.get("token_ids"),
+        prompt_token_ids=document.get("prompt_token_ids"),
+        prompt_logprobs=document.get("prompt_logprobs"),
     )

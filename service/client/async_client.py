@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Self, Unpack
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from service.client.answers import Choice, Chunk, Completion, Model, Score, Usage, choice_from_json
 from service.client.asyncio_connections import AsyncioConnections
@@ -18,6 +18,7 @@ from service.client.fields import (
     FeedFields,
     InspectFields,
     Message,
+    Prompt,
     SamplingFields,
     ScoreFields,
     SessionFields,
@@ -45,15 +46,13 @@ class Calls:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
 
-    async def complete(
-        self, prompt: str | Sequence[str], *, max_tokens: int = 16, **fields: Unpack[CompletionFields]
-    ) -> Completion:
+    async def complete(self, prompt: Prompt, *, max_tokens: int = 16, **fields: Unpack[CompletionFields]) -> Completion:
         """Continue a text, or several. Raises ServerError.
 
         A call that is repeated after a broken connection is computed again. With a seed, the text is the same.
 
         Args:
-            prompt: the text to continue, or a list of texts.
+            prompt: the text to continue, as a string or as ids of characters, or a list of texts.
             max_tokens: the largest number of characters to generate.
             fields: temperature, stop, seed, n and others, as in the API.
         """
@@ -61,7 +60,7 @@ class Calls:
         return Completion.from_json(await self._transport.call("POST", _COMPLETIONS, body))
 
     def stream(
-        self, prompt: str | Sequence[str], *, max_tokens: int = 16, **fields: Unpack[CompletionFields]
+        self, prompt: Prompt, *, max_tokens: int = 16, **fields: Unpack[CompletionFields]
     ) -> AsyncGenerator[Chunk]:
         """Continue a text, or several, and yield the pieces as they arrive. Raises ServerError.
 
@@ -71,20 +70,20 @@ class Calls:
         return self._chunks(_COMPLETIONS, {"prompt": prompt, "max_tokens": max_tokens} | fields)
 
     async def chat(
-        self, messages: Sequence[Message], *, max_tokens: int = 16, **fields: Unpack[ChatFields]
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, **fields: Unpack[ChatFields]
     ) -> Completion:
         """Return the answer to a chat, as the text of its choices. Raises ServerError.
 
         Args:
             messages: the turns so far, such as `{"role": "user", "content": "Who goes there?"}`.
-            max_tokens: the largest number of characters to generate.
+            max_tokens: the largest number of characters to generate; None: the API's default for chats.
             fields: temperature, stop, seed, n and others, as in the API.
         """
         body = {"messages": list(messages), "max_tokens": max_tokens} | fields
         return Completion.from_json(await self._transport.call("POST", _CHATS, body))
 
     def stream_chat(
-        self, messages: Sequence[Message], *, max_tokens: int = 16, **fields: Unpack[ChatFields]
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, **fields: Unpack[ChatFields]
     ) -> AsyncGenerator[Chunk]:
         """Answer a chat and yield the pieces as they arrive, as `stream` does. Raises ServerError."""
         return self._chunks(_CHATS, {"messages": list(messages), "max_tokens": max_tokens} | fields)
@@ -127,7 +126,7 @@ class Calls:
         """
         session_id = id if id is not None else secrets.token_hex(16)  # chosen here, so that the call can be repeated
         body = {"text": text, "state": state} | fields
-        created = await self._transport.call("PUT", f"/v1/sessions/{session_id}", body)
+        created = await self._transport.call("PUT", _session_path(session_id), body)
         return AsyncSession(self._transport, created)
 
     async def load(self, state: str, **fields: Unpack[SessionFields]) -> AsyncSession:
@@ -136,7 +135,7 @@ class Calls:
 
     async def open(self, id: str) -> AsyncSession:  # noqa: A002 - the API's name
         """Open an existing session. Raises ServerError."""
-        return AsyncSession(self._transport, await self._transport.call("GET", f"/v1/sessions/{id}"))
+        return AsyncSession(self._transport, await self._transport.call("GET", _session_path(id)))
 
     async def inspect(self, text: str, **fields: Unpack[InspectFields]) -> Inspection:
         """Return the state of the network after each character of a text. Raises ServerError.
@@ -186,6 +185,7 @@ class _Delivered:
     def __init__(self) -> None:
         self._texts: dict[int, str] = {}  # of each choice
         self._num_scores: dict[int, int] = {}
+        self._begun: set[int] = set()  # choices with a delivered piece
         self._finished: set[int] = set()
         self._maker: tuple[str, str] | None = None
         self.begin()
@@ -222,7 +222,23 @@ class _Delivered:
             return None
         if is_last:
             self._finished.add(number)
-        return Chunk(new, number, choice.finish_reason, logprobs)
+        is_first = number not in self._begun
+        self._begun.add(number)
+        ids = choice.token_ids  # of the end of the piece's text: an echoed prompt has none
+        return Chunk(
+            new,
+            number,
+            choice.finish_reason,
+            logprobs,
+            state=choice.state if is_last else None,
+            token_ids=ids[max(0, len(ids) - len(new)) :] if ids is not None else None,
+            prompt_token_ids=choice.prompt_token_ids if is_first else None,
+        )
+
+
+def _session_path(session_id: str) -> str:
+    """Return the path of a session. Any text leads to no other route: the server refuses what is no id."""
+    return f"/v1/sessions/{quote(session_id, safe='')}"
 
 
 def _damaged(message: str) -> ServerError:
@@ -265,6 +281,8 @@ class FeedResult:
     position: int  # of the session after the text
     next: list[tuple[str, float]]  # characters that may follow, the likeliest first, with their log-probabilities
     logprobs: list[float]  # of each character that was fed; empty unless they were requested
+    # The likeliest characters at each place, with their log-probabilities; empty unless they were requested.
+    top: list[dict[str, float]]
 
 
 class AsyncSession:
@@ -276,7 +294,7 @@ class AsyncSession:
         self.seed: int = description["seed"]
         self.position: int = description["position"]  # the length of the text, up to what this object has received
         self._transport = transport
-        self._path = f"/v1/sessions/{self.id}"
+        self._path = _session_path(self.id)
         self._is_ahead = False  # whether the server may have generated more than this object has received
 
     async def feed(self, text: str, **fields: Unpack[FeedFields]) -> FeedResult:
@@ -289,11 +307,12 @@ class AsyncSession:
         body = {"text": text, "position": await self._synchronise()} | fields
         response = await self._transport.call("POST", f"{self._path}/feed", body)
         self.position = response["position"]
-        scores = response["logprobs"]
+        scores = response["logprobs"] or {}
         return FeedResult(
             self.position,
             [(entry["char"], entry["logprob"]) for entry in response["next"]],
-            scores["token_logprobs"] if scores is not None else [],
+            scores.get("token_logprobs", []),
+            scores.get("top_logprobs") or [],
         )
 
     async def generate(self, max_tokens: int = 16, **fields: Unpack[SamplingFields]) -> AsyncGenerator[str]:

@@ -14,6 +14,7 @@ from service.client.fields import (
     FeedFields,
     InspectFields,
     Message,
+    Prompt,
     SamplingFields,
     ScoreFields,
     SessionFields,
@@ -54,23 +55,19 @@ class Client:
         """Close idle connections. Later calls open new ones."""
         run(self._calls.close())
 
-    def complete(
-        self, prompt: str | Sequence[str], *, max_tokens: int = 16, **fields: Unpack[CompletionFields]
-    ) -> Completion:
+    def complete(self, prompt: Prompt, *, max_tokens: int = 16, **fields: Unpack[CompletionFields]) -> Completion:
         """Continue a text, or several. Raises ServerError.
 
         A call that is repeated after a broken connection is computed again. With a seed, the text is the same.
 
         Args:
-            prompt: the text to continue, or a list of texts.
+            prompt: the text to continue, as a string or as ids of characters, or a list of texts.
             max_tokens: the largest number of characters to generate.
             fields: temperature, stop, seed, n and others, as in the API.
         """
         return run(self._calls.complete(prompt, max_tokens=max_tokens, **fields))
 
-    def stream(
-        self, prompt: str | Sequence[str], *, max_tokens: int = 16, **fields: Unpack[CompletionFields]
-    ) -> Generator[Chunk]:
+    def stream(self, prompt: Prompt, *, max_tokens: int = 16, **fields: Unpack[CompletionFields]) -> Generator[Chunk]:
         """Continue a text, or several, and yield the pieces as they arrive. Raises ServerError.
 
         A stream that breaks is requested again with the same seed, and continues after the last piece: equal seeds give
@@ -78,18 +75,20 @@ class Client:
         """
         return iterate(self._calls.stream(prompt, max_tokens=max_tokens, **fields))
 
-    def chat(self, messages: Sequence[Message], *, max_tokens: int = 16, **fields: Unpack[ChatFields]) -> Completion:
+    def chat(
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, **fields: Unpack[ChatFields]
+    ) -> Completion:
         """Return the answer to a chat, as the text of its choices. Raises ServerError.
 
         Args:
             messages: the turns so far, such as `{"role": "user", "content": "Who goes there?"}`.
-            max_tokens: the largest number of characters to generate.
+            max_tokens: the largest number of characters to generate; None: the API's default for chats.
             fields: temperature, stop, seed, n and others, as in the API.
         """
         return run(self._calls.chat(messages, max_tokens=max_tokens, **fields))
 
     def stream_chat(
-        self, messages: Sequence[Message], *, max_tokens: int = 16, **fields: Unpack[ChatFields]
+        self, messages: Sequence[Message], *, max_tokens: int | None = None, **fields: Unpack[ChatFields]
     ) -> Generator[Chunk]:
         """Answer a chat and yield the pieces as they arrive, as `stream` does. Raises ServerError."""
         return iterate(self._calls.stream_chat(messages, max_tokens=max_tokens, **fields))

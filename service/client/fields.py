@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
-UnknownChars = Literal["error", "fold", "drop"]
+# A text, as a string or as the ids of its characters, or several of them.
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+UnknownChars = Literal["error", "fold", "drop", "fold_drop"]
 
 
-class Message(TypedDict):
+class _Turn(TypedDict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[dict[str, str]]  # the text, or its parts
+
+
+class Message(_Turn, total=False):
     """One turn of a chat."""
 
-    role: str  # system, user or assistant, or another role that the model's template has
-    content: str
+    name: str  # of the speaker, instead of the one that the model's template has
 
 
 class SamplingFields(TypedDict, total=False):
@@ -62,6 +69,8 @@ class ChatFields(ModelFields, total=False):
 
     logprobs: bool
     top_logprobs: int
+    add_generation_prompt: bool
+    continue_final_message: bool
 
 
 class ScoreFields(TypedDict, total=False):

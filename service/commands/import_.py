@@ -114,7 +114,7 @@ def _tokens(model: Any, charset: str | None, charset_from: Path | None) -> tuple
     from service.importing.vocabulary import advice, fit, tokens_of_corpus, tokens_of_option
 
     if charset is not None:
-        return fit(tokens_of_option(charset), model.vocab_size, "--charset")
+        return fit(tokens_of_option(charset, model.vocab_size), model.vocab_size, "--charset")
     if charset_from is not None:
         return fit(tokens_of_corpus(_read_characters(charset_from)), model.vocab_size, charset_from.name)
     if model.tokens is None:

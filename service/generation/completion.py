@@ -75,7 +75,8 @@ class CompletionChunk:
     """A part of a continuation's text."""
 
     text: str
-    # Of the text's characters. NaN for a first character, which nothing predicts. None if no scores are returned.
+    # Of the text's characters. NaN for a first character, which nothing predicts. None if no scores are returned;
+    # without characters there are none, and it is not None.
     scores: Scores | None = None
     num_echoed: int = 0  # characters at the beginning of the text that belong to the prompt
 
@@ -161,7 +162,7 @@ class Choice:
 
     def _chunk(self, shown: str, num_echoed: int) -> CompletionChunk:
         if not self._scores:
-            return CompletionChunk(shown, None, num_echoed)
+            return CompletionChunk(shown, None if self._request.num_logprobs is None else Scores.none(), num_echoed)
         scores = Scores.join(self._scores)
         self._scores = [scores.slice(len(shown), None)]
         return CompletionChunk(shown, scores.slice(0, len(shown)), num_echoed)

@@ -6,6 +6,7 @@
 - `keras_roles`, `torch_roles`: find embedding, GRU layers and output layer among named arrays by shape and kind.
 - `foreign`: a ForeignModel, and in which order its layers compute.
 - `vocabulary`: which character each row of the embedding is.
+- `float_loss`: the loss of a model in float32, in numpy.
 - `conversion`: a ForeignModel and its characters -> the config and weights of this project.
 - `publication`: measures the weights, writes the model card and publishes.
 

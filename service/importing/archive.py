@@ -21,6 +21,7 @@ class Archive:
     def __init__(self, path: Path, name: str) -> None:
         """Open an archive. `name` is what messages call it. Raises InvalidModelFile, OSError."""
         self._name, self._num_bytes = name, path.stat().st_size
+        self._bytes_left = self._num_bytes  # that members may have together
         _check_directory(path, name)
         try:
             self._zip = zipfile.ZipFile(path)
@@ -43,7 +44,10 @@ class Archive:
         return self._infos[member].file_size
 
     def read(self, member: str, max_bytes: int) -> bytes:
-        """Return a member. Raises InvalidModelFile if it is damaged, or declares or has more than max_bytes."""
+        """Return a member. Raises InvalidModelFile if it is damaged, or declares or has more than max_bytes.
+
+        All members that are read may have together as many bytes as the archive.
+        """
         info = self._infos.get(member)
         if info is None:
             raise InvalidModelFile(f"{self._name} lacks {shown(member)}")
@@ -55,6 +59,9 @@ class Archive:
             )
         if info.compress_type != zipfile.ZIP_STORED and info.file_size > self._num_bytes:
             raise InvalidModelFile(f"{self._name}: {shown(member)} would be larger than the whole archive")
+        self._bytes_left -= info.file_size
+        if self._bytes_left < 0:  # compressed, or members that share their bytes, or one that is read again and again
+            raise InvalidModelFile(f"{self._name}: its members would expand to more than the archive has")
         try:
             with self._zip.open(info) as file:
                 data = file.read(info.file_size + 1)

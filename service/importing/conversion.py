@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from service.arrays import Float32
 from service.errors import InvalidModelFile, UnsupportedModel
-from service.importing.foreign import Array, ForeignLayer, ForeignModel, Tokens
+from service.importing.foreign import BFLOAT16, Array, ForeignLayer, ForeignModel, Tokens
 from service.model.artifact import Tensors
 from service.model.config import ModelConfig
 from service.model.manifest import describe_first_error
@@ -27,9 +27,14 @@ def convert(model: ForeignModel, tokens: Tokens) -> tuple[ModelConfig, Tensors]:
         tokens: a character for each row of its embedding; None for a row that is left out.
 
     Raises:
-        UnsupportedModel: the sizes are larger than accepted.
+        UnsupportedModel: the sizes are larger than accepted, or the model doesn't read one of the characters.
         InvalidModelFile: a weight is not finite in float32.
     """
+    if model.skips_row_0 and tokens[0] is not None:
+        raise UnsupportedModel(
+            f"the embedding has mask_zero=True, and the id 0 is the character {tokens[0]!r}: the model reads a text "
+            "without it. Train it with mask_zero=False, or with an id 0 that is padding"
+        )
     rows = np.array([index for index, token in enumerate(tokens) if token is not None])
     keeps_all = len(rows) == len(tokens)
     first = model.layers[0]
@@ -88,20 +93,30 @@ def _gates(layer: ForeignLayer, stacked: Array | None, what: str) -> Float32:
     if stacked is None:
         return np.zeros(3 * units, np.float32)
     out = np.empty(stacked.shape, np.float32)
-    with np.errstate(over="ignore"):
-        for target, gate in enumerate(_OURS):
-            source = layer.gates.index(gate)
-            out[target * units : (target + 1) * units] = stacked[source * units : (source + 1) * units]
+    for target, gate in enumerate(_OURS):
+        source = layer.gates.index(gate)
+        _fill(out[target * units : (target + 1) * units], stacked[source * units : (source + 1) * units])
     _check_finite(out, f"{what} of {layer.name}")
     return out
 
 
 def _float32(array: Array, what: str) -> Float32:
     """Return a copy in float32, row by row in memory."""
-    with np.errstate(over="ignore"):
-        out = np.array(array, np.float32, order="C")
+    out = np.empty(array.shape, np.float32)
+    _fill(out, array)
     _check_finite(out, what)
     return out
+
+
+def _fill(out: Float32, numbers: Array) -> None:
+    """Set an array to numbers of any precision, without a second copy of them."""
+    if numbers.dtype.names == BFLOAT16.names:
+        bits = out.view(np.uint32)
+        bits[...] = numbers["bfloat16"]
+        bits <<= 16
+        return
+    with np.errstate(over="ignore"):
+        out[...] = numbers
 
 
 def _check_finite(array: Float32, what: str) -> None:

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 
 from service.errors import UnsupportedModel
 
-Array = NDArray[Any]  # floating-point numbers, as the file has them; often a read-only view of its bytes
+Array = NDArray[Any]  # floating-point numbers or BFLOAT16, as the file has them; often a read-only view of its bytes
 NamedArrays = Mapping[str, Array]  # path or name in the file -> array
 Tokens = tuple[str | None, ...]  # by index: a character, a word, or None for a row that is no character
 
+# numpy lacks bfloat16. Its numbers are the upper halves of those of float32, and only `convert` widens them: a second
+# array of twice the file's size would be more than an import may take.
+BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_LAYERS = 8  # ModelConfig accepts no more
 NEEDED = "a stack of GRU layers (reset gate after the recurrent product) between an embedding and one output layer"
 _MAX_NAMED = 6
@@ -56,6 +59,7 @@ class ForeignModel:
     dense_bias: Array | None  # (V,); None for zeros
     tokens: Tokens | None = None  # the vocabulary, if the file has it
     notes: tuple[str, ...] = ()  # a line each for the user
+    skips_row_0: bool = False  # a layer leaves inputs of the id 0 out, so that it can't be a character
 
     @property
     def vocab_size(self) -> int:

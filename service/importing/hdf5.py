@@ -30,6 +30,7 @@ class HDF5:
 
     attributes: dict[str, dict[str, str]]  # path of a group, empty for the root -> name -> text
     arrays: dict[str, Array]  # path -> floating-point numbers
+    groups: tuple[str, ...] = ()  # names of the layers of a container of Keras 3, also of those without weights
 
 
 def read_hdf5(path: Path, name: str) -> HDF5:
@@ -88,4 +89,4 @@ def _receive(stream: IO[bytes], num_bytes: int) -> tuple[HDF5 | None, str]:
         if size and stream.readinto(array.data.cast("B")) != size:  # type: ignore[attr-defined]
             return None, ""
         arrays[str(path)] = array
-    return HDF5(header["attributes"], arrays), ""
+    return HDF5(header["attributes"], arrays, tuple(map(str, header["groups"]))), ""

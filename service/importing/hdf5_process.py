@@ -3,8 +3,8 @@
 The HDF5 library is written in C, and a hostile file can make it crash, loop or allocate without end. So it runs where
 that ends nothing else: with a limit of memory in proportion to the file, and a limit of time.
 
-Standard output: one line of JSON, {"error"} or {"attributes", "datasets": [[path, dtype, shape], ...]}, and then the
-bytes of these datasets, one after the other, little-endian.
+Standard output: one line of JSON, {"error"} or {"attributes", "groups", "datasets": [[path, dtype, shape], ...]}, and
+then the bytes of these datasets, one after the other, little-endian.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Reader:
         self._num_objects = 0
         self.attributes: dict[str, dict[str, str]] = {}  # path -> name -> value
         self.datasets: list[tuple[str, Any]] = []
+        self.groups: list[str] = []  # of layers: the ones in the group `layers`
 
     def walk(self, group: Any, path: str = "", depth: int = 0) -> None:
         """Collect what is in a group. Raises Refused."""
@@ -75,6 +76,8 @@ class Reader:
                 raise Refused(f"{where} is a link to another place or file, which is never followed")
             found = group[name]
             if isinstance(found, self._h5py.Group):
+                if path == "layers":
+                    self.groups.append(name)
                 self.walk(found, where, depth + 1)
             elif isinstance(found, self._h5py.Dataset):
                 self._add(where, found)
@@ -118,7 +121,9 @@ def write(reader: Reader, out: BinaryIO) -> None:
     import numpy as np
 
     table = [[path, dataset.dtype.newbyteorder("<").str, list(dataset.shape)] for path, dataset in reader.datasets]
-    header = json.dumps({"attributes": reader.attributes, "datasets": table}).encode("utf-8", "replace")
+    header = json.dumps({"attributes": reader.attributes, "groups": reader.groups, "datasets": table}).encode(
+        "utf-8", "replace"
+    )
     if len(header) > MAX_HEADER_BYTES:
         raise Refused("its names and attributes are longer than in any model")
     out.write(header + b"\n")

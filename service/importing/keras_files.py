@@ -12,7 +12,7 @@ from service.errors import InvalidModelFile
 from service.importing.archive import Archive
 from service.importing.foreign import ForeignModel, Tokens, max_json_bytes, shown
 from service.importing.hdf5 import HDF5, read_hdf5
-from service.importing.keras_roles import find_keras_roles
+from service.importing.keras_roles import check_layer_names, find_keras_roles
 from service.importing.vocabulary import tokens_of
 
 CONFIG, WEIGHTS, METADATA = "config.json", "model.weights.h5", "metadata.json"
@@ -47,6 +47,8 @@ def read_keras_archive(path: Path, order: Sequence[str]) -> ForeignModel:
 def _model_of(
     content: HDF5, kind: str, version: object, config: Any, order: Sequence[str], tokens: Tokens | None
 ) -> ForeignModel:
+    if config is None:
+        check_layer_names(content.groups)
     library = f"keras {version[:20]}" if isinstance(version, str) else "keras"
     # A whole model in HDF5 has its weights in this group, and may have those of the optimizer beside it.
     whole = "model_weights/"

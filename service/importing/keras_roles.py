@@ -45,7 +45,15 @@ _OTHER_KINDS = (
     (re.compile(r"batch_?norm|layer_?norm|gamma$|moving_mean", re.I), "normalisation"),
     (re.compile(r"conv", re.I), "a convolution"),
 )
+_EMBEDDING = re.compile(r"emb|enc|lookup|input", re.I)
+_OUTPUT = re.compile(r"dec|dense|fc|lin|out|head|proj|logit|predict", re.I)
 _BACKWARD = re.compile(r"backward|bidirectional", re.I)
+# Keras 3 calls the layers of a container in `.weights.h5` by their classes, whatever their names are.
+_WITHOUT_WEIGHTS = re.compile(
+    r"(re_lu|leaky_re_lu|elu|add|subtract|multiply|average|maximum|minimum|concatenate|dot|rescaling|unit_normalization|"
+    r"lambda|masking|repeat_vector|permute|flatten|cropping1d|zero_padding1d|up_sampling1d|"
+    r"(global_)?(max|average)_pooling1d|attention|additive_attention|bidirectional)(_\d+)?"
+)
 _MAX_LAYERS = 64
 
 
@@ -92,7 +100,8 @@ def find_keras_roles(
     order = order or _order_of_config(described, layers, names or {})
     num_inputs = embedding.shape[1] if embedding is not None else dense.shape[1]
     ordered = order_layers(layers, num_inputs, int(dense.shape[0]), order)
-    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens)
+    skips = any(layer == "Embedding" and config.get("mask_zero") for layer, config in described)
+    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens, skips_row_0=skips)
 
 
 def _groups(arrays: NamedArrays) -> Iterator[_Group]:
@@ -102,7 +111,8 @@ def _groups(arrays: NamedArrays) -> Iterator[_Group]:
         parent, _, leaf = re.sub(r":\d+$", "", path).rpartition("/")
         groups.setdefault(parent, _Group(parent)).arrays[leaf.lstrip("_")] = array
     for group in groups.values():
-        if len(group.arrays) > 3 and all(leaf.isdecimal() for leaf in group.arrays):
+        is_list = len(group.arrays) > 3 or group.path.endswith("_trainable_variables")
+        if is_list and all(leaf.isdecimal() for leaf in group.arrays):
             yield from _split(group)  # a list of all variables
         else:
             yield group
@@ -211,10 +221,13 @@ def _ends(
     for path, array in bare:
         if array.ndim != 2:
             raise UnsupportedModel(f"{path} is a layer of another kind ({list(array.shape)}); {NEEDED} is needed")
-        if not embeddings and (denses or any(array.shape[1] == layer.num_inputs for layer in layers)):
-            embeddings.append((path, array))
-        else:
-            denses.append((path, array, None))
+    if not embeddings and not denses and bare:
+        table, output = _which(bare, layers)
+        embeddings, denses = table, [(*one, None) for one in output]
+    elif embeddings:
+        denses += [(*one, None) for one in bare]
+    else:
+        embeddings = bare
     if len(embeddings) > 1 or len(denses) > 1:
         extra = [path for path, *_ in (embeddings if len(embeddings) > 1 else denses)]
         what = "embeddings" if len(embeddings) > 1 else "dense layers"
@@ -235,6 +248,45 @@ def _ends(
     return embedding, dense, bias
 
 
+def _which(
+    bare: list[tuple[str, Array]], layers: list[ForeignLayer]
+) -> tuple[list[tuple[str, Array]], list[tuple[str, Array]]]:
+    """Return which of one or two matrices is the embedding (V, E), and which is the kernel (H, V) of the output layer.
+
+    A single one is an embedding that the output layer shares, or an output layer after one-hot inputs.
+    Raises UnsupportedModel.
+    """
+    inputs, units = {layer.num_inputs for layer in layers}, {layer.num_units for layer in layers}
+    choices = [(bare[:1], bare[1:]), (bare[1:], bare[:1])]
+    fitting = [
+        (tables, outputs)
+        for tables, outputs in choices
+        if all(table.shape[1] in (inputs if outputs else inputs & units) for _, table in tables)
+        and all(output.shape[0] in units and (tables or output.shape[1] in inputs) for _, output in outputs)
+        and all(table.shape[0] == output.shape[1] for _, table in tables for _, output in outputs)
+    ]
+    named = [
+        (tables, outputs)
+        for tables, outputs in fitting or choices
+        if all(_EMBEDDING.search(path) for path, _ in tables) and all(_OUTPUT.search(path) for path, _ in outputs)
+    ]
+    if len(bare) > 2 or (len(fitting) != 1 and len(named) == 1):
+        return named[0] if len(named) == 1 else choices[0]
+    if len(fitting) > 1:
+        raise UnsupportedModel(
+            f"nothing in the file says which of the weights ({', '.join(path for path, _ in bare)}) are the embedding "
+            "and which are the output layer: call one of them embedding and the other one output"
+        )
+    return fitting[0] if fitting else choices[0]
+
+
+def check_layer_names(names: Sequence[str]) -> None:
+    """Raise UnsupportedModel if a layer without weights computes something, by the names that Keras 3 gives layers."""
+    for name in names:
+        if _WITHOUT_WEIGHTS.fullmatch(name):
+            raise UnsupportedModel(f"the model has the layer {shown(name)}; {NEEDED} is needed")
+
+
 # The config
 
 
@@ -252,6 +304,11 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
     elif isinstance(kind, str) and isinstance(inner, dict):
         if depth == 0:
             return  # a class of the user's own: its layers are known by their weights only
+        nodes = config.get("inbound_nodes")
+        if isinstance(nodes, list) and len(nodes) > 1 and kind not in _HARMLESS:
+            raise UnsupportedModel(
+                f"{shown(str(inner.get('name', kind)))} is applied {len(nodes)} times; {NEEDED} is needed"
+            )
         yield kind, inner
         if isinstance(inner.get("layer"), dict):
             yield from _layers_of(inner["layer"], depth + 1)
@@ -259,8 +316,13 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
 
 def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
     """Raise UnsupportedModel if a layer computes what our models don't."""
+    is_probability = ""  # the layer after which there may be none with weights
     for kind, config in described:
         name = shown(str(config.get("name", kind)))
+        if is_probability and kind in ("GRU", "CuDNNGRU", "Embedding", "Dense"):
+            raise UnsupportedModel(f"{is_probability} makes probabilities before the layer {name}; {NEEDED} is needed")
+        if kind == "Softmax" or (kind == "Activation" and "softmax" in str(_activation(config.get("activation")))):
+            is_probability = name
         if kind in _HARMLESS or kind in _WRAPPERS:
             continue
         if kind in ("GRU", "CuDNNGRU"):

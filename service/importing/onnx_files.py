@@ -23,6 +23,7 @@ _MAX_NODES = 4096
 _MAX_NAMES = 20_000  # inputs and outputs of all nodes
 _MAX_STEPS = 1000  # nodes on the way from the output to the input
 _FLOATS = {1: ("<f4", 4), 11: ("<f8", 10), 10: ("<f2", 5), 16: ("<u2", 5)}  # TensorProto.DataType: dtype, field
+_CASTS = {1: "<f4", 11: "<f8", 10: "<f2", 7: "<i8", 6: "<i4"}
 _INTS = {7: ("<i8", 7), 6: ("<i4", 5)}
 _MOVES = {"Squeeze", "Unsqueeze", "Transpose", "Reshape", "Identity", "Cast", "Dropout", "Flatten", "Slice"}
 _PROBABILITIES = {"Softmax", "LogSoftmax"}
@@ -141,10 +142,17 @@ class _Graph:
         """Return the node that makes what a name means, before nodes that only move numbers; None for an input."""
         for _ in range(_MAX_STEPS):
             node = self._producers.get(name)
-            if node is None or node.op not in _MOVES or not node.inputs:
+            if node is None or not node.inputs or not (node.op in _MOVES or self._takes_last(node)):
                 return node
             name = node.inputs[0]
         raise InvalidModelFile("the graph goes in circles: the file is damaged")
+
+    def _takes_last(self, node: _Node) -> bool:
+        """Return whether a node selects the last of something that the graph computes, such as the last position."""
+        if node.op != "Gather" or len(node.inputs) != 2 or self._constant(node.inputs[0]) is not None:
+            return False
+        index = self._constant(node.inputs[1])
+        return index is not None and index.dtype.kind == "i" and index.tolist() in (-1, [-1])
 
     def _output_layer(self, name: str) -> tuple[Array, Array | None, str] | None:
         """Return weight (V, H), bias (V,) and the name of the input of the dense layer that makes an output.
@@ -210,8 +218,7 @@ class _Graph:
                 )
         if node.attribute("clip") is not None:
             raise UnsupportedModel(f"{name} clips its gates, which this service's models don't do")
-        initial = self._constant(node.inputs[5]) if len(node.inputs) > 5 and node.inputs[5] else None
-        if initial is not None and initial.any():
+        if len(node.inputs) > 5 and self._has_numbers(node.inputs[5]):
             raise UnsupportedModel(
                 f"{name} has an initial state that was learnt, which this service's models don't have"
             )
@@ -227,6 +234,29 @@ class _Graph:
             raise InvalidModelFile(f"{name} has a bias of the shape {list(bias.shape)}")
         of_input, of_recurrent = (None, None) if bias is None else (bias[0, : 3 * units], bias[0, 3 * units :])
         return ForeignLayer(name, inputs[0], recurrent[0], of_input, of_recurrent, "zrn")
+
+    def _has_numbers(self, name: str) -> bool:
+        """Return whether constants other than zeros and shapes have a part in a value."""
+        waiting, seen = [name], {name, ""}
+        for _ in range(_MAX_STEPS):
+            if not waiting:
+                return False
+            one = waiting.pop()
+            value = self._constant(one) if one else None
+            if value is not None:
+                if value.dtype.kind == "f" and value.any():
+                    return True
+                continue
+            node = self._producers.get(one)
+            if node is None or node.op in ("Shape", "Size", "GRU"):
+                continue
+            if node.op == "ConstantOfShape" and (filling := node.attribute("value")) is not None:
+                if self._tensor(filling.message(5)).any():
+                    return True
+                continue
+            waiting += [source for source in node.inputs if source not in seen]
+            seen.update(node.inputs)
+        raise InvalidModelFile("an initial state is computed in too many steps")
 
     def _embedding(self, node: _Node | None) -> Array | None:
         """Return the table of the node that makes the first layer's input; None if that is one-hot."""
@@ -403,6 +433,15 @@ def _transpose(node: _Node, values: list[Array | None]) -> Array:
     return np.transpose(_needed(values[0]), _ints(node, "perm", None) or None)
 
 
+def _cast(node: _Node, values: list[Array | None]) -> Array:
+    data, kind = _needed(values[0]), _int(node, "to")
+    if kind not in _CASTS:
+        raise UnsupportedModel(f"the graph casts constants to numbers of the kind {kind}")
+    target = np.dtype(_CASTS[kind])
+    # To widen a number doesn't change it, and would take memory.
+    return data if data.dtype.kind == target.kind and data.itemsize <= target.itemsize else data.astype(target)
+
+
 def _concat(node: _Node, values: list[Array | None]) -> Array:
     return np.concatenate([_needed(value) for value in values], _int(node, "axis"))
 
@@ -424,5 +463,5 @@ def _needed(value: Array | None) -> Array:
 
 _OPERATIONS = {
     "Identity": _same, "Slice": _slice, "Squeeze": _squeeze, "Unsqueeze": _unsqueeze, "Transpose": _transpose,
-    "Concat": _concat, "Reshape": _reshape,
+    "Concat": _concat, "Reshape": _reshape, "Cast": _cast,
 }  # fmt: skip

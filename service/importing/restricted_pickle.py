@@ -17,10 +17,16 @@ from service.errors import InvalidModelFile
 from service.importing.foreign import shown
 
 MAX_PICKLE_BYTES = 32 << 20
-# What an object takes is charged to a budget in proportion to the file: with the file itself, three times its size.
-_FREE_OBJECTS = 8_000
-_BYTES_PER_OBJECT = 128
-_TEXT_PER_OBJECT = 32  # bytes of a text, whose characters may take four times as much
+# What objects take is charged to a budget of twice the file: with the file itself, three times its size.
+_FREE_BYTES = 2 << 20
+# What an opcode may allocate: an object, and its places on the stack, in the memo and in a container.
+_OBJECT_BYTES = 128
+_ITEM_BYTES = 16  # for each item of a list that is copied
+# Opcodes that allocate another amount. Checkpoints have the losses of every step: numbers without an entry in the memo.
+_OTHER_BYTES = {
+    ord("("): 24, ord("N"): 24, 0x88: 24, 0x89: 24, ord("K"): 24, ord("M"): 48, ord("J"): 48, ord("G"): 44,
+    0x8F: 256,  # an empty set
+}  # fmt: skip
 _MAX_MEMO = 1 << 20
 
 # Names of Python's standard library that models are known to contain. Any other one is refused even if it isn't called.
@@ -37,6 +43,7 @@ _HARMLESS = {
 _DICTIONARIES = {
     "collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict", "__builtin__.dict",
 }  # fmt: skip
+_CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 _OLD_MODULES = {"__builtin__", "copy_reg", "__builtins__", "exceptions", "commands", "nt", "posix", "__import__"}
 # Calls whose result doesn't matter to a model's weights: their arguments are stored, and nothing is called.
 _INERT_CALLS = {
@@ -111,17 +118,18 @@ _STORAGES = {
 }  # fmt: skip
 
 
-def read_pickle(data: memoryview, start: int, what: str) -> tuple[Any, int]:
+def read_pickle(data: memoryview, start: int, what: str, file_bytes: int) -> tuple[Any, int]:
     """Read the pickle that begins at a position. Return its value and the position after it.
 
     Args:
         data: the file.
         start: of the pickle.
         what: is read, for messages.
+        file_bytes: size of the whole file, in proportion to which memory may be taken.
 
     Raises InvalidModelFile if it is damaged, too large, or would call or name anything that a model doesn't need.
     """
-    machine = _Machine(data, start, what)
+    machine = _Machine(data, start, what, file_bytes)
     try:
         return machine.run(), machine.position
     except (struct.error, IndexError, UnicodeError, ValueError, TypeError, KeyError, AttributeError, OverflowError,
@@ -132,12 +140,12 @@ def read_pickle(data: memoryview, start: int, what: str) -> tuple[Any, int]:
 class _Machine:
     """The stack machine of the pickle format: https://docs.python.org/3/library/pickletools.html."""
 
-    def __init__(self, data: memoryview, start: int, what: str) -> None:
+    def __init__(self, data: memoryview, start: int, what: str, file_bytes: int) -> None:
         self._data, self.position, self._what = data, start, what
         self._end = min(len(data), start + MAX_PICKLE_BYTES)
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._budget = _FREE_OBJECTS + (len(data) - start) // _BYTES_PER_OBJECT
+        self._bytes_left = _FREE_BYTES + 2 * file_bytes
 
     def run(self) -> Any:
         """Execute the opcodes up to STOP. Return the value on the stack."""
@@ -148,10 +156,14 @@ class _Machine:
             operation = _OPERATIONS.get(code)
             if operation is None:
                 raise self._error(f"it has the opcode {code:#04x}, which no model needs")
+            self._charge(_OTHER_BYTES.get(code, _OBJECT_BYTES))
             operation(self)
-            self._budget -= 1
-            if self._budget < 0:
-                raise self._error("it has more objects than any model")
+
+    def _charge(self, num_bytes: int) -> None:
+        """Take memory from the budget. Raises InvalidModelFile if it is used up."""
+        self._bytes_left -= num_bytes
+        if self._bytes_left < 0:
+            raise self._error("its objects and texts take more memory than those of any model of its size")
 
     # Reading
 
@@ -229,7 +241,8 @@ class _Machine:
     def _key(self, key: Any) -> Any:
         """Return a key that can be hashed quickly; nested ones of the same parts could take for ever."""
         parts = key if isinstance(key, tuple) else (key,)
-        if all(part is None or isinstance(part, str | int | float | bytes | Name) for part in parts):
+        # Tensors are keys in a whole optimizer. They and inert objects are told apart by identity.
+        if all(part is None or isinstance(part, str | int | float | bytes | Name | Tensor | Inert) for part in parts):
             return key
         raise self._error("a dictionary or set in it has keys that no model has")
 
@@ -299,12 +312,14 @@ class _Machine:
         if name == "collections.defaultdict":
             return {}
         if name in ("builtins.set", "builtins.frozenset", "__builtin__.set", "__builtin__.frozenset"):
-            return {self._key(one) for one in (args[0] if args else ())}
+            items = args[0] if args else ()
+            self._charge(_OBJECT_BYTES * len(items))
+            return {self._key(one) for one in items}
         if name in ("builtins.list", "__builtin__.list", "builtins.tuple", "torch.Size"):
             found = args[0] if args else ()
             if not isinstance(found, list | tuple):
                 raise self._error(f"it calls {name} in a way that no model needs")
-            self._budget -= len(found)
+            self._charge(_ITEM_BYTES * len(found))
             return list(found) if name.endswith("list") else tuple(found)
         if (
             name == "_codecs.encode"
@@ -312,11 +327,15 @@ class _Machine:
             and isinstance(args[0], str)
             and args[1] in ("latin1", "latin-1")
         ):
+            self._charge(len(args[0]))
             return args[0].encode("latin1")
         if name in ("copyreg._reconstructor", "copy_reg._reconstructor") and args and isinstance(args[0], Name):
             return self._object(args[0].name, ())
         if name in ("builtins.bytes", "builtins.bytearray") and all(isinstance(arg, bytes) for arg in args):
             return args[0] if args else b""
+        if name.endswith(".multiarray.scalar") and name in _INERT_CALLS and len(args) == 2:
+            texts = texts_of_numpy(args[0], args[1], 1)
+            return texts[0] if texts else Inert(name, args)
         if name in _INERT_CALLS:
             return Inert(name, args)
         raise self._error(
@@ -330,7 +349,7 @@ class _Machine:
             pairs = list(pairs.items())
         if not isinstance(pairs, list | tuple):
             raise self._error("it makes a dictionary of something that is none")
-        self._budget -= len(pairs)
+        self._charge(_OBJECT_BYTES * len(pairs))
         return {self._key(key): value for key, value in pairs}
 
     # Tensors
@@ -375,20 +394,24 @@ class _Machine:
         self.push(int.from_bytes(self._take(length), "little", signed=True))
 
     def text(self, layout: str) -> None:
-        self.push(self._counted(layout, _TEXT_PER_OBJECT).decode("utf-8", "surrogatepass"))
+        data = self._counted(layout)
+        # Python stores a text with as many bytes for each character as the widest of them needs.
+        widest = max(data, default=0)
+        width = 1 if widest < 0xC4 else 2 if widest < 0xF0 else 4
+        self._bytes_left += len(data)  # which are freed here
+        self._charge(width * len(data.translate(None, _CONTINUATION)))
+        self.push(data.decode("utf-8", "surrogatepass"))
 
     def old_text(self, layout: str) -> None:
-        self.push(self._counted(layout, _BYTES_PER_OBJECT).decode("latin-1"))
+        self.push(self._counted(layout).decode("latin-1"))
 
     def binary(self, layout: str) -> None:
-        self.push(self._counted(layout, _BYTES_PER_OBJECT))
+        self.push(self._counted(layout))
 
-    def _counted(self, layout: str, per_object: int) -> bytes:
+    def _counted(self, layout: str) -> bytes:
         """Return the bytes after their length, and charge them to the budget."""
-        size = self._number(layout)
-        self._budget -= size // per_object
-        if self._budget < 0:
-            raise self._error("it has longer texts than any model")
+        size: int = self._number(layout)
+        self._charge(size)
         return self._take(size)
 
     def text_line(self) -> None:
@@ -479,6 +502,21 @@ class _Machine:
 
     def memoize_next(self) -> None:
         self.memoize(len(self._memo))
+
+
+def texts_of_numpy(dtype: Any, data: Any, length: int) -> list[str] | None:
+    """Return the texts in the bytes of a numpy array of fixed-width texts; None for anything else."""
+    if not isinstance(dtype, Inert) or dtype.name != "numpy.dtype" or not isinstance(data, bytes):
+        return None
+    kind = dtype.args[0] if dtype.args else None
+    if not isinstance(kind, str) or not kind.startswith("U") or not kind[1:].isdecimal() or len(kind) > 3:
+        return None
+    width = 4 * int(kind[1:])  # UTF-32
+    if width == 0 or len(data) != width * length:
+        return None
+    is_big = isinstance(dtype.state, tuple) and len(dtype.state) > 1 and dtype.state[1] == ">"
+    codec = "utf-32-be" if is_big else "utf-32-le"
+    return [data[start : start + width].decode(codec, "replace").rstrip("\0") for start in range(0, len(data), width)]
 
 
 def _if_dict(value: Any) -> dict[Any, Any]:

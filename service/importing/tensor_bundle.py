@@ -8,24 +8,26 @@ a BundleEntryProto (tensorflow/core/protobuf/tensor_bundle.proto): dtype, shape,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from service.errors import InvalidModelFile
 from service.importing.crc32c import masked_crc32c
-from service.importing.foreign import Array, shown
+from service.importing.foreign import BFLOAT16, Array, shown
 from service.importing.protobuf import Message, read_varint
 
 INDEX = ".index"
+_OBJECTS, _MAX_GRAPH_BYTES = "_CHECKPOINTABLE_OBJECT_GRAPH", 1 << 20
 _FOOTER_BYTES, _TABLE_MAGIC = 48, 0xDB4775248B80FB57
 _MAX_INDEX_BYTES = 4 << 20
 _MAX_ENTRIES = 2048
 _MAX_KEY_BYTES = 512
 _MAX_BLOCKS = 1024
-_DTYPES = {1: "<f4", 2: "<f8", 19: "<f2", 14: "<u2"}  # the last is bfloat16
+_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 2: np.dtype("<f8"), 19: np.dtype("<f2"), 14: BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ def data_files(prefix: Path) -> list[Path]:
     return [prefix.with_name(f"{prefix.name}.data-{shard:05}-of-{num_shards:05}") for shard in range(num_shards)]
 
 
-def read_bundle(prefix: Path, wanted: tuple[str, ...] = ()) -> dict[str, Array]:
+def read_bundle(prefix: Path, unwanted: Callable[[list[str]], set[str]]) -> dict[str, Array]:
     """Return name -> floating-point array of a checkpoint.
 
     Args:
         prefix: the path without `.index`.
-        wanted: leave out tensors whose names have one of these parts, such as the slots of an optimizer.
+        unwanted: returns those of the names of all tensors that are left out, such as the variables of an optimizer.
 
     Raises InvalidModelFile if it is damaged or declares more than it has; OSError.
     """
@@ -61,12 +63,12 @@ def read_bundle(prefix: Path, wanted: tuple[str, ...] = ()) -> dict[str, Array]:
     sizes = [path.stat().st_size for path in paths]
     found: dict[str, Array] = {}
     left = sum(sizes)
+    left_out = unwanted([key for key, _ in entries])
     for key, entry in entries:
-        if entry.dtype not in _DTYPES or any(part in key for part in wanted) or not entry.shape:
+        if entry.dtype not in _DTYPES or key in left_out or not entry.shape:
             continue
-        itemsize = int(_DTYPES[entry.dtype][2:])
         left -= entry.size
-        if entry.size != math.prod(entry.shape) * itemsize:
+        if entry.size != math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize:
             raise InvalidModelFile(f"{name}: {shown(key)} has the shape {list(entry.shape)} and {entry.size:,} bytes")
         if entry.shard >= num_shards or entry.offset + entry.size > sizes[entry.shard] or left < 0:
             raise InvalidModelFile(f"{name}: {shown(key)} would be beyond the end of {shown(paths[0].name)}")
@@ -75,11 +77,23 @@ def read_bundle(prefix: Path, wanted: tuple[str, ...] = ()) -> dict[str, Array]:
             data = file.read(entry.size)
         if len(data) != entry.size or masked_crc32c(data) != entry.checksum:
             raise InvalidModelFile(f"{name}: the checksum of {shown(key)} differs: the file is damaged")
-        numbers = np.frombuffer(data, _DTYPES[entry.dtype])
-        if entry.dtype == 14:
-            numbers = (numbers.astype("<u4") << 16).view("<f4")
-        found[key] = numbers.reshape(entry.shape)
+        found[key] = np.frombuffer(data, _DTYPES[entry.dtype]).reshape(entry.shape)
     return found
+
+
+def read_object_graph(prefix: Path) -> bytes:
+    """Return what a checkpoint says about its objects, a message TrackableObjectGraph; nothing if it has none.
+
+    Raises InvalidModelFile, OSError.
+    """
+    num_shards, entries = _read_index(prefix)
+    for key, entry in entries:
+        if key != _OBJECTS or entry.shard >= num_shards:
+            continue
+        with prefix.with_name(f"{prefix.name}.data-{entry.shard:05}-of-{num_shards:05}").open("rb") as file:
+            file.seek(entry.offset)
+            return file.read(min(entry.size, _MAX_GRAPH_BYTES))
+    return b""
 
 
 def _read_index(prefix: Path) -> tuple[int, list[tuple[str, _Entry]]]:

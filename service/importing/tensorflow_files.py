@@ -1,18 +1,22 @@
-"""TensorFlow checkpoints and SavedModels. Of a SavedModel's graph only constants are read: the vocabulary."""
+"""TensorFlow checkpoints and SavedModels.
+
+Of a SavedModel's graph only constants are read, for the vocabulary, and which kinds of operations it has.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from service.errors import InvalidModelFile
-from service.importing.foreign import ForeignModel, Tokens, shown
+from service.errors import InvalidModelFile, UnsupportedModel
+from service.importing.foreign import NEEDED, ForeignModel, Tokens, shown
 from service.importing.keras_roles import find_keras_roles
 from service.importing.protobuf import Message, text_of
-from service.importing.tensor_bundle import INDEX, data_files, read_bundle
+from service.importing.tensor_bundle import INDEX, data_files, read_bundle, read_object_graph
 from service.importing.vocabulary import is_plausible
 
 GRAPH, VARIABLES = "saved_model.pb", "variables/variables"
@@ -22,7 +26,16 @@ _MAX_CANDIDATES = 16
 _MAX_TOKEN_BYTES = 64
 _MAX_LISTED = 70_000  # integers of a constant, in the rare form that lists them one by one
 _NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api/", "save_counter", "metrics/")
+# Counters that an optimizer has, by Keras 3 and 2: everything at the same place is the optimizer, whatever its name.
+_OF_OPTIMIZER = re.compile(r"(.+/)(?:_?iterations|iter|_?learning_rate)/\.ATTRIBUTES/VARIABLE_VALUE")
+_LISTED_BY_OPTIMIZER = "/_trainable_variables/"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
+# Operations that no stack of GRU layers has. Additions and products are in every graph, and say nothing.
+_OTHER_OPERATIONS = {
+    b"Relu", b"Relu6", b"LeakyRelu", b"Elu", b"Selu", b"Softplus", b"Softsign", b"Erf", b"ReverseV2", b"Conv2D",
+}  # fmt: skip
+_BACKWARD = b"backward_layer"  # what Keras calls a layer of Bidirectional
+_OF_MASK = b"NotEqual"  # an embedding with mask_zero=True compares ids with 0
 _STRING, _INT64 = 7, 9  # DataType
 
 
@@ -69,16 +82,39 @@ def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
     path = folder / GRAPH
     if path.stat().st_size > _MAX_GRAPH_BYTES:
         raise InvalidModelFile(f"{shown(path.name)} is larger than the graph of any model")
-    tokens = _vocabulary(Message(memoryview(path.read_bytes())), model.vocab_size)
-    return model.with_tokens(tokens)
+    graph = Message(memoryview(path.read_bytes()))
+    operations = {bytes(node.bytes(2)[:32]) for node in _nodes(graph)}
+    if found := sorted(operations & _OTHER_OPERATIONS):
+        raise UnsupportedModel(
+            f"the graph has the operation {found[0].decode()}, as other activations, convolutions and layers that read "
+            f"backwards have; {NEEDED} is needed"
+        )
+    tokens = _vocabulary(graph, model.vocab_size)
+    return replace(model, tokens=tokens, skips_row_0=_OF_MASK in operations)
 
 
 def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
-    arrays = read_bundle(prefix, _NOT_THE_MODEL)
+    if _BACKWARD in read_object_graph(prefix):
+        raise UnsupportedModel(
+            "the model is bidirectional: a text is generated forwards. Train it without Bidirectional"
+        )
+    arrays = read_bundle(prefix, _not_the_model)
     named = {key.removesuffix(_VALUE): array for key, array in arrays.items()}
     if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times
         named = {key: array for key, array in named.items() if key.startswith("variables/")}
     return find_keras_roles(named, kind, "tensorflow", order=order)
+
+
+def _not_the_model(names: list[str]) -> set[str]:
+    """Return the names of the variables of optimizers and of counters."""
+    optimizers = tuple({match[1] for name in names if (match := _OF_OPTIMIZER.fullmatch(name))})
+    # A variable has the shortest of its names. That may be the one that an optimizer lists it by.
+    return {
+        name
+        for name in names
+        if _LISTED_BY_OPTIMIZER not in name
+        and (name.startswith(optimizers) or any(part in name for part in _NOT_THE_MODEL))
+    }
 
 
 def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
@@ -106,13 +142,17 @@ def _vocabulary(graph: Message, num_rows: int) -> Tokens | None:
 
 def _constants(graph: Message, max_length: int) -> Iterator[Tokens | np.ndarray]:
     """Yield the constants of a graph and its functions that are lists of at most `max_length` texts or integers."""
+    for node in _nodes(graph):
+        yield from _constant(node, max_length)
+
+
+def _nodes(graph: Message) -> Iterator[Message]:
+    """Yield the nodes of a graph and of its functions."""
     for meta in graph.messages(2):
         definition = meta.message(2)
-        for node in definition.messages(1):
-            yield from _constant(node, max_length)
+        yield from definition.messages(1)
         for function in definition.message(2).messages(1):
-            for node in function.messages(3):
-                yield from _constant(node, max_length)
+            yield from function.messages(3)
 
 
 def _constant(node: Message, max_length: int) -> Iterator[Tokens | np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,33 @@ import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.archive import Archive
-from service.importing.foreign import Array, ForeignModel, Tokens, max_json_bytes, shown
-from service.importing.restricted_pickle import MAX_PICKLE_BYTES, Inert, Storage, Tensor, read_pickle, values_of
-from service.importing.torch_roles import find_torch_roles, is_model
-from service.importing.vocabulary import is_plausible, is_vocabulary_name, tokens_of, tokens_of_metadata
+from service.importing.foreign import BFLOAT16, Array, ForeignModel, Tokens, max_json_bytes, shown
+from service.importing.restricted_pickle import (
+    MAX_PICKLE_BYTES,
+    Inert,
+    Storage,
+    Tensor,
+    read_pickle,
+    texts_of_numpy,
+    values_of,
+)
+from service.importing.torch_roles import Found, find_torch_roles, is_model
+from service.importing.vocabulary import is_vocabulary_name, tokens_in_file, tokens_of_metadata
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-_NUMPY = {"float32": "f4", "float64": "f8", "float16": "f2"}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16,
+}  # fmt: skip
 _SIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "": 1} | _ITEMSIZE
 _MAX_DEPTH = 6
 _MAX_VISITED = 20_000
-_SAFETENSORS = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2"}
+_SAFETENSORS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F16": np.dtype("<f2"),
+    "BF16": BFLOAT16,
+}
 
 
 def read_torch_archive(path: Path, order: Sequence[str]) -> ForeignModel:
@@ -56,8 +71,9 @@ def read_torch_archive(path: Path, order: Sequence[str]) -> ForeignModel:
             return archive.read(member, size)
 
         data = archive.read(pickles[0], MAX_PICKLE_BYTES)
-        value, _ = read_pickle(memoryview(data), 0, shown(path.name))
-        return _model_of(value, _Loader(read, ">" if big else "<"), order)
+        num_bytes = path.stat().st_size
+        value, _ = read_pickle(memoryview(data), 0, shown(path.name), num_bytes)
+        return _model_of(value, _Loader(read, big, num_bytes), order)
 
 
 def read_torch_legacy(path: Path, order: Sequence[str]) -> ForeignModel:
@@ -67,15 +83,15 @@ def read_torch_legacy(path: Path, order: Sequence[str]) -> ForeignModel:
     """
     name = shown(path.name)
     data = memoryview(path.read_bytes())
-    magic, position = read_pickle(data, 0, name)
+    magic, position = read_pickle(data, 0, name, len(data))
     if magic != MAGIC:
         raise InvalidModelFile(
             f"{name} is a pickle that torch.save has not written: save model.state_dict() with torch.save"
         )
-    _, position = read_pickle(data, position, name)  # version of the protocol
-    system, position = read_pickle(data, position, name)
-    value, position = read_pickle(data, position, name)
-    keys, position = read_pickle(data, position, name)
+    _, position = read_pickle(data, position, name, len(data))  # version of the protocol
+    system, position = read_pickle(data, position, name, len(data))
+    value, position = read_pickle(data, position, name, len(data))
+    keys, position = read_pickle(data, position, name, len(data))
     if not isinstance(keys, list) or len(keys) > 4096:
         raise InvalidModelFile(f"{name} is damaged: it doesn't list its numbers")
     big = isinstance(system, dict) and system.get("little_endian") is False
@@ -97,7 +113,7 @@ def read_torch_legacy(path: Path, order: Sequence[str]) -> ForeignModel:
         start, size = places[storage.key]
         return data[start : start + size]
 
-    return _model_of(value, _Loader(read, ">" if big else "<"), order)
+    return _model_of(value, _Loader(read, big, len(data)), order)
 
 
 @dataclass(frozen=True)
@@ -135,14 +151,13 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
             dtype = _SAFETENSORS.get(entry["dtype"])
             if dtype is None:
                 continue
-            if math.prod(shape) * int(dtype[2:]) != end - begin:
+            if math.prod(shape) * dtype.itemsize != end - begin:
                 raise InvalidModelFile(f"{name}: {shown(key)} has the shape {shape} and {end - begin:,} bytes")
             entries[key] = _Entry(entry["dtype"], tuple(shape), 8 + length + begin)
 
         def load(entry: _Entry) -> Array:
             file.seek(entry.begin)
-            numbers = np.fromfile(file, _SAFETENSORS[entry.dtype], math.prod(entry.shape))
-            return _widened(numbers, entry.dtype == "BF16").reshape(entry.shape)
+            return np.fromfile(file, _SAFETENSORS[entry.dtype], math.prod(entry.shape)).reshape(entry.shape)
 
         if not is_model(list(entries)):
             raise UnsupportedModel(f"{name} has no recurrent layer as PyTorch names them: it holds no GRU")
@@ -155,8 +170,11 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
 class _Loader:
     """Reads the numbers of tensors."""
 
-    def __init__(self, read: Callable[[Storage, int], bytes | memoryview], byte_order: str) -> None:
-        self._read, self._byte_order = read, byte_order
+    def __init__(self, read: Callable[[Storage, int], bytes | memoryview], is_big_endian: bool, num_bytes: int) -> None:
+        self._read, self._is_big_endian = read, is_big_endian
+        # Tensors may be parts of one storage, as those of a GRU on CUDA are: it is read once.
+        self._storages: dict[str, bytes | memoryview] = {}
+        self.num_bytes = num_bytes  # of the file
 
     def __call__(self, tensor: Tensor) -> Array:
         """Return a tensor as an array. Raises InvalidModelFile if it reaches beyond its storage."""
@@ -172,18 +190,22 @@ class _Loader:
             raise InvalidModelFile(
                 f"a tensor of the shape {list(tensor.shape)} reaches beyond its {num_elements:,} numbers"
             )
-        data = self._read(storage, _SIZES[storage.dtype])
-        if dtype == "bfloat16":
-            numbers: Array = _widened(np.frombuffer(data, f"{self._byte_order}u2"), True)
-        else:
-            numbers = np.frombuffer(data, self._byte_order + _NUMPY[dtype])
+        data = self._storages.get(storage.key)
+        if data is None:
+            data = self._storages[storage.key] = self._read(storage, _SIZES[storage.dtype])
+        numbers = np.frombuffer(data, _NUMPY[dtype].newbyteorder(">") if self._is_big_endian else _NUMPY[dtype])
         strides = [stride * numbers.itemsize for stride in tensor.strides]
         return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.shape, strides, writeable=False)
 
 
-def _widened(numbers: Array, is_bfloat16: bool) -> Array:
-    """Return bfloat16 numbers, which are the upper halves of float32 ones, as float32; others as they are."""
-    return (numbers.astype("<u4") << 16).view("<f4") if is_bfloat16 else numbers
+def _check_overlap(roles: Found, num_bytes: int) -> None:
+    """Raise InvalidModelFile if tensors share so many numbers that copies in float32 take more than twice the file."""
+    arrays = [array for layer in roles.layers for array in (layer.inputs, layer.recurrent)]
+    arrays.append(roles.dense)
+    if roles.embedding is not None and roles.embedding.ctypes.data != roles.dense.ctypes.data:  # not tied
+        arrays.append(roles.embedding)
+    if 4 * sum(array.size for array in arrays) > 2 * num_bytes:
+        raise InvalidModelFile("the tensors overlap: together they would be larger than the file")
 
 
 def _declared(value: Any) -> dict[str, Storage]:
@@ -192,7 +214,7 @@ def _declared(value: Any) -> dict[str, Storage]:
 
 
 def _walk(value: Any) -> Iterator[Any]:
-    """Yield every part of a value, once."""
+    """Yield every container and tensor in a value, once."""
     seen: set[int] = set()
     waiting = [value]
     while waiting:
@@ -201,12 +223,15 @@ def _walk(value: Any) -> Iterator[Any]:
             continue
         seen.add(id(one))
         yield one
+        parts: Iterable[Any] = ()
         if isinstance(one, dict):
-            waiting += one.values()
+            parts = one.values()
         elif isinstance(one, list | tuple):
-            waiting += one
+            parts = one
         elif isinstance(one, Inert):
-            waiting += [one.state, one.items, one.elements, one.args]
+            parts = (one.state, one.items, one.elements, one.args)
+        # Checkpoints have lists of a loss for each step, whose numbers aren't listed once more.
+        waiting.extend(part for part in parts if isinstance(part, dict | list | tuple | Inert | Tensor))
 
 
 def _model_of(value: Any, load: _Loader, order: Sequence[str]) -> ForeignModel:
@@ -230,6 +255,7 @@ def _model_of(value: Any, load: _Loader, order: Sequence[str]) -> ForeignModel:
         found, order = whole, []
     name, tensors, classes = found[0]
     roles = find_torch_roles(tensors, load, order, classes)
+    _check_overlap(roles, load.num_bytes)
     kind = "PyTorch module" if classes else "PyTorch checkpoint" if name else "PyTorch state dict"
     return roles.model(kind, "torch", _vocabulary(value, len(roles.dense)))
 
@@ -270,6 +296,11 @@ def _flatten(module: Inert, path: str, tensors: dict[str, Tensor], classes: dict
         raise UnsupportedModel(
             f"{shown(path)} is bidirectional: a text is generated forwards. Train it with bidirectional=False"
         )
+    if attributes.get("max_norm") is not None:
+        raise UnsupportedModel(
+            f"{shown(path)} has max_norm={shown(str(attributes['max_norm'])[:40])}: it changes its rows when they are "
+            "read. Train it without"
+        )
     for part in ("_parameters", "_buffers"):
         for key, value in values_of(attributes.get(part)):
             if isinstance(value, Tensor) and value.dtype in _ITEMSIZE:
@@ -277,6 +308,19 @@ def _flatten(module: Inert, path: str, tensors: dict[str, Tensor], classes: dict
     for key, value in values_of(attributes.get("_modules")):
         if isinstance(value, Inert):
             _flatten(value, f"{path}.{key}".lstrip("."), tensors, classes, depth + 1)
+
+
+def _texts_of(array: Inert, length: int) -> list[Any] | None:
+    """Return the items of a numpy array of this many texts; None for anything else."""
+    state = array.state
+    if not array.name.endswith("._reconstruct") or not isinstance(state, tuple) or len(state) != 5:
+        return None
+    _, shape, dtype, _, items = state
+    if shape != (length,) or not isinstance(dtype, Inert):
+        return None
+    if isinstance(items, list):
+        return items
+    return texts_of_numpy(dtype, items, length)
 
 
 def _vocabulary(value: Any, num_rows: int) -> Tokens | None:
@@ -292,8 +336,8 @@ def _vocabulary(value: Any, num_rows: int) -> Tokens | None:
         if id(one) in seen or depth > _MAX_DEPTH:
             continue
         seen.add(id(one))
-        tokens = tokens_of(one)
-        if tokens is not None and is_plausible(tokens, num_rows):
+        tokens = tokens_in_file(_texts_of(one, num_rows) if isinstance(one, Inert) else one, num_rows)
+        if tokens is not None:
             found.append((not is_vocabulary_name(name), tokens))
             continue
         if not isinstance(one, Mapping | Inert):

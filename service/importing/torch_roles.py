@@ -32,7 +32,8 @@ _OTHER_KINDS = (
 # Modules that have no effect on a prediction, or the ones that are needed.
 _MODULES = re.compile(
     r"torch\.nn\.modules\.(rnn\.GRU(Cell)?|sparse\.Embedding|linear\.(Linear|Identity)|dropout\.\w+|container\.\w+|"
-    r"activation\.(Log)?Softmax|loss\.\w+|flatten\.\w+)"
+    r"activation\.(Log)?Softmax|loss\.\w+|flatten\.\w+)|"
+    r"torch\.nn\.parallel\.\w+\.(Distributed)?DataParallel"
 )
 
 

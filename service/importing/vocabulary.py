@@ -24,11 +24,12 @@ _VOCABULARY = re.compile(r"char|vocab|itos|stoi|token|alphabet|idx|int2|2int|sym
 _SPECIAL_WORDS = {"unk", "pad", "oov", "sos", "eos", "bos", "mask", "start", "end", "null", "none", "unknown"}
 
 
-def tokens_of_option(value: str) -> Tokens:
+def tokens_of_option(value: str, num_rows: int) -> Tokens:
     """Return the vocabulary that `--charset` gives.
 
     It is `string.printable`, or the name of a file, or else the characters themselves. A file holds the characters one
-    after the other, or as JSON a list of them, or an object from character to index or from index to character.
+    after the other, or as JSON a list of them, or an object from character to index or from index to character. An
+    object numbers the rows of the embedding: rows after the last number are None.
 
     Raises InvalidCharset.
     """
@@ -58,7 +59,27 @@ def tokens_of_option(value: str) -> Tokens:
     found = tokens_of(document)
     if found is None:
         return tuple(text)
-    return found
+    return _numbered(found, num_rows) if isinstance(document, Mapping) else found
+
+
+def tokens_in_file(document: Any, num_rows: int) -> Tokens | None:
+    """Return the vocabulary that a value in a model's file is, with a token for each row; None if it is none.
+
+    Indices are those of the rows: where there are more rows, the last ones are no characters. A list or text without
+    indices must have as many characters as there are rows, because nothing says where the others are.
+    """
+    tokens = tokens_of(document)
+    if tokens is None:
+        return None
+    if isinstance(document, Mapping):
+        tokens = _numbered(tokens, num_rows)
+    return tokens if len(tokens) == num_rows and is_plausible(tokens, num_rows) else None
+
+
+def _numbered(tokens: Tokens, num_rows: int) -> Tokens:
+    """Return tokens by index with None for up to two rows after the last one."""
+    missing = num_rows - len(tokens)
+    return tokens + (None,) * missing if missing in (1, 2) else tokens
 
 
 def tokens_of_corpus(text: str) -> Tokens:
@@ -125,15 +146,16 @@ def tokens_of_metadata(metadata: Mapping[str, Any], num_rows: int) -> Tokens | N
         text = metadata[name]
         if not isinstance(text, str) or len(text) > _FREE_BYTES + _BYTES_PER_ROW * num_rows:
             continue
-        for tokens in (_tokens_of_json(text), tokens_of(text)):
-            if tokens is not None and is_plausible(tokens, num_rows):
+        for document in (_json(text), text):
+            if (tokens := tokens_in_file(document, num_rows)) is not None:
                 return tokens
     return None
 
 
-def _tokens_of_json(text: str) -> Tokens | None:
+def _json(text: str) -> Any:
+    """Return the value of a JSON document; None for another text."""
     try:
-        return tokens_of(json.loads(text))
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 

@@ -132,6 +132,9 @@ def test_chat__returns_the_message_and_its_log_probabilities(kind: type[Client |
         chat = client.chat([{"role": "user", "content": "Who?"}], max_tokens=1, logprobs=True, top_logprobs=1)
     assert (chat.text, chat.choices[0].logprobs.logprobs, chat.choices[0].logprobs.top) == ("a", [-1.5], [{"b": -0.25}])
     assert requests[0][1].startswith(b"POST /v1/chat/completions ")
+    with played([answer]) as (url, requests), connected(kind, url) as client:
+        client.chat([{"role": "user", "content": "Who?"}])
+    assert body_of(requests[0][1])["max_tokens"] is None  # the server's default for chats, not that of completions
 
 
 @both
@@ -175,6 +178,45 @@ def test_stream__with_log_probabilities_repeats_none_of_them(kind: type[Client |
         pieces = list(client.stream("ROMEO:", seed=7, logprobs=0))
     chars = [char for piece in pieces if piece.logprobs for char in piece.logprobs.chars]
     assert "".join(chars) == "".join(piece.text for piece in pieces) == "abcd"
+
+
+@both
+def test_stream__that_breaks_repeats_no_ids_and_has_the_state_at_its_end(kind: type[Client | Awaited]) -> None:
+    def part(text: str, ids: list[int], reason: str | None = None, **more: Any) -> bytes:
+        return chunk("", choices=[{"index": 0, "text": text, "token_ids": ids, "finish_reason": reason} | more])
+
+    first = part("Rab", [1, 2], prompt_token_ids=[30])  # an echoed prompt has no ids beside those of the prompt
+    second = part("R", [], prompt_token_ids=[30]) + part("abcd", [1, 2, 3, 4]) + part("", [], "length", state="eyJ")
+    with played([STREAM + first, STREAM + second + END]) as (url, _), connected(kind, url) as client:
+        pieces = list(client.stream([30], seed=7, echo=True, return_token_ids=True, return_state=True))
+    assert [piece.text for piece in pieces] == ["Rab", "cd", "", ""]
+    assert [piece.token_ids for piece in pieces] == [[1, 2], [3, 4], [], None]
+    assert [piece.prompt_token_ids for piece in pieces] == [[30], None, None, None]
+    assert [piece.state for piece in pieces] == [None, None, "eyJ", None]
+
+
+@both
+def test_complete__returns_ids_states_and_scores_of_the_prompt(kind: type[Client | Awaited]) -> None:
+    scores = [None, {"1": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}}]
+    more = {"token_ids": [2], "prompt_token_ids": [30, 1], "prompt_logprobs": scores, "state": "eyJ"}
+    choice = {"index": 0, "text": "b", "logprobs": None, "finish_reason": "length"} | more
+    answer = JSON + json.dumps(MAKER | {"choices": [choice], "usage": USAGE}).encode()
+    with played([answer]) as (url, _), connected(kind, url) as client:
+        (found,) = client.complete([30, 1], return_token_ids=True, return_state=True, prompt_logprobs=1).choices
+    assert {name: getattr(found, name) for name in more} == more
+
+
+@both
+@pytest.mark.parametrize(
+    ("session_id", "path"),
+    [("../../healthz", "..%2F..%2Fhealthz"), ("a b", "a%20b"), ("é?", "%C3%A9%3F"), ("a\r\nX: y", "a%0D%0AX%3A%20y")],
+)
+def test_session_id__leads_to_no_other_route(kind: type[Client | Awaited], session_id: str, path: str) -> None:
+    answer = head("application/json").replace(b"200 OK", b"404 Not Found") + b'{"error": {"code": "not_found"}}'
+    for name, arguments in (("open", {}), ("create", {"text": "a"})):
+        with played([answer]) as (url, requests), connected(kind, url) as client, pytest.raises(NotFound):
+            getattr(client, name)(id=session_id, **arguments)
+        assert requests[0][1].split(b" ")[1] == f"/v1/sessions/{path}".encode()
 
 
 @both

@@ -181,7 +181,10 @@ def test_echo__returns_and_scores_the_prompt(model: LoadedModel) -> None:
 
 
 def test_echo__of_an_empty_prompt_is_empty(model: LoadedModel) -> None:
-    assert finish(Completion(model, request(model, "", echo=True, num_logprobs=1, max_chars=0)))[0] == ("", None)
+    shown, scores = finish(Completion(model, request(model, "", echo=True, num_logprobs=1, max_chars=0)))[0]
+    assert shown == ""
+    assert scores is not None
+    assert len(scores.chosen) == 0
     assert text(model, "", echo=True, max_chars=0) == ""
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save as save_safetensors
+from torch import nn
 
 from service.errors import InvalidModelFile, OperatorError
 from service.exporting.onnx_format import write_onnx
@@ -52,6 +53,7 @@ NUM_FILES = int(os.environ.get("IMPORT_FUZZ", "300"))
 SLACK_BYTES = 4 << 20  # of Python's own objects: a file may be a few bytes long
 
 CONFIG = tiny_config(charset=CHARSET, num_layers=2)
+V = len(CHARSET)
 
 
 def try_import(path: Path) -> str:
@@ -468,3 +470,80 @@ def test_import__folders_pipes_and_absent_files(tmp_path: Path) -> None:
     for name in ("", "pipe", "absent", "absent/more"):
         with pytest.raises(InvalidModelFile):
             read_foreign(tmp_path / name)
+
+
+def saved(path: Path, value: Any, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def test_torch__checkpoint_with_the_losses_of_every_step_is_read(tmp_path: Path) -> None:
+    checkpoint = {
+        "model_state_dict": {name: torch.from_numpy(array) for name, array in random_tensors(CONFIG).items()},
+        "losses": [4.2 / step for step in range(1, 40_000)],
+        "steps": list(range(20_000)),
+        "text": "“Now is the winter of our discontent” — " * 10_000,
+    }
+    for is_zip in (True, False):
+        torch.save(checkpoint, tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
+        assert bounded(tmp_path / "a.pt") == ""
+
+
+def flattened(net: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return a state dict whose tensors are parts of one array, as CUDA arranges the weights of a GRU."""
+    state = net.state_dict()
+    flat = torch.cat([one.reshape(-1) for one in state.values()]).to(dtype)
+    parts = flat.split([one.numel() for one in state.values()])
+    return {name: part.view(one.shape) for (name, one), part in zip(state.items(), parts, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_torch__weights_in_one_array_are_read_once(tmp_path: Path, dtype: torch.dtype, is_zip: bool) -> None:
+    net = nn.Module()
+    net.emb, net.gru, net.out = nn.Embedding(V, 8), nn.GRU(8, 320, 4), nn.Linear(320, V)
+    path = saved(tmp_path / "a.pt", flattened(net, dtype), _use_new_zipfile_serialization=is_zip)
+    assert bounded(path) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_import__half_precision_takes_bounded_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    from safetensors.torch import save_file
+
+    net = nn.Module()
+    net.emb, net.gru, net.out = nn.Embedding(V, 8), nn.GRU(8, 1024, 1), nn.Linear(1024, V)
+    state = {name: one.to(dtype) for name, one in net.state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    assert bounded(tmp_path / "a.safetensors") == ""
+    assert bounded(saved(tmp_path / "a.pt", state)) == ""
+
+
+def test_torch__tensors_that_overlap_are_not_multiplied(tmp_path: Path) -> None:
+    units = 300
+    flat = torch.ones(3 * units * units)
+    state = {
+        "emb.weight": torch.ones(V, units),
+        "out.weight": torch.ones(V, units),
+        "out.bias": torch.ones(V),
+    }
+    for index in range(8):
+        for part in ("ih", "hh"):
+            state[f"gru.weight_{part}_l{index}"] = flat.view(3 * units, units)
+    assert "overlap" in bounded(saved(tmp_path / "a.pt", state))
+
+
+def test_archive__members_that_expand_to_more_than_the_archive_together_are_refused(tmp_path: Path) -> None:
+    units = 512
+    net = nn.Module()
+    net.emb, net.gru, net.out = (
+        nn.Embedding(V, units),
+        nn.GRU(units, units, 8),
+        nn.Linear(units, V),
+    )
+    state = {name: torch.zeros_like(one) for name, one in net.state_dict().items()}
+    whole = saved(tmp_path / "whole.pt", state)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+        target.writestr("padding", np.random.default_rng(0).bytes(4 << 20))
+    assert "expand" in bounded(tmp_path / "a.pt")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -161,3 +162,85 @@ def test_keras__numbers_that_are_not_finite_are_refused(tmp_path: Path, path: st
     arrays[path].flat[-1] = value
     with pytest.raises(InvalidModelFile, match="not finite"):
         imported_log_probs(write_hdf5(tmp_path / "m.weights.h5", arrays), CHARSET)
+
+
+def test_keras__masked_inputs_are_refused_where_a_character_is_masked(tmp_path: Path) -> None:
+    config = keras_config()
+    config["config"]["layers"][0]["config"]["mask_zero"] = True
+    weights = keras_weights()
+    path = write_keras(tmp_path / "a.keras", sequential(weights), config)
+    with pytest.raises(UnsupportedModel, match="mask_zero=True"):
+        imported_log_probs(path, CHARSET)
+    weights = keras_weights(vocab=len(CHARSET) + 1)
+    path = write_keras(tmp_path / "b.keras", sequential(weights), config)
+    masked = keras_log_probs(weights, IDS + 1)[:, 1:]
+    masked -= np.log(np.exp(masked).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), masked, atol=2e-6)
+
+
+@pytest.mark.parametrize("dim", [5, UNITS, len(CHARSET)])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("names", [("embedding", "dense"), ("dense", "embedding"), ("zeichen", "ausgabe")])
+def test_keras__output_without_bias_is_told_from_the_embedding(
+    tmp_path: Path, dim: int, num_layers: int, names: tuple[str, str]
+) -> None:
+    for vocab in (len(CHARSET), UNITS):
+        weights = keras_weights(num_layers, vocab=vocab, dim=dim)
+        weights.bias = np.zeros_like(weights.bias)
+        arrays = {
+            path.replace("table", names[0]).replace("head", names[1]): one
+            for path, one in sequential(weights).items()
+            if not path.endswith("head/vars/1")
+        }
+        path = write_hdf5(tmp_path / f"{vocab}.weights.h5", arrays)
+        ids = IDS % vocab
+        if vocab == dim == UNITS and names[0] != "embedding":
+            if names[0] == "zeichen":
+                with pytest.raises(UnsupportedModel, match="which of the weights"):
+                    read_foreign(path)
+            continue
+        found = imported_log_probs(path, CHARSET[:vocab])(ids)
+        np.testing.assert_allclose(found, keras_log_probs(weights, ids), atol=2e-6)
+
+
+def test_keras__one_hot_inputs_with_and_without_a_bias_of_the_output(tmp_path: Path) -> None:
+    for bias in (True, False):
+        weights = keras_weights(2, dim=len(CHARSET))
+        weights.embedding = np.eye(len(CHARSET), dtype=np.float32)
+        arrays = sequential(weights)
+        del arrays["layers/table/vars/0"]
+        if not bias:
+            weights.bias = np.zeros_like(weights.bias)
+            del arrays["layers/head/vars/1"]
+        path = write_hdf5(tmp_path / f"{bias}.weights.h5", arrays)
+        np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+
+
+def test_keras__layer_that_is_applied_twice_is_refused(tmp_path: Path) -> None:
+    config = keras_config()
+    config["config"]["layers"][1]["inbound_nodes"] = [{"args": []}, {"args": []}]
+    with pytest.raises(UnsupportedModel, match="layer_b is applied 2 times"):
+        read_foreign(write_keras(tmp_path / "a.keras", sequential(keras_weights()), config))
+
+
+@pytest.mark.parametrize("layer", ["Softmax", "Activation"])
+def test_keras__probabilities_before_the_output_layer_are_refused(tmp_path: Path, layer: str) -> None:
+    config = keras_config()
+    softmax = {"class_name": layer, "config": {"name": "early", "activation": "softmax"}}
+    config["config"]["layers"].append(softmax)
+    weights = keras_weights()
+    path = write_keras(tmp_path / "a.keras", sequential(weights), config)
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
+    config["config"]["layers"].insert(2, config["config"]["layers"].pop())
+    with pytest.raises(UnsupportedModel, match="early makes probabilities"):
+        read_foreign(write_keras(tmp_path / "b.keras", sequential(keras_weights()), config))
+
+
+def test_keras__layers_without_weights_are_refused_by_their_names(tmp_path: Path) -> None:
+    for name in ("re_lu", "add_3", "rescaling", "masking"):
+        path = write_hdf5(tmp_path / "m.weights.h5", sequential(keras_weights()))
+        read_foreign(path)
+        with h5py.File(path, "a") as file:
+            file.create_group(f"layers/{name}/vars")
+        with pytest.raises(UnsupportedModel, match=f"the layer {name}"):
+            read_foreign(path)

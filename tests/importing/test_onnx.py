@@ -178,3 +178,45 @@ def test_onnx__another_function_is_refused_by_name(tmp_path: Path, name: str) ->
     parts, message = REFUSED[name]
     with pytest.raises(UnsupportedModel, match=message):
         read_foreign(write(tmp_path / "a.onnx", parts))
+
+
+def test_onnx__learnt_initial_state_that_is_repeated_for_each_text_is_refused(tmp_path: Path) -> None:
+    parts = graph(keras_weights())
+    gru = node("GRU", ["x0", "W0", "R0", "B0", "", "h"], ["y0", "h0"], linear_before_reset=1, hidden_size=UNITS)
+    for value, refused in ((np.ones((1, 1, UNITS), np.float32), True), (np.zeros((1, 1, UNITS), np.float32), False)):
+        changed = [
+            *replaced(parts, b"GRU", gru),
+            tensor("learnt", value),
+            node("Shape", ["ids"], ["shape"]),
+            node("Expand", ["learnt", "shape"], ["h"]),
+        ]
+        path = write(tmp_path / "a.onnx", changed)
+        if refused:
+            with pytest.raises(UnsupportedModel, match="an initial state that was learnt"):
+                read_foreign(path)
+        else:
+            same(path, keras_weights())
+
+
+@pytest.mark.parametrize("index", [-1, 0])
+def test_onnx__output_of_the_last_position_only(tmp_path: Path, index: int) -> None:
+    last = [tensor("index", np.array(index)), node("Gather", ["x1", "index"], ["last"], axis=1)]
+    parts = replaced(graph(keras_weights()), b"MatMul", *last, node("MatMul", ["last", "w"], ["product"]))
+    path = write(tmp_path / "a.onnx", parts)
+    if index == 0:
+        with pytest.raises(UnsupportedModel, match="Gather precedes the output layer"):
+            read_foreign(path)
+    else:
+        same(path, keras_weights())
+
+
+def test_onnx__weights_that_are_cast(tmp_path: Path) -> None:
+    weights = keras_weights()
+    weights.dense = weights.dense.astype(np.float16).astype(np.float32)
+    parts = [one for one in graph(weights) if not one.endswith(tensor("w", weights.dense)[-20:])]
+    parts += [tensor("half", weights.dense.astype(np.float16)), node("Cast", ["half"], ["w"], to=1)]
+    same(write(tmp_path / "a.onnx", parts), weights)
+    parts = [one for one in graph(weights) if not one.endswith(tensor("w", weights.dense)[-20:])]
+    parts += [tensor("int", weights.dense.astype(np.int64)), node("Cast", ["int"], ["w"], to=1)]
+    weights.dense = weights.dense.astype(np.int64).astype(np.float32)
+    same(write(tmp_path / "b.onnx", parts), weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from collections import OrderedDict
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.detection import read_foreign
+from service.importing.vocabulary import fit, tokens_of_option
 from tests.harness.foreign_models import CHARSET, DIM, UNITS, imported_log_probs
 
 IDS = np.random.default_rng(1).integers(0, len(CHARSET), 40)
@@ -248,3 +250,61 @@ def test_torch__scripts_and_other_pickles_are_refused(tmp_path: Path) -> None:
         read_foreign(saved(tmp_path / "b.pt", OrderedDict(a=1)))
     with pytest.raises(UnsupportedModel, match="no recurrent layer"):
         read_foreign(saved(tmp_path / "c.pt", nn.Linear(2, 2).state_dict()))
+
+
+def test_torch__checkpoint_with_a_whole_optimizer(tmp_path: Path) -> None:
+    net = Net()
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.from_numpy(IDS)).sum().backward()
+    optimizer.step()
+    same(saved(tmp_path / "a.pt", {"model": net, "optimizer": optimizer}), net)
+
+
+def test_torch__module_in_data_parallel(tmp_path: Path) -> None:
+    net = Net()
+    same(saved(tmp_path / "a.pt", nn.DataParallel(net)), net)
+
+
+def test_torch__embedding_that_limits_the_norm_of_its_rows_is_refused(tmp_path: Path) -> None:
+    net = Net()
+    net.lookup.max_norm = 0.1
+    with pytest.raises(UnsupportedModel, match=r"lookup has max_norm=0\.1"):
+        read_foreign(saved(tmp_path / "a.pt", net))
+
+
+@pytest.mark.parametrize("kind", ["char2idx", "idx2char"])
+def test_vocabulary__rows_after_the_numbered_characters_are_left_out(tmp_path: Path, kind: str) -> None:
+    net = Net(vocab=V + 1)
+    net.eval()
+    numbered: dict[Any, Any] = {char: index for index, char in enumerate(CHARSET)}
+    if kind == "idx2char":
+        numbered = {index: char for char, index in numbered.items()}
+    with torch.no_grad():
+        expected = net(torch.from_numpy(IDS)).numpy()[:, :V]
+    expected -= np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    path = saved(tmp_path / "a.pt", {"model": net.state_dict(), kind: numbered})
+    np.testing.assert_allclose(imported_log_probs(path)(IDS), expected, atol=3e-6)
+
+
+def test_vocabulary__numbers_in_a_charset_file_are_those_of_the_rows(tmp_path: Path) -> None:
+    file = tmp_path / "chars.json"
+    file.write_text(json.dumps({char: index for index, char in enumerate(CHARSET)}))
+    tokens, _ = fit(tokens_of_option(str(file), V + 2), V + 2, "x")
+    assert tokens == (*CHARSET, None, None)
+
+
+def test_vocabulary__array_of_characters(tmp_path: Path) -> None:
+    net = Net()
+    path = saved(tmp_path / "a.pt", {"model": net.state_dict(), "idx2char": np.array(list(CHARSET))})
+    same(path, net, None)
+    same(saved(tmp_path / "b.pt", {"m": net.state_dict(), "chars": np.array(list(CHARSET), object)}), net, None)
+
+
+def test_torch__weights_that_are_parts_of_one_array(tmp_path: Path) -> None:
+    net = Net(2)
+    state = net.state_dict()  # on CUDA, the weights of a GRU are
+    flat = torch.cat([one.reshape(-1) for one in state.values()])
+    parts = flat.split([one.numel() for one in state.values()])
+    flattened = {name: part.view(one.shape) for (name, one), part in zip(state.items(), parts, strict=True)}
+    same(saved(tmp_path / "a.pt", flattened), net)
+    same(saved(tmp_path / "b.pt", flattened, _use_new_zipfile_serialization=False), net)

@@ -124,8 +124,8 @@ def test_reload__keeps_a_text_that_can_not_be_restored_now(open_page: OpenPage) 
     screen.type("Stra")
     assert screen.session_id
     screen.page.add_init_script(
-        """if (sessionStorage.getItem("gru-serve.texts").includes("shakespeare@1")) sessionStorage.setItem(
-          "gru-serve.texts", sessionStorage.getItem("gru-serve.texts").replace("shakespeare@1", "gone@1"))"""
+        """if (sessionStorage.getItem("gru-serve.texts").includes("shakespeare@2")) sessionStorage.setItem(
+          "gru-serve.texts", sessionStorage.getItem("gru-serve.texts").replace("shakespeare@2", "gone@1"))"""
     )
     for _ in range(2):
         screen.page.reload()

@@ -201,6 +201,14 @@ def test_messages__the_next_turn_reads_only_what_is_new(server: Server) -> None:
     assert second["prompt_tokens"] == read_before + len("ROMEO:\nWhat?\n\nJULIET:\n")
 
 
+def test_messages__may_be_1024_with_all_that_an_answer_has(server: Server) -> None:
+    message: dict[str, object] = {"role": "assistant", "content": "I", "name": "I", "refusal": None, "annotations": []}
+    messages = [message | {"tool_calls": None, "audio": None}] * 1023 + [dict(ASKED)]
+    answer = chat(server, model="deep", messages=messages, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == 1023 * len("I\n") + len("Are you there?\n")
+    assert refused(server, "/v1/chat/completions", CHAT | {"messages": [ASKED] * 1025}) == ("out_of_range", "messages")
+
+
 def test_messages__an_unfinished_answer_is_continued(server: Server) -> None:
     whole = said(chat(server, temperature=0.8, max_tokens=40))[0]
     messages = [ASKED, {"role": "assistant", "content": whole}]
@@ -218,9 +226,39 @@ def test_unknown_characters__are_folded_or_left_out_by_default(server: Server) -
     assert said(chat(server, messages=sent, stop=["🎭"])) == said(plain) != []
     named = chat(server, messages=[{"role": "user", "content": "Who's there, Romeo?", "name": "漢"}])
     assert said(named) == said(plain)
-    assert refused(server, "/v1/chat/completions", CHAT | {"messages": sent, "unknown_chars": "error"}) == (
-        "unknown_characters", "messages",
-    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("unknown", "name"),
+    [("fold", "漢"), ("drop", "漢"), ("drop", "é"), ("drop", "\N{LINE SEPARATOR}"), ("fold_drop", "漢")],
+)
+def test_name__of_which_no_character_is_left_is_replaced_by_the_templates(
+    server: Server, unknown: str, name: str
+) -> None:
+    for role in ("user", "assistant"):
+        plain, named = ({"role": role, "content": "Who?"} | more for more in ({}, {"name": name}))
+        answers = [chat(server, messages=[ASKED, one], unknown_chars=unknown) for one in (plain, named)]
+        assert said(answers[0]) == said(answers[1])
+        assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("message", "unknown", "path", "position"),
+    [
+        ({"content": "Who’s there?"}, "error", "content", 3),
+        ({"content": [TEXT, {"type": "text", "text": " é"}]}, "error", "content", len("Are you there? ")),
+        ({"content": "Who?", "name": "Bö"}, "error", "name", 1),
+        ({"content": "Who?", "name": "B漢"}, "fold", "name", 1),
+    ],
+)
+def test_unknown_character__is_named_by_its_message_and_its_position_there(
+    server: Server, message: dict[str, object], unknown: str, path: str, position: int
+) -> None:
+    messages = [ASKED, {"role": "user"} | message]
+    body = CHAT | {"messages": messages, "unknown_chars": unknown}
+    assert refused(server, "/v1/chat/completions", body) == ("unknown_characters", f"messages[1].{path}")
+    error = server.call("POST", "/v1/chat/completions", body)[1]["error"]
+    assert f") at {position}" in error["message"]
 
 
 def test_max_tokens__has_two_names_and_a_default_within_the_limit(server: Server) -> None:
@@ -394,9 +432,10 @@ def test_embeddings__read_ids_and_fold_by_default(server: Server, store: ModelSt
 
 
 def test_embeddings__of_two_thousand_texts_are_one_request(server: Server) -> None:
-    vectors = embeddings(server, input=["Who?"] * 2000, encoding_format="base64")
-    assert len(vectors) == 2000
-    assert len(set(vectors)) == 1
+    for text in ("Who?", [1], [1, 2, 3]):
+        vectors = embeddings(server, input=[text] * 2048, encoding_format="base64", user="me")
+        assert len(vectors) == 2048
+        assert len(set(vectors)) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from typing import Any
 
 from flask.json.provider import DefaultJSONProvider
 
-# No request needs as many: a completion has at most some 2,300 (1,024 entries of logit_bias, 1,024 ids of characters
-# that are allowed, 128 prompts, 4 stop strings, and each field once), embeddings have 2,048 texts. Ids of a text don't
-# count.
-MAX_VALUES = 4096
+# No request needs as many: 1,024 messages with seven fields each, one of them a list, as answers have them, are some
+# 9,200. 2,048 texts of embeddings, or 1,024 entries of logit_bias and 1,024 ids of allowed characters, are fewer. Ids
+# of a text don't count.
+MAX_VALUES = 10_240
 # A list of whole numbers counts as one value: parsed it takes at most ten times its length, as other bodies may,
 # and a schema that refuses its elements ends at the first one (`fail_fast`).
-_IDS = re.compile(r"\[[\s\d,]*+\]")
+_IDS = re.compile(r"\[[\s\d,]++\]")
 _MAX_WHOLE = 2.0**53  # up to here a float is exactly the number that was sent
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # the end is optional, so that no search is repeated
 
@@ -43,7 +43,7 @@ class BodyJson(DefaultJSONProvider):
 
 def _has_too_many(text: str) -> bool:
     """Count what is outside of strings and lists of ids, and stop as soon as it is too much."""
-    text = _IDS.sub("", text)  # the comma after it counts it
+    text = _IDS.sub("", text)
     num_values, end = 0, 0
     for num_strings, string in enumerate(_STRING.finditer(text)):  # names and values, or it is not JSON
         num_values += _count(text, end, string.start())

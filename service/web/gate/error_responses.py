@@ -68,6 +68,9 @@ _RESUMABLE = (
 )  # fmt: skip
 _RETRY_AFTER_S = "1"
 _MAX_OTHERS = 5  # further wrong fields that an error names
+# Errors of one field whose paths are compared. A body may have thousands, and each path takes a third of a millisecond.
+_MAX_FAULTS = 32
+_MAX_WORD_CHARS = 200  # of a wrong name that known ones are compared with: a megabyte took half a second
 _SIMILAR = 0.75  # between 0 and 1: how much of two names has to be equal so that one is proposed for the other
 _CODE_OF_PYDANTIC = {
     "missing": "missing_field", "extra_forbidden": "unknown_field", "unsupported_value": "unsupported_value",
@@ -124,12 +127,12 @@ def validation_error_response(error: ValidationError) -> Response:
     `prompt[3]`, and says how many more fields have errors.
     """
     faults = error.errors(include_url=False, include_input=False, include_context=False)
-    schema = _schema(error.title)
+    schema, sent = _schema_and_sent(error.title)
     # A field that accepts several types has an error for each of them. If one has the type of the value, the message
     # describes that error, or the one that is deepest in the value; otherwise it lists all, and so what is allowed.
     same = [fault for fault in faults if fault["loc"][:1] == faults[0]["loc"][:1]]
-    same = [fault for fault in same if not fault["type"].endswith("_type")] or same
-    paths = [_path(fault, schema) for fault in same]
+    same = ([fault for fault in same if not fault["type"].endswith("_type")] or same)[:_MAX_FAULTS]
+    paths = [_path(fault, schema, sent) for fault in same]
     path = max(paths, key=len)
     same = [fault for fault, its in zip(same, paths, strict=True) if its == path]
     first, param = same[0], _written(path)
@@ -168,7 +171,7 @@ def register_error_handlers(app: Flask) -> None:
         )
         if code == "not_found":
             paths = [rule.rule for rule in app.url_map.iter_rules()]
-            message = f"there is no such route{_did_you_mean(request.path[:200], paths)}; the API description lists all"
+            message = f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
@@ -193,23 +196,26 @@ def _sentence(kind: str, message: str) -> str:
     return message.replace(" should have ", " must have ").replace(" after validation", "")
 
 
-def _schema(name: str) -> type[BaseModel] | None:
-    """Return the schema of this name of the current route, which may be that of its body, query or path."""
+def _schema_and_sent(name: str) -> tuple[type[BaseModel] | None, Any]:
+    """Return the schema of this name of the current route, which may be that of its body, query or path, and its value.
+
+    Only a body is read as JSON: a request without one may declare it nevertheless.
+    """
     view: Any = current_app.view_functions.get(request.endpoint or "")
     kinds = get_type_hints(view) if view is not None else {}
-    return next(
-        (kinds[part] for part in ("body", "query", "path") if part in kinds and kinds[part].__name__ == name), None
-    )
+    for part in ("body", "query", "path"):
+        if part in kinds and kinds[part].__name__ == name:
+            return kinds[part], request.get_json() if part == "body" else request.args
+    return None, request.args
 
 
-def _path(fault: ErrorDetails, schema: type[BaseModel] | None) -> tuple[str | int, ...]:
-    """Return names and indices that lead to the place of an error, as far as a schema names them.
+def _path(fault: ErrorDetails, schema: type[BaseModel] | None, sent: Any) -> tuple[str | int, ...]:
+    """Return names and indices that lead to the place of an error in what was sent, as far as a schema names them.
 
     pydantic's own path also has the alternatives that a field has, and the keys of an object whose keys are free.
     """
     path: list[str | int] = []
     schemas = [schema] if schema is not None else []
-    sent: Any = request.get_json() if request.is_json else request.args
     for place, part in enumerate(fault["loc"]):
         is_last = place == len(fault["loc"]) - 1
         if isinstance(part, int):
@@ -262,5 +268,7 @@ def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) ->
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    if len(word) > _MAX_WORD_CHARS:
+        return ""
     close = get_close_matches(word, list(known), 1, _SIMILAR)
     return f"; did you mean {close[0]}?" if close else ""

@@ -209,9 +209,9 @@ def test_prompt__that_is_no_list_of_ids_is_refused_by_the_place(
 
 def test_prompt__of_ids_may_be_longer_than_other_lists(client: FlaskClient) -> None:
     """Ids don't count as values, which would bound a prompt; what they become is bounded before it is computed."""
-    long = [[1] * 900] * 5
+    long = [[1] * 900] * 12
     assert sum(map(len, long)) > MAX_VALUES
-    assert len(complete(client, prompt=long, max_tokens=1)["choices"]) == 5
+    assert len(complete(client, prompt=long, max_tokens=1)["choices"]) == 12
     refused(client.post("/v1/completions", json=GOOD | {"prompt": [47] * 9000}), 400, "out_of_range", "prompt")
     refused(client.post("/v1/completions", json=GOOD | {"prompt": [70_000] * 9000}), 400, "out_of_range", "prompt[0]")
     refused(client.post("/v1/completions", json=GOOD | {"stop": [7] * 9000}), 400, "wrong_type", "stop[0]")
@@ -302,3 +302,24 @@ def test_session_run__refuses_what_has_no_meaning_there(client: FlaskClient, nam
     session = ok(client.post("/v1/sessions", json={}), 201)["id"]
     body = {"max_tokens": 5, name: 1}
     refused(client.post(f"/v1/sessions/{session}/generate", json=body), 400, "unknown_field", name)
+
+
+@pytest.mark.parametrize("logprobs", [0, 3])
+def test_logprobs__of_no_characters_are_empty_streamed_and_not(client: FlaskClient, logprobs: int) -> None:
+    nothing = {"prompt": ["", "ROMEO:"], "max_tokens": 0, "echo": True, "logprobs": logprobs}
+    (event,) = [one for one in events(client, **nothing) if one["choices"][0]["index"] == 0]
+    whole = choice(client, **nothing)["logprobs"]
+    assert whole == event["choices"][0]["logprobs"]
+    assert whole == {"tokens": [], "token_logprobs": [], "top_logprobs": None, "text_offset": []}
+
+
+def test_prompt__that_folding_makes_too_long_is_named_by_its_place(client: FlaskClient) -> None:
+    long = "a" * 998 + "…"  # an ellipsis is read as three full stops
+    for prompt, path in (
+        (long, "prompt"),
+        (["a", long], "prompt[1]"),
+        ([long], "prompt[0]"),
+        (["a" * 1001], "prompt[0]"),
+    ):
+        body = GOOD | {"prompt": prompt, "unknown_chars": "fold"}
+        refused(client.post("/v1/completions", json=body), 400, "out_of_range", path)

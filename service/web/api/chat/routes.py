@@ -14,7 +14,7 @@ from service.errors import InvalidValue, NoChatTemplate
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
-from service.model.charset import Charset
+from service.model.charset import Charset, UnknownChars
 from service.model.chat_template import ChatMessage, ChatTemplate, Ending
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.shares import SharedBudget
@@ -159,10 +159,11 @@ def _completion_request(
     unknown = body.unknown_chars
     ending: Ending = "unfinished" if body.continue_final_message else "answer" if body.add_generation_prompt else "turn"
     if unknown != "error":
-        messages = [_with_known_name(message, model.charset) for message in messages]
+        messages = [_with_known_name(message, model.charset, unknown) for message in messages]
     try:
         prompt = model.charset.encode(template.text_of(messages, ending), unknown)
     except InvalidValue as error:
+        _encode_each(model.charset, template, messages, unknown)
         error.param = "messages"
         raise
     if len(prompt) > limits.max_prompt_chars:
@@ -193,8 +194,23 @@ def _completion_request(
     )
 
 
-def _with_known_name(message: ChatMessage, charset: Charset) -> ChatMessage:
-    """Leave out the name of a speaker if the model knows none of its characters: the template's is better than none."""
-    if message.name is None or len(charset.encode(message.name, "fold_drop")):
+def _with_known_name(message: ChatMessage, charset: Charset, unknown: UnknownChars) -> ChatMessage:
+    """Leave out a speaker's name of which `unknown` would leave no character: the template's is better than none."""
+    kept: UnknownChars = "drop" if unknown == "drop" else "fold_drop"  # what can't be folded is refused with its place
+    if message.name is None or len(charset.encode(message.name, kept)):
         return message
     return replace(message, name=None)
+
+
+def _encode_each(charset: Charset, template: ChatTemplate, messages: list[ChatMessage], unknown: UnknownChars) -> None:
+    """Raise the error of the first message whose own text can't be encoded, with its path and the positions in it."""
+    for place, message in enumerate(messages):
+        turn: str = getattr(template, message.role)
+        for field, text in (("name", message.name), ("content", message.content)):
+            if not text or f"{{{field}}}" not in turn:
+                continue
+            try:
+                charset.encode(text, unknown)
+            except InvalidValue as error:
+                error.param = f"messages[{place}].{field}"
+                raise

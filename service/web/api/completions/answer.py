@@ -96,8 +96,6 @@ class CompletionAnswer:
 
     def _scores_of(self, parts: list[CompletionChunk]) -> Scores | None:
         scores = [part.scores for part in parts if part.scores is not None]
-        if not scores and self._completion.request.num_logprobs is not None:
-            return Scores.none()
         return Scores.join(scores) if scores else None
 
     def events(self, client_has_left: Callable[[], bool], options: StreamOptions) -> Events:

@@ -100,16 +100,14 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     """Check what the schema can't express: the configured limits, and fields that depend on each other."""
     prompts = body.prompts
     best_of = body.best_of if body.best_of is not None else body.n
-    longest = max(map(len, prompts))
     if body.max_tokens > limits.max_tokens:
         raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
     if body.max_tokens == 0 and not body.echo and not body.return_state:
         raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
-    if longest > limits.max_prompt_chars:
-        name = "prompt"
-        if len(prompts) > 1:
-            name = f"prompt[{next(place for place, prompt in enumerate(prompts) if len(prompt) == longest)}]"
-        raise InvalidValue(f"{name}: at most {limits.max_prompt_chars} characters, not {longest}", param=name)
+    for place, prompt in enumerate(prompts):
+        if len(prompt) > limits.max_prompt_chars:
+            path = _path_of(body, place)
+            raise InvalidValue(f"{path}: at most {limits.max_prompt_chars} characters, not {len(prompt)}", param=path)
     if best_of < body.n:
         raise InvalidValue(f"best_of: must be at least n, which is {body.n}", param="best_of")
     if body.stream and best_of > body.n:
@@ -128,30 +126,36 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
         )
 
 
-def _encoded_prompts(charset: Charset, body: CompletionBody) -> tuple[Ids, ...]:
-    """Return (n,) int64 ids of each prompt. Raises UnknownCharacters, InvalidValue."""
+def _path_of(body: CompletionBody, place: int) -> str:
+    """Return the path of a prompt: `prompt`, or `prompt[3]` in a list of prompts."""
+    is_list = isinstance(body.prompt, list) and not isinstance(body.prompt[0], int)
+    return f"prompt[{place}]" if is_list else "prompt"
+
+
+def _encoded_prompts(charset: Charset, body: CompletionBody, max_chars: int) -> tuple[Ids, ...]:
+    """Return (n,) int64 ids of each prompt, n <= max_chars. Raises UnknownCharacters, InvalidValue."""
     encoded = []
     for place, prompt in enumerate(body.prompts):
+        path = _path_of(body, place)
         if isinstance(prompt, str):
             try:
-                encoded.append(charset.encode(prompt, body.unknown_chars))
+                ids = charset.encode(prompt, body.unknown_chars)
             except InvalidValue as error:
-                error.param = f"prompt[{place}]" if isinstance(body.prompt, list) else "prompt"
+                error.param = path
                 raise
+            if len(ids) > max_chars:  # folding can make a prompt longer
+                raise InvalidValue(f"{path}: at most {max_chars} characters after folding", param=path)
         else:
-            is_list = isinstance(body.prompt[0], list)
-            encoded.append(ids_of(charset, prompt, f"prompt[{place}]" if is_list else "prompt"))
+            ids = ids_of(charset, prompt, path)
+        encoded.append(ids)
     return tuple(encoded)
 
 
 def _completion_request(
     model: LoadedModel, body: CompletionBody, limits: CompletionLimits, start: PortableStart | None
 ) -> CompletionRequest:
-    encoded = _encoded_prompts(model.charset, body)
-    if max(map(len, encoded)) > limits.max_prompt_chars:  # folding can make a prompt longer
-        raise InvalidValue(f"prompt: at most {limits.max_prompt_chars} characters after folding", param="prompt")
     return CompletionRequest(
-        prompts=encoded,
+        prompts=_encoded_prompts(model.charset, body, limits.max_prompt_chars),
         max_chars=body.max_tokens,
         seed=body.seed if body.seed is not None else start.seed if start is not None else secrets.randbits(63),
         sampling=with_biases(
