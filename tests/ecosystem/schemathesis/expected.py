@@ -1,6 +1,7 @@
-"""One more check for schemathesis: the reasons for which a request that fits the schema may be refused."""
+"""For schemathesis: the reasons for which a request that fits the schema may be refused, and what a 404 is about."""
 
 import schemathesis
+from schemathesis.specs.openapi.checks import ensure_resource_availability
 
 EXPECTED = {
     "unknown_characters",  # the charset is the model's
@@ -18,3 +19,11 @@ def refusal_is_meant(ctx, response, case) -> None:  # noqa: ARG001 - schemathesi
         return
     code = response.json()["error"]["code"]
     assert code in EXPECTED, f"a request that fits the schema was refused with {code}: {response.text[:500]}"
+
+
+@schemathesis.check
+def created_session_is_found(ctx, response, case) -> bool | None:
+    """As `ensure_resource_availability`, but where a session is fed with `rebase`, a 404 may be that of a model."""
+    if response.status_code == 404 and response.json()["error"]["code"] == "model_not_found":
+        return None
+    return ensure_resource_availability(ctx, response, case)
