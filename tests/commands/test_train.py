@@ -261,7 +261,7 @@ def test_train__lets_threads_spin_only_briefly_unless_the_user_chose() -> None:
     program += f"print([os.environ.get(name) for name in {names}])"
     plain = {key: value for key, value in os.environ.items() if key not in names}
     for given, expected in (
-        ({}, [None, "5000" if platform.machine() == "x86_64" else "50000", "1"]),
+        ({}, [None, "2000" if platform.machine() == "x86_64" else "50000", "1"]),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", None, None]),
         ({"GOMP_SPINCOUNT": "9"}, [None, "9", None]),
     ):
