@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import threading
@@ -106,6 +107,13 @@ def test_drain__streams_finish_or_say_where_to_resume(environment: dict[str, str
     assert "Traceback" not in "".join(server.log)
 
 
+def num_running(server: Server) -> float:
+    with closing(server.connect()) as connection:
+        ask(connection, "GET", "/metrics")
+        text = connection.getresponse().read().decode()
+    return sum(map(float, re.findall(r"^gru_serve:num_requests_running\{[^}]*\} (\S+)$", text, re.MULTILINE)))
+
+
 def test_drain__answers_that_can_not_finish_are_errors(environment: dict[str, str]) -> None:
     with serving(SERVE, environment) as server, ThreadPoolExecutor(8) as pool:
         create(server, "a")
@@ -114,7 +122,7 @@ def test_drain__answers_that_can_not_finish_are_errors(environment: dict[str, st
         completion = pool.submit(refusal, server, "POST", "/v1/completions", ENDLESS | {"stream": False})
         with server.open(ENDLESS) as connection:
             assert connection.recv(1)
-            wait_until(lambda: server.call("POST", "/v1/sessions/a/feed", {"text": "a"})[0] == 409)  # the run has begun
+            wait_until(lambda: num_running(server) == 3)
             server.process.send_signal(signal.SIGTERM)
             raw = b""
             while part := connection.recv(65_536):
