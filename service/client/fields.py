@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 # A text, as a string or as the ids of its characters, or several of them.
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -18,7 +18,7 @@ class _Turn(TypedDict):
 class Message(_Turn, total=False):
     """One turn of a chat."""
 
-    name: str  # of the speaker, instead of the one that the model's template has
+    name: str  # the speaker's name; without it, the model's template names the role
 
 
 class SamplingFields(TypedDict, total=False):
@@ -39,8 +39,6 @@ class SamplingFields(TypedDict, total=False):
     include_stop_str_in_output: bool
     stop_token_ids: list[int]
     allowed_token_ids: list[int]
-    structured_outputs: dict[str, Any]
-    response_format: dict[str, Any]
 
 
 class ModelFields(SamplingFields, total=False):

@@ -22,8 +22,8 @@ from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
 
-# While a text is generated that may end with a stop string, and whose state is returned: a state after so many
-# characters, but no more states than this.
+# The engine stores a state every 256 characters, and at most 32 of them, if it returns the state of a text that a stop
+# string may end.
 _CHECKPOINT_CHARS, _MAX_CHECKPOINTS = 256, 32
 
 

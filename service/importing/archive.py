@@ -79,7 +79,7 @@ class Archive:
 
 
 def _check_directory(path: Path, name: str) -> None:
-    """Raise InvalidModelFile if there are so many entries that listing them would take much memory."""
+    """Raise InvalidModelFile for more than MAX_MEMBERS entries, because zipfile lists all of them in memory."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         position = -1
         for _ in range(MAX_MEMBERS + 1):

@@ -59,9 +59,8 @@ def convert(model: ForeignModel, tokens: Tokens) -> tuple[ModelConfig, Tensors]:
     for layer in model.layers:
         if layer.num_units != first.num_units:
             raise UnsupportedModel(
-                f"the GRU layers have {first.num_units} and {layer.num_units} units: here all layers "
-                "have as many. Train "
-                "a model whose layers have equal sizes"
+                f"the GRU layers have {first.num_units} and {layer.num_units} units, and this service needs equal "
+                "numbers: train a model whose layers have equal sizes"
             )
     tensors: Tensors = {}
     for index, layer in enumerate(model.layers):

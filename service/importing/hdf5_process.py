@@ -51,8 +51,8 @@ def limit(num_bytes: int) -> None:
 class Reader:
     """Collects the attributes and datasets of a file that a model can consist of."""
 
-    def __init__(self, h5py: Any, file: Any, num_bytes: int) -> None:
-        self._h5py, self._file = h5py, file
+    def __init__(self, h5py: Any, num_bytes: int) -> None:
+        self._h5py = h5py
         self._bytes_left = num_bytes
         self._num_objects = 0
         self.attributes: dict[str, dict[str, str]] = {}  # path -> name -> value
@@ -143,7 +143,7 @@ def main(path: str) -> None:
     limit(num_bytes)
     try:
         with h5py.File(path, "r") as file:
-            reader = Reader(h5py, file, num_bytes)
+            reader = Reader(h5py, num_bytes)
             reader.walk(file)
             write(reader, out)
     except Refused as error:

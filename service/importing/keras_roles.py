@@ -241,9 +241,8 @@ def _ends(
         raise UnsupportedModel(f"the file has no output layer; {NEEDED} is needed")
     if embedding is not None and embedding.shape[0] != dense.shape[1]:
         raise UnsupportedModel(
-            f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[1]}: both "
-            "must know the same "
-            "characters"
+            f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[1]}: both must "
+            "know the same characters"
         )
     return embedding, dense, bias
 
@@ -333,8 +332,7 @@ def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
             if _activation(config.get("activation")) not in _PROBABILITIES:
                 raise UnsupportedModel(
                     f"{name} has the activation {shown(str(_activation(config.get('activation'))))}: "
-                    "the output layer must "
-                    "be linear, or end in softmax"
+                    "the output layer must be linear, or end in softmax"
                 )
         else:
             what = {"LSTM": "an LSTM", "SimpleRNN": "a SimpleRNN", "CuDNNLSTM": "an LSTM"}.get(

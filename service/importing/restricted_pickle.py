@@ -339,9 +339,8 @@ class _Machine:
         if name in _INERT_CALLS:
             return Inert(name, args)
         raise self._error(
-            f"it would call {shown(name)}. Nothing was executed. If you trust its author, load it "
-            "with PyTorch and save "
-            "model.state_dict() alone"
+            f"it would call {shown(name)}. Nothing was executed. If you trust its author, load it with "
+            "PyTorch and save model.state_dict() alone"
         )
 
     def _dictionary(self, pairs: Any) -> dict[Any, Any]:

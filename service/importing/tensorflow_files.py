@@ -108,7 +108,7 @@ def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
 def _not_the_model(names: list[str]) -> set[str]:
     """Return the names of the variables of optimizers and of counters."""
     optimizers = tuple({match[1] for name in names if (match := _OF_OPTIMIZER.fullmatch(name))})
-    # A variable has the shortest of its names. That may be the one that an optimizer lists it by.
+    # TensorFlow stores a variable under its shortest name, which may be its name in an optimizer's list.
     return {
         name
         for name in names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from service.importing.restricted_pickle import (
 )
 from service.importing.torch_roles import Found, find_torch_roles, is_model
 from service.importing.vocabulary import is_vocabulary_name, tokens_in_file, tokens_of_metadata
+from service.model.artifact import read_safetensors_header
 
 MAGIC = 0x1950A86A20F9469CFC6C  # of the format before PyTorch 1.6
 _ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
@@ -129,15 +129,10 @@ def read_safetensors(path: Path, order: Sequence[str]) -> ForeignModel:
     """Read a safetensors file. Raises InvalidModelFile, UnsupportedModel."""
     name, num_bytes = shown(path.name), path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(max_json_bytes(num_bytes), num_bytes - 8):
-            raise InvalidModelFile(f"{name} is no safetensors file: its header would be {length:,} bytes long")
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise InvalidModelFile(f"{name} is no safetensors file: its header is not JSON") from error
-        if not isinstance(header, dict):
-            raise InvalidModelFile(f"{name} is no safetensors file: its header is not a JSON object")
+            header, length = read_safetensors_header(file, num_bytes, max_json_bytes(num_bytes))
+        except ValueError as error:
+            raise InvalidModelFile(f"{name} is no safetensors file: {error}") from error
         metadata = header.pop("__metadata__", None)
         entries: dict[str, _Entry] = {}
         total = 0
@@ -199,7 +194,7 @@ class _Loader:
 
 
 def _check_overlap(roles: Found, num_bytes: int) -> None:
-    """Raise InvalidModelFile if tensors share so many numbers that copies in float32 take more than twice the file."""
+    """Raise InvalidModelFile if float32 copies of the tensors, which may share numbers, exceed twice the file."""
     arrays = [array for layer in roles.layers for array in (layer.inputs, layer.recurrent)]
     arrays.append(roles.dense)
     if roles.embedding is not None and roles.embedding.ctypes.data != roles.dense.ctypes.data:  # not tied

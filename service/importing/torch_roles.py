@@ -38,7 +38,7 @@ _MODULES = re.compile(
 
 
 class Shaped(Protocol):
-    """A tensor of which only the shape is known yet."""
+    """A tensor whose shape is known, and whose numbers are not read yet."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -213,8 +213,7 @@ def _which(
     if len(fitting) != 1:
         raise UnsupportedModel(
             f"nothing in the file says which of {shown(first)} and {shown(second)} is the embedding "
-            "and which is the output "
-            "layer: call one of them embedding and the other one output"
+            "and which is the output layer: call one of them embedding and the other one output"
         )
     return fitting[0][2], fitting[0][3]
 

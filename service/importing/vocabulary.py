@@ -189,8 +189,7 @@ def fit(tokens: Tokens, num_rows: int, origin: str) -> tuple[Tokens, tuple[str, 
     elif missing:
         raise UnsupportedModel(
             f"{origin} has {len(tokens)} characters and the model {num_rows} rows: give the "
-            "vocabulary that it was trained "
-            "with, in its order, with --charset FILE or --charset-from CORPUS"
+            "vocabulary that it was trained with, in its order, with --charset FILE or --charset-from CORPUS"
         )
     if any(token is not None and len(token) != 1 and not is_special(token) for token in tokens):
         example = next(token for token in tokens if token is not None and len(token) != 1 and not is_special(token))
@@ -231,9 +230,8 @@ def advice(num_rows: int) -> str:
             "--charset"
         )
     return (
-        "give the text that it was trained on with --charset-from CORPUS, whose sorted distinct "
-        "characters are taken, or "
-        "the characters in their order with --charset FILE"
+        "give the text that it was trained on with --charset-from CORPUS, whose sorted distinct characters are taken, "
+        "or the characters in their order with --charset FILE"
     )
 
 

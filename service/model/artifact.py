@@ -197,22 +197,38 @@ def _read_chat(directory: Path, manifest: Manifest, config: ModelConfig) -> Chat
     return template
 
 
-def _check_header(path: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare a safetensors header with the shapes of the config, before any weight is read.
+def read_safetensors_header(file: BinaryIO, num_bytes: int, max_bytes: int) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and its length in bytes. Nothing in it is checked.
 
     Format: 8 bytes with the header's length (little-endian), the header as JSON {name: {dtype, shape, data_offsets}},
     the data.
+
+    Args:
+        file: at its beginning.
+        num_bytes: the length of the file.
+        max_bytes: of the header.
+
+    Raises ValueError with what is wrong, as the end of a sentence.
     """
-    num_bytes = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if num_bytes < 8 or length > min(_MAX_HEADER_BYTES, num_bytes - 8):
-        raise InvalidArtifact(f"{path} is not a safetensors file: its header would be {length} bytes long")
+    if num_bytes < 8 or length > min(max_bytes, num_bytes - 8):
+        raise ValueError(f"its header would be {length:,} bytes long")
     try:
         header = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:
-        raise InvalidArtifact(f"{path} is not a safetensors file: its header is not JSON") from error
+        raise ValueError("its header is not JSON") from error
     if not isinstance(header, dict):
-        raise InvalidArtifact(f"{path} is not a safetensors file: its header is not a JSON object")
+        raise ValueError("its header is not a JSON object")
+    return header, length
+
+
+def _check_header(path: Path, file: BinaryIO, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a safetensors header with the shapes of the config, before any weight is read."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    try:
+        header, length = read_safetensors_header(file, num_bytes, _MAX_HEADER_BYTES)
+    except ValueError as error:
+        raise InvalidArtifact(f"{path} is not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     if missing := sorted(set(shapes) - set(header)):
         raise InvalidArtifact(f"{path}: tensor {missing[0]} is missing")
