@@ -16,7 +16,7 @@ import pytest
 import redis
 from structlog.testing import capture_logs
 
-from service.errors import SessionNotFound, StoreUnavailable
+from service.errors import OutcomeUnknown, SessionNotFound, StoreUnavailable
 from service.sessions.redis_connections import Link, RedisConnections
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
@@ -299,7 +299,10 @@ def test_cluster__continues_with_the_replica_of_a_master_that_dies(tmp_path: Pat
                     wait_until(lambda: client.info("replication")["role"] == "master", 6)
                     break
             assert client.info("replication")["role"] == "master"
-        assert when_served(lambda: one.update(MANY[0], appended("z"))) == 9
+        with suppress(OutcomeUnknown):  # the call may have been sent on a connection from before the failover
+            when_served(lambda: one.update(MANY[0], appended("z")))
+        if when_served(partial(one.load, MANY[0])).position == 8:  # as a client finds out whether to repeat it
+            assert when_served(lambda: one.update(MANY[0], appended("z"))) == 9
         for store in (one, other):
             assert characters(when_served(partial(store.load, MANY[0]))) == "ROMEO:xyz"
 
