@@ -66,7 +66,7 @@ class Automaton:
         return state
 
     def allowed(self, state: int, num_left: int) -> NDArray[np.bool_]:
-        """Return (V,): which characters may come next in a text that may get `num_left` more characters, this one included.
+        """Return (V,): which characters may come next if the text may get `num_left` more, this one included.
 
         A character is not allowed either if the text could not be completed within the rest.
         """
