@@ -49,7 +49,7 @@ class TorchStepper:
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
         shape = (self.config.num_layers, self.config.num_units)
-        # Those at their start, and those that draw their first character: their prompt may have been read in another row.
+        # Those at their start, and at their first draw: another row may have read their prompt.
         new = [row for row in rows if row.finished is None and not row.num_generated]
         new = [row for row in new if not (row.num_read and row.is_reading)]
         if invalid := InvalidRows.among(new, lambda row: row.check(shape, self.config.vocab_size)):
