@@ -84,7 +84,11 @@ def why_not_compiled() -> str | None:
 
 def open_library(path: str) -> Library:
     """Load a compiled kernel and check it. Raises OSError, and LayoutMismatch if it belongs to another version."""
-    functions = _load_exactly(path)
+    return declare(_load_exactly(path))
+
+
+def declare(functions: ctypes.CDLL) -> Library:
+    """Declare the types of a kernel's functions, and read its layout. Raises LayoutMismatch."""
     try:
         functions.gru_describe_layout.restype = c_char_p
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p

@@ -16,6 +16,8 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "arm.h"
 #endif
 
 static_assert(FLT_EVAL_METHOD == 0, "float must be computed as float, double as double");
@@ -75,6 +77,24 @@ GRU_BEGIN(sse4, "ssse3,sse4.1")
 GRU_END
 #endif
 
+#if defined(GRU_ARM_DOTPROD)
+GRU_BEGIN(i8mm, GRU_ARM_I8MM)
+#include "operations_i8mm.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+
+GRU_BEGIN(dotprod, GRU_ARM_DOTPROD)
+#include "operations_dotprod.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
 namespace gru::portable {
 #include "product_portable.inc"
 #include "arithmetic.inc"
@@ -116,6 +136,10 @@ constexpr NamedVariant kVariants[] = {
 #endif
     {"avx2", &avx2::kVariant, [] { return bool(__builtin_cpu_supports("avx2")); }},
     {"sse4", &sse4::kVariant, [] { return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1"); }},
+#endif
+#if defined(GRU_ARM_DOTPROD)
+    {"i8mm", &i8mm::kVariant, has_i8mm},
+    {"dotprod", &dotprod::kVariant, has_dotprod},
 #endif
     {"portable", &portable::kVariant, [] { return true; }},
 };
