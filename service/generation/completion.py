@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from service.arrays import Float32, Ids
+from service.engine.automaton.form import Form
 from service.engine.pace import flush_interval
 from service.engine.prefix_cache import NOBODY, CacheScope
 from service.engine.request import End, Handle, Request
@@ -38,6 +39,7 @@ class CompletionRequest:
     # Strings that end a continuation, as `written_stops` returns them.
     stop: tuple[str, ...] = ()
     includes_stop: bool = False  # the stop string that ends a continuation is part of its text
+    form: Form | None = None  # of each continuation, without the prompt; None for any
     min_chars: int = 0  # none of the first `min_chars` characters of a continuation completes a stop string
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import structlog
 
+from service.engine.automaton.form import Form
 from service.engine.request import Handle
 from service.engine.sampling_settings import SamplingSettings
 from service.errors import (
@@ -27,7 +28,7 @@ from service.generation.run_stream import ActiveRun, RunStream
 from service.model.charset import Charset, UnknownChars
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.session import Run, Session, SessionKey
+from service.sessions.session import Run, Session, SessionKey, digest_of
 from service.sessions.session_store import SessionStore
 
 log = structlog.get_logger(__name__)
@@ -57,11 +58,12 @@ class RunRequest:
     includes_stop: bool = False  # the stop string that ends the run becomes part of the text
     stop_ids: tuple[int, ...] = ()  # of characters that end the run; they become `stops` as `biases` do
     allowed: tuple[int, ...] | None = None  # ids of the only characters that the run may draw; the same
+    form: Form | None = None  # of what the run generates; None for any
 
     @property
     def needs_charset(self) -> bool:
         """Whether the request has what only the session's model gives a meaning to, besides stop strings."""
-        return bool(self.biases or self.stop_ids or self.allowed)
+        return bool(self.biases or self.stop_ids or self.allowed or self.form)
 
     def for_charset(self, charset: Charset) -> RunRequest:
         """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
@@ -87,12 +89,15 @@ class RunRequest:
             context,
             min_chars=self.min_chars,
             includes_stop=self.includes_stop,
+            form=self.form,
         )
 
     def matches_last_run(self, session: Session, position: int | None) -> bool:
         """Whether the session's last run was started by an equal request at this position."""
         run = session.run
         if run is None or run.start != position:
+            return False
+        if run.form_digest != digest_of(self.form):
             return False
         expected = (self.max_chars, self.sampling, self.stops, self._seed(session), self.min_chars, self.includes_stop)
         return (run.max_chars, run.sampling, run.stops, run.seed, run.min_chars, run.includes_stop) == expected

@@ -23,7 +23,7 @@ from service.web.api.chat.answer import ChatAnswer
 from service.web.api.chat.schemas import ChatBody, Message
 from service.web.api.completions.routes import CompletionLimits
 from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
@@ -79,7 +79,8 @@ class ChatRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request, client_has_left)
+            with blaming(body.form_param):
+                completion = Completion(model, request, client_has_left)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = ChatAnswer(model, completion, template)
@@ -187,6 +188,7 @@ def _completion_request(
         stop=tuple(stops),
         includes_stop=body.include_stop_str_in_output,
         min_chars=body.min_tokens,
+        form=body.form,
         n=body.n,
         best_of=body.n,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,

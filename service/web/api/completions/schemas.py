@@ -10,6 +10,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.engine.stepper import FinishReason
+from service.web.api.forms import GenerationBody
 from service.web.api.known_fields import ClientFields, Only
 from service.web.api.schemas import (
     Body,
@@ -18,7 +19,6 @@ from service.web.api.schemas import (
     ModelRef,
     NumLogprobs,
     PortableState,
-    SamplingBody,
     Usage,
 )
 
@@ -61,7 +61,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionBody(ClientFields, SamplingBody):
+class CompletionBody(ClientFields, GenerationBody):
     """Body of POST /v1/completions. A token is a character."""
 
     model_config = ConfigDict(
