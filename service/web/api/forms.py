@@ -133,14 +133,14 @@ class GenerationBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
-        if self.form is not None:
-            raise InvalidValue(f"{self.form_param}: the engine can't generate forms yet", param=self.form_param)
         if self.form is not None and self.min_tokens:
             raise InvalidValue(
                 f"min_tokens: not with {self.form_param}, which says how long the text may be: write the least "
                 "length into the form",
                 param="min_tokens",
             )
+        if self.form is not None:
+            raise InvalidValue(f"{self.form_param}: the engine can't generate forms yet", param=self.form_param)
         return self
 
 
