@@ -104,7 +104,9 @@ LONG: dict[str, dict[str, Any]] = {
 MAX_CHARS = 12_000
 
 
-def follow(servers: list[Server], session: str, fields: dict[str, Any], rng: random.Random) -> tuple[str, dict[str, Any]]:
+def follow(
+    servers: list[Server], session: str, fields: dict[str, Any], rng: random.Random
+) -> tuple[str, dict[str, Any]]:
     """Stream a run of a session, resuming it at the other replica after a random part; return its text and its end."""
     text, position = "", len(PROMPT)
     path = f"/v1/sessions/{session}/generate"
