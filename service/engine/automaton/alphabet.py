@@ -36,6 +36,7 @@ class Alphabet:
         self._members: list[Ids] = []
         self._numbers: dict[bytes, int] = {}
         self._of_chars: dict[str, int] = {}
+        self._lacking: dict[str, list[str]] = {}  # of the keys of _of_chars: those that the model lacks
         self._of_pattern: dict[tuple[str, int], int] = {}
         self._num_members = 0
         self.missing: dict[str, None] = {}  # characters that a form named and that texts can't have, in its order
@@ -57,14 +58,19 @@ class Alphabet:
         """Return the ids of a set, in ascending order."""
         return self._members[number]
 
-    def chars(self, chars: str) -> int:
-        """Return the number of the set of these characters. Those that the model lacks are left out and remembered."""
+    def chars(self, chars: str, *, is_needed: bool = True) -> int:
+        """Return the number of the set of these characters. Those that the model lacks are left out.
+
+        is_needed: whether they are remembered as missing, for an error.
+        """
         number = self._of_chars.get(chars)
         if number is None:
             self.budget.spend(10 + len(chars))
             ids = self.indices(np.fromiter(map(ord, chars), np.int64, len(chars)))
             number = self._of_chars[chars] = self.set_of(np.unique(ids[ids >= 0]))
-            self.missing |= dict.fromkeys(char for char, id_ in zip(chars, ids.tolist(), strict=True) if id_ < 0)
+            self._lacking[chars] = [char for char, id_ in zip(chars, ids.tolist(), strict=True) if id_ < 0]
+        if is_needed:
+            self.missing |= dict.fromkeys(self._lacking[chars])
         return number
 
     def matching(self, pattern: str, flags: int) -> int:

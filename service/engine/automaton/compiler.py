@@ -10,6 +10,7 @@ from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.budget import Budget
 from service.engine.automaton.choice import choice_dfa, read_choices
 from service.engine.automaton.form import Form
+from service.engine.automaton.json_schema import any_object_dfa, schema_dfa
 from service.engine.automaton.regex import regex_dfa
 from service.errors import InvalidValue
 
@@ -86,8 +87,10 @@ def _compiled(form: Form, charset: str, allowed: tuple[int, ...] | None) -> Auto
                 dfa = choice_dfa(read_choices(form.value), alphabet)
             case "regex":
                 dfa = regex_dfa(form.value, alphabet)
-            case _:
-                raise InvalidValue(f"forms of the kind {form.kind} can't be compiled yet")
+            case "json":
+                dfa = schema_dfa(form.value, alphabet)
+            case "json_object":
+                dfa = any_object_dfa(alphabet)
     except InvalidValue as error:
         return _copy(error)
     return dfa.automaton() if len(dfa.accepting) else alphabet.nothing_left()

@@ -8,7 +8,7 @@ word boundary has a position too, which takes no character: it is passed if it h
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,20 +45,25 @@ def determinise(expression: Expression, alphabet: Alphabet) -> Dfa:
     return _Subsets(positions, whole, alphabet).dfa().minimised(alphabet.budget)
 
 
-def size(expression: Expression) -> int:
-    """Return the number of positions of an expression, which may be far more than can be built."""
+def size(expression: Expression, known: Mapping[int, tuple[int, Expression]] = {}) -> int:  # noqa: B006
+    """Return the number of positions of an expression, which may be far more than can be built.
+
+    known: sizes of parts, by the identities of the parts.
+    """
+    if id(expression) in known:
+        return known[id(expression)][0]
     match expression:
         case Chars() | Condition():
             return 1
         case Sequence(parts) | Either(parts):
-            return 1 + sum(map(size, parts))
+            return sum(size(part, known) for part in parts)
         case Repeat(body, least, most, separator):
             copies = max(least, 1) if most is None else most
-            return 1 + copies * (size(body) + (size(separator) if separator else 0))
+            return copies * max(size(body, known) + (size(separator, known) if separator else 0), 1)
         case Listed(items, separator):
-            return 1 + sum(size(item) + size(separator) for item, _ in items)
+            return sum(size(item, known) + size(separator, known) for item, _ in items)
         case Machine(edges):
-            return 1 + len(edges)
+            return len(edges)
 
 
 @dataclass(slots=True)
