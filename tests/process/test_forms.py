@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
+import jsonschema
 import pytest
 
 from service.store.model_store import ModelStore
-from tests.harness.forms import FORMS, Sample
+from tests.harness.forms import CHARSET, PATTERNS, SCHEMAS
 from tests.harness.models import publish_tiny
 from tests.harness.server import SERVE, Server, ask, serving
 from tests.harness.sse import read_events
 
 PROMPT = "ROMEO:"
-# Every character of JSON, and a few letters beyond ASCII.
-CHARSET = "\n" + "".join(map(chr, range(32, 127))) + "éß€漢"
 SETTINGS = [
     {"temperature": 1.5},
     {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5},
@@ -60,10 +59,6 @@ def choices(server: Server, **fields: object) -> list[dict[str, Any]]:
     return found
 
 
-def texts(server: Server, **fields: object) -> list[str]:
-    return [choice["text"] for choice in choices(server, **fields)]
-
-
 def streamed(server: Server, **fields: object) -> list[dict[str, Any]]:
     """The choices of a streamed completion, put together."""
     whole: dict[int, dict[str, Any]] = {}
@@ -94,6 +89,76 @@ def fewest(server: Server, fields: dict[str, Any]) -> int:
     return int(found[1])
 
 
+FORMS: dict[str, dict[str, Any]] = {
+    **{name: {"structured_outputs": {"regex": pattern}} for name, pattern in PATTERNS.items()},
+    **{
+        name: {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+        for name, schema in SCHEMAS.items()
+    },
+    "any object": {"response_format": {"type": "json_object"}},
+    "choices": {"structured_outputs": {"choice": ["", "a", "ab", "abc", "Zürich", "日本", "a\n\nb", *"xyz"]}},
+}
+
+
+def has_form(name: str, text: str) -> bool:
+    """Whether a text is of a form, according to the libraries that define it."""
+    if name in PATTERNS:
+        return re.fullmatch(PATTERNS[name], text) is not None
+    if name == "choices":
+        return text in FORMS[name]["structured_outputs"]["choice"]
+    value = json.loads(text)
+    if name == "any object":
+        return isinstance(value, dict)
+    schema = SCHEMAS[name]
+    validator = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
+    return bool(validator(schema, format_checker=validator.FORMAT_CHECKER).is_valid(value))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_texts__are_of_their_form_whole_and_streamed_and_in_sessions(servers: list[Server], name: str) -> None:
+    """With several seeds and settings, and with as few characters as suffice."""
+    server, other = servers
+    fields, rng = FORMS[name], random.Random(name)
+    least = fewest(server, fields)
+    assert 0 <= least < 300
+    seen: set[str] = set()
+    for place, more in enumerate((0, 1, 7, 60, 400)):
+        sent = {"max_tokens": max(1, least + more), "seed": rng.randrange(2**60)} | SETTINGS[place % len(SETTINGS)]
+        whole = choices(server, n=4, **fields, **sent)
+        for choice in whole:
+            assert has_form(name, choice["text"]), choice
+            assert len(choice["text"]) == sent["max_tokens"] or choice["finish_reason"] == "stop", choice
+            assert len(choice["text"]) <= sent["max_tokens"]
+        outcomes = [{key: choice[key] for key in ("text", "finish_reason")} for choice in whole]
+        assert streamed(server, n=4, **fields, **sent) == outcomes
+        seen.update(choice["text"] for choice in whole)
+        # Beside other texts, and in a session that the other replica has created.
+        together = choices(server, prompt=["JULIET:", PROMPT, ""], **fields, **sent)
+        assert together[1]["text"] == whole[0]["text"]
+        session = f"{list(FORMS).index(name)}-{place}"
+        assert other.call("PUT", f"/v1/sessions/{session}", {"text": PROMPT, "seed": sent["seed"]})[0] == 201
+        run = {"max_tokens": sent["max_tokens"], "position": len(PROMPT)} | fields | SETTINGS[place % len(SETTINGS)]
+        for replica in (server, other):  # the second one repeats the request
+            status, answer = replica.call("POST", f"/v1/sessions/{session}/generate", run)
+            assert status == 200, answer
+            assert {key: answer[key] for key in ("text", "finish_reason")} == outcomes[0]
+    assert len(seen) > 1 or name == "constant"
+    if least > 1:
+        status, answer = server.call("POST", "/v1/completions", {"prompt": "", "max_tokens": least - 1} | fields)
+        assert (status, answer["error"]["param"]) == (400, "max_tokens")
+        assert f"at least {least} characters" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["dialogue", "list of records", "any object", "choices"])
+def test_chat__has_a_form_whatever_strings_end_its_answers(server: Server, name: str) -> None:
+    body = {"messages": [{"role": "user", "content": "Who goes there?"}], "max_tokens": 200, "n": 8} | FORMS[name]
+    for temperature in (1.0, 2.0):
+        status, answer = server.call("POST", "/v1/chat/completions", body | {"temperature": temperature, "seed": 3})
+        assert status == 200, answer
+        for choice in answer["choices"]:
+            assert has_form(name, choice["message"]["content"]), choice
+
+
 # Long forms, of which a run writes up to 12,000 characters.
 LONG: dict[str, dict[str, Any]] = {
     "numbers": {"structured_outputs": {"regex": r"(\d{1,4}, )*\d"}},
@@ -117,8 +182,7 @@ def follow(
                 ask(connection, "POST", path, fields | {"max_tokens": MAX_CHARS, "stream": True, "position": position})
             else:
                 ask(connection, "GET", f"{path}?after={position}")
-            # Half of the connections are left while the server still writes; the other half are taken over.
-            (left_open.callback if rng.random() < 0.5 else left_open.callback)(connection.close)
+            left_open.callback(connection.close)
             response = connection.getresponse()
             assert response.status == 200, response.read()
             for event in read_events(response):
@@ -130,7 +194,7 @@ def follow(
                 if rng.random() < 0.4:
                     break
             if rng.random() < 0.5:
-                connection.close()
+                connection.close()  # the run is left; the others are taken over
     raise AssertionError("the run has no end")
 
 
