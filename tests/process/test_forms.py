@@ -40,7 +40,8 @@ def servers(store: ModelStore, redis_url: str) -> Iterator[list[Server]]:
     """Two replicas that share their sessions."""
     environment = {
         "GRU_SERVE_MODEL_STORE": str(store.root), "GRU_SERVE_MODEL": "forms", "GRU_SERVE_ENGINE_THREADS": "1",
-        "GRU_SERVE_SESSION_STORE": redis_url, "GRU_SERVE_MAX_TOKENS": "200000", "GRU_SERVE_SESSION_TEXT_CHARS": "300000",
+        "GRU_SERVE_SESSION_STORE": redis_url, "GRU_SERVE_MAX_TOKENS": "200000",
+        "GRU_SERVE_SESSION_TEXT_CHARS": "300000",
     }  # fmt: skip
     with ExitStack() as stack:
         yield [stack.enter_context(serving(SERVE, environment)) for _ in range(2)]

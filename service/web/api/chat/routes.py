@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from flask import Response
@@ -79,7 +80,7 @@ class ChatRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            with blaming(body.form_param):
+            with blaming(body.form_param), _as_sent(body):
                 completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
@@ -104,6 +105,18 @@ class ChatRoutes(Resource):
                 param="model",
             )
         return template
+
+
+@contextmanager
+def _as_sent(body: ChatBody) -> Iterator[None]:
+    """Name `max_tokens` as the client has sent it in an InvalidValue that is raised inside the block."""
+    try:
+        yield
+    except InvalidValue as error:
+        if error.param == "max_tokens" and body.max_completion_tokens is not None:
+            error.param = "max_completion_tokens"
+            error.message = error.message.replace("max_tokens", "max_completion_tokens")
+        raise
 
 
 def _chat_message(message: Message) -> ChatMessage:

@@ -170,6 +170,11 @@ class ChosenLogprob(TokenLogprob):
     """A character of the answer."""
 
     top_logprobs: list[TokenLogprob] = Field(description="the most likely characters at its place")
+    allowed_logprob: float | None = Field(
+        None,
+        description="its log-probability among the characters that the form allowed. Only present if the request has a "
+        "form",
+    )
 
 
 class ChatLogprobs(BaseModel):

@@ -143,8 +143,8 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = Field(
-        description="why the text ended: `stop` after a stop string, `length` at `max_tokens`; null in events of a "
-        "stream that are followed by more text"
+        description="why the text ended: `stop` at a stop string or where its form is complete, `length` at "
+        "`max_tokens`; null in events of a stream that are followed by more text"
     )
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
         None,

@@ -276,7 +276,9 @@ class GenerateAnswer(BaseModel):
     """The result of a run. In a stream, the event `done` has these fields except `text`."""
 
     text: str
-    finish_reason: FinishReason = Field(description="`stop` after a stop string, `length` at `max_tokens`")
+    finish_reason: FinishReason = Field(
+        description="`stop` at a stop string or where its form is complete, `length` at `max_tokens`"
+    )
     position: int = Field(description="position after the last generated character")
     usage: Usage
     sha256: str = Field(description="SHA-256 of the generated text in UTF-8, in hexadecimal digits")
