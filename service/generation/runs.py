@@ -63,7 +63,7 @@ class RunRequest:
     @property
     def needs_charset(self) -> bool:
         """Whether the request has what only the session's model gives a meaning to, besides stop strings."""
-        return bool(self.biases or self.stop_ids or self.allowed or self.form)
+        return bool(self.biases or self.stop_ids or self.allowed)
 
     def for_charset(self, charset: Charset) -> RunRequest:
         """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
@@ -168,6 +168,9 @@ class RunRegistry:
             session = replace(chosen, text=text, run=run)
             return session, RunStream(session, run, after, None, handle)
 
+        if request.form is not None:
+            # Before the session is leased: a form that was not used lately is compiled, and may be refused.
+            self._in_its_charset(request, self._store.load(key))
         start = _Start(self._models, self._reader, choose)
         begin = partial(self._begin, key, start, client_has_left)
         if as_whole and request.max_chars <= _SHORT_CHARS:
@@ -182,7 +185,7 @@ class RunRegistry:
 
     def _in_its_charset(self, request: RunRequest, session: Session) -> RunRequest:
         """Return `request.for_charset` of the session's model. Raises ModelChanged, UnknownCharacters, InvalidValue."""
-        if not (request.needs_charset or request.stops):
+        if not (request.needs_charset or request.stops or request.form):
             return request
         try:
             charset = self._models.for_state(session.model, session.identity).charset
