@@ -68,12 +68,12 @@ PATTERNS = {
 # Patterns that are refused, with a part of the message.
 HOSTILE_PATTERNS = {
     r"(a|b)*a(a|b){30}": "too much work",
-    r"(((a{1,100}){1,100}){1,100})": "more than 20,000 characters",
-    r"((a{1,1000}){1,1000}){1,1000}": "more than 20,000 characters",
+    r"(((a{1,100}){1,100}){1,100})": "more than 12,000 characters",
+    r"((a{1,1000}){1,1000}){1,1000}": "more than 12,000 characters",
     r"(.*)*.*a.{20}": "too much work",
     r"(?:a?b?c?d?){300}": "too much work",
     r"(a{0,40}b{0,40}){40}": "too much work",
-    r"a{1,65535}": "more than 20,000 characters",
+    r"a{1,65535}": "more than 12,000 characters",
     r"a{99999999999}": "repetition number is too large",
     "(" * 5_000 + ")" * 5_000: "nested more than 50 deep",
     "(?:" * 200 + "a" + ")*" * 200: "nested more than 50 deep",
@@ -211,9 +211,9 @@ SCHEMAS: dict[str, Any] = {
 }  # fmt: skip
 # Schemas that are refused, with a part of the message.
 HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
-    ({"type": "string", "maxLength": 100_000}, "#: it has more than 20,000 characters"),
+    ({"type": "string", "maxLength": 100_000}, "#: it has more than 12,000 characters"),
     ({"type": "array", "items": {"type": "array", "items": {"type": "integer"}, "maxItems": 900}, "maxItems": 900},
-     "more than 20,000 characters"),
+     "more than 12,000 characters"),
     ({"properties": {"a": {"type": "string", "maxLength": 20_000}, "b": {"type": "null"}}}, "#/properties/a: it has more"),
     ({"$defs": {"n": {"properties": {f"p{i}": {"$ref": "#/$defs/n"} for i in range(30)}}}, "$ref": "#/$defs/n"}, "#"),
     ({"$ref": "#"}, "#/$ref: the schema refers to itself"),

@@ -17,8 +17,8 @@ from service.engine.automaton.dfa import Bools, Dfa, row_blocks
 from service.errors import InvalidValue
 
 MAX_CHOICES = 10_000
-MAX_CHOICE_CHARS = 250_000  # of all choices together
-MAX_CHOICE = 2_000  # characters of one
+MAX_CHOICE_CHARS = 200_000  # of all choices together
+MAX_CHOICE = 1_000  # characters of one
 
 
 def read_choices(value: str) -> list[str]:
@@ -143,5 +143,6 @@ def _merged(parents: Ids, labels: Ids, levels: Ids, accepting: Bools, alphabet: 
             state_of[alike] = num_states + blocks
             order.append(alike[representatives])
             num_states += len(representatives)
+        check_table(num_states, 2)
     nodes_of = np.concatenate(order)[::-1]  # the root is the highest node, and the last
     return num_states - 1 - state_of, nodes_of

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -109,7 +110,7 @@ class _Positions:
                 return self._add_machine(expression)
 
     def _add_position(self, label: int) -> _Fragment:
-        self._budget.spend(4)
+        self._budget.spend(12)
         place = len(self.labels)
         if place > 2 * MAX_POSITIONS:  # size() leaves out copies of separators only
             raise TooLarge(f"it has more than {MAX_POSITIONS:,} characters after its repeats are written out")
@@ -127,7 +128,7 @@ class _Positions:
         self._connect(left.last, right.first)
         first = left.first + right.first if left.is_nullable else left.first
         last = left.last + right.last if right.is_nullable else right.last
-        self._budget.spend(2 + (len(first) + len(last)) // 16)
+        self._budget.spend(8 + (len(first) + len(last)) // 16)
         return _Fragment(left.is_nullable and right.is_nullable, first, last)
 
     def _connect(self, last: _Places, first: _Places) -> None:
@@ -324,7 +325,7 @@ class _Subsets:
         for known, there in pieces:
             both = known & mask
             if both:
-                self._budget.spend(4 + len(there) + len(targets))
+                self._budget.spend(8 + len(there) + len(targets))
                 split.append((both, there | targets))
                 if known != both:
                     split.append((known & ~both, there))
@@ -351,7 +352,7 @@ class _Subsets:
             places = self._followers[key]
         else:
             places = set().union(*(self._followers[key] for key in keys))
-        self._budget.spend(12 + 2 * len(keys) + 2 * len(places))
+        self._budget.spend(16 + 3 * len(keys) + 3 * len(places))
         for place in places:
             label = self._labels[place]
             if label in by_set:
@@ -376,15 +377,14 @@ class _Subsets:
         may_end = False
         for key, must_end in waiting:
             may_end = may_end or self._ends[key]
-            self._budget.spend(6 + 2 * len(self._followers[key]))
+            self._budget.spend(8 + 4 * len(self._followers[key]))
             for place in self._followers[key]:
                 label = self._labels[place]
                 ends = must_end
                 if label < 0:
-                    assertion = Assertion(-1 - label)
-                    if not _holds(assertion, before, after):
+                    if not _holds(-1 - label, before, after):
                         continue
-                    ends = must_end or (assertion == Assertion.LAST_LINE_END and after != _NONE)
+                    ends = must_end or (label == -1 - Assertion.LAST_LINE_END and after != _NONE)
                 if (place, ends) not in reached:
                     reached.add((place, ends))
                     if label < 0:
@@ -392,7 +392,8 @@ class _Subsets:
         return reached, may_end
 
 
-def _holds(assertion: Assertion, before: int, after: int) -> bool:
+@cache
+def _holds(assertion: int, before: int, after: int) -> bool:
     """Whether a condition holds between characters of two kinds."""
     match assertion:
         case Assertion.TEXT_START:

@@ -333,7 +333,7 @@ class _Reader:
             raise self._refused(schema, extra, f"{_shown(extra)} beside {keyword} is not supported: leave it out")
         values = self._values(schema)
         types = self._types(schema) or _ALL_TYPES
-        return Either(tuple(self._text.constant(value) for value in values.values() if _is_of(value, types)))
+        return self._text.one_of([value for value in values.values() if _is_of(value, types)])
 
     def _values(self, schema: Schema) -> dict[str, Json]:
         """Return the values of enum, const or both, by what makes them equal."""
