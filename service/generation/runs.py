@@ -23,6 +23,7 @@ from service.errors import (
     SessionBusy,
     StoreUnavailable,
 )
+from service.generation.automata import automaton_of, require_chars
 from service.generation.reader import Reader, with_biases, written_stops
 from service.generation.run_stream import ActiveRun, RunStream
 from service.model.charset import Charset, UnknownChars
@@ -68,10 +69,12 @@ class RunRequest:
     def for_charset(self, charset: Charset) -> RunRequest:
         """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
 
-        Raises UnknownCharacters, InvalidValue.
+        Raises UnknownCharacters, InvalidValue, also if the model can't write the form within `max_chars`.
         """
         sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars, self.allowed)
         stops = written_stops(charset, self.stops, self.unknown_chars, self.stop_ids)
+        if self.form is not None:
+            require_chars(automaton_of(charset, self.form, sampling.allowed, stops), self.max_chars)
         return replace(self, sampling=sampling, stops=stops, biases=(), stop_ids=(), allowed=None)
 
     def new_run(self, session: Session) -> Run:

@@ -139,8 +139,6 @@ class GenerationBody(SamplingBody):
                 "length into the form",
                 param="min_tokens",
             )
-        if self.form is not None:
-            raise InvalidValue(f"{self.form_param}: the engine can't generate forms yet", param=self.form_param)
         return self
 
 

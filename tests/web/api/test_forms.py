@@ -289,7 +289,7 @@ def test_stop_strings__end_a_text_only_where_its_form_is_complete(client: FlaskC
     ):
         assert re.fullmatch(pattern, text)
         assert reason == same
-        assert with_stop == text + "a" * (reason == "stop")
+        assert with_stop in ([text + "a", text + "b;a"] if reason == "stop" else [text])
     reasons = {reason for _, reason in outcomes(client, n=8, **fields)}
     assert "stop" in reasons
     first = outcomes(client, **fields)[0]
