@@ -21,7 +21,7 @@ from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
 from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody, StreamOptions
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
@@ -87,7 +87,8 @@ class CompletionRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request)
+            with blaming(body.form_param):
+                completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = CompletionAnswer(model, completion, self._states, with_ids=body.return_token_ids)
@@ -164,6 +165,7 @@ def _completion_request(
         stop=written_stops(model.charset, body.stop_strings, body.unknown_chars, body.stop_token_ids),
         includes_stop=body.include_stop_str_in_output,
         min_chars=body.min_tokens,
+        form=body.form,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,
