@@ -1,0 +1,158 @@
+"""Steps the network over many short texts that begin at known states, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from service.arrays import Float32, Ids, Int32
+from service.engine.prefix_cache import CacheScope
+from service.engine.request import Handle, Request
+from service.engine.sampling_settings import SamplingSettings
+from service.engine.scores import Distribution, Scores
+from service.errors import ClientGone, InvalidValue, Overloaded
+from service.generation.reader import all_of, step
+from service.registry.loaded_models import LoadedModel
+
+_MAX_ROWS = 128  # that one request has in the engine at a time
+_GREEDY = SamplingSettings(temperature=0.0)
+_NOTHING = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Characters to read from a state, and what to report of them."""
+
+    hidden: Float32  # (L, H), the state after `position` characters
+    position: int
+    ids: Ids  # (n,), the characters to read; may be empty
+    checkpoints: tuple[int, ...] = ()  # the numbers of read characters, from 1 to n, after which the state is reported
+    num_greedy: int = 0  # how many characters to continue with, each the likeliest one
+    wants_next: bool = False  # report the distribution of the next character
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The state after a text, and what may follow it."""
+
+    hidden: Float32  # (L, H)
+    ids: Int32  # (V,), all characters, the likeliest first
+    logprobs: Float32  # (V,), of these characters
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What came of a branch."""
+
+    logprobs: Float32  # (n,), of the characters that were read; empty with `num_greedy`
+    states: Mapping[int, Float32]  # (L, H) by the number of read characters, for the checkpoints
+    hidden: Float32  # (L, H), the state after the last character
+    next: Distribution | None  # all characters, the likeliest first; None if not requested
+    # With `num_greedy`: what may follow each of the texts, the first of which is the branch without greedy characters,
+    # and each further one has one of them more.
+    chain: Sequence[Expansion] = ()
+
+
+class Branches:
+    """Grows branches of the texts of one request, as many at a time as the engine accepts. One thread may use it.
+
+    `grow` raises Overloaded, EngineFailed, ClientGone. After an error, no text is left in the engine.
+    """
+
+    def __init__(self, model: LoadedModel, client_has_left: Callable[[], bool] | None = None) -> None:
+        self._model, self._client_has_left = model, client_has_left
+        self._max_rows = _MAX_ROWS
+        self._num_admitted = 0  # the most texts that the engine has accepted at a time
+        self.num_stepped = 0  # characters
+
+    def grow(self, branches: Sequence[Branch]) -> list[Grown]:
+        """Return what came of each branch, in their order."""
+        grown: list[Grown] = []
+        while len(grown) < len(branches):
+            if self._client_has_left is not None and self._client_has_left():
+                raise ClientGone("the client has closed the connection")
+            part = branches[len(grown) : len(grown) + self._max_rows]
+            handles = self._submitted([self._request(branch) for branch in part])
+            if handles is None:
+                continue
+            try:
+                grown += [self._grown(branch, handle) for branch, handle in zip(part, handles, strict=True)]
+            finally:
+                for handle in handles:
+                    handle.cancel()
+        self.num_stepped += sum(len(branch.ids) + branch.num_greedy for branch in branches)
+        return grown
+
+    def _submitted(self, requests: list[Request]) -> list[Handle] | None:
+        """Submit requests. If these are too many at a time, accept fewer from now on, and return None."""
+        try:
+            handles = self._model.engine.submit(requests, already_admitted=len(requests) <= self._num_admitted)
+        except (Overloaded, InvalidValue):  # too many places, or too much memory
+            if len(requests) == 1:
+                raise
+            self._max_rows = len(requests) // 2
+            return None
+        self._num_admitted = max(self._num_admitted, len(requests))
+        return handles
+
+    def _request(self, branch: Branch) -> Request:
+        vocab_size, chain = len(self._model.charset), branch.num_greedy
+        start = branch.position + len(branch.ids)
+        return Request(
+            prompt=branch.ids,
+            max_chars=chain,
+            seed=0,
+            sampling=_GREEDY,
+            num_logprobs=vocab_size if chain else 0 if len(branch.ids) else None,
+            score_prompt=not chain and len(branch.ids) > 0,
+            hidden=branch.hidden,
+            position=branch.position,
+            checkpoint_positions=tuple(range(start, start + chain))[not len(branch.ids) :]
+            if chain
+            else tuple(branch.position + count for count in branch.checkpoints),
+            num_next=vocab_size if branch.wants_next or chain else None,
+        )
+
+    def _grown(self, branch: Branch, handle: Handle) -> Grown:
+        part = all_of(handle, self._client_has_left)
+        end = handle.wait()
+        read = part.prompt_scores if part is not None else None
+        chain: list[Expansion] = []
+        if branch.num_greedy and end.next is not None:
+            scores = part.scores if part is not None and part.scores is not None else Scores.none()
+            start = branch.position + len(branch.ids)
+            states = {branch.position: branch.hidden} | end.checkpoints
+            chain = [
+                Expansion(states[start + place], ids, logprobs)
+                for place, (ids, logprobs) in enumerate(zip(scores.top_ids, scores.top, strict=True))
+            ]
+            chain.append(Expansion(end.hidden, end.next.ids, end.next.logprobs))
+        return Grown(
+            read.chosen if read is not None else _NOTHING,
+            {position - branch.position: state for position, state in end.checkpoints.items()},
+            end.hidden,
+            end.next,
+            chain,
+        )
+
+
+def state_after(
+    model: LoadedModel,
+    scope: CacheScope,
+    prompt: Ids,
+    client_has_left: Callable[[], bool] | None = None,
+) -> tuple[Float32, int]:
+    """Return the (L, H) state after (n,) characters of a prompt, and how many of them the prefix cache saved.
+
+    Raises Overloaded, EngineFailed, ClientGone.
+    """
+    text = model.charset.decode(prompt)
+    start, hidden = model.prefixes.longest(scope, text)
+    if hidden is None:
+        hidden = model.engine.initial_hidden()
+    if start < len(prompt):
+        hidden = step(model, prompt[start:], hidden, start, client_has_left=client_has_left)[0].hidden
+        model.prefixes.put(scope, text, hidden)
+    return hidden, start
