@@ -1,8 +1,8 @@
 """Log-probabilities of many candidates that may follow one text.
 
 Candidates are a tree: those with the same beginning share its characters. `_Plan` divides the tree into paths, each of
-which the engine reads as one text, and which begin at branches of other paths. A path continues with the largest part of
-each branch, so n candidates need at most log2(n) + 1 rounds. The last character of a candidate is not stepped: the
+which the engine reads as one text, and which begin at branches of other paths. At each branch a path continues with the
+largest part, so n candidates need at most log2(n) + 1 rounds. The last character of a candidate is not stepped: the
 distribution before it has its log-probability.
 """
 
@@ -134,7 +134,7 @@ class _Plan:
             parts = []
             while low < high:
                 char = texts[low][depth]
-                upper = bisect_right(texts, char, low, high, key=lambda text: text[depth])  # noqa: B023
+                upper = bisect_right(texts, char, low, high, key=lambda text: text[depth])
                 if upper - low == 1 and len(texts[low]) == depth + 1:
                     path.last_chars.setdefault(depth, []).append(texts[low])
                 else:

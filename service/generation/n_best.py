@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,15 +27,17 @@ from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.scores import Distribution
 from service.generation.branches import Branch, Branches
 from service.generation.candidates import Origin, states_as_scores
+from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
 
 Ends = Literal["seen", "forced"]
 
 MAX_N = 64
 MAX_STEPS = 2048  # beginnings that a search continues before it settles for texts that may not be the likeliest
-_ROUND = 32  # beginnings that are continued side by side
+_ROUND = 8  # beginnings that are continued side by side
 _RESERVED = 64  # beginnings whose memory is reserved at a time
 _NODE_SCORES = 100  # log-probabilities that take as much memory as the objects of a node
+_APOSTROPHES = "'\u2019"
 _NOTHING: Ids = np.empty(0, np.int64)
 
 
@@ -75,7 +78,7 @@ def n_best(
 ) -> NBest:
     """Return the n likeliest whole texts that may follow a text.
 
-    A search that would need more than `max_steps` ends with the likeliest texts of those that it has found, and of those
+    A search that would need more than `max_steps` ends with the likeliest of the texts that it has found, and of those
     that a beam search of width n finds.
 
     Args:
@@ -104,9 +107,9 @@ class _Node:
 
 
 # A text in the queue: its negative log-probability; 0 if it is a beginning and 1 if it is whole; its ids; the state of
-# the automaton; and the node and the place in it from which the text was made. At equal likelihood, beginnings are first:
-# they may become whole texts that are as likely, and whose ids are smaller. No two texts of a kind have the same ids, so
-# later parts are never compared.
+# the automaton; and the node and the place in it from which the text was made. At equal likelihood, beginnings are
+# first: they may become whole texts that are as likely, and whose ids are smaller. No two texts of a kind have the same
+# ids, so later parts are never compared.
 _Entry = tuple[float, int, tuple[int, ...], int, "_Node | None", int]
 
 
@@ -120,7 +123,7 @@ class _Search:
         branches: Branches,
     ) -> None:
         self._origin, self._wanted, self._branches, self._reserve = origin, wanted, branches, reserve
-        self._node_scores = states_as_scores(model, 1) + 3 * len(model.charset) + wanted.max_chars + _NODE_SCORES
+        self._node_scores = _node_scores(model, wanted.max_chars)
         self._classes = np.unique(wanted.form.classes)  # an automaton may have classes without characters
         self._num_nodes = self._num_reserved = 0
         self._queue: list[_Entry] = [(-0.0, 0, (), 0, None, 0)]
@@ -138,8 +141,9 @@ class _Search:
                 if whole is not None:
                     self._push(whole)
         if not is_exact:
-            whole_ones = {entry[2]: entry for entry in (*found, *self._queue, *self._beam()) if entry[1]}
-            found = heapq.nsmallest(self._wanted.n, whole_ones.values())
+            whole_ones = {entry[2]: entry for entry in (*found, *self._queue) if entry[1]}
+            self._queue = []
+            found = heapq.nsmallest(self._wanted.n, (whole_ones | {entry[2]: entry for entry in self._beam()}).values())
         texts = [Found(ids, -negative) for negative, _, ids, *_ in found]
         return NBest(texts, is_exact, self._branches.num_stepped)
 
@@ -230,6 +234,7 @@ class _Search:
         found: list[_Entry] = []
         beam: list[_Entry] = [(-0.0, 0, (), 0, None, 0)]
         while beam:
+            self._num_nodes = 0  # those of the round before are not needed any more
             following: list[_Entry] = []
             for node, whole in self._continued(beam):
                 for place, char in enumerate(node.chars):
@@ -243,12 +248,35 @@ class _Search:
         return found
 
 
+def affordable_steps(model: LoadedModel, max_chars: int, num_scores: int) -> int:
+    """Return the `max_steps` of a search that reserves at most the memory of `num_scores` log-probabilities."""
+    return min(MAX_STEPS, num_scores // _node_scores(model, max_chars) // _RESERVED * _RESERVED)
+
+
+def _node_scores(model: LoadedModel, max_chars: int) -> int:
+    """Return how many log-probabilities take as much memory as a node with all that may follow it."""
+    return states_as_scores(model, 1) + 10 * len(model.charset) + max_chars + _NODE_SCORES
+
+
 def _log_sum(logprobs: Float32) -> float:
     """Return the log-probability of n > 0 exclusive events together. Its bits don't depend on the processor."""
     shares = logprobs.astype(np.float64)
     largest = float(shares.max())
     sum_of = math.fsum(arithmetic.exp(shares - largest).tolist())
     return min(0.0, largest + float(arithmetic.log(np.array([sum_of]))[0]))
+
+
+def words(charset: Charset, before: str) -> Automaton:
+    """Return the automaton of words that may follow a text, of which `before` is the last character, or empty.
+
+    A word has letters and apostrophes. After an unfinished word, a text is the rest of it; otherwise it may begin with
+    other characters, such as a space.
+    """
+    return ends_at([not _is_of_word(char) for char in charset.characters], skips=not _is_of_word(before))
+
+
+def _is_of_word(char: str) -> bool:
+    return char != "" and (unicodedata.category(char)[0] in "LM" or char in _APOSTROPHES)
 
 
 def ends_at(is_end: Iterable[bool], *, skips: bool = False) -> Automaton:

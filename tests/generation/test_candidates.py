@@ -11,21 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.arrays import Float32
+from service.engine.request import Request
 from service.errors import ClientGone, Overloaded, TooManyScores
 from service.generation.candidates import Origin, log_shares, score_candidates, total
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
 from tests.harness.models import loaded_model
+from tests.harness.wait import wait_until
 
 TEXTS = st.lists(
-    st.one_of(
-        st.text("ab", min_size=1, max_size=8),
-        st.builds(lambda start, end: start + end, st.sampled_from(["the ", "there", "a"]), st.text("a cehnt", min_size=1, max_size=6)),
+    st.builds(
+        lambda start, end: start + end,
+        st.sampled_from(["", "the ", "there", "a"]),
+        st.text("abe", min_size=1, max_size=6),
     ),
     min_size=1,
     max_size=40,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,55 @@ def test_candidates__step_what_they_share_once_and_their_last_characters_never(m
     before = model.engine.counters.num_read
     scored(model, origin, *("question" + char for char in "abcdefgh"), "quest", "quell", "question")
     assert model.engine.counters.num_read - before == len("question") + len("l")
+
+
+def test_candidates__normalised_over_the_list_are_probabilities_that_sum_to_1() -> None:
+    values = [-3.5, -700.0, -12.25, -3.5, -5000.0]
+    shares = log_shares(values)
+    assert math.fsum(map(math.exp, shares)) == pytest.approx(1, abs=1e-7)
+    assert shares[0] == shares[3] == pytest.approx(-math.log(2 + math.exp(-8.75)), abs=1e-7)
+    assert shares - shares[0] == pytest.approx(np.array(values) + 3.5)
+    assert log_shares([-9.0]).tolist() == [0]
+
+
+def test_candidates__reserve_their_memory_first(model: LoadedModel) -> None:
+    def refuse(num_scores: int) -> None:
+        assert num_scores > 6
+        raise TooManyScores("full")
+
+    before = model.engine.counters.num_read
+    with pytest.raises(TooManyScores):
+        score_candidates(model, Origin(model.engine.initial_hidden(), 0), [model.charset.encode("abcabc")], refuse)
+    assert model.engine.counters.num_read == before
+
+
+def test_candidates__are_given_up_when_the_client_has_left(model: LoadedModel) -> None:
+    checks = iter([False, True])
+    texts = [model.charset.encode(text) for text in ("abcd", "abef", "bcde")]
+    with pytest.raises(ClientGone):
+        score_candidates(model, origin_of(model, "a"), texts, client_has_left=lambda: next(checks))
+    wait_until(lambda: model.engine.num_open == 0)
+
+
+def test_candidates__use_what_room_the_engine_has(tiny_store: ModelStore) -> None:
+    texts = [a + b + "c" for a in "abcdefgh" for b in "abcdefgh"]
+    with loaded_model(tiny_store, max_running=2, max_waiting=0) as narrow:
+        step(narrow, narrow.charset.encode("z" * 40))
+        origin = origin_of(narrow, "To be")
+        for text, logprobs in zip(texts, scored(narrow, origin, *texts), strict=True):
+            assert logprobs.tobytes() == alone(narrow, origin, text).tobytes(), text
+
+
+def test_candidates__are_refused_when_the_engine_is_full(tiny_store: ModelStore) -> None:
+    with loaded_model(tiny_store, max_running=1, max_waiting=0) as full:
+        origin = origin_of(full, "To be")
+        handles = [full.engine.submit([Request(full.charset.encode("a" * 30), 1_000_000, 0)])[0] for _ in range(1)]
+        with pytest.raises(Overloaded):
+            scored(full, origin, "abc", "abd", "b")
+        for handle in handles:
+            handle.cancel()
+            handle.wait()
+
+
+def test_total__is_rounded_once() -> None:
+    assert total(np.array([-1, -1e-30, 1], np.float32)) == -float(np.float32(1e-30))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from service.generation.n_best import Ends, Found, NBest, Wanted, ends_at, n_bes
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
-from tests.harness.models import loaded_model
+from tests.harness.models import loaded_model, publish_names
 
 LETTERS = "abc"
 
@@ -136,8 +137,19 @@ def test_n_best__that_would_take_too_long_are_the_likeliest_found(model: LoadedM
     assert n_best(model, origin, wanted) == got
 
 
-def test_n_best__of_equal_likelihood_are_in_the_order_of_their_ids(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """A model whose weights are all 0 finds every character equally likely."""
+def test_n_best__of_equal_likelihood_are_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_names(store)  # after its letter, each of `\n`, a, n, o and é is as likely as the others
+    with loaded_model(store, "names") as model:
+        end, _ = step(model, model.charset.encode("Ann"))
+        lower = [model.charset.characters.index(char) for char in "anoé"]
+        origin, size = Origin(end.hidden, 3), len(model.charset)
+        found = n_best(model, origin, Wanted(20, 2, ends_at(char not in lower for char in range(size))))
+        expected = [(char,) for char in lower] + [*itertools.product(lower, repeat=2)]
+        assert found.is_exact
+        assert [one.ids for one in found.texts] == expected
+        fewer = n_best(model, origin, Wanted(7, 2, ends_at(char not in lower for char in range(size))))
+        assert [one.ids for one in fewer.texts] == expected[:7]
 
 
 def test_n_best__reserve_their_memory_before_they_use_it(model: LoadedModel, origin: Origin) -> None:
