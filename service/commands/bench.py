@@ -99,11 +99,12 @@ class Texts:
         import numpy as np
 
         from service.engine.pace import Pace
+        from service.engine.request import Request
         from service.engine.stepper import Row
 
         self._stepper, self._pace = stepper, Pace()
         empty_prompt = np.empty(0, np.int64)
-        self._rows = [Row(stepper.initial_hidden(), 0, empty_prompt, 2**52, seed) for seed in range(num_rows)]
+        self._rows = [Row(Request(empty_prompt, 2**52, seed), stepper.initial_hidden()) for seed in range(num_rows)]
 
     def chars_per_s(self, seconds: float) -> float:
         """Generate for `seconds`, in at least one call, and return the characters/s of all texts together."""

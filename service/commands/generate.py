@@ -216,6 +216,6 @@ def _texts(model: LoadedModel, request: CompletionRequest, number: int) -> Itera
             pieces: Iterator[str] = (item[1].text for item in completion.chunks(0.0, 1.0) if item is not None)
             yield _Text(seeds[0], pieces, completion.choices[0])
             return
-        texts = {item[0].index: item[1].text for item in completion.chunks(None, 1.0) if item is not None}
+        texts = {item[0].index: item[1].text for item in completion.wholes(1.0) if item is not None}
         for index, choice in enumerate(completion.choices):
             yield _Text(seeds[index], [texts[index]], choice)

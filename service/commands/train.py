@@ -505,6 +505,7 @@ class _Serving:
         return measure(config, tensors, precision, text, progress)
 
     def sample(self, config: Any, tensors: Any, precision: Any, prompt: str, num_chars: int) -> Any:
+        from service.engine.request import Request
         from service.engine.sampling_settings import SamplingSettings
         from service.engine.stepper import Row
         from service.engine.torch_stepper import TorchStepper
@@ -514,7 +515,7 @@ class _Serving:
 
         charset = Charset(config.charset)
         stepper = TorchStepper(quantize(config, tensors, precision))
-        row = Row(stepper.initial_hidden(), 0, charset.exact(prompt), num_chars, _SAMPLE_SEED)
-        row.sampling = SamplingSettings(_SAMPLE_TEMPERATURE)
+        request = Request(charset.exact(prompt), num_chars, _SAMPLE_SEED, SamplingSettings(_SAMPLE_TEMPERATURE))
+        row = Row(request, stepper.initial_hidden())
         chars = stepper.advance([row], len(prompt) + num_chars)[0].chars
         return Sample(prompt, _SAMPLE_SEED, _SAMPLE_TEMPERATURE, charset.decode(chars))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from service.engine.request import TextTimes
+from service.engine.handle import TextTimes
 from service.engine.stepper import FinishReason
 
 _CHARS = (*(digit * 10.0**power for power in range(5) for digit in (1, 2, 5)), 100_000.0)

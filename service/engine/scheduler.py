@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, islice
 from typing import Generic, Protocol, TypeVar
 
@@ -99,6 +99,12 @@ class Scheduler(Generic[Text]):
         num_texts = sum([count for _, count in self._advancing])
         for share, count in self._advancing:
             share.used_s += duration_s * count / num_texts
+
+    def replace(self, text: Text, others: Sequence[Text]) -> None:
+        """Let texts of the same client, at least one, take the place of a running one: their turn is before others'."""
+        share = self._shares[text.client]
+        share.running.remove(text)
+        share.waiting.extendleft(reversed(others))
 
     def remove(self, texts: Iterable[Text]) -> None:
         """Remove running or waiting texts. The others keep their order."""

@@ -4,92 +4,74 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
 
-from service.arrays import MAX_POSITION, Float32, Ids, is_state
+from service.arrays import Float32, Ids, write_state
+from service.engine.request import Request, check_state
 from service.engine.sampling import History
-from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue
 from service.model.encoded_text import EncodedText
 
 FinishReason = Literal["stop", "length"]
 
-MAX_STOPS = 132  # as many as a request may have strings and ids
-MAX_STOP_IDS = 8192  # of all stop strings of a text together
-
-_COUNTED_CHARS = 8192
 _MEASURED_CHARS = 2048  # characters of each text between two calls of `progress` in `mean_loss`
 _MEASURED_TEXTS = 64  # texts that `mean_loss` reads side by side
 
 
 @dataclass(eq=False)
 class Row:
-    """A text while it is advanced. A stepper writes only to the fields marked "Written"."""
+    """A text while it is advanced: what was requested, and how far a stepper has come.
 
-    # (L, H) float32, the state after `position` characters. Written in place.
-    hidden: Float32
-    # Number of characters consumed. Written. The random number of a character depends on seed and position alone.
-    position: int
-    # (n,) int64 ids to read before anything is generated.
-    prompt: Ids
-    # Number of characters to generate.
-    max_chars: int
-    seed: int
-    sampling: SamplingSettings = PLAIN
-    # (n,) int64 ids each, n > 0. The text ends with the generated character that completes one of them.
-    stops: tuple[Ids, ...] = ()
-    # None of the first `min_chars` generated characters completes one of them.
-    min_chars: int = 0
-    # Characters that penalties count: the prompt's, and those generated. None unless `sampling.penalizes`. Written.
-    history: History | None = None
-    # Score each generated character and this many likeliest ones. None for no scores.
-    num_logprobs: int | None = None
-    # Score the prompt's characters too. Needs num_logprobs.
-    score_prompt: bool = False
-    # Positions, in rising order and above the first `position`, after which the state is copied.
-    checkpoint_positions: tuple[int, ...] = ()
-    # The copies, (L, H) float32, for the positions reached so far. Written.
-    checkpoints: list[Float32] = field(default_factory=list)
-    # Report this many likeliest next characters when the row is finished. None for no report.
-    num_next: int | None = None
-    # The reported characters. None until then. Written.
-    next: Distribution | None = None
-    # How many characters of the prompt were read. Written.
-    num_read: int = 0
-    # How many characters were generated. Written.
+    A stepper writes to every field but `request`.
+    """
+
+    request: Request
+    hidden: Float32  # (L, H) float32, the state after `position` characters; updated in place
+    history: History | None = None  # characters that penalties count; None unless `sampling.penalizes`
+    position: int = field(init=False)  # characters consumed
+    num_read: int = 0  # characters of the prompt that were read
     num_generated: int = 0
-    # The last generated characters, at most as many as the longest stop string has. Written.
-    tail: list[int] = field(default_factory=list)
-    # Why there is nothing left to do. None until then. Written.
-    finished: FinishReason | None = None
+    tail: list[int] = field(default_factory=list)  # last generated characters, as many as the longest stop string has
+    checkpoints: list[Float32] = field(default_factory=list)  # (L, H) float32, for the positions reached so far
+    next: Distribution | None = None  # likeliest next characters; None until the row is finished
+    finished: FinishReason | None = None  # why there is nothing left to do; None until then
+
+    def __post_init__(self) -> None:
+        self.position = self.request.position
+
+    @classmethod
+    def of(cls, request: Request, initial_hidden: Float32, vocab_size: int) -> Row:
+        """Return a row for a request at its beginning. It takes over the (L, H) array `initial_hidden` of zeros.
+
+        The request is checked completely, so the row is one that a stepper can advance to its end. Raises InvalidValue.
+        """
+        request.check(initial_hidden.shape, vocab_size)
+        if request.hidden is not None:
+            write_state(initial_hidden, request.hidden)
+        generated = [] if request.generated is None else request.generated.tolist()
+        row = cls(request, initial_hidden)
+        if request.sampling.penalizes:
+            prompt = request.prompt if request.history_prompt is None else request.history_prompt
+            row.history = History(vocab_size, prompt)
+            for char in generated:
+                row.history.add(char)
+        if request.stops:
+            row.tail = generated[-max(map(len, request.stops)) :]
+        return row
 
     @property
     def is_reading(self) -> bool:
         """Whether characters of the prompt are left to read."""
-        return self.num_read < len(self.prompt)
+        return self.num_read < len(self.request.prompt)
 
     @property
     def scores(self) -> bool:
         """Whether the next characters need scores."""
-        return self.num_logprobs is not None and (self.score_prompt or not self.is_reading)
-
-    @property
-    def num_bytes(self) -> int:
-        """Approximate memory until its end, without the prompt, which rows may share: states, counts and results.
-
-        Of the results, as many characters count as a reader that waits for the end usually lets accumulate.
-        """
-        history = 0 if self.history is None else self.history.num_generated.nbytes + self.history.in_prompt.nbytes
-        return (
-            self.hidden.nbytes * (2 + len(self.checkpoint_positions))
-            + history
-            + 8 * min(self.max_chars, _COUNTED_CHARS)
-            + 1000
-        )
+        return self.request.num_logprobs is not None and (self.request.score_prompt or not self.is_reading)
 
     def check(self, shape: tuple[int, ...], vocab_size: int) -> None:
         """Raise InvalidValue unless a stepper can advance this row, which was not advanced yet, to its end.
@@ -99,55 +81,9 @@ class Row:
             vocab_size: V, the characters of the model.
         """
         check_state(self.hidden, shape)
-        end = self.position + len(self.prompt) + self.max_chars
-        if not 0 <= self.position <= end <= MAX_POSITION or self.max_chars < 0:
-            raise InvalidValue(
-                f"position: a text of {self.position} characters can't get {len(self.prompt) + self.max_chars} more, "
-                f"because a text has at most {MAX_POSITION}",
-                param="position",
-            )
-        check_ids(self.prompt, vocab_size, "prompt")
-        if len(self.stops) > MAX_STOPS or sum(map(len, self.stops)) > MAX_STOP_IDS or not all(map(len, self.stops)):
-            raise InvalidValue(
-                f"stop: at most {MAX_STOPS} strings, not empty, of together {MAX_STOP_IDS} characters", param="stop"
-            )
-        for stop in self.stops:
-            check_ids(stop, vocab_size, "stop")
-        if self.min_chars < 0:
-            raise InvalidValue("min_tokens: a number of characters can't be negative", param="min_tokens")
-        if self.sampling is not PLAIN:
-            try:
-                self.sampling.check()
-            except ValueError as error:
-                raise InvalidValue("a sampling setting is outside its limits") from error
-            if any(char >= vocab_size for char, _ in self.sampling.logit_bias):
-                raise InvalidValue("logit_bias: a character that the model doesn't have", param="logit_bias")
-            if any(char >= vocab_size for char in self.sampling.allowed or ()):
-                raise InvalidValue(
-                    "allowed_token_ids: a character that the model doesn't have", param="allowed_token_ids"
-                )
-            if self.sampling.penalizes and self.history is None:
-                raise InvalidValue("penalties need a history")
-        if any(count is not None and count < 0 for count in (self.num_logprobs, self.num_next)):
-            raise InvalidValue("logprobs: a number of characters can't be negative", param="logprobs")
-        if any(a >= b for a, b in pairwise((self.position, *self.checkpoint_positions))):
-            raise InvalidValue("the positions of checkpoints must rise, and be after the row's position")
-
-
-def check_state(hidden: Float32, shape: tuple[int, ...]) -> None:
-    """Raise InvalidValue unless an array is an (L, H) float32 state of a GRU: all its numbers are within -1 to 1."""
-    if hidden.shape != shape or hidden.dtype != np.float32 or not hidden.flags.c_contiguous:
-        raise InvalidValue(f"the state of a text must be {shape} float32", param="state")
-    if not is_state(hidden):
-        raise InvalidValue("the state of a text has a number outside -1 to 1, or not a number", param="state")
-
-
-def check_ids(ids: Ids, vocab_size: int, param: str) -> None:
-    """Raise InvalidValue, naming `param`, unless an array is (n,) integers from 0 to V - 1."""
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise InvalidValue(f"{param}: ids of characters must be (n,) integers", param=param)
-    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-        raise InvalidValue(f"{param}: a character that the model doesn't have", param=param)
+        self.request.check(shape, vocab_size)
+        if self.request.sampling.penalizes and self.history is None:
+            raise InvalidValue("penalties need a history")
 
 
 class InvalidRows(Exception):
@@ -177,6 +113,11 @@ class StepResult:
     scores: Scores | None = None  # of `chars`; None if not requested
     prompt_scores: Scores | None = None  # of the prompt's characters read in the call; None if not requested
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it tells nothing: no character was generated, and none was scored."""
+        return not len(self.chars) and self.prompt_scores is None
+
     @classmethod
     def join(cls, parts: Sequence[StepResult]) -> StepResult:
         """Concatenate consecutive results of one row. No parts give a result without characters."""
@@ -189,6 +130,9 @@ class StepResult:
             Scores.join(scores) if scores else None,
             Scores.join(prompt_scores) if prompt_scores else None,
         )
+
+
+NOTHING = StepResult(np.empty(0, np.int64))
 
 
 class Stepper(Protocol):
@@ -239,10 +183,9 @@ def mean_loss(stepper: Stepper, text: EncodedText, progress: Callable[[int], obj
         while reading:
             stop = position + _MEASURED_CHARS
             rows = [
-                Row(hidden, position, text.ids[begin + position : min(begin + stop, end)].astype(np.int64),
-                    max_chars=0, seed=0, num_logprobs=0, score_prompt=True)
+                Row(_scored(text.ids[begin + position : min(begin + stop, end)].astype(np.int64), position), hidden)
                 for begin, end, hidden in reading
-            ]  # fmt: skip
+            ]
             before = num_scored
             for (begin, _, _), result in zip(reading, stepper.advance(rows, _MEASURED_CHARS), strict=True):
                 is_first_scored = position > 0 or (begin > 0 and text.scores_starts)
@@ -254,3 +197,7 @@ def mean_loss(stepper: Stepper, text: EncodedText, progress: Callable[[int], obj
             position = stop
             reading = [(begin, end, hidden) for begin, end, hidden in reading if begin + position < end]
     return total / num_scored
+
+
+def _scored(ids: Ids, position: int) -> Request:
+    return Request(ids, max_chars=0, seed=0, position=position, num_logprobs=0, score_prompt=True)

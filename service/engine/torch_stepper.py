@@ -49,7 +49,9 @@ class TorchStepper:
     def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
         """See Stepper."""
         shape = (self.config.num_layers, self.config.num_units)
-        new = [row for row in rows if row.finished is None and not row.num_read and not row.num_generated]
+        # Those at their start, and at their first draw: another row may have read their prompt.
+        new = [row for row in rows if row.finished is None and not row.num_generated]
+        new = [row for row in new if not (row.num_read and row.is_reading)]
         if invalid := InvalidRows.among(new, lambda row: row.check(shape, self.config.vocab_size)):
             raise invalid
         results: dict[Row, list[StepResult]] = {row: [] for row in rows}
@@ -82,9 +84,11 @@ class TorchStepper:
         outs = [tensor[: len(rows)] for tensor in scratch.product_tensors]
         products = [array[: len(rows)] for array in scratch.products]  # the same memory
         batch = _Batch(rows, num_steps, num_drawing, scratch)
-        scoring = np.array([i for i, row in enumerate(rows[:num_logits]) if row.num_logprobs is not None], np.int64)
+        scoring = np.array(
+            [i for i, row in enumerate(rows[:num_logits]) if row.request.num_logprobs is not None], np.int64
+        )
         scored_logits = np.empty((num_steps, len(scoring), self.config.vocab_size), np.float32)
-        watched = [(i, row) for i, row in enumerate(rows[:num_drawing]) if row.stops or row.history is not None]
+        watched = [(i, row) for i, row in enumerate(rows[:num_drawing]) if row.request.stops or row.history is not None]
 
         done = num_steps
         for t in range(num_steps):
@@ -105,7 +109,7 @@ class TorchStepper:
                 break
         batch.store(done)
         chars_of = batch.chars[:done].T.copy()  # (B, T)
-        scores = {int(i): score(scored_logits[:done, k], chars_of[i], rows[i].num_logprobs or 0)
+        scores = {int(i): score(scored_logits[:done, k], chars_of[i], rows[i].request.num_logprobs or 0)
                   for k, i in enumerate(scoring)}  # fmt: skip
         for i, row in enumerate(rows):
             if i < num_drawing:
@@ -168,21 +172,21 @@ class _Batch:
         self.inputs = scratch.inputs[:b]
         self.chars = np.empty((num_steps, len(rows)), np.int64)  # (T, B)
         for i, row in enumerate(rows[num_drawing:], num_drawing):
-            self.chars[:, i] = row.prompt[row.num_read : row.num_read + num_steps]
+            self.chars[:, i] = row.request.prompt[row.num_read : row.num_read + num_steps]
         drawing = rows[:num_drawing]
-        seeds = np.array([[row.seed & (2**64 - 1)] for row in drawing], np.uint64).reshape(-1, 1)
+        seeds = np.array([[row.request.seed & (2**64 - 1)] for row in drawing], np.uint64).reshape(-1, 1)
         starts = np.array([[row.position] for row in drawing], np.uint64).reshape(-1, 1)
         steps: NDArray[np.uint64] = np.arange(num_steps, dtype=np.uint64)
         self._uniforms: Float64 = uniforms(seeds, starts + steps)  # (G, T)
-        plain = [i for i, row in enumerate(drawing) if row.sampling.is_plain]
-        self._special = [i for i, row in enumerate(drawing) if not row.sampling.is_plain]
+        plain = [i for i, row in enumerate(drawing) if row.request.sampling.is_plain]
+        self._special = [i for i, row in enumerate(drawing) if not row.request.sampling.is_plain]
         self._plain: slice | NDArray[np.int64] = np.array(plain, np.int64) if self._special else slice(0, num_drawing)
         self._num_plain = len(plain)
-        temperatures = np.array([[drawing[i].sampling.temperature] for i in plain], np.float64)
+        temperatures = np.array([[drawing[i].request.sampling.temperature] for i in plain], np.float64)
         self._temperatures = temperatures if (temperatures != 1).any() else None
         self._checkpoints: dict[int, list[int]] = {}  # step -> indices of the rows whose state after it is copied
         for i, row in enumerate(rows):
-            for position in row.checkpoint_positions[len(row.checkpoints) :]:
+            for position in row.request.checkpoint_positions[len(row.checkpoints) :]:
                 if position > row.position + num_steps:
                     break
                 self._checkpoints.setdefault(position - row.position - 1, []).append(i)
@@ -201,7 +205,7 @@ class _Batch:
             chars[self._plain] = drawn
         for i in self._special:
             row = self.rows[i]
-            chars[i] = draw_one(logits[i], row.sampling, float(self._uniforms[i, step]), row.history)
+            chars[i] = draw_one(logits[i], row.request.sampling, float(self._uniforms[i, step]), row.history)
 
     def store_checkpoints(self, step: int) -> None:
         """Copy the states of rows that have a checkpoint after this step."""
@@ -237,11 +241,11 @@ class _Scratch:
 
 def _until_change(row: Row) -> int:
     """Return the number of steps until the row changes from reading to generating, or reaches its length."""
-    return len(row.prompt) - row.num_read if row.is_reading else row.max_chars - row.num_generated
+    return len(row.request.prompt) - row.num_read if row.is_reading else row.request.max_chars - row.num_generated
 
 
 def _finish_if_done(row: Row) -> None:
-    if row.finished is None and not row.is_reading and row.num_generated >= row.max_chars:
+    if row.finished is None and not row.is_reading and row.num_generated >= row.request.max_chars:
         row.finished = "length"
 
 
@@ -249,12 +253,13 @@ def _record_drawn(row: Row, char: int, step: int) -> bool:
     """Add the character drawn in a step to the row's history and tail. Return whether it completes a stop string."""
     if row.history is not None:
         row.history.add(char)
-    if not row.stops:
+    stops = row.request.stops
+    if not stops:
         return False
     row.tail.append(char)
-    del row.tail[: -max(len(stop) for stop in row.stops)]
-    may_stop = row.num_generated + step >= row.min_chars
-    if may_stop and any(row.tail[-len(stop) :] == stop.tolist() for stop in row.stops):
+    del row.tail[: -max(len(stop) for stop in stops)]
+    may_stop = row.request.num_before + row.num_generated + step >= row.request.min_chars
+    if may_stop and any(row.tail[-len(stop) :] == stop.tolist() for stop in stops):
         row.finished = "stop"
         return True
     return False
@@ -262,7 +267,7 @@ def _record_drawn(row: Row, char: int, step: int) -> bool:
 
 def _report_next(dense: QuantizedLinear, rows: Sequence[Row]) -> None:
     """Give finished rows the distribution of their next character if they ask for it, with the bits of a draw."""
-    asking = [row for row in rows if row.finished is not None and row.num_next is not None and row.next is None]
+    asking = [row for row in rows if row.finished is not None and row.request.num_next is not None and row.next is None]
     if not asking:
         return
     states = np.stack([row.hidden[-1] for row in asking])
@@ -273,7 +278,7 @@ def _report_next(dense: QuantizedLinear, rows: Sequence[Row]) -> None:
         for start in range(0, len(dense.weight), _DENSE_ROWS)
     ]
     logits = np.concatenate(parts, axis=1).astype(np.float32) * dense.scale + dense.bias  # (K, V)
-    num_top = max(row.num_next or 0 for row in asking)
+    num_top = max(row.request.num_next or 0 for row in asking)
     scores = score(logits, np.zeros(len(asking), np.int64), num_top)
     for row, ids, logprobs in zip(asking, scores.top_ids, scores.top, strict=True):
-        row.next = Distribution(ids[: row.num_next], logprobs[: row.num_next])
+        row.next = Distribution(ids[: row.request.num_next], logprobs[: row.request.num_next])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from service.arrays import Float32, Ids
+from service.engine.handle import End, Handle, Update
 from service.engine.pace import flush_interval
 from service.engine.prefix_cache import NOBODY, CacheScope
-from service.engine.request import End, Handle, Request
+from service.engine.request import Request
 from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
 from service.engine.stop import StopFilter, completed
 from service.generation.portable_states import PortableStart
-from service.generation.reader import all_of, step, stop_ids
+from service.generation.reader import step, stop_ids
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
@@ -111,19 +113,29 @@ class Choice:
         """Why the continuation ended."""
         return "stop" if self.handle.end is not None and self.handle.end.reason == "stop" else "length"
 
-    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> CompletionChunk | None:
+    def read(self, flush_interval_s: float, timeout_s: float) -> CompletionChunk | None:
         """Return the next chunk, waiting as `Handle.read` does, or None if there is none yet.
 
         After the last chunk, `is_over`. Raises EngineFailed.
         """
-        num_echoed = self._num_echoed
-        if num_echoed < len(self.prompt) and not self._request.scores_prompt:
-            return self._chunk(self._echo(len(self.prompt)), len(self.prompt))
-        parts = [self.handle.read(flush_interval_s, timeout_s)]
-        end = self.handle.end
-        if end is not None:
-            parts.append(self.handle.read(0.0))  # characters that arrived between these two lines
-        shown = "".join(self._process(part) for part in parts if part is not None)
+        return self._echoed() or self._next(self.handle.read(flush_interval_s, timeout_s))
+
+    def read_whole(self, timeout_s: float) -> CompletionChunk | None:
+        """Return everything in one chunk, waiting as `Handle.read_whole` does, or None if it is not over yet.
+
+        An echoed prompt may be a chunk of its own. Raises EngineFailed.
+        """
+        return self._echoed() or self._next(self.handle.read_whole(timeout_s))
+
+    def _echoed(self) -> CompletionChunk | None:
+        """Return the prompt if it is returned and needs no scores, the first time."""
+        if self._num_echoed == len(self.prompt) or self._request.scores_prompt:
+            return None
+        return self._chunk(self._echo(len(self.prompt)), len(self.prompt))
+
+    def _next(self, update: Update) -> CompletionChunk | None:
+        num_echoed, end = self._num_echoed, update.end
+        shown = self._process(update.result)
         if end is not None:
             self.is_over = True
             shown += self._stop_filter.end(stopped=end.reason == "stop")
@@ -136,16 +148,18 @@ class Choice:
         """Take over a result of the engine, and return the text that can be returned now."""
         shown = ""
         num_logprobs, num_prompt_logprobs = self._request.num_logprobs, self._request.num_prompt_logprobs
-        if part.prompt_scores is not None:
+        if (scores := part.prompt_scores) is not None:
             if self._num_scored == 0 and self._request.start is None:
-                part.prompt_scores.chosen[0] = np.nan  # nothing predicts the first character
-            self._num_scored += len(part.prompt_scores.chosen)
+                chosen = scores.chosen.copy()  # other choices have the same array
+                chosen[0] = np.nan  # nothing predicts the first character
+                scores = replace(scores, chosen=chosen)
+            self._num_scored += len(scores.chosen)
             if num_prompt_logprobs is not None:
-                self.prompt_scores.append(part.prompt_scores.likeliest(num_prompt_logprobs))
+                self.prompt_scores.append(scores.likeliest(num_prompt_logprobs))
             if self._request.echo:
-                shown = self._echo(len(part.prompt_scores.chosen))
+                shown = self._echo(len(scores.chosen))
                 if num_logprobs is not None:
-                    self._scores.append(part.prompt_scores.likeliest(num_logprobs))
+                    self._scores.append(scores.likeliest(num_logprobs))
         text = self._model.charset.decode(part.chars)
         if part.scores is not None:
             self._logprob += float(part.scores.chosen.sum(dtype=np.float64))
@@ -193,19 +207,18 @@ class Choice:
         return step(self._model, ids, states[start], start, already_admitted=True)[0].hidden, position
 
 
+class _Read(Protocol):
+    """Reads from one of the open continuations."""
+
+    def __call__(self, choice: Choice, *, is_first: bool) -> CompletionChunk | None: ...
+
+
 class Completion:
     """All continuations of a request, submitted to the engine."""
 
-    def __init__(
-        self, model: LoadedModel, request: CompletionRequest, client_has_left: Callable[[], bool] | None = None
-    ) -> None:
-        """Submit the request. After that, only a failing engine can end it early.
-
-        This waits until a prompt with several continuations is read. If `client_has_left()` returns true meanwhile,
-        nothing more is read. Raises Overloaded, EngineFailed, ClientGone.
-        """
+    def __init__(self, model: LoadedModel, request: CompletionRequest) -> None:
+        """Submit the request. After that, only a failing engine can end it early. Raises Overloaded, EngineFailed."""
         self.request = request
-        self._client_has_left = client_has_left
         self._engine = model.engine
         self.num_prompt = sum(len(prompt) for prompt in request.prompts)  # characters of all prompts
         self.num_cached = 0  # those of them that the prefix cache saved from being stepped
@@ -221,27 +234,37 @@ class Completion:
         """Number of characters generated so far, including those that are not returned."""
         return sum(choice.num_generated for choice in self.choices)
 
-    def chunks(self, flush_interval_s: float | None, idle_s: float) -> Iterator[tuple[Choice, CompletionChunk] | None]:
+    def chunks(self, flush_interval_s: float, idle_s: float) -> Iterator[tuple[Choice, CompletionChunk] | None]:
         """Yield chunks of all continuations: the first of each at once, later ones every flush_interval_s.
 
-        If the engine is busy, chunks are longer. If flush_interval_s is None, each continuation is one chunk, when it
-        is over. Yields None when there was nothing for idle_s, so that the caller can check whether its client is still
-        connected. Yields all best_of continuations; `chosen` then says which of them to return. Raises EngineFailed.
+        If the engine is busy, chunks are longer. Yields None when there was nothing for idle_s, so that the caller can
+        check whether its client is still connected. Yields all best_of continuations; `chosen` then says which of them
+        to return. Raises EngineFailed.
         """
         begun: set[int] = set()
+
+        def read(choice: Choice, *, is_first: bool) -> CompletionChunk | None:
+            interval_s = 0.0
+            if flush_interval_s and is_first and choice.index in begun:
+                interval_s = flush_interval(self._engine.crowd_of(choice.handle.request.client), flush_interval_s)
+            chunk = choice.read(interval_s, idle_s if is_first else 0.0)
+            if chunk is not None:
+                begun.add(choice.index)
+            return chunk
+
+        return self._read_all(read)
+
+    def wholes(self, idle_s: float) -> Iterator[tuple[Choice, CompletionChunk] | None]:
+        """Yield each continuation when it is over. None, and `chosen`: see `chunks`. Raises EngineFailed."""
+        return self._read_all(lambda choice, *, is_first: choice.read_whole(idle_s if is_first else 0.0))
+
+    def _read_all(self, read: _Read) -> Iterator[tuple[Choice, CompletionChunk] | None]:
         while open_choices := [choice for choice in self.choices if not choice.is_over]:
             # The engine admits texts in their order and advances them together: waiting for the first one is enough.
             quiet = True
             for place, choice in enumerate(open_choices):
-                gather = flush_interval_s
-                if gather is not None:
-                    later = gather and place == 0 and choice.index in begun
-                    gather = (
-                        flush_interval(self._engine.crowd_of(choice.handle.request.client), gather) if later else 0.0
-                    )
-                chunk = choice.read(gather, idle_s if place == 0 else 0.0)
+                chunk = read(choice, is_first=place == 0)
                 if chunk is not None:
-                    begun.add(choice.index)
                     yield choice, chunk
                 quiet = quiet and chunk is None and not choice.is_over
             if quiet:
@@ -268,23 +291,16 @@ class Completion:
         if request.start is None and not request.scores_prompt:
             start, hidden = model.prefixes.longest(request.cache_scope, text)
         self.num_cached += start
-        if request.best_of > 1 and not request.scores_prompt and start < len(prompt):
-            # Read the prompt once, not best_of times.
-            read = Request(prompt[start:], 0, 0, hidden=hidden, position=origin + start)
-            handle = model.engine.submit([read])[0]
-            all_of(handle, self._client_has_left)
-            hidden, start = handle.wait().hidden, len(prompt)
-            if request.start is None:
-                model.prefixes.put(request.cache_scope, text, hidden)
         checkpoints = [origin + len(prompt)] if start < len(prompt) else []
         if request.returns_state and request.stop and not request.includes_stop:
             # So that few characters are stepped again when a stop string has ended the text.
             every = max(_CHECKPOINT_CHARS, -(-request.max_chars // _MAX_CHECKPOINTS))
             end = origin + len(prompt) + request.max_chars
             checkpoints += range(origin + len(prompt) + every, end + 1, every)
+        unread = prompt[start:]  # one array for all choices, so the engine reads it once
         return [
             Request(
-                prompt=prompt[start:],
+                prompt=unread,
                 max_chars=request.max_chars,
                 seed=choice_seed(request.seed, request.first_choice + index),
                 sampling=request.sampling,

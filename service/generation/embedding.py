@@ -60,9 +60,9 @@ def _last_states(
 ) -> list[Float32]:
     """Return the (H,) states of the top layer after some texts: completions that generate nothing."""
     request = CompletionRequest(tuple(texts), max_chars=0, seed=0, cache_scope=scope)
-    completion = Completion(model, request, client_has_left)
+    completion = Completion(model, request)
     try:
-        for item in completion.chunks(None, _IDLE_S):
+        for item in completion.wholes(_IDLE_S):
             if item is None and client_has_left():
                 raise ClientGone("the client has closed the connection")
         return [choice.handle.wait().hidden[-1] for choice in completion.choices]

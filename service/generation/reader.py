@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from service.arrays import Float32, Ids
-from service.engine.request import End, Handle, Request, Snapshot
+from service.engine.handle import End, Handle, Snapshot
+from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stepper import StepResult
@@ -143,7 +144,7 @@ class Reader:
         if not text.position < position <= run.start + run.max_chars:
             return text
         handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
-        generated, end = self._generated(model, handle)
+        generated, end = self._generated(model, handle, None)
         if end.position < position or (end.reason == "stop" and not run.includes_stop):
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
@@ -193,11 +194,11 @@ class Reader:
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
 
     def _generated(
-        self, model: LoadedModel, handle: Handle, client_has_left: Callable[[], bool] | None = None
+        self, model: LoadedModel, handle: Handle, client_has_left: Callable[[], bool] | None
     ) -> tuple[str, End]:
         """Wait for the end of a text; return what was generated, and the end. Raises ClientGone."""
-        part = all_of(handle, client_has_left)
-        return model.charset.decode(part.chars) if part is not None else "", handle.wait()
+        result, end = whole(handle, client_has_left)
+        return model.charset.decode(result.chars), end
 
 
 def step(
@@ -229,19 +230,19 @@ def step(
         num_next=num_next,
     )
     handle = model.engine.submit([request], already_admitted=already_admitted)[0]
-    part = all_of(handle, client_has_left)
-    return handle.wait(), part.prompt_scores if part is not None else None
+    result, end = whole(handle, client_has_left)
+    return end, result.prompt_scores
 
 
-def all_of(handle: Handle, client_has_left: Callable[[], bool] | None) -> StepResult | None:
-    """Wait until a text has ended, and return all its results. Raises EngineFailed, ClientGone."""
-    part = handle.read(None, _POLL_S if client_has_left is not None else None)
-    while handle.end is None and client_has_left is not None:
-        if client_has_left():
+def whole(handle: Handle, client_has_left: Callable[[], bool] | None) -> tuple[StepResult, End]:
+    """Wait until a text has ended; return all its results, and its end. Raises EngineFailed, ClientGone."""
+    while True:
+        result, end = handle.read_whole(_POLL_S if client_has_left is not None else None)
+        if end is not None:
+            return result, end
+        if client_has_left is not None and client_has_left():
             handle.cancel()
             raise ClientGone("the client has closed the connection")
-        part = handle.read(None, _POLL_S)
-    return part if part is not None else handle.read(None)  # it may have arrived between the two lines before
 
 
 def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted: bool = False) -> Float32:

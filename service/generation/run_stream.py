@@ -11,9 +11,9 @@ from enum import Enum
 
 import structlog
 
+from service.engine.handle import End, Handle, Snapshot, Update
 from service.engine.pace import flush_interval
-from service.engine.request import Handle, Snapshot
-from service.engine.stepper import FinishReason, StepResult
+from service.engine.stepper import FinishReason
 from service.engine.stop import StopFilter
 from service.errors import Draining, EngineFailed, GruServeError, RevisionConflict, RunTakenOver
 from service.generation.reader import Reader
@@ -64,14 +64,24 @@ class ActiveRun:
         self._lock = threading.Lock()  # held by the thread that reads from the handle, and while the run is ended
         self._leasing = threading.Lock()  # held while the lease is used; never while waiting for the engine or a client
 
-    def read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
+    def read(self, flush_interval_s: float, timeout_s: float | None) -> str:
         """Return the characters since the last call, waited for as by `Handle.read`. After the last ones it `is_over`.
 
         Raises RunTakenOver, EngineFailed, and what saving raises.
         """
+        return self._read_unless_over(lambda: self.handle.read(flush_interval_s, timeout_s))
+
+    def read_whole(self, timeout_s: float | None) -> str:
+        """Return all characters if the run has ended within `timeout_s`, else nothing. A part would be useless.
+
+        Raises what `read` raises.
+        """
+        self._all_or_nothing = True
+        return self._read_unless_over(lambda: self.handle.read_whole(timeout_s))
+
+    def _read_unless_over(self, read: Callable[[], Update]) -> str:
         with self._lock:
-            self._all_or_nothing = flush_interval_s is None
-            text = "" if self.is_over else self._read(flush_interval_s, timeout_s)
+            text = "" if self.is_over else self._read(read)
             if self.state is RunState.STOPPED:
                 raise RunTakenOver("another connection has resumed this continuation, or it was stopped")
             return text
@@ -92,7 +102,7 @@ class ActiveRun:
         with self._lock:
             try:
                 if not self.is_over:
-                    self._read(None, None)
+                    self._read(self.handle.read_whole)
             except GruServeError as error:
                 log.warning("a stopped continuation was not saved", error=error.code)
 
@@ -127,36 +137,31 @@ class ActiveRun:
                 self._lease.save(replace(saved, text=text))
                 self._saved_at = time.monotonic()
 
-    def _read(self, flush_interval_s: float | None, timeout_s: float | None) -> str:
+    def _read(self, read: Callable[[], Update]) -> str:
         try:
-            text = self._decoded(self.handle.read(flush_interval_s, timeout_s))
-            if self.handle.end is not None:
-                text += self._decoded(self.handle.read(0.0))  # what arrived between these two lines
+            result, end = read()
         except EngineFailed:
             self._end()  # the session stays as it was saved last, and the run can be resumed elsewhere
             raise
+        text = self._model.charset.decode(result.chars)
         self._generated += text
-        if self.handle.end is not None:
+        if end is not None:
             try:
-                if not self._is_worthless():
-                    self._save_end()
+                if not self._is_worthless(end):
+                    self._save_end(end)
             finally:
                 self._end()
         return text
 
-    def _decoded(self, part: StepResult | None) -> str:
-        return self._model.charset.decode(part.chars) if part is not None else ""
-
-    def _is_worthless(self) -> bool:
+    def _is_worthless(self, end: End) -> bool:
         """Whether the session has to stay as it is: it can't be saved, or its reader wanted all and got interrupted."""
         if self._has_lost_lease:
             return True
-        was_cancelled = self.handle.wait().reason == "cancelled"
-        return self._all_or_nothing and self.state is RunState.INTERRUPTED and was_cancelled
+        return self._all_or_nothing and self.state is RunState.INTERRUPTED and end.reason == "cancelled"
 
-    def _save_end(self) -> None:
+    def _save_end(self, end: End) -> None:
         """Save the session after the run."""
-        end, run = self.handle.wait(), self.session.run
+        run = self.session.run
         if run is None:
             raise AssertionError("an active run belongs to its session")
         # From the text before the run, whatever was saved since: a stop string may begin before the last save.
@@ -201,37 +206,43 @@ class RunStream:
         self._generated = active.handle if active is not None else generated
         self._position = run.start  # after the last character that the stop filter has let through
 
-    def chunks(self, flush_interval_s: float | None, idle_s: float) -> Iterator[TextChunk | None]:
+    def chunks(self, flush_interval_s: float, idle_s: float) -> Iterator[TextChunk | None]:
         """Yield the text: the first part at once, then a part every flush_interval_s.
 
-        If the engine is busy, parts are longer. If flush_interval_s is None, all generated characters are one part, at
-        the end. Yields None when there was nothing for idle_s, so that the caller can check whether its client is still
-        connected.
+        If the engine is busy, parts are longer. Yields None when there was nothing for idle_s, so that the caller can
+        check whether its client is still connected.
 
         Raises RunTakenOver, EngineFailed, and Draining after the last part of a run that was interrupted. The rest can
         be had elsewhere, by resuming after `resume_position`.
         """
+        begun = False
+
+        def read(active: ActiveRun) -> str:
+            nonlocal begun
+            crowd = active.engine.crowd_of(active.client)
+            text = active.read(flush_interval(crowd, flush_interval_s) if begun else 0.0, idle_s)
+            begun = begun or bool(text)
+            return text
+
+        return self._chunks(read)
+
+    def whole(self, idle_s: float) -> Iterator[TextChunk | None]:
+        """Yield the text with all generated characters in one part, at the end. None and errors: see `chunks`."""
+        return self._chunks(lambda active: active.read_whole(idle_s))
+
+    def _chunks(self, read: Callable[[ActiveRun], str]) -> Iterator[TextChunk | None]:
         stop_filter = StopFilter(self._run.stops if self._active is not None and not self._run.includes_stop else ())
         yield from self._stored_chunks(stop_filter)
-        active, first, is_over = self._active, True, self._active is None
+        active, is_over = self._active, self._active is None
         while active is not None and not is_over:
-            gather = (
-                flush_interval_s
-                if flush_interval_s is None
-                else 0.0
-                if first
-                else flush_interval(active.engine.crowd_of(active.client), flush_interval_s)
-            )
             active.sent_position = self.resume_position
-            text = active.read(gather, idle_s)
+            text = read(active)
             shown, is_over = stop_filter.feed(text), active.is_over
             if is_over:
                 self._session = active.session
                 if self.finish_reason is not None:
                     shown += stop_filter.end(stopped=self.finish_reason == "stop")
-            if text:
-                first = False
-            elif not is_over:
+            if not text and not is_over:
                 yield None
             yield from self._unsent_chunks(shown)
         if self.finish_reason is None:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import structlog
 
-from service.engine.request import Handle
+from service.engine.handle import Handle
 from service.engine.sampling_settings import SamplingSettings
 from service.errors import (
     GruServeError,

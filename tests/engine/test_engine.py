@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 
 from service.engine.engine import Engine
+from service.engine.handle import End, Handle
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
-from service.engine.request import End, Handle, Request
+from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import Row, Stepper, StepResult
+from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
-from tests.harness.rows import CHARSET, quantized
+from tests.harness.rows import CHARSET, changed, quantized
+from tests.harness.wait import wait_until
 
 STEPPER = TorchStepper(quantized())
 STEPPERS: dict[str, Callable[[], Stepper]] = {"torch": lambda: STEPPER}
@@ -54,14 +56,12 @@ def result(handle: Handle) -> list[Any]:
     """Wait for the end of a text. Everything that it brought, comparable to the bit."""
     chars, scores = [], []
     while True:
-        end = handle.end
-        part = handle.read(0.0, 10)
-        if part is not None:
-            chars += part.chars.tolist()
-            for some in (part.prompt_scores, part.scores):
-                if some is not None:
-                    scores.append(some.chosen.tobytes())
-        elif end is not None:
+        part, end = handle.read(0.0, 10)
+        chars += part.chars.tolist()
+        for some in (part.prompt_scores, part.scores):
+            if some is not None:
+                scores.append(some.chosen.tobytes())
+        if end is not None:
             checkpoints = [(position, hidden.tobytes()) for position, hidden in end.checkpoints.items()]
             return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), checkpoints]
 
@@ -178,7 +178,7 @@ def test_engine__place_is_free_before_the_end_is_published(monkeypatch: pytest.M
     open_at_end: list[int] = []
     publish = Handle.publish
 
-    def note(handle: Handle, part: StepResult | None, end: End | None) -> None:
+    def note(handle: Handle, part: StepResult, end: End | None) -> None:
         if end is not None:
             open_at_end.append(engine.num_open)
         publish(handle, part, end)
@@ -235,7 +235,7 @@ def test_submit__short_text_is_stepped_by_the_caller_if_the_engine_is_idle(stepp
 def test_engine__failure_on_a_callers_thread_fails_all_texts(stepper: Stepper) -> None:
     class Failing(_Gate):
         def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
-            if len(rows[0].prompt) == 1:
+            if len(rows[0].request.prompt) == 1:
                 raise MemoryError
             return self.stepper.advance(rows, num_chars)
 
@@ -258,7 +258,7 @@ def test_engine__first_come_first_served() -> None:
 
     class Noting(_Gate):
         def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
-            order.extend(row.seed for row in rows if row.seed not in order)
+            order.extend(row.request.seed for row in rows if row.request.seed not in order)
             return super().advance(rows, num_chars)
 
     gate = Noting()
@@ -318,7 +318,7 @@ def test_engine__failure_of_the_stepper_reaches_every_waiting_caller(error: Base
                 caught.append(failed)
 
         ways: list[Callable[[Handle], object]] = [Handle.wait, lambda handle: handle.read(0.0)]
-        ways += [lambda handle: handle.read(None), Handle.wait, Handle.wait]
+        ways += [Handle.read_whole, Handle.wait, Handle.wait]
         threads = [threading.Thread(target=wait, args=pair) for pair in zip(handles, ways, strict=True)]
         for thread in threads:
             thread.start()
@@ -365,7 +365,7 @@ def test_close__fails_open_texts() -> None:
             with pytest.raises(EngineFailed):
                 handle.wait()
             with pytest.raises(EngineFailed):
-                handle.read(None)
+                handle.read_whole()
         assert engine.num_open == 0
         with pytest.raises(EngineFailed):
             engine.submit([request()])
@@ -410,23 +410,25 @@ def test_read__returns_everything_once_and_in_order() -> None:
         whole = result(engine.submit([request(max_chars=3000)])[0])[0]
         handle = engine.submit([request(max_chars=3000)])[0]
         parts: list[int] = []
-        while handle.end is None:
-            part = handle.read(0.001, 1)
-            parts += [] if part is None else part.chars.tolist()
-        rest = handle.read(0.0)
-        assert parts + ([] if rest is None else rest.chars.tolist()) == whole
-        assert handle.read(0.0) is None
-        assert handle.read(None) is None
+        end = None
+        while end is None:
+            part, end = handle.read(0.001, 1)
+            parts += part.chars.tolist()
+        assert parts == whole
+        for again in (handle.read(0.0), handle.read_whole()):
+            assert (again.result.is_empty, again.end) == (True, end)
 
 
-def test_read__returns_none_after_its_timeout() -> None:
+def test_read__is_empty_after_its_timeout() -> None:
     gate = _Gate()
     with running(gate) as engine:
         handle = engine.submit([request()])[0]
-        assert handle.read(0.0, 0.01) is None
-        assert handle.read(None, 0.01) is None
+        for update in (handle.read(0.0, 0.01), handle.read_whole(0.01)):
+            assert (update.result.is_empty, update.end) == (True, None)
         gate.open()
-        assert handle.read(None) is not None
+        whole = handle.read_whole()
+        assert whole.end is not None
+        assert len(whole.result.chars) == 30
 
 
 def test_pace__keeps_ticks_to_their_length() -> None:
@@ -561,15 +563,13 @@ def test_submit__refuses_a_request_that_no_row_can_represent(stepper: Stepper, f
 def test_engine__text_that_the_stepper_refuses_fails_alone(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even if a fault of ours lets a row pass that the stepper can't represent: neighbours get what they get alone."""
     bias = SamplingSettings(logit_bias=((len(CHARSET), 1.0),))
-    make_row = Request.row
+    make_row = Row.of
 
-    def unchecked(self: Request, *arguments: Any) -> Row:
-        row = make_row(self, *arguments)
-        if self.seed == 666:
-            row.sampling = bias
-        return row
+    def unchecked(request: Request, *arguments: Any) -> Row:
+        row = make_row(request, *arguments)
+        return changed(row, sampling=bias) if request.seed == 666 else row
 
-    monkeypatch.setattr(Request, "row", unchecked)
+    monkeypatch.setattr(Row, "of", unchecked)
     with running(stepper, max_running=4) as engine:
         expected = result(engine.submit([request(max_chars=300)])[0])
         for num_bad in (1, 2, 4):
@@ -579,10 +579,12 @@ def test_engine__text_that_the_stepper_refuses_fails_alone(stepper: Stepper, mon
                 with pytest.raises(EngineFailed):
                     handle.wait()
                 with pytest.raises(EngineFailed):
-                    handle.read(None)
+                    handle.read_whole()
             assert [result(handles[0]), result(handles[-1])] == [expected] * 2
+        at_once = engine.submit([request(max_chars=0, num_next=1, seed=seed) for seed in (1, 666, 2)])
         with pytest.raises(EngineFailed):
-            engine.submit([request(max_chars=0, seed=666, num_next=1)])  # stepped on this thread
+            at_once[1].wait()
+        assert [at_once[place].wait().position for place in (0, 2)] == [6, 6]
         engine.check()
         assert engine.num_open == 0
         assert result(engine.submit([request(max_chars=300)])[0]) == expected
@@ -594,7 +596,7 @@ def test_failed_engine__raises_a_new_exception_each_time() -> None:
     with running(failing) as engine:
         handle = engine.submit([request()])[0]
         failing.open()
-        ways: list[Callable[[], object]] = [handle.wait, lambda: handle.read(None), engine.check]
+        ways: list[Callable[[], object]] = [handle.wait, handle.read_whole, engine.check]
         ways += [lambda: engine.submit([request()]), lambda: engine.submit([request(max_chars=0)])]
         for way in ways:
             raised = []
@@ -641,3 +643,144 @@ def test_memory__of_all_open_texts_has_a_budget() -> None:
         gate.open()
         engine.close()
         assert memory.num_taken == 0
+
+
+def choices(num: int, prompt: str = "ROMEO: what light is it " * 5, **changes: Any) -> list[Request]:
+    """Requests for several choices of one prompt, as a completion makes them: with one array for all."""
+    ids = CHARSET.encode(prompt)
+    fields: dict[str, Any] = {"max_chars": 30, "checkpoint_positions": (7, len(ids), len(ids) + 9)} | changes
+    return [Request(ids, seed=seed, **fields) for seed in range(num)]
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"num_logprobs": 2, "score_prompt": True},
+    {"num_logprobs": 0, "sampling": SamplingSettings(repetition_penalty=1.3, presence_penalty=0.2)},
+    {"max_chars": 0, "num_next": 3},
+    {"position": 50, "checkpoint_positions": (60,), "stops": (CHARSET.encode("e"),)},
+    {"prompt": ""},
+]
+
+
+@pytest.mark.parametrize("kind", CHOICES, ids=str)
+def test_choices__of_one_prompt_read_it_once_and_get_what_each_gets_alone(
+    stepper: Stepper, kind: dict[str, Any]
+) -> None:
+    if not kind.get("prompt", "x"):
+        kind = kind | {"checkpoint_positions": (9,)}
+    requests = choices(5, **kind)
+    with running(stepper) as engine:
+        alone = [result(engine.submit([one])[0]) for one in requests]
+        num_read, num_ends = engine.counters.num_read, engine.counters.prompt_chars.total
+        assert [result(handle) for handle in engine.submit(requests)] == alone
+        assert engine.counters.num_read == num_read + len(requests[0].prompt)
+        if requests[0].max_chars:
+            assert engine.counters.prompt_chars.total == num_ends + len(requests[0].prompt)
+        assert engine.num_open == 0
+
+
+def test_choices__that_are_cancelled_while_the_prompt_is_read_leave_with_its_state() -> None:
+    """The others get all they asked for; when the last has left, the prompt is not read any further."""
+    memory, gate = SharedBudget(10**6), _Gate()
+    with running(gate, memory=memory) as engine:
+        first, second, third = engine.submit(choices(3, prompt="the lady of the house " * 100, checkpoint_positions=()))
+        assert gate.entered.acquire(timeout=10)
+        second.cancel()
+        gate.allowed.release()
+        end = second.wait()
+        assert end.reason == "cancelled"
+        assert 0 < end.position < 2200
+        read = CHARSET.encode("the lady of the house " * 100)[: end.position]
+        first.cancel()
+        gate.open()
+        expected = engine.submit([Request(read, 0, 0)])[0].wait()
+        assert expected.hidden.tobytes() == end.hidden.tobytes()
+        assert first.wait().reason == "cancelled"
+        assert third.wait().position == 2230
+        assert (engine.num_open, memory.num_taken) == (0, 0)
+        fourth, fifth = engine.submit(choices(2, prompt="a" * 10**4, checkpoint_positions=()))
+        fourth.cancel()
+        fifth.cancel()
+        assert {fourth.wait().reason, fifth.wait().reason} == {"cancelled"}
+        assert (engine.num_open, memory.num_taken) == (0, 0)
+
+
+def test_choices__fail_together_when_their_prompt_can_not_be_read() -> None:
+    memory, failing = SharedBudget(10**6), _Failing(InvalidRows({}))
+    with running(failing, memory=memory) as engine:
+
+        def refuse(rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+            if any(row.is_reading for row in rows):
+                raise InvalidRows({row: ValueError() for row in rows if row.is_reading})
+            return STEPPER.advance(rows, num_chars)
+
+        failing.advance = refuse  # type: ignore[method-assign]
+        for handle in engine.submit(choices(3)):
+            with pytest.raises(EngineFailed):
+                handle.wait()
+        assert len(result(engine.submit([request("")])[0])[0]) == 30
+        assert (engine.num_open, memory.num_taken) == (0, 0)
+
+
+def test_choices__take_the_place_of_their_prompt_before_texts_that_were_submitted_later() -> None:
+    order: list[int] = []
+
+    class Noting(_Gate):
+        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+            order.extend(row.request.seed for row in rows if not row.is_reading and row.request.seed not in order)
+            return super().advance(rows, num_chars)
+
+    gate = Noting()
+    with running(gate, max_running=1) as engine:
+        handles = engine.submit(choices(3, max_chars=2, checkpoint_positions=()))
+        handles += engine.submit([request("", seed=9)])
+        gate.open()
+        for handle in handles:
+            handle.wait()
+    assert order == [0, 1, 2, 9]
+
+
+def test_choices__a_snapshot_while_the_prompt_is_read_is_the_state_of_the_reading() -> None:
+    gate = _Gate()
+    with running(gate) as engine:
+        handle = engine.submit(choices(2, prompt="the lady " * 100, checkpoint_positions=()))[1]
+        handle.request_snapshot()
+        gate.allowed.release()
+        wait_until(lambda: handle.snapshot is not None, 10)
+        snapshot = handle.snapshot
+        gate.open()
+        assert snapshot is not None
+        assert 0 < snapshot.position < 900
+        read = CHARSET.encode("the lady " * 100)[: snapshot.position]
+        assert engine.submit([Request(read, 0, 0)])[0].wait().hidden.tobytes() == snapshot.hidden.tobytes()
+
+
+def test_submit__several_short_texts_are_stepped_by_the_caller_and_more_are_not(stepper: Stepper) -> None:
+    """Candidates for scoring: also with one prompt, and the state is that of a text that is read alone."""
+    texts = ["ROMEO"[:length] for length in range(1, 6)] * 20
+    with running(stepper, max_running=256) as engine:
+        before = threading.active_count()
+        handles = engine.submit([request(text, 0, num_logprobs=0, score_prompt=True) for text in texts])
+        assert all(handle.end is not None for handle in handles)
+        assert threading.active_count() == before
+        expected = {
+            text: result(engine.submit([request(text, 0, num_logprobs=0, score_prompt=True)])[0]) for text in texts
+        }
+        assert [result(handle) for handle in handles] == [expected[text] for text in texts]
+        assert engine._thread is None
+        for many in ([request("a", 0)] * 129, [request("a" * 32, 0) for _ in range(65)], [request("a" * 33, 0)]):
+            handles = engine.submit(many)
+            assert [handle.wait().position for handle in handles] == [len(one.prompt) for one in many]
+            assert engine._thread is not None
+
+
+def test_read__gives_the_last_characters_and_the_end_together() -> None:
+    """However the reader and the engine interleave: no character arrives after the end."""
+    with running(max_running=64) as engine:
+        for seed in range(60):
+            handle = engine.submit([request(max_chars=40, seed=seed)])[0]
+            chars, end = 0, None
+            while end is None:
+                part, end = handle.read(0.0, 5)
+                chars += len(part.chars)
+            assert chars == 40

@@ -21,6 +21,7 @@ from service.engine.kernels import choose_kernel
 from service.engine.native import binding, native_stepper
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.native.self_check import EXPECTED, digest_of
+from service.engine.request import Request
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import InvalidRows, Row, Stepper
@@ -30,7 +31,7 @@ from service.model.config import ModelConfig
 from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
-from tests.harness.rows import KINDS, outcome, quantized, row, run, with_checkpoints
+from tests.harness.rows import KINDS, changed, outcome, quantized, row, run, with_checkpoints
 
 VARIANTS = list(variants())
 CLOCK_SLACK = 4  # a busy machine has cold caches
@@ -54,14 +55,20 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
     for index in range(num_rows):
         prompt = rng.integers(0, config.vocab_size, index % 4)
         how = SETTINGS[index % len(SETTINGS)]
-        one = Row(stepper.initial_hidden(), index, prompt, num_chars + index % 3, seed=index, sampling=how)
-        one.hidden[:] = rng.uniform(-1, 1, one.hidden.shape)
-        one.history = History(config.vocab_size, prompt) if how.penalizes else None
-        one.num_logprobs, one.score_prompt = (None, 0, 7)[index % 3], index % 2 == 0
-        one.stops = (
-            (rng.integers(0, config.vocab_size, 2), rng.integers(0, config.vocab_size, 1)) if index % 5 == 4 else ()
+        stops = rng.integers(0, config.vocab_size, 2), rng.integers(0, config.vocab_size, 1)
+        request = Request(
+            prompt,
+            num_chars + index % 3,
+            seed=index,
+            sampling=how,
+            position=index,
+            num_logprobs=(None, 0, 7)[index % 3],
+            score_prompt=index % 2 == 0,
+            stops=stops if index % 5 == 4 else (),
+            checkpoint_positions=(index + 2, index + 6) if index % 3 == 1 else (),
         )
-        one.checkpoint_positions = (index + 2, index + 6) if index % 3 == 1 else ()
+        one = Row.of(request, stepper.initial_hidden(), config.vocab_size)
+        one.hidden[:] = rng.uniform(-1, 1, one.hidden.shape)
         rows.append(one)
     return rows
 
@@ -199,7 +206,7 @@ def test_kernel__ten_thousand_characters_of_the_shipped_model_are_those_of_torch
     torch.set_num_threads(1)
 
     def texts(stepper: Stepper, num_chars: int) -> list[Any]:
-        rows = [Row(stepper.initial_hidden(), 0, start, num_chars, seed=3, sampling=one) for one in how]
+        rows = [Row(Request(start, num_chars, seed=3, sampling=one), stepper.initial_hidden()) for one in how]
         return outcome(stepper, rows)
 
     assert texts(NativeStepper(model), 10_000) == texts(TorchStepper(model), 10_000)
@@ -223,19 +230,19 @@ def test_kernel__invalid_states_and_nan_stay_within_memory_and_end(variant: str)
 def test_kernel__ids_outside_the_charset_are_read_as_the_nearest_id() -> None:
     # As in the torch stepper.
     stepper = NativeStepper(quantized())
-    one, other = row(stepper), row(stepper)
-    one.prompt, other.prompt = np.array([-5, 2**40, 3]), np.array([0, stepper.config.vocab_size - 1, 3])
+    prompts = np.array([-5, 2**40, 3]), np.array([0, stepper.config.vocab_size - 1, 3])
+    one, other = (changed(row(stepper), prompt=prompt) for prompt in prompts)
     assert outcome(stepper, [one]) == outcome(stepper, [other])
 
 
 def test_native_stepper__arrays_of_the_wrong_shape_are_refused() -> None:
     stepper = NativeStepper(quantized())
     penalizing = SamplingSettings(presence_penalty=1.0)
-    bad = [row(stepper, hidden=hidden) for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32))]
-    bad += [row(stepper, sampling=SamplingSettings(logit_bias=(bias,))) for bias in ((-1, 1.0), (10**6, 1.0))]
-    bad += [row(stepper, sampling=penalizing, history=None)]
-    bad += [row(stepper, sampling=penalizing, history=History(3, np.empty(0, np.int64)))]
     good = row(stepper)
+    bad = [replace(good, hidden=hidden) for hidden in (np.zeros((1, 63), np.float32), np.zeros((2, 64), np.float32))]
+    bad += [changed(good, sampling=SamplingSettings(logit_bias=(bias,))) for bias in ((-1, 1.0), (10**6, 1.0))]
+    bad += [changed(good, sampling=penalizing)]
+    bad += [replace(bad[-1], history=History(3, np.empty(0, np.int64)))]
     with pytest.raises(InvalidRows) as caught:
         stepper.advance([*bad, good], 1)
     assert [*caught.value.causes] == bad

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from service.engine import stepper as stepper_module
 from service.engine.integer_product import IntegerProduct
 from service.engine.native.native_stepper import NativeStepper, variants
+from service.engine.request import Request
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult, mean_loss
@@ -199,7 +200,7 @@ def test_mean_loss__reads_each_text_from_the_zero_state(
     losses: list[float] = []
     for number, (begin, end) in enumerate(text.spans()):
         chars = ids[begin:end].astype(np.int64)
-        alone = Row(stepper.initial_hidden(), 0, chars, 0, 0, num_logprobs=0, score_prompt=True)
+        alone = Row(Request(chars, 0, 0, num_logprobs=0, score_prompt=True), stepper.initial_hidden())
         scores = run(stepper, [alone])[0].prompt_scores
         assert scores is not None
         losses += (-scores.chosen[0 if scores_starts and number > 0 else 1 :]).tolist()

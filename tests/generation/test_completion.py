@@ -33,7 +33,8 @@ def finish(completion: Completion, flush_interval_s: float | None = None) -> dic
     """Return the text and the scores of every choice."""
     texts: dict[int, str] = dict.fromkeys(range(len(completion.choices)), "")
     scores: dict[int, list[Scores]] = {index: [] for index in texts}
-    for item in completion.chunks(flush_interval_s, 5):
+    items = completion.wholes(5) if flush_interval_s is None else completion.chunks(flush_interval_s, 5)
+    for item in items:
         assert item is not None
         choice, piece = item
         texts[choice.index] += piece.text

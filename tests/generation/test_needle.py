@@ -38,7 +38,7 @@ def straw(model: LoadedModel, rng: np.random.Generator) -> CompletionRequest:
 
 def outcome(completion: Completion) -> tuple[Any, ...]:
     """Return all that a completion gives, comparable to the bit."""
-    pieces = [item[1] for item in completion.chunks(None, 30) if item is not None]
+    pieces = [item[1] for item in completion.wholes(30) if item is not None]
     scores = [
         array.tobytes()
         for piece in pieces

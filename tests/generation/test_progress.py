@@ -84,7 +84,7 @@ class Replica:
     def uninterrupted(self, request: RunRequest) -> tuple[str, Session]:
         """Return the text of a run that is not disturbed, and the session after it."""
         self.create("other")
-        text = "".join(piece.text for piece in self.generate(request, "other").chunks(None, 20) if piece is not None)
+        text = "".join(piece.text for piece in self.generate(request, "other").whole(20) if piece is not None)
         return text, self.sessions.get(SessionKey("", "other"))
 
     def dies(self) -> None:
@@ -259,7 +259,7 @@ def test_save_progress__leaves_runs_alone_that_are_read_as_a_whole(replica: Call
     one.create()
     one.slow_down()
     stream = one.generate(replace(LONG, max_chars=15_000))
-    pieces = stream.chunks(None, 0.1)
+    pieces = stream.whole(0.1)
     for _ in range(5):
         assert next(pieces) is None
     assert two.sessions.get(KEY).position == 6

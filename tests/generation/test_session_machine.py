@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError
-from service.generation.reader import stop_ids
+from service.generation.reader import stop_ids, whole
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -225,8 +225,8 @@ class SessionMachine(RuleBasedStateMachine):
         if run is None or run.reason is not None or len(run.text) + num_chars > run.request.max_chars:
             return None
         handle = self.model.engine.submit([self.replayed(run)])[0]
-        part, end = handle.read(None), handle.wait()
-        text = self.model.charset.decode(part.chars) if part is not None else ""
+        result, end = whole(handle, None)
+        text = self.model.charset.decode(result.chars)
         num_whole = len(text) - (end.reason == "stop" and not run.request.includes_stop)
         more = text[len(run.text) : len(run.text) + num_chars]
         return more if len(run.text) + num_chars <= num_whole else None
@@ -599,8 +599,8 @@ class SessionMachine(RuleBasedStateMachine):
         for (session, _), handle in zip(sessions, handles, strict=False):
             assert handle.wait().hidden.tobytes() == session.hidden.tobytes()
         for ran, handle in zip(self.ran, handles[len(sessions) :], strict=True):
-            part, end = handle.read(None), handle.wait()
-            text = self.model.charset.decode(part.chars) if part is not None else ""
+            result, end = whole(handle, None)
+            text = self.model.charset.decode(result.chars)
             if ran.reason is None:
                 assert text.startswith(ran.text)
                 continue

@@ -88,7 +88,7 @@ def test_generate__writes_the_text_of_a_completion(bench: Bench) -> None:
     model = bench.models.get("tiny")
     for number, sampling in enumerate((PLAIN, SamplingSettings(0.5, repetition_penalty=1.4, presence_penalty=0.5))):
         request = CompletionRequest((model.charset.encode("ROMEO: what"),), 200, 7, sampling, stop=("zz",))
-        whole = "".join(item[1].text for item in Completion(model, request).chunks(None, 5) if item is not None)
+        whole = "".join(item[1].text for item in Completion(model, request).wholes(5) if item is not None)
         bench.create(f"s{number}")
         bench.sessions.feed(SessionKey("", f"s{number}"), FeedRequest(" what"))
         assert drain(bench.generate(f"s{number}", RunRequest(200, sampling, ("zz",)))) == whole
@@ -168,7 +168,7 @@ def test_resume__raises_in_a_thread_that_waits_for_the_run(bench: Bench) -> None
 
     def wait() -> None:
         try:
-            heard.extend(first.chunks(None, 20))
+            heard.extend(first.whole(20))
         except RunTakenOver as error:
             heard.append(error.code)
 
@@ -213,9 +213,9 @@ def test_generate__repeated_takes_over_its_first_attempt(bench: Bench) -> None:
     assert error.value.position == 2006
 
 
-def interrupted(bench: Bench, run: RunStream, flush_interval_s: float | None = 0.0) -> str:
+def interrupted(bench: Bench, run: RunStream, *, as_whole: bool = False) -> str:
     """Interrupt all runs after the first chunk of this one, and return what it sent until Draining."""
-    got, pieces = "", run.chunks(flush_interval_s, 0.001)
+    got, pieces = "", run.whole(0.001) if as_whole else run.chunks(0.0, 0.001)
     first = next(pieces)
     bench.sessions.runs.interrupt_all(0.05)
     try:
@@ -247,12 +247,10 @@ def test_interrupt_all__lets_a_run_be_resumed_elsewhere(bench: Bench, stops: tup
 def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> None:
     bench.create()
     run = bench.generate(request=RunRequest(8000, PLAIN), position=6)
-    assert interrupted(bench, run, flush_interval_s=None) == ""
+    assert interrupted(bench, run, as_whole=True) == ""
     assert bench.text() == "ROMEO:"
     elsewhere = SessionService(bench.models, bench.store, bench.sealer, 3600, Retention(16, 8192))
-    again = "".join(
-        piece.text for piece in elsewhere.runs.generate(SessionKey("", "a"), LONG, 6).chunks(None, 20) if piece
-    )
+    again = "".join(piece.text for piece in elsewhere.runs.generate(SessionKey("", "a"), LONG, 6).whole(20) if piece)
     assert len(again) == 5000
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from service.engine.sampling import History
-from service.engine.sampling_settings import PLAIN, SamplingSettings
+from service.engine.request import Request
+from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.model.charset import Charset
 from service.model.config import ModelConfig
@@ -27,12 +28,14 @@ def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8"
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
     """A row as the engine makes it."""
-    ids, sampling = CHARSET.encode(prompt), changes.pop("sampling", PLAIN)
     stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
-    history = History(len(CHARSET), ids) if sampling.penalizes else None
-    fields: dict[str, Any] = {"hidden": stepper.initial_hidden(), "position": 0, "prompt": ids, "max_chars": max_chars}
-    fields |= {"seed": seed, "sampling": sampling, "stops": stops, "history": history}
-    return Row(**(fields | changes))
+    request = Request(CHARSET.encode(prompt), max_chars, seed, stops=stops, **changes)
+    return Row.of(request, stepper.initial_hidden(), len(CHARSET))
+
+
+def changed(row: Row, **changes: Any) -> Row:
+    """Return a row that was not advanced yet, with changes to its request that nothing has checked."""
+    return replace(row, request=replace(row.request, **changes))
 
 
 # Every kind of row. The contract of steppers holds for each kind and for any mix.

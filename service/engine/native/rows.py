@@ -13,11 +13,10 @@ from service.arrays import Float32, Ids, Int32
 from service.engine.sampling import History
 from service.engine.sampling_settings import NUMBERS, SamplingSettings
 from service.engine.scores import Distribution, Scores
-from service.engine.stepper import Row, StepResult
+from service.engine.stepper import NOTHING, Row, StepResult
 
 _MASK = 2**64 - 1
 _FLOAT32 = np.dtype(np.float32)
-_NOTHING = StepResult(np.empty(0, np.int64))
 
 
 class Rows:
@@ -37,19 +36,20 @@ class Rows:
     ) -> None:
         self._shape, self._vocab_size, self._row_dtype = shape, vocab_size, row_dtype
         self.active: list[Row] = []  # the rows that have work
-        self._results = [_NOTHING] * len(rows)
+        self._results = [NOTHING] * len(rows)
         self._places: list[int] = []  # index of each active row among all rows
         self._num_steps: list[int] = []  # of each active row in this call
         self._num_left: list[int] = []  # characters that each active row reads and generates until it is finished
         for place, row in enumerate(rows):
             left = 0
             if row.finished is None:
-                left = len(row.prompt) - row.num_read
-                if row.max_chars > row.num_generated:
-                    left += row.max_chars - row.num_generated
+                request = row.request
+                left = len(request.prompt) - row.num_read
+                if request.max_chars > row.num_generated:
+                    left += request.max_chars - row.num_generated
                 if left == 0:
                     row.finished = "length"
-            if (left > 0 and num_chars > 0) or (left == 0 and row.num_next is not None and row.next is None):
+            if (left > 0 and num_chars > 0) or (left == 0 and row.request.num_next is not None and row.next is None):
                 self.active.append(row)
                 self._places.append(place)
                 self._num_left.append(left)
@@ -65,13 +65,14 @@ class Rows:
         self._states = [c_char.from_buffer(row.hidden.data) for row in active]  # raises if one is not contiguous
         self._chars: Ids = np.empty((size, longest), np.int64)
         records = self.records = np.zeros(size, self._row_dtype)  # (B,) GruRow
-        records["seed"] = [row.seed & _MASK for row in active]
+        requests = [row.request for row in active]
+        records["seed"] = [request.seed & _MASK for request in requests]
         records["position"] = [row.position for row in active]
         records["hidden"] = [addressof(state) for state in self._states]
         records["num_steps"] = self._num_steps
         records["chars"] = self._chars.ctypes.data + 8 * longest * np.arange(size)
-        records["temperature"] = [row.sampling.temperature for row in active]
-        records["is_plain"] = plain = [row.sampling.is_plain for row in active]
+        records["temperature"] = [request.sampling.temperature for request in requests]
+        records["is_plain"] = plain = [request.sampling.is_plain for request in requests]
         records["num_top"] = records["num_next"] = -1
         self._pointed_to: list[NDArray[Any]] = []
         # Output arrays of rows that need them, by index in `active`.
@@ -79,22 +80,22 @@ class Rows:
         self._scores: dict[int, Scores] = {}
         self._checkpoints: dict[int, Float32] = {}
         self._next: dict[int, Distribution] = {}
-        for i, row in enumerate(active):
-            if row.num_read < len(row.prompt):
-                ids = row.prompt[row.num_read : row.num_read + self._num_steps[i]]
+        for i, (row, request) in enumerate(zip(active, requests, strict=True)):
+            if row.num_read < len(request.prompt):
+                ids = request.prompt[row.num_read : row.num_read + self._num_steps[i]]
                 records["num_prompt"][i], records["prompt"][i] = len(ids), self._address(ids, np.int64)
             if not plain[i]:
-                self._add_sampling(records[i], row.sampling, row.history)
+                self._add_sampling(records[i], request.sampling, row.history)
             elif row.history is not None:
                 self._add_history(records[i], row.history)
-            if row.stops:
+            if request.stops:
                 self._add_stops(i, row)
-            if row.num_logprobs is not None:
-                self._add_scores(i, row, row.num_logprobs)
-            if row.checkpoint_positions:
+            if request.num_logprobs is not None:
+                self._add_scores(i, row, request.num_logprobs)
+            if request.checkpoint_positions:
                 self._add_checkpoints(i, row)
-            if row.num_next is not None:
-                self._add_next(i, row.num_next)
+            if request.num_next is not None:
+                self._add_next(i, request.num_next)
 
     def finish(self) -> list[StepResult]:
         """Update the rows after the call. Return the result of each row that was passed in, in their order."""
@@ -114,7 +115,7 @@ class Rows:
             if i in self._checkpoints:
                 self._store_checkpoints(i, row)
             if i in self._texts:
-                longest = max(len(stop) for stop in row.stops)
+                longest = max(len(stop) for stop in row.request.stops)
                 row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
             if i in self._next and row.finished is not None:
                 row.next = self._next[i]
@@ -166,15 +167,15 @@ class Rows:
         record, num_before = self.records[i], len(row.tail)
         text = self._texts[i] = np.empty(num_before + self._num_steps[i], np.int64)
         text[:num_before] = row.tail
-        record["num_stops"] = len(row.stops)
-        record["first_stop"] = max(0, row.min_chars - row.num_generated)
-        record["stop_lengths"] = self._address(np.array([len(stop) for stop in row.stops]), np.int64)
-        record["stop_ids"] = self._address(np.concatenate(row.stops), np.int64)
+        record["num_stops"] = len(row.request.stops)
+        record["first_stop"] = max(0, row.request.min_chars - row.request.num_before - row.num_generated)
+        record["stop_lengths"] = self._address(np.array([len(stop) for stop in row.request.stops]), np.int64)
+        record["stop_ids"] = self._address(np.concatenate(row.request.stops), np.int64)
         record["text"], record["text_length"] = text.ctypes.data, num_before
 
     def _add_scores(self, i: int, row: Row, num_logprobs: int) -> None:
         record, num_steps = self.records[i], self._num_steps[i]
-        num_read = 0 if row.score_prompt else int(record["num_prompt"])
+        num_read = 0 if row.request.score_prompt else int(record["num_prompt"])
         num_top, num_scores = min(num_logprobs, self._vocab_size), num_steps - num_read
         arrays: tuple[Float32, Int32, Float32] = (
             np.empty(num_scores, np.float32),
@@ -188,7 +189,7 @@ class Rows:
     def _split_scores(self, i: int, row: Row, num_read: int, num_steps: int) -> tuple[Scores | None, Scores | None]:
         """Return the scores of generated characters and those of the prompt's, each None if there are none."""
         scores = self._scores[i]
-        num_prompt = num_read if row.score_prompt else 0
+        num_prompt = num_read if row.request.score_prompt else 0
         num_generated = num_steps - num_read
         return (
             scores.slice(num_prompt, num_prompt + num_generated) if num_generated else None,
@@ -197,7 +198,9 @@ class Rows:
 
     def _add_checkpoints(self, i: int, row: Row) -> None:
         end = row.position + self._num_steps[i]
-        positions = [position for position in row.checkpoint_positions[len(row.checkpoints) :] if position <= end]
+        positions = [
+            position for position in row.request.checkpoint_positions[len(row.checkpoints) :] if position <= end
+        ]
         if positions:
             record, checkpoints = self.records[i], np.empty((len(positions), *self._shape), np.float32)
             self._checkpoints[i] = checkpoints
@@ -212,5 +215,7 @@ class Rows:
         record["next_ids"], record["next"] = following.ids.ctypes.data, following.logprobs.ctypes.data
 
     def _store_checkpoints(self, i: int, row: Row) -> None:
-        num_reached = sum(position <= row.position for position in row.checkpoint_positions) - len(row.checkpoints)
+        num_reached = sum(position <= row.position for position in row.request.checkpoint_positions) - len(
+            row.checkpoints
+        )
         row.checkpoints.extend(state.copy() for state in self._checkpoints[i][:num_reached])

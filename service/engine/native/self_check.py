@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32
-from service.engine.sampling import History
+from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import Row, Stepper
 from service.model.config import ModelConfig
@@ -54,17 +54,16 @@ def digest_of(make_stepper: Callable[[QuantizedGRU], Stepper]) -> str:
 def _row(stepper: Stepper, seed: int) -> Row:
     sampling = _SETTINGS[seed % len(_SETTINGS)]
     prompt = _numbers(5, seed, len(_CHARSET)).astype(np.int64)
-    return Row(
-        stepper.initial_hidden(),
-        position=seed * 1000,
-        prompt=prompt,
+    request = Request(
+        prompt,
         max_chars=_NUM_CHARS,
         seed=seed,
+        position=seed * 1000,
         sampling=sampling,
-        history=History(len(_CHARSET), prompt) if sampling.penalizes else None,
         num_logprobs=4,
         score_prompt=True,
     )
+    return Row.of(request, stepper.initial_hidden(), len(_CHARSET))
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from flask import g
 
-from service.engine.request import Handle
+from service.engine.handle import Handle
 
 
 @dataclass(frozen=True)

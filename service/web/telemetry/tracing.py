@@ -15,7 +15,7 @@ import structlog
 from flask import Flask, Response, g, request
 
 from service import __version__
-from service.engine.request import Handle
+from service.engine.handle import Handle
 from service.web.api.events import ErrorEvent, Events
 from service.web.api.sse import EventStream
 from service.web.gate.generation import Generation, current_generation

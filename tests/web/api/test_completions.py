@@ -12,7 +12,7 @@ from flask_openapi import OpenAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.engine.request import Handle
+from service.engine.handle import Handle
 from service.errors import EngineFailed
 from service.generation.portable_states import PortableStates
 from service.registry.loaded_models import LoadedModels
@@ -164,7 +164,8 @@ def test_stream__ends_with_the_error_that_stopped_it(client: FlaskClient, monkey
     def fail(*_: object, **__: object) -> None:
         raise EngineFailed("the engine has failed")
 
-    monkeypatch.setattr(Handle, "read", fail)
+    for name in ("read", "read_whole"):
+        monkeypatch.setattr(Handle, name, fail)
     text = client.post("/v1/completions", json=GOOD | {"stream": True}).text
     assert text.startswith("event: error\ndata: {")
     assert "retry" not in text  # only a session's stream can be resumed

@@ -103,7 +103,7 @@ def test_log__never_has_a_prompt_a_key_or_the_id_of_a_session(
         except KeyError as error:
             raise ValueError(f"{PROMPT} {KEY}") from error
 
-    monkeypatch.setattr(Completion, "chunks", fail)
+    monkeypatch.setattr(Completion, "wholes", fail)
     send("POST", "/v1/completions", json={"prompt": PROMPT}, headers=AUTHORISED)
     assert statuses >= {200, 201, 204, 400, 401, 404, 405, 409, 500}
     text = logged.getvalue()
@@ -143,7 +143,7 @@ def test_text_log__has_no_messages_of_exceptions(
     def fail(*_: object) -> None:
         raise ValueError(PROMPT)
 
-    monkeypatch.setattr(Completion, "chunks", fail)
+    monkeypatch.setattr(Completion, "wholes", fail)
     with client_of(Settings(model_store=tiny_store.root, model="tiny", log_format="text")) as client:
         client.application.config["PROPAGATE_EXCEPTIONS"] = False
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500

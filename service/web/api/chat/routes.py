@@ -9,7 +9,7 @@ from dataclasses import replace
 from flask import Response
 
 from service.engine.prefix_cache import CacheScope
-from service.engine.stepper import MAX_STOPS
+from service.engine.request import MAX_STOPS
 from service.errors import InvalidValue, NoChatTemplate
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases, written_stops
@@ -79,7 +79,7 @@ class ChatRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request, client_has_left)
+            completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = ChatAnswer(model, completion, template)

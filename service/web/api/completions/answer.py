@@ -60,7 +60,7 @@ class CompletionAnswer:
         """
         completion = self._completion
         pieces: list[list[CompletionChunk]] = [[] for _ in completion.choices]
-        for item in completion.chunks(None, IDLE_S):
+        for item in completion.wholes(IDLE_S):
             if item is not None:
                 pieces[item[0].index].append(item[1])
             elif client_has_left():

@@ -87,7 +87,7 @@ class CompletionRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request, client_has_left)
+            completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = CompletionAnswer(model, completion, self._states, with_ids=body.return_token_ids)

@@ -73,7 +73,7 @@ def run_answer(stream: RunStream, client_has_left: Callable[[], bool]) -> Respon
 
     If `client_has_left()` returns true meanwhile, the answer is the error `client_gone`, for logs and metrics.
     """
-    for piece in stream.chunks(None, IDLE_S):
+    for piece in stream.whole(IDLE_S):
         if piece is None and client_has_left():
             return error_response("the client has closed the connection", "client_gone")
     answer = {"text": stream.text} | _final_fields(stream)

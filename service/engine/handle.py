@@ -1,0 +1,175 @@
+"""The caller's side of a text that the engine advances: its characters, its end, and how to cancel it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from service.arrays import Float32
+from service.engine.request import Request
+from service.engine.scores import Distribution
+from service.engine.stepper import NOTHING, FinishReason, StepResult
+from service.errors import EngineFailed
+
+EndReason = FinishReason | Literal["cancelled"]
+_BLOCK_PARTS = 64
+_CHECK_S = 0.5  # how often a waiting reader checks that the engine is still stepping
+
+
+@dataclass(frozen=True)
+class End:
+    """The final state of a text."""
+
+    reason: EndReason
+    hidden: Float32  # (L, H) float32, the state after `position` characters
+    position: int  # characters consumed: the request's `position`, and all that were read and generated
+    checkpoints: dict[int, Float32]  # (L, H) float32 by position, for the requested positions that were reached
+    next: Distribution | None = None  # likeliest next characters; None if not requested
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a text at one moment before its end."""
+
+    hidden: Float32  # (L, H) float32, the state after `position` characters; read-only
+    position: int  # characters consumed
+    checkpoint_positions: tuple[int, ...]  # those that were requested, also the ones that were not yet reached
+    reached: list[Float32]  # (L, H) float32, the states at the first of these positions
+
+    @property
+    def checkpoints(self) -> dict[int, Float32]:
+        """The (L, H) float32 states by position, for the requested positions that were reached."""
+        return dict(zip(self.checkpoint_positions, self.reached, strict=False))
+
+
+class Update(NamedTuple):
+    """What a reader gets of a text at one moment."""
+
+    result: StepResult  # since the last read; empty if there was nothing
+    end: End | None  # if the text has ended; then there is no result after this one
+
+
+@dataclass(slots=True)
+class TextTimes:
+    """When a text reached its stages, in seconds on the engine's clock. The engine writes, any thread may read."""
+
+    submitted: float
+    started: float | None = None  # the tick began that advanced it first
+    first: float | None = None  # the tick ended that generated its first characters
+    ended: float | None = None
+
+
+class Handle:
+    """The caller's side of a request: the caller reads characters from it, and can cancel the text.
+
+    The engine's thread adds results; one other thread reads them, and one may request snapshots. A reader is woken only
+    by what it waits for.
+    """
+
+    def __init__(self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0) -> None:
+        self.request = request
+        self.times = TextTimes(submitted_at)
+        self.is_cancelled = False
+        self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
+        self.wants_snapshot = False
+        self._check_engine = check_engine
+        self._end: End | None = None
+        self._failure: str | None = None  # why there will be no more results
+        self._parts: list[StepResult] = []  # of the last ticks
+        # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
+        self._blocks: list[StepResult] = []
+        self._ready = threading.Condition(threading.Lock())
+        self._reader_wants_parts = False
+
+    @property
+    def end(self) -> End | None:
+        """The end of the text; None while it is running or waiting. Results may be left to read after it."""
+        return self._end
+
+    def cancel(self) -> None:
+        """End the text at the next tick. Any thread may call this at any time, also after the end."""
+        self.is_cancelled = True
+
+    def request_snapshot(self) -> None:
+        """Have the engine set `snapshot` after its next tick, unless the text has ended by then."""
+        self.snapshot = None
+        self.wants_snapshot = True
+
+    def read(self, flush_interval_s: float, timeout_s: float | None = None) -> Update:
+        """Return all results since the last call, joined into one, and the end if the text has ended. For streams.
+
+        Waits until there is a result, or the text has ended. Raises EngineFailed.
+
+        Args:
+            flush_interval_s: wait for this long at least, so that results accumulate, unless the text ends.
+            timeout_s: wait no longer than this after the interval has passed. None: no limit.
+        """
+        started = time.monotonic()
+        with self._ready:
+            if flush_interval_s:
+                self._wait(started + flush_interval_s, for_parts=False)
+            self._wait(None if timeout_s is None else started + timeout_s, for_parts=True)
+            return Update(self._take_parts(), self._end)
+
+    def read_whole(self, timeout_s: float | None = None) -> Update:
+        """Wait for the end of the text; return it, and all results since the last call, joined into one.
+
+        timeout_s: wait no longer than this. If the text has not ended by then, there is no end and the result is empty:
+        a later call returns everything. None: no limit. Raises EngineFailed.
+        """
+        with self._ready:
+            self._wait(None if timeout_s is None else time.monotonic() + timeout_s, for_parts=False)
+            return Update(NOTHING, None) if self._end is None else Update(self._take_parts(), self._end)
+
+    def wait(self) -> End:
+        """Wait for the end of the text and return it. Raises EngineFailed."""
+        with self._ready:
+            self._wait(None, for_parts=False)
+            if self._end is None:
+                raise AssertionError("without a deadline, the wait ends with the text")
+            return self._end
+
+    def publish(self, part: StepResult, end: End | None) -> None:
+        """Add the result of a tick, and the end if the text has ended. The engine calls this."""
+        with self._ready:
+            if not part.is_empty:
+                self._parts.append(part)
+                if len(self._parts) == _BLOCK_PARTS:
+                    self._blocks.append(StepResult.join(self._parts))
+                    self._parts = []
+            if end is not None:
+                self._end = end
+            if end is not None or (self._reader_wants_parts and (self._parts or self._blocks)):
+                self._ready.notify_all()
+
+    def publish_snapshot(self, snapshot: Snapshot) -> None:
+        """Answer `request_snapshot`. For the engine."""
+        self.wants_snapshot = False  # first: as soon as there is a snapshot, the next one may be requested
+        self.snapshot = snapshot
+
+    def fail(self, failure: str) -> None:
+        """Make every wait raise EngineFailed with this message: there are no more results. The engine calls this."""
+        with self._ready:
+            self._failure = failure
+            self._ready.notify_all()
+
+    def _take_parts(self) -> StepResult:
+        """Return all results that were not read yet, joined. Needs the lock."""
+        parts, self._blocks, self._parts = [*self._blocks, *self._parts], [], []
+        return StepResult.join(parts) if parts else NOTHING
+
+    def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
+        """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
+        while self._end is None and not (for_parts and (self._parts or self._blocks)):
+            if self._failure is not None:
+                raise EngineFailed(self._failure)
+            self._check_engine()
+            left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
+            if left <= 0:
+                return
+            # A reader that waits for the end, or for time to pass, must not be woken by every tick.
+            self._reader_wants_parts = for_parts
+            self._ready.wait(left)

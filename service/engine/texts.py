@@ -1,0 +1,111 @@
+"""What the engine schedules: texts, and prompts that several texts have in common until they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from service.arrays import Float32, read_state, write_state
+from service.engine.counters import SubmittedBatch
+from service.engine.handle import End, EndReason, Handle, Snapshot
+from service.engine.request import Request
+from service.engine.sampling_settings import PLAIN
+from service.engine.stepper import Row
+
+
+@dataclass(eq=False)
+class Text:
+    """A text that was accepted and has not ended."""
+
+    handle: Handle
+    row: Row
+    batch: SubmittedBatch  # the texts that were submitted together
+    num_bytes: int  # counted in the engine's memory budget
+    num_prompt: int  # characters of its prompt; 0 if they are read for another text too, which counts them
+
+    @property
+    def client(self) -> str:
+        """For whom the text is advanced."""
+        return self.row.request.client
+
+    @property
+    def texts(self) -> Sequence[Text]:
+        """The text itself: what a tick does is done for these."""
+        return (self,)
+
+    def end(self, reason: EndReason) -> End:
+        """Return the end of the text as it is now."""
+        row = self.row
+        checkpoints = dict(zip(row.request.checkpoint_positions, row.checkpoints, strict=False))
+        return End(reason, row.hidden, row.position, checkpoints, row.next)
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the text as it is now."""
+        row = self.row
+        return Snapshot(read_state(row.hidden), row.position, row.request.checkpoint_positions, row.checkpoints[:])
+
+
+@dataclass(eq=False)
+class Reading:
+    """A prompt that several texts of one submission have in common. It is read once, then each continues by itself."""
+
+    row: Row  # generates nothing
+    texts: list[Text]  # of one client
+    num_bytes: int  # counted in the engine's memory budget, beside those of the texts
+
+    @property
+    def client(self) -> str:
+        """For whom the prompt is read."""
+        return self.row.request.client
+
+    def catch_up(self, text: Text) -> None:
+        """Bring one of the texts to where the reading is."""
+        write_state(text.row.hidden, self.row.hidden)
+        text.row.position, text.row.num_read = self.row.position, self.row.num_read
+        text.row.checkpoints = self.row.checkpoints[:]
+
+
+Job = Text | Reading  # what takes part in a tick as one row
+
+
+def jobs_of(
+    texts: Sequence[Text], initial_hidden: Callable[[], Float32], reading_bytes: Callable[[Request], int]
+) -> list[Job]:
+    """Return the texts of one submission as jobs, in their order: texts that begin alike are one `Reading`.
+
+    They are those with the same array as prompt, in the same state: choices of one prompt.
+    """
+    groups: dict[Hashable, list[Text]] = {}
+    for text in texts:
+        groups.setdefault(_beginning(text.row.request), []).append(text)
+    jobs: list[Job] = []
+    for group in groups.values():
+        if len(group) == 1 or not len(group[0].row.request.prompt):
+            jobs += group
+            continue
+        first = group[0].row.request
+        request = replace(
+            first,
+            max_chars=0,
+            sampling=PLAIN,
+            stops=(),
+            checkpoint_positions=_checkpoints_in_prompt(first),
+            num_next=None,
+        )
+        hidden = initial_hidden()
+        write_state(hidden, group[0].row.hidden)
+        jobs.append(Reading(Row(request, hidden), group, reading_bytes(request)))
+        for text in group[1:]:
+            text.num_prompt = 0
+    return jobs
+
+
+def _beginning(request: Request) -> Hashable:
+    """Return what the reading of a request's prompt depends on."""
+    scores = request.num_logprobs if request.score_prompt else None
+    return id(request.prompt), id(request.hidden), request.position, scores, _checkpoints_in_prompt(request)
+
+
+def _checkpoints_in_prompt(request: Request) -> tuple[int, ...]:
+    end = request.position + len(request.prompt)
+    return tuple(position for position in request.checkpoint_positions if position <= end)
