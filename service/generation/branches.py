@@ -7,17 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from service.arrays import Float32, Ids, Int32
+from service.arrays import Float32, Ids
+from service.engine.handle import Handle
 from service.engine.prefix_cache import CacheScope
-from service.engine.request import Handle, Request
-from service.engine.sampling_settings import SamplingSettings
-from service.engine.scores import Distribution, Scores
+from service.engine.request import Request
+from service.engine.scores import Distribution
 from service.errors import ClientGone, InvalidValue, Overloaded
-from service.generation.reader import all_of, step
+from service.generation.reader import step, whole
 from service.registry.loaded_models import LoadedModel
 
 _MAX_ROWS = 128  # that one request has in the engine at a time
-_GREEDY = SamplingSettings(temperature=0.0)
 _NOTHING = np.empty(0, np.float32)
 
 
@@ -29,30 +28,18 @@ class Branch:
     position: int
     ids: Ids  # (n,), the characters to read; may be empty
     checkpoints: tuple[int, ...] = ()  # the numbers of read characters, from 1 to n, after which the state is reported
-    num_greedy: int = 0  # how many characters to continue with, each the likeliest one
+    wants_logprobs: bool = False  # report the log-probabilities of the characters that are read
     wants_next: bool = False  # report the distribution of the next character
-
-
-@dataclass(frozen=True)
-class Expansion:
-    """The state after a text, and what may follow it."""
-
-    hidden: Float32  # (L, H)
-    ids: Int32  # (V,), all characters, the likeliest first
-    logprobs: Float32  # (V,), of these characters
 
 
 @dataclass(frozen=True)
 class Grown:
     """What came of a branch."""
 
-    logprobs: Float32  # (n,), of the characters that were read; empty with `num_greedy`
+    logprobs: Float32  # (n,), of the characters that were read; (0,) if not requested
     states: Mapping[int, Float32]  # (L, H) by the number of read characters, for the checkpoints
     hidden: Float32  # (L, H), the state after the last character
     next: Distribution | None  # all characters, the likeliest first; None if not requested
-    # With `num_greedy`: what may follow each of the texts, the first of which is the branch without greedy characters,
-    # and each further one has one of them more.
-    chain: Sequence[Expansion] = ()
 
 
 class Branches:
@@ -82,7 +69,7 @@ class Branches:
             finally:
                 for handle in handles:
                     handle.cancel()
-        self.num_stepped += sum(len(branch.ids) + branch.num_greedy for branch in branches)
+        self.num_stepped += sum(len(branch.ids) for branch in branches)
         return grown
 
     def _submitted(self, requests: list[Request]) -> list[Handle] | None:
@@ -98,44 +85,23 @@ class Branches:
         return handles
 
     def _request(self, branch: Branch) -> Request:
-        vocab_size, chain = len(self._model.charset), branch.num_greedy
-        start = branch.position + len(branch.ids)
         return Request(
             prompt=branch.ids,
-            max_chars=chain,
+            max_chars=0,
             seed=0,
-            sampling=_GREEDY,
-            num_logprobs=vocab_size if chain else 0 if len(branch.ids) else None,
-            score_prompt=not chain and len(branch.ids) > 0,
+            num_logprobs=0 if branch.wants_logprobs else None,
+            score_prompt=branch.wants_logprobs,
             hidden=branch.hidden,
             position=branch.position,
-            checkpoint_positions=tuple(range(start, start + chain))[not len(branch.ids) :]
-            if chain
-            else tuple(branch.position + count for count in branch.checkpoints),
-            num_next=vocab_size if branch.wants_next or chain else None,
+            checkpoint_positions=tuple(branch.position + count for count in branch.checkpoints),
+            num_next=len(self._model.charset) if branch.wants_next else None,
         )
 
     def _grown(self, branch: Branch, handle: Handle) -> Grown:
-        part = all_of(handle, self._client_has_left)
-        end = handle.wait()
-        read = part.prompt_scores if part is not None else None
-        chain: list[Expansion] = []
-        if branch.num_greedy and end.next is not None:
-            scores = part.scores if part is not None and part.scores is not None else Scores.none()
-            start = branch.position + len(branch.ids)
-            states = {branch.position: branch.hidden} | end.checkpoints
-            chain = [
-                Expansion(states[start + place], ids, logprobs)
-                for place, (ids, logprobs) in enumerate(zip(scores.top_ids, scores.top, strict=True))
-            ]
-            chain.append(Expansion(end.hidden, end.next.ids, end.next.logprobs))
-        return Grown(
-            read.chosen if read is not None else _NOTHING,
-            {position - branch.position: state for position, state in end.checkpoints.items()},
-            end.hidden,
-            end.next,
-            chain,
-        )
+        result, end = whole(handle, self._client_has_left)
+        states = {position - branch.position: state for position, state in end.checkpoints.items()}
+        logprobs = result.prompt_scores.chosen if result.prompt_scores is not None else _NOTHING
+        return Grown(logprobs, states, end.hidden, end.next)
 
 
 def state_after(

@@ -195,6 +195,7 @@ def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
         origin.position + path.start,
         np.array(path.ids, np.int64),
         checkpoints=tuple(counts),
+        wants_logprobs=True,
         wants_next=path.end in path.last_chars,
     )
 
