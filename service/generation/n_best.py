@@ -17,11 +17,13 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from service.arrays import Float32, Ids
+from service.arrays import Float32, Ids, Int32
 from service.engine import arithmetic
 from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.scores import Distribution
@@ -104,6 +106,12 @@ class _Node:
     chars: list[int]  # the characters that may follow, the likeliest first
     logprobs: list[float]  # of the texts with these characters
     states: list[int]  # of the automaton, after these characters
+    are_whole: list[bool]  # whether the texts with these characters end there for certain
+
+    def entry(self, place: int) -> _Entry:
+        """Return the text with the character at a place."""
+        ids = (*self.ids, self.chars[place])
+        return (-self.logprobs[place], int(self.are_whole[place]), ids, self.states[place], self, place)
 
 
 # A text in the queue: its negative log-probability; 0 if it is a beginning and 1 if it is whole; its ids; the state of
@@ -111,6 +119,7 @@ class _Node:
 # first: they may become whole texts that are as likely, and whose ids are smaller. No two texts of a kind have the same
 # ids, so later parts are never compared.
 _Entry = tuple[float, int, tuple[int, ...], int, "_Node | None", int]
+_ROOT: _Entry = (-0.0, 0, (), 0, None, 0)
 
 
 class _Search:
@@ -126,7 +135,7 @@ class _Search:
         self._node_scores = _node_scores(model, wanted.max_chars)
         self._classes = np.unique(wanted.form.classes)  # an automaton may have classes without characters
         self._num_nodes = self._num_reserved = 0
-        self._queue: list[_Entry] = [(-0.0, 0, (), 0, None, 0)]
+        self._queue: list[_Entry] = [_ROOT]
         self._best: list[float] = []  # a heap: the log-probabilities of the n likeliest whole texts so far
 
     def run(self) -> NBest:
@@ -171,10 +180,8 @@ class _Search:
 
     def _add(self, node: _Node, place: int) -> None:
         """Queue the text of a node with the character at a place. The next ones follow when this one is taken."""
-        if place == len(node.chars):
-            return
-        ids, state = (*node.ids, node.chars[place]), node.states[place]
-        self._push((-node.logprobs[place], int(self._is_whole(state, len(ids))), ids, state, node, place))
+        if place < len(node.chars):
+            self._push(node.entry(place))
 
     def _push(self, entry: _Entry) -> None:
         logprob, is_full = -entry[0], len(self._best) == self._wanted.n
@@ -183,19 +190,6 @@ class _Search:
         if entry[1]:
             (heapq.heappushpop if is_full else heapq.heappush)(self._best, logprob)
         heapq.heappush(self._queue, entry)
-
-    def _is_whole(self, state: int, length: int) -> bool:
-        """Whether a text ends here for certain, so that no distribution is needed."""
-        form, left = self._wanted.form, self._wanted.max_chars - length
-        if form.stop_chars[state]:
-            return True
-        if form.fewest[state]:
-            return False
-        if self._wanted.ends == "forced":
-            return form.must_end(state, left)
-        return bool(form.fewest_after[state] == NEVER) or (
-            left == 0 and bool((form.transitions[state, self._classes] >= 0).all())
-        )
 
     def _continued(self, batch: Sequence[_Entry]) -> list[tuple[_Node, _Entry | None]]:
         """Return a node for each beginning, and the text that ends there, if it may."""
@@ -227,25 +221,44 @@ class _Search:
             possible &= logprobs >= self._best[0]
         chars, logprobs, following = after.ids[possible], logprobs[possible], following[possible]
         order = np.lexsort((chars, -logprobs))
-        return _Node(ids, hidden, chars[order].tolist(), logprobs[order].tolist(), following[order].tolist()), whole
+        following = following[order]
+        are_whole = self._are_whole(following, left - 1).tolist()
+        node = _Node(ids, hidden, chars[order].tolist(), logprobs[order].tolist(), following.tolist(), are_whole)
+        return node, whole
+
+    def _are_whole(self, states: Int32, left: int) -> NDArray[np.bool_]:
+        """Return (k,): whether texts in these states, which may get `left` more characters, end there for certain."""
+        form = self._wanted.form
+        if self._wanted.ends == "forced":
+            is_end = form.fewest_after[states] > left
+        else:
+            is_end = form.fewest_after[states] == NEVER
+            if left == 0:  # nothing shows the end of a text that any character may continue
+                is_end |= (form.transitions[states][:, self._classes] >= 0).all(axis=1)
+        return np.asarray((form.stop_chars[states] > 0) | ((form.fewest[states] == 0) & is_end))
 
     def _beam(self) -> list[_Entry]:
         """Return the whole texts that a beam search of width n finds."""
         found: list[_Entry] = []
-        beam: list[_Entry] = [(-0.0, 0, (), 0, None, 0)]
+        beam: list[_Entry] = [_ROOT]
         while beam:
             self._num_nodes = 0  # those of the round before are not needed any more
-            following: list[_Entry] = []
-            for node, whole in self._continued(beam):
-                for place, char in enumerate(node.chars):
-                    ids, state = (*node.ids, char), node.states[place]
-                    is_whole = self._is_whole(state, len(ids))
-                    following.append((-node.logprobs[place], int(is_whole), ids, state, node, place))
-                if whole is not None:
-                    following.append(whole)
-            found += [entry for entry in following if entry[1]]
-            beam = heapq.nsmallest(self._wanted.n, [entry for entry in following if not entry[1]])
+            continued = self._continued(beam)
+            found += [whole for _, whole in continued if whole is not None]
+            nodes = [node for node, _ in continued]
+            found += self._likeliest_of(nodes, are_whole=True)
+            beam = self._likeliest_of(nodes, are_whole=False)
         return found
+
+    def _likeliest_of(self, nodes: Sequence[_Node], *, are_whole: bool) -> list[_Entry]:
+        """Return the n likeliest whole texts or beginnings that some nodes have."""
+        n = self._wanted.n
+        places = (
+            (-node.logprobs[place], number, place)
+            for number, node in enumerate(nodes)
+            for place in islice((place for place, is_whole in enumerate(node.are_whole) if is_whole is are_whole), n)
+        )
+        return [nodes[number].entry(place) for _, number, place in heapq.nsmallest(n, places)]
 
 
 def affordable_steps(model: LoadedModel, max_chars: int, num_scores: int) -> int:
