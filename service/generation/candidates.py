@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -21,6 +22,10 @@ from service.generation.branches import Branch, Branches, Grown
 from service.registry.loaded_models import LoadedModel
 
 MAX_CANDIDATES = 10_000
+
+# What the score of a candidate is: its log-probability, the mean of it per character, or the log-probability given that
+# it is one of the candidates.
+Normalize = Literal["none", "length", "candidates"]
 
 _ROUND = 64  # paths that are read at a time, so that few states wait for their branches
 
@@ -62,6 +67,14 @@ def score_candidates(
 def total(logprobs: Float32) -> float:
     """Return the log-probability of a text: the sum over its characters, rounded once."""
     return math.fsum(logprobs.tolist())
+
+
+def normalized(logprobs: Sequence[Float32], normalize: Normalize) -> tuple[list[float], list[float]]:
+    """Return the log-probability of each of n > 0 candidates, and its score, from those of its characters."""
+    totals = [total(each) for each in logprobs]
+    if normalize == "length":
+        return totals, [value / len(each) for value, each in zip(totals, logprobs, strict=True)]
+    return totals, log_shares(totals).tolist() if normalize == "candidates" else totals
 
 
 def log_shares(logprobs: Sequence[float]) -> Float64:

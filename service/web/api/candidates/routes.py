@@ -11,7 +11,7 @@ from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue, PositionGone
 from service.generation.branches import state_after
-from service.generation.candidates import Origin, log_shares, score_candidates, total
+from service.generation.candidates import Normalize, Origin, normalized, score_candidates
 from service.generation.n_best import Wanted, affordable_steps, ends_at, n_best, words
 from service.generation.reader import step
 from service.generation.score_reservation import ScoreReservation
@@ -148,17 +148,12 @@ class CandidateRoutes(Resource):
         candidates: Sequence[Ids],
         num_prompt: int,
         num_cached: int,
-        normalize: schemas.Normalize,
+        normalize: Normalize,
         reservation: ScoreReservation,
         held: ExitStack,
     ) -> Response:
         logprobs = score_candidates(model, origin, candidates, reservation.require, client_monitor())
-        totals = [total(each) for each in logprobs]
-        scores = totals
-        if normalize == "length":
-            scores = [value / len(ids) for value, ids in zip(totals, candidates, strict=True)]
-        elif normalize == "candidates":
-            scores = log_shares(totals).tolist()
+        totals, scores = normalized(logprobs, normalize)
         usage = _usage(num_prompt + sum(map(len, candidates)), 0, num_cached)
         return json_response(_pieces(model, origin, candidates, totals, scores, usage), held)
 

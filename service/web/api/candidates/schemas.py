@@ -10,13 +10,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.generation.candidates import MAX_CANDIDATES
+from service.generation.candidates import MAX_CANDIDATES, Normalize
 from service.generation.n_best import MAX_N
 from service.model.charset import UnknownChars
 from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, Usage
 from service.web.api.sessions.schemas import Position
-
-Normalize = Literal["none", "length", "candidates"]
 
 _MAX_SUGGESTED_CHARS = 256
 _PROMPT = "text that is read after the session's and before what may follow; the session doesn't change"
