@@ -64,7 +64,7 @@ def score_command(
         prompt = read_text(prompt_file, "--prompt-file")
     texts = [*candidates, *(_lines(candidates_file) if candidates_file is not None else ())]
     _check(texts)
-    with open_service(model_store, model, num_threads=1) as service:
+    with open_service(model_store, model, num_threads=None) as service:
         loaded = service.models.get(service.default_model)
         facts = _scored(loaded, prompt or "", texts, normalize, unknown_chars)
         if as_json:
