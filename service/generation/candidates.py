@@ -19,7 +19,9 @@ import numpy as np
 from service.arrays import Float32, Float64, Ids
 from service.engine import arithmetic
 from service.generation.branches import Branch, Branches, Grown
+from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
+from service.sessions.session import Session
 
 MAX_CANDIDATES = 10_000
 
@@ -36,6 +38,19 @@ class Origin:
 
     hidden: Float32  # (L, H)
     position: int  # characters of the text
+
+    @classmethod
+    def after(
+        cls, model: LoadedModel, session: Session, prompt: Ids, client_has_left: Callable[[], bool] | None = None
+    ) -> Origin:
+        """Return the state after a session's text and the (n,) characters of a prompt. The session doesn't change.
+
+        Raises Overloaded, EngineFailed, ClientGone.
+        """
+        if not len(prompt):
+            return cls(session.hidden, session.position)
+        end, _ = step(model, prompt, session.hidden, session.position, client_has_left=client_has_left)
+        return cls(end.hidden, end.position)
 
 
 def score_candidates(

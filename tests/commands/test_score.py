@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
+from service.__main__ import main
 from service.settings import Settings
 from service.store.model_store import ModelStore
-from tests.commands.test_generate import run
 from tests.harness.application import client_of, ok
+
+
+def run(*words: str, stdin: bytes | str | None = None) -> Result:
+    return CliRunner().invoke(main, list(words), input=stdin)
 
 
 @pytest.fixture

@@ -9,16 +9,15 @@ from flask import Response
 
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue, PositionGone
+from service.errors import InvalidValue
 from service.generation.branches import state_after
 from service.generation.candidates import Normalize, Origin, normalized, score_candidates
 from service.generation.n_best import Wanted, affordable_steps, ends_at, n_best, words
-from service.generation.reader import step
 from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import SessionService
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.session import Session, SessionKey
+from service.sessions.session import SessionKey
 from service.shares import SharedBudget
 from service.web.api.candidates import schemas
 from service.web.api.json_pieces import dumps
@@ -98,7 +97,7 @@ class CandidateRoutes(Resource):
             prompt = self._encoded(model, body.prompt, body.unknown_chars, "prompt")
             candidates = self._encoded_candidates(model, body)
             reservation = self._reservation("candidates", "send fewer candidates", held)
-            origin = _after(model, session, prompt)
+            origin = Origin.after(model, session, prompt, client_monitor())
             return self._scored(model, origin, candidates, len(prompt), 0, body.normalize, reservation, held)
 
     @Route(
@@ -120,14 +119,14 @@ class CandidateRoutes(Resource):
             model, session = self._sessions.reading(SessionKey(current_owner(), path.id), body.position)
             prompt = self._encoded(model, body.prompt, body.unknown_chars, "prompt")
             if body.until is None:
-                form = words(model.charset, model.charset.decode(prompt[-1:]) or _last_character(session))
+                form = words(model.charset, model.charset.decode(prompt[-1:]) or session.last_character)
             else:
                 ends = {*self._encoded(model, body.until, body.unknown_chars, "until").tolist()}
                 form = ends_at(char in ends for char in range(len(model.charset)))
             reservation = self._reservation("n", "request shorter suggestions", held)
             steps = affordable_steps(model, body.max_chars, self._score_budget.max_per_client)
             wanted = Wanted(body.n, body.max_chars, form, max_steps=max(1, steps))
-            origin = _after(model, session, prompt)
+            origin = Origin.after(model, session, prompt, client_monitor())
             found = n_best(model, origin, wanted, reservation.require, client_monitor())
             answer = schemas.SuggestAnswer(
                 model=model.version.ref,
@@ -196,23 +195,6 @@ class CandidateRoutes(Resource):
         reservation = ScoreReservation(self._score_budget, param, remedy)
         held.callback(reservation.release)
         return reservation
-
-
-def _after(model: LoadedModel, session: Session, prompt: Ids) -> Origin:
-    """Return the state after the session's text and a prompt."""
-    position = session.position
-    if not len(prompt):
-        return Origin(session.hidden, position)
-    end, _ = step(model, prompt, session.hidden, position, client_has_left=client_monitor())
-    return Origin(end.hidden, end.position)
-
-
-def _last_character(session: Session) -> str:
-    """Return the last character of a session's text; nothing if it is empty, or not retained."""
-    try:
-        return session.text.slice(max(0, session.position - 1), session.position)
-    except PositionGone:
-        return ""
 
 
 def _usage(num_prompt: int, num_stepped: int, num_cached: int = 0) -> Usage:
