@@ -36,7 +36,7 @@ $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
 	@if $(BIN)/python -c 'import sys; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "none"); sys.exit(not variants())'; then :; \
-	else echo "The kernel was not compiled, because no C++17 compiler works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
+	else echo "There is no kernel. torch is installed instead, which is several times slower. Why: $$(cat service/engine/native/not_compiled.txt 2>/dev/null || echo 'see above')"; $(call install,torch); fi
 	touch $@
 
 # What training, tests and benchmarks need beyond that.

@@ -14,24 +14,31 @@
 #include "model.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include "arm.h"
 #endif
 
 static_assert(FLT_EVAL_METHOD == 0, "float must be computed as float, double as double");
 
+// `isa` is a list for the attribute `target`. clang ignores the whole list if it has a word that clang doesn't know, so
+// that words for gcc alone are in GRU_WIDE.
 #if defined(__clang__)
+#define GRU_WIDE
 #define GRU_PRAGMA(text) _Pragma(#text)
 #define GRU_BEGIN(name, isa) \
     GRU_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function)) namespace gru::name {
 #define GRU_END } _Pragma("clang attribute pop")
 #else
+#define GRU_WIDE ",prefer-vector-width=512"
 #define GRU_PRAGMA(text) _Pragma(#text)
 #define GRU_BEGIN(name, isa) _Pragma("GCC push_options") GRU_PRAGMA(GCC target(isa)) namespace gru::name {
 #define GRU_END } _Pragma("GCC pop_options")
 #endif
 
 #if defined(__x86_64__)
-GRU_BEGIN(avx512vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+GRU_BEGIN(avx512vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni" GRU_WIDE)
 #include "operations_avx512vnni.inc"
 #include "arithmetic.inc"
 #include "product_vectors.inc"
@@ -70,6 +77,24 @@ GRU_BEGIN(sse4, "ssse3,sse4.1")
 GRU_END
 #endif
 
+#if defined(GRU_ARM_DOTPROD)
+GRU_BEGIN(i8mm, GRU_ARM_I8MM)
+#include "operations_i8mm.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+
+GRU_BEGIN(dotprod, GRU_ARM_DOTPROD)
+#include "operations_dotprod.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
 namespace gru::portable {
 #include "product_portable.inc"
 #include "arithmetic.inc"
@@ -86,21 +111,35 @@ struct NamedVariant {
     bool (*is_supported)();
 };
 
-// Best first.
-const NamedVariant kVariants[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", &avx512vnni::kVariant,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512vnni");
-     }},
+bool has_avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+// Not every compiler's __builtin_cpu_supports knows this name. AVX2 implies that the system saves the registers.
+bool has_avxvnni() {
+    unsigned a, b, c, d;
+    constexpr unsigned kAvxVnni = 1u << 4;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+}
+#endif
+
+// Best first. constexpr, because code that runs while the library is loaded must run on every processor.
+constexpr NamedVariant kVariants[] = {
+#if defined(__x86_64__)
+    {"avx512vnni", &avx512vnni::kVariant, has_avx512vnni},
 #if !defined(GRU_NO_AVXVNNI)
-    {"avxvnni", &avxvnni::kVariant,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); }},
+    {"avxvnni", &avxvnni::kVariant, has_avxvnni},
 #endif
     {"avx2", &avx2::kVariant, [] { return bool(__builtin_cpu_supports("avx2")); }},
     {"sse4", &sse4::kVariant, [] { return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1"); }},
+#endif
+#if defined(GRU_ARM_DOTPROD)
+    {"i8mm", &i8mm::kVariant, has_i8mm},
+    {"dotprod", &dotprod::kVariant, has_dotprod},
 #endif
     {"portable", &portable::kVariant, [] { return true; }},
 };

@@ -41,8 +41,8 @@ struct Matrix {
     const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
 };
 
-// Columns are padded to two blocks of the largest depth, which is 4.
-inline int64_t padded_columns(int64_t columns) { return round_up(columns, 8); }
+// Columns are padded to two blocks of the largest depth, which is 8.
+inline int64_t padded_columns(int64_t columns) { return round_up(columns, 16); }
 
 // Packs `weight` (rows, columns). row_of(group, vector, lane) returns the row to store there, or -1 for padding.
 template <typename RowOf>

@@ -1,0 +1,161 @@
+"""The forms of the harness: what is compiled gives only texts of the form, and what is refused is refused in bounds."""
+
+from __future__ import annotations
+
+import json
+import re
+import tracemalloc
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from service.engine.automaton.alphabet import Alphabet
+from service.engine.automaton.automaton import NEVER, Automaton
+from service.engine.automaton.budget import MAX_TABLE_BYTES, Budget
+from service.engine.automaton.compiler import FormCache, compile_form
+from service.engine.automaton.dfa import Dfa
+from service.engine.automaton.form import Form
+from service.errors import InvalidValue
+from tests.harness.forms import CHARSET, HOSTILE_PATTERNS, HOSTILE_SCHEMAS, PATTERNS, SCHEMAS, sample, schema_text
+
+LENGTHS = (0, 0, 1, 2, 5, 10, 20, 40, 80, 150, 300, 600)  # characters beyond the fewest
+
+
+def assert_minimal(automaton: Automaton) -> None:
+    """Check that an automaton's states are reachable and useful, and its states and classes all different."""
+    transitions, fewest = automaton.transitions, automaton.fewest
+    reached, waiting = {0}, [0]
+    for state in waiting:
+        new = set(transitions[state].tolist()) - reached - {-1}
+        reached |= new
+        waiting += new
+    assert len(reached) == automaton.num_states
+    assert fewest.max() < NEVER
+    after = np.where(transitions >= 0, fewest[transitions], NEVER - 1).min(axis=1, initial=NEVER - 1)
+    assert (fewest[fewest > 0] == after[fewest > 0] + 1).all()
+    # Refined from whether a text may end, states are told apart down to the last one.
+    blocks = (fewest == 0).astype(np.int64)
+    while True:
+        rows = np.column_stack([np.where(transitions >= 0, blocks[transitions], -1), blocks])
+        refined = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)
+        if refined.max() == blocks.max():
+            break
+        blocks = refined
+    assert blocks.max() + 1 == automaton.num_states
+    assert len(np.unique(transitions, axis=1).T) == transitions.shape[1]
+    assert set(automaton.classes.tolist()) == set(range(transitions.shape[1]))
+    assert not automaton.stop_chars.any()
+    assert not automaton.withheld.any()
+
+
+def samples(automaton: Automaton, seed: int = 0) -> list[str]:
+    """Draw texts of an automaton: of several lengths, down to the fewest that suffice."""
+    random = np.random.default_rng(seed)
+    fewest = int(automaton.fewest[0])
+    texts = [sample(automaton, CHARSET, random, fewest + more) for more in LENGTHS]
+    assert all(len(text) <= fewest + more for text, more in zip(texts, LENGTHS, strict=True))
+    assert len(texts[0]) == fewest
+    return texts
+
+
+def test_forms__are_fifty_patterns_and_twenty_schemas() -> None:
+    assert len(PATTERNS) == len(set(PATTERNS.values())) == 50
+    assert len(SCHEMAS) == 20
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern__gives_only_texts_that_match(name: str) -> None:
+    automaton = compile_form(Form("regex", PATTERNS[name]), CHARSET)
+    assert_minimal(automaton)
+    for text in samples(automaton):
+        assert re.fullmatch(PATTERNS[name], text), text
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema__gives_only_texts_that_validate(name: str) -> None:
+    automaton = compile_form(Form("json", schema_text(SCHEMAS[name])), CHARSET)
+    assert_minimal(automaton)
+    validator = jsonschema.Draft202012Validator(
+        SCHEMAS[name], format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+    for text in samples(automaton):
+        validator.validate(json.loads(text))
+
+
+def test_json_object__gives_only_objects() -> None:
+    automaton = compile_form(Form("json_object", ""), CHARSET)
+    assert_minimal(automaton)
+    for text in samples(automaton):
+        assert isinstance(json.loads(text), dict)
+    for text in ("{}", '{"a": 1,"b": [{"c": {"d": [true, null,"e\\n"]}}]}', '{"日本":-0.5}'):
+        assert accepts(automaton, text), text
+    for text in ("", "[]", "1", '{"a": 1,}', '{"a":  1}', '{"a": 01}', '{"a": 1.0}', '{"a": 1e5}', '{"a": "\n"}'):
+        assert not accepts(automaton, text), text
+
+
+def accepts(automaton: Automaton, text: str) -> bool:
+    """Whether an automaton over CHARSET accepts a text."""
+    state = automaton.walk(0, map(CHARSET.index, text))
+    return state >= 0 and automaton.fewest[state] == 0
+
+
+def hostile_forms() -> list[tuple[Form, str]]:
+    """The forms that are refused, with parts of the messages."""
+    patterns = [(Form("regex", pattern), message) for pattern, message in HOSTILE_PATTERNS.items()]
+    return patterns + [(Form("json", schema_text(schema)), message) for schema, message in HOSTILE_SCHEMAS]
+
+
+@pytest.mark.parametrize(("form", "message"), hostile_forms(), ids=range(len(hostile_forms())))
+@pytest.mark.parametrize("charset", [CHARSET, "".join(map(chr, range(32, 50_000)))], ids=["small", "large"])
+def test_hostile_form__is_refused_with_its_place_and_in_bounded_memory(form: Form, message: str, charset: str) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidValue) as error:
+            FormCache().get(form, charset)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert message in error.value.message
+    assert error.value.param is None
+    assert len(error.value.message) < 500
+    assert most < 100 * 2**20
+
+
+def test_hostile_form__takes_the_same_steps_each_time() -> None:
+    """Which forms are refused depends on counted steps: on neither the machine nor its load."""
+    for pattern in PATTERNS.values():
+        left = []
+        for _ in range(2):
+            budget = Budget()
+            regex_alphabet = Alphabet(CHARSET, None, budget)
+            from service.engine.automaton.regex import regex_dfa
+
+            assert isinstance(regex_dfa(pattern, regex_alphabet), Dfa)
+            left.append(budget.steps)
+        assert left[0] == left[1] > 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "{",
+        "[" * 70 + "]" * 70,
+        '{"minimum": NaN}',
+        '{"minimum": 1e999999999}',
+        '{"a": ' + "9" * 5_000 + "}",
+        "x" * 70_000,
+    ],
+)
+def test_schema__that_is_no_json_is_refused_with_its_place(value: str) -> None:
+    with pytest.raises(InvalidValue, match="character|number|characters"):
+        compile_form(Form("json", value), CHARSET)
+
+
+def test_tables__have_a_limit() -> None:
+    charset = "".join(map(chr, range(0x4E00, 0x4E00 + 5_000)))
+    choices = [charset[index : index + 3] for index in range(4_000)]
+    with pytest.raises(InvalidValue, match=f"more than {MAX_TABLE_BYTES // 2**20} MiB"):
+        compile_form(Form("choice", json.dumps(choices)), charset)
