@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "roofline": (),
     "http": (),
     "fairness": (),
+    "scoring": (),
     "sessions": (),
     "memory": (),
     "deploy": ("redis-server",),

@@ -1,4 +1,4 @@
-"""What completions, chats and scores return."""
+"""What completions, chats, scores and suggestions return."""
 
 from __future__ import annotations
 
@@ -142,6 +142,59 @@ class Score:
         """The mean surprise of a scored character, in bits; NaN if none is scored."""
         num_scored = sum(each is not None for each in self.logprobs)
         return -self.total / num_scored / math.log(2) if num_scored else math.nan
+
+
+@dataclass(frozen=True)
+class CandidateScore:
+    """How likely a model finds one of several texts that may follow another one."""
+
+    text: str  # as the model read it
+    logprob: float  # of its characters together, in nats
+    score: float  # the same, normalised as requested
+
+
+@dataclass(frozen=True)
+class CandidateScores:
+    """How likely a model finds several texts that may follow another one."""
+
+    model: str  # name@version
+    position: int  # the number of characters before the candidates
+    scores: list[CandidateScore]  # in the order of the candidates
+
+    @property
+    def best(self) -> CandidateScore:
+        """The candidate with the highest score; the first of equal ones."""
+        return max(self.scores, key=lambda one: one.score)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> CandidateScores:
+        """Read the API's answer."""
+        scores = [CandidateScore(each["text"], each["logprob"], each["score"]) for each in document["data"]]
+        return cls(document["model"], document["position"], scores)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A text that may follow."""
+
+    text: str
+    logprob: float  # of the text, and of ending there, in nats
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """The likeliest texts that may follow a session's text."""
+
+    model: str  # name@version
+    position: int  # the number of characters before the suggestions
+    is_exact: bool  # whether no other text is likelier than these
+    texts: list[Suggestion]  # the likeliest first
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Suggestions:
+        """Read the API's answer."""
+        texts = [Suggestion(each["text"], each["logprob"]) for each in document["data"]]
+        return cls(document["model"], document["position"], document["exact"], texts)
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,30 @@ class ScoreFields(TypedDict, total=False):
     state: str
 
 
+class CandidateFields(TypedDict, total=False):
+    """How candidates in a session are scored."""
+
+    prompt: str
+    normalize: Literal["none", "length", "candidates"]
+    unknown_chars: UnknownChars
+
+
+class PromptCandidateFields(CandidateFields, total=False):
+    """Also which model scores them."""
+
+    model: str
+    cache_salt: str
+
+
+class SuggestFields(TypedDict, total=False):
+    """Which texts are suggested."""
+
+    prompt: str
+    until: str | None
+    max_chars: int
+    unknown_chars: UnknownChars
+
+
 class SessionFields(TypedDict, total=False):
     """What a new session is created with."""
 

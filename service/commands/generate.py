@@ -20,6 +20,7 @@ from service.commands.options import (
     json_option,
     model_store_option,
     open_service,
+    read_text,
 )
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.model.charset import UnknownChars
@@ -75,29 +76,6 @@ def _unescaped(value: str, ctx: click.Context, param: click.Parameter) -> str:
     if not value:
         raise click.BadParameter("a stop string must not be empty", ctx, param)
     return re.sub(r"\\.?", char, value, flags=re.DOTALL)
-
-
-def _read_prompt(prompt: str | None, file: BinaryIO | None) -> str:
-    """Return the prompt of the option or of the file. Raises UsageError if none or both are given, or it is no text."""
-    if (prompt is None) == (file is None):
-        what = "give the text to continue" if file is None else "give one text to continue, not two:"
-        raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
-    if file is None:
-        return prompt or ""
-    max_chars = read_settings().max_prompt_chars
-    data = file.read(4 * max_chars + 4)  # a character has up to four bytes, and a byte order mark three
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if len(data) < 4 * max_chars + 4:
-            raise click.UsageError(
-                f"--prompt-file: not UTF-8 at byte {error.start}: convert the file, for example with "
-                "iconv -f WINDOWS-1252 -t UTF-8"
-            ) from None
-        text = data.decode(errors="replace")
-    if len(text) > max_chars:
-        raise click.UsageError(f"--prompt-file: more than {max_chars:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS")
-    return text
 
 
 @click.command("generate")
@@ -161,7 +139,10 @@ def generate_command(
     from service.generation.completion import CompletionRequest
     from service.generation.reader import written_stops
 
-    prompt = _read_prompt(prompt, prompt_file)
+    if (prompt is None) == (prompt_file is None):
+        what = "give the text to continue" if prompt is None else "give one text to continue, not two:"
+        raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
+    prompt = prompt if prompt_file is None else read_text(prompt_file, "--prompt-file")
     is_random, number = seed is None, num_texts or 1
     seed = secrets.randbits(53) if seed is None else seed
     # One thread for one text: a second core would mostly wait for the first.
