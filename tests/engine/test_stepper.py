@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from service.engine import stepper as stepper_module
 from service.engine.integer_product import IntegerProduct
-from service.engine.native.native_stepper import NativeStepper, variants
+from service.engine.native.native_stepper import NativeStepper
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult, mean_loss
@@ -29,9 +29,10 @@ from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from tests.harness.models import random_tensors
 from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
+from tests.harness.tiles import TESTED_VARIANTS
 
 STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
-STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
+STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in TESTED_VARIANTS}
 
 
 @pytest.fixture(params=[f"{name}-{model}" for name in STEPPERS for model in ("int8", "int4", "deep")])
