@@ -149,8 +149,8 @@ bool has_avxvnni() {
 #endif
 
 #if defined(GRU_AMX)
-// Whether the processor has tiles of bytes, and the system lets this process use them. The system must be asked, because
-// tiles make what it saves of a thread four times as large; it answers for the process and for those forked from it.
+// Whether the processor has tiles of bytes, and the system lets this process and its children use them. The system must
+// be asked, because tiles make what it saves of a thread four times as large.
 bool has_amx_int8() {
     if (!has_avx512vnni() || !__builtin_cpu_supports("gfni")) return false;
     unsigned a, b, c, d;
@@ -226,7 +226,7 @@ class Kernel {
                       padded.get() + row * model_.stride);
         workers_[0].reserve(num_rows, model_, variant_);
         for (int64_t i = 0; i < repeats; ++i)
-            variant_.recurrent_products(model_, layer, padded.get(), num_rows, workers_[0], out);
+            variant_.recurrent_products(model_, layer, padded.get(), num_rows, i % 2 == 1, workers_[0], out);
     }
 
    private:

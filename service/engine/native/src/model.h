@@ -93,8 +93,8 @@ struct Variant {
     bool has_tiles;  // whether products are computed by product_tiles.inc
     Blocks blocks;
     void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
-    void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, Worker&,
-                               int32_t* out);
+    void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, bool is_falling,
+                               Worker&, int32_t* out);
 };
 
 // Rounded states to multiply with weights, in the form that a variant needs. Its `gather` fills it.
