@@ -33,6 +33,7 @@ from service.model.quantize import QuantizedGRU, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import tiny_config
 from tests.harness.rows import KINDS, changed, outcome, quantized, row, run, with_checkpoints
+from tests.harness.tiles import TESTED_VARIANTS
 
 VARIANTS = list(variants())
 CLOCK_SLACK = 4  # a busy machine has cold caches
@@ -78,7 +79,7 @@ def test_variants__always_include_the_portable_one() -> None:
     assert VARIANTS[-1] == "portable"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,7 +121,7 @@ def extreme(model: QuantizedGRU, weight: Callable[[Any], Any], scale: float) -> 
     return replace(model, layers=layers, table=model.table * np.float32(50 * scale))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("scale", [1e-3, 10.0], ids=["small", "saturating"])
 @pytest.mark.parametrize("kind", ["largest", "zero", "signs"])
@@ -144,7 +145,7 @@ def test_kernel__extreme_weights_and_states_give_the_bits_of_torch(
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @settings(max_examples=15, deadline=None)
 @given(
@@ -211,11 +212,11 @@ def test_kernel__ten_thousand_characters_of_the_shipped_model_are_those_of_torch
         return outcome(stepper, rows)
 
     assert texts(NativeStepper(model), 10_000) == texts(TorchStepper(model), 10_000)
-    for variant in VARIANTS[1:]:
+    for variant in TESTED_VARIANTS:
         assert texts(NativeStepper(model, variant=variant), 300) == texts(NativeStepper(model), 300)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
 def test_kernel__invalid_states_and_nan_stay_within_memory_and_end(variant: str) -> None:
     """The kernel doesn't check the numbers in a state. Whatever they are, it draws valid ids and finishes the text."""
     stepper = NativeStepper(quantized(), 2, variant, always_together=True)
@@ -307,7 +308,7 @@ def test_variants__without_the_library_there_are_none(monkeypatch: pytest.Monkey
         variants.cache_clear()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
 def test_self_check__expects_what_every_stepper_computes(variant: str) -> None:
     make_stepper = partial(NativeStepper, variant=variant)
     assert digest_of(make_stepper) == digest_of(TorchStepper) == EXPECTED
