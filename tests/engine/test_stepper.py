@@ -27,10 +27,11 @@ from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from tests.harness.emulated_kernel import EMULATED
 from tests.harness.models import random_tensors
 from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
 
-STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
+STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {} if EMULATED else {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
 
 
