@@ -1,4 +1,4 @@
-"""With TEST_EMULATED=aarch64, all tests of the native stepper run on the kernel of that processor, under an emulator."""
+"""With TEST_EMULATED=aarch64, tests of the native stepper run on the kernel of that processor, under an emulator."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ SETTINGS = [
     SamplingSettings(repetition_penalty=1.3, presence_penalty=-0.5, frequency_penalty=0.7, logit_bias=((1, 3.0),)),
 ]
 
-not_emulated = pytest.mark.skipif(bool(EMULATED), reason="is about the process or the time of a kernel that is not emulated")
+not_emulated = pytest.mark.skipif(
+    bool(EMULATED), reason="is about the process or the time of a kernel that is not emulated"
+)
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="the kernel was not compiled: no C++17 compiler")
 
 

@@ -1,9 +1,9 @@
 """The kernel of another processor, which runs under an emulator, for the Python of this one.
 
 The kernel is built by `setup.py` with a cross compiler, as a wheel on that processor would be. A small C++ program
-(kernel_driver.cpp) loads it under qemu and calls its functions. Python stays native: so the tests need neither another
-Python nor its libraries, and everything but the kernel runs at full speed. `EmulatedKernel.library()` takes the place of
-`binding.load()`, so that every test of the native stepper can run on it.
+(kernel_driver.cpp) loads it under qemu and calls its functions. Python stays native, so the tests need neither another
+Python nor its libraries, and everything but the kernel runs at full speed. `EmulatedKernel.library()` takes the place
+of `binding.load()`, so every test of the native stepper can run on it.
 
 A call sends a copy of all memory that it needs, and takes back what the kernel has written. The addresses in the
 structures are found with the layout that the library itself describes.
@@ -248,9 +248,7 @@ class _Memory:
     keeps alive: those in its variables, and in the objects of this package that these lead to.
     """
 
-    def __init__(
-        self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType
-    ) -> None:
+    def __init__(self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType) -> None:
         self._addresses, self._handles, self._caller = addresses, handles, caller
         self._arrays: list[Array] = []
         self._starts: list[int] = []  # place of each array
