@@ -23,7 +23,7 @@ from service.engine.automaton.compiler import compile_form
 from service.engine.automaton.form import Form
 from service.engine.automaton.stops import with_stops
 from service.engine.integer_product import IntegerProduct
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.request import Request
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
@@ -36,11 +36,12 @@ from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from tests.harness.automata import random_automaton
+from tests.harness.emulated_kernel import EMULATED
 from tests.harness.models import random_tensors
 from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
 from tests.harness.tiles import TESTED_VARIANTS
 
-STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
+STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {} if EMULATED else {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in TESTED_VARIANTS}
 
 
