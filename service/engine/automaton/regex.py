@@ -66,7 +66,7 @@ _TOKEN = re.compile(
     | (?P<open>     \( )
     | (?P<close>    \) )
     | (?P<escape>   \\. | \\\Z )
-    | (?P<set>      \[\^?\]?(?:[^\]\\]|\\.)*\] )
+    | (?P<set>      \[\^?\]?(?:[^\]\\]|\\.)*+\]? )
     | (?P<repeat>   \{(?:(?P<exact>\d+)|(?P<least>\d*),(?P<most>\d*))\} )
     """,
     re.VERBOSE | re.DOTALL,
@@ -128,7 +128,7 @@ def _parse(pattern: str) -> tuple[Any, int]:
     except re.error as error:
         place = "" if error.pos is None else f"position {error.pos}: "
         raise InvalidValue(f"{place}{error.msg}") from error
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:  # from int(), which converts at most 4,300 digits
         raise InvalidValue(f"position {_largest_repeat(pattern)[0]}: the repetition number is too large") from error
     except RecursionError as error:
         raise InvalidValue("position 0: the pattern is nested too deeply") from error
