@@ -162,7 +162,7 @@ def _blocks(transitions: Int32, fewest: Int32, most: Int32, edges: tuple[Ids, Id
         following = transitions[waiting]
         rows = np.concatenate([blocks[waiting, None], np.where(following < 0, -1, blocks[following])], axis=1)
         groups, first = row_blocks(rows)
-        # States of a block were alike before the last round. Those that did not wait still are, and keep its number: the
+        # States of a block were alike before the last round. Those that did not wait still are, and keep it: the
         # others lead to numbers that are new. If all of them waited, the largest group keeps the number.
         block_of = rows[first, 0]
         all_waited = np.bincount(rows[:, 0], minlength=num_blocks) == np.bincount(blocks, minlength=num_blocks)
