@@ -515,6 +515,8 @@ def test_flush_interval__grows_with_the_number_of_open_texts() -> None:
 
 HUGE = 2**63 - 1
 LONE = np.array([len(CHARSET)])  # an id that the model doesn't have
+_NONE = np.zeros(1, np.int32)
+ANY = Automaton(np.zeros(len(CHARSET), np.int32), np.zeros((1, 1), np.int32), _NONE, _NONE, _NONE)  # allows everything
 UNREPRESENTABLE: dict[str, dict[str, Any]] = {
     "position after the last one": {"position": HUGE},
     "end after the last one": {"position": 2**53 - 35},
@@ -535,6 +537,12 @@ UNREPRESENTABLE: dict[str, dict[str, Any]] = {
     "infinite state": {"hidden": np.full((1, 64), np.inf, np.float32)},
     "state above 1": {"hidden": np.full((1, 64), 1.5, np.float32)},
     "automaton of another charset": {"automaton": with_stops(None, [np.array([0])], len(CHARSET) + 1)},
+    "automaton that leaves its tables": {"automaton": replace(ANY, transitions=np.array([[1]], np.int32))},
+    "automaton with a class that it lacks": {"automaton": replace(ANY, classes=ANY.classes + np.int32(1))},
+    "automaton of other numbers": {"automaton": replace(ANY, transitions=np.array([[0]]))},
+    "automaton with more classes than characters": {
+        "automaton": replace(ANY, transitions=np.zeros((1, len(CHARSET) + 1), np.int32))
+    },
     "completed before its end": {"num_left": 10},
     "unknown characters before it": {"generated": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
     "unknown characters in its history": {"history_prompt": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
