@@ -36,7 +36,6 @@ class Alphabet:
         self._members: list[Ids] = []
         self._numbers: dict[bytes, int] = {}
         self._of_chars: dict[str, int] = {}
-        self._lacking: dict[str, list[str]] = {}  # of the keys of _of_chars: those that the model lacks
         self._of_pattern: dict[tuple[str, int], int] = {}
         self._num_members = 0
         self.missing: dict[str, None] = {}  # characters that a form named and that texts can't have, in its order
@@ -61,22 +60,21 @@ class Alphabet:
     def chars(self, chars: str, *, is_needed: bool = True) -> int:
         """Return the number of the set of these characters. Those that the model lacks are left out.
 
-        is_needed: whether they are remembered as missing, for an error.
+        is_needed: whether to remember them, for an error, if the model lacks all of them.
         """
         number = self._of_chars.get(chars)
         if number is None:
             self.budget.spend(10 + len(chars))
             ids = self.indices(np.fromiter(map(ord, chars), np.int64, len(chars)))
             number = self._of_chars[chars] = self.set_of(np.unique(ids[ids >= 0]))
-            self._lacking[chars] = [char for char, id_ in zip(chars, ids.tolist(), strict=True) if id_ < 0]
-        if is_needed:
-            self.missing |= dict.fromkeys(self._lacking[chars])
+        if is_needed and not len(self._members[number]):
+            self.missing |= dict.fromkeys(chars)
         return number
 
     def ranges(self, ranges: Sequence[tuple[int, int]], others: Sequence[int] = (), *, is_negated: bool = False) -> int:
-        """Return the number of the set of characters in one of some ranges of code points, ends included, or other sets.
+        """Return the number of the union of some ranges of code points, whose ends belong to them, and other sets.
 
-        is_negated: of all other characters instead.
+        is_negated: return that of all other characters instead.
         """
         self.budget.spend(50 + 10 * len(ranges) + len(self._text) // 50)
         inside = np.zeros(len(self._sorted) + 1, np.int64)

@@ -46,7 +46,7 @@ def determinise(expression: Expression, alphabet: Alphabet) -> Dfa:
     return _Subsets(positions, whole, alphabet).dfa().minimised(alphabet.budget)
 
 
-def size(expression: Expression, known: Mapping[int, tuple[int, Expression]] = {}) -> int:  # noqa: B006
+def size(expression: Expression, known: Mapping[int, tuple[int, Expression]] = {}) -> int:
     """Return the number of positions of an expression, which may be far more than can be built.
 
     known: sizes of parts, by the identities of the parts.
@@ -151,7 +151,8 @@ class _Positions:
                 one = _Fragment(False, one.first, one.last)
             copies.append(one)
             joints.append(_EMPTY if not index or repeat.separator is None else self.add(repeat.separator))
-        whole, last = _EMPTY, ()
+        whole = _EMPTY
+        last: _Places = ()
         for index, (joint, one) in enumerate(zip(joints, copies, strict=True)):
             whole = self._joined(self._joined(whole, joint), one)
             if index + 1 >= least:
@@ -225,9 +226,10 @@ class _Subsets:
         self._labels = positions.labels
         has_conditions = any(label < 0 for label in positions.labels)
         numbers = sorted({label for label in positions.labels if label >= 0})
-        kinds = [alphabet.chars("\n"), alphabet.matching(r"\w", 0), alphabet.matching(r"\w", re.ASCII)]
-        if not has_conditions:
-            kinds = []
+        kinds: list[int] = []
+        if has_conditions:
+            kinds.append(alphabet.chars("\n", is_needed=False))
+            kinds += (alphabet.matching(r"\w", flags) for flags in (0, re.ASCII))
         self.classes, classes_of = alphabet.partition([*numbers, *kinds])
         self._num_classes = int(self.classes.max()) + 1
         masks = [sum(1 << one for one in found) for found in map(np.ndarray.tolist, classes_of)]
@@ -408,7 +410,7 @@ def _holds(assertion: int, before: int, after: int) -> bool:
             return (before ^ after) & _WORD != 0
         case Assertion.ASCII_EDGE:
             return (before ^ after) & _ASCII_WORD != 0
-        case Assertion.NO_EDGE | Assertion.NO_ASCII_EDGE:
+        case _:
             bit = _WORD if assertion == Assertion.NO_EDGE else _ASCII_WORD
             return not (before ^ after) & bit and (before & after != _NONE or _NO_EDGE_OF_NOTHING)
 

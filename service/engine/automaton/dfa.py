@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +148,7 @@ def _blocks(transitions: Int32, fewest: Int32, most: Int32, budget: Budget) -> I
         num_blocks = len(first)
 
 
-def row_blocks(rows: Ids) -> tuple[Ids, Ids]:
+def row_blocks(rows: NDArray[Any]) -> tuple[Ids, Ids]:
     """Return (N,): a number for each of the N rows, the same for equal ones; and (B,) the first row of each number.
 
     By hashes, which is far faster than by sorting rows, and checked.

@@ -1,7 +1,7 @@
-"""JSON as expressions: strings, numbers, constants, arrays, objects, each with one way to write a value.
+r"""JSON as expressions: strings, numbers, constants, arrays, objects, each with one way to write a value.
 
 - White space: at most one space after each comma and each colon, none elsewhere.
-- Strings: characters as they are; only `"`, `\\`, and the control characters that have a short escape are escaped.
+- Strings: characters as they are; only `"`, `\`, and the control characters that have a short escape are escaped.
   Other control characters are not written.
 - Numbers: no exponent, no zeros that say nothing, no -0. Integers have at most 15 digits, so that every program reads
   them exactly; other numbers at most 9 digits before the point and 6 after it, so that none is rounded to another one.
@@ -56,6 +56,8 @@ class JsonText:
         self._colon = InSequence((self.written(":"), space))
         self._quote = self.written('"')
         self._backslash = Chars(alphabet.chars("\\", is_needed=False))
+        self._minus = Chars(alphabet.chars("-", is_needed=False))
+        self._point = Chars(alphabet.chars(".", is_needed=False))
         self._plain = alphabet.without(alphabet.everything(), '"\\' + _CONTROLS)
 
     def written(self, text: str) -> Expression:
@@ -140,13 +142,13 @@ class JsonText:
         least = -INTEGER_LIMIT if least is None else max(least, -INTEGER_LIMIT)
         most = INTEGER_LIMIT if most is None else min(most, INTEGER_LIMIT)
         if (least, most) == (-INTEGER_LIMIT, INTEGER_LIMIT):
-            minus = optional(self.written("-"))
+            minus = optional(self._minus)
             return Either((self.written("0"), InSequence((minus, self._integers(1, most)))))
         parts = []
         if most >= max(least, 0):
             parts.append(self._integers(max(least, 0), most))
         if least <= min(most, -1):
-            parts.append(InSequence((self.written("-"), self._integers(max(1, -most), -least))))
+            parts.append(InSequence((self._minus, self._integers(max(1, -most), -least))))
         return Either(tuple(parts))
 
     def number(self, least: int | None = None, most: int | None = None) -> Expression:
@@ -154,7 +156,7 @@ class JsonText:
         least = -NUMBER_LIMIT if least is None else max(least, -NUMBER_LIMIT)
         most = NUMBER_LIMIT if most is None else min(most, NUMBER_LIMIT)
         if (least, most) == (-NUMBER_LIMIT, NUMBER_LIMIT):
-            minus = optional(self.written("-"))
+            minus = optional(self._minus)
             integers, fraction = self._integers(1, NUMBER_LIMIT // 10**DECIMALS), self._fraction(1, 10**DECIMALS - 1)
             return Either(
                 (
@@ -167,7 +169,7 @@ class JsonText:
         if most >= max(least, 0):
             parts.append(self._decimals(max(least, 0), most))
         if least <= min(most, -1):
-            parts.append(InSequence((self.written("-"), self._decimals(max(1, -most), -least))))
+            parts.append(InSequence((self._minus, self._decimals(max(1, -most), -least))))
         return Either(tuple(parts))
 
     def array(self, item: Expression, least: int = 0, most: int | None = None) -> Expression:
@@ -198,7 +200,7 @@ class JsonText:
             members: names, values, and whether the member may be left out; in the order in which they are written.
             others: the names and values of members that may follow, any number of them.
         """
-        items = [
+        items: list[tuple[Expression, bool]] = [
             (InSequence((self.constant(name), self._colon, value)), is_optional) for name, value, is_optional in members
         ]
         if others is not None:
@@ -280,7 +282,7 @@ class JsonText:
 
     def _fraction(self, low: int, high: int) -> Expression:
         """Return the expression of a point and the digits after it, or nothing for 0."""
-        after = InSequence((self.written("."), self._trimmed(max(low, 1), high, DECIMALS))) if high else NOTHING
+        after = InSequence((self._point, self._trimmed(max(low, 1), high, DECIMALS))) if high else NOTHING
         return optional(after) if low == 0 else after
 
     def _trimmed(self, low: int, high: int, num_digits: int) -> Expression:
