@@ -19,7 +19,7 @@ check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/myp
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
 bench: setup ; $(BIN)/python -m benchmarks
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
-	for peer in onnxruntime tensorflow; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
+	for peer in onnxruntime tensorflow forms; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
 clean: ; rm -rf $(VENV) .clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Runs the kernel's tests on a build that aborts at the first memory error or undefined behaviour.

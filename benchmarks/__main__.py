@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "recipes": (),
     "corpora": (),
     "decode": (),
+    "form_compilation": (),
     "roofline": (),
     "http": (),
     "fairness": (),
