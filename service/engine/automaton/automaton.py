@@ -48,6 +48,11 @@ class Automaton:
         return bool((self.transitions < 0).any() or self.fewest.any())
 
     @cached_property
+    def has_stops(self) -> bool:
+        """Whether it knows any stop string."""
+        return bool(self.withheld.any())
+
+    @cached_property
     def fewest_after(self) -> Int32:
         """(S,): the fewest characters that complete a text from here if it has to get longer; NEVER if it can't."""
         after = np.where(self.transitions < 0, NEVER - 1, self.fewest[self.transitions])
