@@ -190,8 +190,29 @@ def test_no_form__in_the_words_of_every_client_changes_nothing(
     assert texts[0] == texts[1]
 
 
-KEYWORDS = """type properties required items minItems maxItems minLength maxLength pattern enum const anyOf oneOf allOf
-$ref $defs additionalProperties minimum maximum title format""".split()
+KEYWORDS = [
+    "type",
+    "properties",
+    "required",
+    "items",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "enum",
+    "const",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+    "$defs",
+    "additionalProperties",
+    "minimum",
+    "maximum",
+    "title",
+    "format",
+]
 
 # What a form does
 
@@ -437,7 +458,7 @@ def test_repeated_run__needs_the_same_form(client: FlaskClient) -> None:
     session = ok(client.post("/v1/sessions", json={"text": "ROMEO:", "seed": 7}), 201)["id"]
     path, body = f"/v1/sessions/{session}/generate", {"max_tokens": 20, "position": 6}
     first = ok(client.post(path, json=body | {"structured_outputs": {"json": SCHEMA}}))
-    same = [{"guided_json": json.dumps(SCHEMA, indent=4)}, {"response_format": IN_OPENAIS_WORDS}]
+    same: list[dict[str, Any]] = [{"guided_json": json.dumps(SCHEMA, indent=4)}, {"response_format": IN_OPENAIS_WORDS}]
     assert [ok(client.post(path, json=body | form)) for form in same] == [first, first]
     others: list[dict[str, Any]] = [{}, {"guided_json": SCHEMA | {"title": "a"}}, {"guided_regex": "a"}]
     for form in others:
