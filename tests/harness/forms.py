@@ -250,6 +250,8 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"enum": []}, "#/enum: enum is a list of at least one"),
     ({"propertees": {}}, "#/propertees: propertees is not supported"),
     (3, "#: a schema is an object"),
+    ({"allOf": [{}, 1]}, "#/allOf/1: a schema is an object"),
+    ({"properties": {"a": {"pattern": []}}}, "#/properties/a/pattern: a pattern is a string"),
 ]  # fmt: skip
 
 

@@ -257,7 +257,10 @@ class _Reader:
             flat, more = self._flat(self._resolved(schema), [*following, reference])
             parts.append(flat)
             followed += [reference, *more]
-        for part in self._list(schema, "allOf") if "allOf" in schema else ():
+        for number, part in enumerate(self._list(schema, "allOf") if "allOf" in schema else ()):
+            if not isinstance(part, dict | bool):
+                place = self._places.get(id(schema), "#")
+                raise InvalidValue(f"{place}/allOf/{number}: a schema is an object, true or false")
             flat, more = self._flat(part, following)
             parts.append(flat)
             followed += more
@@ -384,6 +387,8 @@ class _Reader:
         patterns = schema.get("pattern", ())
         patterns = (patterns,) if not isinstance(patterns, tuple) else patterns
         form = schema.get("format")
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise self._refused(schema, "pattern", "a pattern is a string")
         key = (least, most, patterns, form)
         if form is not None and (not isinstance(form, str) or form not in FORMATS):
             raise self._refused(
@@ -405,8 +410,6 @@ class _Reader:
             return self._text.quoted(found)
         parts = [] if found is None else [determinise(found, self._alphabet)]
         for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise self._refused(schema, "pattern", "a pattern is a string")
             try:
                 parts.append(search_dfa(pattern, self._alphabet))
             except InvalidValue as error:
