@@ -110,10 +110,12 @@ class Engine:
     def _texts(self, requests: Sequence[Request]) -> list[Text]:
         batch, now, texts = SubmittedBatch(len(requests)), self._clock(), list[Text]()
         shared = {id(request.prompt): request.prompt.nbytes for request in requests}
+        shared |= {id(one): one.num_bytes for one in (request.automaton for request in requests) if one is not None}
         for request in requests:
             row = Row.of(request, self._stepper.initial_hidden(), self._vocab_size)
             num_bytes = self._num_bytes(request) + shared.pop(id(request.prompt), 0)
-            handle = Handle(request, self._stepper.check, now)
+            num_bytes += shared.pop(id(request.automaton), 0)
+            handle = Handle(request, self._stepper.check, now, row.num_withheld)
             texts.append(Text(handle, row, batch, num_bytes, len(request.prompt)))
         return texts
 

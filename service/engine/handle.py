@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from service.arrays import Float32
@@ -28,6 +28,7 @@ class End:
     position: int  # characters consumed: the request's `position`, and all that were read and generated
     checkpoints: dict[int, Float32]  # (L, H) float32 by position, for the requested positions that were reached
     next: Distribution | None = None  # likeliest next characters; None if not requested
+    num_stop_chars: int = 0  # of the stop string that ended the text; 0 if none did
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,18 @@ class Handle:
     by what it waits for.
     """
 
-    def __init__(self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0, num_withheld: int = 0
+    ) -> None:
+        """num_withheld: how many of the last characters of `generated` may turn out to belong to a stop string."""
+        self.request, self.num_withheld_before = request, num_withheld
         self.times = TextTimes(submitted_at)
         self.is_cancelled = False
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
         self.wants_snapshot = False
         self._check_engine = check_engine
         self._end: End | None = None
+        self._nothing = replace(NOTHING, num_withheld=num_withheld)  # what a reader gets if there is no result
         self._failure: str | None = None  # why there will be no more results
         self._parts: list[StepResult] = []  # of the last ticks
         # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
@@ -122,7 +127,7 @@ class Handle:
         """
         with self._ready:
             self._wait(None if timeout_s is None else time.monotonic() + timeout_s, for_parts=False)
-            return Update(NOTHING, None) if self._end is None else Update(self._take_parts(), self._end)
+            return Update(self._nothing, None) if self._end is None else Update(self._take_parts(), self._end)
 
     def wait(self) -> End:
         """Wait for the end of the text and return it. Raises EngineFailed."""
@@ -159,7 +164,12 @@ class Handle:
     def _take_parts(self) -> StepResult:
         """Return all results that were not read yet, joined. Needs the lock."""
         parts, self._blocks, self._parts = [*self._blocks, *self._parts], [], []
-        return StepResult.join(parts) if parts else NOTHING
+        if not parts:
+            return self._nothing
+        result = StepResult.join(parts)
+        if result.num_withheld != self._nothing.num_withheld:
+            self._nothing = replace(NOTHING, num_withheld=result.num_withheld)
+        return result
 
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 
 from service.arrays import MAX_POSITION, Float32, Ids, is_state
+from service.engine.automaton.automaton import Automaton
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import InvalidValue
 from service.shares import current_client
-
-MAX_STOPS = 132  # as many as a request may have strings and ids
-MAX_STOP_IDS = 8192  # of all stop strings of a text together
 
 _COUNTED_CHARS = 8192
 
@@ -29,8 +28,11 @@ class Request:
     # The random number of a character depends on seed and position alone.
     seed: int
     sampling: SamplingSettings = PLAIN
-    # (n,) int64 ids each, n > 0. The text ends with the generated character that completes one of them.
-    stops: tuple[Ids, ...] = ()
+    # Which characters may be generated after those that were, and where the text ends. None: any, and nowhere.
+    automaton: Automaton | None = None
+    # Characters until the text has to be complete: at least `max_chars`, which is less if this request generates only a
+    # part of what may follow. None: `max_chars`.
+    num_left: int | None = None
     # None of the first `min_chars` characters of `generated` and what this request generates completes a stop string.
     min_chars: int = 0
     # Score each generated character and this many likeliest ones. None for no scores.
@@ -43,8 +45,8 @@ class Request:
     position: int = 0
     # The prompt as penalties count it; None if that is `prompt`.
     history_prompt: Ids | None = None
-    # (n,) int64 ids before `position` that an interrupted run generated. Penalties and stop strings count them, so that
-    # this request continues the run exactly. None if there was no such run.
+    # (n,) int64 ids before `position` that an interrupted run generated. Penalties and the automaton count them, so
+    # that this request continues the run exactly. None if there was no such run.
     generated: Ids | None = None
     # Positions, in rising order and above `position`, after which the state is copied.
     checkpoint_positions: tuple[int, ...] = ()
@@ -54,12 +56,24 @@ class Request:
     client: str = field(default_factory=current_client)
 
     @property
+    def chars_left(self) -> int:
+        """Characters until the text has to be complete, at the beginning of this request."""
+        return self.max_chars if self.num_left is None else self.num_left
+
+    @cached_property
+    def initial_state(self) -> int:
+        """The automaton's state at the beginning of this request; -1 if it doesn't allow what was generated."""
+        if self.automaton is None or self.generated is None:
+            return 0
+        return self.automaton.walk(0, self.generated.tolist())
+
+    @property
     def num_before(self) -> int:
         """Characters that the run had generated before this request."""
         return 0 if self.generated is None else len(self.generated)
 
     def num_bytes(self, state_bytes: int, vocab_size: int) -> int:
-        """Return the approximate memory until its end, without the prompt, which requests may share.
+        """Return the approximate memory until its end, without prompt and automaton, which requests may share.
 
         Counts states, penalties and results; of the results, as many characters as a reader that waits for the end
         usually lets accumulate.
@@ -91,12 +105,8 @@ class Request:
         for ids in (self.prompt, self.history_prompt, self.generated):
             if ids is not None:
                 check_ids(ids, vocab_size, "prompt")
-        if len(self.stops) > MAX_STOPS or sum(map(len, self.stops)) > MAX_STOP_IDS or not all(map(len, self.stops)):
-            raise InvalidValue(
-                f"stop: at most {MAX_STOPS} strings, not empty, of together {MAX_STOP_IDS} characters", param="stop"
-            )
-        for stop in self.stops:
-            check_ids(stop, vocab_size, "stop")
+        if self.num_left is not None and not self.max_chars <= self.num_left <= MAX_POSITION:
+            raise InvalidValue("a text can't have to be complete before this part of it ends")
         if self.min_chars < 0:
             raise InvalidValue("min_tokens: a number of characters can't be negative", param="min_tokens")
         if self.sampling is not PLAIN:
@@ -114,6 +124,28 @@ class Request:
             raise InvalidValue("logprobs: a number of characters can't be negative", param="logprobs")
         if any(a >= b for a, b in pairwise((self.position, *self.checkpoint_positions))):
             raise InvalidValue("the positions of checkpoints must rise, and be after the text's position")
+        if self.automaton is not None:
+            self._check_automaton(self.automaton, vocab_size)
+
+    def _check_automaton(self, automaton: Automaton, vocab_size: int) -> None:
+        if automaton.classes.shape != (vocab_size,) or automaton.transitions.shape[1] > vocab_size:
+            raise InvalidValue("the automaton of a text is for another number of characters than the model has")
+        if not automaton.restricts:
+            return
+        state = self.initial_state
+        if state < 0:
+            raise InvalidValue("what was generated is not the beginning of a text of this form")
+        if automaton.fewest[state] > self.chars_left:
+            raise InvalidValue(
+                f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the "
+                f"{self.num_before + self.chars_left} that it may have",
+                param="max_tokens",
+            )
+        if self.sampling.allowed is not None:
+            forbidden = np.ones(vocab_size, np.bool_)
+            forbidden[[*self.sampling.allowed]] = False
+            if (automaton.transitions[:, np.unique(automaton.classes[forbidden])] >= 0).any():
+                raise InvalidValue("an automaton must not ask for characters that are not allowed")
 
 
 def check_state(hidden: Float32, shape: tuple[int, ...]) -> None:

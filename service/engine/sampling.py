@@ -3,8 +3,8 @@
 The random number for the character at position p is a hash of (seed, p). There is no generator and no hidden counter:
 the same model, text, settings, seed and position give the same character, regardless of what else was drawn.
 
-Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, allowed, temperature,
-min_p, top_k, top_p.
+Settings apply in this order: penalties (repetition, then frequency and presence), logit_bias, allowed (by the settings
+and by an automaton), temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -56,39 +56,65 @@ def choice_seed(seed: int, index: int) -> int:
     return seed if index == 0 else _mix(_mix(seed + _GOLDEN) ^ _mix(index)) >> 1
 
 
-def draw_plain(logits: Float32, temperatures: Float64 | None, uniforms: Float64) -> Ids:
+def draw_plain(
+    logits: Float32, temperatures: Float64 | None, uniforms: Float64, mask: NDArray[np.bool_] | None = None
+) -> Ids:
     """Draw an id for each row by the inverse of its cumulative distribution, summed in the order of ids in float64.
 
     Args:
         logits: (B, V).
         temperatures: (B, 1), above 0. None if all are 1; dividing by 1 would give the same bits.
         uniforms: (B, 1), in [0, 1).
+        mask: (B, V), the characters that may be drawn, at least one in each row; None: all.
 
     Returns (B,) ids.
     """
     # Subtract before dividing: with any temperature, however small, the largest stays at 0 and others go towards -inf.
     shifted = logits.astype(np.float64)
+    if mask is not None:
+        shifted[~mask] = -np.inf
     shifted -= np.maximum.reduce(shifted, axis=1, keepdims=True)
     if temperatures is not None:
         with np.errstate(over="ignore"):
             shifted /= temperatures
-    return invert(arithmetic.exp(shifted), uniforms)
+    weights = arithmetic.exp(shifted)
+    if mask is None:
+        return invert(weights, uniforms)
+    weights[~mask] = 0  # `exp` gives every number a weight
+    last = weights.shape[1] - 1 - np.argmax(mask[:, ::-1], axis=1)
+    return np.asarray(np.minimum(invert(weights, uniforms), last))
 
 
-def draw_one(logits: Float32, settings: SamplingSettings, uniform: float, history: History | None = None) -> int:
+def draw_one(
+    logits: Float32,
+    settings: SamplingSettings,
+    uniform: float,
+    history: History | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> int:
     """Return the id that `uniform` in [0, 1) selects from (V,) logits under any settings.
 
-    Equal logits rank in the order of ids. Settings with penalties need a history.
+    Equal logits rank in the order of ids. Settings with penalties need a history. mask: see `weights`.
     """
-    shares = weights(logits, settings, history)
+    shares = weights(logits, settings, history, mask)
     chosen = int(invert(shares[None], np.array([[uniform]]))[0])
     # Rounding may make `uniform * total` equal to the total. Then the last character that has a weight is right.
     return min(chosen, int(np.flatnonzero(shares)[-1]))
 
 
-def weights(logits: Float32, settings: SamplingSettings, history: History | None = None) -> Float64:
-    """Return (V,) unnormalised probabilities of characters under the settings, from (V,) logits."""
+def weights(
+    logits: Float32,
+    settings: SamplingSettings,
+    history: History | None = None,
+    mask: NDArray[np.bool_] | None = None,
+) -> Float64:
+    """Return (V,) unnormalised probabilities of characters under the settings, from (V,) logits.
+
+    mask: (V,), the characters that may be drawn, beside what the settings allow; None: all.
+    """
     adjusted = _adjust(logits, settings, history)
+    if mask is not None:
+        adjusted[~mask] = -np.inf
     if settings.temperature == 0:
         greedy = np.zeros(len(adjusted))
         greedy[np.argmax(adjusted)] = 1.0
@@ -96,7 +122,7 @@ def weights(logits: Float32, settings: SamplingSettings, history: History | None
     with np.errstate(over="ignore"):
         scaled = (adjusted - adjusted.max()) / settings.temperature
     shares = arithmetic.exp(scaled)  # the largest is 1
-    if settings.allowed is not None:
+    if settings.allowed is not None or mask is not None:
         shares[np.isneginf(adjusted)] = 0  # `exp` gives every number a weight
     return _restrict(shares, adjusted, settings) if settings.restricts else shares
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.arrays import Float32, Ids, Int32
 from service.engine.arithmetic import exp, log
@@ -21,13 +22,17 @@ class Scores:
     chosen: Float32  # (m,), of the characters themselves
     top_ids: Int32  # (m, k), the k likeliest characters at each place, in falling order; equal ones in the order of ids
     top: Float32  # (m, k), log-probabilities of top_ids
+    # (m,), of the characters themselves among those that the automaton allowed: the model's distribution without the
+    # others. None if it allowed all.
+    allowed: Float32 | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """Concatenate the scores of consecutive characters. Needs at least one part; all must have the same k."""
         if len(parts) == 1:
             return parts[0]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")))
+        names = ("chosen", "top_ids", "top") if parts[0].allowed is None else ("chosen", "top_ids", "top", "allowed")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     @classmethod
     def none(cls) -> Scores:
@@ -36,11 +41,12 @@ class Scores:
 
     def likeliest(self, num_top: int) -> Scores:
         """Return the scores with only the `num_top` likeliest characters at each place."""
-        return Scores(self.chosen, self.top_ids[:, :num_top], self.top[:, :num_top])
+        return replace(self, top_ids=self.top_ids[:, :num_top], top=self.top[:, :num_top])
 
     def slice(self, start: int, end: int | None) -> Scores:
         """Return the scores of characters start .. end - 1."""
-        return Scores(self.chosen[start:end], self.top_ids[start:end], self.top[start:end])
+        allowed = None if self.allowed is None else self.allowed[start:end]
+        return Scores(self.chosen[start:end], self.top_ids[start:end], self.top[start:end], allowed)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,15 @@ def score(logits: Float32, chars: Ids, num_top: int) -> Scores:
     chosen = np.take_along_axis(logprobs, chars[:, None], axis=1)[:, 0]
     top = np.take_along_axis(logprobs, top_ids, axis=1)
     return Scores(chosen.astype(np.float32), top_ids.astype(np.int32), top.astype(np.float32))
+
+
+def score_among(logits: Float32, char: int, mask: NDArray[np.bool_]) -> float:
+    """Return the log-probability of a character among those of a (V,) mask, from (V,) logits."""
+    shifted = np.where(mask, logits.astype(np.float64), -np.inf)
+    shifted -= shifted.max()
+    shares = exp(shifted.copy())
+    shares[~mask] = 0
+    return float(shifted[char] - log(np.cumsum(shares)[-1:])[0])
 
 
 def num_scores(num_chars: int, num_top: int | None) -> int:

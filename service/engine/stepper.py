@@ -35,7 +35,7 @@ class Row:
     position: int = field(init=False)  # characters consumed
     num_read: int = 0  # characters of the prompt that were read
     num_generated: int = 0
-    tail: list[int] = field(default_factory=list)  # last generated characters, as many as the longest stop string has
+    state: int = 0  # of the automaton, after all generated characters; 0 without one
     checkpoints: list[Float32] = field(default_factory=list)  # (L, H) float32, for the positions reached so far
     next: Distribution | None = None  # likeliest next characters; None until the row is finished
     finished: FinishReason | None = None  # why there is nothing left to do; None until then
@@ -59,8 +59,7 @@ class Row:
             row.history = History(vocab_size, prompt)
             for char in generated:
                 row.history.add(char)
-        if request.stops:
-            row.tail = generated[-max(map(len, request.stops)) :]
+        row.state = request.initial_state
         return row
 
     @property
@@ -72,6 +71,32 @@ class Row:
     def scores(self) -> bool:
         """Whether the next characters need scores."""
         return self.request.num_logprobs is not None and (self.request.score_prompt or not self.is_reading)
+
+    @property
+    def num_left(self) -> int:
+        """Characters until the text has to be complete."""
+        return self.request.chars_left - self.num_generated
+
+    @property
+    def first_stop(self) -> int:
+        """How many more characters are drawn before one may complete a stop string."""
+        return max(0, self.request.min_chars - self.request.num_before - self.num_generated)
+
+    @property
+    def num_withheld(self) -> int:
+        """How many of the last generated characters may turn out to belong to a stop string."""
+        automaton = self.request.automaton
+        return 0 if automaton is None else int(automaton.withheld[self.state])
+
+    @property
+    def ends_empty(self) -> bool:
+        """Whether the automaton ends the text before the first character is drawn, as soon as the prompt is read."""
+        automaton, request = self.request.automaton, self.request
+        if automaton is None or self.num_generated:
+            return False
+        if automaton.stop_chars[self.state] and request.num_before > request.min_chars:
+            return True
+        return automaton.restricts and automaton.ends(self.state, self.num_left)
 
     def check(self, shape: tuple[int, ...], vocab_size: int) -> None:
         """Raise InvalidValue unless a stepper can advance this row, which was not advanced yet, to its end.
@@ -112,6 +137,8 @@ class StepResult:
     chars: Ids  # (m,) int64, the characters generated in the call
     scores: Scores | None = None  # of `chars`; None if not requested
     prompt_scores: Scores | None = None  # of the prompt's characters read in the call; None if not requested
+    # How many of the last generated characters, those of earlier calls included, may belong to a stop string.
+    num_withheld: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -129,6 +156,7 @@ class StepResult:
             np.concatenate([np.empty(0, np.int64), *(part.chars for part in parts)]),
             Scores.join(scores) if scores else None,
             Scores.join(prompt_scores) if prompt_scores else None,
+            next((part.num_withheld for part in reversed(parts) if not part.is_empty), 0),
         )
 
 
@@ -141,6 +169,10 @@ class Stepper(Protocol):
     A character of a row is read from its prompt or, when the prompt is used up, drawn from the logits of the row's
     state. Then the network consumes it: hidden = f(hidden, character), position + 1. So a row's state is always the
     state after its whole text, including the last generated character.
+
+    Only characters are drawn that the row's automaton allows. It ends the text (`stop`) where a stop string is
+    complete, and where nothing may come next: also before the first character. Otherwise the text ends at max_chars
+    (`length`).
 
     Steps are exact: what happens to a row depends on this row alone. It doesn't depend on other rows, their order or
     number, on num_chars, on how often `advance` was called, on threads or on the processor. All implementations give

@@ -37,7 +37,9 @@ class Text:
         """Return the end of the text as it is now."""
         row = self.row
         checkpoints = dict(zip(row.request.checkpoint_positions, row.checkpoints, strict=False))
-        return End(reason, row.hidden, row.position, checkpoints, row.next)
+        automaton = row.request.automaton
+        num_stop_chars = int(automaton.stop_chars[row.state]) if automaton is not None and reason == "stop" else 0
+        return End(reason, row.hidden, row.position, checkpoints, row.next, num_stop_chars)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the text as it is now."""
@@ -88,7 +90,9 @@ def jobs_of(
             first,
             max_chars=0,
             sampling=PLAIN,
-            stops=(),
+            automaton=None,
+            num_left=None,
+            generated=None,
             checkpoint_positions=_checkpoints_in_prompt(first),
             num_next=None,
         )

@@ -5,7 +5,8 @@ numpy takes half as long as torch for an operation on 1,024 numbers. Both give t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from service.arrays import Float32, Float64, Ids
+from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
-from service.engine.scores import Distribution, score
+from service.engine.scores import Distribution, Scores, score, score_among
 from service.engine.stepper import InvalidRows, Row, StepResult
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
@@ -69,7 +71,7 @@ class TorchStepper:
     def _run(self, rows: list[Row], num_steps: int, results: dict[Row, list[StepResult]]) -> int:
         """Advance rows by num_steps, in which none may change from reading to generating. Append to their results.
 
-        Returns the number of steps done, which is smaller if a stop string was completed.
+        Returns the number of steps done, which is smaller if an automaton has ended a text.
         """
         # First rows that generate, then rows that read and score, then the others: rows that need logits are one slice.
         reading = [row for row in rows if row.is_reading]
@@ -88,7 +90,7 @@ class TorchStepper:
             [i for i, row in enumerate(rows[:num_logits]) if row.request.num_logprobs is not None], np.int64
         )
         scored_logits = np.empty((num_steps, len(scoring), self.config.vocab_size), np.float32)
-        watched = [(i, row) for i, row in enumerate(rows[:num_drawing]) if row.request.stops or row.history is not None]
+        counted = [(i, row.history) for i, row in enumerate(rows[:num_drawing]) if row.history is not None]
 
         done = num_steps
         for t in range(num_steps):
@@ -103,8 +105,9 @@ class TorchStepper:
             chars = batch.chars[t]  # (B,)
             self._step(batch, products, chars)
             batch.store_checkpoints(t)
-            stopped = [_record_drawn(row, int(chars[i]), t) for i, row in watched]
-            if any(stopped):
+            for i, history in counted:
+                history.add(int(chars[i]))
+            if batch.follow(t):
                 done = t + 1
                 break
         batch.store(done)
@@ -113,9 +116,11 @@ class TorchStepper:
                   for k, i in enumerate(scoring)}  # fmt: skip
         for i, row in enumerate(rows):
             if i < num_drawing:
-                results[row].append(StepResult(chars_of[i], scores=scores.get(i)))
+                results[row].append(
+                    StepResult(chars_of[i], batch.scores_of(i, scores.get(i), done), None, row.num_withheld)
+                )
             elif i in scores:
-                results[row].append(StepResult(_NOTHING, prompt_scores=scores[i]))
+                results[row].append(StepResult(_NOTHING, None, scores[i], row.num_withheld))
         return done
 
     def _scratch_for(self, num_rows: int) -> _Scratch:
@@ -178,12 +183,18 @@ class _Batch:
         starts = np.array([[row.position] for row in drawing], np.uint64).reshape(-1, 1)
         steps: NDArray[np.uint64] = np.arange(num_steps, dtype=np.uint64)
         self._uniforms: Float64 = uniforms(seeds, starts + steps)  # (G, T)
-        plain = [i for i, row in enumerate(drawing) if row.request.sampling.is_plain]
-        self._special = [i for i, row in enumerate(drawing) if not row.request.sampling.is_plain]
-        self._plain: slice | NDArray[np.int64] = np.array(plain, np.int64) if self._special else slice(0, num_drawing)
+        self._walks = _walks(drawing)
+        masked = {i for walk in self._walks if walk.automaton.restricts for i in walk.indices.tolist()}
+        self._among_allowed = {
+            i: np.empty(num_steps, np.float32) for i in masked if drawing[i].request.num_logprobs is not None
+        }
+        is_plain = [row.request.sampling.is_plain for row in drawing]
+        self._special = [i for i in range(num_drawing) if not is_plain[i] and i not in masked]
+        plain = [i for i in range(num_drawing) if is_plain[i] and i not in masked]
+        is_all = len(plain) == num_drawing
+        self._plain: slice | NDArray[np.int64] = slice(0, num_drawing) if is_all else np.array(plain, np.int64)
         self._num_plain = len(plain)
-        temperatures = np.array([[drawing[i].request.sampling.temperature] for i in plain], np.float64)
-        self._temperatures = temperatures if (temperatures != 1).any() else None
+        self._temperatures = _temperatures(drawing[i] for i in plain)
         self._checkpoints: dict[int, list[int]] = {}  # step -> indices of the rows whose state after it is copied
         for i, row in enumerate(rows):
             for position in row.request.checkpoint_positions[len(row.checkpoints) :]:
@@ -206,6 +217,35 @@ class _Batch:
         for i in self._special:
             row = self.rows[i]
             chars[i] = draw_one(logits[i], row.request.sampling, float(self._uniforms[i, step]), row.history)
+        for walk in self._walks:
+            if walk.automaton.restricts:
+                self._draw_allowed(walk, logits, step)
+
+    def _draw_allowed(self, walk: _Walk, logits: Float32, step: int) -> None:
+        """Draw for rows with an automaton that restricts them."""
+        chars, mask = self.chars[step], walk.mask()
+        if len(walk.plain):
+            indices = walk.indices[walk.plain]
+            chars[indices] = draw_plain(
+                logits[indices], walk.temperatures, self._uniforms[indices, step, None], mask[walk.plain]
+            )
+        for place in walk.special:
+            row, i = walk.rows[place], int(walk.indices[place])
+            uniform = float(self._uniforms[i, step])
+            chars[i] = draw_one(logits[i], row.request.sampling, uniform, row.history, mask[place])
+        for place, i in enumerate(walk.indices.tolist()):
+            if i in self._among_allowed:
+                self._among_allowed[i][step] = score_among(logits[i], int(chars[i]), mask[place])
+
+    def follow(self, step: int) -> bool:
+        """Follow the automata with the characters of a step. Return whether that has ended a text."""
+        ended = [walk.follow(self.chars[step], step) for walk in self._walks]
+        return any(ended)
+
+    def scores_of(self, i: int, scores: Scores | None, num_steps: int) -> Scores | None:
+        """Return the scores of a row's drawn characters, with those among the allowed ones."""
+        among = self._among_allowed.get(i)
+        return scores if scores is None or among is None else replace(scores, allowed=among[:num_steps].copy())
 
     def store_checkpoints(self, step: int) -> None:
         """Copy the states of rows that have a checkpoint after this step."""
@@ -245,24 +285,62 @@ def _until_change(row: Row) -> int:
 
 
 def _finish_if_done(row: Row) -> None:
-    if row.finished is None and not row.is_reading and row.num_generated >= row.request.max_chars:
+    if row.finished is not None or row.is_reading:
+        return
+    if row.ends_empty:
+        row.finished = "stop"
+    elif row.num_generated >= row.request.max_chars:
         row.finished = "length"
 
 
-def _record_drawn(row: Row, char: int, step: int) -> bool:
-    """Add the character drawn in a step to the row's history and tail. Return whether it completes a stop string."""
-    if row.history is not None:
-        row.history.add(char)
-    stops = row.request.stops
-    if not stops:
-        return False
-    row.tail.append(char)
-    del row.tail[: -max(len(stop) for stop in stops)]
-    may_stop = row.request.num_before + row.num_generated + step >= row.request.min_chars
-    if may_stop and any(row.tail[-len(stop) :] == stop.tolist() for stop in stops):
-        row.finished = "stop"
-        return True
-    return False
+class _Walk:
+    """The rows of a batch that generate with the same automaton. Keeps their states in the rows."""
+
+    def __init__(self, automaton: Automaton, indices: list[int], rows: list[Row]) -> None:
+        self.automaton, self.rows = automaton, rows
+        self.indices = np.array(indices, np.int64)  # (K,), in the batch
+        is_plain = [row.request.sampling.is_plain for row in rows]
+        self.plain = np.flatnonzero(is_plain)  # places of rows whose only setting is temperature
+        self.special = [place for place in range(len(rows)) if not is_plain[place]]
+        self.temperatures = _temperatures(rows[place] for place in self.plain)
+        self._states = np.array([row.state for row in rows], np.int64)
+        self._num_left = np.array([row.num_left for row in rows], np.int64)
+        self._first_stop = np.array([row.first_stop for row in rows], np.int64)
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Return (K, V): which characters the rows may draw; see `Automaton.allowed`."""
+        following = self.automaton.transitions[self._states]
+        by_class = (following >= 0) & (self.automaton.fewest[following] < self._num_left[:, None])
+        return np.asarray(by_class[:, self.automaton.classes])
+
+    def follow(self, chars: Ids, step: int) -> bool:
+        """Follow the characters that the B rows of the batch have drawn. Return whether that has ended a text."""
+        automaton = self.automaton
+        self._states = automaton.transitions[self._states, automaton.classes[chars[self.indices]]].astype(np.int64)
+        self._num_left -= 1
+        ended = (automaton.stop_chars[self._states] > 0) & (step >= self._first_stop)
+        if automaton.restricts:
+            after = automaton.fewest_after[self._states]
+            ended |= (after == NEVER) | ((self._num_left > 0) & (after > self._num_left))
+        for row, state in zip(self.rows, self._states.tolist(), strict=True):
+            row.state = state
+        for place in np.flatnonzero(ended):
+            self.rows[place].finished = "stop"
+        return bool(ended.any())
+
+
+def _walks(rows: Sequence[Row]) -> list[_Walk]:
+    groups: dict[Automaton, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.request.automaton is not None:
+            groups.setdefault(row.request.automaton, []).append(i)
+    return [_Walk(automaton, indices, [rows[i] for i in indices]) for automaton, indices in groups.items()]
+
+
+def _temperatures(rows: Iterable[Row]) -> Float64 | None:
+    """Return (B, 1) temperatures; None if all are 1."""
+    temperatures = np.array([[row.request.sampling.temperature] for row in rows], np.float64)
+    return temperatures if (temperatures != 1).any() else None
 
 
 def _report_next(dense: QuantizedLinear, rows: Sequence[Row]) -> None:

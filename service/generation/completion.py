@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from service.arrays import Float32, Ids
+from service.engine.automaton.form import Form
 from service.engine.handle import End, Handle, Update
 from service.engine.pace import flush_interval
 from service.engine.prefix_cache import NOBODY, CacheScope
@@ -17,9 +18,9 @@ from service.engine.sampling import choice_seed
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.scores import Scores, num_scores
 from service.engine.stepper import FinishReason, StepResult
-from service.engine.stop import StopFilter, completed
+from service.generation.automata import automaton_of
 from service.generation.portable_states import PortableStart
-from service.generation.reader import step, stop_ids
+from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 
 __all__ = ["Choice", "Completion", "CompletionChunk", "CompletionRequest", "SamplingSettings"]
@@ -40,6 +41,7 @@ class CompletionRequest:
     # Strings that end a continuation, as `written_stops` returns them.
     stop: tuple[str, ...] = ()
     includes_stop: bool = False  # the stop string that ends a continuation is part of its text
+    form: Form | None = None  # of each continuation, without the prompt; None for any
     min_chars: int = 0  # none of the first `min_chars` characters of a continuation completes a stop string
     n: int = 1  # continuations to return for each prompt
     # Continuations to generate for each prompt, >= n. The n with the highest mean log-probability are returned.
@@ -94,7 +96,7 @@ class Choice:
         self.generated = ""
         self.is_over = False
         self._model, self._request = model, request
-        self._stop_filter = StopFilter(() if request.includes_stop else request.stop)
+        self._withheld = ""  # generated, and not shown before it is certain that it doesn't belong to a stop string
         self._scores: list[Scores] = []  # of characters that were read or generated, and not yet returned
         # Of the prompt's characters, if they are returned beside the text. NaN for the first one.
         self.prompt_scores: list[Scores] = []
@@ -138,7 +140,9 @@ class Choice:
         shown = self._process(update.result)
         if end is not None:
             self.is_over = True
-            shown += self._stop_filter.end(stopped=end.reason == "stop")
+            num_hidden = 0 if self._request.includes_stop else end.num_stop_chars
+            shown += self._withheld[: len(self._withheld) - num_hidden]
+            self._withheld = ""
             self._cache_states(end)
             if self._request.returns_state and end.reason != "cancelled":
                 self.state = self._state_after(end)
@@ -167,7 +171,10 @@ class Choice:
                 self._scores.append(part.scores.likeliest(num_logprobs))
         self.num_generated += len(text)
         self.generated += text
-        return shown + self._stop_filter.feed(text)
+        text = self._withheld + text
+        num_shown = len(text) - (0 if self._request.includes_stop else part.num_withheld)
+        self._withheld = text[num_shown:]
+        return shown + text[:num_shown]
 
     def _echo(self, num_chars: int) -> str:
         start = self._num_echoed
@@ -195,11 +202,9 @@ class Choice:
 
         The engine's own state is the one after the stop string, so the characters before that are stepped again.
         """
-        ends_before_stop = end.reason == "stop" and not self._request.includes_stop
-        stop = completed(self.generated, self._request.stop) if ends_before_stop else ""
-        if not stop:
+        if not end.num_stop_chars or self._request.includes_stop:
             return end.hidden, end.position
-        begun, position = self.handle.request, end.position - len(stop)
+        begun, position = self.handle.request, end.position - end.num_stop_chars
         states = {begun.position: begun.hidden} | end.checkpoints
         start = max(place for place in states if place <= position)
         ids = np.concatenate([begun.prompt, self._model.charset.exact(self.generated)])
@@ -297,6 +302,7 @@ class Completion:
             every = max(_CHECKPOINT_CHARS, -(-request.max_chars // _MAX_CHECKPOINTS))
             end = origin + len(prompt) + request.max_chars
             checkpoints += range(origin + len(prompt) + every, end + 1, every)
+        automaton = automaton_of(model.charset, request.form, request.sampling.allowed, request.stop)
         unread = prompt[start:]  # one array for all choices, so the engine reads it once
         return [
             Request(
@@ -304,7 +310,7 @@ class Completion:
                 max_chars=request.max_chars,
                 seed=choice_seed(request.seed, request.first_choice + index),
                 sampling=request.sampling,
-                stops=stop_ids(model.charset, request.stop),
+                automaton=automaton,
                 min_chars=request.min_chars,
                 num_logprobs=request.num_top,
                 score_prompt=request.scores_prompt,

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from service.arrays import Float32, Ids
+from service.engine.automaton.automaton import Automaton
+from service.engine.automaton.stops import MAX_STOP_CHARS
 from service.engine.handle import End, Handle, Snapshot
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stepper import StepResult
-from service.engine.stop import MAX_STOP_CHARS, completed
 from service.errors import ClientGone, InvalidValue, UnknownCharacters
+from service.generation.automata import automaton_of
 from service.model.charset import Charset, UnknownChars
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run
@@ -126,7 +128,8 @@ class Reader:
             max_chars=end - text.position,
             seed=run.seed,
             sampling=run.sampling,
-            stops=stop_ids(model.charset, run.stops),
+            automaton=_automaton_of(model, run),
+            num_left=run.start + run.max_chars - text.position,
             min_chars=run.min_chars,
             hidden=text.hidden,
             position=text.position,
@@ -145,7 +148,7 @@ class Reader:
             return text
         handle = model.engine.submit([self.remaining_request(model, text, run, position)])[0]
         generated, end = self._generated(model, handle, None)
-        if end.position < position or (end.reason == "stop" and not run.includes_stop):
+        if end.position < position or (end.num_stop_chars and not run.includes_stop):
             return text
         return text.extended(generated, end.hidden, end.checkpoints, self._retention)
 
@@ -180,16 +183,13 @@ class Reader:
         If the run includes its stop string, it ends after it. generated: the characters that were generated after
         `text`. The stop string may have begun before them.
         """
-        if end.reason != "stop" or run.includes_stop:
+        if not end.num_stop_chars or run.includes_stop:
             return text.extended(generated, end.hidden, end.checkpoints, self._retention)
-        stop = completed(text.slice(run.start, text.position) + generated, run.stops)
-        num_left = len(generated) - len(stop)
+        num_left = len(generated) - end.num_stop_chars
         if num_left >= 0:
             text = text.extended(generated[:num_left], end.hidden, end.checkpoints, self._retention)
         else:
             text = text.truncated(text.position + num_left, end.hidden)
-        if not stop:
-            return text
         # The engine's state is the one after the stop string.
         return replace(text, hidden=state_at(model, text, text.position, already_admitted=True))
 
@@ -257,9 +257,8 @@ def state_at(model: LoadedModel, text: Text, position: int, *, already_admitted:
     return step(model, ids, hidden, start, already_admitted=already_admitted)[0].hidden
 
 
-def stop_ids(charset: Charset, stops: Sequence[str]) -> tuple[Ids, ...]:
-    """Return (n,) int64 ids of each of these stop strings, which `written_stops` has returned."""
-    return tuple(map(charset.exact, stops))
+def _automaton_of(model: LoadedModel, run: Run) -> Automaton | None:
+    return automaton_of(model.charset, run.form, run.sampling.allowed, run.stops)
 
 
 def ids_of(charset: Charset, ids: Sequence[int], param: str) -> Ids:

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 import structlog
 
 from service.engine.handle import End, Handle, Snapshot, Update
 from service.engine.pace import flush_interval
 from service.engine.stepper import FinishReason
-from service.engine.stop import StopFilter
 from service.errors import Draining, EngineFailed, GruServeError, RevisionConflict, RunTakenOver
 from service.generation.reader import Reader
 from service.registry.loaded_models import LoadedModel
@@ -30,6 +30,13 @@ class RunState(Enum):
     RUNNING = "running"
     INTERRUPTED = "interrupted"  # this process ends; another one may resume it
     STOPPED = "stopped"  # its client has left, or another connection has taken it over
+
+
+class Generated(NamedTuple):
+    """Characters that the engine has generated."""
+
+    text: str
+    num_withheld: int  # of the last characters of the run, those of earlier reads included: may belong to a stop string
 
 
 class ActiveRun:
@@ -64,14 +71,14 @@ class ActiveRun:
         self._lock = threading.Lock()  # held by the thread that reads from the handle, and while the run is ended
         self._leasing = threading.Lock()  # held while the lease is used; never while waiting for the engine or a client
 
-    def read(self, flush_interval_s: float, timeout_s: float | None) -> str:
+    def read(self, flush_interval_s: float, timeout_s: float | None) -> Generated:
         """Return the characters since the last call, waited for as by `Handle.read`. After the last ones it `is_over`.
 
         Raises RunTakenOver, EngineFailed, and what saving raises.
         """
         return self._read_unless_over(lambda: self.handle.read(flush_interval_s, timeout_s))
 
-    def read_whole(self, timeout_s: float | None) -> str:
+    def read_whole(self, timeout_s: float | None) -> Generated:
         """Return all characters if the run has ended within `timeout_s`, else nothing. A part would be useless.
 
         Raises what `read` raises.
@@ -79,12 +86,12 @@ class ActiveRun:
         self._all_or_nothing = True
         return self._read_unless_over(lambda: self.handle.read_whole(timeout_s))
 
-    def _read_unless_over(self, read: Callable[[], Update]) -> str:
+    def _read_unless_over(self, read: Callable[[], Update]) -> Generated:
         with self._lock:
-            text = "" if self.is_over else self._read(read)
+            generated = Generated("", 0) if self.is_over else self._read(read)
             if self.state is RunState.STOPPED:
                 raise RunTakenOver("another connection has resumed this continuation, or it was stopped")
-            return text
+            return generated
 
     def interrupt(self) -> None:
         """Ask the engine to leave the run at the next tick. Its reader gets the last characters, and then Draining."""
@@ -137,7 +144,7 @@ class ActiveRun:
                 self._lease.save(replace(saved, text=text))
                 self._saved_at = time.monotonic()
 
-    def _read(self, read: Callable[[], Update]) -> str:
+    def _read(self, read: Callable[[], Update]) -> Generated:
         try:
             result, end = read()
         except EngineFailed:
@@ -151,7 +158,7 @@ class ActiveRun:
                     self._save_end(end)
             finally:
                 self._end()
-        return text
+        return Generated(text, result.num_withheld)
 
     def _is_worthless(self, end: End) -> bool:
         """Whether the session has to stay as it is: it can't be saved, or its reader wanted all and got interrupted."""
@@ -204,7 +211,7 @@ class RunStream:
         """
         self._session, self._run, self._after, self._active = session, run, after, active
         self._generated = active.handle if active is not None else generated
-        self._position = run.start  # after the last character that the stop filter has let through
+        self._position = run.start  # after the last character that certainly doesn't belong to a stop string
 
     def chunks(self, flush_interval_s: float, idle_s: float) -> Iterator[TextChunk | None]:
         """Yield the text: the first part at once, then a part every flush_interval_s.
@@ -217,12 +224,12 @@ class RunStream:
         """
         begun = False
 
-        def read(active: ActiveRun) -> str:
+        def read(active: ActiveRun) -> Generated:
             nonlocal begun
             crowd = active.engine.crowd_of(active.client)
-            text = active.read(flush_interval(crowd, flush_interval_s) if begun else 0.0, idle_s)
-            begun = begun or bool(text)
-            return text
+            generated = active.read(flush_interval(crowd, flush_interval_s) if begun else 0.0, idle_s)
+            begun = begun or bool(generated.text)
+            return generated
 
         return self._chunks(read)
 
@@ -230,21 +237,26 @@ class RunStream:
         """Yield the text with all generated characters in one part, at the end. None and errors: see `chunks`."""
         return self._chunks(lambda active: active.read_whole(idle_s))
 
-    def _chunks(self, read: Callable[[ActiveRun], str]) -> Iterator[TextChunk | None]:
-        stop_filter = StopFilter(self._run.stops if self._active is not None and not self._run.includes_stop else ())
-        yield from self._stored_chunks(stop_filter)
+    def _chunks(self, read: Callable[[ActiveRun], Generated]) -> Iterator[TextChunk | None]:
         active, is_over = self._active, self._active is None
+        stored, run = self._session.text, self._run
+        if self._after < run.start:
+            yield TextChunk(stored.slice(self._after, run.start), run.start)
+        pending = stored.slice(run.start, run.end if run.end is not None else self._session.position)
+        num_shown = len(pending) - (self._num_withheld(active.handle.num_withheld_before) if active is not None else 0)
+        yield from self._unsent_chunks(pending[:num_shown])
         while active is not None and not is_over:
             active.sent_position = self.resume_position
-            text = read(active)
-            shown, is_over = stop_filter.feed(text), active.is_over
+            generated = read(active)
+            pending, is_over = pending[num_shown:] + generated.text, active.is_over
+            num_shown = len(pending) - self._num_withheld(generated.num_withheld)
             if is_over:
                 self._session = active.session
                 if self.finish_reason is not None:
-                    shown += stop_filter.end(stopped=self.finish_reason == "stop")
-            if not text and not is_over:
+                    num_shown = self.position - self._position  # the run ends before a stop string
+            if not generated.text and not is_over:
                 yield None
-            yield from self._unsent_chunks(shown)
+            yield from self._unsent_chunks(pending[:num_shown])
         if self.finish_reason is None:
             raise Draining("the server is shutting down and has not finished this request: send it again")
 
@@ -291,15 +303,11 @@ class RunStream:
         """Hexadecimal SHA-256 of `text` in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
-    def _stored_chunks(self, stop_filter: StopFilter) -> Iterator[TextChunk]:
-        text, run = self._session.text, self._run
-        if self._after < run.start:
-            yield TextChunk(text.slice(self._after, run.start), run.start)
-        end = run.end if run.end is not None else self._session.position
-        yield from self._unsent_chunks(stop_filter.feed(text.slice(run.start, end)))
+    def _num_withheld(self, num_withheld: int) -> int:
+        return 0 if self._run.includes_stop else num_withheld
 
     def _unsent_chunks(self, text: str) -> Iterator[TextChunk]:
-        """Advance over text that the stop filter let through; yield the part of it that the client doesn't have."""
+        """Advance over text that can't belong to a stop string any more; yield what the client doesn't have of it."""
         self._position += len(text)
         num_new = min(len(text), self._position - self._after)
         if num_new > 0:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, NamedTuple
 from pydantic import ConfigDict, Field
 
 from service.arrays import MAX_POSITION, Float32
+from service.engine.automaton.form import Form
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
 from service.errors import PositionConflict
@@ -46,6 +47,9 @@ class Run:
     end: Position | None = None  # the position at which it ended; None while it is unfinished
     min_chars: Position = 0  # none of its first `min_chars` characters completes a stop string
     includes_stop: bool = False  # the stop string that ends the run becomes part of the text
+    # The form of what it generates; None for any. A form can be longer than the text, and every save of the session
+    # would write it again, so a finished run has only its digest.
+    form: Form | None = None
 
     @property
     def is_finished(self) -> bool:

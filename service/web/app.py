@@ -12,7 +12,7 @@ from flask_openapi import Info, OpenAPI
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
 from service.assembly import Service
-from service.engine.stop import MAX_STOP_CHARS
+from service.engine.automaton.stops import MAX_STOP_CHARS
 from service.errors import InvalidArtifact, InvalidSettings
 from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings

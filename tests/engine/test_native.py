@@ -17,10 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.engine.automaton.stops import with_stops
 from service.engine.kernels import choose_kernel
 from service.engine.native import binding, native_stepper
 from service.engine.native.native_stepper import NativeStepper, variants
-from service.engine.native.self_check import EXPECTED, digest_of
+from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
 from service.engine.request import Request
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
@@ -55,7 +56,7 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
     for index in range(num_rows):
         prompt = rng.integers(0, config.vocab_size, index % 4)
         how = SETTINGS[index % len(SETTINGS)]
-        stops = rng.integers(0, config.vocab_size, 2), rng.integers(0, config.vocab_size, 1)
+        stops = [rng.integers(0, config.vocab_size, length) for length in (2, 1)]
         request = Request(
             prompt,
             num_chars + index % 3,
@@ -64,7 +65,7 @@ def rows_of(stepper: Stepper, config: ModelConfig, num_rows: int, num_chars: int
             position=index,
             num_logprobs=(None, 0, 7)[index % 3],
             score_prompt=index % 2 == 0,
-            stops=stops if index % 5 == 4 else (),
+            automaton=with_stops(None, stops, config.vocab_size) if index % 5 == 4 else None,
             checkpoint_positions=(index + 2, index + 6) if index % 3 == 1 else (),
         )
         one = Row.of(request, stepper.initial_hidden(), config.vocab_size)
@@ -308,7 +309,10 @@ def test_variants__without_the_library_there_are_none(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_self_check__expects_what_every_stepper_computes(variant: str) -> None:
-    assert digest_of(partial(NativeStepper, variant=variant)) == digest_of(TorchStepper) == EXPECTED
+    make_stepper = partial(NativeStepper, variant=variant)
+    assert digest_of(make_stepper) == digest_of(TorchStepper) == EXPECTED
+    expected = digest_of(TorchStepper, with_automaton=True)
+    assert digest_of(make_stepper, with_automaton=True) == expected == EXPECTED_WITH_AUTOMATON
 
 
 def test_self_check__takes_less_than_50_ms_of_the_processor() -> None:
@@ -323,7 +327,7 @@ def test_variants__that_compute_other_numbers_are_not_offered(
 ) -> None:
     """One variant, as on a processor that breaks it, and then all: then torch serves, and `native` is refused."""
 
-    def broken(make_stepper: Any, wrong: set[str]) -> str:
+    def broken(make_stepper: Any, wrong: set[str], *, with_automaton: bool = False) -> str:
         names: set[str] = set()
 
         def note(model: QuantizedGRU) -> Stepper:
@@ -331,7 +335,7 @@ def test_variants__that_compute_other_numbers_are_not_offered(
             names.add(stepper.variant)
             return stepper
 
-        digest = digest_of(note)
+        digest = digest_of(note, with_automaton=with_automaton)
         return "other" if wrong & names else digest
 
     try:

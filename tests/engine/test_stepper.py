@@ -5,8 +5,11 @@ The suite runs for every implementation in STEPPERS.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.engine import stepper as stepper_module
+from service.engine.automaton.compiler import compile_form
+from service.engine.automaton.form import Form
+from service.engine.automaton.stops import with_stops
 from service.engine.integer_product import IntegerProduct
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.request import Request
@@ -23,11 +29,13 @@ from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult, mean_loss
 from service.engine.torch_stepper import TorchStepper
+from service.errors import InvalidValue
 from service.model.config import ModelConfig
 from service.model.encoded_text import EncodedText
 from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from tests.harness.automata import random_automaton
 from tests.harness.models import random_tensors
 from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
 
@@ -35,10 +43,19 @@ STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
 STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
 
 
-@pytest.fixture(params=[f"{name}-{model}" for name in STEPPERS for model in ("int8", "int4", "deep")])
+MODELS = {"int8": quantized(), "int4": quantized(precision="int4"), "deep": quantized(DEEP)}
+
+
+@pytest.fixture(params=[f"{name}-{model}" for name in STEPPERS for model in MODELS])
 def stepper(request: pytest.FixtureRequest) -> Stepper:
     name, model = request.param.split("-")
-    return STEPPERS[name](quantized(DEEP) if model == "deep" else quantized(precision=model))
+    return STEPPERS[name](MODELS[model])
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    """The name of the stepper's model."""
+    return str(request.node.callspec.params["stepper"].split("-")[1])
 
 
 @pytest.fixture
@@ -251,3 +268,179 @@ def test_integer_product__is_exact_if_the_fast_product_saturates_or_is_missing(m
     assert (small(torch.from_numpy(left[:, :64])).numpy() == -127 * 127 * 64).all()
     monkeypatch.delattr(torch, "_int_mm")
     assert (IntegerProduct(weight)(torch.from_numpy(left)).numpy() == -127 * 127 * 1100).all()
+
+
+SETTINGS = [
+    SamplingSettings(),
+    SamplingSettings(temperature=0.6),
+    SamplingSettings(temperature=0),
+    SamplingSettings(top_k=4),
+    SamplingSettings(min_p=0.05, top_p=0.9),
+    SamplingSettings(repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2),
+    SamplingSettings(1.5, logit_bias=((2, 3.0), (30, -2.0)), frequency_penalty=0.1),
+]
+
+
+def ruled_row(stepper: Stepper, seed: int, **changes: Any) -> Row:
+    """Return a row with a random automaton, stop strings or both, and random settings: each seed has its own."""
+    rng = np.random.default_rng(seed)
+    form = None if rng.random() < 0.2 else random_automaton(seed, len(CHARSET))
+    stops = [rng.integers(0, len(CHARSET), rng.integers(1, 3)) for _ in range(rng.integers(0, 9))]
+    if form is not None and rng.random() < 0.5:
+        stops = []
+    automaton = with_stops(form, stops, len(CHARSET))
+    fewest = 0 if automaton is None else int(automaton.fewest[0])
+    num_left = fewest + int(rng.choice([0, 1, 3, 20]))
+    request = Request(
+        rng.integers(0, len(CHARSET), rng.integers(0, 4)),
+        max_chars=num_left,
+        seed=seed,
+        sampling=SETTINGS[rng.integers(len(SETTINGS))],
+        automaton=automaton,
+        min_chars=int(rng.integers(0, 6)) if form is None else 0,
+        num_logprobs=(None, None, 0, 3)[rng.integers(4)],
+        score_prompt=bool(rng.random() < 0.5),
+        num_next=2 if rng.random() < 0.3 else None,
+    )
+    return Row.of(replace(request, **changes), stepper.initial_hidden(), len(CHARSET))
+
+
+@pytest.fixture(scope="module")
+def ruled_alone() -> Callable[[str, int], list[Any]]:
+    """What the torch stepper gives a row with an automaton alone, one character per call."""
+    steppers = {name: TorchStepper(model) for name, model in MODELS.items()}
+
+    @cache
+    def alone(model: str, seed: int) -> list[Any]:
+        one = ruled_row(steppers[model], seed)
+        return everything(one, run(steppers[model], [one], 1)[0])
+
+    return alone
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seeds=st.lists(st.integers(0, 400), min_size=1, max_size=24, unique=True),
+    num_chars=st.integers(1, 7),
+    cut=st.integers(0, 12),
+)
+def test_stepper__automata_change_nothing_for_neighbours_and_can_be_interrupted_anywhere(
+    stepper: Stepper,
+    model: str,
+    ruled_alone: Callable[[str, int], list[Any]],
+    seeds: list[int],
+    num_chars: int,
+    cut: int,
+) -> None:
+    """Also if a row is interrupted, and another continues it from what it has generated."""
+    rows = [ruled_row(stepper, seed) for seed in seeds]
+    results = run(stepper, rows, num_chars)
+    expected = [ruled_alone(model, seed) for seed in seeds]
+    assert [everything(*pair) for pair in zip(rows, results, strict=True)] == expected
+    for seed, one, result in zip(seeds, rows, results, strict=True):
+        request, num_before = one.request, min(cut, len(result.chars))
+        first = ruled_row(stepper, seed, max_chars=num_before, num_left=request.max_chars)
+        assert run(stepper, [first])[0].chars.tolist() == result.chars[:num_before].tolist()
+        rest = replace(
+            request,
+            prompt=request.prompt[:0],
+            history_prompt=request.prompt,
+            generated=result.chars[:num_before],
+            hidden=first.hidden,
+            position=first.position,
+            max_chars=request.max_chars - num_before,
+        )
+        second = Row.of(rest, stepper.initial_hidden(), len(CHARSET))
+        assert run(stepper, [second])[0].chars.tolist() == result.chars[num_before:].tolist()
+        assert (second.finished, second.state, second.position) == (one.finished, one.state, one.position)
+        assert second.hidden.tobytes() == one.hidden.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 400))
+def test_stepper__text_of_an_automaton_is_complete_and_ends_where_it_says(seed: int) -> None:
+    stepper = TorchStepper(quantized())
+    one = ruled_row(stepper, seed)
+    request, automaton = one.request, one.request.automaton
+    result = run(stepper, [one])[0]
+    chars = result.chars.tolist()
+    if automaton is None:
+        assert (len(chars), one.finished) == (request.max_chars, "length")
+        return
+    states = [automaton.walk(0, chars[:end]) for end in range(len(chars) + 1)]
+    assert one.state == states[-1] >= 0
+    assert automaton.fewest[states[-1]] == 0
+    assert result.num_withheld == automaton.withheld[states[-1]] or not chars
+    is_over = [
+        bool(automaton.stop_chars[state] and end > request.min_chars)
+        or (automaton.restricts and automaton.ends(state, request.max_chars - end))
+        for end, state in enumerate(states)
+    ]
+    assert not any(is_over[:-1])
+    assert one.finished == ("stop" if is_over[-1] else "length")
+    assert is_over[-1] or len(chars) == request.max_chars
+    if result.scores is not None and automaton.restricts:
+        assert result.scores.allowed is not None
+        assert (result.scores.allowed >= result.scores.chosen - 1e-6).all()
+        assert (result.scores.allowed <= 1e-6).all()
+
+
+def test_stepper__log_probability_among_the_allowed_is_the_models_own_without_the_others(stepper: Stepper) -> None:
+    one = row(stepper, automaton=random_automaton(2, len(CHARSET)), num_logprobs=len(CHARSET))
+    got = run(stepper, [one])[0]
+    automaton, state = one.request.automaton, 0
+    assert automaton is not None
+    assert got.scores is not None
+    assert got.scores.allowed is not None
+    for place, char in enumerate(got.chars.tolist()):
+        logprobs = np.empty(len(CHARSET))
+        logprobs[got.scores.top_ids[place]] = got.scores.top[place]
+        mask = automaton.allowed(state, 30 - place)
+        assert got.scores.allowed[place] == pytest.approx(
+            logprobs[char] - np.log(np.exp(logprobs[mask]).sum()), abs=1e-5
+        )
+        state = automaton.next_state(state, char)
+
+
+def test_stepper__draws_texts_of_a_form_as_often_as_the_model_would() -> None:
+    """Chi-square of a form with five texts of three characters: all steps, with characters enough to forbid nothing."""
+    stepper = TorchStepper(quantized()) if not variants() else NativeStepper(quantized())
+    texts = ["the", "tho", "thy", "one", "ono"]
+    form = compile_form(Form("choice", json.dumps(texts)), CHARSET.characters)
+    rows = [row(stepper, automaton=form, max_chars=3, seed=seed) for seed in range(4000)]
+    drawn = Counter(CHARSET.decode(result.chars) for result in run(stepper, rows))
+    read = row(stepper, max_chars=0)
+    run(stepper, [read])
+
+    def probability(text: str) -> float:
+        """Enumerated: each character among those that may come next, as the model alone sees them."""
+        total, hidden = 1.0, read.hidden
+        for place, char in enumerate(text):
+            start = row(stepper, prompt="", max_chars=0, hidden=hidden.copy(), num_next=len(CHARSET))
+            run(stepper, [start])
+            assert start.next is not None
+            shares = dict(zip(start.next.ids.tolist(), np.exp(start.next.logprobs.astype(float)), strict=True))
+            following = {other[place] for other in texts if other.startswith(text[:place])}
+            ids = {other: int(CHARSET.encode(other)[0]) for other in following}
+            total *= shares[ids[char]] / sum(shares[each] for each in ids.values())
+            step = row(stepper, prompt=char, max_chars=0, hidden=hidden.copy())
+            run(stepper, [step])
+            hidden = step.hidden
+        return total
+
+    expected = {text: len(rows) * probability(text) for text in texts}
+    assert sum(expected.values()) == pytest.approx(len(rows))
+    assert set(drawn) <= set(texts)
+    chi_square = sum((drawn[text] - expected[text]) ** 2 / expected[text] for text in texts)
+    assert chi_square < 18.5  # with 4 degrees of freedom, 1 of 1,000 is above it; the seeds are fixed
+
+
+def test_stepper__characters_that_settings_forbid_must_not_be_needed_by_the_automaton(stepper: Stepper) -> None:
+    form = compile_form(Form("choice", '["ab"]'), CHARSET.characters)
+    with pytest.raises(InvalidValue, match="not allowed"):
+        row(stepper, automaton=form, sampling=SamplingSettings(allowed=(int(CHARSET.encode("a")[0]),)))
+    with pytest.raises(InvalidValue, match="at least 2 characters") as caught:
+        row(stepper, automaton=form, max_chars=1)
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(InvalidValue, match="beginning"):
+        row(stepper, automaton=form, generated=CHARSET.encode("b"))

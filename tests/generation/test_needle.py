@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import torch
 
+from service.engine.automaton.form import Form
 from service.generation.completion import Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
@@ -14,20 +16,25 @@ from tests.harness.models import loaded_model
 
 TRIALS = 200
 PROMPT = "ROMEO: what light is it that breaks"
+FORM = Form("regex", "( [A-Za-z]{3,8}[,;]?){5,9}\n?")
 
 
 def needle(model: LoadedModel, seed: int = 7) -> CompletionRequest:
     sampling = SamplingSettings(temperature=0.9, top_p=0.98, presence_penalty=0.1)
-    return CompletionRequest((model.charset.encode(PROMPT),), 40, seed, sampling, num_logprobs=3)
+    return CompletionRequest(
+        (model.charset.encode(PROMPT),), 40, seed, sampling, stop=("\n\n",), form=FORM, num_logprobs=3
+    )
 
 
 def straw(model: LoadedModel, rng: np.random.Generator) -> CompletionRequest:
     """Return any other request."""
     prompt = "".join(rng.choice(list(model.charset.characters), rng.integers(0, 30)))
+    form = FORM if rng.random() < 0.3 else Form("choice", '["ab", "a thing", "o"]') if rng.random() < 0.1 else None
     settings = [SamplingSettings(), SamplingSettings(temperature=0), SamplingSettings(top_k=3, repetition_penalty=1.2)]
     return CompletionRequest(
         (model.charset.encode(prompt),),
-        max_chars=int(rng.integers(1, 40)),
+        max_chars=int(rng.integers(24, 60)) if form is not None else int(rng.integers(1, 40)),
+        form=form,
         seed=int(rng.integers(2**62)),
         sampling=settings[rng.integers(3)],
         stop=("e",) if rng.random() < 0.2 else (),
@@ -43,7 +50,8 @@ def outcome(completion: Completion) -> tuple[Any, ...]:
         array.tobytes()
         for piece in pieces
         if piece.scores is not None
-        for array in (piece.scores.chosen, piece.scores.top_ids, piece.scores.top)
+        for array in (piece.scores.chosen, piece.scores.top_ids, piece.scores.top, piece.scores.allowed)
+        if array is not None
     ]
     end = completion.choices[0].handle.wait()
     return "".join(piece.text for piece in pieces), scores, end.reason, end.position, end.hidden.tobytes()
@@ -74,7 +82,8 @@ def test_needle__is_the_same_in_every_haystack(tiny_store: ModelStore) -> None:
         with loaded_model(tiny_store) as model:
             alone = outcome(Completion(model, needle(model)))
             another = outcome(Completion(model, needle(model, seed=8)))
-        assert len(alone[0]) == 40
+        assert re.fullmatch(FORM.value, alone[0])
+        assert len(alone[0]) >= 20
         assert another != alone
         different = [seed for seed in range(TRIALS) if trial(tiny_store, seed) != alone]
         assert different == []

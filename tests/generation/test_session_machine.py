@@ -28,7 +28,8 @@ from hypothesis.stateful import (
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError
-from service.generation.reader import stop_ids, whole
+from service.generation.automata import automaton_of
+from service.generation.reader import whole
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -239,8 +240,8 @@ class SessionMachine(RuleBasedStateMachine):
             ran.request.max_chars,
             ran.seed,
             ran.request.sampling,
-            stop_ids(self.model.charset, ran.request.stops),
-            ran.request.min_chars,
+            automaton_of(self.model.charset, None, None, ran.request.stops),
+            min_chars=ran.request.min_chars,
             history_prompt=encode(ran.context),
         )
 

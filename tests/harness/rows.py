@@ -7,17 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from service.engine.automaton.dfa import Dfa
+from service.engine.automaton.stops import with_stops
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import Row, Stepper, StepResult
 from service.model.charset import Charset
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+from tests.harness.automata import random_automaton
 from tests.harness.models import TINY_CHARSET, random_tensors, tiny_config
 
 CONFIG = tiny_config(num_units=64)
 DEEP = tiny_config(num_units=48, num_layers=3)
 CHARSET = Charset(CONFIG.charset)
+# Of the text without characters alone.
+EMPTY = Dfa(np.zeros(len(CHARSET), np.int32), np.full((1, 1), -1, np.int32), np.ones(1, np.bool_)).automaton()
 
 
 def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8", gain: float = 4.0) -> QuantizedGRU:
@@ -28,8 +33,9 @@ def quantized(config: ModelConfig = CONFIG, precision: IntegerPrecision = "int8"
 
 def row(stepper: Stepper, prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **changes: Any) -> Row:
     """A row as the engine makes it."""
-    stops = tuple(CHARSET.encode(stop) for stop in changes.pop("stops", ()))
-    request = Request(CHARSET.encode(prompt), max_chars, seed, stops=stops, **changes)
+    stops = [CHARSET.encode(stop) for stop in changes.pop("stops", ())]
+    automaton = with_stops(changes.pop("automaton", None), stops, len(CHARSET))
+    request = Request(CHARSET.encode(prompt), max_chars, seed, automaton=automaton, **changes)
     return Row.of(request, stepper.initial_hidden(), len(CHARSET))
 
 
@@ -65,6 +71,24 @@ KINDS: list[dict[str, Any]] = [
     {"num_next": 5},
     {"prompt": "", "max_chars": 0, "num_next": 0},
     {"stops": ("e", "o"), "num_next": 100, "max_chars": 40},
+    # With automata: alone and with every setting, with few characters left, with stop strings, and with an empty text.
+    {"automaton": random_automaton(1, len(CHARSET))},
+    {"automaton": random_automaton(2, len(CHARSET)), "sampling": SamplingSettings(temperature=0.7), "num_logprobs": 2},
+    {"automaton": random_automaton(3, len(CHARSET)), "sampling": SamplingSettings(temperature=0), "num_next": 3},
+    {"automaton": random_automaton(4, len(CHARSET)), "sampling": SamplingSettings(top_k=3, top_p=0.9, min_p=0.01)},
+    {
+        "automaton": random_automaton(5, len(CHARSET)),
+        "sampling": SamplingSettings(1.2, repetition_penalty=1.5, presence_penalty=0.5),
+    },
+    {
+        "automaton": random_automaton(6, len(CHARSET)),
+        "stops": ("e", "ab", "o"),
+        "num_logprobs": 1,
+        "score_prompt": True,
+    },
+    {"automaton": random_automaton(7, len(CHARSET)), "max_chars": 9, "num_left": 12},
+    {"automaton": EMPTY, "num_next": 4},
+    {"automaton": EMPTY, "prompt": ""},
 ]
 
 
@@ -89,6 +113,8 @@ def everything(row: Row, result: StepResult) -> list[Any]:
     seen += [hidden.tobytes() for hidden in row.checkpoints]
     for scores in (result.scores, result.prompt_scores):
         seen += [None] if scores is None else [x.tobytes() for x in (scores.chosen, scores.top_ids, scores.top)]
+        seen += [None] if scores is None or scores.allowed is None else [scores.allowed.tobytes()]
+    seen += [row.state, result.num_withheld]
     seen += [None] if row.next is None else [row.next.ids.tobytes(), row.next.logprobs.tobytes()]
     return [*seen, result.chars.tolist()]
 
@@ -97,4 +123,4 @@ def outcome(stepper: Stepper, rows: list[Row], num_chars: int = 1000) -> list[An
     """Advance rows to their ends, and return everything that can be observed of them."""
     seen = [everything(*pair) for pair in zip(rows, run(stepper, rows, num_chars), strict=True)]
     counts = [None if row.history is None else row.history.num_generated.tolist() for row in rows]
-    return [seen, counts, [row.tail for row in rows]]
+    return [seen, counts, [row.state for row in rows]]

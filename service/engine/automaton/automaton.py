@@ -59,10 +59,11 @@ class Automaton:
 
     def walk(self, state: int, chars: Iterable[int]) -> int:
         """Return the state after more characters; -1 if one of them is not allowed."""
-        for char in chars:
+        ids = np.fromiter(chars, np.int64)
+        for char_class in self.classes[ids].tolist():
             if state < 0:
                 break
-            state = self.next_state(state, char)
+            state = self.transitions.item(state, char_class)
         return state
 
     def allowed(self, state: int, num_left: int) -> NDArray[np.bool_]:
@@ -73,6 +74,14 @@ class Automaton:
         following = self.transitions[state]
         by_class = (following >= 0) & (self.fewest[following] < num_left)
         return np.asarray(by_class[self.classes])
+
+    def ends(self, state: int, num_left: int) -> bool:
+        """Whether a text that may get `num_left` more characters is over: it is complete, and nothing may come next.
+
+        Not where only `num_left` = 0 forbids more: that text ends by its length.
+        """
+        after = int(self.fewest_after[state])
+        return after == NEVER or 0 < num_left < after
 
     def must_end(self, state: int, num_left: int) -> bool:
         """Whether nothing may come next if the text may have `num_left` more characters: it is complete."""

@@ -16,7 +16,7 @@ from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
 from service.engine.native.rows import Rows
-from service.engine.native.self_check import EXPECTED, digest_of
+from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
 from service.engine.stepper import InvalidRows, Row, StepResult
 from service.model.quantize import QuantizedGRU
 
@@ -33,7 +33,9 @@ def variants() -> tuple[str, ...]:
     """
     checked = []
     for name in supported_variants():
-        if digest_of(partial(NativeStepper, variant=name)) == EXPECTED:
+        make_stepper = partial(NativeStepper, variant=name)
+        digests = digest_of(make_stepper), digest_of(make_stepper, with_automaton=True)
+        if digests == (EXPECTED, EXPECTED_WITH_AUTOMATON):
             checked.append(name)
         else:
             log.error(

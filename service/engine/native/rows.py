@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, c_char
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32, Ids, Int32
+from service.engine.automaton.automaton import Automaton
 from service.engine.sampling import History
 from service.engine.sampling_settings import NUMBERS, SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stepper import NOTHING, Row, StepResult
 
 _MASK = 2**64 - 1
+_TABLES = ("num_classes", "classes", "transitions", "fewest", "fewest_after", "stop_chars")  # of an automaton
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -45,10 +48,11 @@ class Rows:
             if row.finished is None:
                 request = row.request
                 left = len(request.prompt) - row.num_read
-                if request.max_chars > row.num_generated:
+                ends_empty = request.automaton is not None and row.ends_empty
+                if request.max_chars > row.num_generated and not ends_empty:
                     left += request.max_chars - row.num_generated
                 if left == 0:
-                    row.finished = "length"
+                    row.finished = "stop" if ends_empty else "length"
             if (left > 0 and num_chars > 0) or (left == 0 and row.request.num_next is not None and row.next is None):
                 self.active.append(row)
                 self._places.append(place)
@@ -76,10 +80,11 @@ class Rows:
         records["num_top"] = records["num_next"] = -1
         self._pointed_to: list[NDArray[Any]] = []
         # Output arrays of rows that need them, by index in `active`.
-        self._texts: dict[int, Ids] = {}
+        self._among_allowed: dict[int, Float32] = {}
         self._scores: dict[int, Scores] = {}
         self._checkpoints: dict[int, Float32] = {}
         self._next: dict[int, Distribution] = {}
+        walking: list[int] = []  # indices of the rows that have an automaton
         for i, (row, request) in enumerate(zip(active, requests, strict=True)):
             if row.num_read < len(request.prompt):
                 ids = request.prompt[row.num_read : row.num_read + self._num_steps[i]]
@@ -88,20 +93,26 @@ class Rows:
                 self._add_sampling(records[i], request.sampling, row.history)
             elif row.history is not None:
                 self._add_history(records[i], row.history)
-            if request.stops:
-                self._add_stops(i, row)
+            if request.automaton is not None:
+                walking.append(i)
             if request.num_logprobs is not None:
                 self._add_scores(i, row, request.num_logprobs)
             if request.checkpoint_positions:
                 self._add_checkpoints(i, row)
             if request.num_next is not None:
                 self._add_next(i, request.num_next)
+        if walking:
+            self._add_automata(walking)
+        self._is_walking = bool(walking)
 
     def finish(self) -> list[StepResult]:
         """Update the rows after the call. Return the result of each row that was passed in, in their order."""
         if not self.active:
             return self._results
         done = zip(*(self.records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
+        if self._is_walking:
+            for row, state in zip(self.active, self.records["state"].tolist(), strict=True):
+                row.state = state
         for i, (row, place, (num_read, num_steps, stopped)) in enumerate(
             zip(self.active, self._places, done, strict=True)
         ):
@@ -111,19 +122,18 @@ class Rows:
             if stopped:
                 row.finished = "stop"
             elif row.finished is None and num_steps == self._num_left[i]:
-                row.finished = "length"
+                row.finished = "stop" if row.ends_empty else "length"
             if i in self._checkpoints:
                 self._store_checkpoints(i, row)
-            if i in self._texts:
-                longest = max(len(stop) for stop in row.request.stops)
-                row.tail[:] = self._texts[i][: len(row.tail) + num_steps - num_read][-longest:].tolist()
             if i in self._next and row.finished is not None:
                 row.next = self._next[i]
             chars = self._chars[i, num_read:num_steps]
+            num_withheld = row.num_withheld if self._is_walking else 0
             if i in self._scores:
-                self._results[place] = StepResult(chars, *self._split_scores(i, row, num_read, num_steps))
+                scores, prompt_scores = self._split_scores(i, row, num_read, num_steps)
+                self._results[place] = StepResult(chars, scores, prompt_scores, num_withheld)
             elif num_steps > 0:
-                self._results[place] = StepResult(chars)
+                self._results[place] = StepResult(chars, None, None, num_withheld)
         return self._results
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
@@ -163,15 +173,34 @@ class Rows:
                 raise ValueError(f"the arrays of a history must be contiguous, ({self._vocab_size},)")
             record[name] = array.ctypes.data
 
-    def _add_stops(self, i: int, row: Row) -> None:
-        record, num_before = self.records[i], len(row.tail)
-        text = self._texts[i] = np.empty(num_before + self._num_steps[i], np.int64)
-        text[:num_before] = row.tail
-        record["num_stops"] = len(row.request.stops)
-        record["first_stop"] = max(0, row.request.min_chars - row.request.num_before - row.num_generated)
-        record["stop_lengths"] = self._address(np.array([len(stop) for stop in row.request.stops]), np.int64)
-        record["stop_ids"] = self._address(np.concatenate(row.request.stops), np.int64)
-        record["text"], record["text_length"] = text.ctypes.data, num_before
+    def _add_automata(self, walking: list[int]) -> None:
+        """Add the automata of rows. Rows often share one, so all are added at once."""
+        rows = [self.active[i] for i in walking]
+        automata = [row.request.automaton for row in rows]
+        tables = {automaton: self._tables(automaton) for automaton in dict.fromkeys(automata) if automaton is not None}
+        for name, column in zip(_TABLES, zip(*[tables[one] for one in automata if one], strict=True), strict=True):
+            self.records[name][walking] = column
+        self.records["state"][walking] = [row.state for row in rows]
+        # At the first character that is drawn in this call: no character was drawn before it, or the prompt was read.
+        self.records["num_left"][walking] = [row.num_left for row in rows]
+        self.records["first_stop"][walking] = [row.first_stop for row in rows]
+        for i, row in zip(walking, rows, strict=True):
+            if row.request.num_logprobs is not None and row.request.automaton and row.request.automaton.restricts:
+                among = np.empty(self._num_steps[i] - int(self.records["num_prompt"][i]), np.float32)
+                self._among_allowed[i] = among
+                self.records["among_allowed"][i] = among.ctypes.data
+
+    def _tables(self, automaton: Automaton) -> tuple[int, ...]:
+        """Return the values of _TABLES."""
+        restricts = automaton.restricts
+        return (
+            automaton.transitions.shape[1],
+            self._address(automaton.classes, np.int32),
+            self._address(automaton.transitions, np.int32),
+            self._address(automaton.fewest, np.int32) if restricts else 0,
+            self._address(automaton.fewest_after, np.int32) if restricts else 0,
+            self._address(automaton.stop_chars, np.int32),
+        )
 
     def _add_scores(self, i: int, row: Row, num_logprobs: int) -> None:
         record, num_steps = self.records[i], self._num_steps[i]
@@ -191,8 +220,11 @@ class Rows:
         scores = self._scores[i]
         num_prompt = num_read if row.request.score_prompt else 0
         num_generated = num_steps - num_read
+        generated = scores.slice(num_prompt, num_prompt + num_generated)
+        if i in self._among_allowed:
+            generated = replace(generated, allowed=self._among_allowed[i][:num_generated])
         return (
-            scores.slice(num_prompt, num_prompt + num_generated) if num_generated else None,
+            generated if num_generated else None,
             scores.slice(0, num_prompt) if num_prompt else None,
         )
 

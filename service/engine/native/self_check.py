@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Float32
+from service.engine.automaton.automaton import Automaton
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.engine.stepper import Row, Stepper
@@ -22,6 +23,8 @@ from service.model.quantize import IntegerPrecision, QuantizedGRU, QuantizedLaye
 
 # SHA-256 of everything that `digest_of` computes, with `service.engine.arithmetic.VERSION` 1. Both steppers give it.
 EXPECTED = "288f04df97ccf02c4afded02bad171b4068047a6b408eb7093d0653fd488080e"
+# The same of texts with an automaton.
+EXPECTED_WITH_AUTOMATON = "196f39727f8ca2cc2766584cc4ed2edffb49856e5e30dfc112659708f1fc5a4b"
 
 _UNITS = 77  # no multiple of the numbers that any instruction set handles at a time
 _CHARSET = "".join(map(chr, range(97, 97 + 53)))
@@ -34,24 +37,28 @@ _SETTINGS = (
 )
 
 
-def digest_of(make_stepper: Callable[[QuantizedGRU], Stepper]) -> str:
-    """Return the SHA-256 of all characters, states and log-probabilities that a stepper computes, in hexadecimal."""
+def digest_of(make_stepper: Callable[[QuantizedGRU], Stepper], *, with_automaton: bool = False) -> str:
+    """Return the SHA-256 of all characters, states and log-probabilities that a stepper computes, in hexadecimal.
+
+    with_automaton: of texts that have one.
+    """
     digest = hashlib.sha256()
     precisions: tuple[IntegerPrecision, ...] = ("int8", "int4")
     for precision in precisions:
         stepper = make_stepper(_model(precision))
-        rows = [_row(stepper, seed) for seed in range(2 * len(_SETTINGS))]
+        rows = [_row(stepper, seed, _automaton() if with_automaton else None) for seed in range(2 * len(_SETTINGS))]
         for result, row in zip(stepper.advance(rows, 2 * _NUM_CHARS), rows, strict=True):
             parts = [result.chars.astype("<i8"), row.hidden.astype("<f4")]
             for scores in (result.scores, result.prompt_scores):
                 if scores is not None:
                     parts += [scores.chosen.astype("<f4"), scores.top_ids.astype("<i4"), scores.top.astype("<f4")]
+                    parts += [scores.allowed.astype("<f4")] if scores.allowed is not None else []
             for part in parts:
                 digest.update(part.tobytes())
     return digest.hexdigest()
 
 
-def _row(stepper: Stepper, seed: int) -> Row:
+def _row(stepper: Stepper, seed: int, automaton: Automaton | None) -> Row:
     sampling = _SETTINGS[seed % len(_SETTINGS)]
     prompt = _numbers(5, seed, len(_CHARSET)).astype(np.int64)
     request = Request(
@@ -62,8 +69,18 @@ def _row(stepper: Stepper, seed: int) -> Row:
         sampling=sampling,
         num_logprobs=4,
         score_prompt=True,
+        automaton=automaton,
     )
     return Row.of(request, stepper.initial_hidden(), len(_CHARSET))
+
+
+@cache
+def _automaton() -> Automaton:
+    """Return an automaton of five states that allows a part of the characters in each, and has a stop string."""
+    classes = (np.arange(len(_CHARSET)) % 7).astype(np.int32)
+    transitions = np.array([[(state * 3 + char) % 6 - 1 for char in range(7)] for state in range(5)], np.int32)
+    stop_chars = np.array([0, 0, 0, 0, 2], np.int32)
+    return Automaton(classes, transitions, np.array([0, 1, 1, 1, 0], np.int32), stop_chars, stop_chars)
 
 
 @cache

@@ -13,9 +13,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from service.engine import sampling_settings as sampling
-from service.engine.request import MAX_STOPS
+from service.engine.automaton.stops import MAX_STOP_CHARS, MAX_STOPS
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
-from service.engine.stop import MAX_STOP_CHARS
 from service.errors import InvalidValue
 from service.model.charset import MAX_CHARSET, UnknownChars
 

@@ -256,7 +256,7 @@ def test_log__has_one_line_per_request_and_no_text_of_the_user(
 def test_unexpected_exception__is_logged_and_not_shown_to_the_client(
     client: FlaskClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(completion.Completion, "chunks", lambda *_: 1 / 0)
+    monkeypatch.setattr(completion.Completion, "wholes", lambda *_: 1 / 0)
     client.application.config["PROPAGATE_EXCEPTIONS"] = False
     with caplog.at_level(logging.ERROR):
         response = client.post("/v1/completions", json={"prompt": "a"})

@@ -36,8 +36,8 @@ GRU_STRUCT(GruRow)
 GRU_FIELD(uint64_t, seed)          // random numbers depend on seed and position alone
 GRU_FIELD(int64_t, position)       // characters consumed before this call
 GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
-GRU_FIELD(int64_t, num_steps)      // in: steps to do; out: steps done, fewer if a stop string ended the text
-GRU_FIELD(int64_t, stopped)        // out: 1 if a stop string was completed
+GRU_FIELD(int64_t, num_steps)      // in: steps to do; out: steps done, fewer if the automaton ended the text
+GRU_FIELD(int64_t, stopped)        // out: 1 if the automaton ended the text
 GRU_FIELD(int64_t, num_prompt)     // characters to read
 GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) ids
 GRU_FIELD(int64_t*, chars)         // (num_steps,) out: the ids read and drawn
@@ -57,18 +57,24 @@ GRU_FIELD(const uint8_t*, allowed)    // (V,) 1 if the character can be drawn; n
 GRU_FIELD(const uint8_t*, in_prompt)  // (V,) 1 if the prompt has the character; null without penalties
 GRU_FIELD(double*, num_generated)     // (V,) how often each character was generated; updated; null without penalties
 
-GRU_FIELD(int64_t, num_stops)            // stop strings
-GRU_FIELD(const int64_t*, stop_lengths)  // (num_stops,)
-GRU_FIELD(const int64_t*, stop_ids)      // the ids of all stop strings, one string after the other
-GRU_FIELD(int64_t, first_stop)           // the first drawn character of this call that may complete one, from 0
-GRU_FIELD(int64_t*, text)                // (text_length + num_steps,) ids to search for stop strings; updated
-GRU_FIELD(int64_t, text_length)          // ids generated before this call; updated
+// The automaton over the generated characters: see automaton.py.
+GRU_FIELD(const int32_t*, classes)       // (V,) from 0 to num_classes - 1; null: there is no automaton
+GRU_FIELD(int64_t, num_classes)          // C, at most V
+GRU_FIELD(const int32_t*, transitions)   // (S, C) the next state; -1 if the class is not allowed
+GRU_FIELD(const int32_t*, fewest)        // (S,) characters that complete a text; null: nothing is ever forbidden
+GRU_FIELD(const int32_t*, fewest_after)  // (S,) the same if the text has to get longer; 2^31 - 1 if it can't
+GRU_FIELD(const int32_t*, stop_chars)    // (S,) above 0 where a stop string is complete
+GRU_FIELD(int64_t, state)                // after all generated characters; updated
+GRU_FIELD(int64_t, num_left)             // characters until the text must be complete, from the first drawn in this call
+GRU_FIELD(int64_t, first_stop)           // the first drawn character of this call that may complete a stop string, from 0
 
 GRU_FIELD(int64_t, num_top)       // likeliest characters to report at each step, at most V; -1: no scores
 GRU_FIELD(int64_t, scores_start)  // the first step with scores; its scores have index 0 in the arrays below
 GRU_FIELD(float*, chosen)         // (num_steps - scores_start,) out: log-probability of the step's own character
 GRU_FIELD(int32_t*, top_ids)      // (num_steps - scores_start, num_top) out: the likeliest characters
 GRU_FIELD(float*, top)            // (num_steps - scores_start, num_top) out: their log-probabilities
+GRU_FIELD(float*, among_allowed)  // (num_steps - num_prompt,) out: of each drawn character, among those that were
+                                  // allowed by the automaton; null: none
 
 GRU_FIELD(int64_t, num_checkpoints)              // states to copy during this call
 GRU_FIELD(const int64_t*, checkpoint_positions)  // (num_checkpoints,) in rising order

@@ -80,13 +80,20 @@ struct Worker {
     Buffer<double> shares;              // (V,) unnormalised probabilities
     Buffer<double> adjusted;            // (V,) logits after penalties and bias
     Buffer<Ranked> ranked;              // (V,)
+    Buffer<uint8_t> may_follow;         // (V,) by class of the row's automaton
+    Buffer<uint8_t> mask;               // (V,) characters that the row may draw
     std::vector<int32_t> active;        // indices of the rows that are not at their ends
     std::vector<int32_t> drawing;       // indices of the rows that need logits
     std::vector<int32_t> sums;          // of the numbers of each state in `states`
     std::vector<const int8_t*> states;  // rounded states to multiply with weights
 
     Worker(const Model& model, int max_rows)
-        : logits(max_rows * model.num_logits), shares(model.vocab), adjusted(model.vocab), ranked(model.vocab) {}
+        : logits(max_rows * model.num_logits),
+          shares(model.vocab),
+          adjusted(model.vocab),
+          ranked(model.vocab),
+          may_follow(model.vocab),
+          mask(model.vocab) {}
 
     // Reserves memory, so that nothing is allocated during the steps.
     void reserve(int64_t num_rows) {
@@ -102,7 +109,7 @@ struct Batch {
     GruRow* rows = nullptr;
     std::vector<int64_t> chars;              // (B,) ids of the current step
     std::vector<int64_t> num_stored;         // (B,) checkpoints stored so far
-    std::vector<std::atomic<int64_t>> ends;  // (B,) number of steps of each row; a stop string lowers it
+    std::vector<std::atomic<int64_t>> ends;  // (B,) number of steps of each row; the end of a text lowers it
     Buffer<int8_t> rounded;                  // (2, L, B, stride) states before and after a step, alternating
 
     void reserve(const Model& model, int64_t num_rows) {

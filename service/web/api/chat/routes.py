@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from flask import Response
 
+from service.engine.automaton.stops import MAX_STOPS
 from service.engine.prefix_cache import CacheScope
-from service.engine.request import MAX_STOPS
 from service.errors import InvalidValue, NoChatTemplate
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases, written_stops
