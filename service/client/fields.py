@@ -54,6 +54,7 @@ class CompletionFields(ModelFields, total=False):
     """Also what only a completion has."""
 
     best_of: int
+    beam: int
     echo: bool
     logprobs: int
     prompt_logprobs: int
