@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 KERNEL := setup.py $(wildcard service/engine/native/src/*)
 ASAN := build/asan
 
-.PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan train bench lock clean
+.PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan kernel-arm train bench lock clean
 setup: $(VENV)/.installed
 serve: $(VENV)/.server ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
@@ -28,7 +28,10 @@ PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-fil
 kernel-asan: setup
 	rm -rf $(ASAN) && mkdir -p $(ASAN) && cp -r service tests model_store setup.py pyproject.toml README.md LICENSE $(ASAN)
 	cd $(ASAN) && find . -name '*.so' -delete && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py
+	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py tests/engine/test_tiles.py::test_tiles__any_number_of_rows_gets_the_bits_of_the_portable_variant
+
+# Runs the kernel's tests on a kernel for ARM64, under an emulator (Debian: g++-aarch64-linux-gnu, g++-s390x-linux-gnu, qemu-user).
+kernel-arm: setup ; TEST_EMULATED=aarch64 $(BIN)/pytest tests/engine/test_stepper.py tests/engine/test_native.py tests/engine/test_emulated.py
 
 # What the server needs: its libraries and the kernel. Only where the kernel can't be compiled, torch is installed too.
 $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)

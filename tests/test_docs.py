@@ -209,7 +209,7 @@ def test_routes__each_is_documented_once(openapi: dict[str, Any]) -> None:
 
 def test_request_fields__each_is_documented_once_with_its_default(openapi: dict[str, Any]) -> None:
     documented = sections(API)
-    headings = ("Sampling fields", "Accepted fields", "Accepted fields of chats")
+    headings = ("Sampling fields", "Form fields", "Accepted fields", "Accepted fields of chats")
     shared = {heading: text for heading, text in documented if heading in headings}
     used = set(shared.values())
     for route, operation in operations(openapi).items():

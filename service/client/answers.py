@@ -30,11 +30,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """The log-probabilities of the characters of a text, in nats. The three lists have the same length."""
+    """The log-probabilities of the characters of a text, in nats. The lists have the same length."""
 
     chars: list[str]
     logprobs: list[float | None]  # None for a character that is not scored: the first of a prompt
     top: list[dict[str, float]]  # the likeliest characters at each place; empty unless they were requested
+    # Of each character among those that the form allowed; None for those of a prompt. None without a form.
+    allowed: list[float | None] | None = None
 
     @classmethod
     def from_completion(cls, document: dict[str, Any] | None) -> Logprobs | None:
@@ -42,7 +44,8 @@ class Logprobs:
         if document is None:
             return None
         top = document.get("top_logprobs") or [None] * len(document["tokens"])
-        return cls(document["tokens"], document["token_logprobs"], [each or {} for each in top])
+        allowed = document.get("allowed_logprobs")
+        return cls(document["tokens"], document["token_logprobs"], [each or {} for each in top], allowed)
 
     @classmethod
     def from_chat(cls, document: dict[str, Any] | None) -> Logprobs | None:
@@ -54,11 +57,13 @@ class Logprobs:
             [each["token"] for each in content],
             [each["logprob"] for each in content],
             [{other["token"]: other["logprob"] for other in each.get("top_logprobs") or []} for each in content],
+            [each["allowed_logprob"] for each in content] if content and "allowed_logprob" in content[0] else None,
         )
 
     def since(self, start: int) -> Logprobs:
         """Return these without the first `start`."""
-        return Logprobs(self.chars[start:], self.logprobs[start:], self.top[start:])
+        allowed = self.allowed[start:] if self.allowed is not None else None
+        return Logprobs(self.chars[start:], self.logprobs[start:], self.top[start:], allowed)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 # A text, as a string or as the ids of its characters, or several of them.
 Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -39,6 +39,8 @@ class SamplingFields(TypedDict, total=False):
     include_stop_str_in_output: bool
     stop_token_ids: list[int]
     allowed_token_ids: list[int]
+    structured_outputs: dict[str, Any]
+    response_format: dict[str, Any]
 
 
 class ModelFields(SamplingFields, total=False):

@@ -8,6 +8,7 @@ from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import compile_form
 from service.engine.automaton.form import Form
 from service.engine.automaton.stops import with_stops
+from service.errors import InvalidValue
 from service.model.charset import Charset
 
 
@@ -32,3 +33,13 @@ def automaton_of(
         ids = [stop for stop in ids if drawable.issuperset(stop.tolist())]
     compiled = compile_form(form, charset.characters, tuple(sorted(set(allowed))) if allowed is not None else None)
     return with_stops(compiled, ids, len(charset))
+
+
+def require_chars(automaton: Automaton | None, max_chars: int) -> None:
+    """Raise InvalidValue if no text of an automaton has at most `max_chars` characters."""
+    if automaton is not None and automaton.fewest[0] > max_chars:
+        raise InvalidValue(
+            f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, and it may have "
+            f"{max_chars}: raise max_tokens, or allow shorter texts",
+            param="max_tokens",
+        )

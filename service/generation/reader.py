@@ -164,7 +164,7 @@ class Reader:
         if end.reason == "cancelled":
             raise AssertionError("only a client that has left cancels the run")
         text = self.finish(model, text, run, generated, end)
-        return text, replace(run, finish_reason=end.reason, end=text.position), handle
+        return text, run.ended(end.reason, text.position), handle
 
     def extend(self, text: Text, run: Run, generated: str, snapshot: Snapshot) -> Text | None:
         """Return the text as far as a run has come: from there, the run can be continued.

@@ -174,7 +174,7 @@ class ActiveRun:
         # From the text before the run, whatever was saved since: a stop string may begin before the last save.
         text = self._reader.finish(self._model, self.session.text, run, self._generated, end)
         if end.reason != "cancelled":
-            run = replace(run, finish_reason=end.reason, end=text.position)
+            run = run.ended(end.reason, text.position)
         with self._leasing:
             self._lease.save(replace(self._lease.session, text=text, run=run), release=True)
             self.session = self._lease.session

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import structlog
 
+from service.engine.automaton.form import Form
 from service.engine.handle import Handle
 from service.engine.sampling_settings import SamplingSettings
 from service.errors import (
@@ -22,12 +23,13 @@ from service.errors import (
     SessionBusy,
     StoreUnavailable,
 )
+from service.generation.automata import automaton_of, require_chars
 from service.generation.reader import Reader, with_biases, written_stops
 from service.generation.run_stream import ActiveRun, RunStream
 from service.model.charset import Charset, UnknownChars
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.session import Run, Session, SessionKey
+from service.sessions.session import Run, Session, SessionKey, digest_of
 from service.sessions.session_store import SessionStore
 
 log = structlog.get_logger(__name__)
@@ -57,6 +59,7 @@ class RunRequest:
     includes_stop: bool = False  # the stop string that ends the run becomes part of the text
     stop_ids: tuple[int, ...] = ()  # of characters that end the run; they become `stops` as `biases` do
     allowed: tuple[int, ...] | None = None  # ids of the only characters that the run may draw; the same
+    form: Form | None = None  # of what the run generates; None for any
 
     @property
     def needs_charset(self) -> bool:
@@ -66,10 +69,12 @@ class RunRequest:
     def for_charset(self, charset: Charset) -> RunRequest:
         """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
 
-        Raises UnknownCharacters, InvalidValue.
+        Raises UnknownCharacters, InvalidValue, also if the model can't write the form within `max_chars`.
         """
         sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars, self.allowed)
         stops = written_stops(charset, self.stops, self.unknown_chars, self.stop_ids)
+        if self.form is not None:
+            require_chars(automaton_of(charset, self.form, sampling.allowed, stops), self.max_chars)
         return replace(self, sampling=sampling, stops=stops, biases=(), stop_ids=(), allowed=None)
 
     def new_run(self, session: Session) -> Run:
@@ -87,12 +92,15 @@ class RunRequest:
             context,
             min_chars=self.min_chars,
             includes_stop=self.includes_stop,
+            form=self.form,
         )
 
     def matches_last_run(self, session: Session, position: int | None) -> bool:
         """Whether the session's last run was started by an equal request at this position."""
         run = session.run
         if run is None or run.start != position:
+            return False
+        if run.form_digest != digest_of(self.form):
             return False
         expected = (self.max_chars, self.sampling, self.stops, self._seed(session), self.min_chars, self.includes_stop)
         return (run.max_chars, run.sampling, run.stops, run.seed, run.min_chars, run.includes_stop) == expected
@@ -163,6 +171,9 @@ class RunRegistry:
             session = replace(chosen, text=text, run=run)
             return session, RunStream(session, run, after, None, handle)
 
+        if request.form is not None:
+            # Before the session is leased: a form that was not used lately is compiled, and may be refused.
+            self._in_its_charset(request, self._store.load(key))
         start = _Start(self._models, self._reader, choose)
         begin = partial(self._begin, key, start, client_has_left)
         if as_whole and request.max_chars <= _SHORT_CHARS:
@@ -177,7 +188,7 @@ class RunRegistry:
 
     def _in_its_charset(self, request: RunRequest, session: Session) -> RunRequest:
         """Return `request.for_charset` of the session's model. Raises ModelChanged, UnknownCharacters, InvalidValue."""
-        if not (request.needs_charset or request.stops):
+        if not (request.needs_charset or request.stops or request.form):
             return request
         try:
             charset = self._models.for_state(session.model, session.identity).charset

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import ConfigDict, Field
@@ -17,6 +18,11 @@ from service.sessions.text import Text
 # The limits of numbers in a stored record.
 Position = Annotated[int, Field(ge=0, le=MAX_POSITION)]  # in a text
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+def digest_of(form: Form | None) -> str:
+    """Return a hexadecimal digest that names a form; an empty string for None."""
+    return blake2b(f"{form.kind} {form.value}".encode(), digest_size=16).hexdigest() if form is not None else ""
 
 
 class SessionKey(NamedTuple):
@@ -50,6 +56,16 @@ class Run:
     # The form of what it generates; None for any. A form can be longer than the text, and every save of the session
     # would write it again, so a finished run has only its digest.
     form: Form | None = None
+    ended_form: str = ""  # hexadecimal digest of the form of a finished run; empty if it had none
+
+    @property
+    def form_digest(self) -> str:
+        """Names the form of the run, finished or not; empty if it has none."""
+        return self.ended_form if self.form is None else digest_of(self.form)
+
+    def ended(self, reason: FinishReason, end: int) -> Run:
+        """Return the run as it ended at a position."""
+        return replace(self, finish_reason=reason, end=end, form=None, ended_form=self.form_digest)
 
     @property
     def is_finished(self) -> bool:
@@ -59,7 +75,7 @@ class Run:
     @property
     def num_bytes(self) -> int:
         """Approximate memory in bytes."""
-        num_chars = sum(map(len, self.stops)) + len(self.context)
+        num_chars = sum(map(len, self.stops)) + len(self.context) + (len(self.form.value) if self.form else 0)
         num_ids = len(self.sampling.allowed or ())
         return 512 + 4 * num_chars + 128 * len(self.sampling.logit_bias) + 40 * num_ids
 

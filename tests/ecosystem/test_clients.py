@@ -19,7 +19,9 @@ from pathlib import Path
 import pytest
 
 from service.api_keys import new_key
+from service.store.model_store import ModelStore
 from tests.harness.environments import ROOT, environment
+from tests.harness.models import publish_tiny
 from tests.harness.programs import program
 from tests.harness.server import SERVE, serving
 
@@ -31,6 +33,8 @@ QUICK = [
 SLOW = ["inspect-ai", "lm-eval", "aiperf", "guidellm"]
 USE_S = 300
 MODEL = "shakespeare"
+# A model that knows all characters of JSON, and nothing else.
+FORMS_MODEL, ASCII = "forms", "\n" + "".join(map(chr, range(32, 127)))
 RUN = os.environ.get("TEST_CLIENTS", "")
 # Nothing on the network but the server, and nothing in the user's own folders.
 OFFLINE = {
@@ -52,19 +56,28 @@ class Place:
     key: str
 
 
-def place(**settings: str) -> Iterator[Place]:
-    """Serve the shipped model."""
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the shipped model, and of a small one that can write JSON."""
+    store = tmp_path_factory.mktemp("store") / "models"
+    shutil.copytree(ROOT / "model_store", store)
+    publish_tiny(ModelStore(store), FORMS_MODEL, chat="play", charset=ASCII)
+    return store
+
+
+def place(models: Path, **settings: str) -> Iterator[Place]:
+    """Serve the models of a store."""
     key, entry = new_key("client")
     keys = {"GRU_SERVE_API_KEYS": entry} if settings.pop("keys", "") else {}
-    store = {"GRU_SERVE_MODEL_STORE": str(ROOT / "model_store"), "GRU_SERVE_MODEL": MODEL}
+    store = {"GRU_SERVE_MODEL_STORE": str(models), "GRU_SERVE_MODEL": MODEL}
     with serving(SERVE, store | keys | settings) as server:
         yield Place(server.port, key)
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Place]:
+def server(models: Path) -> Iterator[Place]:
     """A server with keys, on which a client may have four streams, and a stream may last as long as a test needs."""
-    yield from place(keys="1", GRU_SERVE_MAX_STREAMS="4", GRU_SERVE_MAX_TOKENS="10000000")
+    yield from place(models, keys="1", GRU_SERVE_MAX_STREAMS="4", GRU_SERVE_MAX_TOKENS="10000000")
 
 
 @pytest.mark.parametrize("client", QUICK + (SLOW if RUN == "all" else []))
@@ -78,9 +91,9 @@ def test_client__works_unchanged(server: Place, client: str, tmp_path: Path) -> 
 @pytest.mark.skipif(RUN != "all", reason="set TEST_CLIENTS=all: it sends thousands of requests")
 @pytest.mark.timeout(3_000)
 @pytest.mark.parametrize("keys", ["", "1"], ids=["open", "keyed"])
-def test_schemathesis__finds_no_failure(keys: str, tmp_path: Path) -> None:
+def test_schemathesis__finds_no_failure(models: Path, keys: str, tmp_path: Path) -> None:
     with ExitStack() as stack:
-        served = stack.enter_context(contextmanager(place)(keys=keys, GRU_SERVE_MAX_TOKENS="200"))
+        served = stack.enter_context(contextmanager(place)(models, keys=keys, GRU_SERVE_MAX_TOKENS="200"))
         output = use("schemathesis", served, tmp_path, limit_s=1_400, EXAMPLES="300", KEYED=keys)
     assert output.splitlines()[-1] == "ok", output[-8_000:]
 
@@ -100,7 +113,7 @@ def use(client: str, server: Place, folder: Path, limit_s: float = USE_S, **vari
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GRU_SERVE_"))}
     given = {
         "PATH": paths, "HOME": str(folder), "HERE": str(source), "HOST_URL": base, "BASE_URL": f"{base}/v1",
-        "API_KEY": server.key, "MODEL": MODEL,
+        "API_KEY": server.key, "MODEL": MODEL, "FORMS_MODEL": FORMS_MODEL,
     }  # fmt: skip
     process = subprocess.Popen(
         command, cwd=folder, env=inherited | OFFLINE | given | variables, stdin=subprocess.DEVNULL,

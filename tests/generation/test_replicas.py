@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from redis import exceptions as errors
 
+from service.engine.automaton.form import Form
 from service.engine.sampling_settings import PLAIN
 from service.errors import (
     GruServeError,
@@ -48,6 +50,7 @@ Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.3
 NO_IDS = np.empty(0, np.int64)
 LONG = RunRequest(5000, replace(PLAIN, temperature=0.9))
+FORMED = replace(LONG, form=Form("regex", "([A-Z][a-z]{0,7}[,.?] |[a-z]{3}\n)*[A-Z]+!"))
 
 
 @pytest.fixture(scope="module")
@@ -333,25 +336,32 @@ def test_generate__whose_start_was_lost_can_be_repeated(
     assert text == uninterrupted(two, request)
 
 
-def test_resume__generates_again_what_a_dead_replica_sent(replicas: Callable[[], Replica]) -> None:
+@pytest.mark.parametrize("request_", [LONG, FORMED], ids=["any text", "a form"])
+def test_resume__generates_again_what_a_dead_replica_sent(
+    replicas: Callable[[], Replica], request_: RunRequest
+) -> None:
     one, two = replicas(), replicas()
-    whole = uninterrupted(one)
+    whole = uninterrupted(one, request_)
     create(one)
-    continuation = one[0].runs.generate(SessionKey("", "a"), LONG, None)
+    continuation = one[0].runs.generate(SessionKey("", "a"), request_, None)
     got = take(continuation, 700)
     dies(one)
     rest = take(two[0].runs.resume(SessionKey("", "a"), 6 + len(got)))
     assert got + rest == whole
     assert text_of(two) == "ROMEO:" + whole
+    assert request_.form is None or re.fullmatch(request_.form.value, whole)
     continuation.close()
 
 
+@pytest.mark.parametrize("request_", [LONG, FORMED], ids=["any text", "a form"])
 @pytest.mark.parametrize("operation", ["feed", "rewind", "fork", "generate"])
-def test_operations__continue_from_what_a_dead_replica_sent(replicas: Callable[[], Replica], operation: str) -> None:
+def test_operations__continue_from_what_a_dead_replica_sent(
+    replicas: Callable[[], Replica], operation: str, request_: RunRequest
+) -> None:
     """The stream need not be resumed first: the client's position says how far it was sent."""
     one, two = replicas(), replicas()
     create(one)
-    continuation = one[0].runs.generate(SessionKey("", "a"), LONG, None)
+    continuation = one[0].runs.generate(SessionKey("", "a"), request_, None)
     got = take(continuation, 100)
     dies(one)
     position, sessions = 6 + len(got), two[0]

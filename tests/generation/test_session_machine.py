@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,9 +27,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from service.engine.automaton.automaton import Automaton
+from service.engine.automaton.form import Form
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.errors import GruServeError
+from service.errors import GruServeError, InvalidValue
 from service.generation.automata import automaton_of
 from service.generation.reader import whole
 from service.generation.run_stream import RunStream
@@ -58,7 +62,15 @@ SAMPLING = st.sampled_from(
         SamplingSettings(allowed=(1, 9, 26, 41), top_p=0.9),
     ]
 )
-RUNS = st.builds(
+# Some may go on wherever they are complete, some end there, and some need more characters than a run may have.
+FORMS = [
+    Form("choice", json.dumps(["the ear", "tea", "I", "that table is mine: it"])),
+    Form("regex", "([a-z]{1,4}[ ,])*[A-Z]"),
+    Form("regex", "[a-e]*"),
+    Form("regex", "([AB] ?){3,9}|I|e{20,40}"),
+    Form("regex", ""),
+]
+ANY_RUNS = st.builds(
     RunRequest,
     max_chars=st.integers(1, 32),
     sampling=SAMPLING,
@@ -67,6 +79,13 @@ RUNS = st.builds(
     min_chars=st.sampled_from([0, 0, 2, 9]),
     includes_stop=st.booleans(),
 )
+RUNS = ANY_RUNS | st.builds(
+    lambda request, form: replace(request, min_chars=0, form=form), ANY_RUNS, st.sampled_from(FORMS)
+)
+
+
+def has_form(form: Form, text: str) -> bool:
+    return text in json.loads(form.value) if form.kind == "choice" else re.fullmatch(form.value, text) is not None
 
 
 def start_of(position: int) -> int:
@@ -228,7 +247,7 @@ class SessionMachine(RuleBasedStateMachine):
         handle = self.model.engine.submit([self.replayed(run)])[0]
         result, end = whole(handle, None)
         text = self.model.charset.decode(result.chars)
-        num_whole = len(text) - (end.reason == "stop" and not run.request.includes_stop)
+        num_whole = len(text) - (end.num_stop_chars > 0 and not run.request.includes_stop)
         more = text[len(run.text) : len(run.text) + num_chars]
         return more if len(run.text) + num_chars <= num_whole else None
 
@@ -240,10 +259,21 @@ class SessionMachine(RuleBasedStateMachine):
             ran.request.max_chars,
             ran.seed,
             ran.request.sampling,
-            automaton_of(self.model.charset, None, None, ran.request.stops),
+            self.automaton(ran.request),
             min_chars=ran.request.min_chars,
             history_prompt=encode(ran.context),
         )
+
+    def automaton(self, request: RunRequest) -> Automaton | None:
+        return automaton_of(self.model.charset, request.form, request.sampling.allowed, request.stops)
+
+    def refusal(self, request: RunRequest) -> str | None:
+        """Return the code of the error with which a run of this form is refused, or None."""
+        try:
+            automaton = self.automaton(request)
+        except InvalidValue as error:
+            return error.code
+        return "out_of_range" if automaton is not None and automaton.fewest[0] > request.max_chars else None
 
     @contextmanager
     def fails(self, code: str | None) -> Iterator[None]:
@@ -366,6 +396,8 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(session_id=ids, request=RUNS, says=st.booleans())
     def generate(self, session_id: str, request: RunRequest, says: bool) -> None:
         code = self.fate(session_id)
+        if session_id in self.texts:  # also while another run is active
+            code = self.refusal(request) or code
         position = self.texts[session_id].position if says and session_id in self.texts else None
         if code == "session_busy" and says:
             return  # it may take the run over: see resume
@@ -392,10 +424,11 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids, request=RUNS, num_pieces=st.integers(0, 3))
     def generate_and_leave(self, session_id: str, request: RunRequest, num_pieces: int) -> None:
-        if self.fate(session_id) is not None:
+        request = replace(request, max_chars=30)
+        if self.fate(session_id) is not None or self.refusal(request) is not None:
             return
         there = self.texts[session_id]
-        run = there.begin(replace(request, max_chars=30))
+        run = there.begin(request)
         continuation = self.sessions.runs.generate(SessionKey("", session_id), run.request, None)
         pieces = continuation.chunks(0.0, 20)
         got = "".join(piece.text for piece, _ in zip(pieces, range(num_pieces), strict=False) if piece is not None)
@@ -463,8 +496,9 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(session_id=ids, request=RUNS)
     def open_run(self, session_id: str, request: RunRequest) -> None:
-        if self.fate(session_id) is None:
-            run = self.texts[session_id].begin(replace(request, max_chars=24))
+        request = replace(request, max_chars=24)
+        if self.fate(session_id) is None and self.refusal(request) is None:
+            run = self.texts[session_id].begin(request)
             self.open[session_id] = self.sessions.runs.generate(SessionKey("", session_id), run.request, None), run
 
     @rule(session_id=ids)
@@ -605,8 +639,12 @@ class SessionMachine(RuleBasedStateMachine):
             if ran.reason is None:
                 assert text.startswith(ran.text)
                 continue
-            if end.reason == "stop" and not ran.request.includes_stop:
-                text = text[: -max(len(stop) for stop in ran.request.stops if text.endswith(stop))]
+            form, stops = ran.request.form, [stop for stop in ran.request.stops if text.endswith(stop)]
+            longest = max(map(len, stops)) if end.reason == "stop" and form is None else end.num_stop_chars
+            if form is not None:
+                assert has_form(form, text[: len(text) - longest])
+            if not ran.request.includes_stop:
+                text = text[: len(text) - longest]
             assert (ran.text, ran.reason) == (text, end.reason)
 
 

@@ -56,12 +56,17 @@ def accepts(form: Automaton | None, text: Sequence[int]) -> bool:
     return state >= 0 and int(form.fewest[state]) == 0
 
 
+def may_stop(form: Automaton | None, text: Sequence[int]) -> bool:
+    """Whether a stop string may follow a text: it has the form, and may continue."""
+    return accepts(form, text) and (form is None or bool((form.transitions[form.walk(0, text)] >= 0).any()))
+
+
 def complete_stop(form: Automaton | None, stops: Sequence[Sequence[int]], text: Sequence[int]) -> int:
     """Return the characters of the longest stop string that ends a text, after a text of this form; 0 for none."""
     lengths = [
         len(stop)
         for stop in stops
-        if list(text[len(text) - len(stop) :]) == list(stop) and accepts(form, text[: len(text) - len(stop)])
+        if list(text[len(text) - len(stop) :]) == list(stop) and may_stop(form, text[: len(text) - len(stop)])
     ]
     return max([length for length in lengths if length <= len(text)], default=0)
 
@@ -70,6 +75,6 @@ def undecided(form: Automaton | None, stops: Sequence[Sequence[int]], text: Sequ
     """Return how many of the last characters may turn out to belong to a stop string."""
     for length in range(len(text), 0, -1):
         end = list(text[len(text) - length :])
-        if any(list(stop[:length]) == end for stop in stops) and accepts(form, text[: len(text) - length]):
+        if any(list(stop[:length]) == end for stop in stops) and may_stop(form, text[: len(text) - length]):
             return length
     return 0

@@ -1,12 +1,15 @@
 """The kernel of another processor, which runs under an emulator, for the Python of this one.
 
 The kernel is built by `setup.py` with a cross compiler, as a wheel on that processor would be. A small C++ program
-(kernel_driver.cpp) loads it under qemu and calls its functions. Python stays native: so the tests need neither another
-Python nor its libraries, and everything but the kernel runs at full speed. `EmulatedKernel.library()` takes the place of
-`binding.load()`, so that every test of the native stepper can run on it.
+(kernel_driver.cpp) loads it under qemu and calls its functions. Python stays native, so the tests need neither another
+Python nor its libraries, and everything but the kernel runs at full speed. `EmulatedKernel.library()` takes the place
+of `binding.load()`, so every test of the native stepper can run on it.
 
 A call sends a copy of all memory that it needs, and takes back what the kernel has written. The addresses in the
 structures are found with the layout that the library itself describes.
+
+`TEST_EMULATED=aarch64 pytest tests/engine/test_stepper.py tests/engine/test_native.py` runs these tests so
+(tests/engine/conftest.py).
 """
 
 from __future__ import annotations
@@ -17,16 +20,18 @@ import subprocess
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
 from types import FrameType
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.native.binding import FIELDS, Library, declare, read_layout
+from service.engine.native.binding import FIELDS, Library, declare, load, read_layout
 from tests.harness.programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +53,9 @@ class Processor:
         return "/usr/" + self.compiler.removesuffix("-g++")
 
 
+# The processor on whose kernel the tests of the native stepper run, or "" for this one.
+EMULATED = os.environ.get("TEST_EMULATED", "")
+NATIVE = load  # what loads the kernel of this processor
 PROCESSORS = {
     "aarch64": Processor("aarch64-linux-gnu-g++", "qemu-aarch64", "<"),
     "s390x": Processor("s390x-linux-gnu-g++", "qemu-s390x", ">"),
@@ -76,40 +84,60 @@ def build_kernel(processor: Processor, folder: Path, *flags: str) -> Path:
     return built[0]
 
 
-def build_driver(processor: Processor, folder: Path) -> Path:
-    """Build the program that calls the kernel; return its path."""
-    driver = folder / "kernel_driver"
+@cache
+def _driver(processor: Processor) -> tuple[Path, TemporaryDirectory[str]]:
+    """Build the program that calls a kernel; return its path, and what removes it at the end of the process."""
+    folder = TemporaryDirectory()
+    driver = Path(folder.name, "kernel_driver")
     words = ["-std=c++17", "-O2", "-Wall", "-Wextra", str(DRIVER), "-o", str(driver), "-ldl"]
     subprocess.run([program(processor.compiler), *words], check=True)
-    return driver
+    return driver, folder
+
+
+@cache
+def _kernel(processor: Processor) -> tuple[Path, TemporaryDirectory[str]]:
+    folder = TemporaryDirectory()
+    return build_kernel(processor, Path(folder.name)), folder
 
 
 class EmulatedKernel:
-    """A running emulator. Calls must come from one thread at a time.
+    """A running emulator. Ends with the block if it is used as a context manager.
 
     Args:
         processor: What is emulated.
         model: The emulator's name of the exact processor, which decides what instructions there are; None for its
             default.
-        driver: What `build_driver` has built.
-        kernel: What `build_kernel` has built.
+        kernel: What `build_kernel` has built; None for a kernel as wheels have it, which is built once.
     """
 
-    def __init__(self, processor: Processor, model: str | None, driver: Path, kernel: Path) -> None:
+    def __init__(self, processor: Processor, model: str | None = None, kernel: Path | None = None) -> None:
+        kernel = kernel or _kernel(processor)[0]
+        self._lock = Lock()
         self._order = processor.byte_order
         self._swaps = (self._order == "<") != (sys.byteorder == "little")
         words = ["-cpu", model] if model else []
-        command = [program(processor.emulator), *words, "-L", processor.system, str(driver), str(kernel)]
+        command = [program(processor.emulator), *words, "-L", processor.system, str(_driver(processor)[0]), str(kernel)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._functions: dict[str, _Function] = {}
         self._handles: set[int] = set()  # addresses of objects in the emulated memory
         self._addresses: dict[np.dtype[np.void], list[int]] = {}  # offsets of addresses in each structure
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the emulator has ended."""
+        return self._process.stdin is None or self._process.stdin.closed
 
     def close(self) -> None:
         """End the emulator."""
         with self._process:
             assert self._process.stdin is not None
             self._process.stdin.close()
+
+    def __enter__(self) -> EmulatedKernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getattr__(self, name: str) -> _Function:
         if not name.startswith("gru_"):
@@ -147,7 +175,8 @@ class EmulatedKernel:
                 words.append((0, 0) if argument.value == 0 else (1, memory.add_at(argument.value)))
             else:
                 words.append((0, int(argument)))
-        returned, text = self._exchange(name, memory, words, returns_text)
+        with self._lock:
+            returned, text = self._exchange(name, memory, words, returns_text)
         for variable, result in results:
             variable.value = int(result[0]) or None
             self._handles.add(int(result[0]))
@@ -199,6 +228,8 @@ class _Function:
         self.restype: Any = ctypes.c_int32
 
     def __call__(self, *arguments: Any) -> Any:
+        if self.restype is None and self._kernel.is_closed:
+            return None  # an object that ended with the emulator
         typed = [
             _Address(argument) if kind is ctypes.c_void_p and isinstance(argument, int) else argument
             for kind, argument in zip(self.argtypes, arguments, strict=True)
@@ -217,9 +248,7 @@ class _Memory:
     keeps alive: those in its variables, and in the objects of this package that these lead to.
     """
 
-    def __init__(
-        self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType
-    ) -> None:
+    def __init__(self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType) -> None:
         self._addresses, self._handles, self._caller = addresses, handles, caller
         self._arrays: list[Array] = []
         self._starts: list[int] = []  # place of each array

@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, replace
 import numpy as np
 import pytest
 
+from service.engine.automaton.form import Form
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import SessionLost
 from service.sessions import record
@@ -21,6 +22,7 @@ OLD_RUN = {"start", "max_chars", "seed", "sampling", "stops", "context", "finish
 OLD_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
 OLD_SAMPLING |= {"logit_bias"}
 RUN = Run(2, 50, 7, PLAIN, ("ab",), "abc")
+FORM = Form("json", '{"type":"object","title":"\u00e9"}')
 DIFFICULT = SamplingSettings(0.5, 3, 0.9, 0.1, 1.2, 0.5, 0.25, ((3, 2.0),), (1, 3, 40))
 
 
@@ -51,8 +53,10 @@ def decoded(stored: Record, header: dict[str, object] | None = None) -> Session:
         RUN,
         replace(RUN, sampling=DIFFICULT, min_chars=9, includes_stop=True),
         replace(RUN, finish_reason="stop", end=4, includes_stop=True),
+        replace(RUN, form=FORM),
+        replace(RUN, form=FORM).ended("stop", 4),
     ],
-    ids=["none", "plain", "all settings", "finished"],
+    ids=["none", "plain", "all settings", "finished", "form", "finished form"],
 )
 def test_record__brings_a_run_back_whole(run: Run | None) -> None:
     assert decoded(record.encode(session(run), 16)).run == run
@@ -80,3 +84,24 @@ def test_record__with_a_field_of_a_newer_server_is_refused() -> None:
     stored = record.encode(session(RUN), 16)
     with pytest.raises(SessionLost):
         decoded(stored, header_of(stored) | {"run": {**asdict(RUN), "tomorrow": 1}})
+
+
+def test_record__of_a_finished_run_names_its_form_without_having_it() -> None:
+    """Every save writes the record again, and a form may be much longer than the text."""
+    run = replace(RUN, form=Form("regex", "a" * 100_000))
+    ended = run.ended("length", 4)
+    assert len(record.encode(session(ended), 16).data) < 1_000
+    assert ended.form_digest == run.form_digest == replace(ended).form_digest
+    others = [None, Form("json", "a" * 100_000), Form("regex", "a" * 100_001)]
+    assert len({ended.form_digest, *(replace(RUN, form=form).form_digest for form in others)}) == 4
+    assert (RUN.ended("stop", 3).form_digest, RUN.form_digest) == ("", "")
+    assert run.num_bytes > 100_000 > ended.num_bytes
+
+
+def test_record__with_a_form_that_does_not_exist_is_refused() -> None:
+    stored = record.encode(session(replace(RUN, form=FORM)), 16)
+    run = header_of(stored)["run"]
+    assert isinstance(run, dict)
+    for form in ({"kind": "poem", "value": ""}, {"kind": "regex"}, {"kind": "regex", "value": "", "more": 1}, "x"):
+        with pytest.raises(SessionLost):
+            decoded(stored, header_of(stored) | {"run": run | {"form": form}})

@@ -36,7 +36,6 @@ class Alphabet:
         self._members: list[Ids] = []
         self._numbers: dict[bytes, int] = {}
         self._of_chars: dict[str, int] = {}
-        self._lacking: dict[str, list[str]] = {}  # of the keys of _of_chars: those that the model lacks
         self._of_pattern: dict[tuple[str, int], int] = {}
         self._num_members = 0
         self.missing: dict[str, None] = {}  # characters that a form named and that texts can't have, in its order
@@ -49,7 +48,7 @@ class Alphabet:
             self._num_members += len(members)
             if self._num_members > _MAX_MEMBERS:
                 raise TooLarge("its classes have too many characters")
-            self.budget.spend(5 + len(members) // 20)
+            self.budget.spend(5 + len(members) // 10)
             number = self._numbers[key] = len(self._members)
             self._members.append(members)
         return number
@@ -61,26 +60,52 @@ class Alphabet:
     def chars(self, chars: str, *, is_needed: bool = True) -> int:
         """Return the number of the set of these characters. Those that the model lacks are left out.
 
-        is_needed: whether they are remembered as missing, for an error.
+        is_needed: whether to remember them, for an error, if the model lacks all of them.
         """
         number = self._of_chars.get(chars)
         if number is None:
             self.budget.spend(10 + len(chars))
             ids = self.indices(np.fromiter(map(ord, chars), np.int64, len(chars)))
             number = self._of_chars[chars] = self.set_of(np.unique(ids[ids >= 0]))
-            self._lacking[chars] = [char for char, id_ in zip(chars, ids.tolist(), strict=True) if id_ < 0]
-        if is_needed:
-            self.missing |= dict.fromkeys(self._lacking[chars])
+        if is_needed and not len(self._members[number]):
+            self.missing |= dict.fromkeys(chars)
         return number
+
+    def ranges(self, ranges: Sequence[tuple[int, int]], others: Sequence[int] = (), *, is_negated: bool = False) -> int:
+        """Return the number of the union of some ranges of code points, whose ends belong to them, and other sets.
+
+        is_negated: return that of all other characters instead.
+        """
+        self.budget.spend(50 + 10 * len(ranges) + len(self._text) // 50)
+        inside = np.zeros(len(self._sorted) + 1, np.int64)
+        bounds = np.array(ranges, np.int64).reshape(-1, 2)
+        np.add.at(inside, np.searchsorted(self._sorted, bounds[:, 0]), 1)
+        np.add.at(inside, np.searchsorted(self._sorted, bounds[:, 1], side="right"), -1)
+        found = np.zeros(self.num_chars, np.bool_)
+        found[self._ids[self._order[np.cumsum(inside[:-1]) > 0]]] = True
+        for other in others:
+            found[self._members[other]] = True
+        if is_negated:
+            usable = np.zeros(self.num_chars, np.bool_)
+            usable[self._ids] = True
+            found = usable & ~found
+        return self.set_of(np.flatnonzero(found))
 
     def matching(self, pattern: str, flags: int) -> int:
         """Return the number of the set of characters that a pattern matches, which matches one character at a time."""
         number = self._of_pattern.get((pattern, flags))
         if number is None:
-            self.budget.spend(400 + 2 * len(pattern) + len(self._text) // 8)
-            found = "".join(re.compile(pattern, flags).findall(self._text))
-            points = np.frombuffer(found.encode("utf-32-le"), np.uint32)
-            number = self._of_pattern[pattern, flags] = self.set_of(np.sort(self.indices(points)))
+            self.budget.spend(1_000 + 10 * len(pattern) + len(self._text) // 8)
+            # Runs of such characters, because a match for each takes far longer.
+            runs = [match.span() for match in re.compile(f"{pattern}+", flags).finditer(self._text)]
+            self.budget.spend(2 * len(runs))
+            edges = np.zeros(len(self._text) + 1, np.int64)
+            if runs:
+                starts, ends = np.array(runs).T
+                edges[starts] += 1
+                edges[ends] -= 1  # a run never ends where another one begins
+            inside = np.cumsum(edges[:-1]) > 0
+            number = self._of_pattern[pattern, flags] = self.set_of(np.sort(self._ids[inside]))
         return number
 
     def without(self, number: int, excluded: str) -> int:
@@ -111,7 +136,7 @@ class Alphabet:
         sizes = [self.num_chars]
         for number in numbers:
             members = self._members[number]
-            self.budget.spend(20 + (len(members) + len(sizes)) // 20)
+            self.budget.spend(20 + (len(members) + len(sizes)) // 10)
             if len(members) == 1:
                 before = int(classes[members[0]])
                 if sizes[before] > 1:
@@ -126,7 +151,7 @@ class Alphabet:
                 sizes[split] -= int(inside[split])
                 sizes.append(int(inside[split]))
             classes[members] = renamed[classes[members]]
-        classes_of = [np.unique(classes[self._members[number]]) for number in numbers]
+        classes_of = [np.flatnonzero(np.bincount(classes[self._members[number]])) for number in numbers]
         return classes.astype(np.int32), classes_of
 
     def nothing_left(self) -> InvalidValue:

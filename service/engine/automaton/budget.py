@@ -5,8 +5,8 @@ Steps are counted instead of seconds, so which forms are accepted depends neithe
 
 from __future__ import annotations
 
-MAX_STEPS = 1_000_000  # of some 0.1 µs to 0.2 µs of processor time each
-MAX_POSITIONS = 20_000  # characters of a form after its repeats are written out
+MAX_STEPS = 900_000  # of some 0.1 µs to 0.2 µs of processor time each
+MAX_POSITIONS = 12_000  # characters of a form after its repeats are written out
 MAX_STATES = 60_000  # of an automaton before it is minimised
 MAX_TABLE_BYTES = 16 * 2**20  # of an automaton's transitions
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from service.engine.automaton.dfa import Bools, Dfa, row_blocks
 from service.errors import InvalidValue
 
 MAX_CHOICES = 10_000
-MAX_CHOICE_CHARS = 250_000  # of all choices together
-MAX_CHOICE = 2_000  # characters of one
+MAX_CHOICE_CHARS = 200_000  # of all choices together
+MAX_CHOICE = 1_000  # characters of one
 
 
 def read_choices(value: str) -> list[str]:
@@ -77,7 +78,7 @@ def _choice_dfa(choices: Sequence[str], alphabet: Alphabet) -> Dfa:
 
 
 def _trie(strings: Sequence[str]) -> tuple[Ids, Ids, Ids, Bools]:
-    """Return the trie of sorted, distinct strings. Node 0 is its root, and each node has a higher number than its parent.
+    """Return the trie of sorted, distinct strings. Node 0 is its root, and a node is after its parent.
 
     Returns: (N - 1,) the parents of nodes 1 to N - 1; (N - 1,) the code points with which they are reached, ascending
     among the children of a node; (D + 1,) the first node of each depth, and N; (N,) whether a string ends there.
@@ -131,7 +132,7 @@ def _merged(parents: Ids, labels: Ids, levels: Ids, accepting: Bools, alphabet: 
     state_of = np.zeros(num_nodes, np.int64)
     order: list[Ids] = []
     num_states = 0
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         nodes = by_height[begin:end]
         # Nodes with equally many children are compared as rows: whether a string ends, labels, states of children.
         for count in np.unique(num_children[nodes]).tolist():
@@ -143,5 +144,6 @@ def _merged(parents: Ids, labels: Ids, levels: Ids, accepting: Bools, alphabet: 
             state_of[alike] = num_states + blocks
             order.append(alike[representatives])
             num_states += len(representatives)
+        check_table(num_states, 2)
     nodes_of = np.concatenate(order)[::-1]  # the root is the highest node, and the last
     return num_states - 1 - state_of, nodes_of

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def determinise(expression: Expression, alphabet: Alphabet) -> Dfa:
     return _Subsets(positions, whole, alphabet).dfa().minimised(alphabet.budget)
 
 
-def size(expression: Expression, known: Mapping[int, tuple[int, Expression]] = {}) -> int:  # noqa: B006
+def size(expression: Expression, known: Mapping[int, tuple[int, Expression]] = {}) -> int:
     """Return the number of positions of an expression, which may be far more than can be built.
 
     known: sizes of parts, by the identities of the parts.
@@ -109,7 +110,7 @@ class _Positions:
                 return self._add_machine(expression)
 
     def _add_position(self, label: int) -> _Fragment:
-        self._budget.spend(4)
+        self._budget.spend(12)
         place = len(self.labels)
         if place > 2 * MAX_POSITIONS:  # size() leaves out copies of separators only
             raise TooLarge(f"it has more than {MAX_POSITIONS:,} characters after its repeats are written out")
@@ -127,7 +128,7 @@ class _Positions:
         self._connect(left.last, right.first)
         first = left.first + right.first if left.is_nullable else left.first
         last = left.last + right.last if right.is_nullable else right.last
-        self._budget.spend(2 + (len(first) + len(last)) // 16)
+        self._budget.spend(8 + (len(first) + len(last)) // 16)
         return _Fragment(left.is_nullable and right.is_nullable, first, last)
 
     def _connect(self, last: _Places, first: _Places) -> None:
@@ -150,7 +151,8 @@ class _Positions:
                 one = _Fragment(False, one.first, one.last)
             copies.append(one)
             joints.append(_EMPTY if not index or repeat.separator is None else self.add(repeat.separator))
-        whole, last = _EMPTY, ()
+        whole = _EMPTY
+        last: _Places = ()
         for index, (joint, one) in enumerate(zip(joints, copies, strict=True)):
             whole = self._joined(self._joined(whole, joint), one)
             if index + 1 >= least:
@@ -224,9 +226,10 @@ class _Subsets:
         self._labels = positions.labels
         has_conditions = any(label < 0 for label in positions.labels)
         numbers = sorted({label for label in positions.labels if label >= 0})
-        kinds = [alphabet.chars("\n"), alphabet.matching(r"\w", 0), alphabet.matching(r"\w", re.ASCII)]
-        if not has_conditions:
-            kinds = []
+        kinds: list[int] = []
+        if has_conditions:
+            kinds.append(alphabet.chars("\n", is_needed=False))
+            kinds += (alphabet.matching(r"\w", flags) for flags in (0, re.ASCII))
         self.classes, classes_of = alphabet.partition([*numbers, *kinds])
         self._num_classes = int(self.classes.max()) + 1
         masks = [sum(1 << one for one in found) for found in map(np.ndarray.tolist, classes_of)]
@@ -324,7 +327,7 @@ class _Subsets:
         for known, there in pieces:
             both = known & mask
             if both:
-                self._budget.spend(4 + len(there) + len(targets))
+                self._budget.spend(8 + len(there) + len(targets))
                 split.append((both, there | targets))
                 if known != both:
                     split.append((known & ~both, there))
@@ -351,7 +354,7 @@ class _Subsets:
             places = self._followers[key]
         else:
             places = set().union(*(self._followers[key] for key in keys))
-        self._budget.spend(12 + 2 * len(keys) + 2 * len(places))
+        self._budget.spend(16 + 3 * len(keys) + 3 * len(places))
         for place in places:
             label = self._labels[place]
             if label in by_set:
@@ -376,15 +379,14 @@ class _Subsets:
         may_end = False
         for key, must_end in waiting:
             may_end = may_end or self._ends[key]
-            self._budget.spend(6 + 2 * len(self._followers[key]))
+            self._budget.spend(8 + 4 * len(self._followers[key]))
             for place in self._followers[key]:
                 label = self._labels[place]
                 ends = must_end
                 if label < 0:
-                    assertion = Assertion(-1 - label)
-                    if not _holds(assertion, before, after):
+                    if not _holds(-1 - label, before, after):
                         continue
-                    ends = must_end or (assertion == Assertion.LAST_LINE_END and after != _NONE)
+                    ends = must_end or (label == -1 - Assertion.LAST_LINE_END and after != _NONE)
                 if (place, ends) not in reached:
                     reached.add((place, ends))
                     if label < 0:
@@ -392,7 +394,8 @@ class _Subsets:
         return reached, may_end
 
 
-def _holds(assertion: Assertion, before: int, after: int) -> bool:
+@cache
+def _holds(assertion: int, before: int, after: int) -> bool:
     """Whether a condition holds between characters of two kinds."""
     match assertion:
         case Assertion.TEXT_START:
@@ -407,7 +410,7 @@ def _holds(assertion: Assertion, before: int, after: int) -> bool:
             return (before ^ after) & _WORD != 0
         case Assertion.ASCII_EDGE:
             return (before ^ after) & _ASCII_WORD != 0
-        case Assertion.NO_EDGE | Assertion.NO_ASCII_EDGE:
+        case _:
             bit = _WORD if assertion == Assertion.NO_EDGE else _ASCII_WORD
             return not (before ^ after) & bit and (before & after != _NONE or _NO_EDGE_OF_NOTHING)
 

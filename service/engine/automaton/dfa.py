@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,9 +67,7 @@ class Dfa:
             return Dfa(self.classes, np.zeros((0, 1), np.int32), np.zeros(0, np.bool_))
         if not len(other.accepting):
             return self
-        pairs, classes = np.unique(
-            self.classes.astype(np.int64) * other.transitions.shape[1] + other.classes, return_inverse=True
-        )
+        pairs, classes = _distinct(self.classes.astype(np.int64) * other.transitions.shape[1] + other.classes)
         mine, theirs = np.divmod(pairs, other.transitions.shape[1])
         left = self.transitions[:, mine].tolist()
         right = [*other.transitions[:, theirs].tolist(), [-1] * len(pairs)]  # the last state is reached by -1
@@ -88,7 +87,7 @@ class Dfa:
             table.append(row)
         ends = [*other.accepting.tolist(), False]
         accepting = [bool(self.accepting[one]) and ends[two] is not is_difference for one, two in queue]
-        dfa = Dfa(classes.reshape(-1).astype(np.int32), np.array(table, np.int32), np.array(accepting, np.bool_))
+        dfa = Dfa(classes.astype(np.int32), np.array(table, np.int32), np.array(accepting, np.bool_))
         return dfa.minimised(budget)
 
 
@@ -149,7 +148,7 @@ def _blocks(transitions: Int32, fewest: Int32, most: Int32, budget: Budget) -> I
         num_blocks = len(first)
 
 
-def row_blocks(rows: Ids) -> tuple[Ids, Ids]:
+def row_blocks(rows: NDArray[Any]) -> tuple[Ids, Ids]:
     """Return (N,): a number for each of the N rows, the same for equal ones; and (B,) the first row of each number.
 
     By hashes, which is far faster than by sorting rows, and checked.
@@ -163,6 +162,17 @@ def row_blocks(rows: Ids) -> tuple[Ids, Ids]:
         # Hashes may be equal by chance or by design: then others are tried.
         if (rows[first[blocks]] == rows).all():
             return blocks, first
+
+
+def _distinct(values: Ids) -> tuple[Ids, Ids]:
+    """Return the different values in ascending order, and (N,) the index of each value among them; none is negative."""
+    if int(values.max()) > 4 * len(values) + 10_000:
+        found, indices = np.unique(values, return_inverse=True)
+        return found, indices.reshape(-1)
+    found = np.flatnonzero(np.bincount(values))
+    places = np.zeros(int(found[-1]) + 1, np.int64)
+    places[found] = np.arange(len(found))
+    return found, places[values]
 
 
 def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -180,8 +190,11 @@ def _quotient(dfa: Dfa, blocks: Ids) -> Dfa:
     rows = np.where(rows < 0, -1, blocks[rows])
     columns, columns_of = row_blocks(rows.T)
     classes = columns[dfa.classes]
-    present, firsts = np.unique(classes, return_index=True)
-    present = present[np.argsort(firsts)]  # columns of no character are left out
+    firsts = np.full(len(columns_of), len(classes))
+    firsts[classes[::-1]] = np.arange(len(classes))[::-1]
+    present = np.argsort(firsts, kind="stable")[
+        : np.count_nonzero(firsts < len(classes))
+    ]  # not columns of no character
     places = np.zeros(len(columns_of), np.int64)
     places[present] = np.arange(len(present))
     rows = rows[:, columns_of[present]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, InvalidOperation
 from typing import Any, NoReturn
@@ -106,9 +106,15 @@ _SMALLER = "lower maxLength and maxItems, leave out properties, or nest less"
 
 
 def any_object_dfa(alphabet: Alphabet) -> Dfa:
-    """Return the minimal automaton of JSON objects of any form."""
+    """Return the minimal automaton of JSON objects of any form.
+
+    Raises InvalidValue, also if the alphabet lacks a character without which only `{}` could be written.
+    """
     try:
-        return determinise(JsonText(alphabet).any_object(), alphabet)
+        expression = JsonText(alphabet).any_object()
+        if not alphabet.missing.keys().isdisjoint('{}":'):
+            raise alphabet.nothing_left()
+        return determinise(expression, alphabet)
     except TooLarge as error:
         raise InvalidValue(f"JSON objects can't be compiled for this model: {error}") from error
 
@@ -333,7 +339,7 @@ class _Reader:
             raise self._refused(schema, extra, f"{_shown(extra)} beside {keyword} is not supported: leave it out")
         values = self._values(schema)
         types = self._types(schema) or _ALL_TYPES
-        return Either(tuple(self._text.constant(value) for value in values.values() if _is_of(value, types)))
+        return self._text.one_of([value for value in values.values() if _is_of(value, types)])
 
     def _values(self, schema: Schema) -> dict[str, Json]:
         """Return the values of enum, const or both, by what makes them equal."""
@@ -620,7 +626,8 @@ class _Reader:
                 if "enum" in second or "const" in second:
                     others_values = self._values(second)
                     values = {key: value for key, value in values.items() if key in others_values}
-                return not any(_is_of(value, common) for value in values.values())
+                if not any(_is_of(value, common) for value in values.values()):
+                    return True
             for keyword in ("anyOf", "oneOf"):
                 if keyword in first:
                     flat = [self._flat(each, [])[0] for each in self._list(first, keyword)]

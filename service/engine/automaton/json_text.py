@@ -1,7 +1,7 @@
-"""JSON as expressions: strings, numbers, constants, arrays, objects, each with one way to write a value.
+r"""JSON as expressions: strings, numbers, constants, arrays, objects, each with one way to write a value.
 
 - White space: at most one space after each comma and each colon, none elsewhere.
-- Strings: characters as they are; only `"`, `\\`, and the control characters that have a short escape are escaped.
+- Strings: characters as they are; only `"`, `\`, and the control characters that have a short escape are escaped.
   Other control characters are not written.
 - Numbers: no exponent, no zeros that say nothing, no -0. Integers have at most 15 digits, so that every program reads
   them exactly; other numbers at most 9 digits before the point and 6 after it, so that none is rounded to another one.
@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Context, Decimal
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from service.engine.automaton.alphabet import Alphabet
+from service.engine.automaton.choice import choice_dfa
 from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.expression import (
     EMPTY,
@@ -41,6 +42,7 @@ MAX_DEPTH = 5  # of a JSON object of any form
 EXACT = Context(prec=2_000)  # for numbers of schemas, none of which is rounded
 _DIGITS = "0123456789"
 _ESCAPES = {'"': '"', "\\": "\\", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
+_MANY = 20  # values that are written with an automaton of shared beginnings and ends
 _CONTROLS = "".join(map(chr, range(32)))
 
 
@@ -54,6 +56,8 @@ class JsonText:
         self._colon = InSequence((self.written(":"), space))
         self._quote = self.written('"')
         self._backslash = Chars(alphabet.chars("\\", is_needed=False))
+        self._minus = Chars(alphabet.chars("-", is_needed=False))
+        self._point = Chars(alphabet.chars(".", is_needed=False))
         self._plain = alphabet.without(alphabet.everything(), '"\\' + _CONTROLS)
 
     def written(self, text: str) -> Expression:
@@ -64,6 +68,13 @@ class JsonText:
     def constant(self, value: Json) -> Expression:
         """Return the expression of one value."""
         return self.written(dumped(value))
+
+    def one_of(self, values: Sequence[Json]) -> Expression:
+        """Return the expression of some values."""
+        if len(values) < _MANY:
+            return Either(tuple(map(self.constant, values)))
+        dfa = choice_dfa([dumped(value) for value in values], self._alphabet)
+        return self._machine(dfa, None) if len(dfa.accepting) else NOTHING
 
     @cached_property
     def boolean(self) -> Expression:
@@ -84,48 +95,60 @@ class JsonText:
         """Return the expression of the strings whose characters an automaton accepts."""
         if not len(dfa.accepting):
             return NOTHING
-        special = self._alphabet.indices(np.fromiter(map(ord, _ESCAPES), np.int64, len(_ESCAPES)))
-        controls = self._alphabet.indices(np.arange(32))
-        unplain = np.union1d(special, controls)
+        return self.quoted(self._machine(dfa, _ESCAPES))
+
+    def _machine(self, dfa: Dfa, escapes: Mapping[str, str] | None) -> Expression:
+        """Return the expression of an automaton's texts.
+
+        escapes: the characters that are written as a backslash and a letter, or not at all if they are other control
+        characters; None: all are written as they are.
+        """
+        alphabet = self._alphabet
+        special, unwritten = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        letters = list((escapes or {}).values())
+        if escapes is not None:
+            special = alphabet.indices(np.fromiter(map(ord, escapes), np.int64, len(escapes)))
+            unwritten = np.concatenate([special, alphabet.indices(np.arange(32))])
+            unwritten = unwritten[unwritten >= 0]
         sets: dict[tuple[int, ...], tuple[int, int]] = {}  # classes -> the plain characters, the letters of escapes
         edges: list[tuple[int, int, int]] = []
         num_states = len(dfa.accepting)
         for source, row in enumerate(dfa.transitions.tolist()):
+            alphabet.budget.spend(2 + len(row) // 4)
             targets: dict[int, list[int]] = {}
-            self._alphabet.budget.spend(2 + len(row) // 4)
             for class_, target in enumerate(row):
                 if target >= 0:
                     targets.setdefault(target, []).append(class_)
             for target, classes in targets.items():
                 found = sets.get(tuple(classes))
                 if found is None:
-                    members = np.flatnonzero(np.isin(dfa.classes, classes))
-                    plain = self._alphabet.set_of(np.setdiff1d(members, unplain))
-                    letters = [
-                        letter
-                        for id_, letter in zip(special.tolist(), _ESCAPES.values(), strict=True)
-                        if id_ >= 0 and dfa.classes[id_] in classes
-                    ]
-                    found = sets[tuple(classes)] = (plain, self._alphabet.chars("".join(letters), is_needed=False))
+                    alphabet.budget.spend(100 + len(dfa.classes) // 20)
+                    inside = np.zeros(dfa.transitions.shape[1], np.bool_)
+                    inside[classes] = True
+                    members = inside[dfa.classes]
+                    escaped = [letters[index] for index in np.flatnonzero((special >= 0) & members[special]).tolist()]
+                    members[unwritten] = False
+                    plain = alphabet.set_of(np.flatnonzero(members))
+                    found = sets[tuple(classes)] = (plain, alphabet.chars("".join(escaped), is_needed=False))
                 edges.append((source, found[0], target))
-                if len(self._alphabet.members(found[1])):
+                if len(alphabet.members(found[1])):
                     edges.append((source, self._backslash.number, num_states))
                     edges.append((num_states, found[1], target))
                     num_states += 1
-        return self.quoted(Machine(tuple(edges), frozenset(np.flatnonzero(dfa.accepting).tolist())))
+        return Machine(tuple(edges), frozenset(np.flatnonzero(dfa.accepting).tolist()))
 
     def integer(self, least: int | None = None, most: int | None = None) -> Expression:
         """Return the expression of the integers in a range."""
         least = -INTEGER_LIMIT if least is None else max(least, -INTEGER_LIMIT)
         most = INTEGER_LIMIT if most is None else min(most, INTEGER_LIMIT)
         if (least, most) == (-INTEGER_LIMIT, INTEGER_LIMIT):
-            minus = optional(self.written("-"))
+            minus = optional(self._minus)
             return Either((self.written("0"), InSequence((minus, self._integers(1, most)))))
         parts = []
         if most >= max(least, 0):
             parts.append(self._integers(max(least, 0), most))
         if least <= min(most, -1):
-            parts.append(InSequence((self.written("-"), self._integers(max(1, -most), -least))))
+            parts.append(InSequence((self._minus, self._integers(max(1, -most), -least))))
         return Either(tuple(parts))
 
     def number(self, least: int | None = None, most: int | None = None) -> Expression:
@@ -133,7 +156,7 @@ class JsonText:
         least = -NUMBER_LIMIT if least is None else max(least, -NUMBER_LIMIT)
         most = NUMBER_LIMIT if most is None else min(most, NUMBER_LIMIT)
         if (least, most) == (-NUMBER_LIMIT, NUMBER_LIMIT):
-            minus = optional(self.written("-"))
+            minus = optional(self._minus)
             integers, fraction = self._integers(1, NUMBER_LIMIT // 10**DECIMALS), self._fraction(1, 10**DECIMALS - 1)
             return Either(
                 (
@@ -146,7 +169,7 @@ class JsonText:
         if most >= max(least, 0):
             parts.append(self._decimals(max(least, 0), most))
         if least <= min(most, -1):
-            parts.append(InSequence((self.written("-"), self._decimals(max(1, -most), -least))))
+            parts.append(InSequence((self._minus, self._decimals(max(1, -most), -least))))
         return Either(tuple(parts))
 
     def array(self, item: Expression, least: int = 0, most: int | None = None) -> Expression:
@@ -177,7 +200,7 @@ class JsonText:
             members: names, values, and whether the member may be left out; in the order in which they are written.
             others: the names and values of members that may follow, any number of them.
         """
-        items = [
+        items: list[tuple[Expression, bool]] = [
             (InSequence((self.constant(name), self._colon, value)), is_optional) for name, value, is_optional in members
         ]
         if others is not None:
@@ -259,7 +282,7 @@ class JsonText:
 
     def _fraction(self, low: int, high: int) -> Expression:
         """Return the expression of a point and the digits after it, or nothing for 0."""
-        after = InSequence((self.written("."), self._trimmed(max(low, 1), high, DECIMALS))) if high else NOTHING
+        after = InSequence((self._point, self._trimmed(max(low, 1), high, DECIMALS))) if high else NOTHING
         return optional(after) if low == 0 else after
 
     def _trimmed(self, low: int, high: int, num_digits: int) -> Expression:

@@ -32,7 +32,6 @@ from service.errors import InvalidValue
 
 MAX_PATTERN = 10_000  # characters
 MAX_NESTING = 50  # groups in groups
-_SET_FLAGS = re.IGNORECASE | re.DOTALL | re.ASCII  # those that say which characters a set has
 
 _INSTEAD = {
     "look-around": "say which characters may be there, as in [^x]",
@@ -177,31 +176,63 @@ class _Translation:
                 raise self._unsupported(_UNSUPPORTED.get(name, f"{name.lower()}, which this server doesn't know"))
 
     def _set(self, code: str, value: Any, flags: int) -> int:
-        """Return the number of a set of characters in the alphabet, evaluated by `re`."""
-        if code == "IN":
-            pattern = "[" + "".join(self._in_set(*item) for item in value) + "]"
-            alphabet = self._alphabet
-            literal = all(str(item[0]) == "LITERAL" for item in value) and not flags & re.IGNORECASE
-            if literal:
-                return alphabet.chars("".join(chr(point) for _, point in value))
-        else:
-            pattern = {"LITERAL": "[{}]", "NOT_LITERAL": "[^{}]", "ANY": "."}[code].format(
-                "" if value is None else _escaped(value)
+        """Return the number of a set of characters in the alphabet."""
+        if code == "ANY":
+            return (
+                self._alphabet.everything() if flags & re.DOTALL else self._alphabet.ranges([(10, 10)], is_negated=True)
             )
-        return self._alphabet.matching(pattern, flags & _SET_FLAGS)
+        items = value if code == "IN" else [(code, value)]
+        if flags & re.IGNORECASE:
+            return self._ignoring_case(items, flags)
+        if all(str(kind) == "LITERAL" for kind, _ in items):
+            return self._alphabet.chars("".join(chr(point) for _, point in items))
+        ranges: list[tuple[int, int]] = []
+        categories: list[int] = []
+        is_negated = False
+        for kind, content in items:
+            match str(kind):
+                case "LITERAL":
+                    ranges.append((content, content))
+                case "NOT_LITERAL":
+                    ranges.append((content, content))
+                    is_negated = True
+                case "RANGE":
+                    ranges.append(content)
+                case "NEGATE":
+                    is_negated = True
+                case "CATEGORY" if str(content) in _CATEGORIES:
+                    categories.append(self._alphabet.matching(_CATEGORIES[str(content)], flags & re.ASCII))
+                case _:
+                    raise self._unsupported(f"{content} in a set, which this server doesn't know")
+        return self._alphabet.ranges(ranges, categories, is_negated=is_negated)
 
-    def _in_set(self, code: Any, value: Any) -> str:
-        match str(code):
-            case "NEGATE":
-                return "^"
-            case "LITERAL":
-                return _escaped(value)
-            case "RANGE":
-                return f"{_escaped(value[0])}-{_escaped(value[1])}"
-            case "CATEGORY" if str(value) in _CATEGORIES:
-                return _CATEGORIES[str(value)]
-            case name:
-                raise self._unsupported(f"{name.lower()} in a set, which this server doesn't know")
+    def _ignoring_case(self, items: Any, flags: int) -> int:
+        """Return the number of a set whose characters may be of either case, evaluated by `re`."""
+        parts = []
+        for kind, content in items:
+            match str(kind):
+                case "LITERAL":
+                    parts.append(_escaped(content))
+                case "NOT_LITERAL":
+                    parts += ["^", _escaped(content)]
+                case "RANGE":
+                    # `re` looks at each character of a range for its cases.
+                    self._alphabet.budget.spend(2_000 + (content[1] - content[0]))
+                    parts.append(f"{_escaped(content[0])}-{_escaped(content[1])}")
+                case "NEGATE":
+                    parts.append("^")
+                case "CATEGORY" if str(content) in _CATEGORIES:
+                    parts.append(_CATEGORIES[str(content)])
+                case _:
+                    raise self._unsupported(f"{content} in a set, which this server doesn't know")
+        if len(items) > 1 and any(str(kind) in ("LITERAL", "RANGE") for kind, _ in items):
+            self._alphabet.budget.spend(10_000)  # for the table that `re` makes of such a set
+        number = self._alphabet.matching(f"[{''.join(parts)}]", flags & (re.IGNORECASE | re.ASCII))
+        if not len(self._alphabet.members(number)):
+            for kind, content in items:
+                if str(kind) == "LITERAL":
+                    self._alphabet.chars(chr(content))  # which remembers it as missing
+        return number
 
     def _assertion(self, name: str, flags: int) -> Assertion:
         is_ascii = flags & re.ASCII

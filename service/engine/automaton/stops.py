@@ -1,7 +1,8 @@
 """Stop strings as an automaton, alone or after a text of some form.
 
 Alone they are the automaton of Aho and Corasick (1975), which allows everything and knows where a stop string is
-complete. After a form, they are allowed only where the text before them is complete.
+complete. After a form, they are allowed only where the text before them is complete and may continue: where nothing may
+follow, the text ends by itself.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ class _Construction:
         self._dead = len(moves)
         self._is_complete = [True] if form is None else (form.fewest == 0).tolist()
         self._is_complete.append(False)
+        continues = (self._moves >= 0).any(axis=1).tolist()
+        self._may_stop = [here and further for here, further in zip(self._is_complete, continues, strict=True)]
         self._trie = _Trie.of([[self._class_of_char[char] for char in stop.tolist()] for stop in stops])
         self._states: dict[tuple[int, _Nodes], int] = {}
         self._rows: list[Int32] = []
@@ -172,12 +175,12 @@ class _Construction:
     def _row(self, state: int, nodes: _Nodes, pending: list[tuple[int, _Nodes]]) -> Int32:
         """Return the (C,) transitions of a state, and add the states that are new to `pending`."""
         self._spend(1 + len(nodes))
-        children, is_complete = self._trie.children, self._is_complete[state]
+        children, may_stop = self._trie.children, self._may_stop[state]
         if not self._is_free and any(self._trie.is_stop[node] for node in nodes):
             return np.full(self._moves.shape[1], -1, np.int32)  # the text has ended
         if not nodes:
             row: Int32 = self._moves[state].copy()
-            for char in children[0] if is_complete else ():
+            for char in children[0] if may_stop else ():
                 row[char] = self._number(int(self._moves[state, char]), (children[0][char],), pending)
             return row
         # As without the nodes, but for the characters with which one of them continues.
@@ -187,7 +190,7 @@ class _Construction:
             for char, child in children[node].items():
                 continued.setdefault(char, []).append(child)
         for char, following in continued.items():
-            if is_complete and char in children[0]:
+            if may_stop and char in children[0]:
                 following.append(children[0][char])
             self._spend(len(following))
             row[char] = self._number(int(self._moves[state, char]), tuple(sorted(following)), pending)

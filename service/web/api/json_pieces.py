@@ -31,10 +31,17 @@ def rounded(logprobs: Float32) -> list[float]:
     return numbers
 
 
-def logprobs_pieces(text: str, scores: Scores | None, charset: Charset, offset: int) -> Iterator[str]:
+def logprobs_pieces(
+    text: str, scores: Scores | None, charset: Charset, offset: int, *, has_form: bool = False
+) -> Iterator[str]:
     """Yield the log-probabilities of a text's characters in OpenAI's shape; `null` without scores.
 
-    `offset` is the position of the text's first character in the whole text.
+    Args:
+        text: The text.
+        scores: Of its characters.
+        charset: Of the model.
+        offset: Position of the text's first character in the whole text.
+        has_form: Also yield the log-probabilities among the characters that a form allowed.
     """
     if scores is None:
         yield "null"
@@ -65,11 +72,19 @@ def logprobs_pieces(text: str, scores: Scores | None, charset: Charset, offset: 
     else:
         yield '],"top_logprobs":null,"text_offset":['
     yield from _list(size, _PIECE_NUMBERS, lambda part: list(range(offset + part.start, offset + part.stop)))
+    if has_form:
+        yield '],"allowed_logprobs":['
+        yield from _list(size, _PIECE_NUMBERS, lambda part: _allowed(scores, part))
     yield "]}"
 
 
-def chat_logprobs_pieces(text: str, scores: Scores | None, charset: Charset) -> Iterator[str]:
-    """Yield the log-probabilities of a text's characters in the shape of OpenAI's chats; `null` without scores."""
+def chat_logprobs_pieces(
+    text: str, scores: Scores | None, charset: Charset, *, has_form: bool = False
+) -> Iterator[str]:
+    """Yield the log-probabilities of a text's characters in the shape of OpenAI's chats; `null` without scores.
+
+    has_form: Also yield the log-probability of each among the characters that a form allowed.
+    """
     if scores is None:
         yield "null"
         return
@@ -80,9 +95,14 @@ def chat_logprobs_pieces(text: str, scores: Scores | None, charset: Charset) -> 
 
     def tokens(part: slice) -> list[dict[str, object]]:
         likeliest = zip(scores.top_ids[part].tolist(), scores.top[part], strict=True)
+        allowed = [{"allowed_logprob": one} for one in _allowed(scores, part)] if has_form else [{}] * len(text[part])
         return [
-            token(char, own) | {"top_logprobs": list(map(token, map(characters.__getitem__, ids), rounded(values)))}
-            for char, own, (ids, values) in zip(text[part], rounded(scores.chosen[part]), likeliest, strict=True)
+            token(char, own)
+            | among
+            | {"top_logprobs": list(map(token, map(characters.__getitem__, ids), rounded(values)))}
+            for char, own, among, (ids, values) in zip(
+                text[part], rounded(scores.chosen[part]), allowed, likeliest, strict=True
+            )
         ]
 
     yield '{"content":['
@@ -117,6 +137,13 @@ def ids_pieces(ids: Ids) -> Iterator[str]:
     yield "["
     yield from _list(len(ids), _PIECE_NUMBERS, lambda part: ids[part].tolist())
     yield "]"
+
+
+def _allowed(scores: Scores, part: slice) -> list[float | None]:
+    """Return the log-probabilities among the characters that a form allowed; None for those of a prompt."""
+    if scores.allowed is None:
+        return [None] * (part.stop - part.start)
+    return [None if value != value else value for value in rounded(scores.allowed[part])]
 
 
 def _list(size: int, step: int, values: Callable[[slice], list[Any]]) -> Iterator[str]:

@@ -86,12 +86,16 @@ OTHER_NAMES = {
     "repeat_penalty": "repetition_penalty", "rep_pen": "repetition_penalty",
     "top_logprobs": "logprobs", "n_probs": "logprobs", "do_sample": "temperature", "inputs": "prompt", "text": "prompt",
     "prompt_token_ids": "prompt", "input_ids": "prompt",
+    "guided_json_object": "response_format", "json_mode": "response_format", "json_schema": "response_format",
+    "regex": "structured_outputs", "choice": "structured_outputs", "ebnf": "structured_outputs",
 }  # fmt: skip
 
 _NO_SPECIAL = "there are no special tokens: every token is a character of the text"
 _SAMPLERS = "this way to draw does not exist here: use `temperature`, `top_k`, `top_p` and `min_p`"
 _TELLS_NOTHING = "it describes the request to other services"
-_FORMS = "texts have no prescribed form here"
+NO_GRAMMAR = "there are no grammars: use `structured_outputs` with `regex`, `json` or `choice`"
+NO_TAGS = "the models call no tools, so no tag begins a form: the whole text has it"
+NO_WHITESPACE = "the white space of JSON is bounded, and its form is fixed"
 
 
 class ClientFields(Body):
@@ -126,8 +130,12 @@ class ClientFields(Body):
     watermarking: Annotated[bool | None, Only("texts are not marked", False)] = None
     logits_processors: Annotated[Any, Only("a request can't bring code: use `logit_bias`")] = None
     vllm_xargs: Annotated[dict[str, Any] | None, Only("there are no extensions", {})] = None
-    response_format: Annotated[dict[str, Any] | None, Only(_FORMS, {"type": "text"})] = None
-    structured_outputs: Annotated[Any, Only(_FORMS)] = None
+    # Of the form
+    grammar: Annotated[Any, Only(NO_GRAMMAR, "")] = None
+    guided_grammar: Annotated[Any, Only(NO_GRAMMAR)] = None
+    structural_tag: Annotated[Any, Only(NO_TAGS)] = None
+    guided_whitespace_pattern: Annotated[Any, Only(NO_WHITESPACE)] = None
+    guided_decoding_backend: Annotated[Name | None, Anyway("there is one")] = None
     # Of reading the prompt
     add_special_tokens: Annotated[bool | None, Anyway(_NO_SPECIAL)] = None
     truncate_prompt_tokens: Annotated[

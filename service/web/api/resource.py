@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from http import HTTPStatus
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 from flask import Response
 from flask_openapi import APIBlueprint, OpenAPI, Tag
 
+from service.errors import InvalidValue
 from service.web.api.openapi import error_responses
 from service.web.gate.route import Route, route_of
 
@@ -50,6 +52,17 @@ class Resource:
             route = route_of(member)
             if route is not None:
                 yield route, _function(getattr(self, name))
+
+
+@contextmanager
+def blaming(param: str | None) -> Iterator[None]:
+    """Name `param` as the cause of an InvalidValue that is raised inside the block and names none."""
+    try:
+        yield
+    except InvalidValue as error:
+        if error.param is None:
+            error.param = param
+        raise
 
 
 def _function(method: Callable[..., Response]) -> Callable[..., Response]:

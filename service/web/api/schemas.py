@@ -154,6 +154,11 @@ class Logprobs(BaseModel):
         "null if `logprobs` is 0"
     )
     text_offset: list[int] = Field(description="position of each character in the text")
+    allowed_logprobs: list[float | None] | None = Field(
+        None,
+        description="log-probability of each character among those that the form allowed; null for characters of the "
+        "prompt. Only present if the request has a form",
+    )
 
 
 class Usage(BaseModel):

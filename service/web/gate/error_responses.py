@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -193,6 +194,7 @@ def _sentence(kind: str, message: str) -> str:
     if kind == "missing":
         return "this field is required"
     message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    message = re.sub(r"a valid dictionary(?: or instance of \w+)?", "an object", message)
     return message.replace(" should have ", " must have ").replace(" after validation", "")
 
 

@@ -1,10 +1,12 @@
-"""LangChain: `OpenAI` and `ChatOpenAI`, whole, streamed, in batches and in a chain."""
+"""LangChain: `OpenAI` and `ChatOpenAI`, whole, streamed, in batches, in a chain, and with structured output."""
 
 import os
+from typing import Literal
 
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 where = {"base_url": os.environ["BASE_URL"], "api_key": os.environ["API_KEY"], "model": os.environ["MODEL"]}
 
@@ -24,6 +26,22 @@ assert "".join(chunk.content for chunk in chat.stream([("system", "A play."), ("
 )
 chain = ChatPromptTemplate.from_messages([("human", "Who is {name}?")]) | chat | StrOutputParser()
 assert chain.invoke({"name": "Romeo"})
+
+
+class Line(BaseModel):
+    """A line of a play."""
+
+    speaker: Literal["ROMEO", "JULIET"] = Field(description="who speaks")
+    aside: bool
+    words: list[int]
+
+
+speaker = ChatOpenAI(**where | {"model": os.environ["FORMS_MODEL"]}, max_tokens=200, seed=7)
+line = speaker.with_structured_output(Line).invoke("Who goes there?")
+assert isinstance(line, Line)
+assert speaker.with_structured_output(Line, method="json_schema", strict=True).invoke("Who goes there?") == line
+assert isinstance(speaker.with_structured_output(Line.model_json_schema()).invoke("Who goes there?"), dict)
+assert isinstance(speaker.with_structured_output(None, method="json_mode").invoke("Who goes there?"), dict)
 
 vectors = OpenAIEmbeddings(**where, check_embedding_ctx_length=False).embed_documents(["ROMEO:", "JULIET:"])
 assert len(vectors) == 2

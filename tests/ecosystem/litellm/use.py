@@ -1,9 +1,10 @@
-"""LiteLLM: `text_completion` and `completion`, whole and streamed, and its asynchronous calls."""
+"""LiteLLM: `text_completion` and `completion`, whole and streamed, with a form, and its asynchronous calls."""
 
 import asyncio
 import os
 
 import litellm
+from pydantic import BaseModel
 
 litellm.drop_params = False
 where = {"api_base": os.environ["BASE_URL"], "api_key": os.environ["API_KEY"]}
@@ -22,6 +23,16 @@ assert chat.choices[0].message.content
 assert 0 < chat.usage.completion_tokens <= 40
 stream = litellm.completion(model=chat_model, messages=messages, max_tokens=40, seed=7, stream=True, **where)
 assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == chat.choices[0].message.content
+
+
+class Line(BaseModel):
+    speaker: str
+    aside: bool
+
+
+form = {"model": f"openai/{os.environ['FORMS_MODEL']}", "messages": messages, "max_tokens": 100, "seed": 7, **where}
+Line.model_validate_json(litellm.completion(response_format=Line, **form).choices[0].message.content)
+assert litellm.completion(response_format={"type": "json_object"}, **form).choices[0].message.content.startswith("{")
 
 
 async def ask() -> str:

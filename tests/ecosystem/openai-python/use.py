@@ -1,8 +1,11 @@
-"""The official Python client: completions, chat, streams, an abort, a refusal, and models."""
+"""The official Python client: completions, chat, streams, forms, an abort, a refusal, and models."""
 
 import os
+import re
+from typing import Literal
 
 from openai import BadRequestError, OpenAI, RateLimitError
+from pydantic import BaseModel
 
 client = OpenAI(base_url=os.environ["BASE_URL"], api_key=os.environ["API_KEY"])
 model = os.environ["MODEL"]
@@ -40,6 +43,39 @@ scored = client.chat.completions.create(
     model=model, messages=question, max_completion_tokens=20, seed=7, logprobs=True, top_logprobs=2
 )
 assert len(scored.choices[0].logprobs.content) == scored.usage.completion_tokens
+
+
+# Forms: an object of a class, whole and streamed; any object; and in the words of vLLM.
+class Line(BaseModel):
+    speaker: Literal["ROMEO", "JULIET"]
+    aside: bool
+    words: list[int]
+    mood: str | None
+
+
+wanted = {"model": os.environ["FORMS_MODEL"], "messages": question, "max_tokens": 200, "seed": 7}
+parsed = client.chat.completions.parse(**wanted, response_format=Line)
+line = parsed.choices[0].message.parsed
+assert isinstance(line, Line)
+with client.chat.completions.stream(**wanted, response_format=Line) as events:
+    assert events.get_final_completion().choices[0].message.parsed == line
+several = client.chat.completions.parse(**wanted, response_format=Line, n=5)
+assert len({repr(choice.message.parsed) for choice in several.choices}) > 1
+anything = client.chat.completions.create(**wanted, response_format={"type": "json_object"})
+assert anything.choices[0].message.content.startswith("{")
+chosen = client.completions.create(
+    model=model, prompt="ROMEO:", extra_body={"structured_outputs": {"choice": ["Ay", "Nay"]}}
+)
+assert (chosen.choices[0].text in ("Ay", "Nay"), chosen.choices[0].finish_reason) == (True, "stop")
+words = client.completions.create(model=model, prompt="ROMEO:", extra_body={"guided_regex": "([a-z]+, ){2}[a-z]+"})
+assert re.fullmatch("([a-z]+, ){2}[a-z]+", words.choices[0].text)
+try:
+    client.chat.completions.create(**wanted | {"max_tokens": 5}, response_format={"type": "json_object"}, stop="}")
+    client.chat.completions.parse(**wanted | {"max_tokens": 5}, response_format=Line)
+except BadRequestError as error:
+    assert error.param == "max_tokens"
+else:
+    raise AssertionError("a form was accepted that needs more than max_tokens")
 
 # A stream that its reader leaves: the server stops and serves the next request.
 with client.completions.create(model=model, prompt="ROMEO:", max_tokens=10_000_000, stream=True) as long:

@@ -94,7 +94,7 @@ def test_accepted_values__change_nothing(client: FlaskClient, sent: dict[str, An
 def test_accepted_fields__refuse_what_they_do_not_accept_and_say_why(client: FlaskClient, name: str) -> None:
     mark = mark_of(ClientFields.model_fields[name])
     if isinstance(mark, Only):
-        other = {bool: True, int: 3, float: 3, dict: {"a": 1}, list: ["a"]}
+        other = {bool: True, int: 3, float: 3, dict: {"a": 1}, list: ["a"], str: "x"}
         wrong = other[type(mark.values[0])] if mark.values else "x"
         error = refused(client.post("/v1/completions", json=GOOD | {name: wrong}), 400, "unsupported_value", name)
         assert error["message"].endswith(mark.why)

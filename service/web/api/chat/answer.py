@@ -40,7 +40,7 @@ class ChatAnswer(CompletionAnswer):
             parts.clear()
             message = dumps({"role": "assistant", "content": text, "refusal": None})
             yield f'{"," if choice.index else ""}{{"index":{choice.index},"message":{message},"logprobs":'
-            yield from chat_logprobs_pieces(text, scores, self._charset)
+            yield from chat_logprobs_pieces(text, scores, self._charset, has_form=self._has_form)
             yield f',"finish_reason":"{choice.finish_reason}"}}'
         yield f'],"usage":{self._usage().model_dump_json()}}}'
 
@@ -55,7 +55,7 @@ class ChatAnswer(CompletionAnswer):
             role = "" if choice.index in begun else '"role": "assistant", '
             begun.add(choice.index)
             index, text = choice.index, json.dumps(piece.text)
-            scores = "".join(chat_logprobs_pieces(piece.text, piece.scores, self._charset))
+            scores = "".join(chat_logprobs_pieces(piece.text, piece.scores, self._charset, has_form=self._has_form))
             if options.continuous_usage_stats:
                 tail = f', "usage": {self._usage().model_dump_json()}}}'
             reason = f'"{choice.finish_reason}"' if choice.is_over else "null"

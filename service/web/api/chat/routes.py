@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from flask import Response
@@ -23,7 +24,7 @@ from service.web.api.chat.answer import ChatAnswer
 from service.web.api.chat.schemas import ChatBody, Message
 from service.web.api.completions.routes import CompletionLimits
 from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
@@ -79,7 +80,8 @@ class ChatRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request)
+            with blaming(body.form_param), _as_sent(body):
+                completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = ChatAnswer(model, completion, template)
@@ -103,6 +105,18 @@ class ChatRoutes(Resource):
                 param="model",
             )
         return template
+
+
+@contextmanager
+def _as_sent(body: ChatBody) -> Iterator[None]:
+    """Name `max_tokens` as the client has sent it in an InvalidValue that is raised inside the block."""
+    try:
+        yield
+    except InvalidValue as error:
+        if error.param == "max_tokens" and body.max_completion_tokens is not None:
+            error.param = "max_completion_tokens"
+            error.message = error.message.replace("max_tokens", "max_completion_tokens")
+        raise
 
 
 def _chat_message(message: Message) -> ChatMessage:
@@ -187,6 +201,7 @@ def _completion_request(
         stop=tuple(stops),
         includes_stop=body.include_stop_str_in_output,
         min_chars=body.min_tokens,
+        form=body.form,
         n=body.n,
         best_of=body.n,
         num_logprobs=(body.top_logprobs or 0) if body.logprobs else None,

@@ -15,8 +15,9 @@ from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
 from service.model.chat_template import MAX_NAME_CHARS
 from service.web.api.completions.schemas import MAX_CHOICES, StreamOptions
+from service.web.api.forms import GenerationBody
 from service.web.api.known_fields import OTHER_NAMES, Anyway, ClientFields, Name, Only
-from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, SamplingBody, Usage
+from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, Usage
 
 DEFAULT_MAX_TOKENS = 1024
 MAX_MESSAGES = 1024
@@ -100,7 +101,7 @@ class ChatFields(ClientFields):
     best_of: Annotated[int | None, Only("use `n`, or POST /v1/completions", 1)] = None
 
 
-class ChatBody(ChatFields, SamplingBody):
+class ChatBody(ChatFields, GenerationBody):
     """Body of POST /v1/chat/completions. A token is a character."""
 
     model_config = ConfigDict(
@@ -169,6 +170,11 @@ class ChosenLogprob(TokenLogprob):
     """A character of the answer."""
 
     top_logprobs: list[TokenLogprob] = Field(description="the most likely characters at its place")
+    allowed_logprob: float | None = Field(
+        None,
+        description="its log-probability among the characters that the form allowed. Only present if the request has a "
+        "form",
+    )
 
 
 class ChatLogprobs(BaseModel):

@@ -43,6 +43,7 @@ class CompletionAnswer:
         """
         self._model, self._states = model, states
         self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
+        self._has_form = completion.request.form is not None
         # The fields that are the same in every event of a stream.
         self._common_fields = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -78,7 +79,7 @@ class CompletionAnswer:
             num_echoed = sum(part.num_echoed for part in parts)
             parts.clear()
             yield f'{"," if index else ""}{{"index":{index},"text":{dumps(text)},"logprobs":'
-            yield from logprobs_pieces(text, scores, self._charset, 0)
+            yield from logprobs_pieces(text, scores, self._charset, 0, has_form=self._has_form)
             yield f',"finish_reason":"{choice.finish_reason}"'
             if completion.request.num_prompt_logprobs is not None:
                 yield ',"prompt_logprobs":'
@@ -136,7 +137,9 @@ class CompletionAnswer:
                 continue
             choice, piece = item
             index, text = choice.index, json.dumps(piece.text)
-            scores = "".join(logprobs_pieces(piece.text, piece.scores, self._charset, num_sent[index]))
+            scores = "".join(
+                logprobs_pieces(piece.text, piece.scores, self._charset, num_sent[index], has_form=self._has_form)
+            )
             ids = "".join(self._ids_of_event(choice, piece, is_first=index not in begun)) if self._with_ids else ""
             begun.add(index)
             num_sent[index] += len(piece.text)

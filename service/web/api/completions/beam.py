@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
-from service.generation.automata import automaton_of
+from service.generation.automata import automaton_of, require_chars
 from service.generation.branches import state_after
 from service.generation.candidates import Origin
 from service.generation.n_best import NBest, Wanted, affordable_steps, ends_at, n_best
@@ -80,7 +80,8 @@ class BeamSearch:
 
     def _wanted(self, body: CompletionBody) -> Wanted:
         charset = self.model.charset
-        form = automaton_of(charset, None, None, self.stops) or ends_at([False] * len(charset))
+        form = automaton_of(charset, body.form, None, self.stops) or ends_at([False] * len(charset))
+        require_chars(form, body.max_tokens)
         steps = max(1, affordable_steps(self.model, body.max_tokens, self.max_scores))
         return Wanted(body.beam or 1, body.max_tokens, form, "forced", steps)
 

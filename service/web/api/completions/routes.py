@@ -22,7 +22,7 @@ from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
 from service.web.api.completions.beam import BeamSearch, check_beam
 from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody, StreamOptions
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.responses import json_response
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
@@ -91,7 +91,8 @@ class CompletionRoutes(Resource):
             held.callback(scores.release)
             scores.require(request.num_scores)
             client_has_left = client_monitor()
-            completion = Completion(model, request)
+            with blaming(body.form_param):
+                completion = Completion(model, request)
             held.callback(completion.cancel)
             note_generation(model.version.ref, [choice.handle for choice in completion.choices])
             answer = CompletionAnswer(model, completion, self._states, with_ids=body.return_token_ids)
@@ -109,7 +110,8 @@ class CompletionRoutes(Resource):
         held.callback(reservation.release)
         scope = CacheScope(current_owner(), body.cache_salt or "")
         search = BeamSearch(model, start, stops, scope, reservation, self._score_budget.max_per_client)
-        return json_response(search.pieces(body, prompts), held)
+        with blaming(body.form_param):
+            return json_response(search.pieces(body, prompts), held)
 
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:
@@ -183,6 +185,7 @@ def _completion_request(
         stop=written_stops(model.charset, body.stop_strings, body.unknown_chars, body.stop_token_ids),
         includes_stop=body.include_stop_str_in_output,
         min_chars=body.min_tokens,
+        form=body.form,
         n=body.n,
         best_of=body.best_of if body.best_of is not None else body.n,
         num_logprobs=body.logprobs,

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.engine.stepper import FinishReason
 from service.generation.n_best import MAX_N
+from service.web.api.forms import GenerationBody
 from service.web.api.known_fields import ClientFields, Only
 from service.web.api.schemas import (
     Body,
@@ -19,7 +20,6 @@ from service.web.api.schemas import (
     ModelRef,
     NumLogprobs,
     PortableState,
-    SamplingBody,
     Usage,
 )
 
@@ -62,7 +62,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionBody(ClientFields, SamplingBody):
+class CompletionBody(ClientFields, GenerationBody):
     """Body of POST /v1/completions. A token is a character."""
 
     model_config = ConfigDict(
@@ -152,8 +152,8 @@ class Choice(BaseModel):
     text: str
     logprobs: Logprobs | None = None
     finish_reason: FinishReason | None = Field(
-        description="why the text ended: `stop` after a stop string, `length` at `max_tokens`; null in events of a "
-        "stream that are followed by more text"
+        description="why the text ended: `stop` at a stop string or where its form is complete, `length` at "
+        "`max_tokens`; null in events of a stream that are followed by more text"
     )
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(
         None,

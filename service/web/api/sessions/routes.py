@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from flask import Response
@@ -15,7 +14,7 @@ from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import FeedRequest, NewSession, SessionService
 from service.sessions.session import SessionKey
 from service.shares import SharedBudget
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.schemas import ERRORS, ErrorAnswer
 from service.web.api.sessions import schemas
 from service.web.api.sessions.answer import feed_answer, run_answer, run_events, session_answer
@@ -63,7 +62,7 @@ class SessionRoutes(Resource):
         _check_length(body.text, self._limits)
         model = body.model if body.model is not None or body.state is not None else self._default_model
         new = NewSession(session_id, model, body.text, body.unknown_chars, body.seed, body.ttl_s, body.state)
-        with self._admission.admit(), _blaming("text"):
+        with self._admission.admit(), blaming("text"):
             session, is_new = self._sessions.create(current_owner(), new, client_monitor())
         return _json(session_answer(session.summary), 201 if is_new else 200)
 
@@ -148,7 +147,7 @@ class SessionRoutes(Resource):
         with ExitStack() as held:
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
-            with self._admission.admit(), _blaming("text"):
+            with self._admission.admit(), blaming("text"):
                 result = self._sessions.feed(_key(path), feed_request, client_monitor(), scores.require)
             return feed_answer(result, held)
 
@@ -184,12 +183,14 @@ class SessionRoutes(Resource):
             body.include_stop_str_in_output,
             tuple(body.stop_token_ids),
             tuple(body.allowed_token_ids) if body.allowed_token_ids is not None else None,
+            body.form,
         )
         with ExitStack() as held:
             held.enter_context(self._admission.admit(is_stream=body.stream))
-            stream = self._sessions.runs.generate(
-                _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
-            )
+            with blaming(body.form_param):
+                stream = self._sessions.runs.generate(
+                    _key(path), run_request, body.position, client_monitor(), as_whole=not body.stream
+                )
             held.callback(stream.close)
             note_generation(stream.model_name, stream.handles)
             if not body.stream:
@@ -254,17 +255,6 @@ class SessionRoutes(Resource):
         sealed, header = self._sessions.export(_key(path), query.ttl_s)
         facts = header.model_dump(exclude={"identity"})
         return _json(schemas.StateAnswer(state=sealed, **facts))
-
-
-@contextmanager
-def _blaming(param: str) -> Iterator[None]:
-    """Name `param` as the cause of an InvalidValue that is raised inside the block and names none."""
-    try:
-        yield
-    except InvalidValue as error:
-        if error.param is None:
-            error.param = param
-        raise
 
 
 def _check_length(text: str, limits: SessionLimits) -> None:

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from service.arrays import MAX_POSITION
 from service.engine.stepper import FinishReason
 from service.model.charset import UnknownChars
+from service.web.api.forms import GenerationBody
 from service.web.api.known_fields import ClientFields
 from service.web.api.schemas import (
     UNKNOWN_CHARS,
@@ -22,7 +23,6 @@ from service.web.api.schemas import (
     ModelRef,
     NumLogprobs,
     PortableState,
-    SamplingBody,
     Usage,
 )
 
@@ -109,7 +109,7 @@ class FeedBody(Body):
     )
 
 
-class GenerateBody(ClientFields, SamplingBody):
+class GenerateBody(ClientFields, GenerationBody):
     """Body of POST /v1/sessions/{id}/generate."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"max_tokens": 200, "temperature": 0.8, "stream": True}})
@@ -276,7 +276,9 @@ class GenerateAnswer(BaseModel):
     """The result of a run. In a stream, the event `done` has these fields except `text`."""
 
     text: str
-    finish_reason: FinishReason = Field(description="`stop` after a stop string, `length` at `max_tokens`")
+    finish_reason: FinishReason = Field(
+        description="`stop` at a stop string or where its form is complete, `length` at `max_tokens`"
+    )
     position: int = Field(description="position after the last generated character")
     usage: Usage
     sha256: str = Field(description="SHA-256 of the generated text in UTF-8, in hexadecimal digits")
