@@ -113,3 +113,32 @@ def test_beam__with_neutral_settings_is_the_same(client: FlaskClient) -> None:
     expected = ok(client.post("/v1/completions", json=BODY))["choices"]
     neutral = {"temperature": 1, "top_k": -1, "top_p": 1, "n": 6, "logit_bias": {}, "seed": None, "stream": False}
     assert ok(client.post("/v1/completions", json=BODY | neutral))["choices"] == expected
+
+
+def test_beam__of_a_form_has_it_and_may_end_before_a_stop_string(client: FlaskClient) -> None:
+    texts = ["what", "where", "a"]
+    body = BODY | {"max_tokens": 9, "structured_outputs": {"choice": texts}}
+    choices = ok(client.post("/v1/completions", json=body))["choices"]
+    assert sorted(choice["text"] for choice in choices) == sorted(texts)
+    assert {(choice["finish_reason"], choice["exact"]) for choice in choices} == {("stop", True)}
+    assert [choice["logprob"] for choice in choices] == pytest.approx(
+        scored(client, "ROMEO: ", [choice["text"] for choice in choices]), abs=1e-6
+    )
+    digits = ok(client.post("/v1/completions", json=body | {"structured_outputs": {"regex": "[ab]+"}, "max_tokens": 2}))
+    assert {(choice["finish_reason"], len(choice["text"])) for choice in digits["choices"]} == {("length", 2)}
+    ended = ok(client.post("/v1/completions", json=body | {"structured_outputs": {"regex": "[ab]+"}, "stop": "."}))
+    for choice in ended["choices"]:
+        assert set(choice["text"]) <= {"a", "b"}
+        assert choice["finish_reason"] == "stop" or len(choice["text"]) == 9
+    refused(
+        client.post("/v1/completions", json=body | {"structured_outputs": {"regex": "a{10}"}}),
+        400,
+        "out_of_range",
+        "max_tokens",
+    )
+    refused(
+        client.post("/v1/completions", json=body | {"structured_outputs": {"regex": "("}}),
+        400,
+        "out_of_range",
+        "structured_outputs.regex",
+    )
