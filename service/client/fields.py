@@ -103,6 +103,7 @@ class SuggestFields(TypedDict, total=False):
 
     prompt: str
     until: str | None
+    structured_outputs: dict[str, Any]
     max_chars: int
     unknown_chars: UnknownChars
 

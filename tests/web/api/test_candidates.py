@@ -219,7 +219,8 @@ def test_candidates__of_a_long_list_are_answered_in_their_order(tiny_store: Mode
 )
 def test_suggest__of_a_form_are_its_likeliest_texts(client: FlaskClient, session: str, form: dict[str, Any]) -> None:
     if "response_format" in form:  # the tiny model has no quotes, so no text has this form
-        refused(client.post(f"{session}/suggest", json=form), 400, "unknown_characters", "response_format.json_schema.schema")
+        response = client.post(f"{session}/suggest", json=form)
+        refused(response, 400, "unknown_characters", "response_format.json_schema.schema")
         return
     answer = ok(client.post(f"{session}/suggest", json=form | {"n": 9}))
     assert answer["exact"] is True
