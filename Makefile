@@ -38,8 +38,8 @@ $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("gru-serve needs Python 3.11 or later, and $(PYTHON) is %d.%d: choose another one, such as make PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
-	@if $(BIN)/python -c 'import sys; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "none"); sys.exit(not variants())'; then :; \
-	else echo "There is no kernel. torch is installed instead, which is several times slower. Why: $$(cat service/engine/native/not_compiled.txt 2>/dev/null || echo 'see above')"; $(call install,torch); fi
+	@if $(BIN)/python -c 'import sys; from service.engine.native.binding import why_not_compiled as why; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or why() or "none"); sys.exit(not variants())'; then :; \
+	else echo "There is no kernel that works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
 	touch $@
 
 # What training, tests and benchmarks need beyond that.
