@@ -19,7 +19,7 @@ from service.engine.automaton.choice import choice_dfa
 from service.engine.automaton.determinise import determinise, size
 from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.expression import NOTHING, Chars, Either, Expression, Repeat
-from service.engine.automaton.json_text import DECIMALS, EXACT, Json, JsonText, dumped
+from service.engine.automaton.json_text import DECIMALS, EXACT, INTEGER_LIMIT, NUMBER_LIMIT, Json, JsonText, dumped
 from service.engine.automaton.regex import regex_expression, search_dfa
 from service.errors import InvalidValue
 
@@ -420,6 +420,14 @@ class _Reader:
 
     def _number(self, schema: Schema, *, is_integer: bool) -> Expression:
         least, most = self._range(schema, 1 if is_integer else 10**DECIMALS)
+        limit = INTEGER_LIMIT if is_integer else NUMBER_LIMIT
+        for keyword, end in (("inimum", least), ("aximum", None if most is None else -most)):
+            if end is not None and end > limit:
+                keyword = next(one for one in ("m" + keyword, "exclusiveM" + keyword) if one in schema)
+                digits = "15 digits" if is_integer else f"9 digits before the point and {DECIMALS} after it"
+                raise self._refused(
+                    schema, keyword, f"numbers of this size are not written: they have at most {digits}"
+                )
         make = self._text.integer if is_integer else self._text.number
         return make(least, most)
 
