@@ -92,6 +92,8 @@ FORMATS = {
     "uri": f"https?://{_HOSTNAME}(?:/[A-Za-z0-9._~-]+){{0,8}}/?",
 }
 
+_SMALLER = "lower maxLength and maxItems, leave out properties, or nest less"
+
 
 def schema_dfa(value: str, alphabet: Alphabet) -> Dfa:
     """Return the minimal automaton of the JSON texts of a schema. Raises InvalidValue."""
@@ -100,9 +102,6 @@ def schema_dfa(value: str, alphabet: Alphabet) -> Dfa:
         return determinise(reader.whole(), alphabet)
     except TooLarge as error:
         raise InvalidValue(f"{reader.largest()}: {error}; {_SMALLER}") from error
-
-
-_SMALLER = "lower maxLength and maxItems, leave out properties, or nest less"
 
 
 def any_object_dfa(alphabet: Alphabet) -> Dfa:
@@ -177,7 +176,6 @@ class _Reader:
         self._sizes: list[tuple[int, str]] = []
         self._known: dict[int, tuple[int, Expression]] = {}  # sizes of expressions, by identity
         self._strings: dict[tuple[Any, ...], Expression] = {}
-        self._find_places(root)
 
     def _find_places(self, root: Any) -> None:
         waiting = [(root, "#")]
@@ -190,7 +188,8 @@ class _Reader:
                 waiting += [(item, f"{place}/{index}") for index, item in enumerate(value)]
 
     def whole(self) -> Expression:
-        """Return the expression of the whole schema."""
+        """Return the expression of the whole schema. Raises InvalidValue, TooLarge."""
+        self._find_places(self._root)
         return self._expression(self._root, "#")
 
     def largest(self) -> str:
