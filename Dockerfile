@@ -4,6 +4,7 @@
 #   docker build -t gru-serve .
 #   docker build -t gru-serve:train --build-arg WITH_TORCH=1 .      # for `gru-serve train` and the torch stepper
 #   docker build -t gru-serve:otel --build-arg WITH_OTEL=1 .        # for traces
+#   docker buildx build --platform linux/amd64,linux/arm64 -t REGISTRY/gru-serve --push .  # for both kinds of processors
 
 FROM docker.io/library/python:3.11-slim-bookworm AS build
 

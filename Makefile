@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 KERNEL := setup.py $(wildcard service/engine/native/src/*)
 ASAN := build/asan
 
-.PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan train bench lock clean
+.PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan kernel-arm train bench lock clean
 setup: $(VENV)/.installed
 serve: $(VENV)/.server ; $(BIN)/gru-serve serve
 test: setup ; $(BIN)/pytest
@@ -28,15 +28,18 @@ PRELOAD = $(foreach name,libasan.so libstdc++.so,$(shell $${CXX:-c++} -print-fil
 kernel-asan: setup
 	rm -rf $(ASAN) && mkdir -p $(ASAN) && cp -r service tests model_store setup.py pyproject.toml README.md LICENSE $(ASAN)
 	cd $(ASAN) && find . -name '*.so' -delete && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(abspath $(BIN))/python setup.py -q build_ext --inplace
-	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py
+	cd $(ASAN) && LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/engine/test_stepper.py tests/engine/test_native.py tests/engine/test_tiles.py::test_tiles__any_number_of_rows_gets_the_bits_of_the_portable_variant
+
+# Runs the kernel's tests on a kernel for ARM64, under an emulator (Debian: g++-aarch64-linux-gnu, g++-s390x-linux-gnu, qemu-user).
+kernel-arm: setup ; TEST_EMULATED=aarch64 $(BIN)/pytest tests/engine/test_stepper.py tests/engine/test_native.py tests/engine/test_emulated.py
 
 # What the server needs: its libraries and the kernel. Only where the kernel can't be compiled, torch is installed too.
 $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("gru-serve needs Python 3.11 or later, and $(PYTHON) is %d.%d: choose another one, such as make PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
-	@if $(BIN)/python -c 'import sys; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "none"); sys.exit(not variants())'; then :; \
-	else echo "The kernel was not compiled, because no C++17 compiler works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
+	@if $(BIN)/python -c 'import sys; from service.engine.native.binding import why_not_compiled as why; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or why() or "none"); sys.exit(not variants())'; then :; \
+	else echo "There is no kernel that works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
 	touch $@
 
 # What training, tests and benchmarks need beyond that.

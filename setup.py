@@ -6,14 +6,19 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 SOURCES = "service/engine/native/src"
+STANDARD = "-std=c++17"
+# Beside the kernel's place: why there is no kernel. `service.engine.native.binding` reads it.
+FAILURE = "not_compiled.txt"
 ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED", "LDCXXSHARED", "CL", "_CL_")
 # Flags that let a compiler change the results of floating-point operations. The kernel's results belong to the
 # fingerprint, so these flags are taken out of the environment. A kernel that was compiled with them nevertheless is
@@ -54,16 +59,52 @@ class BuildWithModels(build_py):
 
 
 class BuildKernel(build_ext):
-    """Says in one line that the kernel was not compiled. `pip install` shows it with -v only."""
+    """Compiles the kernel if possible. Otherwise it stores the reason beside the kernel's place, and prints it.
+
+    `pip install` shows what is printed with -v only, so that the server's log and `make setup` tell the stored reason.
+    """
+
+    failure = ""
 
     def run(self) -> None:
-        """Compile the kernel if possible."""
+        """Compile the kernel, and leave either a kernel or the reason why there is none."""
         super().run()
-        if not all(os.path.exists(self.get_ext_fullpath(extension.name)) for extension in self.extensions):
-            sys.stderr.write(
-                "gru-serve: the kernel was not compiled, because no C++17 compiler works (Debian: apt install g++; "
-                "macOS: xcode-select --install). Without it the server needs torch and is several times slower\n"
+        kernel = Path(self.get_ext_fullpath(self.extensions[0].name))
+        stored = kernel.with_name(FAILURE)
+        if not self.failure:
+            stored.unlink(missing_ok=True)
+            return
+        kernel.unlink(missing_ok=True)  # one of an older source would serve under this version's name
+        kernel.parent.mkdir(parents=True, exist_ok=True)
+        stored.write_text(self.failure + "\n")
+        sys.stderr.write(
+            f"gru-serve: the kernel was not compiled: {self.failure}. Without it the server needs torch and is several "
+            "times slower\n"
+        )
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile an extension. Note why, if that fails."""
+        try:
+            super().build_extension(ext)
+        except Exception as error:
+            # Of a command, its first word.
+            reason = re.sub(r"'\['([^']*)'.*\]'", r"'\1'", " ".join(str(error).split())).rstrip(".")[:300]
+            self.failure = (
+                f"this compiler can't compile it: {reason}; `python setup.py build_ext --inplace` in a checkout, or "
+                "`pip install -v`, shows the compiler's messages"
+                if self._compiles_anything()
+                else "no C++17 compiler works (Debian: apt install g++; macOS: xcode-select --install): " + reason
             )
+            raise
+
+    def _compiles_anything(self) -> bool:
+        """Whether the compiler works at all."""
+        with suppress(Exception), TemporaryDirectory() as folder:
+            source = Path(folder, "any.cpp")
+            source.write_text("#include <optional>\nint any() { return std::optional<int>(1).value(); }\n")
+            self.compiler.compile([str(source)], output_dir=folder, extra_postargs=[STANDARD])
+            return True
+        return False
 
 
 remove_inexact_flags()
@@ -79,7 +120,7 @@ setup(
             # -fno-math-errno and -fno-trapping-math change no result, because the kernel reads neither errno nor
             # floating-point exceptions.
             extra_compile_args=[
-                "-std=c++17",
+                STANDARD,
                 "-O3",
                 "-fno-fast-math",
                 "-ffp-contract=off",
@@ -91,6 +132,7 @@ setup(
                 "-Wextra",
                 "-Wno-psabi",
                 "-Wno-maybe-uninitialized",
+                "-Wno-unknown-warning-option",  # clang doesn't know the one above
                 "-g0",
             ],
             extra_link_args=["-pthread"],

@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "forms": (),
     "http": (),
     "fairness": (),
+    "scoring": (),
     "sessions": (),
     "memory": (),
     "deploy": ("redis-server",),

@@ -3,8 +3,10 @@
     python -m benchmarks.roofline [--json FILE] [--threads 2] [--rounds 7] [--peers ""] [--sweep] [--plot FILE]
 
 The speed of one text is limited by the time to read the recurrent weights, that of 256 texts by multiply-adds. "Product
-alone" runs only the recurrent products and counts each as a character, so that it can be compared. All candidates run
-in turns with the weights of the shipped model.
+alone" runs only the recurrent products and counts each as a character, so that it can be compared. "Peak" is as many
+multiply-adds, on registers alone, with one of the instructions that the processor has (`peak.cpp`). The kernel computes
+with its best variant; the others are measured on one thread. All candidates run in turns with the weights of the
+shipped model.
 
 TensorFlow (with the loop of its tutorial) and ONNX Runtime run in processes of their own. The first run creates their
 environments, `peers/.venv-<name>`, of 2.3 GB together. A library that can't be installed is skipped.
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -36,15 +39,17 @@ from benchmarks.candidates import (
     stepper_turn,
 )
 from benchmarks.decode import parse
+from benchmarks.peaks import INSTRUCTIONS, Peaks, share_of
 from benchmarks.peers.comparison import PEERS, peer_candidates
 from benchmarks.peers.environment import Skipped
 from benchmarks.sweep import plot, sweep
 from benchmarks.table import machine, rows_of_json, spread, summary, table
-from service.engine.native.native_stepper import NativeStepper
+from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.torch_stepper import TorchStepper
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 
 MANY = 256
+KERNEL, OTHER, PEAK = "kernel, {}", "kernel {}, {}", "peak of {}"
 PRODUCT, INT_MM, TORCH = "product alone, {}", "torch._int_mm alone", "torch stepper, int8"
 PRECISIONS: tuple[IntegerPrecision, ...] = ("int8", "int4")
 
@@ -73,6 +78,15 @@ def main() -> None:
     threads = sorted({1, options.threads})
     with ExitStack() as stack:
         compared, skipped = candidates(shipped, models, threads), dict[str, str]()
+        compared += other_variants(models)
+        instructions: list[str] = []
+        try:
+            peaks = Peaks(Path(stack.enter_context(TemporaryDirectory())))
+            compared += peak_candidates(peaks, models["int8"])
+            instructions = peaks.instructions
+        except Skipped as reason:
+            skipped["peak"] = str(reason)
+            print(f"the processor's peak is skipped: {reason}")
         for name in options.peers:
             try:
                 compared += peer_candidates(stack, name, shipped, (1, MANY), threads)
@@ -85,8 +99,10 @@ def main() -> None:
             raise SystemExit(f"the process of a library has ended; leave it out with --peers: {reason}") from reason
     print(table(measured))
     names = {m.what for m in measured}
-    targets = [_report(measured, target) for target in _targets(options.threads) if target.against in names]
+    wanted = [target for target in _targets(options.threads, instructions) if target.against in names]
+    targets = [_report(measured, target) for target in wanted]
     document: dict[str, Any] = {"machine": conditions, "measured": rows_of_json(measured), "targets": targets}
+    document["variants"] = _against_peaks(measured, instructions)
     document |= {"skipped": skipped, "peers": _against_peers(measured)}
     if options.sweep or options.plot:
         document["sweep"] = points = sweep(
@@ -111,12 +127,30 @@ def candidates(
                 if number == 1:
                     what = PRODUCT.format(precision)
                     compared.append(Candidate(what, rows, 1, product_turn(stepper, model.config.num_units, rows)))
-                compared.append(Candidate(f"kernel, {precision}", rows, number, stepper_turn(stepper, rows, number)))
+                compared.append(Candidate(KERNEL.format(precision), rows, number, stepper_turn(stepper, rows, number)))
         for number in threads:
             compared.append(Candidate(INT_MM, rows, number, int_mm_turn(models["int8"], rows, number)))
             compared.append(Candidate(TORCH, rows, number, stepper_turn(reference, rows, number)))
             compared.append(Candidate(BASELINE, rows, number, baseline_turn(forty_lines, rows, number)))
     return compared
+
+
+def other_variants(models: dict[IntegerPrecision, QuantizedGRU]) -> list[Candidate]:
+    """Return the variants of the kernel that this processor can run, without the best, on one thread."""
+    return [
+        Candidate(
+            OTHER.format(variant, precision), rows, 1, stepper_turn(NativeStepper(model, 1, variant), rows, threads=1)
+        )
+        for variant in variants()[1:]
+        for precision, model in models.items()
+        for rows in (1, MANY)
+    ]
+
+
+def peak_candidates(peaks: Peaks, model: QuantizedGRU) -> list[Candidate]:
+    """Return what each instruction of the processor multiplies, a character's recurrent products counted as one."""
+    products = sum(layer.recurrent.weight.size for layer in model.layers)
+    return [Candidate(PEAK.format(name), MANY, 1, peaks.turn(name, products)) for name in peaks.instructions]
 
 
 def product_turn(stepper: NativeStepper, units: int, rows: int) -> Callable[[float], float]:
@@ -174,9 +208,10 @@ class Target:
         return f"{self.what}, {number} >= {self.at_least:.2f} x {self.against}"
 
 
-def _targets(threads: int) -> list[Target]:
+def _targets(threads: int, instructions: Sequence[str]) -> list[Target]:
     product = PRODUCT.format("int8")
     return [
+        *(Target("kernel, int8", MANY, 1, PEAK.format(best), 1, share_of(best)) for best in instructions[:1]),
         Target("kernel, int8", 1, 1, product, 1, 1 / 1.2),
         Target("kernel, int8", 1, 1, BASELINE, None, 40),
         Target("kernel, int4", 1, 1, product, 1, 1 / 0.85),
@@ -203,6 +238,28 @@ def _report(measured: Sequence[Measured], target: Target) -> dict[str, Any]:
     return {"target": str(target), "at_least": target.at_least, "ratio": summary(ratios)}
 
 
+def _against_peaks(measured: Sequence[Measured], instructions: Sequence[str]) -> list[dict[str, Any]]:
+    """Print the share of its instruction's peak, and of the processor's, that each variant reaches with many texts.
+
+    Return the same for JSON.
+    """
+    by_name = {(m.what, m.rows): m for m in measured if m.threads == 1}
+    comparisons = []
+    for variant in variants():
+        for precision in PRECISIONS:
+            what = KERNEL.format(precision) if variant == variants()[0] else OTHER.format(variant, precision)
+            kernel = by_name[what, MANY]
+            for instruction in dict.fromkeys((INSTRUCTIONS.get(variant, ""), *instructions[:1])):
+                if instruction in instructions:
+                    ratios = kernel.ratios(by_name[PEAK.format(instruction), MANY])
+                    print(
+                        f"{variant}, {precision}, {MANY} rows, 1 thread: {spread(ratios)} of the peak of {instruction}"
+                    )
+                    facts = {"variant": variant, "precision": precision, "rows": MANY, "instruction": instruction}
+                    comparisons.append(facts | {"ratio": summary(ratios)})
+    return comparisons
+
+
 def _against_peers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     """Print how many times as fast as each library the kernel is, both with their faster number of threads.
 
@@ -214,7 +271,7 @@ def _against_peers(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
     comparisons = []
     for peer, rows in sorted({(m.what, m.rows) for m in measured if m.what in PEERS}):
-        for kernel in (best(f"kernel, {precision}", rows) for precision in PRECISIONS):
+        for kernel in (best(KERNEL.format(precision), rows) for precision in PRECISIONS):
             ratios = kernel.ratios(best(peer, rows))
             print(f"{kernel.what}, {rows} row{'s' * (rows > 1)}: {spread(ratios)} times as fast as {peer}")
             comparisons.append({"peer": peer, "rows": rows, "what": kernel.what, "ratio": summary(ratios)})

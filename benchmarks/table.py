@@ -52,8 +52,12 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def _cpu() -> str:
+    """Name the processor. Virtual machines hide its name, but not its family and model."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.machine())
+    numbers = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")  # of x86, and of Arm
+    return " ".join([name, *(f"{number} {facts[number]}" for number in numbers if number in facts)])

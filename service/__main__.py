@@ -17,6 +17,7 @@ from service.commands.generate import generate_command
 from service.commands.import_ import import_command
 from service.commands.keys import keys_group
 from service.commands.models import models_group
+from service.commands.score import score_command
 from service.commands.serve import serve_command
 from service.commands.train import train_command
 from service.errors import GruServeError, InvalidSettings, UnknownCharacters
@@ -55,6 +56,7 @@ for _command in (
     train_command,
     eval_command,
     generate_command,
+    score_command,
     bench_command,
     import_command,
     export_command,

@@ -60,7 +60,9 @@ def openapi() -> dict[str, Any]:
 # Examples
 
 
-@pytest.mark.parametrize(("name", "least"), [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12), ("candidates.md", 10)]
+)
 def test_examples__print_what_they_show(
     server: Server, name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

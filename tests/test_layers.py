@@ -59,6 +59,7 @@ ALLOWED = {
 EXTRA = {
     "web/app.py": {"assembly", "settings"},
     "web/api/sessions/routes.py": {"sessions"},  # names sessions by their keys
+    "web/api/candidates/routes.py": {"sessions"},  # names sessions by their keys
     "web/api/sessions/answer.py": {"sessions"},  # shows a session's record
     "web/telemetry/metrics.py": {"sessions"},  # counts the operations of session stores by their names
     "web/gate/shared_counts.py": {"sessions"},  # counts starts in the session store's Redis

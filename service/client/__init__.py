@@ -14,7 +14,19 @@ requested again with its seed, and continues after the last piece. Such a failur
 lost or doubled.
 """
 
-from service.client.answers import Choice, Chunk, Completion, Logprobs, Model, Score, Usage
+from service.client.answers import (
+    CandidateScore,
+    CandidateScores,
+    Choice,
+    Chunk,
+    Completion,
+    Logprobs,
+    Model,
+    Score,
+    Suggestion,
+    Suggestions,
+    Usage,
+)
 from service.client.async_client import AsyncClient, AsyncSession, FeedResult
 from service.client.client import Client, Session
 from service.client.fields import Message
@@ -34,6 +46,8 @@ from service.client.transport import (
 __all__ = [
     "AsyncClient",
     "AsyncSession",
+    "CandidateScore",
+    "CandidateScores",
     "Choice",
     "Chunk",
     "Client",
@@ -54,5 +68,7 @@ __all__ = [
     "ServerFailed",
     "Session",
     "StreamBroken",
+    "Suggestion",
+    "Suggestions",
     "Usage",
 ]

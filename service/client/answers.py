@@ -1,4 +1,4 @@
-"""What completions, chats and scores return."""
+"""What completions, chats, scores and suggestions return."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ class Choice:
     prompt_token_ids: list[int] | None = None  # of the prompt; None unless they were requested, or later in a stream
     # For each character of the prompt what the API returns, by id; None unless they were requested.
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    logprob: float | None = None  # of the text with its stop string, in nats; None without `beam`
+    is_exact: bool | None = None  # whether no other text is likelier than those of this prompt; None without `beam`
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,59 @@ class Score:
 
 
 @dataclass(frozen=True)
+class CandidateScore:
+    """How likely a model finds one of several texts that may follow another one."""
+
+    text: str  # as the model read it
+    logprob: float  # of its characters together, in nats
+    score: float  # the same, normalised as requested
+
+
+@dataclass(frozen=True)
+class CandidateScores:
+    """How likely a model finds several texts that may follow another one."""
+
+    model: str  # name@version
+    position: int  # the number of characters before the candidates
+    scores: list[CandidateScore]  # in the order of the candidates
+
+    @property
+    def best(self) -> CandidateScore:
+        """The candidate with the highest score; the first of equal ones."""
+        return max(self.scores, key=lambda one: one.score)
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> CandidateScores:
+        """Read the API's answer."""
+        scores = [CandidateScore(each["text"], each["logprob"], each["score"]) for each in document["data"]]
+        return cls(document["model"], document["position"], scores)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A text that may follow."""
+
+    text: str
+    logprob: float  # of the text, and of ending there, in nats
+
+
+@dataclass(frozen=True)
+class Suggestions:
+    """The likeliest texts that may follow a session's text."""
+
+    model: str  # name@version
+    position: int  # the number of characters before the suggestions
+    is_exact: bool  # whether no other text is likelier than these
+    texts: list[Suggestion]  # the likeliest first
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Suggestions:
+        """Read the API's answer."""
+        texts = [Suggestion(each["text"], each["logprob"]) for each in document["data"]]
+        return cls(document["model"], document["position"], document["exact"], texts)
+
+
+@dataclass(frozen=True)
 class Model:
     """A model that the server lists."""
 
@@ -166,4 +221,6 @@ def choice_from_json(document: dict[str, Any]) -> Choice:
         token_ids=document.get("token_ids"),
         prompt_token_ids=document.get("prompt_token_ids"),
         prompt_logprobs=document.get("prompt_logprobs"),
+        logprob=document.get("logprob"),
+        is_exact=document.get("exact"),
     )

@@ -10,18 +10,31 @@ from dataclasses import dataclass
 from typing import Any, Self, Unpack
 from urllib.parse import quote, urlencode
 
-from service.client.answers import Choice, Chunk, Completion, Model, Score, Usage, choice_from_json
+from service.client.answers import (
+    CandidateScores,
+    Choice,
+    Chunk,
+    Completion,
+    Model,
+    Score,
+    Suggestions,
+    Usage,
+    choice_from_json,
+)
 from service.client.asyncio_connections import AsyncioConnections
 from service.client.fields import (
+    CandidateFields,
     ChatFields,
     CompletionFields,
     FeedFields,
     InspectFields,
     Message,
     Prompt,
+    PromptCandidateFields,
     SamplingFields,
     ScoreFields,
     SessionFields,
+    SuggestFields,
 )
 from service.client.inspection import Inspection
 from service.client.transport import (
@@ -102,6 +115,18 @@ class Calls:
         if logprobs is None:
             raise server_error(500, {"message": "the answer has no log-probabilities", "code": "damaged"})
         return Score(answer.model, answer.text, logprobs.logprobs, logprobs.top if num_top else [])
+
+    async def score_candidates(
+        self, candidates: Sequence[str], **fields: Unpack[PromptCandidateFields]
+    ) -> CandidateScores:
+        """Return how likely each of several texts follows a prompt. Raises ServerError.
+
+        Args:
+            candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
+            fields: prompt, normalize, model, unknown_chars and cache_salt, as in the API.
+        """
+        body = {"candidates": list(candidates)} | fields
+        return CandidateScores.from_json(await self._transport.call("POST", "/v1/score", body))
 
     async def models(self) -> list[Model]:
         """Return the models of the server. Raises ServerError."""
@@ -384,6 +409,26 @@ class AsyncSession:
             return await self._transport.retrying(lambda: self._stream(self.position, None, take_over=False), patience)
         except ServerError as error:
             raise loss if error.code == "session_busy" else error from None
+
+    async def score_candidates(self, candidates: Sequence[str], **fields: Unpack[CandidateFields]) -> CandidateScores:
+        """Return how likely each of several texts follows the session's text, which doesn't change. Raises ServerError.
+
+        Args:
+            candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
+            fields: prompt, normalize and unknown_chars, as in the API.
+        """
+        body = {"candidates": list(candidates), "position": await self._synchronise()} | fields
+        return CandidateScores.from_json(await self._transport.call("POST", f"{self._path}/score", body))
+
+    async def suggest(self, n: int = 5, **fields: Unpack[SuggestFields]) -> Suggestions:
+        """Return the n likeliest texts that may follow the session's text, which doesn't change. Raises ServerError.
+
+        Args:
+            n: how many.
+            fields: until, max_chars, prompt and unknown_chars, as in the API. By default, suggestions are words.
+        """
+        body = {"n": n, "position": await self._synchronise()} | fields
+        return Suggestions.from_json(await self._transport.call("POST", f"{self._path}/suggest", body))
 
     async def rewind(self, position: int) -> None:
         """Truncate the text to its first `position` characters. Raises ServerError."""

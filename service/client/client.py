@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Self, Unpack
 
-from service.client.answers import Chunk, Completion, Model, Score
+from service.client.answers import CandidateScores, Chunk, Completion, Model, Score, Suggestions
 from service.client.async_client import AsyncSession, Calls, FeedResult
 from service.client.blocking_connections import BlockingConnections, iterate, run
 from service.client.fields import (
+    CandidateFields,
     ChatFields,
     CompletionFields,
     FeedFields,
     InspectFields,
     Message,
     Prompt,
+    PromptCandidateFields,
     SamplingFields,
     ScoreFields,
     SessionFields,
+    SuggestFields,
 )
 from service.client.inspection import Inspection
 from service.client.transport import Address, Transport
@@ -103,6 +106,15 @@ class Client:
         """
         return run(self._calls.score(text, num_top=num_top, **fields))
 
+    def score_candidates(self, candidates: Sequence[str], **fields: Unpack[PromptCandidateFields]) -> CandidateScores:
+        """Return how likely each of several texts follows a prompt. Raises ServerError.
+
+        Args:
+            candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
+            fields: prompt, normalize, model, unknown_chars and cache_salt, as in the API.
+        """
+        return run(self._calls.score_candidates(candidates, **fields))
+
     def models(self) -> list[Model]:
         """Return the models of the server. Raises ServerError."""
         return run(self._calls.models())
@@ -181,6 +193,24 @@ class Session:
         Raises ServerError.
         """
         return iterate(self._calls.generate(max_tokens, **fields))
+
+    def score_candidates(self, candidates: Sequence[str], **fields: Unpack[CandidateFields]) -> CandidateScores:
+        """Return how likely each of several texts follows the session's text, which doesn't change. Raises ServerError.
+
+        Args:
+            candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
+            fields: prompt, normalize and unknown_chars, as in the API.
+        """
+        return run(self._calls.score_candidates(candidates, **fields))
+
+    def suggest(self, n: int = 5, **fields: Unpack[SuggestFields]) -> Suggestions:
+        """Return the n likeliest texts that may follow the session's text, which doesn't change. Raises ServerError.
+
+        Args:
+            n: how many.
+            fields: until, max_chars, prompt and unknown_chars, as in the API. By default, suggestions are words.
+        """
+        return run(self._calls.suggest(n, **fields))
 
     def rewind(self, position: int) -> None:
         """Truncate the text to its first `position` characters. Raises ServerError."""

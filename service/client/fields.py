@@ -56,6 +56,7 @@ class CompletionFields(ModelFields, total=False):
     """Also what only a completion has."""
 
     best_of: int
+    beam: int
     echo: bool
     logprobs: int
     prompt_logprobs: int
@@ -80,6 +81,31 @@ class ScoreFields(TypedDict, total=False):
     unknown_chars: UnknownChars
     cache_salt: str
     state: str
+
+
+class CandidateFields(TypedDict, total=False):
+    """How candidates in a session are scored."""
+
+    prompt: str
+    normalize: Literal["none", "length", "candidates"]
+    unknown_chars: UnknownChars
+
+
+class PromptCandidateFields(CandidateFields, total=False):
+    """Also which model scores them."""
+
+    model: str
+    cache_salt: str
+
+
+class SuggestFields(TypedDict, total=False):
+    """Which texts are suggested."""
+
+    prompt: str
+    until: str | None
+    structured_outputs: dict[str, Any]
+    max_chars: int
+    unknown_chars: UnknownChars
 
 
 class SessionFields(TypedDict, total=False):

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import click
 from pydantic import BaseModel, SecretStr
@@ -228,6 +228,26 @@ def open_service(model_store: Path | None, model: str | None, num_threads: int |
     with suggesting_models():
         store.resolve(model or read_settings().model)  # first: its errors list the default model first
         return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
+
+
+def read_text(file: BinaryIO, option: str) -> str:
+    """Return the text of a file in UTF-8, which the option names. Raises UsageError if it is no text, or too long."""
+    from service.settings import read_settings
+
+    max_chars = read_settings().max_prompt_chars
+    data = file.read(4 * max_chars + 4)  # a character has up to four bytes, and a byte order mark three
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if len(data) < 4 * max_chars + 4:
+            raise click.UsageError(
+                f"{option}: not UTF-8 at byte {error.start}: convert the file, for example with "
+                "iconv -f WINDOWS-1252 -t UTF-8"
+            ) from None
+        text = data.decode(errors="replace")
+    if len(text) > max_chars:
+        raise click.UsageError(f"{option}: more than {max_chars:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS")
+    return text
 
 
 def _click_type(annotation: Any) -> Any:

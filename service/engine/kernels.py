@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 from service.arrays import Float32
+from service.engine.native.binding import why_not_compiled
 from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.stepper import Stepper
 from service.errors import InvalidSettings
 from service.installation import how_to_get_torch
 from service.model.config import ModelConfig
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
+
+log = logging.getLogger(__name__)
 
 KernelChoice = Literal["auto", "native", "torch"]
 
@@ -40,7 +44,7 @@ def check_kernel(choice: KernelChoice) -> None:
         raise InvalidSettings(
             "kernel=native, but the native kernel was not compiled when this package was installed, or computes other "
             "numbers than it must, as the log says: install the package again on a machine with a C++17 compiler, or "
-            "set kernel=auto",
+            "set kernel=auto" + _reason(),
             param="kernel",
         )
     if not is_torch and (choice == "torch" or not is_native):
@@ -52,9 +56,16 @@ def check_kernel(choice: KernelChoice) -> None:
                 else ", and the native kernel was not compiled: install a C++17 compiler"
             )
             + (" or " if is_native else ", and the package again, or ")
-            + how_to_get_torch(),
+            + how_to_get_torch()
+            + ("" if is_native else _reason()),
             param="kernel",
         )
+
+
+def _reason() -> str:
+    """Return why the build failed, as an end of an error's message; empty if it did not fail."""
+    reason = why_not_compiled()
+    return f". The build failed because {reason}" if reason else ""
 
 
 def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
@@ -67,6 +78,11 @@ def choose_kernel(choice: KernelChoice, num_threads: int) -> Kernel:
     check_kernel(choice)
     available = variants()
     if choice == "torch" or not available:
+        if choice == "auto":
+            log.warning(
+                "torch computes, several times slower than the native kernel: there is no kernel that works here%s",
+                _reason(),
+            )
         import torch
 
         from service.engine.torch_stepper import TorchStepper

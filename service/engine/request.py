@@ -133,8 +133,10 @@ class Request:
             self._check_automaton(self.automaton, vocab_size)
 
     def _check_automaton(self, automaton: Automaton, vocab_size: int) -> None:
-        if automaton.classes.shape != (vocab_size,) or automaton.transitions.shape[1] > vocab_size:
-            raise InvalidValue("the automaton of a text is for another number of characters than the model has")
+        if automaton.classes.shape != (vocab_size,) or not automaton.is_sound:
+            raise InvalidValue("the automaton of a text has other characters than the model, or tables that don't fit")
+        if automaton.transitions.shape[1] > vocab_size:
+            raise InvalidValue("the automaton of a text has more classes than the model has characters")
         if not automaton.restricts:
             return
         state = self.initial_state

@@ -12,9 +12,17 @@ class ScoreReservation:
     A log-probability takes 8 bytes, and up to three times that while parts of an answer are joined.
     """
 
-    def __init__(self, budget: SharedBudget) -> None:
-        """Reserve nothing so far, for the client of the current thread."""
-        self._budget, self._client = budget, current_client()
+    def __init__(
+        self,
+        budget: SharedBudget,
+        param: str = "logprobs",
+        remedy: str = "request fewer characters, or fewer alternatives",
+    ) -> None:
+        """Reserve nothing so far, for the client of the current thread.
+
+        A refusal names `param` and says what to do about it.
+        """
+        self._budget, self._client, self._param, self._remedy = budget, current_client(), param, remedy
         self._num_scores = 0
 
     def require(self, num_scores: int) -> None:
@@ -25,10 +33,9 @@ class ScoreReservation:
         """
         if num_scores > self._budget.max_per_client:
             raise InvalidValue(
-                f"logprobs: this request has {num_scores} log-probabilities, and the server computes at most "
-                f"{self._budget.max_per_client} at a time for one client: request fewer characters, or fewer "
-                "alternatives",
-                param="logprobs",
+                f"{self._param}: this request has {num_scores} log-probabilities, and the server computes at most "
+                f"{self._budget.max_per_client} at a time for one client: {self._remedy}",
+                param=self._param,
             )
         more = num_scores - self._num_scores
         if more < 0:

@@ -112,6 +112,17 @@ class SessionService:
         session.require_within(end, "to")
         return session.text.slice(start, end), start, end
 
+    def reading(self, key: SessionKey, position: int | None) -> tuple[LoadedModel, Session]:
+        """Return a session as it was saved last, and its model, for an operation that doesn't change it.
+
+        If a `position` is given, the session is at it: an unfinished run is generated again up to there.
+
+        Raises PositionConflict.
+        """
+        session = self.runs.replayed(self._store.load(key), position)
+        session.require_position(position)
+        return self._models.for_state(session.model, session.identity), session
+
     def create(
         self, owner: str, new: NewSession, client_has_left: Callable[[], bool] | None = None
     ) -> tuple[Session, bool]:

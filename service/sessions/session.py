@@ -122,6 +122,11 @@ class Session:
         return self.text.hidden
 
     @property
+    def last_character(self) -> str:
+        """The last character of the text; nothing if the text is empty, or if that character is not retained."""
+        return self.text.slice(max(self.text.start, self.position - 1), self.position)
+
+    @property
     def key(self) -> SessionKey:
         """The name under which a store finds the session."""
         return SessionKey(self.owner, self.id)

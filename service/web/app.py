@@ -17,6 +17,7 @@ from service.errors import InvalidArtifact, InvalidSettings
 from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
+from service.web.api.candidates.routes import CandidateRoutes
 from service.web.api.chat.routes import ChatRoutes
 from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
@@ -150,6 +151,7 @@ def _resources(
         ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
         EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
+        CandidateRoutes(models, service.sessions, default, settings.max_prompt_chars, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
         TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),
@@ -176,6 +178,9 @@ def _bounds(settings: Settings) -> Bounds:
         "CompletionBody": {"max_tokens": {"maximum": settings.max_tokens}, "prompt": text},
         "CreateBody": {"text": text},
         "FeedBody": {"text": text},
+        "ScoreBody": {"prompt": text, "candidates": text},
+        "SessionScoreBody": {"prompt": text, "candidates": text},
+        "SuggestBody": {"prompt": text},
         "GenerateBody": {"max_tokens": {"maximum": _max_run(settings)}},
         "TokenizeBody": {"prompt": text},
         "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},

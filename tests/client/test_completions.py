@@ -151,6 +151,39 @@ def test_score__sums_what_is_scored(kind: type[Client | Awaited]) -> None:
 
 
 @both
+def test_candidates__are_scored_in_their_order_and_the_best_is_known(kind: type[Client | Awaited]) -> None:
+    data = [
+        {"object": "score", "index": 0, "text": "a", "logprob": -3.0, "score": -3.0},
+        {"object": "score", "index": 1, "text": "bc", "logprob": -4.0, "score": -2.0},
+        {"object": "score", "index": 2, "text": "cb", "logprob": -4.0, "score": -2.0},
+    ]
+    answer = JSON + json.dumps({"object": "list", "model": "tiny@1", "position": 6, "data": data}).encode()
+    with played([b"", answer]) as (url, requests), connected(kind, url) as client:  # the first connection breaks
+        found = client.score_candidates(("a", "bc", "cb"), prompt="ROMEO:", normalize="length", model="tiny")
+    assert (found.model, found.position, [one.text for one in found.scores]) == ("tiny@1", 6, ["a", "bc", "cb"])
+    assert (found.best.text, found.best.logprob, found.best.score) == ("bc", -4.0, -2.0)
+    assert requests[1][1].startswith(b"POST /v1/score HTTP/1.1\r\n")
+    body = {"candidates": ["a", "bc", "cb"], "prompt": "ROMEO:", "normalize": "length", "model": "tiny"}
+    assert body_of(requests[1][1]) == body
+
+
+def test_session__names_its_position_for_candidates_and_suggestions() -> None:
+    facts = {"id": "a", "model": "tiny@1", "seed": 7, "position": 6}
+    scores = {"object": "list", "model": "tiny@1", "position": 6, "data": []}
+    suggestions = scores | {"exact": False, "data": [{"index": 0, "text": "what", "logprob": -1.5}]}
+    answers = [JSON + json.dumps(answer).encode() for answer in (facts, scores, suggestions)]
+    with played(answers) as (url, requests), Client(url) as client:
+        session = client.open("a")
+        assert session.score_candidates(["what"]).scores == []
+        found = session.suggest(3, prompt="w", until=" ")
+    assert (found.is_exact, [(one.text, one.logprob) for one in found.texts]) == (False, [("what", -1.5)])
+    assert requests[1][1].startswith(b"POST /v1/sessions/a/score ")
+    assert body_of(requests[1][1]) == {"candidates": ["what"], "position": 6}
+    assert requests[2][1].startswith(b"POST /v1/sessions/a/suggest ")
+    assert body_of(requests[2][1]) == {"n": 3, "position": 6, "prompt": "w", "until": " "}
+
+
+@both
 def test_stream__that_breaks_is_requested_again_and_continues_after_the_last_piece(
     kind: type[Client | Awaited],
 ) -> None:

@@ -38,6 +38,14 @@ def test_settings__that_a_file_names_exist(name: str) -> None:
     assert named <= {field.upper() for field in Settings.model_fields}
 
 
+def test_files__depend_on_no_kind_of_processor() -> None:
+    """So the image is built for ARM64 from the same Dockerfile, and the files for deployment run it there."""
+    for name, text in FILES.items():
+        instructions = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+        found = re.findall(r"(?i)amd64|x86|arm64|aarch64|linux/|--platform|platform:|kubernetes\.io/arch", instructions)
+        assert found == [], name
+
+
 def test_compose__passes_every_setting_that_it_does_not_fix() -> None:
     """So that a key or a limit in `.env` is never ignored. The container's own address and store are the image's."""
     named = set(re.findall(r"^ +GRU_SERVE_([A-Z_]+):", COMPOSE, re.MULTILINE))

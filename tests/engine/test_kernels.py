@@ -121,6 +121,8 @@ def test_install__without_a_compiler_serves_with_torch_and_logs_it(tiny_store: M
     no_compiler = os.environ | {"CC": "no-such-compiler", "CXX": "no-such-compiler"}
     subprocess.run([*pip, "--target", str(installed), str(source)], env=no_compiler, check=True, capture_output=True)
     assert not list(installed.rglob("*.so"))
+    [reason] = installed.rglob("not_compiled.txt")
+    assert "no-such-compiler" in reason.read_text()
     environ = os.environ | {"PYTHONPATH": str(installed)}
     command = [sys.executable, "-P", "-c", SERVE, str(tiny_store.root)]
     done = subprocess.run([*command, "auto"], cwd=tmp_path, env=environ, check=True, capture_output=True, text=True)
@@ -128,7 +130,10 @@ def test_install__without_a_compiler_serves_with_torch_and_logs_it(tiny_store: M
     assert (kernel, has_torch) == ("torch", True)
     loaded = [line for line in map(json.loads, done.stderr.splitlines()) if line["event"] == "model loaded"]
     assert [line["kernel"] for line in loaded] == ["torch"]
+    [event] = [line["event"] for line in map(json.loads, done.stderr.splitlines()) if "torch computes" in line["event"]]
+    assert reason.read_text().strip() in event
     assert seen == printed(SERVE, str(tiny_store.root), "auto")[-1][0]
     refused = subprocess.run([*command, "native"], cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert refused.returncode
     assert "install the package again on a machine with a C++17 compiler" in refused.stderr
+    assert "no-such-compiler" in refused.stderr

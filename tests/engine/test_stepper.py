@@ -36,11 +36,13 @@ from service.model.folded import FoldedGRU
 from service.model.gru import GRUCharModel
 from service.model.quantize import IntegerPrecision, QuantizedGRU, quantize
 from tests.harness.automata import random_automaton
+from tests.harness.emulated_kernel import EMULATED
 from tests.harness.models import random_tensors
 from tests.harness.rows import CHARSET, CONFIG, DEEP, KINDS, everything, quantized, row, run, with_checkpoints
+from tests.harness.tiles import TESTED_VARIANTS
 
-STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {"torch": TorchStepper}
-STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in variants()}
+STEPPERS: dict[str, Callable[[QuantizedGRU], Stepper]] = {} if EMULATED else {"torch": TorchStepper}
+STEPPERS |= {f"native_{name}": partial(NativeStepper, variant=name) for name in TESTED_VARIANTS}
 
 
 MODELS = {"int8": quantized(), "int4": quantized(precision="int4"), "deep": quantized(DEEP)}

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from redis import exceptions as errors
 
@@ -30,6 +31,7 @@ from service.errors import (
     SessionNotFound,
     StoreUnavailable,
 )
+from service.generation.candidates import Origin, score_candidates
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -46,6 +48,7 @@ from tests.harness.redis_process import RedisProcess, redis_process
 
 Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.3
+NO_IDS = np.empty(0, np.int64)
 LONG = RunRequest(5000, replace(PLAIN, temperature=0.9))
 FORMED = replace(LONG, form=Form("regex", "([A-Z][a-z]{0,7}[,.?] |[a-z]{3}\n)*[A-Z]+!"))
 
@@ -377,6 +380,28 @@ def test_operations__continue_from_what_a_dead_replica_sent(
     else:
         more = take(sessions.runs.generate(SessionKey("", "a"), RunRequest(10, PLAIN), position))
         assert text_of(two) == f"ROMEO:{got}{more}"
+    continuation.close()
+
+
+def test_candidates__follow_what_a_dead_replica_sent_and_change_nothing(replicas: Callable[[], Replica]) -> None:
+    one, two = replicas(), replicas()
+    key = SessionKey("", "a")
+    create(one)
+    continuation = one[0].runs.generate(key, LONG, None)
+    got = take(continuation, 100)
+    model, during = two[0].reading(key, None)
+    assert during.text.slice(0, 6) == "ROMEO:"  # as it was saved last, while the run is active
+    dies(one)
+    before = two[0].get(key)
+    with pytest.raises(PositionConflict):
+        two[0].reading(key, 6 + 5001)
+    model, session = two[0].reading(key, 6 + len(got))
+    found = score_candidates(model, Origin.after(model, session, NO_IDS), [model.charset.encode("what")])
+    create(two, "b", f"ROMEO:{got}")
+    model, session = two[0].reading(SessionKey("", "b"), None)
+    expected = score_candidates(model, Origin.after(model, session, NO_IDS), [model.charset.encode("what")])
+    assert found[0].tobytes() == expected[0].tobytes()
+    assert two[0].get(key).revision == before.revision
     continuation.close()
 
 

@@ -119,6 +119,19 @@ def test_repeated_feed__stops_when_its_client_leaves(server: Server, entry: Endp
     wait_until(lambda: statuses(server, f"scored-{entry.port}") == [499])
 
 
+def test_score__stops_when_its_client_leaves(server: Server, entry: Endpoint) -> None:
+    path = f"/v1/sessions/candidates-{entry.port}"
+    assert entry.call("PUT", path, {"text": "ROMEO:"})[0] == 201
+    body = {"candidates": ["a" * (NUM_CHARS // 2), "b" * (NUM_CHARS // 2)]}
+    for route in ("/v1/score", f"{path}/score"):
+        request_id = f"{route.count('/')}-{entry.port}"
+        with send(entry, route, body, request_id):
+            wait_until(lambda: not is_idle(server))
+            assert entry.call("POST", f"{path}/feed", {"text": "b"})[0] == 200  # the session is free
+        wait_until(lambda: is_idle(server), 10)
+        wait_until(lambda request_id=request_id: statuses(server, request_id) == [499])  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_half_closed_client__gets_its_answer_from_a_server_and_a_400_from_the_balancer(
     server: Server, entry: Endpoint, stream: bool

@@ -8,6 +8,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
@@ -66,16 +67,29 @@ def load() -> Library | None:
         return None
     try:
         return open_library(spec.origin)
-    except OSError:  # compiled for another system
+    except OSError as error:  # such as one for another system, or for a newer version of its libraries
+        log.warning("the native kernel is not used, because it can't be loaded: %s", error)
         return None
     except LayoutMismatch as mismatch:
         log.warning("the native kernel is not used, because %s: install the package again", mismatch)
         return None
 
 
+def why_not_compiled() -> str | None:
+    """Return the reason that the build stored if it failed (see setup.py), or None if it did not fail."""
+    try:
+        return Path(__file__).with_name("not_compiled.txt").read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
 def open_library(path: str) -> Library:
     """Load a compiled kernel and check it. Raises OSError, and LayoutMismatch if it belongs to another version."""
-    functions = _load_exactly(path)
+    return declare(_load_exactly(path))
+
+
+def declare(functions: ctypes.CDLL) -> Library:
+    """Declare the types of a kernel's functions, and read its layout. Raises LayoutMismatch."""
     try:
         functions.gru_describe_layout.restype = c_char_p
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p

@@ -20,6 +20,7 @@ from service.web.gate.route import current_route
 
 log = structlog.get_logger(__name__)
 
+_READ_FIELDS = ("text", "messages", "input", "candidates")  # that have the characters to read, besides `prompt`
 _START_CHARS = 8192  # characters of one start; a request for more counts as several
 
 
@@ -106,8 +107,8 @@ def _num_chars(body: Any, max_chars: int, max_texts: int, chat_chars: int) -> in
     prompts = body.get("prompt")
     # A list is a text of ids if its first element is one.
     prompts = prompts if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else [prompts]
-    num_read = sum(map(_length, (*prompts, body.get("text"), body.get("messages"), body.get("input"))))
-    num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
+    num_read = sum(map(_length, (*prompts, *map(body.get, _READ_FIELDS))))
+    num_choices = number("beam", 0, max_texts) or number("best_of", 0, max_texts) or number("n", 1, max_texts)
     max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)
     if max_tokens == 0 and "messages" in body:
         max_tokens = min(chat_chars, max_chars)

@@ -118,6 +118,7 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             ("chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 16}, 3),  # 1,024 characters each
             ("embeddings", {"input": ["a" * 20_000] * 2}, 5),
             ("embeddings", {"input": [[[[[[["a"]]]]]]]}, 1),
+            ("score", {"prompt": "a" * 20_000, "candidates": ["a" * 10_000, "b" * 10_000]}, 5),
         ]
         for number, (path, body, cost) in enumerate(others):
             client.post(f"/v1/{path}", json=body, environ_base={"REMOTE_ADDR": f"10.0.1.{number}"})

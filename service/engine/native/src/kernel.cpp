@@ -14,40 +14,71 @@
 #include "model.h"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif defined(__aarch64__)
+#include "arm.h"
 #endif
 
 static_assert(FLT_EVAL_METHOD == 0, "float must be computed as float, double as double");
 
+// `isa` is a list for the attribute `target`. clang ignores the whole list if it has a word that clang doesn't know, so
+// that words for gcc alone are in GRU_WIDE.
 #if defined(__clang__)
+#define GRU_WIDE
 #define GRU_PRAGMA(text) _Pragma(#text)
 #define GRU_BEGIN(name, isa) \
     GRU_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function)) namespace gru::name {
 #define GRU_END } _Pragma("clang attribute pop")
 #else
+#define GRU_WIDE ",prefer-vector-width=512"
 #define GRU_PRAGMA(text) _Pragma(#text)
 #define GRU_BEGIN(name, isa) _Pragma("GCC push_options") GRU_PRAGMA(GCC target(isa)) namespace gru::name {
 #define GRU_END } _Pragma("GCC pop_options")
 #endif
 
+#if !defined(__clang__) && __GNUC__ < 11
+#define GRU_OLD_COMPILER 1
+#endif
+
+#if defined(__x86_64__) && defined(__linux__) && !defined(GRU_OLD_COMPILER)
+#define GRU_AMX 1
+GRU_BEGIN(amx_int8, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,gfni,amx-tile,amx-int8" GRU_WIDE)
+namespace vectors {
+#include "operations_avx512vnni.inc"
+#include "product_vectors.inc"
+#include "product_rows.inc"
+}  // namespace vectors
+#include "tiles_amx.inc"
+#include "product_tiles.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
 #if defined(__x86_64__)
-GRU_BEGIN(avx512vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+GRU_BEGIN(avx512vnni, "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni" GRU_WIDE)
 #include "operations_avx512vnni.inc"
 #include "arithmetic.inc"
 #include "product_vectors.inc"
+#include "product_rows.inc"
 #include "sampling.inc"
 #include "step.inc"
 GRU_END
 
-#if !defined(__clang__) && __GNUC__ < 11
-#define GRU_NO_AVXVNNI 1
-#else
+#if !defined(GRU_OLD_COMPILER)
 GRU_BEGIN(avxvnni, "avx2,avxvnni")
 #define GRU_DPBUSD_256 _mm256_dpbusd_avx_epi32
 #include "operations_avxvnni.inc"
 #undef GRU_DPBUSD_256
 #include "arithmetic.inc"
 #include "product_vectors.inc"
+#include "product_rows.inc"
 #include "sampling.inc"
 #include "step.inc"
 GRU_END
@@ -57,6 +88,7 @@ GRU_BEGIN(avx2, "avx2")
 #include "operations_avx2.inc"
 #include "arithmetic.inc"
 #include "product_vectors.inc"
+#include "product_rows.inc"
 #include "sampling.inc"
 #include "step.inc"
 GRU_END
@@ -65,6 +97,25 @@ GRU_BEGIN(sse4, "ssse3,sse4.1")
 #include "operations_sse4.inc"
 #include "arithmetic.inc"
 #include "product_vectors.inc"
+#include "product_rows.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+#endif
+
+#if defined(GRU_ARM_DOTPROD)
+GRU_BEGIN(i8mm, GRU_ARM_I8MM)
+#include "operations_i8mm.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+GRU_END
+
+GRU_BEGIN(dotprod, GRU_ARM_DOTPROD)
+#include "operations_dotprod.inc"
+#include "product_neon.inc"
+#include "arithmetic.inc"
 #include "sampling.inc"
 #include "step.inc"
 GRU_END
@@ -73,9 +124,24 @@ GRU_END
 namespace gru::portable {
 #include "product_portable.inc"
 #include "arithmetic.inc"
+#include "product_rows.inc"
 #include "sampling.inc"
 #include "step.inc"
 }  // namespace gru::portable
+
+// For tests of the tiles on processors without them.
+namespace gru::amx_int8_reference {
+namespace vectors {
+#include "operations_reference.inc"
+#include "product_vectors.inc"
+#include "product_rows.inc"
+}  // namespace vectors
+#include "tiles_reference.inc"
+#include "product_tiles.inc"
+#include "arithmetic.inc"
+#include "sampling.inc"
+#include "step.inc"
+}  // namespace gru::amx_int8_reference
 
 namespace gru {
 
@@ -86,37 +152,68 @@ struct NamedVariant {
     bool (*is_supported)();
 };
 
-// Best first.
-const NamedVariant kVariants[] = {
 #if defined(__x86_64__)
-    {"avx512vnni", &avx512vnni::kVariant,
-     [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512vnni");
-     }},
-#if !defined(GRU_NO_AVXVNNI)
-    {"avxvnni", &avxvnni::kVariant,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("avxvnni"); }},
+bool has_avx512vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni");
+}
+
+// Not every compiler's __builtin_cpu_supports knows this name. AVX2 implies that the system saves the registers.
+bool has_avxvnni() {
+    unsigned a, b, c, d;
+    constexpr unsigned kAvxVnni = 1u << 4;
+    return __builtin_cpu_supports("avx2") && __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni) != 0;
+}
+#endif
+
+#if defined(GRU_AMX)
+// Whether the processor has tiles of bytes, and the system lets this process and its children use them. The system must
+// be asked, because tiles make what it saves of a thread four times as large.
+bool has_amx_int8() {
+    if (!has_avx512vnni() || !__builtin_cpu_supports("gfni")) return false;
+    unsigned a, b, c, d;
+    constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) != 0 && (d & kBytes) != 0 &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// Best first. constexpr, because code that runs while the library is loaded must run on every processor.
+constexpr NamedVariant kVariants[] = {
+#if defined(__x86_64__)
+#if defined(GRU_AMX)
+    {"amx_int8", &amx_int8::kVariant, has_amx_int8},
+#endif
+    {"avx512vnni", &avx512vnni::kVariant, has_avx512vnni},
+#if !defined(GRU_OLD_COMPILER)
+    {"avxvnni", &avxvnni::kVariant, has_avxvnni},
 #endif
     {"avx2", &avx2::kVariant, [] { return bool(__builtin_cpu_supports("avx2")); }},
     {"sse4", &sse4::kVariant, [] { return __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1"); }},
 #endif
+#if defined(GRU_ARM_DOTPROD)
+    {"i8mm", &i8mm::kVariant, has_i8mm},
+    {"dotprod", &dotprod::kVariant, has_dotprod},
+#endif
     {"portable", &portable::kVariant, [] { return true; }},
 };
+
+// Found by its name only.
+constexpr NamedVariant kReference{"amx_int8_reference", &amx_int8_reference::kVariant, [] { return true; }};
 
 // Returns the variant of this name, or null if there is none or this processor can't run it.
 const Variant* find(const char* name) {
     for (const NamedVariant& candidate : kVariants)
         if (std::strcmp(candidate.name, name) == 0 && candidate.is_supported()) return candidate.variant;
+    if (std::strcmp(kReference.name, name) == 0) return kReference.variant;
     return nullptr;
 }
 
-// With fewer rows for each thread, every thread takes all rows and a share of the weights, because reading weights from
-// memory takes most of the time then.
+// Threads that neither share rows nor have as many each: one thread advances all rows.
 constexpr int64_t kOwnRows = 8;
-constexpr int64_t kBlocks = 4;      // of rows for each thread: a thread that shares its core leaves some to the others
-constexpr int64_t kBlockRows = 48;  // at most, so that the states of a block stay in the cache of a core
 
 class Kernel {
    public:
@@ -126,7 +223,7 @@ class Kernel {
           num_threads_(num_threads),
           cooperation_(always_together) {
         workers_.reserve(num_threads);
-        for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant.max_rows);
+        for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant);
     }
 
     void advance(GruRow* rows, int64_t num_rows) {
@@ -137,11 +234,11 @@ class Kernel {
             batch_.num_stored[i] = 0;
             rows[i].stopped = 0;
         }
-        for (Worker& worker : workers_) worker.reserve(num_rows);
-        if (num_rows >= kOwnRows * num_threads_)
-            advance_blocks(num_rows);
+        for (Worker& worker : workers_) worker.reserve(num_rows, model_, variant_);
+        if (num_threads_ == 1 || num_rows >= variant_.blocks.shared_rows * num_threads_)
+            advance_apart(num_rows);
         else
-            advance_few(num_rows);
+            advance_shared(num_rows);
         for (int64_t i = 0; i < num_rows; ++i) rows[i].num_steps = batch_.ends[i].load(std::memory_order_relaxed);
     }
 
@@ -151,7 +248,9 @@ class Kernel {
         for (int64_t row = 0; row < num_rows; ++row)
             std::copy(states + row * model_.units, states + (row + 1) * model_.units,
                       padded.get() + row * model_.stride);
-        for (int64_t i = 0; i < repeats; ++i) variant_.recurrent_products(model_, layer, padded.get(), num_rows, out);
+        workers_[0].reserve(num_rows, model_, variant_);
+        for (int64_t i = 0; i < repeats; ++i)
+            variant_.recurrent_products(model_, layer, padded.get(), num_rows, i % 2 == 1, workers_[0], out);
     }
 
    private:
@@ -160,11 +259,12 @@ class Kernel {
     }
 
     // Each thread takes one block of rows after another and advances it alone.
-    void advance_blocks(int64_t num_rows) {
-        const int num_threads = pool_.prepare(num_threads_);
-        const int64_t num_blocks = num_threads == 1 ? 1 : kBlocks * num_threads;
-        const int64_t even = std::clamp((num_rows + num_blocks - 1) / num_blocks, kOwnRows, kBlockRows);
-        const int64_t size = round_up(even, variant_.max_rows);
+    void advance_apart(int64_t num_rows) {
+        const Blocks& blocks = variant_.blocks;
+        const int num_threads = num_rows < kOwnRows * num_threads_ ? 1 : pool_.prepare(num_threads_);
+        const int64_t least_number = num_threads == 1 ? 1 : blocks.per_thread * num_threads;
+        const int64_t number = std::max(least_number, round_up(divided(num_rows, blocks.most), num_threads));
+        const int64_t size = round_up(std::max(divided(num_rows, number), blocks.least), blocks.multiple);
         std::atomic<int64_t> next{0};
         pool_.run(num_threads, [&](int rank) {
             for (int64_t begin; (begin = next.fetch_add(size)) < num_rows;)
@@ -172,8 +272,11 @@ class Kernel {
         });
     }
 
-    // In every step each thread takes all rows and a share of the weights; or one thread does everything.
-    void advance_few(int64_t num_rows) {
+    // Rounded up.
+    static int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+    // In every step each thread takes all rows and a share of the weights, while that is faster.
+    void advance_shared(int64_t num_rows) {
         const auto began = std::chrono::steady_clock::now();
         const bool together = cooperation_.pays(num_rows);
         if (together) {
@@ -183,7 +286,7 @@ class Kernel {
                 variant_.advance(model_, batch_, 0, num_rows, workers_[rank], together_, rank);
             });
         } else {
-            advance_block(0, num_rows, 0);
+            advance_apart(num_rows);
         }
         int64_t num_steps = 1;
         for (int64_t i = 0; i < num_rows; ++i) num_steps = std::max(num_steps, batch_.ends[i].load());

@@ -40,7 +40,7 @@ struct Model {
             (bits != 8 && bits != 4))
             throw std::invalid_argument("sizes out of range");
         num_groups = (units + lanes - 1) / lanes;
-        stride = round_up(padded_columns(units), 64) + 64;
+        stride = round_up(units, 64) + 64;
         table = pack_gates(from.table, vocab, units, lanes);
         const auto unit_row = [&](int64_t group, int64_t gate, int64_t lane) {
             const int64_t unit = group * lanes + lane;
@@ -74,33 +74,92 @@ struct Model {
     }
 };
 
+// How the rows of a call are divided among threads that don't share rows. Each block reads all weights in each step.
+struct Blocks {
+    int per_thread;      // at least, so that a thread that shares its core leaves some to the others
+    int64_t least;       // rows
+    int64_t most;        // rows, so that the states of a block stay in the cache of a core
+    int64_t multiple;    // rows are divided in multiples of it
+    int64_t shared_rows; // with fewer rows for each thread, threads share the rows and divide the weights
+};
+
+struct Batch;
+struct Worker;
+
+// The kernel compiled for one set of instructions; see step.inc.
+struct Variant {
+    Packing packing;
+    int max_rows;    // whose logits are computed at a time
+    bool has_tiles;  // whether products are computed by product_tiles.inc
+    Blocks blocks;
+    void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
+    void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, bool is_falling,
+                               Worker&, int32_t* out);
+};
+
+// Rounded states to multiply with weights, in the form that a variant needs. Its `gather` fills it.
+struct States {
+    std::vector<const int8_t*> rows;
+    std::vector<int32_t> sums;  // of the numbers of each state; 0 if the weights have no offset
+    // With tiles only; padded to two tiles of rows.
+    Buffer<int8_t> copies;   // (rows, stride), because tiles need states at equal distances
+    Buffer<int32_t> starts;  // (rows, lanes): the correction for the offset of weights, which sums start with
+    int64_t stride = 0;
+
+    void reserve(int64_t num_rows, const Model& model, const Variant& variant) {
+        rows.reserve(num_rows);
+        sums.reserve(num_rows);
+        stride = model.stride;
+        const int64_t padded_rows = round_up(num_rows, 32), lanes = variant.packing.lanes;
+        if (!variant.has_tiles || padded_rows * lanes <= starts.size()) return;
+        copies = Buffer<int8_t>(padded_rows * stride);
+        starts = Buffer<int32_t>(padded_rows * lanes);
+    }
+};
+
+// Where the numbers of a row are in a layer. The numbers of group g are g * lanes after the address.
+struct Place {
+    float* hidden;
+    int8_t* rounded;
+    const float* input_gates;  // (3, lanes) of the first group; see GateUpdate in step.inc
+};
+
 // Scratch memory of one thread.
 struct Worker {
-    Buffer<float> logits;               // (max_rows, num_logits)
-    Buffer<double> shares;              // (V,) unnormalised probabilities
-    Buffer<double> adjusted;            // (V,) logits after penalties and bias
-    Buffer<Ranked> ranked;              // (V,)
-    Buffer<uint8_t> may_follow;         // (V,) by class of the row's automaton
-    Buffer<uint8_t> mask;               // (V,) characters that the row may draw
-    std::vector<int32_t> active;        // indices of the rows that are not at their ends
-    std::vector<int32_t> drawing;       // indices of the rows that need logits
-    std::vector<int32_t> sums;          // of the numbers of each state in `states`
-    std::vector<const int8_t*> states;  // rounded states to multiply with weights
+    Buffer<float> logits;          // (max_rows, num_logits)
+    Buffer<double> shares;         // (V,) unnormalised probabilities
+    Buffer<double> adjusted;       // (V,) logits after penalties and bias
+    Buffer<Ranked> ranked;         // (V,)
+    Buffer<uint8_t> may_follow;    // (V,) by class of the row's automaton
+    Buffer<uint8_t> mask;          // (V,) characters that the row may draw
+    std::vector<int32_t> active;   // indices of the rows that are not at their ends
+    std::vector<int32_t> drawing;  // indices of the rows that need logits
+    std::vector<Place> places;     // of the active rows
+    States own, below, last;       // of a layer, of the layer below it, and of the last layer
+    Buffer<float> inputs;          // (rows, 3, lanes) input gates of a group, in all layers but the first
+    Buffer<uint8_t> unpacked;      // tiles only: a group of 4-bit weights as bytes
 
-    Worker(const Model& model, int max_rows)
-        : logits(max_rows * model.num_logits),
+    Worker(const Model& model, const Variant& variant)
+        : logits(variant.max_rows * model.num_logits),
           shares(model.vocab),
           adjusted(model.vocab),
           ranked(model.vocab),
           may_follow(model.vocab),
-          mask(model.vocab) {}
+          mask(model.vocab),
+          unpacked(variant.has_tiles ? kGates * variant.packing.lanes * model.layers[0].recurrent.columns : 0) {
+        last.reserve(variant.max_rows, model, variant);
+    }
 
     // Reserves memory, so that nothing is allocated during the steps.
-    void reserve(int64_t num_rows) {
+    void reserve(int64_t num_rows, const Model& model, const Variant& variant) {
         active.reserve(num_rows);
         drawing.reserve(num_rows);
-        sums.reserve(2 * num_rows);
-        states.reserve(2 * num_rows);
+        places.reserve(num_rows);
+        own.reserve(num_rows, model, variant);
+        if (model.num_layers == 1) return;
+        below.reserve(num_rows, model, variant);
+        const int64_t size = num_rows * kGates * variant.packing.lanes;
+        if (size > inputs.size()) inputs = Buffer<float>(size);
     }
 };
 
@@ -123,14 +182,6 @@ struct Batch {
     int8_t* rounded_row(const Model& model, int64_t parity, int64_t layer, int64_t row) {
         return rounded.get() + ((parity * model.num_layers + layer) * int64_t(chars.size()) + row) * model.stride;
     }
-};
-
-// The kernel compiled for one set of instructions; see step.inc.
-struct Variant {
-    Packing packing;
-    int max_rows;
-    void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
-    void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, int32_t* out);
 };
 
 }  // namespace gru

@@ -22,9 +22,10 @@ constexpr int kOffset4 = 8;  // 4-bit integers are stored without a sign
 
 // The order of weights that a variant needs.
 struct Packing {
-    int lanes;    // outputs in a vector
-    int depth;    // columns that one instruction multiplies and adds
-    int offset8;  // added to 8-bit integers when they are stored
+    int lanes;         // outputs in a vector
+    int depth;         // columns that one instruction multiplies and adds
+    int offset8;       // added to 8-bit integers when they are stored
+    int columns = 16;  // columns are padded to a multiple of it: at least two blocks of `depth`, which is at most 8
 };
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -41,9 +42,6 @@ struct Matrix {
     const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
 };
 
-// Columns are padded to two blocks of the largest depth, which is 4.
-inline int64_t padded_columns(int64_t columns) { return round_up(columns, 8); }
-
 // Packs `weight` (rows, columns). row_of(group, vector, lane) returns the row to store there, or -1 for padding.
 template <typename RowOf>
 Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t last_vectors, int bits,
@@ -52,7 +50,7 @@ Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t l
     Matrix matrix;
     matrix.bits = bits;
     matrix.offset = bits == 8 ? packing.offset8 : kOffset4;
-    matrix.columns = padded_columns(columns);
+    matrix.columns = round_up(columns, packing.columns);
     matrix.num_groups = num_groups;
     matrix.last_vectors = last_vectors;
     matrix.group_bytes = kGates * lanes * matrix.columns * bits / 8;

@@ -32,6 +32,7 @@ export class Column extends EventTarget {
   cursor = null; // index of the character under the cursor; null: the cursor follows the last character read
   unencodable = []; // typed characters that can't be sent: from the first one that the model doesn't know
   chosenModel = null; // {id}: the model that is about to read this text; null if none
+  suggestions = null; // the buttons below the text
   refusedModel = null; // the model that the user chose for this text but that doesn't know all of its characters
   #parts;
   #view;

@@ -11,6 +11,7 @@ import { Network } from "./network.js";
 import { float16Value, formatNumber } from "./numbers.js";
 import { Player } from "./player.js";
 import { rankUnits } from "./ranking.js";
+import { Suggestions } from "./suggestions.js";
 import { TabStorage } from "./tabstorage.js";
 
 const byId = (id) => document.getElementById(id);
@@ -202,6 +203,7 @@ async function updateRanking() {
 function addColumn(branch, previous = columns.at(-1)) {
   const inspector = new Inspector(api, branch);
   const column = new Column(byId("column"), branch, inspector);
+  column.suggestions = new Suggestions(api, column);
   if (previous) previous.element.after(column.element);
   else byId("columns").append(column.element);
   columns.splice(columns.indexOf(previous) + 1, 0, column);
@@ -263,6 +265,7 @@ async function closeColumn(column) {
   if (!columns.includes(column)) return next?.delete(); // it was closed meanwhile
   if (next) addColumn(next);
   columns.splice(columns.indexOf(column), 1);
+  column.suggestions.remove();
   column.remove();
   if (active === column) activate(columns[0]);
   redraw();

@@ -1,0 +1,1 @@
+"""Scoring candidates, and suggesting the likeliest texts, after a prompt or a session's text."""
