@@ -293,13 +293,13 @@ def answer(library: Library, model: Transformer, question: dict[str, Any]) -> di
     began = time.perf_counter()
     try:
         library.compile(question["kind"], question["value"])
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # noqa: BLE001 a panic of Rust is no Exception
         return {"error": f"{type(error).__name__}: {str(error)[:200]}"}
     compiled = time.perf_counter()
     run = Run(library, model)
     try:
         found = [run.texts(question["num_texts"], limit) for limit in question["limits"]]
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 as above
         return {"error": f"while it generates: {type(error).__name__}: {str(error)[:200]}"}
     return {
         "compile_ms": 1000 * (compiled - began),
