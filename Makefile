@@ -19,7 +19,7 @@ check: setup ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/myp
 train: setup ; $(BIN)/gru-serve train --corpus $(CORPUS) --name $(NAME)
 bench: setup ; $(BIN)/python -m benchmarks
 lock: ; uv pip compile -q --universal --python-version 3.11 --extra dev --no-annotate --no-header --find-links $(TORCH_INDEX)/torch pyproject.toml -o constraints.txt
-	for peer in onnxruntime tensorflow; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
+	for peer in onnxruntime tensorflow forms; do (cd benchmarks/peers && uv pip compile -q --universal --python-version 3.11 --no-annotate --no-header requirements-$$peer.in -o requirements-$$peer.txt) || exit 1; done
 clean: ; rm -rf $(VENV) .clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # Runs the kernel's tests on a build that aborts at the first memory error or undefined behaviour.
@@ -38,8 +38,8 @@ $(VENV)/.server: pyproject.toml constraints.txt $(KERNEL)
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit("gru-serve needs Python 3.11 or later, and $(PYTHON) is %d.%d: choose another one, such as make PYTHON=python3.12" % v[:2] if v < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e .
-	@if $(BIN)/python -c 'import sys; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or "none"); sys.exit(not variants())'; then :; \
-	else echo "There is no kernel. torch is installed instead, which is several times slower. Why: $$(cat service/engine/native/not_compiled.txt 2>/dev/null || echo 'see above')"; $(call install,torch); fi
+	@if $(BIN)/python -c 'import sys; from service.engine.native.binding import why_not_compiled as why; from service.engine.native.native_stepper import variants; print("kernel:", ", ".join(variants()) or why() or "none"); sys.exit(not variants())'; then :; \
+	else echo "There is no kernel that works here. torch is installed instead, which is several times slower."; $(call install,torch); fi
 	touch $@
 
 # What training, tests and benchmarks need beyond that.

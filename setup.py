@@ -87,7 +87,8 @@ class BuildKernel(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
-            reason = " ".join(str(error).split())[:300]
+            # Of a command, its first word.
+            reason = re.sub(r"'\['([^']*)'.*\]'", r"'\1'", " ".join(str(error).split())).rstrip(".")[:300]
             self.failure = (
                 f"this compiler can't compile it: {reason}; `python setup.py build_ext --inplace` in a checkout, or "
                 "`pip install -v`, shows the compiler's messages"

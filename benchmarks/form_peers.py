@@ -8,7 +8,7 @@ by a GRU of random weights with 1,024 units; a token is a character for all of t
 as one that was trained on something else, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
 judge the texts, also those that were cut off at the limit.
 
-The libraries are installed in an environment of their own, `peers/.venv-forms`, at the first run. One that can't be
+The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't be
 installed is named and left out. JSON is written without free white space where a library offers that.
 """
 
@@ -72,7 +72,7 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         packages = sysconfig.get_paths()["purelib"]
-        self._command = [str(environment("forms")), "-m", "benchmarks.peers.forms_worker", name, packages]
+        self._command = [str(environment("constrained")), "-m", "benchmarks.peers.constrained_worker", name, packages]
         self._process: subprocess.Popen[str] | None = None
         self.version = str(self._start()["version"])
 

@@ -95,7 +95,9 @@ SHARED_NAMES = {
 @cache
 def modules() -> dict[str, Path]:
     """Return the files of `service`, `tests` and `benchmarks` by the full names of their modules."""
-    paths = [path for name in ("service", "tests", "benchmarks") for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    found = [path for name in ("service", "tests", "benchmarks") for path in sorted((REPOSITORY / name).rglob("*.py"))]
+    # Benchmarks install other libraries into hidden folders.
+    paths = [path for path in found if "/." not in path.relative_to(REPOSITORY).as_posix()]
     names = [path.relative_to(REPOSITORY).with_suffix("").as_posix().replace("/", ".") for path in paths]
     return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
 

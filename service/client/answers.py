@@ -79,6 +79,8 @@ class Choice:
     prompt_token_ids: list[int] | None = None  # of the prompt; None unless they were requested, or later in a stream
     # For each character of the prompt what the API returns, by id; None unless they were requested.
     prompt_logprobs: list[dict[str, dict[str, Any]] | None] | None = None
+    logprob: float | None = None  # of the text with its stop string, in nats; None without `beam`
+    is_exact: bool | None = None  # whether no other text is likelier than those of this prompt; None without `beam`
 
 
 @dataclass(frozen=True)
@@ -219,4 +221,6 @@ def choice_from_json(document: dict[str, Any]) -> Choice:
         token_ids=document.get("token_ids"),
         prompt_token_ids=document.get("prompt_token_ids"),
         prompt_logprobs=document.get("prompt_logprobs"),
+        logprob=document.get("logprob"),
+        is_exact=document.get("exact"),
     )

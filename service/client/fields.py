@@ -56,6 +56,7 @@ class CompletionFields(ModelFields, total=False):
     """Also what only a completion has."""
 
     best_of: int
+    beam: int
     echo: bool
     logprobs: int
     prompt_logprobs: int
@@ -102,6 +103,7 @@ class SuggestFields(TypedDict, total=False):
 
     prompt: str
     until: str | None
+    structured_outputs: dict[str, Any]
     max_chars: int
     unknown_chars: UnknownChars
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -23,10 +24,12 @@ from service.commands.options import (
     read_text,
 )
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
+from service.errors import InvalidValue
 from service.model.charset import UnknownChars
 from service.settings import read_settings
 
 if TYPE_CHECKING:
+    from service.engine.automaton.form import Form
     from service.generation.completion import Choice, CompletionRequest
     from service.registry.loaded_models import LoadedModel
 
@@ -109,6 +112,18 @@ def _unescaped(value: str, ctx: click.Context, param: click.Parameter) -> str:
     help=r"A string that ends the text and is not part of it; may be given several times. \n, \t and \r in it are a "
     r"newline, a tab and a carriage return, and \\ is a backslash.",
 )
+@click.option("--regex", help="A pattern that the whole generated text matches, as re.fullmatch of Python means it.")
+@click.option(
+    "--choice",
+    "choices",
+    multiple=True,
+    help="A text that may be generated; given several times, the generated text is one of these.",
+)
+@click.option(
+    "--json-schema",
+    type=click.File("rb"),
+    help="File with a JSON schema, in UTF-8: the generated text is JSON that fits it; -: standard input.",
+)
 @click.option(
     "--seed",
     type=click.IntRange(-(2**63), 2**63 - 1),
@@ -125,6 +140,9 @@ def generate_command(
     max_tokens: int,
     num_texts: int | None,
     stop: tuple[str, ...],
+    regex: str | None,
+    choices: tuple[str, ...],
+    json_schema: BinaryIO | None,
     seed: int | None,
     unknown_chars: UnknownChars,
     model_store: Path | None,
@@ -143,6 +161,7 @@ def generate_command(
         what = "give the text to continue" if prompt is None else "give one text to continue, not two:"
         raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
     prompt = prompt if prompt_file is None else read_text(prompt_file, "--prompt-file")
+    form, option = _form(regex, choices, json_schema)
     is_random, number = seed is None, num_texts or 1
     seed = secrets.randbits(53) if seed is None else seed
     # One thread for one text: a second core would mostly wait for the first.
@@ -154,7 +173,10 @@ def generate_command(
             seed,
             SamplingSettings(**sampling),
             written_stops(loaded.charset, stop, unknown_chars),
+            form=form,
         )
+        if form is not None:
+            _check_form(loaded, form, option, max_tokens)
         if as_json:
             facts = [
                 {"model": loaded.version.ref, "seed": text.seed, "text": "".join(text.pieces)}
@@ -171,6 +193,36 @@ def generate_command(
             for piece in text.pieces:
                 click.echo(piece, nl=False)
             click.echo()
+
+
+def _form(regex: str | None, choices: tuple[str, ...], json_schema: BinaryIO | None) -> tuple[Form | None, str]:
+    """Return the form that the options name, and the option. Raises UsageError if they name several."""
+    from service.engine.automaton.form import Form
+
+    forms: list[tuple[Form, str]] = []
+    if regex is not None:
+        forms.append((Form("regex", regex), "--regex"))
+    if choices:
+        forms.append((Form("choice", json.dumps(choices, ensure_ascii=False)), "--choice"))
+    if json_schema is not None:
+        forms.append((Form("json", read_text(json_schema, "--json-schema")), "--json-schema"))
+    if len(forms) > 1:
+        raise click.UsageError(f"the text can't have two forms: give {forms[0][1]} or {forms[1][1]}")
+    return forms[0] if forms else (None, "")
+
+
+def _check_form(model: LoadedModel, form: Form, option: str, max_tokens: int) -> None:
+    """Raise an error that names the option if no text of the form can be generated."""
+    from service.engine.automaton.compiler import compile_form
+
+    try:
+        fewest = compile_form(form, model.charset.characters).fewest[0]
+    except InvalidValue as error:
+        raise click.ClickException(f"{option}: {error.message}") from error
+    if fewest > max_tokens:
+        raise click.ClickException(
+            f"{option}: a text of this form has at least {fewest} characters: raise --max-tokens"
+        )
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,16 @@ class Scores:
         """Concatenate the scores of consecutive characters. Needs at least one part; all must have the same k."""
         if len(parts) == 1:
             return parts[0]
-        joined = [np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")]
+        chosen, top_ids, top = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")
+        )
         if all(part.allowed is None for part in parts):
-            return cls(*joined)
-        missing = [np.full(len(part.chosen), np.nan, np.float32) for part in parts]
-        allowed = [none if part.allowed is None else part.allowed for part, none in zip(parts, missing, strict=True)]
-        return cls(*joined, np.concatenate(allowed))
+            return cls(chosen, top_ids, top)
+        unknown = [np.full(len(part.chosen), np.nan, np.float32) for part in parts]
+        allowed = [
+            part.allowed if part.allowed is not None else none for part, none in zip(parts, unknown, strict=True)
+        ]
+        return cls(chosen, top_ids, top, np.concatenate(allowed))
 
     @classmethod
     def none(cls) -> Scores:

@@ -60,7 +60,8 @@ class CompletionRequest:
     def num_scores(self) -> int:
         """The largest number of log-probabilities that are in memory for it at a time."""
         num_chars = self.max_chars * len(self.prompts) + (sum(map(len, self.prompts)) if self.scores_prompt else 0)
-        return num_scores(num_chars * self.best_of, self.num_top)
+        among_allowed = 0 if self.form is None or self.num_top is None else self.max_chars * len(self.prompts)
+        return num_scores(num_chars * self.best_of, self.num_top) + among_allowed * self.best_of
 
     @property
     def num_top(self) -> int | None:

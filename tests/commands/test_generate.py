@@ -169,3 +169,38 @@ def test_models_show__is_text_for_people(store: list[str]) -> None:
     assert not re.search(r"[{}=]|num_|_per_", shown)
     for fact in ("1,115,394", "1.4328", "1.4352", "int4", "a.txt", "shown@1, latest"):
         assert fact in shown
+
+
+def test_form__is_that_of_every_text_and_the_texts_are_those_of_the_api(store: list[str], tmp_path: Path) -> None:
+    words = ["generate", "--prompt", "ROMEO:", "--seed", "7", "-n", "5", "--model", "tiny", "--json", *store]
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"const": null}}')
+    with client_of(Settings(model_store=Path(store[1]), model="tiny")) as client:
+        for options, form in (
+            (["--regex", "(?:ab|[c-e]{3})+", "--max-tokens", "12"], {"regex": "(?:ab|[c-e]{3})+"}),
+            (["--choice", "what", "--choice", "where"], {"choice": ["what", "where"]}),
+        ):
+            texts = [entry["text"] for entry in json.loads(run(*words, *options).stdout)]
+            size = 12 if "regex" in form else 500
+            body = {"prompt": "ROMEO:", "max_tokens": size, "seed": 7, "n": 5, "structured_outputs": form}
+            assert texts == [choice["text"] for choice in ok(client.post("/v1/completions", json=body))["choices"]]
+            assert all(re.fullmatch("(?:ab|[c-e]{3})+|what|where", text) for text in texts)
+    lacking = run(*words, "--json-schema", str(tmp_path / "schema.json"))  # the model has no brackets
+    assert lacking.exit_code == 1
+    assert "--json-schema: no text of this form can be written" in lacking.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "fault"),
+    [
+        (["--regex", "("], 1, "--regex: "),
+        (["--regex", "a{9}", "--max-tokens", "8"], 1, "at least 9 characters: raise --max-tokens"),
+        (["--regex", "a", "--choice", "b"], 2, "two forms: give --regex or --choice"),
+        (["--json-schema", "-"], 1, "--json-schema: "),
+        (["--choice", "\u6f22"], 1, "--choice: "),
+    ],
+)
+def test_form__that_is_wrong_is_refused_with_its_option(
+    store: list[str], options: list[str], code: int, fault: str
+) -> None:
+    result = run("generate", "--prompt", "ROMEO:", "--model", "tiny", *store, *options, stdin="[")
+    assert (result.exit_code, fault in result.stderr) == (code, True), result.stderr

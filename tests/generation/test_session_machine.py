@@ -33,7 +33,8 @@ from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import GruServeError, InvalidValue
 from service.generation.automata import automaton_of
-from service.generation.reader import whole
+from service.generation.candidates import Origin, score_candidates
+from service.generation.reader import step, whole
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -352,6 +353,21 @@ class SessionMachine(RuleBasedStateMachine):
             assert fed.position == there.position
             assert (fed.scores is not None and len(fed.scores.chosen) == len(text)) or not text
             self.use(session_id)
+
+    @rule(session_id=ids, texts=st.lists(st.text("ab ", min_size=1, max_size=5), min_size=1, max_size=5))
+    def score(self, session_id: str, texts: list[str]) -> None:
+        """Candidates follow the text as it was saved last, which they don't change, also while a run is active."""
+        key = SessionKey("", session_id)
+        with self.fails(self.fate(session_id, needs_lease=False)):
+            model, before = self.sessions.reading(key, None)
+            origin = Origin.after(model, before, self.model.charset.encode(""))
+            found = score_candidates(model, origin, [model.charset.encode(text) for text in texts])
+            for text, logprobs in zip(texts, found, strict=True):
+                ids = model.charset.encode(text)
+                _, scores = step(model, ids, before.hidden, before.position, num_logprobs=0)
+                assert scores is not None
+                assert logprobs.tobytes() == scores.chosen.tobytes()
+            assert self.sessions.get(key).revision == before.revision
 
     @rule(session_id=ids, back=st.integers(0, 60), num_chars=st.integers(0, 60), wrong=st.booleans())
     def feed_again(self, session_id: str, back: int, num_chars: int, wrong: bool) -> None:

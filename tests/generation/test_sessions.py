@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from service.engine.automaton.form import Form
 from service.engine.engine import Engine
 from service.engine.sampling_settings import PLAIN, SamplingSettings
 from service.errors import (
@@ -226,10 +227,13 @@ def interrupted(bench: Bench, run: RunStream, *, as_whole: bool = False) -> str:
     pytest.fail("it was not interrupted")
 
 
+@pytest.mark.parametrize("form", [None, Form("regex", "(?:[A-Z]?[a-z]{1,9}[ ,.\n])*")], ids=["any text", "a form"])
 @pytest.mark.parametrize("stops", [(), ("eqqq",), ("aqqq", "oqqq", " qqq")])
-def test_interrupt_all__lets_a_run_be_resumed_elsewhere(bench: Bench, stops: tuple[str, ...]) -> None:
+def test_interrupt_all__lets_a_run_be_resumed_elsewhere(
+    bench: Bench, stops: tuple[str, ...], form: Form | None
+) -> None:
     """Also if the last characters may be the beginning of a stop string, which must not be sent."""
-    request = RunRequest(8000, PLAIN, stops)
+    request = RunRequest(8000, PLAIN, stops, form=form)
     bench.create()
     whole = drain(bench.generate(request=request))
     bench.sessions.rewind(SessionKey("", "a"), 6)

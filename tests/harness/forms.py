@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from service.engine.automaton.alphabet import Alphabet
 from service.engine.automaton.automaton import NEVER, Automaton
+from service.engine.automaton.budget import Budget
+from service.engine.automaton.dfa import Dfa
+from service.engine.automaton.json_schema import schema_dfa
+from service.engine.automaton.regex import regex_dfa
+from service.errors import InvalidValue
 
 # A charset with which every form below can be written. Its characters are in normal form C.
 CHARSET = "\n" + "".join(map(chr, range(32, 127))) + "ÄÖÜßäéöüñčαβγжя日本語€–"
@@ -242,12 +250,34 @@ HOSTILE_SCHEMAS: list[tuple[Any, str]] = [
     ({"enum": []}, "#/enum: enum is a list of at least one"),
     ({"propertees": {}}, "#/propertees: propertees is not supported"),
     (3, "#: a schema is an object"),
+    ({"allOf": [{}, 1]}, "#/allOf/1: a schema is an object"),
+    ({"properties": {"a": {"pattern": []}}}, "#/properties/a/pattern: a pattern is a string"),
 ]  # fmt: skip
 
 
 def schema_text(schema: Any) -> str:
     """Return a schema as the value of a form."""
     return json.dumps(schema, ensure_ascii=False)
+
+
+def steps_and_tables() -> list[str]:
+    """Compile every form; return the steps that each took, and the sums of their tables or the errors."""
+    found = []
+    for name, value in (*PATTERNS.items(), *((pattern, pattern) for pattern in HOSTILE_PATTERNS)):
+        found.append(_steps_and_table(name, value, regex_dfa))
+    schemas = [*SCHEMAS.items(), *((message, schema) for schema, message in HOSTILE_SCHEMAS)]
+    found += [_steps_and_table(name, schema_text(schema), schema_dfa) for name, schema in schemas]
+    return found
+
+
+def _steps_and_table(name: str, value: str, compiled: Callable[[str, Alphabet], Dfa]) -> str:
+    budget = Budget()
+    try:
+        dfa = compiled(value, Alphabet(CHARSET, None, budget))
+        outcome = f"{zlib.crc32(dfa.classes.tobytes())} {zlib.crc32(dfa.transitions.tobytes())}"
+    except InvalidValue as error:
+        outcome = error.message
+    return f"{name}: {budget.steps} {outcome}"
 
 
 def sample(automaton: Automaton, charset: str, random: np.random.Generator, max_chars: int) -> str:

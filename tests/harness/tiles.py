@@ -68,6 +68,6 @@ def _rows(stepper: NativeStepper, number: int) -> list[Any]:
 
 if __name__ == "__main__":
     library = open_library(sys.argv[1])
-    native_stepper.load = lambda: library
+    native_stepper.load = lambda: library  # type: ignore[attr-defined, assignment]
     different = [what for what, is_equal in cases(sys.argv[2], (7, 33)) if not is_equal]
     sys.exit("\n".join(different) or 0)

@@ -315,7 +315,7 @@ def test_max_tokens__has_two_names_and_a_default_within_the_limit(server: Server
         ({"tools": [{"type": "function"}]}, UNSUPPORTED, "tools"),
         ({"tool_choice": "required"}, UNSUPPORTED, "tool_choice"),
         ({"functions": [{"name": "f"}]}, UNSUPPORTED, "functions"),
-        ({"response_format": {"type": "json_object"}}, UNSUPPORTED, "response_format"),
+        ({"response_format": {"type": "xml"}}, "out_of_range", "response_format.type"),
         ({"modalities": ["text", "audio"]}, UNSUPPORTED, "modalities"),
         ({"audio": {"voice": "alloy"}}, UNSUPPORTED, "audio"),
         ({"chat_template": "{{ messages }}"}, UNSUPPORTED, "chat_template"),

@@ -19,7 +19,7 @@ from tests.harness.server import SERVE, Server, ask, serving
 from tests.harness.sse import read_events
 
 PROMPT = "ROMEO:"
-SETTINGS = [
+SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.5},
     {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     {"temperature": 0},
@@ -124,7 +124,9 @@ def test_texts__are_of_their_form_whole_and_streamed_and_in_sessions(servers: li
     assert 0 <= least < 300
     seen: set[str] = set()
     for place, more in enumerate((0, 1, 7, 60, 400)):
-        sent = {"max_tokens": max(1, least + more), "seed": rng.randrange(2**60)} | SETTINGS[place % len(SETTINGS)]
+        sent: dict[str, Any] = {"max_tokens": max(1, least + more), "seed": rng.randrange(2**60)} | SETTINGS[
+            place % len(SETTINGS)
+        ]
         whole = choices(server, n=4, **fields, **sent)
         for choice in whole:
             assert has_form(name, choice["text"]), choice

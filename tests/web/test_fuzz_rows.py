@@ -110,6 +110,7 @@ class Fuzzer:
 
     def run(self, num_requests: int) -> Counter[str]:
         kinds = [self.complete, self.create, self.create_from_state, self.feed, self.generate, self.generate]
+        kinds += [self.score, self.suggest]
         kinds += [self.resume, self.rewind, self.fork, self.inspect, self.damage_record]
         for _ in range(num_requests):
             self.chance.choice(kinds)()
@@ -243,6 +244,32 @@ class Fuzzer:
             if chance.random() < 0.3:
                 body[name] = self.number()
         self.send("POST", "/v1/inspect", body)
+
+    def score(self) -> None:
+        chance = self.chance
+        body: dict[str, Any] = {"candidates": chance.choices(TEXTS[1:], k=chance.randrange(1, 6))}
+        body |= {"prompt": self.mostly("", chance.choice(TEXTS)), "unknown_chars": chance.choice(["fold", "fold_drop"])}
+        body["normalize"] = chance.choice(["none", "length", "candidates"])
+        if chance.random() < 0.5:
+            self.send("POST", "/v1/score", body | {"model": chance.choice(MODELS)})
+        else:
+            self.send("POST", f"{self.path()}/score", body | self.position())
+
+    def suggest(self) -> None:
+        chance = self.chance
+        body = {"n": self.mostly(3, self.number()), "max_chars": self.mostly(2, chance.choice([6, self.number()]))}
+        body |= {"prompt": self.mostly("", chance.choice(TEXTS)), "unknown_chars": chance.choice(["fold", "fold_drop"])}
+        form = chance.choice([{}, {}, {"until": chance.choice(["", " ", "é", "ab"])}, {"guided_regex": "[ab]+|z"}])
+        if chance.random() < 0.7:
+            self.send("POST", f"{self.path()}/suggest", body | form | self.position())
+        else:
+            body = {
+                "prompt": chance.choice(TEXTS),
+                "beam": self.mostly(3, self.number()),
+                "model": chance.choice(MODELS),
+            }
+            body |= {"max_tokens": self.mostly(2, chance.choice([6, self.number()])), "unknown_chars": "fold_drop"}
+            self.send("POST", "/v1/completions", body | {"stop": self.mostly(None, ["a", "ab"])})
 
     def damage_record(self) -> None:
         """Put a session into the store as a damaged record of Redis would bring it."""

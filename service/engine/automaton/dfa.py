@@ -32,14 +32,16 @@ class Dfa:
         """
         num_states, num_classes = self.transitions.shape
         budget.spend(num_states * (num_classes + 20) // 10)
-        fewest, most = _extremes(self, budget)
+        edges = _edges(self.transitions)
+        budget.spend(4 * len(edges[0]))
+        fewest, most = _extremes(self.accepting, *edges)
         useful = np.flatnonzero(fewest < NEVER)
         if not len(useful) or useful[0] != 0:
             return Dfa(np.zeros_like(self.classes), np.zeros((0, 1), np.int32), np.zeros(0, np.bool_))
         number = np.full(num_states + 1, -1, np.int32)  # the last entry stays -1
         number[useful] = np.arange(len(useful))
         transitions = number[self.transitions[useful]]
-        blocks = _blocks(transitions, fewest[useful], most[useful], budget)
+        blocks = _blocks(transitions, fewest[useful], most[useful], _renumbered(edges, number), budget)
         return _quotient(Dfa(self.classes, transitions, self.accepting[useful]), blocks)
 
     def renumbered(self) -> Dfa:
@@ -48,7 +50,7 @@ class Dfa:
 
     def automaton(self) -> Automaton:
         """Return the tables for the engine. This automaton must be minimised, and have states."""
-        fewest = _extremes(self, Budget())[0]
+        fewest = _extremes(self.accepting, *_edges(self.transitions))[0]
         none = np.zeros(len(fewest), np.int32)
         for table in (self.classes, self.transitions, fewest, none):
             table.flags.writeable = False
@@ -91,20 +93,32 @@ class Dfa:
         return dfa.minimised(budget)
 
 
-def _extremes(dfa: Dfa, budget: Budget) -> tuple[Int32, Int32]:
+def _edges(transitions: Int32) -> tuple[Ids, Ids]:
+    """Return the targets and the sources of all different edges between states, in the order of their targets."""
+    num_states = len(transitions)
+    sources, columns = np.nonzero(transitions >= 0)
+    edges = np.unique(transitions[sources, columns].astype(np.int64) * num_states + sources)
+    targets, sources = np.divmod(edges, max(num_states, 1))
+    return targets, sources
+
+
+def _renumbered(edges: tuple[Ids, Ids], number: Int32) -> tuple[Ids, Ids]:
+    """Return the edges between states that have a number of at least 0, with these numbers, which ascend."""
+    targets, sources = (number[ends] for ends in edges)
+    both = (targets >= 0) & (sources >= 0)
+    return targets[both].astype(np.int64), sources[both].astype(np.int64)
+
+
+def _extremes(accepting: Bools, targets: Ids, sources: Ids) -> tuple[Int32, Int32]:
     """Return (S,) the fewest and (S,) the most characters from each state to an accepting one.
 
     NEVER if it can't be reached; the most are NEVER too if there is no limit.
     """
-    num_states = len(dfa.accepting)
+    num_states = len(accepting)
     fewest, most = np.full(num_states, NEVER, np.int32), np.full(num_states, NEVER, np.int32)
-    sources, columns = np.nonzero(dfa.transitions >= 0)
-    edges = np.unique(dfa.transitions[sources, columns].astype(np.int64) * num_states + sources)
-    budget.spend(len(edges) * 3)
-    targets, sources = np.divmod(edges, max(num_states, 1))
     starts = np.searchsorted(targets, np.arange(num_states + 1)).tolist()
     before = sources.tolist()
-    queue = deque(np.flatnonzero(dfa.accepting).tolist())
+    queue = deque(np.flatnonzero(accepting).tolist())
     near: list[int] = fewest.tolist()
     for state in queue:
         near[state] = 0
@@ -130,22 +144,41 @@ def _extremes(dfa: Dfa, budget: Budget) -> tuple[Int32, Int32]:
     return np.array(near, np.int32), np.array(far, np.int32)
 
 
-def _blocks(transitions: Int32, fewest: Int32, most: Int32, budget: Budget) -> Ids:
+def _blocks(transitions: Int32, fewest: Int32, most: Int32, edges: tuple[Ids, Ids], budget: Budget) -> Ids:
     """Return (S,): the number of each state's class of equivalent states.
 
-    Moore's refinement. It begins with the fewest and the most characters up to the end, which differ only in states
-    that are not equivalent: chains, which cost a round for each state otherwise, are told apart at once.
+    Moore's refinement, of only those states in each round that lead to one whose number has changed. It begins with the
+    fewest and the most characters up to the end, which differ only in states that are not equivalent: long chains are
+    told apart at once.
     """
     num_states, num_classes = transitions.shape
+    targets, sources = edges
+    starts = np.searchsorted(targets, np.arange(num_states + 1))
     blocks = np.unique(fewest.astype(np.int64) * (NEVER + 1) + most, return_inverse=True)[1].reshape(-1)
     num_blocks = int(blocks.max()) + 1
-    while True:
-        budget.spend(100 + num_states * (num_classes + 30) // 30)
-        rows = np.concatenate([np.where(transitions < 0, -1, blocks[transitions]), blocks[:, None]], axis=1)
-        blocks, first = row_blocks(rows)
-        if len(first) == num_blocks:
-            return blocks
-        num_blocks = len(first)
+    waiting = np.arange(num_states)
+    while len(waiting):
+        budget.spend(700 + num_states // 50 + len(waiting) * (num_classes + 30) // 30)
+        following = transitions[waiting]
+        rows = np.concatenate([blocks[waiting, None], np.where(following < 0, -1, blocks[following])], axis=1)
+        groups, first = row_blocks(rows)
+        # States of a block were alike before the last round. Those that did not wait still are, and keep it: the
+        # others lead to numbers that are new. If all of them waited, the largest group keeps the number.
+        block_of = rows[first, 0]
+        all_waited = np.bincount(rows[:, 0], minlength=num_blocks) == np.bincount(blocks, minlength=num_blocks)
+        order = np.lexsort((-np.bincount(groups), block_of))
+        is_largest = np.ones(len(order), np.bool_)
+        is_largest[1:] = block_of[order[1:]] != block_of[order[:-1]]
+        is_new = np.ones(len(order), np.bool_)
+        is_new[order] = ~(is_largest & all_waited[block_of[order]])
+        number = np.where(is_new, num_blocks + np.cumsum(is_new) - 1, block_of)
+        num_blocks += int(np.count_nonzero(is_new))
+        changed = waiting[is_new[groups]]
+        blocks[waiting] = number[groups]
+        counts = starts[changed + 1] - starts[changed]
+        places = np.repeat(starts[changed] - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+        waiting = np.unique(sources[places])
+    return np.unique(blocks, return_inverse=True)[1].reshape(-1)
 
 
 def row_blocks(rows: NDArray[Any]) -> tuple[Ids, Ids]:

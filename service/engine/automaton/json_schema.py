@@ -124,7 +124,7 @@ def _loaded(value: str) -> Any:
     if len(value) > MAX_SCHEMA:
         raise InvalidValue(f"the schema has {len(value):,} characters; at most {MAX_SCHEMA:,} are supported")
     depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', value, re.DOTALL):
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*+"?|[\[{]|[\]}]', value, re.DOTALL):
         if token[0] in "[{":
             depth += 1
             if depth > MAX_BRACKETS:
@@ -173,6 +173,7 @@ class _Reader:
         self._merged: list[Schema] = []  # keeps identities alive
         self._within: Counter[str] = Counter()  # how often each reference is followed around this place
         self._depth = 0
+        self._flat_depth = 0
         self._sizes: list[tuple[int, str]] = []
         self._known: dict[int, tuple[int, Expression]] = {}  # sizes of expressions, by identity
         self._strings: dict[tuple[Any, ...], Expression] = {}
@@ -244,6 +245,9 @@ class _Reader:
         self._check_keywords(schema)
         if "$ref" not in schema and "allOf" not in schema:
             return schema, []
+        self._flat_depth += 1
+        if self._flat_depth > MAX_NESTING:
+            raise self._refused(schema, "", f"references and allOf are nested more than {MAX_NESTING} deep")
         parts: list[Any] = []
         followed: list[str] = []
         if "$ref" in schema:
@@ -253,7 +257,10 @@ class _Reader:
             flat, more = self._flat(self._resolved(schema), [*following, reference])
             parts.append(flat)
             followed += [reference, *more]
-        for part in self._list(schema, "allOf") if "allOf" in schema else ():
+        for number, part in enumerate(self._list(schema, "allOf") if "allOf" in schema else ()):
+            if not isinstance(part, dict | bool):
+                place = self._places.get(id(schema), "#")
+                raise InvalidValue(f"{place}/allOf/{number}: a schema is an object, true or false")
             flat, more = self._flat(part, following)
             parts.append(flat)
             followed += more
@@ -264,6 +271,7 @@ class _Reader:
         merged = parts[0] if parts else self._at({}, place)
         for part in parts[1:]:
             merged = self._merge(merged, part, place)
+        self._flat_depth -= 1
         return merged, followed
 
     def _check_keywords(self, schema: Schema) -> None:
@@ -379,6 +387,8 @@ class _Reader:
         patterns = schema.get("pattern", ())
         patterns = (patterns,) if not isinstance(patterns, tuple) else patterns
         form = schema.get("format")
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise self._refused(schema, "pattern", "a pattern is a string")
         key = (least, most, patterns, form)
         if form is not None and (not isinstance(form, str) or form not in FORMATS):
             raise self._refused(
@@ -400,8 +410,6 @@ class _Reader:
             return self._text.quoted(found)
         parts = [] if found is None else [determinise(found, self._alphabet)]
         for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise self._refused(schema, "pattern", "a pattern is a string")
             try:
                 parts.append(search_dfa(pattern, self._alphabet))
             except InvalidValue as error:
@@ -421,7 +429,7 @@ class _Reader:
     def _range(self, schema: Schema, unit: int) -> tuple[int | None, int | None]:
         """Return the least and the most number of a schema, in parts of 1 of which `unit` are 1; None: no limit."""
         ends: dict[str, list[int]] = {"least": [], "most": []}
-        for keyword in _KEYWORDS["number"]:
+        for keyword in sorted(_KEYWORDS["number"]):
             if keyword not in schema:
                 continue
             bound = schema[keyword]
@@ -539,7 +547,7 @@ class _Reader:
             merged["enum"] = [value for key, value in values.items() if key in others]
             if not merged["enum"]:
                 return False
-        for keyword in one.keys() & two.keys() - _ANNOTATIONS:
+        for keyword in sorted(one.keys() & two.keys() - _ANNOTATIONS):
             if keyword in ("minLength", "minItems", "minimum", "exclusiveMinimum"):
                 merged[keyword] = max(self._bound(one, keyword), self._bound(two, keyword))
             elif keyword in ("maxLength", "maxItems", "maximum", "exclusiveMaximum"):

@@ -34,10 +34,10 @@ MAX_PATTERN = 10_000  # characters
 MAX_NESTING = 50  # groups in groups
 
 _INSTEAD = {
-    "look-around": "say which characters may be there, as in [^x]",
-    "a back-reference": "write the alternatives out, as in aa|bb",
-    "a conditional group": "write both cases as alternatives",
-    "an atomic group": "write (?:...)",
+    "look-around": "say instead which characters may be there, as in [^x]",
+    "a back-reference": "write the alternatives out instead, as in aa|bb",
+    "a conditional group": "write both cases as alternatives instead",
+    "an atomic group": "write (?:...) instead",
     "a possessive repeat": "leave out the + after the repeat",
 }
 _UNSUPPORTED = {
@@ -66,11 +66,14 @@ _TOKEN = re.compile(
     | (?P<open>     \( )
     | (?P<close>    \) )
     | (?P<escape>   \\. | \\\Z )
-    | (?P<set>      \[\^?\]?(?:[^\]\\]|\\.)*\] )
-    | (?P<repeat>   \{(?:(?P<exact>\d+)|(?P<least>\d*),(?P<most>\d*))\} )
+    | (?P<set>      \[\^?\]?(?:[^\]\\]|\\.)*+\]? )
+    | (?P<possessive> (?:[*+?]|\{\d*+(?:,\d*+)?\})\+ )
+    | (?P<repeat>   \{(?:(?P<exact>\d++)|(?P<least>\d*+),(?P<most>\d*+))\} )
     """,
     re.VERBOSE | re.DOTALL,
 )
+# A comment of a verbose pattern, or what has a # that begins none.
+_COMMENT = re.compile(r"(?P<kept>\\.|\[\^?\]?(?:[^\]\\]|\\.)*+\]?)|\#[^\n]*", re.DOTALL)
 _parse_lock = threading.Lock()
 
 
@@ -102,6 +105,8 @@ def regex_expression(pattern: str, alphabet: Alphabet, dollar: Assertion = Asser
     """
     alphabet.budget.spend(20 * len(pattern))
     tree, flags = _parse(pattern)
+    if flags & re.VERBOSE:
+        pattern = _COMMENT.sub(lambda found: found["kept"] or " " * len(found[0]), pattern)
     return _Translation(pattern, alphabet, dollar).sequence(tree, flags)
 
 
@@ -128,7 +133,7 @@ def _parse(pattern: str) -> tuple[Any, int]:
     except re.error as error:
         place = "" if error.pos is None else f"position {error.pos}: "
         raise InvalidValue(f"{place}{error.msg}") from error
-    except OverflowError as error:
+    except (OverflowError, ValueError) as error:  # from int(), which converts at most 4,300 digits
         raise InvalidValue(f"position {_largest_repeat(pattern)[0]}: the repetition number is too large") from error
     except RecursionError as error:
         raise InvalidValue("position 0: the pattern is nested too deeply") from error
@@ -254,33 +259,21 @@ class _Translation:
 
     def _unsupported(self, what: str) -> InvalidValue:
         """Return the error for what has no automaton, with its first place in the pattern."""
-        tokens = {"look-around": "look", "a back-reference": "reference", "a conditional group": "condition"}
-        tokens["an atomic group"] = "atomic"
-        if what == "a possessive repeat":
-            place = _possessive(self._pattern)
-        else:
-            found = (token.start() for token in _TOKEN.finditer(self._pattern) if token.lastgroup == tokens.get(what))
-            place = next(found, 0)
-        instead = f"; {_INSTEAD[what]} instead" if what in _INSTEAD else ""
+        kinds = {
+            "look-around": "look",
+            "a back-reference": "reference",
+            "a conditional group": "condition",
+            "an atomic group": "atomic",
+            "a possessive repeat": "possessive",
+        }
+        tokens = (token for token in _TOKEN.finditer(self._pattern) if token.lastgroup == kinds.get(what))
+        place = next((token.start() for token in tokens), 0)
+        instead = f"; {_INSTEAD[what]}" if what in _INSTEAD else ""
         return InvalidValue(f"position {place}: {what} is not supported{instead}")
 
 
 def _escaped(point: int) -> str:
     return f"\\U{point:08x}"
-
-
-def _possessive(pattern: str) -> int:
-    """Return the position of the first repeat with a + after it."""
-    end = -1  # of the last token, which may be no escape of a repeat
-    for token in _TOKEN.finditer(pattern):
-        if token.lastgroup == "repeat" and pattern.startswith("+", token.end()):
-            return token.start()
-        between = re.search(r"[*+?]\+", pattern[max(end, 0) : token.start()])
-        if between:
-            return max(end, 0) + between.start()
-        end = token.end()
-    between = re.search(r"[*+?]\+", pattern[max(end, 0) :])
-    return max(end, 0) + between.start() if between else 0
 
 
 def _largest_repeat(pattern: str) -> tuple[int, str]:

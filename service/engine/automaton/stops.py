@@ -142,8 +142,7 @@ class _Construction:
         self._dead = len(moves)
         self._is_complete = [True] if form is None else (form.fewest == 0).tolist()
         self._is_complete.append(False)
-        continues = (self._moves >= 0).any(axis=1).tolist()
-        self._may_stop = [here and further for here, further in zip(self._is_complete, continues, strict=True)]
+        self._may_stop = (np.array(self._is_complete) & (self._moves >= 0).any(axis=1)).tolist()
         self._trie = _Trie.of([[self._class_of_char[char] for char in stop.tolist()] for stop in stops])
         self._states: dict[tuple[int, _Nodes], int] = {}
         self._rows: list[Int32] = []

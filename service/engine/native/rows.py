@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import addressof, c_char
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ class Rows:
             if row.finished is None:
                 request = row.request
                 left = len(request.prompt) - row.num_read
-                ends_empty = request.automaton is not None and row.ends_empty
+                ends_empty = request.automaton is not None and not row.num_generated and row.ends_empty
                 if request.max_chars > row.num_generated and not ends_empty:
                     left += request.max_chars - row.num_generated
                 if left == 0:
@@ -81,10 +80,10 @@ class Rows:
         self._pointed_to: list[NDArray[Any]] = []
         # Output arrays of rows that need them, by index in `active`.
         self._among_allowed: dict[int, Float32] = {}
+        self._walking: list[int] = []  # indices of the rows that have an automaton
         self._scores: dict[int, Scores] = {}
         self._checkpoints: dict[int, Float32] = {}
         self._next: dict[int, Distribution] = {}
-        walking: list[int] = []  # indices of the rows that have an automaton
         for i, (row, request) in enumerate(zip(active, requests, strict=True)):
             if row.num_read < len(request.prompt):
                 ids = request.prompt[row.num_read : row.num_read + self._num_steps[i]]
@@ -94,25 +93,22 @@ class Rows:
             elif row.history is not None:
                 self._add_history(records[i], row.history)
             if request.automaton is not None:
-                walking.append(i)
+                self._walking.append(i)
             if request.num_logprobs is not None:
                 self._add_scores(i, row, request.num_logprobs)
             if request.checkpoint_positions:
                 self._add_checkpoints(i, row)
             if request.num_next is not None:
                 self._add_next(i, request.num_next)
-        if walking:
-            self._add_automata(walking)
-        self._is_walking = bool(walking)
+        if self._walking:
+            self._add_automata()
 
     def finish(self) -> list[StepResult]:
         """Update the rows after the call. Return the result of each row that was passed in, in their order."""
         if not self.active:
             return self._results
         done = zip(*(self.records[name].tolist() for name in ("num_prompt", "num_steps", "stopped")), strict=True)
-        if self._is_walking:
-            for row, state in zip(self.active, self.records["state"].tolist(), strict=True):
-                row.state = state
+        withheld = self._store_states() if self._walking else {}
         for i, (row, place, (num_read, num_steps, stopped)) in enumerate(
             zip(self.active, self._places, done, strict=True)
         ):
@@ -128,7 +124,7 @@ class Rows:
             if i in self._next and row.finished is not None:
                 row.next = self._next[i]
             chars = self._chars[i, num_read:num_steps]
-            num_withheld = row.num_withheld if self._is_walking else 0
+            num_withheld = withheld.get(i, 0) if withheld else 0
             if i in self._scores:
                 scores, prompt_scores = self._split_scores(i, row, num_read, num_steps)
                 self._results[place] = StepResult(chars, scores, prompt_scores, num_withheld)
@@ -173,22 +169,40 @@ class Rows:
                 raise ValueError(f"the arrays of a history must be contiguous, ({self._vocab_size},)")
             record[name] = array.ctypes.data
 
-    def _add_automata(self, walking: list[int]) -> None:
+    def _add_automata(self) -> None:
         """Add the automata of rows. Rows often share one, so all are added at once."""
-        rows = [self.active[i] for i in walking]
-        automata = [row.request.automaton for row in rows]
-        tables = {automaton: self._tables(automaton) for automaton in dict.fromkeys(automata) if automaton is not None}
-        for name, column in zip(_TABLES, zip(*[tables[one] for one in automata if one], strict=True), strict=True):
-            self.records[name][walking] = column
-        self.records["state"][walking] = [row.state for row in rows]
-        # At the first character that is drawn in this call: no character was drawn before it, or the prompt was read.
-        self.records["num_left"][walking] = [row.num_left for row in rows]
-        self.records["first_stop"][walking] = [row.first_stop for row in rows]
-        for i, row in zip(walking, rows, strict=True):
-            if row.request.num_logprobs is not None and row.request.automaton and row.request.automaton.restricts:
-                among = np.empty(self._num_steps[i] - int(self.records["num_prompt"][i]), np.float32)
-                self._among_allowed[i] = among
-                self.records["among_allowed"][i] = among.ctypes.data
+        records, walking = self.records, self._walking
+        is_all = len(walking) == len(self.active)
+        where = slice(None) if is_all else np.array(walking)
+        rows = self.active if is_all else [self.active[i] for i in walking]
+        requests = [row.request for row in rows]
+        automata = [request.automaton for request in requests if request.automaton is not None]
+        tables = {automaton: self._tables(automaton) for automaton in dict.fromkeys(automata)}
+        for place, name in enumerate(_TABLES):
+            values = {automaton: values[place] for automaton, values in tables.items()}
+            records[name][where] = [values[one] for one in automata] if len(tables) > 1 else next(iter(values.values()))
+        records["state"][where] = [row.state for row in rows]
+        # At the first character that is drawn in this call.
+        num_generated = np.array([row.num_generated for row in rows])
+        records["num_left"][where] = np.array([request.chars_left for request in requests]) - num_generated
+        first_stops = np.array([request.first_stop for request in requests]) - num_generated
+        records["first_stop"][where] = np.maximum(first_stops, 0)
+        if self._scores:
+            scored = [i for i, one in zip(walking, automata, strict=True) if i in self._scores and one.restricts]
+            among = np.empty((len(scored), self._chars.shape[1]), np.float32)
+            self._among_allowed = dict(zip(scored, among, strict=True))
+            records["among_allowed"][scored] = among.ctypes.data + among.strides[0] * np.arange(len(scored))
+
+    def _store_states(self) -> dict[int, int]:
+        """Store the states of automata. Return how many characters each row withholds, if any."""
+        withheld: dict[int, int] = {}
+        for i, state in zip(self._walking, self.records["state"][self._walking].tolist(), strict=True):
+            row = self.active[i]
+            row.state = state
+            automaton = row.request.automaton
+            if automaton is not None and automaton.has_stops:
+                withheld[i] = automaton.withheld.item(state)
+        return withheld
 
     def _tables(self, automaton: Automaton) -> tuple[int, ...]:
         """Return the values of _TABLES."""
@@ -222,7 +236,8 @@ class Rows:
         num_generated = num_steps - num_read
         generated = scores.slice(num_prompt, num_prompt + num_generated)
         if i in self._among_allowed:
-            generated = replace(generated, allowed=self._among_allowed[i][:num_generated])
+            among = self._among_allowed[i][:num_generated]
+            generated = Scores(generated.chosen, generated.top_ids, generated.top, among)
         return (
             generated if num_generated else None,
             scores.slice(0, num_prompt) if num_prompt else None,

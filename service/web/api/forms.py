@@ -76,8 +76,8 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaFormat | None = Field(None, description="only with the type `json_schema`, and needed there")
 
 
-class GenerationBody(SamplingBody):
-    """How far to continue a text, how, and in which form."""
+class FormBody(Body):
+    """The form of a text, in one of these fields."""
 
     structured_outputs: StructuredOutputs | None = Field(None, description="the form of the text, in vLLM's names")
     response_format: ResponseFormat | None = Field(None, description="the form of the text, in OpenAI's names")
@@ -133,6 +133,15 @@ class GenerationBody(SamplingBody):
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
+        _ = self._wanted  # refuses a second form
+        return self
+
+
+class GenerationBody(FormBody, SamplingBody):
+    """How far to continue a text, how, and in which form."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
         if self.form is not None and self.min_tokens:
             raise InvalidValue(
                 f"min_tokens: not with {self.form_param}, which says how long the text may be: write the least "

@@ -110,10 +110,10 @@ class ClientFields(Body):
     skip_special_tokens: Annotated[bool | None, Anyway(_NO_SPECIAL)] = None
     spaces_between_special_tokens: Annotated[bool | None, Anyway(_NO_SPECIAL)] = None
     use_beam_search: Annotated[
-        bool | None, Only("characters are drawn one by one: `best_of` returns the likeliest of several texts", False)
+        bool | None, Only("`POST /v1/completions` has `beam`, which finds the likeliest texts", False)
     ] = None
-    length_penalty: Annotated[float | None, Only("it belongs to beam search, which does not exist here", 1)] = None
-    early_stopping: Annotated[bool | None, Only("it belongs to beam search, which does not exist here", False)] = None
+    length_penalty: Annotated[float | None, Only("texts are compared by their whole log-probability", 1)] = None
+    early_stopping: Annotated[bool | None, Only("a search ends when nothing can be likelier", False)] = None
     bad_words: Annotated[
         Annotated[list[Name], Field(max_length=1024)] | None,
         Only("a model of characters can't leave out words: `logit_bias` leaves out characters", []),

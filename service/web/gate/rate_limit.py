@@ -108,7 +108,7 @@ def _num_chars(body: Any, max_chars: int, max_texts: int, chat_chars: int) -> in
     # A list is a text of ids if its first element is one.
     prompts = prompts if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else [prompts]
     num_read = sum(map(_length, (*prompts, *map(body.get, _READ_FIELDS))))
-    num_choices = number("best_of", 0, max_texts) or number("n", 1, max_texts)
+    num_choices = number("beam", 0, max_texts) or number("best_of", 0, max_texts) or number("n", 1, max_texts)
     max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)
     if max_tokens == 0 and "messages" in body:
         max_tokens = min(chat_chars, max_chars)

@@ -3,14 +3,15 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.engine.automaton.automaton import Automaton
-from service.engine.automaton.compiler import compile_form
+from service.engine.automaton.compiler import FormCache, compile_form
 from service.engine.automaton.form import Form
 from service.errors import InvalidValue
-from tests.harness.forms import sample
+from tests.harness.forms import assert_minimal, sample
 
 # Letters of two cases, digits and spaces of several kinds, and letters whose cases are special.
 CHARSET = "ab AB01\n_-.,é\u0661Ωω\u2126ſsSKk\u212aıiIİßẞ^$\\[](){}*+?|"
@@ -72,9 +73,56 @@ def test_regex__accepts_what_fullmatch_matches(pattern: str, texts: list[str], s
             raise
         assert not any(re.fullmatch(pattern, text) for text in ["", *CHARSET, *texts])
         return
+    assert_minimal(automaton)
     for text in ["", *CHARSET, *texts]:
         assert walked(automaton, CHARSET, text) == (re.fullmatch(pattern, text) is not None), (pattern, text)
     random = np.random.default_rng(seed)
     for num_left in (0, 1, 3, 12):
         text = sample(automaton, CHARSET, random, int(automaton.fewest[0]) + num_left)
         assert re.fullmatch(pattern, text) is not None, (pattern, text)
+
+
+def test_regex__whose_sets_re_warns_of_is_compiled_without_a_warning() -> None:
+    """Warnings are errors in these tests, and would be lines in the server's log that any client could write."""
+    automaton = compile_form(Form("regex", "[[a]|[b||A]"), CHARSET)
+    assert {char for char in CHARSET if walked(automaton, CHARSET, char)} == set("[ab|A")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (r"[(?=]\(?=(?#(?=)(?=a)", "position 16: look-around"),
+        (r"\\(?=a)", "position 2: look-around"),
+        (r"(a)[\1]\101\1", "position 11: a back-reference"),
+        (r"a\++b{2}c{2}+", "position 9: a possessive repeat"),
+        (r"[a*+]x?+", "position 6: a possessive repeat"),
+        (r"(?x)\# [#] a # (?=a)" + "\n(?=b)", "position 21: look-around"),
+        (r"(?>a)", "position 0: an atomic group"),
+        (r"a)", "position 1: unbalanced parenthesis"),
+        (r"*a", "position 0: nothing to repeat"),
+        (r"a{3,2}", "position 2: min repeat greater than max repeat"),
+        ("(?=a){" + "1" * 9_000, "position 0: look-around"),
+        ("a{" + "1" * 5_000 + "}", "position 1: the repetition number is too large"),
+        (r"(?L)a", "position 3: bad inline flags"),
+        (r"a(?i)", "position 1: global flags not at the start"),
+        (r"(?P<1>a)", "position 4: bad character in group name"),
+        ("(" * 50 + "(" + ")" * 51, "position 50: groups are nested more than 50 deep"),
+        ("[" * 10_000, "position 0: unterminated character set"),
+        (r"b{1,3}(a|b)*a(a|b){30}", "position 18: it takes too much work to compile; repeat fewer than {30} times"),
+    ],
+    ids=range(18),
+)
+def test_regex__that_is_refused_names_the_position_and_what_to_write(pattern: str, message: str) -> None:
+    with pytest.raises(InvalidValue) as error:
+        compile_form(Form("regex", pattern), CHARSET)
+    assert error.value.message.startswith(message)
+
+
+def test_regex__at_the_limit_of_nesting_fits_on_a_deep_stack() -> None:
+    """A request is many calls deep already when its form is compiled."""
+    pattern = "(?:b|(?i:a|" * 25 + "c" + "){1,1}){1,1}" * 25
+
+    def compiled(depth: int) -> Automaton:
+        return compiled(depth - 1) if depth else FormCache().get(Form("regex", pattern), CHARSET)
+
+    assert walked(compiled(300), CHARSET, "A")

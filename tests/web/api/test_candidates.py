@@ -207,3 +207,44 @@ def test_candidates__of_a_long_list_are_answered_in_their_order(tiny_store: Mode
         answer = ok(client.post("/v1/score", json={"candidates": texts, "normalize": "candidates"}))
         assert [one["text"] for one in answer["data"]] == texts
         assert math.fsum(math.exp(one["score"]) for one in answer["data"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"structured_outputs": {"choice": ["what", "where", "a", "wh"]}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["a"]}}}},
+        {"guided_regex": "(?:what|where|wh|a)"},
+    ],
+)
+def test_suggest__of_a_form_are_its_likeliest_texts(client: FlaskClient, session: str, form: dict[str, Any]) -> None:
+    if "response_format" in form:  # the tiny model has no quotes, so no text has this form
+        response = client.post(f"{session}/suggest", json=form)
+        refused(response, 400, "unknown_characters", "response_format.json_schema.schema")
+        return
+    answer = ok(client.post(f"{session}/suggest", json=form | {"n": 9}))
+    assert answer["exact"] is True
+    found = {one["text"]: one["logprob"] for one in answer["data"]}
+    texts = ["a", "wh", "what", "where"]
+    assert sorted(found) == texts
+    scores = ok(client.post(f"{session}/score", json={"candidates": [*texts, "wha", "whe"]}))["data"]
+    logprobs = {one["text"]: one["logprob"] for one in scores}
+    for text in ("a", "what", "where"):  # nothing may follow them
+        assert found[text] == pytest.approx(logprobs[text], abs=1e-6)
+    longer = math.exp(logprobs["wha"]) + math.exp(logprobs["whe"])
+    assert found["wh"] == pytest.approx(math.log(math.exp(logprobs["wh"]) - longer), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"structured_outputs": {"regex": "a|b"}, "until": "."}, "until"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a{9}"}, "max_chars": 8}, "max_chars"),
+        ({"structured_outputs": {"regex": "a"}, "guided_choice": ["b"]}, "guided_choice"),
+    ],
+)
+def test_suggest__refuses_a_bad_form_by_name(
+    client: FlaskClient, session: str, change: dict[str, Any], param: str
+) -> None:
+    refused(client.post(f"{session}/suggest", json=change), 400, "out_of_range", param)

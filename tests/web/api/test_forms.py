@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 from flask.testing import FlaskClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service.settings import Settings
 from service.store.model_store import ModelStore
@@ -185,6 +189,30 @@ def test_no_form__in_the_words_of_every_client_changes_nothing(
         texts.append(answer["text"] if "text" in answer else json.dumps(answer["choices"]))
     assert texts[0] == texts[1]
 
+
+KEYWORDS = [
+    "type",
+    "properties",
+    "required",
+    "items",
+    "minItems",
+    "maxItems",
+    "minLength",
+    "maxLength",
+    "pattern",
+    "enum",
+    "const",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+    "$defs",
+    "additionalProperties",
+    "minimum",
+    "maximum",
+    "title",
+    "format",
+]
 
 # What a form does
 
@@ -430,7 +458,7 @@ def test_repeated_run__needs_the_same_form(client: FlaskClient) -> None:
     session = ok(client.post("/v1/sessions", json={"text": "ROMEO:", "seed": 7}), 201)["id"]
     path, body = f"/v1/sessions/{session}/generate", {"max_tokens": 20, "position": 6}
     first = ok(client.post(path, json=body | {"structured_outputs": {"json": SCHEMA}}))
-    same = [{"guided_json": json.dumps(SCHEMA, indent=4)}, {"response_format": IN_OPENAIS_WORDS}]
+    same: list[dict[str, Any]] = [{"guided_json": json.dumps(SCHEMA, indent=4)}, {"response_format": IN_OPENAIS_WORDS}]
     assert [ok(client.post(path, json=body | form)) for form in same] == [first, first]
     others: list[dict[str, Any]] = [{}, {"guided_json": SCHEMA | {"title": "a"}}, {"guided_regex": "a"}]
     for form in others:
@@ -452,3 +480,44 @@ def test_body__takes_ten_thousand_choices(client: FlaskClient) -> None:
         "guided_choice",
     )  # fmt: skip
     assert "262,144" in error["message"]
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(KEYWORDS) | st.text(max_size=3), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    form=st.dictionaries(st.sampled_from(KEYWORDS), JSON, max_size=5).map(lambda schema: {"guided_json": schema})
+    | st.text("ab(|)[]*+?{}1,2.^$\\\\dws-", max_size=12).map(lambda pattern: {"guided_regex": pattern})
+    | st.lists(st.text(max_size=4), min_size=1, max_size=5).map(lambda choices: {"guided_choice": choices})
+)
+def test_any_form__is_written_or_refused_by_its_path(client: FlaskClient, form: dict[str, Any]) -> None:
+    response = client.post("/v1/completions", json={"prompt": "", "max_tokens": 300, "seed": 1} | form)
+    (name,) = form
+    if response.status_code == 200:
+        (choice,) = response.get_json()["choices"]
+        text: str = choice["text"]
+        if name == "guided_json":
+            value = json.loads(text)
+            with contextlib.suppress(
+                jsonschema.SchemaError
+            ):  # such as a keyword that is null, which means it is not set
+                jsonschema.Draft202012Validator.check_schema(form[name])
+                assert jsonschema.Draft202012Validator(form[name]).is_valid(value)
+        else:
+            assert text in form[name] if name == "guided_choice" else re.fullmatch(form[name], text)
+        return
+    error = response.get_json()["error"]
+    assert (response.status_code, error["param"] in (name, "max_tokens")) == (400, True), error
+    assert error["code"] in ("out_of_range", "unknown_characters")

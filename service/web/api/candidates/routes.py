@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from flask import Response
 
 from service.arrays import Ids
+from service.engine.automaton.automaton import Automaton
+from service.engine.automaton.compiler import compile_form
 from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.branches import state_after
@@ -17,11 +19,11 @@ from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import SessionService
 from service.model.charset import UnknownChars
 from service.registry.loaded_models import LoadedModel, LoadedModels
-from service.sessions.session import SessionKey
+from service.sessions.session import Session, SessionKey
 from service.shares import SharedBudget
 from service.web.api.candidates import schemas
 from service.web.api.json_pieces import dumps
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.responses import json_response
 from service.web.api.schemas import ERRORS, ErrorAnswer, PromptTokensDetails, Usage
 from service.web.api.sessions.schemas import SessionPath
@@ -118,11 +120,7 @@ class CandidateRoutes(Resource):
             held.enter_context(self._admission.admit())
             model, session = self._sessions.reading(SessionKey(current_owner(), path.id), body.position)
             prompt = self._encoded(model, body.prompt, body.unknown_chars, "prompt")
-            if body.until is None:
-                form = words(model.charset, model.charset.decode(prompt[-1:]) or session.last_character)
-            else:
-                ends = {*self._encoded(model, body.until, body.unknown_chars, "until").tolist()}
-                form = ends_at(char in ends for char in range(len(model.charset)))
+            form = self._form_of(model, session, body, prompt)
             reservation = self._reservation("n", "request shorter suggestions", held)
             steps = affordable_steps(model, body.max_chars, self._score_budget.max_per_client)
             wanted = Wanted(body.n, body.max_chars, form, max_steps=max(1, steps))
@@ -139,6 +137,22 @@ class CandidateRoutes(Resource):
                 usage=_usage(len(prompt), found.num_stepped),
             )
             return Response(answer.model_dump_json(), mimetype="application/json")
+
+    def _form_of(self, model: LoadedModel, session: Session, body: schemas.SuggestBody, prompt: Ids) -> Automaton:
+        """Return which texts are suggested. Raises InvalidValue, UnknownCharacters."""
+        charset = model.charset
+        if body.form is not None:
+            with blaming(body.form_param):
+                compiled = compile_form(body.form, charset.characters)
+            if compiled.fewest[0] > body.max_chars:
+                raise InvalidValue(
+                    f"max_chars: a text of this form has at least {compiled.fewest[0]} characters", param="max_chars"
+                )
+            return compiled
+        if body.until is None:
+            return words(charset, charset.decode(prompt[-1:]) or session.last_character)
+        ends = {*self._encoded(model, body.until, body.unknown_chars, "until").tolist()}
+        return ends_at(char in ends for char in range(len(charset)))
 
     def _scored(
         self,

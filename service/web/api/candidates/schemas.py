@@ -6,13 +6,15 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from service.errors import InvalidValue
 from service.generation.candidates import MAX_CANDIDATES, Normalize
 from service.generation.n_best import MAX_N
 from service.model.charset import UnknownChars
+from service.web.api.forms import FormBody
 from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, Usage
 from service.web.api.sessions.schemas import Position
 
@@ -73,7 +75,7 @@ class SessionScoreBody(_CandidatesBody):
     position: Position | None = Field(None, description=f"{_POSITION}. Default: the end of the text")
 
 
-class SuggestBody(Body):
+class SuggestBody(FormBody):
     """Body of POST /v1/sessions/{id}/suggest."""
 
     other_names: ClassVar[Mapping[str, str]] = {"max_tokens": "max_chars", "stop": "until", "text": "prompt"}
@@ -94,6 +96,12 @@ class SuggestBody(Body):
         32, ge=1, le=_MAX_SUGGESTED_CHARS, description="longer texts are not suggested, rather than cut off"
     )
     unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+
+    @model_validator(mode="after")
+    def _check_until(self) -> Self:
+        if self.form_param is not None and self.until is not None:
+            raise InvalidValue(f"until: not with {self.form_param}, which says where a text ends", param="until")
+        return self
 
 
 class CandidateScore(BaseModel):

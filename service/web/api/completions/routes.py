@@ -20,8 +20,10 @@ from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.shares import SharedBudget
 from service.web.api.completions import schemas
 from service.web.api.completions.answer import CompletionAnswer
+from service.web.api.completions.beam import BeamSearch, check_beam
 from service.web.api.completions.schemas import MAX_CHOICES, CompletionBody, StreamOptions
 from service.web.api.resource import Resource, blaming
+from service.web.api.responses import json_response
 from service.web.api.schemas import ERRORS
 from service.web.api.sse import EventStream, client_monitor
 from service.web.gate.access import current_owner
@@ -82,6 +84,8 @@ class CompletionRoutes(Resource):
             if body.state is not None:
                 start = self._states.open(body.state, body.model)
             model = start.model if start is not None else self._models.get(body.model or self._default_model)
+            if body.beam is not None:
+                return self._likeliest(model, start, body, held)
             request = _completion_request(model, body, self._limits, start)
             scores = ScoreReservation(self._score_budget)
             held.callback(scores.release)
@@ -96,11 +100,24 @@ class CompletionRoutes(Resource):
                 return answer.whole(client_has_left, held)
             return EventStream(answer.events(client_has_left, body.stream_options or _NO_OPTIONS), held, named=False)
 
+    def _likeliest(
+        self, model: LoadedModel, start: PortableStart | None, body: CompletionBody, held: ExitStack
+    ) -> Response:
+        """Answer a request that wants the likeliest continuations."""
+        prompts = _encoded_prompts(model.charset, body, self._limits.max_prompt_chars)
+        stops = written_stops(model.charset, body.stop_strings, body.unknown_chars, body.stop_token_ids)
+        reservation = ScoreReservation(self._score_budget, "max_tokens", "request fewer characters")
+        held.callback(reservation.release)
+        scope = CacheScope(current_owner(), body.cache_salt or "")
+        search = BeamSearch(model, start, stops, scope, reservation, self._score_budget.max_per_client)
+        with blaming(body.form_param):
+            return json_response(search.pieces(body, prompts), held)
+
 
 def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     """Check what the schema can't express: the configured limits, and fields that depend on each other."""
     prompts = body.prompts
-    best_of = body.best_of if body.best_of is not None else body.n
+    best_of = body.beam or (body.best_of if body.best_of is not None else body.n)
     if body.max_tokens > limits.max_tokens:
         raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
     if body.max_tokens == 0 and not body.echo and not body.return_state:
@@ -109,6 +126,8 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
         if len(prompt) > limits.max_prompt_chars:
             path = _path_of(body, place)
             raise InvalidValue(f"{path}: at most {limits.max_prompt_chars} characters, not {len(prompt)}", param=path)
+    if body.beam is not None:
+        check_beam(body)
     if best_of < body.n:
         raise InvalidValue(f"best_of: must be at least n, which is {body.n}", param="best_of")
     if body.stream and best_of > body.n:
@@ -121,9 +140,10 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     if body.stream_options is not None and not body.stream:
         raise InvalidValue("stream_options: only allowed with stream", param="stream_options")
     if len(prompts) * best_of > min(MAX_CHOICES, limits.max_texts):
+        field = "beam" if body.beam is not None else "n" if body.best_of is None else "best_of"
+        most = min(MAX_CHOICES, limits.max_texts)
         raise InvalidValue(
-            f"n: {len(prompts)} prompts x {best_of} continuations exceed {min(MAX_CHOICES, limits.max_texts)} texts",
-            param="n" if body.best_of is None else "best_of",
+            f"{field}: {len(prompts)} prompts x {best_of} continuations exceed {most} texts", param=field
         )
 
 

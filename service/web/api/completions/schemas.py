@@ -10,6 +10,7 @@ from typing import Annotated, Literal, cast
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from service.engine.stepper import FinishReason
+from service.generation.n_best import MAX_N
 from service.web.api.forms import GenerationBody
 from service.web.api.known_fields import ClientFields, Only
 from service.web.api.schemas import (
@@ -79,6 +80,14 @@ class CompletionBody(ClientFields, GenerationBody):
         le=MAX_CHOICES,
         description="number of continuations to generate for each prompt, of which the `n` with the highest mean "
         "log-probability per character are returned. Default: `n`",
+    )
+    beam: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_N,
+        description="return this many continuations of each prompt, the likeliest of all up to a stop string or "
+        "`max_tokens`, instead of drawing them. Not with `stream`, `seed` and sampling settings, and with `max_tokens` "
+        "up to 1,024",
     )
     echo: bool = Field(False, description="begin the text of each choice with the prompt")
     logprobs: NumLogprobs = Field(
@@ -156,6 +165,14 @@ class Choice(BaseModel):
     )
     token_ids: list[int] | None = Field(
         None, description="ids of the generated characters of `text`. Only present if requested"
+    )
+    logprob: float | None = Field(
+        None, description="log-probability of the text with its stop string, in nats. Only present with `beam`"
+    )
+    exact: bool | None = Field(
+        None,
+        description="whether no other text is likelier than those of this prompt; if false, the search took too long, "
+        "and they are the likeliest that it found. Only present with `beam`",
     )
     state: str | None = Field(
         None,
