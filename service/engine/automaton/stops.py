@@ -1,7 +1,8 @@
 """Stop strings as an automaton, alone or after a text of some form.
 
 Alone they are the automaton of Aho and Corasick (1975), which allows everything and knows where a stop string is
-complete. After a form, they are allowed only where the text before them is complete.
+complete. After a form, they are allowed only where the text before them is complete and may
+continue: where nothing may follow, the text ends by itself.
 """
 
 from __future__ import annotations
