@@ -256,7 +256,10 @@ class _Reader:
             flat, more = self._flat(self._resolved(schema), [*following, reference])
             parts.append(flat)
             followed += [reference, *more]
-        for part in self._list(schema, "allOf") if "allOf" in schema else ():
+        for number, part in enumerate(self._list(schema, "allOf") if "allOf" in schema else ()):
+            if not isinstance(part, dict | bool):
+                place = self._places.get(id(schema), "#")
+                raise InvalidValue(f"{place}/allOf/{number}: a schema is an object, true or false")
             flat, more = self._flat(part, following)
             parts.append(flat)
             followed += more
@@ -383,8 +386,10 @@ class _Reader:
         patterns = schema.get("pattern", ())
         patterns = (patterns,) if not isinstance(patterns, tuple) else patterns
         form = schema.get("format")
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise self._refused(schema, "pattern", "a pattern is a string")
         key = (least, most, patterns, form)
-        if form is not None and (not isinstance(form, str) or form not in FORMATS):
+        if "format" in schema and (not isinstance(form, str) or form not in FORMATS):
             raise self._refused(
                 schema, "format", f"the supported formats are {', '.join(FORMATS)}; use pattern instead"
             )
@@ -404,8 +409,6 @@ class _Reader:
             return self._text.quoted(found)
         parts = [] if found is None else [determinise(found, self._alphabet)]
         for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise self._refused(schema, "pattern", "a pattern is a string")
             try:
                 parts.append(search_dfa(pattern, self._alphabet))
             except InvalidValue as error:
@@ -506,12 +509,14 @@ class _Reader:
 
     def _count(self, schema: Schema, keyword: str) -> int | None:
         """Return a number of characters or items, None if the schema does not say it."""
-        count = schema.get(keyword)
+        if keyword not in schema:
+            return None
+        count = schema[keyword]
         if isinstance(count, Decimal) and count == count.to_integral_value():
             count = int(count)
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise self._refused(schema, keyword, f"{keyword} is a number that is not negative")
-        if count is not None and count > _MAX_LENGTH:
+        if count > _MAX_LENGTH:
             raise self._refused(schema, keyword, f"{count} is too many: give a smaller number, or leave {keyword} out")
         return count
 
@@ -709,8 +714,8 @@ def _in_order(value: Json) -> Json:
             return {name: _in_order(value[name]) for name in sorted(value)}
         case list():
             return [_in_order(item) for item in value]
-        case int() if not isinstance(value, bool):
-            return Decimal(value)
+        case int() | Decimal() if not isinstance(value, bool):
+            return Decimal(value).normalize(EXACT)
         case _:
             return value
 
