@@ -29,7 +29,9 @@ MAX_CANDIDATES = 10_000
 # it is one of the candidates.
 Normalize = Literal["none", "length", "candidates"]
 
-_ROUND = 64  # paths that are read at a time, so that few states wait for their branches
+# Paths that are read at a time: few, so that few states wait for their branches, and fewer if the distributions after
+# them have more log-probabilities than this.
+_ROUND, _ROUND_SCORES = 64, 2**18
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def score_candidates(
     """
     texts = [tuple(ids.tolist()) for ids in candidates]
     plan = _Plan(sorted(set(texts)))
-    reserve(sum(map(len, texts)) + plan.num_states * states_as_scores(model, 1) + _ROUND * len(model.charset))
-    scores = plan.carried_out(Branches(model, client_has_left), origin)
+    num_paths = max(1, min(_ROUND, _ROUND_SCORES // len(model.charset)))
+    reserve(sum(map(len, texts)) + plan.num_states * states_as_scores(model, 1) + num_paths * len(model.charset))
+    scores = plan.carried_out(Branches(model, client_has_left), origin, num_paths)
     return [scores[text] for text in texts]
 
 
@@ -184,14 +187,14 @@ class _Plan:
         self.num_states += len(path.inner)
         return found
 
-    def carried_out(self, branches: Branches, origin: Origin) -> dict[tuple[int, ...], Float32]:
-        """Read all paths; return the (n,) log-probabilities of each text."""
+    def carried_out(self, branches: Branches, origin: Origin, num_paths: int) -> dict[tuple[int, ...], Float32]:
+        """Read all paths, `num_paths` at a time; return the (n,) log-probabilities of each text."""
         scores: dict[tuple[int, ...], Float32] = {}
         # A path, or the place in a path before last characters, which needs no step. The newest is taken first: so the
         # states of a path are soon needed no more.
         ready: list[tuple[_Path, int | None]] = [(self.first, None)]
         while ready:
-            taken = [ready.pop() for _ in range(min(_ROUND, len(ready)))]
+            taken = [ready.pop() for _ in range(min(num_paths, len(ready)))]
             grown = branches.grow([_branch(path, depth, origin) for path, depth in taken])
             for (path, depth), result in zip(taken, grown, strict=True):
                 if depth is not None:
