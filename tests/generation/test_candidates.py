@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from service.arrays import Float32
 from service.engine.request import Request
 from service.errors import ClientGone, Overloaded, TooManyScores
-from service.generation.candidates import Origin, log_shares, score_candidates, total
+from service.generation.candidates import MAX_CANDIDATES, Origin, log_shares, score_candidates, total
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.settings import Settings
@@ -109,6 +111,23 @@ def test_candidates__reserve_their_memory_first(model: LoadedModel) -> None:
     with pytest.raises(TooManyScores):
         score_candidates(model, Origin(model.engine.initial_hidden(), 0), [model.charset.encode("abcabc")], refuse)
     assert model.engine.counters.num_read == before
+
+
+def test_candidates__of_the_longest_list_fit_into_a_clients_budget(model: LoadedModel) -> None:
+    class Enough(Exception):
+        pass
+
+    def reserve(num_scores: int) -> None:
+        reserved.append(num_scores)
+        raise Enough
+
+    reserved: list[int] = []
+    texts = [np.array(text) for text in itertools.islice(itertools.product(range(3), repeat=10), 0, 50_000, 5)]
+    assert len(texts) == MAX_CANDIDATES
+    large = SimpleNamespace(charset=model.charset, state_shape=(1, 1024))  # as large as the shipped one
+    with pytest.raises(Enough):
+        score_candidates(large, Origin(model.engine.initial_hidden(), 0), texts, reserve)  # type: ignore[arg-type]
+    assert sum(map(len, texts)) < reserved[0] < Settings.model_fields["max_scores"].default // 2
 
 
 def test_candidates__of_a_model_with_many_characters_fit_into_a_clients_budget(tmp_path: Path) -> None:
