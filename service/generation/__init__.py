@@ -16,8 +16,8 @@ What happens when a client that lost its stream on replica A resumes it on repli
 4. If A is dead, its lease ends by itself, and Redis has the record that A's `RunRegistry` saved last: its thread saves
    each active run once a second (`ActiveRun.save_progress`), as far as its stream was sent.
 5. B has the lease and the last record. If the run is finished, its `RunStream` sends stored text only. Otherwise the
-   engine of B continues it (`Reader.remaining_request`). The same model, state, settings and seed give the same
-   characters.
+   engine of B continues it (`Reader.remaining_request`). The same model, state, settings, form and seed give the
+   same characters.
 6. B's `RunStream` sends each character after the client's position once: first those of the record, then those that
    its own `ActiveRun` generates. It skips characters up to that position, which A had sent but not saved.
 

@@ -138,6 +138,32 @@ def test_chat__returns_the_message_and_its_log_probabilities(kind: type[Client |
 
 
 @both
+def test_form__is_sent_and_its_log_probabilities_are_returned(kind: type[Client | Awaited]) -> None:
+    form = {"regex": "[ab]+"}
+    scores = {"tokens": ["a", "b"], "token_logprobs": [-1.5, -0.5], "top_logprobs": None, "text_offset": [0, 1]}
+    choice = {
+        "index": 0,
+        "text": "ab",
+        "logprobs": scores | {"allowed_logprobs": [None, -0.25]},
+        "finish_reason": "stop",
+    }
+    answer = JSON + json.dumps(MAKER | {"choices": [choice], "usage": USAGE}).encode()
+    with played([answer]) as (url, requests), connected(kind, url) as client:
+        found = client.complete("", logprobs=0, structured_outputs=form).choices[0].logprobs
+    assert (found.allowed, found.since(1).allowed) == ([None, -0.25], [-0.25])
+    assert body_of(requests[0][1])["structured_outputs"] == form
+    content = [{"token": "a", "logprob": -1.5, "top_logprobs": [], "allowed_logprob": -0.25}]
+    message = {"role": "assistant", "content": "a", "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": {"content": content}, "finish_reason": "stop"}
+    answer = JSON + json.dumps(MAKER | {"choices": [choice], "usage": USAGE}).encode()
+    with played([answer]) as (url, requests), connected(kind, url) as client:
+        wanted = {"type": "json_object"}
+        chat = client.chat([{"role": "user", "content": "Who?"}], logprobs=True, response_format=wanted)
+    assert chat.choices[0].logprobs.allowed == [-0.25]
+    assert body_of(requests[0][1])["response_format"] == wanted
+
+
+@both
 def test_score__sums_what_is_scored(kind: type[Client | Awaited]) -> None:
     scores = {"tokens": ["a", "b", "c"], "token_logprobs": [None, -math.log(2), -math.log(8)], "top_logprobs": None}
     choice = {"index": 0, "text": "abc", "logprobs": scores, "finish_reason": "length"}

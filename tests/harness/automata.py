@@ -58,7 +58,9 @@ def accepts(form: Automaton | None, text: Sequence[int]) -> bool:
 
 def may_stop(form: Automaton | None, text: Sequence[int]) -> bool:
     """Whether a stop string may follow a text: it has the form, and may continue."""
-    return accepts(form, text) and (form is None or bool((form.transitions[form.walk(0, text)] >= 0).any()))
+    if not accepts(form, text):
+        return False
+    return form is None or any(form.next_state(form.walk(0, text), char) >= 0 for char in range(len(form.classes)))
 
 
 def complete_stop(form: Automaton | None, stops: Sequence[Sequence[int]], text: Sequence[int]) -> int:

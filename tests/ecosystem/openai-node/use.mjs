@@ -1,4 +1,4 @@
-// The official client for JavaScript: completions, chat, streams, an abort, a refusal, overload, and models.
+// The official client for JavaScript: completions, chat, streams, a form, an abort, a refusal, overload, and models.
 import assert from "node:assert/strict";
 import OpenAI, { BadRequestError, RateLimitError } from "openai";
 
@@ -16,6 +16,23 @@ for await (const chunk of await client.completions.create({ model, prompt: "ROME
   text += chunk.choices[0].text;
 assert.equal(text, whole.choices[0].text);
 assert.equal(whole.usage.completion_tokens, 40);
+
+// A form: JSON of a schema.
+const schema = {
+  type: "object",
+  properties: { speaker: { enum: ["ROMEO", "JULIET"] }, aside: { type: "boolean" } },
+  required: ["speaker", "aside"],
+  additionalProperties: false,
+};
+const line = await client.chat.completions.parse({
+  model: process.env.FORMS_MODEL,
+  messages,
+  max_tokens: 100,
+  response_format: { type: "json_schema", json_schema: { name: "line", strict: true, schema } },
+});
+const said = JSON.parse(line.choices[0].message.content);
+assert.equal(typeof said.aside, "boolean");
+assert.ok(["ROMEO", "JULIET"].includes(said.speaker));
 
 // A chat, and the same as a stream.
 const chat = await client.chat.completions.create({ model, messages, max_completion_tokens: 40, seed: 7 });
