@@ -29,7 +29,10 @@ MAX_CANDIDATES = 10_000
 # it is one of the candidates.
 Normalize = Literal["none", "length", "candidates"]
 
-_ROUND = 64  # paths that are read at a time, so that few states wait for their branches
+# Paths that are read at a time: few, so that few states wait for their branches, and fewer if the distributions after
+# them have more log-probabilities than this.
+_ROUND, _ROUND_SCORES = 64, 2**18
+_CANDIDATE_SCORES = 60  # log-probabilities that take a third of the memory of a candidate's objects
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,10 @@ def score_candidates(
     Raises Overloaded, EngineFailed, ClientGone.
     """
     texts = [tuple(ids.tolist()) for ids in candidates]
-    plan = _Plan(sorted(set(texts)))
-    reserve(sum(map(len, texts)) + plan.num_states * states_as_scores(model, 1) + _ROUND * len(model.charset))
+    num_paths = max(1, min(_ROUND, _ROUND_SCORES // len(model.charset)))
+    plan = _Plan(sorted(set(texts)), num_paths)
+    num_chars = len(texts) * _CANDIDATE_SCORES + sum(map(len, texts))
+    reserve(num_chars + states_as_scores(model, plan.num_states) + num_paths * len(model.charset))
     scores = plan.carried_out(Branches(model, client_has_left), origin)
     return [scores[text] for text in texts]
 
@@ -106,7 +111,7 @@ def states_as_scores(model: LoadedModel, num_states: int) -> int:
     return -(-num_states * layers * units // 2)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Path:
     """Characters that one text of the engine reads, and what depends on the states on the way."""
 
@@ -124,6 +129,7 @@ class _Path:
     logprobs: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
     states: dict[int, Float32] = field(default_factory=dict)  # by the number of characters before, where needed
     num_waiting: int = 0  # paths and last characters that still need the states
+    num_planned: int = 0  # those of them that are in a round already
 
     @property
     def end(self) -> int:
@@ -134,15 +140,39 @@ class _Path:
 class _Plan:
     """A division of the tree of candidates into paths."""
 
-    def __init__(self, texts: list[tuple[int, ...]]) -> None:
-        """texts: distinct, sorted, not empty."""
+    def __init__(self, texts: list[tuple[int, ...]], num_paths: int) -> None:
+        """texts: distinct, sorted, not empty. num_paths: how many to read at a time."""
         self._texts = texts
-        self.first = _Path(None, 0)
-        self.num_states = 0  # that wait for branches, if all of them wait at once
-        todo = [(self.first, 0, len(texts))]
+        first = _Path(None, 0)
+        todo = [(first, 0, len(texts))]
         while todo:
             path, low, high = todo.pop()
             todo += self._extend(path, low, high)
+        self.num_states = 0  # the most that wait for branches at a time
+        # What is read together: paths, and places in paths before last characters, which need no step.
+        self._rounds: list[list[tuple[_Path, int | None]]] = []
+        self._schedule(first, num_paths)
+
+    def _schedule(self, first: _Path, num_paths: int) -> None:
+        """Order the paths. The newest is read first, so the states of a path are soon needed no more."""
+        ready: list[tuple[_Path, int | None]] = [(first, None)]
+        num_states = 0
+        while ready:
+            taken = [ready.pop() for _ in range(min(num_paths, len(ready)))]
+            self._rounds.append(taken)
+            for path, depth in taken:
+                if depth is None:
+                    left = [depth for depth in path.last_chars if depth != path.end]
+                    path.num_waiting = len(path.branches) + len(left)
+                    num_states += len(path.inner)
+                    ready += [(branch, None) for branch in path.branches]
+                    ready += [(path, depth) for depth in left]
+            self.num_states = max(self.num_states, num_states)
+            for path, depth in taken:
+                needed = path if depth is not None else path.parent
+                if needed is not None:
+                    needed.num_planned += 1
+                    num_states -= len(needed.inner) if needed.num_planned == needed.num_waiting else 0
 
     def _extend(self, path: _Path, low: int, high: int) -> list[tuple[_Path, int, int]]:
         """Extend a path through texts[low:high], which begin alike up to its start; return what branches off."""
@@ -181,17 +211,12 @@ class _Plan:
                     found.append((branch, *part))
             if len(parts) > 1 or depth in path.last_chars:
                 path.inner.append(depth)
-        self.num_states += len(path.inner)
         return found
 
     def carried_out(self, branches: Branches, origin: Origin) -> dict[tuple[int, ...], Float32]:
         """Read all paths; return the (n,) log-probabilities of each text."""
         scores: dict[tuple[int, ...], Float32] = {}
-        # A path, or the place in a path before last characters, which needs no step. The newest is taken first: so the
-        # states of a path are soon needed no more.
-        ready: list[tuple[_Path, int | None]] = [(self.first, None)]
-        while ready:
-            taken = [ready.pop() for _ in range(min(_ROUND, len(ready)))]
+        for taken in self._rounds:
             grown = branches.grow([_branch(path, depth, origin) for path, depth in taken])
             for (path, depth), result in zip(taken, grown, strict=True):
                 if depth is not None:
@@ -209,10 +234,6 @@ class _Plan:
                     scores[text] = path.logprobs[: len(text)]
                 if path.end in path.last_chars:
                     _score_last(scores, path, path.end, result)
-                left = [depth for depth in path.last_chars if depth != path.end]
-                path.num_waiting = len(path.branches) + len(left)
-                ready += [(branch, None) for branch in path.branches]
-                ready += [(path, depth) for depth in left]
         return scores
 
 

@@ -38,6 +38,7 @@ MAX_N = 64
 MAX_STEPS = 2048  # beginnings that a search continues before it settles for texts that may not be the likeliest
 _ROUND = 8  # beginnings that are continued side by side
 _RESERVED = 64  # beginnings whose memory is reserved at a time
+_MAX_FOLLOWING = 512  # characters after a beginning that a search considers; those of large charsets are not all stored
 _NODE_SCORES = 100  # log-probabilities that take as much memory as the objects of a node
 _APOSTROPHES = "'\u2019"
 _NOTHING: Ids = np.empty(0, np.int64)
@@ -136,6 +137,7 @@ class _Search:
         self._classes = np.unique(wanted.form.classes)  # an automaton may have classes without characters
         self._num_nodes = self._num_reserved = 0
         self._queue: list[_Entry] = [_ROOT]
+        self._left_out = -math.inf  # the log-probability of the likeliest beginning that was not considered
         self._best: list[float] = []  # a heap: the log-probabilities of the n likeliest whole texts so far
 
     def run(self) -> NBest:
@@ -153,6 +155,8 @@ class _Search:
             whole_ones = {entry[2]: entry for entry in (*found, *self._queue) if entry[1]}
             self._queue = []
             found = heapq.nsmallest(self._wanted.n, (whole_ones | {entry[2]: entry for entry in self._beam()}).values())
+        elif self._left_out > -math.inf:
+            is_exact = len(found) == self._wanted.n and -found[-1][0] > self._left_out
         texts = [Found(ids, -negative) for negative, _, ids, *_ in found]
         return NBest(texts, is_exact, self._branches.num_stepped)
 
@@ -221,6 +225,9 @@ class _Search:
             possible &= logprobs >= self._best[0]
         chars, logprobs, following = after.ids[possible], logprobs[possible], following[possible]
         order = np.lexsort((chars, -logprobs))
+        if len(order) > _MAX_FOLLOWING:
+            self._left_out = max(self._left_out, float(logprobs[order[_MAX_FOLLOWING]]))
+            order = order[:_MAX_FOLLOWING]
         following = following[order]
         are_whole = self._are_whole(following, left - 1).tolist()
         node = _Node(ids, hidden, chars[order].tolist(), logprobs[order].tolist(), following.tolist(), are_whole)
@@ -268,7 +275,7 @@ def affordable_steps(model: LoadedModel, max_chars: int, num_scores: int) -> int
 
 def _node_scores(model: LoadedModel, max_chars: int) -> int:
     """Return how many log-probabilities take as much memory as a node with all that may follow it."""
-    return states_as_scores(model, 1) + 10 * len(model.charset) + max_chars + _NODE_SCORES
+    return states_as_scores(model, 1) + 10 * min(len(model.charset), _MAX_FOLLOWING) + max_chars + _NODE_SCORES
 
 
 def _log_sum(logprobs: Float32) -> float:

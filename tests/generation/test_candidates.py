@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +16,12 @@ from hypothesis import strategies as st
 from service.arrays import Float32
 from service.engine.request import Request
 from service.errors import ClientGone, Overloaded, TooManyScores
-from service.generation.candidates import Origin, log_shares, score_candidates, total
+from service.generation.candidates import MAX_CANDIDATES, Origin, log_shares, score_candidates, total
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
+from service.settings import Settings
 from service.store.model_store import ModelStore
-from tests.harness.models import loaded_model
+from tests.harness.models import loaded_model, publish_tiny
 from tests.harness.wait import wait_until
 
 TEXTS = st.lists(
@@ -107,6 +111,39 @@ def test_candidates__reserve_their_memory_first(model: LoadedModel) -> None:
     with pytest.raises(TooManyScores):
         score_candidates(model, Origin(model.engine.initial_hidden(), 0), [model.charset.encode("abcabc")], refuse)
     assert model.engine.counters.num_read == before
+
+
+def test_candidates__of_the_longest_list_fit_into_a_clients_budget(model: LoadedModel) -> None:
+    class Enough(Exception):
+        pass
+
+    def reserve(num_scores: int) -> None:
+        reserved.append(num_scores)
+        raise Enough
+
+    reserved: list[int] = []
+    texts = [np.array(text) for text in itertools.islice(itertools.product(range(3), repeat=10), 0, 50_000, 5)]
+    assert len(texts) == MAX_CANDIDATES
+    large = SimpleNamespace(charset=model.charset, state_shape=(1, 1024))  # as large as the shipped one
+    with pytest.raises(Enough):
+        score_candidates(large, Origin(model.engine.initial_hidden(), 0), texts, reserve)  # type: ignore[arg-type]
+    assert sum(map(len, texts)) < reserved[0] < Settings.model_fields["max_scores"].default // 2
+
+
+def test_candidates__of_a_model_with_many_characters_fit_into_a_clients_budget(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(
+        store, "large", charset="".join(map(chr, range(0x3000, 0x3000 + 20_000))), embedding_dim=1, num_units=1
+    )
+    reserved: list[int] = []
+    with loaded_model(store, "large") as large:
+        origin = origin_of(large, "\u4e00\u4e01")
+        texts = [chr(0x5000 + index) + end for index in range(30) for end in "\u4e00\u4e01"]
+        ids = [large.charset.encode(text) for text in texts]
+        found = score_candidates(large, origin, ids, reserved.append)
+        for text, logprobs in zip(texts, found, strict=True):
+            assert logprobs.tobytes() == alone(large, origin, text).tobytes(), text
+    assert reserved[0] < Settings.model_fields["max_scores"].default // 2
 
 
 def test_candidates__are_given_up_when_the_client_has_left(model: LoadedModel) -> None:

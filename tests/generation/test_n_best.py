@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from service.engine.automaton.automaton import NEVER, Automaton
 from service.errors import ClientGone, TooManyScores
 from service.generation.candidates import Origin
-from service.generation.n_best import Ends, Found, NBest, Wanted, ends_at, n_best
+from service.generation.n_best import Ends, Found, NBest, Wanted, affordable_steps, ends_at, n_best
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
-from tests.harness.models import loaded_model, publish_names
+from tests.harness.models import loaded_model, publish_names, publish_tiny
 
 LETTERS = "abc"
 
@@ -150,6 +150,32 @@ def test_n_best__of_equal_likelihood_are_in_the_order_of_their_ids(tmp_path: Pat
         assert [one.ids for one in found.texts] == expected
         fewer = n_best(model, origin, Wanted(7, 2, ends_at(char not in lower for char in range(size))))
         assert [one.ids for one in fewer.texts] == expected[:7]
+
+
+@pytest.mark.parametrize(("limit", "is_exact"), [(40, True), (2, False)])
+def test_n_best__say_whether_characters_that_were_left_out_matter(
+    model: LoadedModel, origin: Origin, monkeypatch: pytest.MonkeyPatch, limit: int, is_exact: bool
+) -> None:
+    wanted = Wanted(4, 1, ends_at([False] * len(model.charset)))
+    expected = n_best(model, origin, wanted)
+    monkeypatch.setattr("service.generation.n_best._MAX_FOLLOWING", limit)
+    found = n_best(model, origin, wanted)
+    assert found.is_exact is is_exact
+    if is_exact:
+        assert found.texts == expected.texts
+
+
+def test_n_best__of_a_large_charset_are_exact_within_its_memory(tmp_path: Path) -> None:
+    store = ModelStore(tmp_path)
+    publish_tiny(store, "large", charset="".join(sorted({*" ab", *map(chr, range(0x4E00, 0x4E00 + 3000))})))
+    with loaded_model(store, "large") as model:
+        origin = Origin(step(model, np.array([5, 7]))[0].hidden, 2)
+        assert affordable_steps(model, 32, 2_100_000) >= 256
+        found = n_best(model, origin, Wanted(3, 1, ends_at([False] * len(model.charset))))
+        end, _ = step(model, np.empty(0, np.int64), origin.hidden, 2, num_next=3)
+        assert end.next is not None
+        assert [one.ids[0] for one in found.texts] == end.next.ids.tolist()
+        assert found.is_exact
 
 
 def test_n_best__reserve_their_memory_before_they_use_it(model: LoadedModel, origin: Origin) -> None:
