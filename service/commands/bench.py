@@ -93,9 +93,12 @@ def measure(stepper: Stepper, num_rows: int, seconds: float) -> list[float]:
 
 
 class Texts:
-    """Endless texts that a stepper generates side by side, with as many characters a call as the engine would take."""
+    """Endless texts that a stepper generates side by side, with as many characters a call as the engine would take.
 
-    def __init__(self, stepper: Stepper, num_rows: int) -> None:
+    fields: of all their requests.
+    """
+
+    def __init__(self, stepper: Stepper, num_rows: int, **fields: Any) -> None:
         import numpy as np
 
         from service.engine.pace import Pace
@@ -104,7 +107,8 @@ class Texts:
 
         self._stepper, self._pace = stepper, Pace()
         empty_prompt = np.empty(0, np.int64)
-        self._rows = [Row(Request(empty_prompt, 2**52, seed), stepper.initial_hidden()) for seed in range(num_rows)]
+        requests = [Request(empty_prompt, 2**52, seed, **fields) for seed in range(num_rows)]
+        self._rows = [Row(request, stepper.initial_hidden()) for request in requests]
 
     def chars_per_s(self, seconds: float) -> float:
         """Generate for `seconds`, in at least one call, and return the characters/s of all texts together."""

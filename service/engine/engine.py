@@ -109,13 +109,14 @@ class Engine:
         return [text.handle for text in texts]
 
     def _texts(self, requests: Sequence[Request]) -> list[Text]:
-        batch, now, texts = SubmittedBatch(len(requests)), self._clock(), list[Text]()
+        rows = [Row.of(request, self._stepper.initial_hidden(), self._vocab_size) for request in requests]
+        # What requests share counts once.
         shared = {id(request.prompt): request.prompt.nbytes for request in requests}
         shared |= {id(one): one.num_bytes for one in (request.automaton for request in requests) if one is not None}
-        for request in requests:
-            row = Row.of(request, self._stepper.initial_hidden(), self._vocab_size)
-            num_bytes = self._num_bytes(request) + shared.pop(id(request.prompt), 0)
-            num_bytes += shared.pop(id(request.automaton), 0)
+        batch, now, texts = SubmittedBatch(len(requests)), self._clock(), list[Text]()
+        for request, row in zip(requests, rows, strict=True):
+            num_bytes = self._num_bytes(request)
+            num_bytes += shared.pop(id(request.prompt), 0) + shared.pop(id(request.automaton), 0)
             handle = Handle(request, self._stepper.check, now, row.num_withheld, self._note_cancelled)
             texts.append(Text(handle, row, batch, num_bytes, len(request.prompt)))
         return texts

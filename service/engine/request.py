@@ -55,7 +55,7 @@ class Request:
     # For whom the text is advanced; see `shares`. It has no effect on the text.
     client: str = field(default_factory=current_client)
 
-    @property
+    @cached_property
     def chars_left(self) -> int:
         """Characters until the text has to be complete, at the beginning of this request."""
         return self.max_chars if self.num_left is None else self.num_left
@@ -67,10 +67,15 @@ class Request:
             return 0
         return self.automaton.walk(0, self.generated.tolist())
 
-    @property
+    @cached_property
     def num_before(self) -> int:
         """Characters that the run had generated before this request."""
         return 0 if self.generated is None else len(self.generated)
+
+    @cached_property
+    def first_stop(self) -> int:
+        """How many characters are drawn before one may complete a stop string; below 0 if that was long ago."""
+        return self.min_chars - self.num_before
 
     def num_bytes(self, state_bytes: int, vocab_size: int) -> int:
         """Return the approximate memory until its end, without prompt and automaton, which requests may share.
@@ -128,8 +133,10 @@ class Request:
             self._check_automaton(self.automaton, vocab_size)
 
     def _check_automaton(self, automaton: Automaton, vocab_size: int) -> None:
-        if automaton.classes.shape != (vocab_size,) or automaton.transitions.shape[1] > vocab_size:
-            raise InvalidValue("the automaton of a text is for another number of characters than the model has")
+        if automaton.classes.shape != (vocab_size,) or not automaton.is_sound:
+            raise InvalidValue("the automaton of a text has other characters than the model, or tables that don't fit")
+        if automaton.transitions.shape[1] > vocab_size:
+            raise InvalidValue("the automaton of a text has more classes than the model has characters")
         if not automaton.restricts:
             return
         state = self.initial_state

@@ -82,13 +82,13 @@ class Row:
     @property
     def first_stop(self) -> int:
         """How many more characters are drawn before one may complete a stop string."""
-        return max(0, self.request.min_chars - self.request.num_before - self.num_generated)
+        return max(0, self.request.first_stop - self.num_generated)
 
     @property
     def num_withheld(self) -> int:
         """How many of the last generated characters may turn out to belong to a stop string."""
         automaton = self.request.automaton
-        return 0 if automaton is None else int(automaton.withheld[self.state])
+        return 0 if automaton is None else automaton.withheld.item(self.state)
 
     @property
     def ends_empty(self) -> bool:

@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.stops import with_stops
 from service.engine.engine import Engine
 from service.engine.handle import End, Handle
@@ -22,7 +24,8 @@ from service.engine.stepper import InvalidRows, Row, Stepper, Steps
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
-from tests.harness.rows import CHARSET, changed, quantized
+from tests.harness.automata import random_automaton
+from tests.harness.rows import CHARSET, EMPTY, changed, quantized
 from tests.harness.wait import wait_until
 
 STEPPER = TorchStepper(quantized())
@@ -55,16 +58,20 @@ def request(prompt: str = "ROMEO:", max_chars: int = 30, seed: int = 7, **change
 
 def result(handle: Handle) -> list[Any]:
     """Wait for the end of a text. Everything that it brought, comparable to the bit."""
-    chars, scores = [], []
+    chars: list[int] = []
+    scores: list[bytes] = []
+    among: list[bytes] = []
     while True:
         part, end = handle.read(0.0, 10)
         chars += part.chars.tolist()
         for some in (part.prompt_scores, part.scores):
             if some is not None:
                 scores.append(some.chosen.tobytes())
+                among += [] if some.allowed is None else [some.allowed.tobytes()]
         if end is not None:
+            ends = [b"".join(among), end.num_stop_chars, None if end.next is None else end.next.logprobs.tobytes()]
             checkpoints = [(position, hidden.tobytes()) for position, hidden in end.checkpoints.items()]
-            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), checkpoints]
+            return [chars, b"".join(scores), end.reason, end.position, end.hidden.tobytes(), checkpoints, ends]
 
 
 KINDS: list[tuple[str, int, dict[str, Any]]] = [
@@ -507,6 +514,8 @@ def test_flush_interval__grows_with_the_number_of_open_texts() -> None:
 
 HUGE = 2**63 - 1
 LONE = np.array([len(CHARSET)])  # an id that the model doesn't have
+_NONE = np.zeros(1, np.int32)
+ANY = Automaton(np.zeros(len(CHARSET), np.int32), np.zeros((1, 1), np.int32), _NONE, _NONE, _NONE)  # allows everything
 UNREPRESENTABLE: dict[str, dict[str, Any]] = {
     "position after the last one": {"position": HUGE},
     "end after the last one": {"position": 2**53 - 35},
@@ -527,6 +536,12 @@ UNREPRESENTABLE: dict[str, dict[str, Any]] = {
     "infinite state": {"hidden": np.full((1, 64), np.inf, np.float32)},
     "state above 1": {"hidden": np.full((1, 64), 1.5, np.float32)},
     "automaton of another charset": {"automaton": with_stops(None, [np.array([0])], len(CHARSET) + 1)},
+    "automaton that leaves its tables": {"automaton": replace(ANY, transitions=np.array([[1]], np.int32))},
+    "automaton with a class that it lacks": {"automaton": replace(ANY, classes=ANY.classes + np.int32(1))},
+    "automaton of other numbers": {"automaton": replace(ANY, transitions=np.array([[0]]))},
+    "automaton with more classes than characters": {
+        "automaton": replace(ANY, transitions=np.zeros((1, len(CHARSET) + 1), np.int32))
+    },
     "completed before its end": {"num_left": 10},
     "unknown characters before it": {"generated": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
     "unknown characters in its history": {"history_prompt": LONE, "sampling": SamplingSettings(presence_penalty=1.0)},
@@ -657,10 +672,12 @@ CHOICES: list[dict[str, Any]] = [
     {"max_chars": 0, "num_next": 3},
     {"position": 50, "checkpoint_positions": (60,), "automaton": with_stops(None, [CHARSET.encode("e")], len(CHARSET))},
     {"prompt": ""},
+    {"automaton": random_automaton(2, len(CHARSET)), "num_logprobs": 1},
+    {"automaton": EMPTY, "num_next": 2},
 ]
 
 
-@pytest.mark.parametrize("kind", CHOICES, ids=str)
+@pytest.mark.parametrize("kind", CHOICES, ids=lambda kind: " ".join(kind) or "plain")
 def test_choices__of_one_prompt_read_it_once_and_get_what_each_gets_alone(
     stepper: Stepper, kind: dict[str, Any]
 ) -> None:
@@ -782,3 +799,41 @@ def test_read__gives_the_last_characters_and_the_end_together() -> None:
                 part, end = handle.read(0.0, 5)
                 chars += len(part.chars)
             assert chars == 40
+
+
+def test_memory__of_an_automaton_counts_once_in_a_submission() -> None:
+    size, none = 10_000, np.zeros(10_000, np.int32)
+    ring = (np.arange(size, dtype=np.int32)[:, None] + 1) % size
+    large = Automaton(np.zeros(len(CHARSET), np.int32), ring, none, none, none)
+    assert large.num_bytes > 200_000
+    memory, gate = SharedBudget(2_000_000), _Gate()
+    with running(gate, memory=memory, max_running=100) as engine:
+        handles = engine.submit([request(automaton=large, seed=seed) for seed in range(20)])
+        assert large.num_bytes < memory.num_taken < large.num_bytes + 100_000
+        handles += engine.submit([request(automaton=large)])
+        assert memory.num_taken > 2 * large.num_bytes
+        with pytest.raises(InvalidValue, match="memory"):
+            engine.submit([request(automaton=replace(large)) for _ in range(10)])
+        gate.open()
+        for handle in handles:
+            handle.wait()
+        assert memory.num_taken == 0
+
+
+def test_read__says_how_many_characters_may_belong_to_a_stop_string() -> None:
+    """With every result, also an empty one, and before the first one of a run that another request began."""
+    with running() as engine:
+        whole = np.array(result(engine.submit([request(max_chars=30)])[0])[0], np.int64)
+        stop = np.append(whole[27:30], (whole[29] + 1) % len(CHARSET))
+        automaton = with_stops(None, [stop], len(CHARSET))
+        assert automaton is not None
+        handle = engine.submit([request(max_chars=30, automaton=automaton)])[0]
+        expected = int(automaton.withheld[automaton.walk(0, whole)])
+        assert expected == 3
+        for update in (handle.read_whole(), handle.read(0.0)):
+            assert update.result.num_withheld == expected
+        resumed = engine.submit([request("", 5, automaton=automaton, generated=whole)])[0]
+        assert resumed.num_withheld_before == expected
+        stopped = with_stops(None, [whole[27:30], whole[28:30]], len(CHARSET))
+        end = engine.submit([request(max_chars=40, automaton=stopped, min_chars=29)])[0].wait()
+        assert (end.reason, end.position, end.num_stop_chars) == ("stop", 36, 3)

@@ -15,7 +15,7 @@ from service.engine.native.native_stepper import NativeStepper
 from service.engine.native.rows import PackedRow
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.web.api.schemas import SamplingBody
-from tests.harness.rows import quantized, row
+from tests.harness.rows import changed, quantized, row
 
 DECLARED = {
     name: hint
@@ -75,7 +75,7 @@ def test_sampling_settings__reach_the_kernel(name: str) -> None:
     settings = replace(SamplingSettings(top_k=1), **{name: value})
     stepper = NativeStepper(quantized())
     record = library.make_row()
-    PackedRow(row(stepper, sampling=settings), stepper.config, record)
+    PackedRow(changed(row(stepper), sampling=settings), stepper.config, record)
     assert getattr(record, name) == value
 
 

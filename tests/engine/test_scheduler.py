@@ -28,6 +28,20 @@ def scheduler_with(max_running: int = 256, **num_texts: int) -> Scheduler[_Text]
     return scheduler
 
 
+def test_replace__others_take_the_place_and_their_turn_is_before_those_that_wait() -> None:
+    scheduler = scheduler_with(2, a=4, b=1)
+    first = next(text for text in scheduler.choose(3) if text.client == "a")
+    others = [_Text(number, "a") for number in (10, 11, 12)]
+    scheduler.replace(first, others)
+    assert first not in (*scheduler.running, *scheduler.waiting)
+    assert [text.number for text in scheduler.waiting if text.client == "a"] == [10, 11, 12, 2, 3]
+    chosen = [text for text in scheduler.choose(4) if text.client == "a"]
+    assert others[0] in scheduler.running
+    assert len(chosen) >= 1
+    scheduler.remove([*scheduler.running, *scheduler.waiting])
+    assert not scheduler.has_work
+
+
 def clients(texts: Iterable[_Text]) -> dict[str, int]:
     """Return how many of the texts each client has."""
     return dict(Counter(text.client for text in texts))

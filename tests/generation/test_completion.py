@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from service.engine.automaton.form import Form
 from service.engine.scores import Scores
-from service.errors import Overloaded
+from service.errors import InvalidValue, Overloaded
 from service.generation.completion import Choice, Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.store.model_store import ModelStore
@@ -288,3 +291,70 @@ def test_precision__is_the_versions_own_unless_set(tmp_path: Path) -> None:
         assert model.precision == "int4"
     with loaded_model(store, precision="int8") as model:
         assert model.precision == "int8"
+
+
+CHOICES = ["", "the", "thou art", "e"]
+FORMS = [Form("regex", "(?:[a-z]{2,5} ){3}[A-Z]"), Form("regex", "[^e]*"), Form("choice", json.dumps(CHOICES))]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.value)
+@pytest.mark.parametrize("stop", [(), ("e", "th"), (" ",)], ids=repr)
+def test_form__every_text_has_it_streamed_or_whole_up_to_a_stop_string(
+    model: LoadedModel, form: Form, stop: tuple[str, ...]
+) -> None:
+    """With all settings, several choices of one prompt, and any number of characters that suffices."""
+    pattern = "|".join(CHOICES) if form.kind == "choice" else form.value
+    settings = [SamplingSettings(), SamplingSettings(temperature=0.7, top_p=0.9), SamplingSettings(top_k=3, min_p=0.1)]
+    for how in (*settings, SamplingSettings(repetition_penalty=1.4, frequency_penalty=0.3)):
+        for max_chars in (14, 15, 18, 40):
+            what: dict[str, Any] = {"form": form, "stop": stop, "max_chars": max_chars, "sampling": how}
+            made = Completion(model, request(model, n=4, best_of=4, num_logprobs=0, returns_state=True, **what))
+            for index, (shown, scores) in finish(made, 0.0).items():
+                choice = made.choices[index]
+                assert re.fullmatch(pattern, shown)
+                assert choice.finish_reason == "stop" or choice.num_generated == max_chars
+                assert scores is not None
+                assert len(scores.chosen) == len(shown)
+                if scores.allowed is not None:
+                    assert (scores.allowed >= scores.chosen - 1e-5).all()
+                assert choice.state is not None
+                assert choice.state[1] == 6 + len(shown)
+                fed = Completion(model, request(model, "ROMEO:" + shown, max_chars=0)).choices[0].handle.wait()
+                assert choice.state[0].tobytes() == fed.hidden.tobytes()
+            again = Completion(model, request(model, n=4, best_of=4, **what))
+            assert [shown for shown, _ in finish(again).values()] == [
+                choice.generated[: len(choice.generated) - _end_of(choice)] for choice in made.choices
+            ]
+
+
+def test_form__log_probabilities_among_the_allowed_are_beside_those_of_an_echoed_prompt(model: LoadedModel) -> None:
+    """A prompt has none; and where the form allows everything, they are the model's own."""
+    for form, num_chars in ((FORMS[0], 10), (Form("regex", r"[\s\S]*"), 20)):
+        what: dict[str, Any] = {"form": form, "max_chars": num_chars, "num_logprobs": 1, "echo": True}
+        shown, scores = finish(Completion(model, request(model, **what)), 0.0)[0]
+        assert scores is not None
+        assert scores.allowed is not None
+        assert len(scores.allowed) == len(shown) == 6 + num_chars
+        assert np.isnan(scores.allowed).tolist() == [True] * 6 + [False] * num_chars
+        assert (scores.allowed[6:] >= scores.chosen[6:]).all()
+        assert (scores.allowed[6:] == scores.chosen[6:]).all() == (form is not FORMS[0])
+
+
+def _end_of(choice: Choice) -> int:
+    return choice.handle.wait().num_stop_chars
+
+
+def test_form__that_needs_more_characters_is_refused_with_their_number(model: LoadedModel) -> None:
+    with pytest.raises(InvalidValue, match="at least 10 characters") as caught:
+        Completion(model, request(model, form=FORMS[0], max_chars=9))
+    assert caught.value.param == "max_tokens"
+    assert len(text(model, form=FORMS[0], max_chars=10)) == 10
+
+
+def test_form__has_only_the_allowed_characters(model: LoadedModel) -> None:
+    allowed = tuple(model.charset.exact("aeth ").tolist())
+    how = {"sampling": SamplingSettings(allowed=allowed), "form": Form("regex", "[a-z ]{8}"), "stop": ("t", "zz")}
+    for seed in range(5):
+        assert set(text(model, seed=seed, **how)) <= set("aeth ")
+    with pytest.raises(InvalidValue):
+        text(model, sampling=SamplingSettings(allowed=allowed), form=Form("regex", "x+"))

@@ -43,9 +43,33 @@ class Automaton:
         return sum(table.nbytes for table in tables)
 
     @cached_property
+    def is_sound(self) -> bool:
+        """Whether the tables fit together, so that following them never leaves them."""
+        num_states = self.num_states
+        per_state = (self.fewest, self.stop_chars, self.withheld)
+        if not num_states or self.classes.ndim != 1 or self.transitions.ndim != 2:
+            return False
+        if any(table.shape != (num_states,) for table in per_state) or len(self.transitions) != num_states:
+            return False
+        if any(table.dtype != np.int32 for table in (self.classes, self.transitions, *per_state)):
+            return False
+        classes, following = self.classes, self.transitions
+        return bool(
+            classes.min(initial=0) >= 0
+            and classes.max(initial=0) < following.shape[1]
+            and following.min() >= -1
+            and following.max() < num_states
+        )
+
+    @cached_property
     def restricts(self) -> bool:
         """Whether some character may not come next somewhere. Stop strings alone restrict nothing."""
         return bool((self.transitions < 0).any() or self.fewest.any())
+
+    @cached_property
+    def has_stops(self) -> bool:
+        """Whether it knows any stop string."""
+        return bool(self.withheld.any())
 
     @cached_property
     def fewest_after(self) -> Int32:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ctypes import addressof, c_char
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +96,7 @@ class PackedRow:
         num_scored = num_read if row.request.score_prompt else 0  # characters of the prompt
         drawn = scores.slice(num_scored, num_scored + len(chars))
         if self._among_allowed is not None:
-            drawn = replace(drawn, allowed=self._among_allowed[: len(chars)])
+            drawn = Scores(drawn.chosen, drawn.top_ids, drawn.top, self._among_allowed[: len(chars)])
         return StepResult(
             chars, drawn if len(chars) else None, scores.slice(0, num_scored) if num_scored else None, num_withheld
         )
