@@ -15,7 +15,7 @@ from service.engine.native.native_stepper import NativeStepper
 from service.engine.native.rows import PackedRow
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.web.api.schemas import SamplingBody
-from tests.harness.rows import changed, quantized, row
+from tests.harness.rows import quantized, row
 
 DECLARED = {
     name: hint
@@ -71,11 +71,11 @@ def test_sampling_settings__reach_the_kernel(name: str) -> None:
     """The kernel's row has a field of this name, and it gets the value of the setting."""
     library = load()
     assert library is not None
-    value = getattr(PLAIN, name) + 2
+    value = 0.5 if name.endswith("_p") else getattr(PLAIN, name) + 2
     settings = replace(SamplingSettings(top_k=1), **{name: value})
     stepper = NativeStepper(quantized())
     record = library.make_row()
-    PackedRow(changed(row(stepper), sampling=settings), stepper.config, record)
+    PackedRow(row(stepper, sampling=settings), stepper.config, record)
     assert getattr(record, name) == value
 
 
