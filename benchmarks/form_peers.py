@@ -4,12 +4,12 @@
 
 The forms are the 50 patterns and 20 schemas of `tests/harness/forms.py`, each with three limits: the fewest characters
 that suffice, 10 more and 100 more. A library's texts are drawn by a small transformer of random weights, the service's
-by a GRU of random weights with 1,024 units; a token is a character for all of them. So a model knows nothing of a form,
-as one that was trained on something else, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
+by a GRU of random weights with 1,024 units; a token is a character for all of them. So the model knows nothing of the
+form, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
 judge the texts, also those that were cut off at the limit.
 
-The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't be
-installed is named and left out. JSON is written without free white space where a library offers that.
+The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't
+be installed is named and left out. JSON is written without free white space where a library offers that.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class Transformer:
             x = x + attended.reshape(len(tokens), _WIDTH) @ out
             x = x + torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (_WIDTH,)) @ up) @ down
         self._cache = cache
-        return torch.nn.functional.layer_norm(x, (_WIDTH,)) @ self._head
+        logits: torch.Tensor = torch.nn.functional.layer_norm(x, (_WIDTH,)) @ self._head
+        return logits
 
 
 class Library(ABC):
@@ -108,7 +109,7 @@ class LlGuidance(Library):
     name = "llguidance"
 
     def __init__(self) -> None:
-        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         class Tokens:
             eos_token_id, bos_token_id = END, None
@@ -151,8 +152,8 @@ class OutlinesCore(Library):
     name = "outlines-core"
 
     def __init__(self) -> None:
-        from outlines_core import Guide, Index, Vocabulary
-        from outlines_core.json_schema import build_regex_from_schema
+        from outlines_core import Guide, Index, Vocabulary  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from outlines_core.json_schema import build_regex_from_schema  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         self._guide, self._index, self._regex = Guide, Index, build_regex_from_schema
         self._vocabulary = Vocabulary(END, {char: [token] for token, char in enumerate(CHARSET)})
@@ -182,11 +183,12 @@ class LmFormatEnforcer(Library):
     name = "lm-format-enforcer"
 
     def __init__(self) -> None:
-        from lmformatenforcer import JsonSchemaParser, RegexParser, TokenEnforcer, TokenEnforcerTokenizerData
+        import lmformatenforcer  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        self._regex, self._schema, self._enforcer = RegexParser, JsonSchemaParser, TokenEnforcer
+        library = lmformatenforcer
+        self._regex, self._schema, self._enforcer = library.RegexParser, library.JsonSchemaParser, library.TokenEnforcer
         tokens = [(token, char, False) for token, char in enumerate(CHARSET)]
-        self._tokens = TokenEnforcerTokenizerData(
+        self._tokens = library.TokenEnforcerTokenizerData(
             tokens, lambda ids: "".join(CHARSET[one] for one in ids if one < END), END, True, VOCAB
         )
 
@@ -216,7 +218,7 @@ class XGrammar(Library):
     name = "xgrammar"
 
     def __init__(self) -> None:
-        import xgrammar
+        import xgrammar  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         self._library = xgrammar
         vocabulary = [char.encode() for char in CHARSET] + [b"<|end|>"]
