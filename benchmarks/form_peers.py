@@ -4,12 +4,17 @@
 
 The forms are the 50 patterns and 20 schemas of `tests/harness/forms.py`, each with three limits: the fewest characters
 that suffice, 10 more and 100 more. A library's texts are drawn by a small transformer of random weights, the service's
-by a GRU of random weights with 1,024 units; a token is a character for all of them. So a model knows nothing of a form,
-as one that was trained on something else, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
+by a GRU of random weights with 1,024 units; a token is a character for all of them. So the model knows nothing of the
+form, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
 judge the texts, also those that were cut off at the limit.
 
 The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't
+<<<<<<< HEAD
 be installed is named and left out. JSON is written without free white space where a library offers that.
+=======
+be installed is named and left out. Times are processor times of one thread. JSON is
+written without free white space where a library offers that.
+>>>>>>> peers
 """
 
 from __future__ import annotations
@@ -34,7 +39,6 @@ from benchmarks.form_validity import Judge, fault, forms, generated
 from benchmarks.pairs import in_turns
 from benchmarks.peers.environment import Skipped, environment, reason
 from benchmarks.table import machine, summary
-from service.cores import available_cores
 from service.engine.automaton.compiler import compile_form
 from service.engine.automaton.form import Form
 from service.engine.kernels import choose_kernel
@@ -134,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = ModelStore(Path(folder))
         ref = publish_tiny(store, "random", charset=CHARSET, embedding_dim=256, num_units=1024)
-        settings = EngineSettings(choose_kernel("auto", available_cores()))
+        settings = EngineSettings(choose_kernel("auto", 1))
         model = LoadedModel(*store.load(ref), settings)
         try:
             found.append(of_service(model, options.texts, options.rounds))
@@ -183,9 +187,9 @@ def of_service(model: LoadedModel, num_texts: int, num_rounds: int) -> Found:
     """Have the service constrain texts of all forms."""
     found = Found("gru-serve", "")
     for form_name, form, judge in forms():
-        began = time.perf_counter()
+        began = time.process_time()
         compile_form(form, CHARSET[::-1])  # another charset, so that no form of this one is cached
-        found.compile_ms.append(1000 * (time.perf_counter() - began))
+        found.compile_ms.append(1000 * (time.process_time() - began))
         found.num_forms += 1
         limits = limits_of(form)
         for place, limit in enumerate(limits):
@@ -210,12 +214,12 @@ def request_of(model: LoadedModel, form: Form | None, max_chars: int, num_texts:
 
 
 def step_us(model: LoadedModel, request: CompletionRequest) -> float:
-    """Generate texts, and return the microseconds that each character took."""
-    began = time.perf_counter()
+    """Generate texts, and return the microseconds of processor time that each character took."""
+    began = time.process_time()
     completion = Completion(model, request)
     for _ in completion.wholes(1.0):
         pass
-    return 1e6 * (time.perf_counter() - began) / completion.num_generated
+    return 1e6 * (time.process_time() - began) / completion.num_generated
 
 
 def count(found: Found, form: str, judge: Judge, place: int, texts: Sequence[str], ended: Sequence[bool]) -> None:

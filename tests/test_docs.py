@@ -62,7 +62,7 @@ def openapi() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12), ("candidates.md", 10), ("forms.md", 17)],
+    [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 15), ("candidates.md", 10), ("forms.md", 17)],
 )
 def test_examples__print_what_they_show(
     server: Server, name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, aclosing, closing
 from typing import Any
 
 import jsonschema
 import pytest
 
+from service.client import AsyncClient, Client, InvalidRequest, Message, ResponseFormat, StructuredOutputs
 from service.store.model_store import ModelStore
 from tests.harness.forms import CHARSET, PATTERNS, SCHEMAS
 from tests.harness.models import publish_tiny
@@ -25,6 +27,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"temperature": 0},
     {"top_k": 3, "repetition_penalty": 1.5, "logit_bias": {"a": 5, "}": -50, '"': 3}},
 ]
+
+PERSON: ResponseFormat = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMAS["person"]}}
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +211,38 @@ def test_run__resumed_at_other_replicas_is_the_completion(servers: list[Server],
     assert servers[0].call("PUT", f"/v1/sessions/{name.split()[0]}", {"text": PROMPT, "seed": 7})[0] == 201
     text, end = follow(servers, name.split()[0], LONG[name], random.Random(3))
     assert (text, end["finish_reason"]) == (whole["text"], whole["finish_reason"])
+
+
+def test_clients__send_forms_and_get_the_same_texts(server: Server) -> None:
+    """Whole and streamed completions, chats, runs of sessions and suggestions, with and without asyncio."""
+    url, code, schema = f"http://127.0.0.1:{server.port}", r"[A-Z]{2}\d{3,9}", SCHEMAS["person"]
+    outputs: StructuredOutputs = {"regex": code}
+    question: list[Message] = [{"role": "user", "content": "Who?"}]
+
+    async def awaited() -> list[str]:
+        async with AsyncClient(url) as client:
+            whole = await client.complete(PROMPT, seed=7, structured_outputs=outputs)
+            async with aclosing(client.stream(PROMPT, seed=7, structured_outputs=outputs)) as pieces:
+                text = "".join([piece.text async for piece in pieces])
+            chat = await client.chat(question, max_tokens=200, seed=7, response_format=PERSON)
+            session = await client.create(PROMPT, seed=7)
+            async with aclosing(session.generate(structured_outputs=outputs)) as parts:
+                run = "".join([part async for part in parts])
+            found = await session.suggest(2, structured_outputs={"choice": ["yes", "no", "maybe"]})
+            return [whole.text, text, chat.text, run, *(one.text for one in found.texts)]
+
+    with Client(url) as client:
+        whole = client.complete(PROMPT, seed=7, structured_outputs=outputs)
+        text = "".join(piece.text for piece in client.stream(PROMPT, seed=7, structured_outputs=outputs))
+        chat = client.chat(question, max_tokens=200, seed=7, response_format=PERSON)
+        session = client.create(PROMPT, seed=7)
+        run = "".join(session.generate(structured_outputs=outputs))
+        found = session.suggest(2, structured_outputs={"choice": ["yes", "no", "maybe"]})
+        with pytest.raises(InvalidRequest) as refused:
+            "".join(session.generate(4, structured_outputs=outputs))
+    assert re.fullmatch(code, whole.text)
+    assert whole.text == text == run
+    jsonschema.validate(json.loads(chat.text), schema)
+    assert {one.text for one in found.texts} < {"yes", "no", "maybe"}
+    assert (refused.value.param, " 5 characters" in str(refused.value)) == ("max_tokens", True)
+    assert asyncio.run(awaited()) == [whole.text, text, chat.text, run, *(one.text for one in found.texts)]
