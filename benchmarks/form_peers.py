@@ -9,12 +9,8 @@ form, and only what constrains it makes a text valid. `re.fullmatch` and jsonsch
 judge the texts, also those that were cut off at the limit.
 
 The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't
-<<<<<<< HEAD
-be installed is named and left out. JSON is written without free white space where a library offers that.
-=======
-be installed is named and left out. Times are processor times of one thread. JSON is
-written without free white space where a library offers that.
->>>>>>> peers
+be installed is named and left out. Times are processor times of one thread. JSON is written without free white space
+where a library offers that.
 """
 
 from __future__ import annotations
