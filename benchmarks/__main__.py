@@ -24,6 +24,8 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "http": (),
     "fairness": (),
     "scoring": (),
+    "form_validity": (),
+    "form_peers": (),
     "sessions": (),
     "memory": (),
     "deploy": ("redis-server",),

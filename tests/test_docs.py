@@ -61,7 +61,8 @@ def openapi() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12), ("candidates.md", 10)]
+    ("name", "least"),
+    [("sessions.md", 26), ("inspect.md", 20), ("clients.md", 12), ("candidates.md", 10), ("forms.md", 17)],
 )
 def test_examples__print_what_they_show(
     server: Server, name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +108,19 @@ def test_api__example_shows_the_servers_answer(server: Server) -> None:
     found["usage"]["prompt_tokens_details"]["cached_tokens"] = 0  # another page's example may have sent this prompt
     assert found | {"id": "", "created": 0} == shown | {"id": "", "created": 0}
     assert f"```\nROMEO:{shown['choices'][0]['text']}\n```" in text
+
+
+@pytest.mark.parametrize(("document", "least"), [(README, 3), (DOCS / "forms.md", 1)], ids=["README", "forms"])
+def test_curl__examples_are_answered(server: Server, document: Path, least: int) -> None:
+    calls = re.findall(r"^ {4}curl -s\w* localhost:8000(/\S+) [^']*'[^']+'[^']*-d '([^']*)'$", document.read_text(), re.M)
+    assert len(calls) >= least
+    for path, body in calls:
+        call = urllib.request.Request(
+            f"http://127.0.0.1:{server.port}{path}", body.encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(call, timeout=30) as response:
+            assert response.status == 200
+            assert response.read()
 
 
 # The README and the index

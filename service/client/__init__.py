@@ -29,7 +29,7 @@ from service.client.answers import (
 )
 from service.client.async_client import AsyncClient, AsyncSession, FeedResult
 from service.client.client import Client, Session
-from service.client.fields import Message
+from service.client.fields import Message, ResponseFormat, StructuredOutputs
 from service.client.inspection import Inspection
 from service.client.transport import (
     Conflict,
@@ -63,11 +63,13 @@ __all__ = [
     "NotFound",
     "NotPermitted",
     "Overloaded",
+    "ResponseFormat",
     "Score",
     "ServerError",
     "ServerFailed",
     "Session",
     "StreamBroken",
+    "StructuredOutputs",
     "Suggestion",
     "Suggestions",
     "Usage",

@@ -21,7 +21,45 @@ class Message(_Turn, total=False):
     name: str  # the speaker's name; without it, the model's template names the role
 
 
-class SamplingFields(TypedDict, total=False):
+class StructuredOutputs(TypedDict, total=False):
+    """The form of a text, in vLLM's names: exactly one of these."""
+
+    choice: list[str]
+    regex: str
+    json: dict[str, Any] | str  # a JSON schema
+    json_object: bool
+
+
+class _JsonSchema(TypedDict):
+    schema: dict[str, Any]
+
+
+class JsonSchemaFormat(_JsonSchema, total=False):
+    """A JSON schema, in OpenAI's names."""
+
+    name: str
+    description: str
+    strict: bool
+
+
+class _Format(TypedDict):
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class ResponseFormat(_Format, total=False):
+    """The form of a text, in OpenAI's names."""
+
+    json_schema: JsonSchemaFormat  # only with the type `json_schema`
+
+
+class FormFields(TypedDict, total=False):
+    """What a text has to be, as a whole: one of these fields."""
+
+    structured_outputs: StructuredOutputs
+    response_format: ResponseFormat
+
+
+class SamplingFields(FormFields, total=False):
     """How characters are drawn, and when a text ends."""
 
     stop: str | list[str] | None
@@ -39,8 +77,6 @@ class SamplingFields(TypedDict, total=False):
     include_stop_str_in_output: bool
     stop_token_ids: list[int]
     allowed_token_ids: list[int]
-    structured_outputs: dict[str, Any]
-    response_format: dict[str, Any]
 
 
 class ModelFields(SamplingFields, total=False):
@@ -98,12 +134,11 @@ class PromptCandidateFields(CandidateFields, total=False):
     cache_salt: str
 
 
-class SuggestFields(TypedDict, total=False):
+class SuggestFields(FormFields, total=False):
     """Which texts are suggested."""
 
     prompt: str
     until: str | None
-    structured_outputs: dict[str, Any]
     max_chars: int
     unknown_chars: UnknownChars
 

@@ -23,7 +23,7 @@ class Scores:
     top_ids: Int32  # (m, k), the k likeliest characters at each place, in falling order; equal ones in the order of ids
     top: Float32  # (m, k), log-probabilities of top_ids
     # (m,), of the characters themselves among those that the automaton allowed: the model's distribution without the
-    # others. NaN for characters of a prompt. None if it allowed all.
+    # others. NaN for characters of a prompt. None if there is no automaton, or it forbids nothing.
     allowed: Float32 | None = None
 
     @classmethod
@@ -31,16 +31,14 @@ class Scores:
         """Concatenate the scores of consecutive characters. Needs at least one part; all must have the same k."""
         if len(parts) == 1:
             return parts[0]
-        chosen, top_ids, top = (
-            np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top")
+        joined = cls(
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in ("chosen", "top_ids", "top"))
         )
         if all(part.allowed is None for part in parts):
-            return cls(chosen, top_ids, top)
-        unknown = [np.full(len(part.chosen), np.nan, np.float32) for part in parts]
-        allowed = [
-            part.allowed if part.allowed is not None else none for part, none in zip(parts, unknown, strict=True)
-        ]
-        return cls(chosen, top_ids, top, np.concatenate(allowed))
+            return joined
+        nan = np.full(len(joined.chosen), np.nan, np.float32)
+        allowed = [nan[: len(part.chosen)] if part.allowed is None else part.allowed for part in parts]
+        return replace(joined, allowed=np.concatenate(allowed))
 
     @classmethod
     def none(cls) -> Scores:

@@ -117,6 +117,9 @@ class _Path:
     last_chars: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     whole: list[tuple[int, ...]] = field(default_factory=list)  # candidates that end on the way
     branches: list[_Path] = field(default_factory=list)  # other paths that begin at this one
+    # Numbers of characters, rising: after them the state is needed. A path begins with a character of its own, so only
+    # the first one may need the state at its beginning.
+    inner: list[int] = field(default_factory=list)
     # Of all characters from the origin on; set when the path was read.
     logprobs: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
     states: dict[int, Float32] = field(default_factory=dict)  # by the number of characters before, where needed
@@ -144,7 +147,7 @@ class _Plan:
     def _extend(self, path: _Path, low: int, high: int) -> list[tuple[_Path, int, int]]:
         """Extend a path through texts[low:high], which begin alike up to its start; return what branches off."""
         texts, found = self._texts, []
-        depth, inner = path.start, set()
+        depth = path.start
         while True:
             first, last = texts[low], texts[high - 1]
             shared = _num_shared(first, last, depth)
@@ -177,8 +180,8 @@ class _Plan:
                     path.branches.append(branch)
                     found.append((branch, *part))
             if len(parts) > 1 or depth in path.last_chars:
-                inner.add(depth)
-        self.num_states += len(inner)
+                path.inner.append(depth)
+        self.num_states += len(path.inner)
         return found
 
     def carried_out(self, branches: Branches, origin: Origin) -> dict[tuple[int, ...], Float32]:
@@ -198,39 +201,32 @@ class _Plan:
                 before = path.parent.logprobs[: path.start] if path.parent is not None else path.logprobs
                 path.logprobs = np.concatenate([before, result.logprobs])
                 path.states = {path.start + count: state for count, state in result.states.items()}
-                if path.parent is not None:
+                if path.parent is None:
+                    path.states[path.start] = origin.hidden
+                else:
                     _release(path.parent)
                 for text in path.whole:
                     scores[text] = path.logprobs[: len(text)]
                 if path.end in path.last_chars:
                     _score_last(scores, path, path.end, result)
-                inner = [depth for depth in path.last_chars if depth != path.end]
-                path.num_waiting = len(path.branches) + len(inner)
-                if path.start in inner or any(branch.start == path.start for branch in path.branches):
-                    path.states[path.start] = _begin(path, origin)
+                left = [depth for depth in path.last_chars if depth != path.end]
+                path.num_waiting = len(path.branches) + len(left)
                 ready += [(branch, None) for branch in path.branches]
-                ready += [(path, depth) for depth in inner]
+                ready += [(path, depth) for depth in left]
         return scores
 
 
 def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
     if depth is not None:
         return Branch(path.states[depth], origin.position + depth, np.empty(0, np.int64), wants_next=True)
-    inner = {branch.start for branch in path.branches} | path.last_chars.keys()
-    counts = sorted(depth - path.start for depth in inner if path.start < depth < path.end)
     return Branch(
-        _begin(path, origin),
+        path.parent.states[path.start] if path.parent is not None else origin.hidden,
         origin.position + path.start,
         np.array(path.ids, np.int64),
-        checkpoints=tuple(counts),
+        checkpoints=tuple(depth - path.start for depth in path.inner if depth > path.start),
         wants_logprobs=True,
         wants_next=path.end in path.last_chars,
     )
-
-
-def _begin(path: _Path, origin: Origin) -> Float32:
-    """Return the (L, H) state at the beginning of a path."""
-    return origin.hidden if path.parent is None else path.parent.states[path.start]
 
 
 def _score_last(scores: dict[tuple[int, ...], Float32], path: _Path, depth: int, result: Grown) -> None:
@@ -240,7 +236,9 @@ def _score_last(scores: dict[tuple[int, ...], Float32], path: _Path, depth: int,
     by_char = np.empty(len(result.next.ids), np.float32)
     by_char[result.next.ids] = result.next.logprobs
     for text in path.last_chars[depth]:
-        scores[text] = np.append(path.logprobs[:depth], by_char[text[-1]])
+        scores[text] = logprobs = np.empty(depth + 1, np.float32)
+        logprobs[:depth] = path.logprobs[:depth]
+        logprobs[depth] = by_char[text[-1]]
 
 
 def _release(path: _Path) -> None:

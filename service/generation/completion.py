@@ -166,10 +166,12 @@ class Choice:
                 if num_logprobs is not None:
                     self._scores.append(scores.likeliest(num_logprobs))
         text = self._model.charset.decode(part.chars)
-        if part.scores is not None:
-            self._logprob += float(part.scores.chosen.sum(dtype=np.float64))
+        if (scores := part.scores) is not None:
+            self._logprob += float(scores.chosen.sum(dtype=np.float64))
+            if scores.allowed is None and self._request.form is not None:
+                scores = replace(scores, allowed=scores.chosen)  # of a form that forbids nothing
             if num_logprobs is not None:
-                self._scores.append(part.scores.likeliest(num_logprobs))
+                self._scores.append(scores.likeliest(num_logprobs))
         self.num_generated += len(text)
         self.generated += text
         text = self._withheld + text

@@ -33,7 +33,7 @@ class RunState(Enum):
 
 
 class Generated(NamedTuple):
-    """Characters that the engine has generated."""
+    """Characters that the engine has generated, if any."""
 
     text: str
     num_withheld: int  # of the last characters of the run, those of earlier reads included: may belong to a stop string
@@ -243,13 +243,16 @@ class RunStream:
         if self._after < run.start:
             yield TextChunk(stored.slice(self._after, run.start), run.start)
         pending = stored.slice(run.start, run.end if run.end is not None else self._session.position)
-        num_shown = len(pending) - (self._num_withheld(active.handle.num_withheld_before) if active is not None else 0)
+        num_withheld = active.handle.num_withheld_before if active is not None and not run.includes_stop else 0
+        num_shown = len(pending) - num_withheld
         yield from self._unsent_chunks(pending[:num_shown])
         while active is not None and not is_over:
             active.sent_position = self.resume_position
             generated = read(active)
             pending, is_over = pending[num_shown:] + generated.text, active.is_over
-            num_shown = len(pending) - self._num_withheld(generated.num_withheld)
+            if generated.text and not run.includes_stop:  # another thread may have read the rest
+                num_withheld = generated.num_withheld
+            num_shown = len(pending) - num_withheld
             if is_over:
                 self._session = active.session
                 if self.finish_reason is not None:
@@ -302,9 +305,6 @@ class RunStream:
     def sha256(self) -> str:
         """Hexadecimal SHA-256 of `text` in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def _num_withheld(self, num_withheld: int) -> int:
-        return 0 if self._run.includes_stop else num_withheld
 
     def _unsent_chunks(self, text: str) -> Iterator[TextChunk]:
         """Advance over text that can't belong to a stop string any more; yield what the client doesn't have of it."""

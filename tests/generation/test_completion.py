@@ -327,6 +327,19 @@ def test_form__every_text_has_it_streamed_or_whole_up_to_a_stop_string(
             ]
 
 
+def test_form__log_probabilities_among_the_allowed_are_beside_those_of_an_echoed_prompt(model: LoadedModel) -> None:
+    """A prompt has none; and where the form allows everything, they are the model's own."""
+    for form, num_chars in ((FORMS[0], 10), (Form("regex", r"[\s\S]*"), 20)):
+        what: dict[str, Any] = {"form": form, "max_chars": num_chars, "num_logprobs": 1, "echo": True}
+        shown, scores = finish(Completion(model, request(model, **what)), 0.0)[0]
+        assert scores is not None
+        assert scores.allowed is not None
+        assert len(scores.allowed) == len(shown) == 6 + num_chars
+        assert np.isnan(scores.allowed).tolist() == [True] * 6 + [False] * num_chars
+        assert (scores.allowed[6:] >= scores.chosen[6:]).all()
+        assert (scores.allowed[6:] == scores.chosen[6:]).all() == (form is not FORMS[0])
+
+
 def _end_of(choice: Choice) -> int:
     return choice.handle.wait().num_stop_chars
 

@@ -248,6 +248,24 @@ def test_interrupt_all__lets_a_run_be_resumed_elsewhere(
     assert got + drain(elsewhere.runs.resume(SessionKey("", "a"), run.resume_position)) == whole
 
 
+def test_interrupt_all__while_nobody_reads_sends_no_beginning_of_a_stop_string(bench: Bench) -> None:
+    """Every character may be such a beginning. Another thread reads the rest of the run, and ends it."""
+    charset = bench.models.get("tiny").charset.characters
+    request = RunRequest(8000, PLAIN, tuple(char + "qqq" for char in charset))
+    bench.create()
+    run = bench.generate(request=request)
+    pieces = run.chunks(0.0, 5)
+    first = next(pieces)
+    assert first is not None
+    bench.sessions.runs.interrupt_all(0)
+    assert bench.sessions.runs._active == {}
+    with pytest.raises(Draining):
+        for piece in pieces:
+            assert piece is None or not piece.text
+    assert run.resume_position == first.position
+    assert bench.sessions.get(SessionKey("", "a")).position > first.position
+
+
 def test_interrupt_all__discards_a_run_that_is_read_as_a_whole(bench: Bench) -> None:
     bench.create()
     run = bench.generate(request=RunRequest(8000, PLAIN), position=6)

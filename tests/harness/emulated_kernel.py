@@ -119,13 +119,9 @@ class EmulatedKernel:
         command = [program(processor.emulator), *words, "-L", processor.system, str(_driver(processor)[0]), str(kernel)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._functions: dict[str, _Function] = {}
+        self._postponed: list[tuple[str, tuple[ctypes.c_void_p, ...]]] = []
         self._handles: set[int] = set()  # addresses of objects in the emulated memory
         self._addresses: dict[np.dtype[np.void], list[int]] = {}  # offsets of addresses in each structure
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the emulator has ended."""
-        return self._process.stdin is None or self._process.stdin.closed
 
     def close(self) -> None:
         """End the emulator."""
@@ -150,6 +146,13 @@ class EmulatedKernel:
         dtypes = read_layout(self.gru_describe_layout().decode())
         self._addresses = {dtype: list(_addresses(name, dtypes)) for name, dtype in dtypes.items()}
         return library
+
+    def postpone(self, name: str, handles: tuple[ctypes.c_void_p, ...]) -> None:
+        """Call a function that destroys objects before the next call.
+
+        The garbage collector may destroy an object at any time, also in the middle of a call.
+        """
+        self._postponed.append((name, handles))
 
     def call(self, name: str, arguments: Iterable[Any], returns_text: bool, caller: FrameType) -> tuple[int, bytes]:
         """Call a function with arguments as ctypes takes them. Return its number and its text.
@@ -176,6 +179,10 @@ class EmulatedKernel:
             else:
                 words.append((0, int(argument)))
         with self._lock:
+            while self._postponed:
+                destroy, handles = self._postponed.pop()
+                nothing = _Memory(self._addresses, self._handles, caller)
+                self._exchange(destroy, nothing, [(0, handle.value or 0) for handle in handles], False)
             returned, text = self._exchange(name, memory, words, returns_text)
         for variable, result in results:
             variable.value = int(result[0]) or None
@@ -228,8 +235,9 @@ class _Function:
         self.restype: Any = ctypes.c_int32
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.restype is None and self._kernel.is_closed:
-            return None  # an object that ended with the emulator
+        if self.restype is None:
+            self._kernel.postpone(self._name, arguments)
+            return None
         typed = [
             _Address(argument) if kind is ctypes.c_void_p and isinstance(argument, int) else argument
             for kind, argument in zip(self.argtypes, arguments, strict=True)
@@ -238,7 +246,7 @@ class _Function:
         returned, text = self._kernel.call(self._name, typed, is_text, sys._getframe(1))
         if is_text:
             return text if returned else None
-        return None if self.restype is None else ctypes.c_int32(returned & 0xFFFFFFFF).value
+        return ctypes.c_int32(returned & 0xFFFFFFFF).value
 
 
 class _Memory:

@@ -19,7 +19,9 @@ def shown(screen: Screen) -> list[str]:
 
 
 def suggested(client: Client, text: str) -> list[str]:
-    return [one.text.replace("\n", "\u23ce").strip() for one in client.create(text).suggest(5).texts]
+    """What the buttons say: the rest of a word after an ellipsis, or words."""
+    before = "\u2026" if text[-1].isalpha() else ""
+    return [before + one.text.replace("\n", "\u23ce").strip() for one in client.create(text).suggest(5).texts]
 
 
 def test_suggestions__are_the_likeliest_words_and_are_typed_by_a_click(open_page: OpenPage, client: Client) -> None:
@@ -28,7 +30,7 @@ def test_suggestions__are_the_likeliest_words_and_are_typed_by_a_click(open_page
     screen.type(BEGINNING)
     comes_to(lambda: shown(screen), suggested(client, BEGINNING))
     first = screen.page.locator(BUTTONS).first
-    assert first.inner_text() == "ou"
+    assert first.inner_text() == "\u2026ou"
     assert first.get_attribute("aria-label") == "Type: ou"
     first.click()
     screen.shows(BEGINNING + "ou ")

@@ -19,7 +19,7 @@ from service.engine.automaton.choice import choice_dfa
 from service.engine.automaton.determinise import determinise, size
 from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.expression import NOTHING, Chars, Either, Expression, Repeat
-from service.engine.automaton.json_text import DECIMALS, EXACT, Json, JsonText, dumped
+from service.engine.automaton.json_text import DECIMALS, EXACT, INTEGER_LIMIT, NUMBER_LIMIT, Json, JsonText, dumped
 from service.engine.automaton.regex import regex_expression, search_dfa
 from service.errors import InvalidValue
 
@@ -92,6 +92,8 @@ FORMATS = {
     "uri": f"https?://{_HOSTNAME}(?:/[A-Za-z0-9._~-]+){{0,8}}/?",
 }
 
+_SMALLER = "lower maxLength and maxItems, leave out properties, or nest less"
+
 
 def schema_dfa(value: str, alphabet: Alphabet) -> Dfa:
     """Return the minimal automaton of the JSON texts of a schema. Raises InvalidValue."""
@@ -100,9 +102,6 @@ def schema_dfa(value: str, alphabet: Alphabet) -> Dfa:
         return determinise(reader.whole(), alphabet)
     except TooLarge as error:
         raise InvalidValue(f"{reader.largest()}: {error}; {_SMALLER}") from error
-
-
-_SMALLER = "lower maxLength and maxItems, leave out properties, or nest less"
 
 
 def any_object_dfa(alphabet: Alphabet) -> Dfa:
@@ -177,7 +176,6 @@ class _Reader:
         self._sizes: list[tuple[int, str]] = []
         self._known: dict[int, tuple[int, Expression]] = {}  # sizes of expressions, by identity
         self._strings: dict[tuple[Any, ...], Expression] = {}
-        self._find_places(root)
 
     def _find_places(self, root: Any) -> None:
         waiting = [(root, "#")]
@@ -190,7 +188,8 @@ class _Reader:
                 waiting += [(item, f"{place}/{index}") for index, item in enumerate(value)]
 
     def whole(self) -> Expression:
-        """Return the expression of the whole schema."""
+        """Return the expression of the whole schema. Raises InvalidValue, TooLarge."""
+        self._find_places(self._root)
         return self._expression(self._root, "#")
 
     def largest(self) -> str:
@@ -423,6 +422,14 @@ class _Reader:
 
     def _number(self, schema: Schema, *, is_integer: bool) -> Expression:
         least, most = self._range(schema, 1 if is_integer else 10**DECIMALS)
+        limit = INTEGER_LIMIT if is_integer else NUMBER_LIMIT
+        for keyword, end in (("inimum", least), ("aximum", None if most is None else -most)):
+            if end is not None and end > limit:
+                keyword = next(one for one in ("m" + keyword, "exclusiveM" + keyword) if one in schema)
+                digits = "15 digits" if is_integer else f"9 digits before the point and {DECIMALS} after it"
+                raise self._refused(
+                    schema, keyword, f"numbers of this size are not written: they have at most {digits}"
+                )
         make = self._text.integer if is_integer else self._text.number
         return make(least, most)
 

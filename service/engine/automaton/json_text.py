@@ -286,7 +286,7 @@ class JsonText:
         return optional(after) if low == 0 else after
 
     def _trimmed(self, low: int, high: int, num_digits: int) -> Expression:
-        """Return the expression of the numbers in a range with so many digits, without the zeros at the end."""
+        """Return the expression of the numbers in a range with `num_digits` digits, without the zeros at the end."""
         if low > high:
             return NOTHING
         if num_digits == 0:

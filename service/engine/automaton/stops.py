@@ -1,8 +1,8 @@
 """Stop strings as an automaton, alone or after a text of some form.
 
 Alone they are the automaton of Aho and Corasick (1975), which allows everything and knows where a stop string is
-complete. After a form, they are allowed only where the text before them is complete and may continue: where nothing may
-follow, the text ends by itself.
+complete. After a form, they are allowed only where the text before them is complete and may
+continue: where nothing may follow, the text ends by itself.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -24,7 +25,8 @@ MAX_STOPS = 132  # as many as a request may have strings and ids
 MAX_STOP_CHARS = 256  # of one stop string
 
 _MAX_ALL_CHARS = 8192  # of all stop strings of a text together
-_MAX_STEPS = 300_000  # of the construction: some 0.3 s
+_MAX_STEPS = 300_000  # of the construction
+_MAX_NEW_STATES = 20_000  # beside those of the form: some 0.2 s of processor time
 _CACHE_BYTES = 16 * 2**20
 
 _Nodes = tuple[int, ...]  # nodes of the trie, in rising order: how far stop strings may have come
@@ -68,18 +70,28 @@ class _Cache:
         self._entries: OrderedDict[_Key, Automaton] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
+        self._compiling = threading.Lock()  # one at a time, so that a burst of them takes one core at most
 
     def get(self, form: Automaton | None, stops: Sequence[Ids], vocab_size: int) -> Automaton:
         key = (form, tuple(sorted({stop.astype(np.int64).tobytes() for stop in stops})), vocab_size)
+        found = self._find(key)
+        if found is not None:
+            return found
+        with self._compiling:
+            return self._find(key) or self._add(key)
+
+    def _find(self, key: _Key) -> Automaton | None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
-                return self._entries[key]
-        made = _Construction(form, [np.frombuffer(stop, np.int64) for stop in key[1]], vocab_size).automaton()
+            return self._entries.get(key)
+
+    def _add(self, key: _Key) -> Automaton:
+        form, stops, vocab_size = key
+        made = _Construction(form, [np.frombuffer(stop, np.int64) for stop in stops], vocab_size).automaton()
         with self._lock:
-            if key not in self._entries:
-                self._entries[key] = made
-                self._num_bytes += _size(key, made)
+            self._entries[key] = made
+            self._num_bytes += _size(key, made)
             while self._num_bytes > _CACHE_BYTES and len(self._entries) > 1:
                 self._num_bytes -= _size(*self._entries.popitem(last=False))
         return made
@@ -145,18 +157,21 @@ class _Construction:
         self._may_stop = (np.array(self._is_complete) & (self._moves >= 0).any(axis=1)).tolist()
         self._trie = _Trie.of([[self._class_of_char[char] for char in stop.tolist()] for stop in stops])
         self._states: dict[tuple[int, _Nodes], int] = {}
-        self._rows: list[Int32] = []
+        self._pending: list[tuple[int, _Nodes]] = []  # the states in the order of their numbers
         self._steps = 0
 
     def automaton(self) -> Automaton:
-        pending: list[tuple[int, _Nodes]] = [
-            (state, ()) for state in range(self._dead)
-        ]  # the form's states keep their numbers
-        for key in pending:
-            self._states[key] = len(self._states)
-        for key in pending:
-            self._rows.append(self._row(*key, pending))
-        transitions = np.stack(self._rows)
+        pending = self._pending
+        for state in range(self._dead):  # the form's states keep their numbers
+            self._states[state, ()] = state
+            pending.append((state, ()))
+        self._base = self._moves[:-1].copy()
+        starts = self._trie.children[0].items()
+        for state in np.flatnonzero(self._may_stop).tolist():
+            for char, node in starts:
+                self._base[state, char] = self._number(int(self._moves[state, char]), (node,))
+        rows = [self._row(*key) for key in islice(pending, self._dead, None)]  # which adds to them
+        transitions = np.concatenate([self._base, *(row[None] for row in rows)])
         trie, is_accepting = self._trie, np.array([self._is_complete[state] for state, _ in pending])
         stop_chars, withheld = np.zeros(len(pending), np.int32), np.zeros(len(pending), np.int32)
         for place, (_, nodes) in enumerate(pending[self._dead :], self._dead):
@@ -171,19 +186,14 @@ class _Construction:
             table.flags.writeable = False
         return made
 
-    def _row(self, state: int, nodes: _Nodes, pending: list[tuple[int, _Nodes]]) -> Int32:
-        """Return the (C,) transitions of a state, and add the states that are new to `pending`."""
+    def _row(self, state: int, nodes: _Nodes) -> Int32:
+        """Return the (C,) transitions of a state that has nodes. Gives numbers to the states that are new."""
         self._spend(1 + len(nodes))
         children, may_stop = self._trie.children, self._may_stop[state]
         if not self._is_free and any(self._trie.is_stop[node] for node in nodes):
             return np.full(self._moves.shape[1], -1, np.int32)  # the text has ended
-        if not nodes:
-            row: Int32 = self._moves[state].copy()
-            for char in children[0] if may_stop else ():
-                row[char] = self._number(int(self._moves[state, char]), (children[0][char],), pending)
-            return row
         # As without the nodes, but for the characters with which one of them continues.
-        row = self._rows[state].copy() if state != self._dead else self._moves[state].copy()
+        row: Int32 = (self._base[state] if state != self._dead else self._moves[state]).copy()
         continued: dict[int, list[int]] = {}
         for node in nodes:
             for char, child in children[node].items():
@@ -192,16 +202,17 @@ class _Construction:
             if may_stop and char in children[0]:
                 following.append(children[0][char])
             self._spend(len(following))
-            row[char] = self._number(int(self._moves[state, char]), tuple(sorted(following)), pending)
+            row[char] = self._number(int(self._moves[state, char]), tuple(sorted(following)))
         return row
 
-    def _number(self, state: int, nodes: _Nodes, pending: list[tuple[int, _Nodes]]) -> int:
+    def _number(self, state: int, nodes: _Nodes) -> int:
         self._spend(1)
         key = (state if state >= 0 else self._dead, nodes)
         if key not in self._states:
-            self._states[key] = len(pending)
-            pending.append(key)
-            if 4 * len(pending) * self._moves.shape[1] > MAX_TABLE_BYTES:
+            self._states[key] = num_states = len(self._pending)
+            self._pending.append(key)
+            num_bytes = 4 * num_states * self._moves.shape[1]
+            if num_states - self._dead >= _MAX_NEW_STATES or num_bytes > MAX_TABLE_BYTES:
                 raise self._too_large()
         return self._states[key]
 

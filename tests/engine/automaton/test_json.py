@@ -56,7 +56,7 @@ def assert_valid(
 INTEGERS = st.integers(-30, 30) | st.integers(-12_000, 12_000) | st.integers(-(10**16), 10**16)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(INTEGERS, INTEGERS, st.booleans(), st.booleans(), st.lists(INTEGERS, max_size=30))
 def test_integers__are_those_of_the_range(one: int, two: int, above: bool, below: bool, numbers: list[int]) -> None:
     low, high = sorted((one, two))
@@ -67,7 +67,7 @@ def test_integers__are_those_of_the_range(one: int, two: int, above: bool, below
     }
     low, high = low + above, high - below
     if low > high or low >= 10**15 or high <= -(10**15):
-        with pytest.raises(InvalidValue, match="no text has this form"):
+        with pytest.raises(InvalidValue, match=r"no text has this form|imum: numbers of this size are not written"):
             compiled(schema)
         return
     automaton = compiled(schema)
@@ -84,8 +84,9 @@ DECIMALS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(DECIMALS, DECIMALS, st.booleans(), st.booleans(), st.lists(DECIMALS, max_size=30))
+@example(Decimal(10**9), Decimal(10**9), False, False, [])
 @example(Decimal("0.1"), Decimal("0.1"), False, False, [])
 @example(Decimal("-0.000001"), Decimal("0.000001"), True, True, [])
 @example(Decimal("0.0000001"), Decimal("0.0000019"), False, False, [])
@@ -107,6 +108,10 @@ def test_numbers__are_those_of_the_range(
     ]
     candidates = [*steps, *(number.quantize(unit) for number in numbers), Decimal(0), Decimal(1), (low + high) / 2]
     candidates = [number.quantize(unit).normalize() + 0 for number in candidates]
+    if low >= 10**9 or high <= -(10**9):
+        with pytest.raises(InvalidValue, match="imum: numbers of this size are not written"):
+            compiled_or_none(text)
+        return
     automaton = compiled_or_none(text)
     if automaton is None:
         assert not any(map(is_inside, candidates))
@@ -124,7 +129,7 @@ def test_numbers__are_those_of_the_range(
 # Strings
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 4),
     st.none() | st.integers(0, 6),
@@ -140,17 +145,17 @@ def test_strings__are_those_of_the_length_and_pattern(
     if pattern is not None:
         schema["pattern"] = pattern
     validator = jsonschema.Draft202012Validator(schema)
+    # $ of a JSON schema matches only at the end; Python's also before a newline there.
+    strings = [string for string in strings if pattern is None or not string.endswith("\n")]
     automaton = compiled_or_none(schema)
     if automaton is None:
-        assert not any(validator.is_valid(string) for string in strings)
+        assert not any(map(validator.is_valid, strings))
         return
     assert_valid(schema, automaton, 1)
     for string in strings:
-        # $ of a JSON schema matches only at the end; Python's also before a newline there.
-        expected = validator.is_valid(string) and "\x01" not in string
-        if pattern is None or not string.endswith("\n"):
-            writable = pattern is None or "\t" not in string  # CHARSET has no tab to match with a pattern
-            assert accepts(automaton, json.dumps(string, ensure_ascii=False)) == (expected and writable), string
+        writable = "\x01" not in string and (pattern is None or "\t" not in string)  # CHARSET has no tab to match
+        expected = validator.is_valid(string) and writable
+        assert accepts(automaton, json.dumps(string, ensure_ascii=False)) == expected, string
 
 
 # Objects and arrays
@@ -320,7 +325,7 @@ def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.recursive(SCALARS, larger, max_leaves=8), st.integers(0, 2**32))
 def test_schema__gives_only_texts_that_validate(schema: Any, seed: int) -> None:
     if not isinstance(schema, dict):

@@ -85,7 +85,7 @@ def test_stops__that_need_too_large_an_automaton_are_refused() -> None:
     size, none = 3000, np.zeros(3000, np.int32)
     ring = (np.arange(size, dtype=np.int32)[:, None] + 1) % size  # every text, in 3,000 states
     form = Automaton(np.zeros(500, np.int32), ring, none, none, none)
-    assert with_stops(form, [np.arange(20)], 500) is not None
+    assert with_stops(form, [np.arange(5)], 500) is not None
     with pytest.raises(InvalidValue, match="with this form"):
         with_stops(form, [np.arange(200)], 500)
     for bad in ([np.zeros(1, np.int64)] * 133, [np.zeros(8193, np.int64)], [np.empty(0, np.int64)], [np.array([500])]):

@@ -2,6 +2,7 @@
 
 const NUM_SUGGESTIONS = 5;
 const DELAY_MS = 200; // after the last change of the text
+const OF_WORD = /[\p{L}\p{M}'’]/u;
 
 /** Shows suggestions for a column that has the focus. A click types one into it, with a space after it. */
 export class Suggestions {
@@ -53,16 +54,17 @@ export class Suggestions {
       const answer = await this.#api.call("POST", `${branch.path}/suggest`, { n: NUM_SUGGESTIONS }, signal);
       if (signal.aborted || answer.position !== branch.end) return;
       this.#shown = { model, end, tail: tailOf(chars) };
-      this.#list.replaceChildren(...answer.data.map((suggestion) => this.#button(suggestion)));
+      const isRest = OF_WORD.test(chars.at(-1)); // suggestions are then the rest of a word
+      this.#list.replaceChildren(...answer.data.map((suggestion) => this.#button(suggestion, isRest ? "…" : "")));
     } catch {
       this.#list.replaceChildren(); // what the user does next shows the error, if it lasts
     }
   }
 
-  #button({ text, logprob }) {
+  #button({ text, logprob }, before) {
     const button = document.createElement("button");
     button.type = "button";
-    button.textContent = text.replaceAll("\n", "⏎").trim() || text;
+    button.textContent = before + text.replaceAll("\n", "⏎").trim();
     button.title = `Probability ${(100 * Math.exp(logprob)).toPrecision(2)} %`;
     button.setAttribute("aria-label", `Type: ${text.trim()}`);
     button.addEventListener("click", () => this.#type(text));
