@@ -39,7 +39,7 @@ def require_chars(automaton: Automaton | None, max_chars: int) -> None:
     """Raise InvalidValue if no text of an automaton has at most `max_chars` characters."""
     if automaton is not None and automaton.fewest[0] > max_chars:
         raise InvalidValue(
-            f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, and it may have "
-            f"{max_chars}: raise max_tokens, or allow shorter texts",
+            f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the {max_chars} "
+            "that it may have",
             param="max_tokens",
         )
