@@ -8,8 +8,8 @@ by a GRU of random weights with 1,024 units; a token is a character for all of t
 as one that was trained on something else, and only what constrains it makes a text valid. `re.fullmatch` and jsonschema
 judge the texts, also those that were cut off at the limit.
 
-The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't be
-installed is named and left out. JSON is written without free white space where a library offers that.
+The libraries are installed in an environment of their own, `peers/.venv-constrained`, at the first run. One that can't
+be installed is named and left out. JSON is written without free white space where a library offers that.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def test_api__example_shows_the_servers_answer(server: Server) -> None:
 
 @pytest.mark.parametrize(("document", "least"), [(README, 3), (DOCS / "forms.md", 1)], ids=["README", "forms"])
 def test_curl__examples_are_answered(server: Server, document: Path, least: int) -> None:
-    calls = re.findall(r"^ {4}curl -s\w* localhost:8000(/\S+) [^']*'[^']+'[^']*-d '([^']*)'$", document.read_text(), re.M)
+    calls = re.findall(
+        r"^ {4}curl -s\w* localhost:8000(/\S+) [^']*'[^']+'[^']*-d '([^']*)'$", document.read_text(), re.M
+    )
     assert len(calls) >= least
     for path, body in calls:
         call = urllib.request.Request(

@@ -52,4 +52,6 @@ class AtOnce:
         finally:
             self._stepper.lock.release()
         for text, result in zip(texts, results, strict=True):
-            text.handle.publish(result, text.end(text.row.finished or "length"))
+            if not result.is_empty:
+                text.handle.publish(result)
+            text.handle.publish_end(text.end(text.row.finished or "length"))

@@ -14,7 +14,7 @@ from service.engine.handle import Handle
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import NOTHING, InvalidRows, Row, Stepper, StepResult
+from service.engine.stepper import NO_CHARS, InvalidRows, Row, Stepper, StepResult, Steps
 from service.engine.texts import Job, Reading, Text, jobs_of
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget, SharedCapacity
@@ -61,6 +61,7 @@ class Engine:
         self._at_once = AtOnce(self._stepper)
         self._scheduler: Scheduler[Job] = Scheduler(max_running)
         self._silent: set[Text] = set()  # those in the scheduler that have generated nothing yet
+        self._any_cancelled = False  # whether a text in the scheduler may have been cancelled since the last tick
         self._pace = Pace()
         self._state_bytes = stepper.initial_hidden().nbytes
         self._short_ticks_until = 0.0
@@ -116,7 +117,7 @@ class Engine:
         for request, row in zip(requests, rows, strict=True):
             num_bytes = self._num_bytes(request)
             num_bytes += shared.pop(id(request.prompt), 0) + shared.pop(id(request.automaton), 0)
-            handle = Handle(request, self._stepper.check, now, row.num_withheld)
+            handle = Handle(request, self._stepper.check, now, row.num_withheld, self._note_cancelled)
             texts.append(Text(handle, row, batch, num_bytes, len(request.prompt)))
         return texts
 
@@ -222,8 +223,10 @@ class Engine:
                 self._thread = None
                 return False
             scheduler.add(self._inbox)
-            self._silent.update(_texts_of(self._inbox))
-            self._inbox = []
+            if self._inbox:
+                self._silent.update(_texts_of(self._inbox))
+                self._any_cancelled = True
+                self._inbox = []
         return True
 
     def _tick(self) -> None:
@@ -231,9 +234,9 @@ class Engine:
         self._drop_cancelled()
         jobs, num_chars = self._schedule()
         if jobs:
-            results = self._step(jobs, num_chars)
-            if results is not None:
-                self._publish(jobs, results)
+            steps = self._step(jobs, num_chars)
+            if steps is not None:
+                self._publish(jobs, steps)
 
     def _schedule(self) -> tuple[list[Job], int]:
         """Return what to advance in this tick, and by how many characters."""
@@ -241,41 +244,50 @@ class Engine:
         jobs = self._scheduler.choose(self._pace.num_rows(tick_s) if tick_s < TICK_S else self._scheduler.max_running)
         return jobs, self._pace.num_chars(len(jobs), tick_s) if jobs else 0
 
-    def _step(self, jobs: Sequence[Job], num_chars: int) -> list[StepResult] | None:
-        """Advance jobs, and return their results; None if some can't be advanced: those fail."""
+    def _step(self, jobs: Sequence[Job], num_chars: int) -> Steps | None:
+        """Advance jobs, and return what that did; None if some can't be advanced: those fail."""
         with self._stepper.lock:
             started = self._clock()
             try:
-                results = self._stepper.advance([job.row for job in jobs], num_chars)
+                steps = self._stepper.advance([job.row for job in jobs], num_chars)
             except InvalidRows as invalid:
                 self._fail_jobs([job for job in jobs if job.row in invalid.causes], NOT_COMPUTABLE)
                 return None  # the next tick advances the others
             ended = self._clock()
-        self._note_times(jobs, started, ended)
+        if self._silent:
+            self._note_times(jobs, started, ended)
         self._pace.measured(len(jobs), num_chars, ended - started)
         self._scheduler.charge(ended - started)
-        return results
+        return steps
 
-    def _publish(self, jobs: Sequence[Job], results: Sequence[StepResult]) -> None:
+    def _publish(self, jobs: Sequence[Job], steps: Steps) -> None:
         """Hand results over, and let texts leave that have ended, or begin that have their prompt read."""
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
         finished = [job for job in jobs if job.row.finished is not None]
         self._remove([job for job in finished if isinstance(job, Text)])
-        for job, result in zip(jobs, results, strict=True):
+        results = steps.results
+        for i, (job, chars) in enumerate(zip(jobs, steps.chars, strict=True)):
             if isinstance(job, Reading):
-                self._publish_reading(job, result)
+                self._publish_reading(job, results.get(i))
                 continue
-            job.handle.publish(result, job.end(job.row.finished) if job.row.finished is not None else None)
-            if job.handle.wants_snapshot and job.row.finished is None:
-                job.handle.publish_snapshot(job.snapshot())
+            handle, reason = job.handle, job.row.finished
+            if i in results:
+                handle.publish(results[i])
+            elif chars is not NO_CHARS:
+                handle.publish(chars)
+            if reason is not None:
+                handle.publish_end(job.end(reason))
+            elif handle.wants_snapshot:
+                handle.publish_snapshot(job.snapshot())
 
-    def _publish_reading(self, reading: Reading, result: StepResult) -> None:
+    def _publish_reading(self, reading: Reading, result: StepResult | None) -> None:
         is_over = reading.row.finished is not None
         for text in reading.texts:
             if is_over or text.handle.wants_snapshot:
                 reading.catch_up(text)
-            text.handle.publish(result, None)
+            if result is not None:
+                text.handle.publish(result)
             if text.handle.wants_snapshot:
                 text.handle.publish_snapshot(text.snapshot())
         if is_over:
@@ -306,7 +318,14 @@ class Engine:
             self._short_ticks_until = now + _SHORT_TICKS_S
         return SHARED_TICK_S if now < self._short_ticks_until else TICK_S
 
+    def _note_cancelled(self) -> None:
+        """Called on any thread, after a text was cancelled."""
+        self._any_cancelled = True
+
     def _drop_cancelled(self) -> None:
+        if not self._any_cancelled:
+            return
+        self._any_cancelled = False  # before looking, so that no later one is missed
         for job in (*self._scheduler.running, *self._scheduler.waiting):
             if cancelled := [text for text in job.texts if text.handle.is_cancelled]:
                 self._drop(job, cancelled)
@@ -321,7 +340,7 @@ class Engine:
                 self._remove_reading(job)
         self._remove(cancelled)
         for text in cancelled:
-            text.handle.publish(NOTHING, text.end("cancelled"))
+            text.handle.publish_end(text.end("cancelled"))
 
     def _remove_reading(self, reading: Reading) -> None:
         self._scheduler.remove([reading])

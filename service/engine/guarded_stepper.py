@@ -9,7 +9,7 @@ import structlog
 
 from service.arrays import Float32
 from service.engine.counters import Counters
-from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
+from service.engine.stepper import InvalidRows, Row, Stepper, Steps
 from service.errors import EngineFailed
 
 log = structlog.get_logger(__name__)
@@ -47,14 +47,13 @@ class GuardedStepper:
         if started is not None and self._clock() - started > self._stall_s:
             raise EngineFailed(f"the engine is stuck: its step has taken more than {self._stall_s:.0f} seconds")
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """See `Stepper`. Raises InvalidRows, and EngineFailed after any other exception: then all later calls fail."""
         if self.failure is not None:
             raise EngineFailed(self.failure)
-        before = sum([row.position for row in rows])
         self._started = started = self._clock()
         try:
-            results = self._stepper.advance(rows, num_chars)
+            steps = self._stepper.advance(rows, num_chars)
         except InvalidRows as invalid:
             # The engine accepts only rows that can be advanced, so this is a fault of ours.
             cause = next(iter(invalid.causes.values()))
@@ -67,11 +66,8 @@ class GuardedStepper:
             raise EngineFailed(_FAILED) from error
         finally:
             self._started = None
-        duration_s = self._clock() - started
-        num_stepped = sum([row.position for row in rows]) - before
-        num_generated = sum([len(result.chars) for result in results])
-        self.counters.ticked(len(rows), num_stepped - num_generated, num_generated, duration_s)
-        return results
+        self.counters.ticked(len(rows), steps.num_read, steps.num_generated, self._clock() - started)
+        return steps
 
     def fail(self, error: BaseException) -> str:
         """Refuse all later calls because of an error, which is logged. Return the reason that callers get."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from service.arrays import Float32
+import numpy as np
+
+from service.arrays import Float32, Ids
 from service.engine.request import Request
 from service.engine.scores import Distribution
 from service.engine.stepper import NOTHING, FinishReason, StepResult
@@ -71,19 +73,34 @@ class Handle:
     """
 
     def __init__(
-        self, request: Request, check_engine: Callable[[], None], submitted_at: float = 0.0, num_withheld: int = 0
+        self,
+        request: Request,
+        check_engine: Callable[[], None],
+        submitted_at: float = 0.0,
+        num_withheld: int = 0,
+        on_cancel: Callable[[], None] = lambda: None,
     ) -> None:
-        """num_withheld: how many of the last characters of `generated` may turn out to belong to a stop string."""
+        """Called by the engine.
+
+        Args:
+            request: what was submitted.
+            check_engine: raises EngineFailed if there will be no more results.
+            submitted_at: seconds on the engine's clock.
+            num_withheld: how many of the last characters of `generated` may turn out to belong to a stop string.
+            on_cancel: called after the text was cancelled, on any thread.
+        """
         self.request, self.num_withheld_before = request, num_withheld
         self.times = TextTimes(submitted_at)
         self.is_cancelled = False
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
         self.wants_snapshot = False
-        self._check_engine = check_engine
+        self._check_engine, self._on_cancel = check_engine, on_cancel
         self._end: End | None = None
         self._nothing = replace(NOTHING, num_withheld=num_withheld)  # what a reader gets if there is no result
         self._failure: str | None = None  # why there will be no more results
-        self._parts: list[StepResult] = []  # of the last ticks
+        # Of the last ticks; the characters alone if there is nothing else. The engine's thread alone appends, without
+        # the lock; nothing replaces the list.
+        self._parts: list[Ids | StepResult] = []
         # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
         self._blocks: list[StepResult] = []
         self._ready = threading.Condition(threading.Lock())
@@ -97,6 +114,7 @@ class Handle:
     def cancel(self) -> None:
         """End the text at the next tick. Any thread may call this at any time, also after the end."""
         self.is_cancelled = True
+        self._on_cancel()
 
     def request_snapshot(self) -> None:
         """Have the engine set `snapshot` after its next tick, unless the text has ended by then."""
@@ -137,18 +155,24 @@ class Handle:
                 raise AssertionError("without a deadline, the wait ends with the text")
             return self._end
 
-    def publish(self, part: StepResult, end: End | None) -> None:
-        """Add the result of a tick, and the end if the text has ended. The engine calls this."""
-        with self._ready:
-            if not part.is_empty:
-                self._parts.append(part)
-                if len(self._parts) == _BLOCK_PARTS:
-                    self._blocks.append(StepResult.join(self._parts))
-                    self._parts = []
-            if end is not None:
-                self._end = end
-            if end is not None or (self._reader_wants_parts and (self._parts or self._blocks)):
+    def publish(self, part: Ids | StepResult) -> None:
+        """Add the result of a tick, which is not empty. The engine calls this, for hundreds of texts in each tick.
+
+        So it takes the lock only if a reader waits. A reader first says that it does, and then looks for parts.
+        """
+        self._parts.append(part)
+        if self._reader_wants_parts or len(self._parts) >= _BLOCK_PARTS:
+            with self._ready:
+                if len(self._parts) >= _BLOCK_PARTS:
+                    self._blocks.append(_joined(self._parts))
+                    self._parts.clear()
                 self._ready.notify_all()
+
+    def publish_end(self, end: End) -> None:
+        """Add the end of the text, after its last result. The engine calls this."""
+        with self._ready:
+            self._end = end
+            self._ready.notify_all()
 
     def publish_snapshot(self, snapshot: Snapshot) -> None:
         """Answer `request_snapshot`. For the engine."""
@@ -163,23 +187,35 @@ class Handle:
 
     def _take_parts(self) -> StepResult:
         """Return all results that were not read yet, joined. Needs the lock."""
-        parts, self._blocks, self._parts = [*self._blocks, *self._parts], [], []
-        if not parts:
+        parts = self._parts[:]
+        del self._parts[: len(parts)]  # not those that have been added in the meantime
+        blocks, self._blocks = self._blocks, []
+        if not parts and not blocks:
             return self._nothing
-        result = StepResult.join(parts)
+        result = _joined([*blocks, *parts])
         if result.num_withheld != self._nothing.num_withheld:
             self._nothing = replace(NOTHING, num_withheld=result.num_withheld)
         return result
 
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
-        while self._end is None and not (for_parts and (self._parts or self._blocks)):
-            if self._failure is not None:
-                raise EngineFailed(self._failure)
-            self._check_engine()
-            left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
-            if left <= 0:
-                return
-            # A reader that waits for the end, or for time to pass, must not be woken by every tick.
-            self._reader_wants_parts = for_parts
-            self._ready.wait(left)
+        # A reader that waits for the end, or for time to pass, must not be woken by every tick.
+        self._reader_wants_parts = for_parts  # before it looks for parts; see `publish`
+        try:
+            while self._end is None and not (for_parts and (self._parts or self._blocks)):
+                if self._failure is not None:
+                    raise EngineFailed(self._failure)
+                self._check_engine()
+                left = _CHECK_S if deadline is None else min(_CHECK_S, deadline - time.monotonic())
+                if left <= 0:
+                    return
+                self._ready.wait(left)
+        finally:
+            self._reader_wants_parts = False
+
+
+def _joined(parts: Sequence[Ids | StepResult]) -> StepResult:
+    """Return consecutive parts, at least one, as one result."""
+    if any(isinstance(part, StepResult) for part in parts):
+        return StepResult.join([part if isinstance(part, StepResult) else StepResult(part) for part in parts])
+    return StepResult(np.concatenate(parts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import numpy as np
 
@@ -26,7 +26,8 @@ _MEASURED_TEXTS = 64  # texts that `mean_loss` reads side by side
 class Row:
     """A text while it is advanced: what was requested, and how far a stepper has come.
 
-    A stepper writes to every field but `request`.
+    A stepper writes to every field but `request`. From the first call to the end nothing else writes to them, and all
+    calls must be to the same stepper.
     """
 
     request: Request
@@ -39,6 +40,7 @@ class Row:
     checkpoints: list[Float32] = field(default_factory=list)  # (L, H) float32, for the positions reached so far
     next: Distribution | None = None  # likeliest next characters; None until the row is finished
     finished: FinishReason | None = None  # why there is nothing left to do; None until then
+    packed: Any = field(default=None, init=False, repr=False)  # what the stepper stores of the row between calls
 
     def __post_init__(self) -> None:
         self.position = self.request.position
@@ -130,6 +132,9 @@ class InvalidRows(Exception):
         return cls(causes) if causes else None
 
 
+NO_CHARS: Ids = np.empty(0, np.int64)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one call of `advance` did to one row."""
@@ -160,7 +165,40 @@ class StepResult:
         )
 
 
-NOTHING = StepResult(np.empty(0, np.int64))
+NOTHING = StepResult(NO_CHARS)
+
+
+@dataclass(slots=True)
+class Steps(Sequence[StepResult]):
+    """What one call of `advance` did to all its rows, and as a sequence what it did to each.
+
+    Most rows have nothing to report but characters. They have no result of their own until one is taken from the
+    sequence: with hundreds of rows, making them would take longer than anything else outside the steps.
+    """
+
+    chars: list[Ids]  # of each row, (m,) int64, those that were generated; NO_CHARS if none were
+    results: dict[int, StepResult]  # by index, of the rows that report more than characters, unless it is empty
+    num_read: int  # characters of prompts, of all rows together
+    num_generated: int  # characters
+
+    @classmethod
+    def of(cls, results: Sequence[StepResult], num_read: int) -> Steps:
+        """Return the steps with these results, which read `num_read` characters of prompts."""
+        chars = [result.chars if len(result.chars) else NO_CHARS for result in results]
+        return cls(chars, {i: one for i, one in enumerate(results) if not one.is_empty}, num_read, sum(map(len, chars)))
+
+    def __len__(self) -> int:
+        return len(self.chars)
+
+    @overload
+    def __getitem__(self, index: int) -> StepResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StepResult]: ...
+    def __getitem__(self, index: int | slice) -> StepResult | list[StepResult]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        result = self.results.get(range(len(self))[index])
+        return StepResult(self.chars[index]) if result is None else result
 
 
 class Stepper(Protocol):
@@ -181,11 +219,12 @@ class Stepper(Protocol):
     without fused multiply-adds.
 
     Only one thread at a time may call a stepper. A stepper must not wait for anything, do I/O, log, or keep a reference
-    to a row or its arrays after it returns. When it raises, it must release everything it acquired. An implementation
-    without Python code in its loop should run without the interpreter's lock.
+    to a row or its arrays after it returns. What it needs in the row's next call it stores in `Row.packed`, which is
+    freed with the row. When it raises, it must release everything it acquired. An implementation without Python code in
+    its loop should run without the interpreter's lock.
     """
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """Advance every row by `num_chars` characters, or to its end if that is nearer. Return a result for each row.
 
         Rows must be distinct; their number is arbitrary. A finished row is left unchanged. A row with an empty prompt

@@ -19,7 +19,7 @@ from service.engine.gates import Gates, gate_scales
 from service.engine.integer_product import IntegerProduct
 from service.engine.sampling import draw_one, draw_plain, uniforms
 from service.engine.scores import Distribution, Scores, score, score_among
-from service.engine.stepper import InvalidRows, Row, StepResult
+from service.engine.stepper import InvalidRows, Row, StepResult, Steps
 from service.model.quantize import STATE_SCALE, QuantizedGRU, QuantizedLinear
 
 _SCALE = np.array(STATE_SCALE, np.float32)
@@ -48,7 +48,7 @@ class TorchStepper:
         """See Stepper."""
         return np.zeros((self.config.num_layers, self.config.num_units), np.float32)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """See Stepper."""
         shape = (self.config.num_layers, self.config.num_units)
         # Those at their start, and at their first draw: another row may have read their prompt.
@@ -56,6 +56,7 @@ class TorchStepper:
         new = [row for row in new if not (row.num_read and row.is_reading)]
         if invalid := InvalidRows.among(new, lambda row: row.check(shape, self.config.vocab_size)):
             raise invalid
+        num_read = sum(row.num_read for row in rows)
         results: dict[Row, list[StepResult]] = {row: [] for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:
@@ -66,7 +67,8 @@ class TorchStepper:
             for row in active:
                 left[row] -= num_steps
         _report_next(self._dense, rows)
-        return [StepResult.join(results[row]) for row in rows]
+        num_read = sum(row.num_read for row in rows) - num_read
+        return Steps.of([StepResult.join(results[row]) for row in rows], num_read)
 
     def _run(self, rows: list[Row], num_steps: int, results: dict[Row, list[StepResult]]) -> int:
         """Advance rows by num_steps, in which none may change from reading to generating. Append to their results.

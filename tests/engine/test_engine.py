@@ -20,7 +20,7 @@ from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import InvalidRows, Row, Stepper, StepResult
+from service.engine.stepper import InvalidRows, Row, Stepper, Steps
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
@@ -153,7 +153,7 @@ class _Gate:
         self.stepper = stepper
         self.entered, self.allowed = threading.Semaphore(0), threading.Semaphore(0)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         self.entered.release()
         assert self.allowed.acquire(timeout=20)
         return self.stepper.advance(rows, num_chars)
@@ -184,14 +184,13 @@ def test_submit__full_queue_refuses_all_requests_of_a_call() -> None:
 def test_engine__place_is_free_before_the_end_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller that submits again as soon as its text has ended must not be refused."""
     open_at_end: list[int] = []
-    publish = Handle.publish
+    publish_end = Handle.publish_end
 
-    def note(handle: Handle, part: StepResult, end: End | None) -> None:
-        if end is not None:
-            open_at_end.append(engine.num_open)
-        publish(handle, part, end)
+    def note(handle: Handle, end: End) -> None:
+        open_at_end.append(engine.num_open)
+        publish_end(handle, end)
 
-    monkeypatch.setattr(Handle, "publish", note)
+    monkeypatch.setattr(Handle, "publish_end", note)
     with running(max_running=1, max_waiting=0) as engine:
         engine.submit([request()])[0].wait()
         handle = engine.submit([request(max_chars=100_000)])[0]
@@ -242,7 +241,7 @@ def test_submit__short_text_is_stepped_by_the_caller_if_the_engine_is_idle(stepp
 
 def test_engine__failure_on_a_callers_thread_fails_all_texts(stepper: Stepper) -> None:
     class Failing(_Gate):
-        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+        def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
             if len(rows[0].request.prompt) == 1:
                 raise MemoryError
             return self.stepper.advance(rows, num_chars)
@@ -265,7 +264,7 @@ def test_engine__first_come_first_served() -> None:
     order: list[int] = []
 
     class Noting(_Gate):
-        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+        def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
             order.extend(row.request.seed for row in rows if row.request.seed not in order)
             return super().advance(rows, num_chars)
 
@@ -306,7 +305,7 @@ class _Failing(_Gate):
         super().__init__()
         self.error = error
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         self.entered.release()
         assert self.allowed.acquire(timeout=20)
         raise self.error
@@ -725,7 +724,7 @@ def test_choices__fail_together_when_their_prompt_can_not_be_read() -> None:
     memory, failing = SharedBudget(10**6), _Failing(InvalidRows({}))
     with running(failing, memory=memory) as engine:
 
-        def refuse(rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+        def refuse(rows: Sequence[Row], num_chars: int) -> Steps:
             if any(row.is_reading for row in rows):
                 raise InvalidRows({row: ValueError() for row in rows if row.is_reading})
             return STEPPER.advance(rows, num_chars)
@@ -742,7 +741,7 @@ def test_choices__take_the_place_of_their_prompt_before_texts_that_were_submitte
     order: list[int] = []
 
     class Noting(_Gate):
-        def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+        def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
             order.extend(row.request.seed for row in rows if not row.is_reading and row.request.seed not in order)
             return super().advance(rows, num_chars)
 

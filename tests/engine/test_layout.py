@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,7 @@ def renamed(abi: str, first: str, second: str) -> str:
 
 
 # Of one type, and of different types; in structures of models and of rows.
-MOVED = [("scale", "bias"), ("vocab", "units"), ("position", "num_steps"), ("chosen", "top")]
+MOVED = [("scale", "bias"), ("vocab", "units"), ("position", "num_prompt"), ("chosen", "top")]
 MOVED += [("recurrent", "inputs"), ("bits", "table"), ("seed", "hidden"), ("temperature", "is_plain")]
 
 
@@ -94,13 +95,15 @@ def test_layout__fields_that_changed_places_are_written_where_they_are(
         abi = moved(abi, first, second)
     reordered = open_library(str(library(tmp_path / "reordered", abi)))
     original = read_layout(description(tmp_path / "original", before))
-    for structure, dtype in (("GruModel", reordered.model), ("GruRow", reordered.row)):
+    places: dict[str, Callable[[str], int]] = {
+        "GruModel": lambda name: offset(reordered.model, name),
+        "GruRow": lambda name: getattr(reordered.make_row, name).offset,
+    }
+    for structure, place in places.items():
         for first, second in MOVED:
             if first in FIELDS[structure]:
-                assert [offset(dtype, first), offset(dtype, second)] == [
-                    offset(original[structure], second),
-                    offset(original[structure], first),
-                ]
+                before_of = [offset(original[structure], name) for name in (second, first)]
+                assert [place(first), place(second)] == before_of
     monkeypatch.setattr(native_stepper, "load", lambda: reordered)
     monkeypatch.setattr(native_stepper, "variants", lambda: ("portable",))
     stepper, reference = NativeStepper(model), TorchStepper(model)
@@ -113,7 +116,7 @@ def test_layout__fields_that_changed_places_are_written_where_they_are(
     ("first", "second", "reported"),
     [
         ("seed", "position", "GruRow.seed is i8"),
-        ("hidden", "chars", r"GruRow.hidden is \*i8"),
+        ("hidden", "prompt", r"GruRow.hidden is \*i8"),
         ("top_k", "top_p", "GruRow.top_k is f8"),
         ("weight", "bias", r"GruLinear.weight is \*f4"),
         ("table", "dense", "GruModel.table is GruLinear"),
@@ -140,10 +143,10 @@ def test_layout__fields_that_only_one_side_has_are_refused(tmp_path: Path) -> No
 
 @needs_compiler
 def test_layout__offsets_are_those_of_the_compiler_where_fields_differ_in_size(tmp_path: Path) -> None:
-    narrow = (SOURCES / "abi.h").read_text().replace("GRU_FIELD(int64_t, stopped)", "GRU_FIELD(int32_t, stopped)")
+    narrow = (SOURCES / "abi.h").read_text().replace("GRU_FIELD(int64_t, num_prompt)", "GRU_FIELD(int32_t, num_prompt)")
     text = description(tmp_path, narrow)
-    assert "field stopped i4 32\nfield num_prompt i8 40\n" in text  # padded to 8 bytes
-    with pytest.raises(LayoutMismatch, match=r"GruRow\.stopped is i4"):
+    assert "field num_prompt i4 24\nfield prompt *i8 32\n" in text  # padded to 8 bytes
+    with pytest.raises(LayoutMismatch, match=r"GruRow\.num_prompt is i4"):
         read_layout(text)
 
 

@@ -12,7 +12,7 @@ import pytest
 from service.commands.generate import generate_command
 from service.engine.native.binding import load
 from service.engine.native.native_stepper import NativeStepper
-from service.engine.native.rows import Rows
+from service.engine.native.rows import PackedRow
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.web.api.schemas import SamplingBody
 from tests.harness.rows import quantized, row
@@ -71,13 +71,12 @@ def test_sampling_settings__reach_the_kernel(name: str) -> None:
     """The kernel's row has a field of this name, and it gets the value of the setting."""
     library = load()
     assert library is not None
-    value = getattr(PLAIN, name) + 2
+    value = 0.5 if name.endswith("_p") else getattr(PLAIN, name) + 2
     settings = replace(SamplingSettings(top_k=1), **{name: value})
     stepper = NativeStepper(quantized())
-    rows = Rows(
-        [row(stepper, sampling=settings)], 1, (1, stepper.config.num_units), stepper.config.vocab_size, library.row
-    )
-    assert rows.records[name].tolist() == [value]
+    record = library.make_row()
+    PackedRow(row(stepper, sampling=settings), stepper.config, record)
+    assert getattr(record, name) == value
 
 
 def test_sampling_settings__have_no_field_that_the_api_lacks() -> None:

@@ -389,7 +389,7 @@ class _Reader:
         if not all(isinstance(pattern, str) for pattern in patterns):
             raise self._refused(schema, "pattern", "a pattern is a string")
         key = (least, most, patterns, form)
-        if form is not None and (not isinstance(form, str) or form not in FORMATS):
+        if "format" in schema and (not isinstance(form, str) or form not in FORMATS):
             raise self._refused(
                 schema, "format", f"the supported formats are {', '.join(FORMATS)}; use pattern instead"
             )
@@ -509,12 +509,14 @@ class _Reader:
 
     def _count(self, schema: Schema, keyword: str) -> int | None:
         """Return a number of characters or items, None if the schema does not say it."""
-        count = schema.get(keyword)
+        if keyword not in schema:
+            return None
+        count = schema[keyword]
         if isinstance(count, Decimal) and count == count.to_integral_value():
             count = int(count)
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise self._refused(schema, keyword, f"{keyword} is a number that is not negative")
-        if count is not None and count > _MAX_LENGTH:
+        if count > _MAX_LENGTH:
             raise self._refused(schema, keyword, f"{count} is too many: give a smaller number, or leave {keyword} out")
         return count
 
@@ -712,8 +714,8 @@ def _in_order(value: Json) -> Json:
             return {name: _in_order(value[name]) for name in sorted(value)}
         case list():
             return [_in_order(item) for item in value]
-        case int() if not isinstance(value, bool):
-            return Decimal(value)
+        case int() | Decimal() if not isinstance(value, bool):
+            return Decimal(value).normalize(EXACT)
         case _:
             return value
 

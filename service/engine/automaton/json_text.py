@@ -317,7 +317,8 @@ def dumped(value: Json) -> str:
     match value:
         case Decimal():
             whole = value.normalize(EXACT)
-            return format(whole, "f") if -30 <= whole.adjusted() <= 30 else str(value)
+            # A number that readers round to a float stays one: as an integer it would not be rounded.
+            return format(whole, "f") if -15 <= whole.adjusted() < 15 else str(value)
         case list():
             return "[" + ",".join(map(dumped, value)) + "]"
         case dict():

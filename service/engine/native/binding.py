@@ -29,18 +29,20 @@ FIELDS: dict[str, dict[str, str]] = {
         "table": "*f4", "layers": "*GruLayer", "dense": "GruLinear",
     },
     "GruRow": {
-        "seed": "u8", "position": "i8", "hidden": "*f4", "num_steps": "i8", "stopped": "i8",
-        "num_prompt": "i8", "prompt": "*i8", "chars": "*i8",
+        "seed": "u8", "position": "i8", "hidden": "*f4", "num_prompt": "i8", "prompt": "*i8", "max_draws": "i8",
         "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
         "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "allowed": "*u1", "in_prompt": "*u1",
         "num_generated": "*f8",
         "classes": "*i4", "num_classes": "i8", "transitions": "*i4", "fewest": "*i4", "fewest_after": "*i4",
-        "stop_chars": "*i4", "state": "i8", "num_left": "i8", "first_stop": "i8",
+        "stop_chars": "*i4", "withheld": "*i4", "state": "i8", "num_left": "i8", "first_stop": "i8",
         "num_top": "i8", "scores_start": "i8", "chosen": "*f4", "top_ids": "*i4", "top": "*f4",
         "among_allowed": "*f4",
         "num_checkpoints": "i8", "checkpoint_positions": "*i8", "checkpoints": "*f4",
-        "reaches_length": "i8", "num_next": "i8", "next_ids": "*i4", "next": "*f4",
+        "num_next": "i8", "next_ids": "*i4", "next": "*f4",
+    },
+    "GruStepped": {
+        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "num_withheld": "i8",
     },
 }  # fmt: skip
 
@@ -54,9 +56,10 @@ class Library:
     """The compiled kernel. Calls of its functions release the interpreter's lock."""
 
     functions: ctypes.CDLL
-    layer: np.dtype[np.void]  # GruLayer; addresses are integers in all three
+    layer: np.dtype[np.void]  # GruLayer; addresses are integers in all of them
     model: np.dtype[np.void]  # GruModel
-    row: np.dtype[np.void]  # GruRow
+    make_row: type[ctypes.Structure]  # GruRow of zeros
+    stepped: np.dtype[np.void]  # GruStepped
 
 
 @cache
@@ -95,12 +98,29 @@ def declare(functions: ctypes.CDLL) -> Library:
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p
         functions.gru_create.argtypes = [c_void_p, c_char_p, c_int32, c_int32, POINTER(c_void_p)]
         functions.gru_destroy.argtypes, functions.gru_destroy.restype = [c_void_p], None
-        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64]
+        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
         functions.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
     except AttributeError as missing:
         raise LayoutMismatch(f"it lacks a function: {missing}") from missing
     dtypes = read_layout(functions.gru_describe_layout().decode())
-    return Library(functions, layer=dtypes["GruLayer"], model=dtypes["GruModel"], row=dtypes["GruRow"])
+    return Library(
+        functions,
+        layer=dtypes["GruLayer"],
+        model=dtypes["GruModel"],
+        make_row=structure_of(dtypes["GruRow"]),
+        stepped=dtypes["GruStepped"],
+    )
+
+
+def structure_of(dtype: np.dtype[np.void]) -> type[ctypes.Structure]:
+    """Return a structure with the fields of a dtype. Writing one of its fields takes a third of the time."""
+    if dtype.fields is None:
+        raise AssertionError("a structure has fields")
+    fields = [(name, np.ctypeslib.as_ctypes_type(field[0])) for name, field in dtype.fields.items()]
+    structure = type("Structure", (ctypes.Structure,), {"_fields_": fields})
+    if [getattr(structure, name).offset for name in dtype.fields] != [field[1] for field in dtype.fields.values()]:
+        raise LayoutMismatch("the compiler aligns its fields in another way")
+    return structure
 
 
 def _load_exactly(path: str) -> ctypes.CDLL:

@@ -12,17 +12,19 @@ from functools import cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Float32
+from service.arrays import Float32, Ids
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
-from service.engine.native.rows import Rows
+from service.engine.native.rows import PackedRow
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
-from service.engine.stepper import InvalidRows, Row, StepResult
+from service.engine.stepper import NO_CHARS, InvalidRows, Row, Steps
 from service.model.quantize import QuantizedGRU
 
 log = logging.getLogger(__name__)
 
 _BITS = {"int8": 8, "int4": 4}
+# The engine's ticks have fewer characters. For longer calls, the length of the rows limits the memory for characters.
+_MANY_CHARS = 256
 
 
 @cache
@@ -79,26 +81,68 @@ class NativeStepper:
         self._library = library
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.functions.gru_destroy, self._kernel)
+        self._stepped = np.empty(0, library.stepped)  # (N,) what a call did to each row; reused
 
     def initial_hidden(self) -> Float32:
         """See Stepper."""
         return np.zeros((self.config.num_layers, self.config.num_units), np.float32)
 
-    def advance(self, rows: Sequence[Row], num_chars: int) -> list[StepResult]:
+    def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """See Stepper."""
         try:
-            batch = self._batch(rows, num_chars)
+            packed: list[PackedRow] = [row.packed or self._pack(row) for row in rows]
         except Exception as error:  # nothing has been computed yet
-            if invalid := InvalidRows.among(rows, lambda row: self._batch([row], num_chars)):
+            if invalid := InvalidRows.among(rows, self._pack):
                 raise invalid from error
             raise
-        if batch.active:
-            check(self._library.functions.gru_advance(self._kernel, batch.records.ctypes.data, len(batch.active)))
-        return batch.finish()
+        if num_chars > _MANY_CHARS:
+            longest = max([len(row.request.prompt) + row.request.max_chars for row in rows], default=0)
+            num_chars = min(num_chars, longest)
+        special = [i for i, one in enumerate(packed) if one.needs_results]
+        for i in special:
+            packed[i].begin(rows[i], num_chars)
+        drawn = np.empty((len(rows), num_chars), np.int64)
+        self._run(np.array([one.address for one in packed], np.uintp), drawn)
+        steps = self._update(rows, drawn)
+        for i in special:
+            num_read, num_withheld = (int(self._stepped[name][i]) for name in ("num_read", "num_withheld"))
+            result = packed[i].store(rows[i], steps.chars[i], num_read, num_withheld)
+            if not result.is_empty:
+                steps.results[i] = result
+        for i in self._stepped["is_finished"][: len(rows)].nonzero()[0].tolist():
+            if rows[i].finished is None:
+                packed[i].finish(rows[i], has_stopped=bool(self._stepped["has_stopped"][i]))
+                rows[i].packed = None
+        return steps
 
-    def _batch(self, rows: Sequence[Row], num_chars: int) -> Rows:
-        shape = (self.config.num_layers, self.config.num_units)
-        return Rows(rows, num_chars, shape, self.config.vocab_size, self._library.row)
+    def _pack(self, row: Row) -> PackedRow:
+        row.packed = packed = PackedRow(row, self.config, self._library.make_row())
+        return packed
+
+    def _run(self, addresses: NDArray[np.uintp], drawn: Ids) -> None:
+        """Advance the rows at these addresses; fill (B, num_chars) `drawn`, and `_stepped`."""
+        num_rows, num_chars = drawn.shape
+        if num_rows > len(self._stepped):
+            self._stepped = np.empty(2 * num_rows, self._library.stepped)
+        outputs = drawn.ctypes.data, self._stepped.ctypes.data
+        check(self._library.functions.gru_advance(self._kernel, addresses.ctypes.data, num_rows, num_chars, *outputs))
+
+    def _update(self, rows: Sequence[Row], drawn: Ids) -> Steps:
+        """Count the characters of a call in the rows, and return them."""
+        num_chars = drawn.shape[1]
+        all_read, all_drawn = (self._stepped[name][: len(rows)].tolist() for name in ("num_read", "num_drawn"))
+        for row, num_read, num_drawn in zip(rows, all_read, all_drawn, strict=True):
+            row.position += num_read + num_drawn
+            row.num_read += num_read
+            row.num_generated += num_drawn
+        chars: list[Ids] = list(drawn)
+        total_read, total_drawn = sum(all_read), sum(all_drawn)
+        if total_drawn < drawn.size:
+            chars = [
+                one if num_drawn == num_chars else one[:num_drawn] if num_drawn else NO_CHARS
+                for one, num_drawn in zip(chars, all_drawn, strict=True)
+            ]
+        return Steps(chars, {}, total_read, total_drawn)
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
         """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.

@@ -356,3 +356,54 @@ def test_characters__that_the_model_lacks_are_not_written() -> None:
         compiled({"properties": {"qx": {"type": "integer"}}, "required": ["qx"]}, small)
     with pytest.raises(UnknownCharacters, match=r"'\"' \(U\+0022\)"):
         compile_form(Form("json_object", ""), "abc{}[]")
+
+
+# Malformed schemas
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 10**6)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "#", "#/a/0", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "type", "$ref"]), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+KEYWORDS = st.sampled_from(
+    [
+        "type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "properties", "required",
+        "additionalProperties", "items", "prefixItems", "minItems", "maxItems", "uniqueItems", "minLength", "maxLength",
+        "pattern", "format", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "not", "title",
+    ]
+)  # fmt: skip
+MALFORMED = st.recursive(
+    JUNK,
+    lambda inner: (
+        st.dictionaries(KEYWORDS, st.one_of(inner, st.lists(inner, max_size=3), JUNK), max_size=4)
+        | st.builds(lambda name, value: {"properties": {name: value}}, st.sampled_from(["a", "b"]), inner)
+        | st.builds(
+            lambda parts, keyword: {keyword: parts},
+            st.lists(inner, max_size=3),
+            st.sampled_from(["anyOf", "allOf", "oneOf"]),
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(MALFORMED, st.integers(0, 2**32))
+@example({"enum": [4.804881196082834e16, 1e300, -1e-300, 12345678901234567890, 0.1]}, 0)
+@example({"allOf": [{"pattern": []}, {"pattern": {}}]}, 0)
+@example({"allOf": [3, {"type": "null"}]}, 0)
+@example({"format": {}}, 0)
+@example({"minItems": True, "allOf": [{"minItems": "a"}]}, 0)
+@example({"required": [[]], "properties": {"a": 3}}, 0)
+@example({"type": [[]]}, 0)
+@example({"$ref": []}, 0)
+def test_schema__that_is_malformed_is_refused_or_gives_valid_texts(schema: Any, seed: int) -> None:
+    automaton = compiled_or_none(schema_text(schema), "^(#|no text of this form|no text has|the number|the schema)")
+    if automaton is not None:
+        assert_valid(schema, automaton, seed, (0, 3, 20))

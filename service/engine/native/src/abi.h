@@ -30,17 +30,15 @@ GRU_FIELD(const GruLayer*, layers)  // (L,)
 GRU_FIELD(GruLinear, dense)         // (V, H) weights from the last layer's state to logits
 GRU_END
 
-// One text in one call. Steps are counted from 0 in each call. The first num_prompt steps read characters of the
-// prompt, the others draw theirs.
+// One text, from its first call to its end: the kernel updates it, so that the next call continues. Steps are counted
+// from 0 in each call. The first num_prompt steps read characters of the prompt, the others draw theirs.
 GRU_STRUCT(GruRow)
 GRU_FIELD(uint64_t, seed)          // random numbers depend on seed and position alone
-GRU_FIELD(int64_t, position)       // characters consumed before this call
+GRU_FIELD(int64_t, position)       // characters consumed; updated
 GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
-GRU_FIELD(int64_t, num_steps)      // in: steps to do; out: steps done, fewer if the automaton ended the text
-GRU_FIELD(int64_t, stopped)        // out: 1 if the automaton ended the text
-GRU_FIELD(int64_t, num_prompt)     // characters to read
-GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) ids
-GRU_FIELD(int64_t*, chars)         // (num_steps,) out: the ids read and drawn
+GRU_FIELD(int64_t, num_prompt)     // characters left to read; updated
+GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) their ids; updated
+GRU_FIELD(int64_t, max_draws)      // characters left to draw, unless the automaton ends the text; updated
 
 GRU_FIELD(double, temperature)        // 0: always draw the likeliest character
 GRU_FIELD(int64_t, is_plain)          // 1 if temperature is the only setting: top_k to biases are ignored
@@ -64,24 +62,34 @@ GRU_FIELD(const int32_t*, transitions)   // (S, C) the next state; -1 if the cla
 GRU_FIELD(const int32_t*, fewest)        // (S,) characters that complete a text; null: nothing is ever forbidden
 GRU_FIELD(const int32_t*, fewest_after)  // (S,) the same if the text has to get longer; 2^31 - 1 if it can't
 GRU_FIELD(const int32_t*, stop_chars)    // (S,) above 0 where a stop string is complete
+GRU_FIELD(const int32_t*, withheld)      // (S,) how many of the last characters may belong to a stop string
 GRU_FIELD(int64_t, state)                // after all generated characters; updated
-GRU_FIELD(int64_t, num_left)             // characters until the text must be complete, from the first drawn in this call
-GRU_FIELD(int64_t, first_stop)           // the first drawn character of this call that may complete a stop string, from 0
+GRU_FIELD(int64_t, num_left)             // characters until the text must be complete; updated
+GRU_FIELD(int64_t, first_stop)           // characters to draw before one may complete a stop string; updated
 
+// Results that the caller requests anew for each call.
 GRU_FIELD(int64_t, num_top)       // likeliest characters to report at each step, at most V; -1: no scores
 GRU_FIELD(int64_t, scores_start)  // the first step with scores; its scores have index 0 in the arrays below
 GRU_FIELD(float*, chosen)         // (num_steps - scores_start,) out: log-probability of the step's own character
 GRU_FIELD(int32_t*, top_ids)      // (num_steps - scores_start, num_top) out: the likeliest characters
 GRU_FIELD(float*, top)            // (num_steps - scores_start, num_top) out: their log-probabilities
-GRU_FIELD(float*, among_allowed)  // (num_steps - num_prompt,) out: of each drawn character, among those that were
+GRU_FIELD(float*, among_allowed)  // (num_drawn,) out: of each drawn character, among those that were
                                   // allowed by the automaton; null: none
 
 GRU_FIELD(int64_t, num_checkpoints)              // states to copy during this call
 GRU_FIELD(const int64_t*, checkpoint_positions)  // (num_checkpoints,) in rising order
 GRU_FIELD(float*, checkpoints)                   // (num_checkpoints, L, H) out: the copies
 
-GRU_FIELD(int64_t, reaches_length)  // 1 if the text is finished after num_steps steps
-GRU_FIELD(int64_t, num_next)        // likeliest next characters to report when the text is finished; -1: none
-GRU_FIELD(int32_t*, next_ids)       // (num_next,) out: the likeliest characters
-GRU_FIELD(float*, next)             // (num_next,) out: their log-probabilities
+GRU_FIELD(int64_t, num_next)   // likeliest next characters to report when the text is finished; -1: none
+GRU_FIELD(int32_t*, next_ids)  // (num_next,) out: the likeliest characters
+GRU_FIELD(float*, next)        // (num_next,) out: their log-probabilities
+GRU_END
+
+// What one call did to one text.
+GRU_STRUCT(GruStepped)
+GRU_FIELD(int64_t, num_read)      // characters of the prompt
+GRU_FIELD(int64_t, num_drawn)     // characters
+GRU_FIELD(int64_t, is_finished)   // 1 if nothing is left to do
+GRU_FIELD(int64_t, has_stopped)   // 1 if the automaton ended the text after a character that was drawn
+GRU_FIELD(int64_t, num_withheld)  // as the automaton says; 0 without one
 GRU_END

@@ -226,20 +226,26 @@ class Kernel {
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant);
     }
 
-    void advance(GruRow* rows, int64_t num_rows) {
+    void advance(GruRow* const* rows, int64_t num_rows, int64_t max_chars, int64_t* drawn, GruStepped* stepped) {
         batch_.reserve(model_, num_rows);
         batch_.rows = rows;
+        batch_.stepped = stepped;
+        batch_.drawn = drawn;
+        batch_.max_chars = max_chars;
         for (int64_t i = 0; i < num_rows; ++i) {
-            batch_.ends[i].store(rows[i].num_steps, std::memory_order_relaxed);
+            const int64_t num_left = rows[i]->num_prompt + rows[i]->max_draws;
+            batch_.ends[i].store(std::min(max_chars, num_left), std::memory_order_relaxed);
             batch_.num_stored[i] = 0;
-            rows[i].stopped = 0;
+            stepped[i] = {};
+            stepped[i].is_finished = num_left <= max_chars;
         }
         for (Worker& worker : workers_) worker.reserve(num_rows, model_, variant_);
         if (num_threads_ == 1 || num_rows >= variant_.blocks.shared_rows * num_threads_)
             advance_apart(num_rows);
         else
             advance_shared(num_rows);
-        for (int64_t i = 0; i < num_rows; ++i) rows[i].num_steps = batch_.ends[i].load(std::memory_order_relaxed);
+        for (int64_t i = 0; i < num_rows; ++i)
+            continue_after(*rows[i], batch_.ends[i].load(std::memory_order_relaxed), stepped[i]);
     }
 
     void recurrent_products(int64_t layer, const int8_t* states, int64_t num_rows, int64_t repeats, int32_t* out) {
@@ -254,6 +260,25 @@ class Kernel {
     }
 
    private:
+    // Makes a row that has done num_steps steps continue with the next call.
+    static void continue_after(GruRow& row, int64_t num_steps, GruStepped& stepped) {
+        stepped.num_read = std::min(num_steps, row.num_prompt);
+        stepped.num_drawn = num_steps - stepped.num_read;
+        if (row.classes != nullptr) stepped.num_withheld = row.withheld[row.state];
+        row.position += num_steps;
+        row.prompt += stepped.num_read;
+        row.num_prompt -= stepped.num_read;
+        row.max_draws -= stepped.num_drawn;
+        row.num_left -= stepped.num_drawn;
+        row.first_stop -= stepped.num_drawn;
+        row.num_top = -1;
+        row.num_checkpoints = 0;
+        row.among_allowed = nullptr;
+        if (!stepped.is_finished) return;
+        row.max_draws = 0;
+        row.num_next = -1;
+    }
+
     void advance_block(int64_t begin, int64_t end, int rank) {
         variant_.advance(model_, batch_, begin, end, workers_[rank], alone_, 0);
     }
@@ -355,8 +380,10 @@ GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_
 
 GRU_EXPORT void gru_destroy(gru::Kernel* kernel) { delete kernel; }
 
-GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* rows, int64_t num_rows) {
-    return gru::guarded([&] { kernel->advance(rows, num_rows); });
+// Advances B rows by max_chars characters, or to their ends. drawn: (B, max_chars); stepped: (B,); both out.
+GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* const* rows, int64_t num_rows, int64_t max_chars,
+                               int64_t* drawn, GruStepped* stepped) {
+    return gru::guarded([&] { kernel->advance(rows, num_rows, max_chars, drawn, stepped); });
 }
 
 // Computes recurrent products alone, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.

@@ -165,7 +165,10 @@ struct Worker {
 
 // The rows of a call. The memory is reused by the next call.
 struct Batch {
-    GruRow* rows = nullptr;
+    GruRow* const* rows = nullptr;           // (B,)
+    GruStepped* stepped = nullptr;           // (B,)
+    int64_t* drawn = nullptr;                // (B, max_chars) the characters drawn
+    int64_t max_chars = 0;                   // steps of a row at most
     std::vector<int64_t> chars;              // (B,) ids of the current step
     std::vector<int64_t> num_stored;         // (B,) checkpoints stored so far
     std::vector<std::atomic<int64_t>> ends;  // (B,) number of steps of each row; the end of a text lowers it
