@@ -17,7 +17,7 @@ from service.errors import InvalidArtifact, InvalidSettings
 from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
-from service.web.api.candidates.routes import CandidateRoutes
+from service.web.api.candidates.routes import CandidateRoutes, SessionCandidateRoutes
 from service.web.api.chat.routes import ChatRoutes
 from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
@@ -151,7 +151,8 @@ def _resources(
         ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
         EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
-        CandidateRoutes(models, service.sessions, default, settings.max_prompt_chars, admission, score_budget),
+        CandidateRoutes(models, default, settings.max_prompt_chars, admission, score_budget),
+        SessionCandidateRoutes(service.sessions, settings.max_prompt_chars, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
         TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),

@@ -107,10 +107,10 @@ def test_openapi__covers_every_route_and_the_limits_of_fields(client: FlaskClien
     sessions = {
         "/v1/sessions",
         session,
-        *(f"{session}/{name}" for name in ("text", "feed", "generate", "rewind", "fork", "state")),
+        *(f"{session}/{name}" for name in ("text", "feed", "generate", "rewind", "fork", "state", "score", "suggest")),
     }
     others = {"/v1/completions", "/v1/inspect", "/v1/models", "/v1/models/{id}", "/healthz", "/readyz", "/admin/reload"}
-    others |= {"/v1/chat/completions", "/v1/embeddings"}
+    others |= {"/v1/chat/completions", "/v1/embeddings", "/v1/score"}
     others |= {"/health", "/version", "/tokenize", "/detokenize", "/tokenizer_info"}
     others |= {f"/v1/models/{{id}}/tokenizer{end}.json" for end in ("", "_config")}
     assert set(description["paths"]) == sessions | others

@@ -35,24 +35,86 @@ from service.web.gate.route import Route
 _PIECE_SCORES = 512  # in one piece of an answer: about a millisecond of work
 
 
-class CandidateRoutes(Resource):
-    """The routes of candidates and suggestions. None of them changes a session."""
+class _Candidates(Resource):
+    """What the routes of candidates share."""
+
+    def __init__(self, max_chars: int, admission: AdmissionLimit, score_budget: SharedBudget) -> None:
+        """max_chars: of a prompt, and of all candidates of a request together."""
+        self._max_chars, self._admission, self._score_budget = max_chars, admission, score_budget
+
+    def _scored(
+        self,
+        model: LoadedModel,
+        origin: Origin,
+        candidates: Sequence[Ids],
+        num_prompt: int,
+        num_cached: int,
+        normalize: Normalize,
+        reservation: ScoreReservation,
+        held: ExitStack,
+    ) -> Response:
+        logprobs = score_candidates(model, origin, candidates, reservation.require, client_monitor())
+        totals, scores = normalized(logprobs, normalize)
+        usage = _usage(num_prompt + sum(map(len, candidates)), 0, num_cached)
+        return json_response(_pieces(model, origin, candidates, totals, scores, usage), held)
+
+    def _check_chars(self, prompt: str, candidates: Sequence[str]) -> None:
+        if len(prompt) > self._max_chars:
+            raise InvalidValue(f"prompt: at most {self._max_chars} characters, not {len(prompt)}", param="prompt")
+        num_chars = sum(map(len, candidates))
+        if num_chars > self._max_chars:
+            raise InvalidValue(
+                f"candidates: at most {self._max_chars} characters together, not {num_chars}", param="candidates"
+            )
+
+    def _encoded(self, model: LoadedModel, text: str, unknown: UnknownChars, param: str) -> Ids:
+        """Return the (n,) ids of a text. Raises UnknownCharacters, InvalidValue."""
+        try:
+            ids = model.charset.encode(text, unknown)
+        except InvalidValue as error:
+            error.param = param
+            raise
+        if len(ids) > max(self._max_chars, len(text)):
+            raise InvalidValue(f"{param}: at most {self._max_chars} characters after folding", param=param)
+        return ids
+
+    def _encoded_candidates(self, model: LoadedModel, body: schemas.ScoreBody | schemas.SessionScoreBody) -> list[Ids]:
+        encoded, num_chars = [], 0
+        for place, text in enumerate(body.candidates):
+            path = f"candidates[{place}]"
+            ids = self._encoded(model, text, body.unknown_chars, path)
+            num_chars += len(ids)
+            if not len(ids):
+                raise InvalidValue(f"{path}: there is no character that the model knows", param=path)
+            if num_chars > self._max_chars:  # folding can make a text longer
+                raise InvalidValue(
+                    f"candidates: at most {self._max_chars} characters together after folding", param="candidates"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def _reservation(self, param: str, remedy: str, held: ExitStack) -> ScoreReservation:
+        reservation = ScoreReservation(self._score_budget, param, remedy)
+        held.callback(reservation.release)
+        return reservation
+
+
+class CandidateRoutes(_Candidates):
+    """The route of candidates after a prompt."""
 
     name = "candidates"
-    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer}
+    errors = ERRORS
 
     def __init__(
         self,
         models: LoadedModels,
-        sessions: SessionService,
         default_model: str,
         max_chars: int,
         admission: AdmissionLimit,
         score_budget: SharedBudget,
     ) -> None:
-        """max_chars: of a prompt, and of all candidates of a request together."""
-        self._models, self._sessions, self._default_model = models, sessions, default_model
-        self._max_chars, self._admission, self._score_budget = max_chars, admission, score_budget
+        super().__init__(max_chars, admission, score_budget)
+        self._models, self._default_model = models, default_model
 
     @Route(
         "POST",
@@ -79,6 +141,19 @@ class CandidateRoutes(Resource):
             origin = Origin(hidden, len(prompt))
             return self._scored(model, origin, candidates, len(prompt), num_cached, body.normalize, reservation, held)
 
+
+class SessionCandidateRoutes(_Candidates):
+    """The routes of candidates and suggestions after a session's text. None of them changes the session."""
+
+    name = "session_candidates"
+    errors = ERRORS | {"409": ErrorAnswer, "410": ErrorAnswer, "504": ErrorAnswer}
+
+    def __init__(
+        self, sessions: SessionService, max_chars: int, admission: AdmissionLimit, score_budget: SharedBudget
+    ) -> None:
+        super().__init__(max_chars, admission, score_budget)
+        self._sessions = sessions
+
     @Route(
         "POST",
         "/v1/sessions/<id>/score",
@@ -87,7 +162,7 @@ class CandidateRoutes(Resource):
         starts_work=True,
         counts_as_start=True,
     )
-    def score_in_session(self, path: SessionPath, body: schemas.SessionScoreBody) -> Response:
+    def score(self, path: SessionPath, body: schemas.SessionScoreBody) -> Response:
         """Return the log-probability of each candidate as what follows the session's text, which doesn't change.
 
         While text is being generated, the candidates follow the session's text as it was before.
@@ -153,62 +228,6 @@ class CandidateRoutes(Resource):
             return words(charset, charset.decode(prompt[-1:]) or session.last_character)
         ends = {*self._encoded(model, body.until, body.unknown_chars, "until").tolist()}
         return ends_at(char in ends for char in range(len(charset)))
-
-    def _scored(
-        self,
-        model: LoadedModel,
-        origin: Origin,
-        candidates: Sequence[Ids],
-        num_prompt: int,
-        num_cached: int,
-        normalize: Normalize,
-        reservation: ScoreReservation,
-        held: ExitStack,
-    ) -> Response:
-        logprobs = score_candidates(model, origin, candidates, reservation.require, client_monitor())
-        totals, scores = normalized(logprobs, normalize)
-        usage = _usage(num_prompt + sum(map(len, candidates)), 0, num_cached)
-        return json_response(_pieces(model, origin, candidates, totals, scores, usage), held)
-
-    def _check_chars(self, prompt: str, candidates: Sequence[str]) -> None:
-        if len(prompt) > self._max_chars:
-            raise InvalidValue(f"prompt: at most {self._max_chars} characters, not {len(prompt)}", param="prompt")
-        num_chars = sum(map(len, candidates))
-        if num_chars > self._max_chars:
-            raise InvalidValue(
-                f"candidates: at most {self._max_chars} characters together, not {num_chars}", param="candidates"
-            )
-
-    def _encoded(self, model: LoadedModel, text: str, unknown: UnknownChars, param: str) -> Ids:
-        """Return the (n,) ids of a text. Raises UnknownCharacters, InvalidValue."""
-        try:
-            ids = model.charset.encode(text, unknown)
-        except InvalidValue as error:
-            error.param = param
-            raise
-        if len(ids) > max(self._max_chars, len(text)):
-            raise InvalidValue(f"{param}: at most {self._max_chars} characters after folding", param=param)
-        return ids
-
-    def _encoded_candidates(self, model: LoadedModel, body: schemas.ScoreBody | schemas.SessionScoreBody) -> list[Ids]:
-        encoded, num_chars = [], 0
-        for place, text in enumerate(body.candidates):
-            path = f"candidates[{place}]"
-            ids = self._encoded(model, text, body.unknown_chars, path)
-            num_chars += len(ids)
-            if not len(ids):
-                raise InvalidValue(f"{path}: there is no character that the model knows", param=path)
-            if num_chars > self._max_chars:  # folding can make a text longer
-                raise InvalidValue(
-                    f"candidates: at most {self._max_chars} characters together after folding", param="candidates"
-                )
-            encoded.append(ids)
-        return encoded
-
-    def _reservation(self, param: str, remedy: str, held: ExitStack) -> ScoreReservation:
-        reservation = ScoreReservation(self._score_budget, param, remedy)
-        held.callback(reservation.release)
-        return reservation
 
 
 def _usage(num_prompt: int, num_stepped: int, num_cached: int = 0) -> Usage:
