@@ -216,7 +216,7 @@ def test_kernel__ten_thousand_characters_of_the_shipped_model_are_those_of_torch
         rows = [Row(Request(start, num_chars, seed=3, sampling=one), stepper.initial_hidden()) for one in how]
         return outcome(stepper, rows)
 
-    many, some = (200, 100) if EMULATED else (10_000, 300)
+    many, some = (60, 30) if EMULATED else (10_000, 300)
     assert texts(NativeStepper(model), many) == texts(TorchStepper(model), many)
     for variant in TESTED_VARIANTS[1:]:
         assert texts(NativeStepper(model, variant=variant), some) == texts(NativeStepper(model), some)
