@@ -107,6 +107,7 @@ GRU_END
 GRU_BEGIN(i8mm, GRU_ARM_I8MM)
 #include "operations_i8mm.inc"
 #include "product_neon.inc"
+#include "product_rows.inc"
 #include "arithmetic.inc"
 #include "sampling.inc"
 #include "step.inc"
@@ -115,6 +116,7 @@ GRU_END
 GRU_BEGIN(dotprod, GRU_ARM_DOTPROD)
 #include "operations_dotprod.inc"
 #include "product_neon.inc"
+#include "product_rows.inc"
 #include "arithmetic.inc"
 #include "sampling.inc"
 #include "step.inc"
