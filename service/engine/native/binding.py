@@ -42,7 +42,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "num_next": "i8", "next_ids": "*i4", "next": "*f4",
     },
     "GruStepped": {
-        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "num_withheld": "i8",
+        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "state": "i8",
+        "num_withheld": "i8",
     },
 }  # fmt: skip
 

@@ -91,5 +91,6 @@ GRU_FIELD(int64_t, num_read)      // characters of the prompt
 GRU_FIELD(int64_t, num_drawn)     // characters
 GRU_FIELD(int64_t, is_finished)   // 1 if nothing is left to do
 GRU_FIELD(int64_t, has_stopped)   // 1 if the automaton ended the text after a character that was drawn
+GRU_FIELD(int64_t, state)         // of the automaton; 0 without one
 GRU_FIELD(int64_t, num_withheld)  // as the automaton says; 0 without one
 GRU_END

@@ -264,6 +264,7 @@ class Kernel {
     static void continue_after(GruRow& row, int64_t num_steps, GruStepped& stepped) {
         stepped.num_read = std::min(num_steps, row.num_prompt);
         stepped.num_drawn = num_steps - stepped.num_read;
+        stepped.state = row.state;
         if (row.classes != nullptr) stepped.num_withheld = row.withheld[row.state];
         row.position += num_steps;
         row.prompt += stepped.num_read;
