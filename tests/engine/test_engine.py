@@ -452,16 +452,20 @@ def test_read__loses_nothing_while_results_are_added() -> None:
     assert chars == [*range(2 * num_parts)]
 
 
-def test_cancel__before_the_thread_has_seen_the_text() -> None:
-    gate = _Gate()
-    with running(gate) as engine:
-        first = engine.submit([request()])[0]
-        assert gate.entered.acquire(timeout=20)  # a tick has begun: the next text waits in the inbox
-        late = engine.submit([request(max_chars=100_000)])[0]
-        late.cancel()
-        gate.allowed.release(1000)
-        assert late.wait().reason == "cancelled"
-        assert first.wait().reason == "length"
+def test_cancel__before_the_thread_has_taken_the_text_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Handle] = []
+    drop_cancelled = Engine._drop_cancelled
+
+    def submit_another(engine: Engine) -> None:
+        if not late:  # after the thread has taken in what was new
+            late.extend(engine.submit([request(max_chars=20_000)]))
+            late[0].cancel()
+        drop_cancelled(engine)
+
+    monkeypatch.setattr(Engine, "_drop_cancelled", submit_another)
+    with running() as engine:
+        assert engine.submit([request()])[0].wait().reason == "length"
+        assert late[0].wait().reason == "cancelled"
 
 
 def test_read__is_empty_after_its_timeout() -> None:
