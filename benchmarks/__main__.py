@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "corpora": (),
     "decode": (),
     "roofline": (),
+    "ticks": (),
     "forms": (),
     "http": (),
     "fairness": (),
