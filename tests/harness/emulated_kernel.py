@@ -120,7 +120,7 @@ class EmulatedKernel:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._functions: dict[str, _Function] = {}
         self._handles: set[int] = set()  # addresses of objects in the emulated memory
-        self._addresses: dict[np.dtype[np.void], list[int]] = {}  # offsets of addresses in each structure
+        self._addresses: dict[np.dtype[Any], list[int]] = {}  # offsets of addresses in each structure
 
     @property
     def is_closed(self) -> bool:
@@ -149,6 +149,7 @@ class EmulatedKernel:
         library = declare(cast(ctypes.CDLL, self))
         dtypes = read_layout(self.gru_describe_layout().decode())
         self._addresses = {dtype: list(_addresses(name, dtypes)) for name, dtype in dtypes.items()}
+        self._addresses[np.dtype(np.uintp)] = [0]  # of rows
         return library
 
     def call(self, name: str, arguments: Iterable[Any], returns_text: bool, caller: FrameType) -> tuple[int, bytes]:
@@ -248,7 +249,7 @@ class _Memory:
     keeps alive: those in its variables, and in the objects of this package that these lead to.
     """
 
-    def __init__(self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType) -> None:
+    def __init__(self, addresses: dict[np.dtype[Any], list[int]], handles: set[int], caller: FrameType) -> None:
         self._addresses, self._handles, self._caller = addresses, handles, caller
         self._arrays: list[Array] = []
         self._starts: list[int] = []  # place of each array
@@ -335,6 +336,8 @@ def _reachable(caller: FrameType) -> Iterator[Array]:
             while isinstance(item.base, np.ndarray):
                 item = item.base
             yield item
+        elif isinstance(item, ctypes.Structure):
+            yield np.frombuffer(item, type(item).dtype)  # type: ignore[attr-defined]
         elif isinstance(item, dict):
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset):

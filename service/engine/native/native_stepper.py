@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from array import array
 from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 from functools import cache, partial
@@ -102,7 +101,7 @@ class NativeStepper:
         for i in special:
             packed[i].begin(rows[i], num_chars)
         drawn = np.empty((len(rows), num_chars), np.int64)
-        stepped = self._run(array("Q", [one.address for one in packed]), drawn)
+        stepped = self._run(packed, drawn)
         steps = _count(rows, drawn, stepped)
         for i, num_withheld in enumerate(stepped["num_withheld"]):
             if num_withheld and steps.chars[i] is not NO_CHARS:
@@ -122,12 +121,13 @@ class NativeStepper:
         row.packed = packed = PackedRow(row, self.config, self._library.make_row())
         return packed
 
-    def _run(self, addresses: array[int], drawn: Ids) -> dict[str, list[int]]:
-        """Advance the rows at these addresses, and fill (B, num_chars) `drawn`. Return the fields of GruStepped."""
+    def _run(self, packed: Sequence[PackedRow], drawn: Ids) -> dict[str, list[int]]:
+        """Advance rows, and fill (B, num_chars) `drawn`. Return the fields of GruStepped for each row."""
         num_rows, num_chars = drawn.shape
         names = self._library.stepped.names or ()
         stepped: NDArray[np.int64] = np.empty((num_rows, len(names)), np.int64)  # all fields have this type
-        inputs, outputs = addresses.buffer_info()[0], (drawn.ctypes.data, stepped.ctypes.data)
+        addresses = np.array([one.address for one in packed], np.uintp)
+        inputs, outputs = addresses.ctypes.data, (drawn.ctypes.data, stepped.ctypes.data)
         check(self._library.functions.gru_advance(self._kernel, inputs, num_rows, num_chars, *outputs))
         return dict(zip(names, stepped.T.tolist(), strict=True))
 

@@ -45,15 +45,15 @@ class PackedRow:
         request, shape = row.request, (config.num_layers, config.num_units)
         if row.hidden.shape != shape or row.hidden.dtype != np.float32:
             raise ValueError(f"the state of a row must be {shape} float32")
-        state = c_char.from_buffer(row.hidden.data)  # raises if it is not contiguous
+        hidden = addressof(c_char.from_buffer(row.hidden.data))  # raises if it is not contiguous
         self._config, self._record, self.address = config, record, addressof(record)
-        self._pointed_to: list[object] = [state]
+        self._pointed_to: list[NDArray[Any]] = [row.hidden]
         self._scores: Scores | None = None
         self._among_allowed: Float32 | None = None
         self._checkpoints: Float32 | None = None
         self._next: Distribution | None = None
         self.plain_until = MAX_POSITION
-        record.seed, record.position, record.hidden = request.seed & _MASK, row.position, addressof(state)
+        record.seed, record.position, record.hidden = request.seed & _MASK, row.position, hidden
         record.num_top = record.num_next = -1
         record.state = row.state
         record.temperature, record.is_plain = request.sampling.temperature, request.sampling.is_plain

@@ -36,8 +36,9 @@ GRU_STRUCT(GruRow)
 GRU_FIELD(uint64_t, seed)          // random numbers depend on seed and position alone
 GRU_FIELD(int64_t, position)       // characters consumed; updated
 GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
+GRU_FIELD(const int64_t*, prompt)  // ids of characters to read
+GRU_FIELD(int64_t, num_read)       // of them, before this call; updated
 GRU_FIELD(int64_t, num_prompt)     // characters left to read; updated
-GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) their ids; updated
 GRU_FIELD(int64_t, max_draws)      // characters left to draw, unless the automaton ends the text; updated
 
 GRU_FIELD(double, temperature)        // 0: always draw the likeliest character
