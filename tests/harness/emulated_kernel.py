@@ -337,7 +337,8 @@ def _reachable(caller: FrameType) -> Iterator[Array]:
                 item = item.base
             yield item
         elif isinstance(item, ctypes.Structure):
-            yield np.frombuffer(item, type(item).dtype)  # type: ignore[attr-defined]
+            row: Any = item
+            yield np.frombuffer(row, row.dtype)
         elif isinstance(item, dict):
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset):
