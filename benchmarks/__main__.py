@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
     "decode": (),
     "form_compilation": (),
     "roofline": (),
+    "ticks": (),
     "forms": (),
     "http": (),
     "fairness": (),

@@ -216,6 +216,7 @@ class Handle:
 
 def _joined(parts: Sequence[Ids | StepResult]) -> StepResult:
     """Return consecutive parts, at least one, as one result."""
-    if any(isinstance(part, StepResult) for part in parts):
-        return StepResult.join([part if isinstance(part, StepResult) else StepResult(part) for part in parts])
-    return StepResult(np.concatenate(parts))
+    chars = [part for part in parts if not isinstance(part, StepResult)]
+    if len(chars) == len(parts):
+        return StepResult(np.concatenate(chars))
+    return StepResult.join([part if isinstance(part, StepResult) else StepResult(part) for part in parts])

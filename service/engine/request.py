@@ -88,7 +88,7 @@ class Request:
             state_bytes * (2 + len(self.checkpoint_positions))
             + history
             + 8 * min(self.max_chars, _COUNTED_CHARS)
-            + 1000
+            + 2000
         )
 
     def check(self, shape: tuple[int, ...], vocab_size: int) -> None:

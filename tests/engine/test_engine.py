@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import InvalidRows, Row, Stepper, Steps
+from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
@@ -424,6 +425,47 @@ def test_read__returns_everything_once_and_in_order() -> None:
         assert parts == whole
         for again in (handle.read(0.0), handle.read_whole()):
             assert (again.result.is_empty, again.end) == (True, end)
+
+
+def test_read__loses_nothing_while_results_are_added() -> None:
+    """Results are added without the reader's lock."""
+    handle, num_parts = Handle(request(), lambda: None), 50_000
+
+    def publish() -> None:
+        for i in range(num_parts):
+            part = np.array([2 * i, 2 * i + 1])
+            handle.publish(part if i % 3 else StepResult(part))
+        handle.publish_end(End("length", np.zeros((1, 1), np.float32), 0, {}))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        chars, end = list[int](), None
+        while end is None:
+            part, end = handle.read(0.0, 10)
+            chars += part.chars.tolist()
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert chars == [*range(2 * num_parts)]
+
+
+def test_cancel__before_the_thread_has_taken_the_text_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    late: list[Handle] = []
+    drop_cancelled = Engine._drop_cancelled
+
+    def submit_another(engine: Engine) -> None:
+        if not late:  # after the thread has taken in what was new
+            late.extend(engine.submit([request(max_chars=20_000)]))
+            late[0].cancel()
+        drop_cancelled(engine)
+
+    monkeypatch.setattr(Engine, "_drop_cancelled", submit_another)
+    with running() as engine:
+        assert engine.submit([request()])[0].wait().reason == "length"
+        assert late[0].wait().reason == "cancelled"
 
 
 def test_read__is_empty_after_its_timeout() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -261,6 +263,34 @@ def test_native_stepper__arrays_of_the_wrong_shape_are_refused() -> None:
         stepper.recurrent_products(np.zeros((1, 64), np.int16))
     with pytest.raises(ValueError, match="refuses"):
         stepper.recurrent_products(np.zeros((1, 64), np.int8), layer=1)
+
+
+def test_native_stepper__what_it_stores_of_a_row_is_freed_with_the_row_or_at_its_end() -> None:
+    stepper = NativeStepper(quantized())
+    rows = [row(stepper, max_chars=50, seed=seed, checkpoint_positions=(3, 20)) for seed in range(3)]
+    ended = row(stepper, max_chars=1)
+    stepper.advance([*rows, ended], 10)
+    assert ended.packed is None
+    records = [weakref.ref(one.packed) for one in rows]
+    states = [weakref.ref(one.hidden) for one in rows]
+    gc.disable()  # nothing may refer to itself: it would stay until the next collection
+    try:
+        rows.clear()
+        assert [reference() for reference in (*records, *states)] == [None] * 6
+    finally:
+        gc.enable()
+
+
+def test_native_stepper__row_continues_after_a_call_that_another_row_made_fail() -> None:
+    """A row that was advanced beside one that is refused continues as if the refused call had not been."""
+    stepper = NativeStepper(quantized())
+    good, alone = row(stepper), row(stepper)
+    bad = replace(row(stepper), hidden=np.zeros((1, 63), np.float32))
+    expected = [stepper.advance([alone], num_chars)[0].chars.tolist() for num_chars in (9, 9)]
+    first = stepper.advance([good], 9)[0].chars.tolist()
+    with pytest.raises(InvalidRows):
+        stepper.advance([good, bad], 9)
+    assert [first, stepper.advance([good], 9)[0].chars.tolist()] == expected
 
 
 def test_native_stepper__invalid_models_are_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import annotated_types
 import click
@@ -71,7 +71,7 @@ def test_sampling_settings__reach_the_kernel(name: str) -> None:
     """The kernel's row has a field of this name, and it gets the value of the setting."""
     library = load()
     assert library is not None
-    value = 0.5 if name.endswith("_p") else getattr(PLAIN, name) + 2
+    value: Any = 0.5 if name.endswith("_p") else getattr(PLAIN, name) + 2
     settings = replace(SamplingSettings(top_k=1), **{name: value})
     stepper = NativeStepper(quantized())
     record = library.make_row()

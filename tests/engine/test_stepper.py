@@ -92,6 +92,29 @@ def test_stepper__neighbours_and_tick_lengths_change_nothing(
         running = [entry for entry in running if not entry[1].finished]
 
 
+def test_stepper__rows_in_turns_get_what_each_gets_alone(stepper: Stepper, alone: list[list[Any]]) -> None:
+    """Each call advances any of the rows, in any order: rows leave for some calls and come back."""
+    rng = np.random.default_rng(3)
+    rows = [with_checkpoints(stepper, **kind) for kind in KINDS]
+    parts: list[list[StepResult]] = [[] for _ in rows]
+    while any(one.finished is None for one in rows):
+        turn = rng.permutation(len(rows))[: rng.integers(1, len(rows))].tolist()
+        for i, result in zip(turn, stepper.advance([rows[i] for i in turn], int(rng.integers(0, 9))), strict=True):
+            parts[i].append(result)
+    assert [everything(one, StepResult.join(part)) for one, part in zip(rows, parts, strict=True)] == alone
+
+
+def test_stepper__counts_what_a_call_has_read_and_generated(stepper: Stepper) -> None:
+    rows = [row(stepper, prompt, max_chars) for prompt, max_chars in (("abc", 9), ("", 2), ("abcdefgh", 9))]
+    steps = stepper.advance(rows, 5)
+    assert (steps.num_read, steps.num_generated) == (3 + 5, 2 + 2)
+    assert [len(chars) for chars in steps.chars] == [len(one.chars) for one in steps] == [2, 2, 0]
+    assert [len(one.chars) for one in steps[1:]] == [2, 0]
+    assert len(steps[-1].chars) == 0
+    with pytest.raises(IndexError):
+        steps[3]
+
+
 def test_stepper__torch_threads_change_nothing(stepper: Stepper, alone: list[list[Any]]) -> None:
     before = torch.get_num_threads()
     try:

@@ -121,7 +121,7 @@ class EmulatedKernel:
         self._functions: dict[str, _Function] = {}
         self._postponed: list[tuple[str, tuple[ctypes.c_void_p, ...]]] = []
         self._handles: set[int] = set()  # addresses of objects in the emulated memory
-        self._addresses: dict[np.dtype[np.void], list[int]] = {}  # offsets of addresses in each structure
+        self._addresses: dict[np.dtype[Any], list[int]] = {}  # offsets of addresses in each structure
 
     def close(self) -> None:
         """End the emulator."""
@@ -145,6 +145,7 @@ class EmulatedKernel:
         library = declare(cast(ctypes.CDLL, self))
         dtypes = read_layout(self.gru_describe_layout().decode())
         self._addresses = {dtype: list(_addresses(name, dtypes)) for name, dtype in dtypes.items()}
+        self._addresses[np.dtype(np.uintp)] = [0]  # of rows
         return library
 
     def postpone(self, name: str, handles: tuple[ctypes.c_void_p, ...]) -> None:
@@ -256,7 +257,7 @@ class _Memory:
     keeps alive: those in its variables, and in the objects of this package that these lead to.
     """
 
-    def __init__(self, addresses: dict[np.dtype[np.void], list[int]], handles: set[int], caller: FrameType) -> None:
+    def __init__(self, addresses: dict[np.dtype[Any], list[int]], handles: set[int], caller: FrameType) -> None:
         self._addresses, self._handles, self._caller = addresses, handles, caller
         self._arrays: list[Array] = []
         self._starts: list[int] = []  # place of each array
@@ -343,6 +344,9 @@ def _reachable(caller: FrameType) -> Iterator[Array]:
             while isinstance(item.base, np.ndarray):
                 item = item.base
             yield item
+        elif isinstance(item, ctypes.Structure):
+            row: Any = item
+            yield np.frombuffer(row, row.dtype)
         elif isinstance(item, dict):
             stack.extend(item.values())
         elif isinstance(item, list | tuple | set | frozenset):

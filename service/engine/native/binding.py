@@ -29,7 +29,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "table": "*f4", "layers": "*GruLayer", "dense": "GruLinear",
     },
     "GruRow": {
-        "seed": "u8", "position": "i8", "hidden": "*f4", "num_prompt": "i8", "prompt": "*i8", "max_draws": "i8",
+        "seed": "u8", "position": "i8", "hidden": "*f4",
+        "prompt": "*i8", "num_read": "i8", "num_prompt": "i8", "max_draws": "i8",
         "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
         "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "allowed": "*u1", "in_prompt": "*u1",
@@ -42,7 +43,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "num_next": "i8", "next_ids": "*i4", "next": "*f4",
     },
     "GruStepped": {
-        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "num_withheld": "i8",
+        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "state": "i8",
+        "num_withheld": "i8",
     },
 }  # fmt: skip
 
@@ -117,7 +119,7 @@ def structure_of(dtype: np.dtype[np.void]) -> type[ctypes.Structure]:
     if dtype.fields is None:
         raise AssertionError("a structure has fields")
     fields = [(name, np.ctypeslib.as_ctypes_type(field[0])) for name, field in dtype.fields.items()]
-    structure = type("Structure", (ctypes.Structure,), {"_fields_": fields})
+    structure = type("Structure", (ctypes.Structure,), {"_fields_": fields, "dtype": dtype})
     if [getattr(structure, name).offset for name in dtype.fields] != [field[1] for field in dtype.fields.values()]:
         raise LayoutMismatch("the compiler aligns its fields in another way")
     return structure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import c_void_p
 from functools import cache, partial
 
@@ -17,7 +17,7 @@ from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
 from service.engine.native.rows import PackedRow
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
-from service.engine.stepper import NO_CHARS, InvalidRows, Row, Steps
+from service.engine.stepper import NO_CHARS, InvalidRows, Row, StepResult, Steps
 from service.model.quantize import QuantizedGRU
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ class NativeStepper:
         self._library = library
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.functions.gru_destroy, self._kernel)
-        self._stepped = np.empty(0, library.stepped)  # (N,) what a call did to each row; reused
 
     def initial_hidden(self) -> Float32:
         """See Stepper."""
@@ -98,51 +97,39 @@ class NativeStepper:
         if num_chars > _MANY_CHARS:
             longest = max([len(row.request.prompt) + row.request.max_chars for row in rows], default=0)
             num_chars = min(num_chars, longest)
-        special = [i for i, one in enumerate(packed) if one.needs_results]
+        special = [i for i, row in enumerate(rows) if row.position + num_chars > packed[i].plain_until]
         for i in special:
             packed[i].begin(rows[i], num_chars)
         drawn = np.empty((len(rows), num_chars), np.int64)
-        self._run(np.array([one.address for one in packed], np.uintp), drawn)
-        steps = self._update(rows, drawn)
+        stepped = self._run(packed, drawn)
+        steps = _count(rows, drawn, stepped)
+        for i, num_withheld in enumerate(stepped["num_withheld"]):
+            if num_withheld and steps.chars[i] is not NO_CHARS:
+                steps.results[i] = StepResult(steps.chars[i], None, None, num_withheld)
         for i in special:
-            num_read, num_withheld = (int(self._stepped[name][i]) for name in ("num_read", "num_withheld"))
-            result = packed[i].store(rows[i], steps.chars[i], num_read, num_withheld)
+            result = packed[i].store(rows[i], steps.chars[i], stepped["num_read"][i], stepped["num_withheld"][i])
             if not result.is_empty:
                 steps.results[i] = result
-        for i in self._stepped["is_finished"][: len(rows)].nonzero()[0].tolist():
-            if rows[i].finished is None:
-                packed[i].finish(rows[i], has_stopped=bool(self._stepped["has_stopped"][i]))
-                rows[i].packed = None
+        if any(stepped["is_finished"]):
+            for i, row in enumerate(rows):
+                if stepped["is_finished"][i] and row.finished is None:
+                    packed[i].finish(row, has_stopped=bool(stepped["has_stopped"][i]))
+                    row.packed = None
         return steps
 
     def _pack(self, row: Row) -> PackedRow:
         row.packed = packed = PackedRow(row, self.config, self._library.make_row())
         return packed
 
-    def _run(self, addresses: NDArray[np.uintp], drawn: Ids) -> None:
-        """Advance the rows at these addresses; fill (B, num_chars) `drawn`, and `_stepped`."""
+    def _run(self, packed: Sequence[PackedRow], drawn: Ids) -> dict[str, list[int]]:
+        """Advance rows, and fill (B, num_chars) `drawn`. Return the fields of GruStepped for each row."""
         num_rows, num_chars = drawn.shape
-        if num_rows > len(self._stepped):
-            self._stepped = np.empty(2 * num_rows, self._library.stepped)
-        outputs = drawn.ctypes.data, self._stepped.ctypes.data
-        check(self._library.functions.gru_advance(self._kernel, addresses.ctypes.data, num_rows, num_chars, *outputs))
-
-    def _update(self, rows: Sequence[Row], drawn: Ids) -> Steps:
-        """Count the characters of a call in the rows, and return them."""
-        num_chars = drawn.shape[1]
-        all_read, all_drawn = (self._stepped[name][: len(rows)].tolist() for name in ("num_read", "num_drawn"))
-        for row, num_read, num_drawn in zip(rows, all_read, all_drawn, strict=True):
-            row.position += num_read + num_drawn
-            row.num_read += num_read
-            row.num_generated += num_drawn
-        chars: list[Ids] = list(drawn)
-        total_read, total_drawn = sum(all_read), sum(all_drawn)
-        if total_drawn < drawn.size:
-            chars = [
-                one if num_drawn == num_chars else one[:num_drawn] if num_drawn else NO_CHARS
-                for one, num_drawn in zip(chars, all_drawn, strict=True)
-            ]
-        return Steps(chars, {}, total_read, total_drawn)
+        names = self._library.stepped.names or ()
+        stepped: NDArray[np.int64] = np.empty((num_rows, len(names)), np.int64)  # all fields have this type
+        addresses = np.array([one.address for one in packed], np.uintp)
+        inputs, outputs = addresses.ctypes.data, (drawn.ctypes.data, stepped.ctypes.data)
+        check(self._library.functions.gru_advance(self._kernel, inputs, num_rows, num_chars, *outputs))
+        return dict(zip(names, stepped.T.tolist(), strict=True))
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
         """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.
@@ -156,6 +143,24 @@ class NativeStepper:
         products = self._library.functions.gru_recurrent_products
         check(products(self._kernel, layer, states.ctypes.data, num_rows, repeats, out.ctypes.data))
         return out
+
+
+def _count(rows: Sequence[Row], drawn: Ids, stepped: Mapping[str, Sequence[int]]) -> Steps:
+    """Update the rows after a call. Return the characters that they have drawn."""
+    num_chars, all_read, all_drawn = drawn.shape[1], stepped["num_read"], stepped["num_drawn"]
+    for row, num_read, num_drawn, state in zip(rows, all_read, all_drawn, stepped["state"], strict=True):
+        row.position += num_read + num_drawn
+        row.num_read += num_read
+        row.num_generated += num_drawn
+        row.state = state
+    chars: list[Ids] = list(drawn)
+    steps = Steps(chars, {}, sum(all_read), sum(all_drawn))
+    if steps.num_generated < drawn.size:
+        steps.chars = [
+            one if num_drawn == num_chars else one[:num_drawn] if num_drawn else NO_CHARS
+            for one, num_drawn in zip(chars, all_drawn, strict=True)
+        ]
+    return steps
 
 
 def _create(library: Library, model: QuantizedGRU, variant: str, num_threads: int, always_together: bool) -> c_void_p:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Float32, Ids
+from service.arrays import MAX_POSITION, Float32, Ids
 from service.engine.automaton.automaton import Automaton
 from service.engine.sampling import History
 from service.engine.sampling_settings import NUMBERS, SamplingSettings
@@ -23,28 +23,39 @@ class PackedRow:
     """A GruRow, which the kernel updates so that each call continues after the last, and the memory that it points to.
 
     States and histories are not copied: the kernel updates the row's own arrays. So most calls need only `address`.
-    A row that `needs_results` has more to report than characters: `begin` prepares each of its calls, `store` ends it.
+    Only a call that takes the row beyond the position `plain_until` needs more: `begin` before it and `store` after it.
     Refers to the row's arrays but not to the row, which owns it: both are freed together.
     """
 
-    __slots__ = ("_among_allowed", "_checkpoints", "_config", "_next", "_pointed_to", "_record", "_scores", "address",
-                 "needs_results")  # fmt: skip
+    __slots__ = (
+        "__weakref__",
+        "_among_allowed",
+        "_checkpoints",
+        "_config",
+        "_next",
+        "_pointed_to",
+        "_record",
+        "_scores",
+        "address",
+        "plain_until",
+    )  # fmt: skip
 
     def __init__(self, row: Row, config: ModelConfig, record: Any) -> None:
         """Raises ValueError if the kernel can't advance the row. record: a GruRow of zeros."""
         request, shape = row.request, (config.num_layers, config.num_units)
         if row.hidden.shape != shape or row.hidden.dtype != np.float32:
             raise ValueError(f"the state of a row must be {shape} float32")
-        state = c_char.from_buffer(row.hidden.data)  # raises if it is not contiguous
+        hidden = addressof(c_char.from_buffer(row.hidden.data))  # raises if it is not contiguous
         self._config, self._record, self.address = config, record, addressof(record)
-        self._pointed_to: list[object] = [state]
+        self._pointed_to: list[NDArray[Any]] = [row.hidden]
         self._scores: Scores | None = None
         self._among_allowed: Float32 | None = None
         self._checkpoints: Float32 | None = None
         self._next: Distribution | None = None
-        self.needs_results = False
-        record.seed, record.position, record.hidden = request.seed & _MASK, row.position, addressof(state)
+        self.plain_until = MAX_POSITION
+        record.seed, record.position, record.hidden = request.seed & _MASK, row.position, hidden
         record.num_top = record.num_next = -1
+        record.state = row.state
         record.temperature, record.is_plain = request.sampling.temperature, request.sampling.is_plain
         if not request.sampling.is_plain:
             self._add_sampling(request.sampling, row.history)
@@ -52,9 +63,7 @@ class PackedRow:
             self._add_history(row.history)
         if row.finished is not None:  # then the kernel does nothing
             return
-        self.needs_results = bool(
-            request.automaton is not None or request.num_logprobs is not None or request.checkpoint_positions
-        )
+        self._set_plain_until(row)
         if row.is_reading:
             prompt = request.prompt[row.num_read :]
             record.num_prompt, record.prompt = len(prompt), self._address(prompt, np.int64)
@@ -68,7 +77,7 @@ class PackedRow:
             record.next = self._address(self._next.logprobs, np.float32)
 
     def begin(self, row: Row, num_chars: int) -> None:
-        """Prepare what the next call reports of a row beside characters."""
+        """Prepare the scores and checkpoints of the next call."""
         record = self._record
         num_steps = min(num_chars, record.num_prompt + record.max_draws)
         if row.request.num_logprobs is not None:
@@ -82,14 +91,14 @@ class PackedRow:
             self._pointed_to.append(reached)
 
     def store(self, row: Row, chars: Ids, num_read: int, num_withheld: int) -> StepResult:
-        """Store what a call has reported beside characters. Return all results of the call."""
-        row.state = self._record.state
+        """Store what a call has reported. Return all results of the call."""
         if self._checkpoints is not None:
             num_stored = len(row.checkpoints)
             num_reached = sum(position <= row.position for position in row.request.checkpoint_positions) - num_stored
             row.checkpoints.extend(state.copy() for state in self._checkpoints[:num_reached])
             self._checkpoints = None
             self._pointed_to.pop()
+            self._set_plain_until(row)
         if self._scores is None:
             return StepResult(chars, None, None, num_withheld)
         scores, self._scores = self._scores, None
@@ -105,6 +114,14 @@ class PackedRow:
         """Store the end of a row."""
         row.finished = "stop" if has_stopped or row.ends_empty else "length"
         row.next = self._next
+
+    def _set_plain_until(self, row: Row) -> None:
+        """Set the position up to which the kernel reports nothing but characters and the automaton's state."""
+        if row.request.num_logprobs is not None:
+            self.plain_until = -1
+        else:
+            positions = row.request.checkpoint_positions[len(row.checkpoints) :]
+            self.plain_until = positions[0] - 1 if positions else MAX_POSITION
 
     def _address(self, array: NDArray[Any], dtype: type[np.generic]) -> int:
         """Return the address of an array, or of a contiguous copy with this dtype. Keeps it alive."""
@@ -147,7 +164,7 @@ class PackedRow:
     def _add_automaton(self, automaton: Automaton, row: Row) -> None:
         record = self._record
         record.num_classes = automaton.transitions.shape[1]
-        record.state, record.num_left, record.first_stop = row.state, row.num_left, row.first_stop
+        record.num_left, record.first_stop = row.num_left, row.first_stop
         names = ["classes", "transitions", "stop_chars", "withheld"]
         for name in [*names, "fewest", "fewest_after"] if automaton.restricts else names:
             setattr(record, name, self._address(getattr(automaton, name), np.int32))

@@ -36,8 +36,9 @@ GRU_STRUCT(GruRow)
 GRU_FIELD(uint64_t, seed)          // random numbers depend on seed and position alone
 GRU_FIELD(int64_t, position)       // characters consumed; updated
 GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
+GRU_FIELD(const int64_t*, prompt)  // ids of characters to read
+GRU_FIELD(int64_t, num_read)       // of them, before this call; updated
 GRU_FIELD(int64_t, num_prompt)     // characters left to read; updated
-GRU_FIELD(const int64_t*, prompt)  // (num_prompt,) their ids; updated
 GRU_FIELD(int64_t, max_draws)      // characters left to draw, unless the automaton ends the text; updated
 
 GRU_FIELD(double, temperature)        // 0: always draw the likeliest character
@@ -91,5 +92,6 @@ GRU_FIELD(int64_t, num_read)      // characters of the prompt
 GRU_FIELD(int64_t, num_drawn)     // characters
 GRU_FIELD(int64_t, is_finished)   // 1 if nothing is left to do
 GRU_FIELD(int64_t, has_stopped)   // 1 if the automaton ended the text after a character that was drawn
+GRU_FIELD(int64_t, state)         // of the automaton; 0 without one
 GRU_FIELD(int64_t, num_withheld)  // as the automaton says; 0 without one
 GRU_END

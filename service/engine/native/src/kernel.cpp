@@ -266,16 +266,16 @@ class Kernel {
     static void continue_after(GruRow& row, int64_t num_steps, GruStepped& stepped) {
         stepped.num_read = std::min(num_steps, row.num_prompt);
         stepped.num_drawn = num_steps - stepped.num_read;
+        stepped.state = row.state;
         if (row.classes != nullptr) stepped.num_withheld = row.withheld[row.state];
         row.position += num_steps;
-        row.prompt += stepped.num_read;
+        row.num_read += stepped.num_read;
         row.num_prompt -= stepped.num_read;
         row.max_draws -= stepped.num_drawn;
         row.num_left -= stepped.num_drawn;
         row.first_stop -= stepped.num_drawn;
         row.num_top = -1;
         row.num_checkpoints = 0;
-        row.among_allowed = nullptr;
         if (!stepped.is_finished) return;
         row.max_draws = 0;
         row.num_next = -1;
