@@ -122,5 +122,10 @@ def test_pattern__is_intersected_with_the_charset_and_allowed_ids() -> None:
         compile_form(Form("regex", "(?i)x[yz]"), CHARSET)
     with pytest.raises(UnknownCharacters, match="'a'"):
         compile_form(Form("regex", "a"), CHARSET, ())
-    with pytest.raises(InvalidValue, match=r"^no text has this form$"):
-        compile_form(Form("regex", "a^b"), CHARSET)
+    with pytest.raises(UnknownCharacters, match=r"lack 'α' \(U\+03B1\)$"):
+        compile_form(Form("regex", "a[α-γ]{2}"), CHARSET)
+    with pytest.raises(UnknownCharacters, match=r"lack U\+D800$"):
+        compile_form(Form("regex", r"[\ud800-\udfff]|\ud800"), CHARSET)
+    for pattern in ("a^b", r"[^\s\S]", "ax^b", "a[α-γ]^b"):
+        with pytest.raises(InvalidValue, match=r"^no text has this form$"):
+            compile_form(Form("regex", pattern), CHARSET)
