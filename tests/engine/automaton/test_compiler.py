@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from service.engine.automaton import compiler
+from service.engine.automaton import budget, compiler
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import FormCache, compile_form
 from service.engine.automaton.form import Form
@@ -102,6 +102,16 @@ def test_cache__discards_what_was_unused_longest(compilations: list[str]) -> Non
         with pytest.raises(InvalidValue):
             small.get(Form("regex", f"({number}"), CHARSET)
     assert small.num_bytes < 3_000
+
+
+def test_compilation__pauses_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each thread that waits for the interpreter waits for 5 ms, every time that it has read or written."""
+    pauses: list[float] = []
+    monkeypatch.setattr(budget.time, "sleep", pauses.append)
+    with pytest.raises(InvalidValue, match="too much work"):
+        FormCache().get(Form("regex", "(a|b)*a(a|b){30}"), CHARSET)
+    assert 20 <= len(pauses) <= budget.MAX_STEPS // 10_000
+    assert sum(pauses) < 0.05
 
 
 def test_automaton__can_not_be_changed() -> None:
