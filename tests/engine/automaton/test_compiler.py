@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -107,7 +108,7 @@ def test_cache__discards_what_was_unused_longest(compilations: list[str]) -> Non
 def test_compilation__pauses_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise each thread that waits for the interpreter waits for 5 ms, every time that it has read or written."""
     pauses: list[float] = []
-    monkeypatch.setattr(budget.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     with pytest.raises(InvalidValue, match="too much work"):
         FormCache().get(Form("regex", "(a|b)*a(a|b){30}"), CHARSET)
     assert 20 <= len(pauses) <= budget.MAX_STEPS // 10_000
