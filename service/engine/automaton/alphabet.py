@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.arrays import Ids, Int32
 from service.engine.automaton.budget import Budget, TooLarge
-from service.errors import InvalidValue, UnknownCharacters
+from service.errors import UnknownCharacters
 from service.model.charset import describe
 
 _MAX_NAMED = 10  # unknown characters that an error names at most
@@ -28,9 +28,10 @@ class Alphabet:
         self.budget = budget
         self.num_chars = len(charset)  # V
         usable = range(len(charset)) if allowed is None else sorted({i for i in allowed if 0 <= i < len(charset)})
-        self._text = charset if allowed is None else "".join(charset[id_] for id_ in usable)
-        self._ids = np.asarray(usable, np.int64)  # of the characters of _text
-        points = np.frombuffer(self._text.encode("utf-32-le"), np.uint32)
+        # The characters that texts may have.
+        self.text = charset if allowed is None else "".join(charset[id_] for id_ in usable)
+        self._ids = np.asarray(usable, np.int64)  # of these
+        points = np.frombuffer(self.text.encode("utf-32-le"), np.uint32)
         self._order = np.argsort(points, kind="stable")
         self._sorted = points[self._order]
         self._members: list[Ids] = []
@@ -76,7 +77,7 @@ class Alphabet:
 
         is_negated: return that of all other characters instead.
         """
-        self.budget.spend(50 + 10 * len(ranges) + len(self._text) // 50)
+        self.budget.spend(50 + 10 * len(ranges) + len(self.text) // 50)
         inside = np.zeros(len(self._sorted) + 1, np.int64)
         bounds = np.array(ranges, np.int64).reshape(-1, 2)
         np.add.at(inside, np.searchsorted(self._sorted, bounds[:, 0]), 1)
@@ -89,17 +90,19 @@ class Alphabet:
             usable = np.zeros(self.num_chars, np.bool_)
             usable[self._ids] = True
             found = usable & ~found
+        elif ranges and not found.any():
+            self.missing[chr(ranges[0][0])] = None
         return self.set_of(np.flatnonzero(found))
 
     def matching(self, pattern: str, flags: int) -> int:
         """Return the number of the set of characters that a pattern matches, which matches one character at a time."""
         number = self._of_pattern.get((pattern, flags))
         if number is None:
-            self.budget.spend(1_000 + 10 * len(pattern) + len(self._text) // 8)
+            self.budget.spend(1_000 + 10 * len(pattern) + len(self.text) // 8)
             # Runs of such characters, because a match for each takes far longer.
-            runs = [match.span() for match in re.compile(f"{pattern}+", flags).finditer(self._text)]
+            runs = [match.span() for match in re.compile(f"{pattern}+", flags).finditer(self.text)]
             self.budget.spend(2 * len(runs))
-            edges = np.zeros(len(self._text) + 1, np.int64)
+            edges = np.zeros(len(self.text) + 1, np.int64)
             if runs:
                 starts, ends = np.array(runs).T
                 edges[starts] += 1
@@ -154,10 +157,8 @@ class Alphabet:
         classes_of = [np.flatnonzero(np.bincount(classes[self._members[number]])) for number in numbers]
         return classes.astype(np.int32), classes_of
 
-    def nothing_left(self) -> InvalidValue:
-        """Return the error for a form of which no text can be written with these characters."""
-        if not self.missing:
-            return InvalidValue("no text has this form")
+    def nothing_left(self) -> UnknownCharacters:
+        """Return the error for a form of which no text can be written without the characters that are missing."""
         named = ", ".join(describe(char) for char in list(self.missing)[:_MAX_NAMED])
         others = len(self.missing) - _MAX_NAMED
         more = f", and {others} others" if others > 0 else ""

@@ -9,6 +9,7 @@ from service.engine.automaton.alphabet import Alphabet
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.budget import Budget
 from service.engine.automaton.choice import choice_dfa, read_choices
+from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.form import Form
 from service.engine.automaton.json_schema import any_object_dfa, schema_dfa
 from service.engine.automaton.regex import regex_dfa
@@ -46,7 +47,7 @@ class FormCache:
                     self._add(key, found)
         if isinstance(found, Automaton):
             return found
-        raise _copy(found)
+        raise new_error(found)
 
     @property
     def num_bytes(self) -> int:
@@ -71,7 +72,7 @@ class FormCache:
                 self._num_bytes -= self._entries.popitem(last=False)[1][1]
 
 
-def _copy(error: InvalidValue) -> InvalidValue:
+def new_error(error: InvalidValue) -> InvalidValue:
     """Return a new error with the same message: one that is raised twice would collect the tracebacks of both."""
     copy = InvalidValue.__new__(type(error))
     copy.__dict__ |= error.__dict__
@@ -82,18 +83,36 @@ def _copy(error: InvalidValue) -> InvalidValue:
 def _compiled(form: Form, charset: str, allowed: tuple[int, ...] | None) -> Automaton | InvalidValue:
     alphabet = Alphabet(charset, allowed, Budget())
     try:
-        match form.kind:
-            case "choice":
-                dfa = choice_dfa(read_choices(form.value), alphabet)
-            case "regex":
-                dfa = regex_dfa(form.value, alphabet)
-            case "json":
-                dfa = schema_dfa(form.value, alphabet)
-            case "json_object":
-                dfa = any_object_dfa(alphabet)
+        dfa = _dfa(form, alphabet)
     except InvalidValue as error:
-        return _copy(error)
-    return dfa.automaton() if len(dfa.accepting) else alphabet.nothing_left()
+        return new_error(error)
+    if len(dfa.accepting):
+        return dfa.automaton()
+    return alphabet.nothing_left() if _would_help(alphabet, form) else InvalidValue("no text has this form")
+
+
+def _dfa(form: Form, alphabet: Alphabet) -> Dfa:
+    match form.kind:
+        case "choice":
+            return choice_dfa(read_choices(form.value), alphabet)
+        case "regex":
+            return regex_dfa(form.value, alphabet)
+        case "json":
+            return schema_dfa(form.value, alphabet)
+        case "json_object":
+            return any_object_dfa(alphabet)
+
+
+def _would_help(alphabet: Alphabet, form: Form) -> bool:
+    """Whether a form has texts with the characters that are missing; true if the budget doesn't suffice to tell."""
+    # Halves of surrogate pairs are in no text, but a pattern can name them.
+    chars = "".join(char for char in alphabet.missing if not "\ud800" <= char <= "\udfff")
+    if not chars:
+        return bool(alphabet.missing)
+    try:
+        return len(_dfa(form, Alphabet(alphabet.text + chars, None, alphabet.budget)).accepting) > 0
+    except InvalidValue:
+        return True
 
 
 _cache = FormCache()

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, InvalidOperation
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 from service.engine.automaton.alphabet import Alphabet
 from service.engine.automaton.budget import MAX_POSITIONS, TooLarge
@@ -28,6 +29,7 @@ MAX_NESTING = 32  # schemas in schemas, after references are followed
 MAX_BRACKETS = 64  # nested brackets of the schema's text
 MAX_RECURSION = 3  # how often a schema may be within itself
 MAX_ALTERNATIVES = 64  # of oneOf
+_INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # of an item, in a reference
 ANY_DEPTH = 2  # levels of objects and arrays in a value of which nothing is said
 _MAX_LENGTH = 10**6  # no count of characters or items above it can be built
 _MAX_DIGITS = 400  # of a number in a schema
@@ -286,11 +288,12 @@ class _Reader:
             raise self._refused(schema, "$ref", "only references into the schema are supported, as in #/$defs/name")
         found = self._root
         for part in reference.split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(found, dict) and name in found:
+            # A pointer in a URL's fragment: %20 is a space, unless a name is written like that.
+            names = [one.replace("~1", "/").replace("~0", "~") for one in (part, unquote(part))]
+            if isinstance(found, dict) and (name := next((one for one in names if one in found), None)) is not None:
                 found = found[name]
-            elif isinstance(found, list) and name.isdecimal() and int(name[:9]) < len(found):
-                found = found[int(name)]
+            elif isinstance(found, list) and _INDEX.fullmatch(part) and int(part) < len(found):
+                found = found[int(part)]
             else:
                 raise self._refused(schema, "$ref", f"the schema has nothing at {_shown(reference)}")
         if not isinstance(found, dict | bool):

@@ -7,6 +7,7 @@ evaluated by `re` too, on the model's charset. What is translated here is the st
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import warnings
 from re import _constants as codes  # type: ignore[attr-defined]
@@ -74,6 +75,8 @@ _TOKEN = re.compile(
 )
 # A comment of a verbose pattern, or what has a # that begins none.
 _COMMENT = re.compile(r"(?P<kept>\\.|\[\^?\]?(?:[^\]\\]|\\.)*+\]?)|\#[^\n]*", re.DOTALL)
+# A character by its number, or any other escape.
+_CODE_POINT = re.compile(r"\\(?:U([0-9a-fA-F]{8})|.)", re.DOTALL)
 _parse_lock = threading.Lock()
 
 
@@ -133,7 +136,10 @@ def _parse(pattern: str) -> tuple[Any, int]:
     except re.error as error:
         place = "" if error.pos is None else f"position {error.pos}: "
         raise InvalidValue(f"{place}{error.msg}") from error
-    except (OverflowError, ValueError) as error:  # from int(), which converts at most 4,300 digits
+    except (OverflowError, ValueError) as error:  # from chr(), or from int(), which converts at most 4,300 digits
+        for escape in _CODE_POINT.finditer(pattern):
+            if escape[1] is not None and int(escape[1], 16) > sys.maxunicode:
+                raise InvalidValue(f"position {escape.start()}: bad escape {escape[0]}") from error
         raise InvalidValue(f"position {_largest_repeat(pattern)[0]}: the repetition number is too large") from error
     except RecursionError as error:
         raise InvalidValue("position 0: the pattern is nested too deeply") from error

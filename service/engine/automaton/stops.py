@@ -18,6 +18,7 @@ import numpy as np
 from service.arrays import Ids, Int32
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.budget import MAX_TABLE_BYTES
+from service.engine.automaton.compiler import new_error
 from service.engine.automaton.dfa import Dfa
 from service.errors import InvalidValue
 
@@ -64,43 +65,56 @@ def check_stops(stops: Sequence[Ids], vocab_size: int) -> None:
 
 
 class _Cache:
-    """The automata that were used last. Any thread may use it."""
+    """The automata and errors that were used last. Any thread may use it; it makes one automaton at a time.
+
+    A construction takes the interpreter for a third of a second at most, which all other requests need too.
+    """
 
     def __init__(self) -> None:
-        self._entries: OrderedDict[_Key, Automaton] = OrderedDict()
+        self._entries: OrderedDict[_Key, Automaton | InvalidValue] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
-        self._compiling = threading.Lock()  # one at a time, so that a burst of them takes one core at most
+        self._making = threading.Lock()
 
     def get(self, form: Automaton | None, stops: Sequence[Ids], vocab_size: int) -> Automaton:
         key = (form, tuple(sorted({stop.astype(np.int64).tobytes() for stop in stops})), vocab_size)
         found = self._find(key)
-        if found is not None:
+        if found is None:
+            with self._making:
+                found = self._find(key)
+                if found is None:
+                    found = _made(key)
+                    self._add(key, found)
+        if isinstance(found, Automaton):
             return found
-        with self._compiling:
-            return self._find(key) or self._add(key)
+        raise new_error(found)
 
-    def _find(self, key: _Key) -> Automaton | None:
+    def _find(self, key: _Key) -> Automaton | InvalidValue | None:
         with self._lock:
             if key in self._entries:
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
-    def _add(self, key: _Key) -> Automaton:
-        form, stops, vocab_size = key
-        made = _Construction(form, [np.frombuffer(stop, np.int64) for stop in stops], vocab_size).automaton()
+    def _add(self, key: _Key, found: Automaton | InvalidValue) -> None:
         with self._lock:
-            self._entries[key] = made
-            self._num_bytes += _size(key, made)
+            self._entries[key] = found
+            self._num_bytes += _size(key, found)
             while self._num_bytes > _CACHE_BYTES and len(self._entries) > 1:
                 self._num_bytes -= _size(*self._entries.popitem(last=False))
-        return made
 
 
-def _size(key: _Key, automaton: Automaton) -> int:
+def _made(key: _Key) -> Automaton | InvalidValue:
+    form, stops, vocab_size = key
+    try:
+        return _Construction(form, [np.frombuffer(stop, np.int64) for stop in stops], vocab_size).automaton()
+    except InvalidValue as error:
+        return new_error(error)
+
+
+def _size(key: _Key, found: Automaton | InvalidValue) -> int:
     """Return the memory of an entry: with its form, which only this cache may still have."""
-    form = key[0].num_bytes if key[0] is not None else 0
-    return automaton.num_bytes + form + sum(map(len, key[1])) + 1000
+    automata = [one for one in (key[0], found) if isinstance(one, Automaton)]
+    return sum(one.num_bytes for one in automata) + sum(map(len, key[1])) + 1000
 
 
 _cache = _Cache()

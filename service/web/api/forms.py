@@ -184,7 +184,8 @@ def _written(kind: Literal["choice", "json"], value: list[str] | dict[str, Any],
     except RecursionError:
         raise InvalidValue(f"{param}: nested too deeply", param=param) from None
     except ValueError:
-        raise InvalidValue(f"{param}: has a number that JSON doesn't have, such as NaN", param=param) from None
+        message = f"{param}: has NaN, or a number beyond the largest of 64 bits, such as 1e999"
+        raise InvalidValue(message, param=param) from None
     return _checked(Form(kind, text), param)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from service.engine.automaton import compiler
+from service.engine.automaton import budget, compiler
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import FormCache, compile_form
 from service.engine.automaton.form import Form
@@ -104,6 +105,16 @@ def test_cache__discards_what_was_unused_longest(compilations: list[str]) -> Non
     assert small.num_bytes < 3_000
 
 
+def test_compilation__pauses_for_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each thread that waits for the interpreter waits for 5 ms, every time that it has read or written."""
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with pytest.raises(InvalidValue, match="too much work"):
+        FormCache().get(Form("regex", "(a|b)*a(a|b){30}"), CHARSET)
+    assert 20 <= len(pauses) <= budget.MAX_STEPS // 10_000
+    assert sum(pauses) < 0.05
+
+
 def test_automaton__can_not_be_changed() -> None:
     """Rows of many requests share it."""
     automaton = compile_form(Form("regex", "a+"), CHARSET)
@@ -122,5 +133,10 @@ def test_pattern__is_intersected_with_the_charset_and_allowed_ids() -> None:
         compile_form(Form("regex", "(?i)x[yz]"), CHARSET)
     with pytest.raises(UnknownCharacters, match="'a'"):
         compile_form(Form("regex", "a"), CHARSET, ())
-    with pytest.raises(InvalidValue, match=r"^no text has this form$"):
-        compile_form(Form("regex", "a^b"), CHARSET)
+    with pytest.raises(UnknownCharacters, match=r"lack 'α' \(U\+03B1\)$"):
+        compile_form(Form("regex", "a[α-γ]{2}"), CHARSET)
+    with pytest.raises(UnknownCharacters, match=r"lack U\+D800$"):
+        compile_form(Form("regex", r"[\ud800-\udfff]|\ud800"), CHARSET)
+    for pattern in ("a^b", r"[^\s\S]", "ax^b", "a[α-γ]^b"):
+        with pytest.raises(InvalidValue, match=r"^no text has this form$"):
+            compile_form(Form("regex", pattern), CHARSET)

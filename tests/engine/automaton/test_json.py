@@ -407,3 +407,25 @@ def test_schema__that_is_malformed_is_refused_or_gives_valid_texts(schema: Any, 
     automaton = compiled_or_none(schema_text(schema), "^(#|no text of this form|no text has|the number|the schema)")
     if automaton is not None:
         assert_valid(schema, automaton, seed, (0, 3, 20))
+
+
+@pytest.mark.parametrize("schema", [{"minimum": 3, "maximum": 2}, {"minimum": 2.5, "maximum": 2.7}])
+def test_characters__are_named_only_if_they_would_help(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue, match=r"^no text has this form$"):
+        compiled(schema | {"type": "integer"}, "0123456789-")
+    with pytest.raises(UnknownCharacters, match=r"lack '\"' \(U\+0022\)$"):
+        compiled({"anyOf": [schema | {"type": "integer"}, {"type": "string"}]}, "0123456789-a,:")
+
+
+# References
+
+
+def test_reference__is_a_pointer_in_a_fragment() -> None:
+    names = {"a b": "a%20b", "a/b": "a~1b", "a~b": "a~0b", "a%20c": "a%20c", "é": "%C3%A9", "%zz": "%zz", "~1": "~01"}
+    for name, written in names.items():
+        assert accepts(compiled({"$ref": f"#/$defs/{written}", "$defs": {name: {"type": "null"}}}), "null")
+    two = {"anyOf": [{"type": "null"}, {"type": "boolean"}]}
+    assert accepts(compiled({"properties": {"x": two, "y": {"$ref": "#/properties/x/anyOf/1"}}}), '{"y":true}')
+    for wrong in ("0000000001", "00", "01", "2", "-1", "-", "٠", "1e0", "99999999999999999999", ""):
+        with pytest.raises(InvalidValue, match=r"^#/properties/y/\$ref: the schema has nothing at "):
+            compiled({"properties": {"x": two, "y": {"$ref": f"#/properties/x/anyOf/{wrong}"}}})

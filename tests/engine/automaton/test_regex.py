@@ -103,6 +103,8 @@ def test_regex__whose_sets_re_warns_of_is_compiled_without_a_warning() -> None:
         (r"a{3,2}", "position 2: min repeat greater than max repeat"),
         ("(?=a){" + "1" * 9_000, "position 0: look-around"),
         ("a{" + "1" * 5_000 + "}", "position 1: the repetition number is too large"),
+        (r"a\Uffffffff", r"position 1: bad escape \Uffffffff"),
+        (r"[b-\Uffffffff]{2}", r"position 3: bad escape \Uffffffff"),
         (r"(?L)a", "position 3: bad inline flags"),
         (r"a(?i)", "position 1: global flags not at the start"),
         (r"(?P<1>a)", "position 4: bad character in group name"),
@@ -110,7 +112,7 @@ def test_regex__whose_sets_re_warns_of_is_compiled_without_a_warning() -> None:
         ("[" * 10_000, "position 0: unterminated character set"),
         (r"b{1,3}(a|b)*a(a|b){30}", "position 18: it takes too much work to compile; repeat fewer than {30} times"),
     ],
-    ids=range(18),
+    ids=range(20),
 )
 def test_regex__that_is_refused_names_the_position_and_what_to_write(pattern: str, message: str) -> None:
     with pytest.raises(InvalidValue) as error:

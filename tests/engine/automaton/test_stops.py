@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.automaton.automaton import NEVER, Automaton
-from service.engine.automaton.stops import MAX_STOP_CHARS, MAX_STOPS, with_stops
+from service.engine.automaton.stops import MAX_STOP_CHARS, MAX_STOPS, _Construction, with_stops
 from service.errors import InvalidValue
 from tests.harness.automata import accepts, complete_stop, random_automaton, undecided
 
@@ -101,6 +103,38 @@ def test_stops__are_compiled_once() -> None:
     assert with_stops(form, [one], VOCAB) is not with_stops(random_automaton(6, VOCAB), [one], VOCAB)
     assert with_stops(form, [], VOCAB) is form
     assert with_stops(None, [], VOCAB) is None
+
+
+def test_stops__that_are_refused_are_tried_once_and_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A construction takes a third of a second of the interpreter, which all other requests need too."""
+    size, none = 3000, np.zeros(3000, np.int32)
+    ring = Automaton(np.zeros(500, np.int32), (np.arange(size, dtype=np.int32)[:, None] + 1) % size, none, none, none)
+    running, most, made = 0, 0, 0
+    construct = _Construction.automaton
+
+    def counted(self: _Construction) -> Automaton:
+        nonlocal running, most, made
+        running, made = running + 1, made + 1
+        most = max(most, running)
+        try:
+            return construct(self)
+        finally:
+            running -= 1
+
+    monkeypatch.setattr(_Construction, "automaton", counted)
+    barrier = threading.Barrier(6)
+
+    def refused(number: int) -> InvalidValue:
+        barrier.wait(10)
+        with pytest.raises(InvalidValue, match="with this form") as error:
+            with_stops(ring, [np.arange(200 + number % 2)], 500)
+        return error.value
+
+    with ThreadPoolExecutor(6) as pool:
+        errors = list(pool.map(refused, range(6)))
+    assert (most, made) == (1, 2)
+    assert len(set(map(id, errors))) == 6
+    assert {error.param for error in errors} == {"stop"}
 
 
 def test_ends__where_nothing_may_follow() -> None:
