@@ -1,4 +1,4 @@
-"""Generating text: completions of prompts, and all operations on sessions.
+"""Generating text: completions of prompts, scores of candidates, searches, and all operations on sessions.
 
 This package joins sessions to the engine: each operation is a change that a `SessionStore` applies and saves, and the
 engine of a `LoadedModel` computes the texts. `Reader` is the only code that makes a `Text` longer or shorter. The
