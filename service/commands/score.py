@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import click
 
-from service.commands.options import echo_json, json_option, model_store_option, open_service, read_text
-from service.errors import InvalidValue
+from service.commands.options import (
+    echo_json,
+    json_option,
+    model_store_option,
+    open_service,
+    read_text,
+    refuse_one_source,
+)
+from service.errors import InvalidValue, UnknownCharacters
 from service.model.charset import Charset, UnknownChars
 from service.settings import read_settings
 
@@ -60,6 +67,7 @@ def score_command(
     """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give one text before the candidates, not two: with --prompt or --prompt-file")
+    refuse_one_source(("--prompt-file", prompt_file), ("--candidates-file", candidates_file))
     if prompt_file is not None:
         prompt = read_text(prompt_file, "--prompt-file")
     texts = [*candidates, *(_lines(candidates_file) if candidates_file is not None else ())]
@@ -114,7 +122,10 @@ def _scored(
 
 
 def _ids_of(charset: Charset, text: str, unknown_chars: UnknownChars) -> Ids:
-    ids = charset.encode(text, unknown_chars)
+    try:
+        ids = charset.encode(text, unknown_chars)
+    except UnknownCharacters as error:
+        raise error.within(repr(text)) from None
     if not len(ids):
         raise InvalidValue(f"{text!r}: the model knows none of its characters: leave this candidate out")
     return ids
