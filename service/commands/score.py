@@ -61,7 +61,8 @@ def score_command(
     as_json: bool,
 ) -> None:
     """Print how likely each candidate follows a text, in nats, the likeliest first. The numbers are those of
-    POST /v1/score. With --json, the candidates keep their order.
+    POST /v1/score. Each candidate is one line; a newline in it is printed as \\n. With --json, the candidates keep
+    their order, and their characters are as they are.
 
     Example: gru-serve score --prompt 'But soft, what ' light night knight
     """
@@ -79,7 +80,11 @@ def score_command(
             echo_json({"model": loaded.version.ref, "data": facts})
             return
         for fact in sorted(facts, key=lambda fact: -fact["score"]):
-            click.echo(f"{fact['score']:12.4f}  {fact['text']}")
+            click.echo(f"{fact['score']:12.4f}  {_on_one_line(fact['text'])}")
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _lines(file: BinaryIO) -> list[str]:

@@ -65,6 +65,11 @@ def test_score__explains_a_wrong_call(command: list[str], words: list[str], faul
     assert fault in result.stderr
 
 
+def test_score__prints_one_line_for_each_candidate(command: list[str]) -> None:
+    lines = run(*command, "a\nb", "a b").stdout.splitlines()
+    assert sorted(line[14:] for line in lines) == ["a b", "a\\nb"]
+
+
 def test_score__names_unknown_characters(command: list[str]) -> None:
     result = run(*command, "caf\u00e9")
     assert result.exit_code == 1
