@@ -60,8 +60,8 @@ def score_command(
     model_store: Path | None,
     as_json: bool,
 ) -> None:
-    """Print how likely each candidate follows a text, in nats, the likeliest first. The numbers are those of
-    POST /v1/score. Each candidate is one line; a newline in it is printed as \\n. With --json, the candidates keep
+    r"""Print how likely each candidate follows a text, in nats, the likeliest first. The numbers are those of
+    POST /v1/score. Each candidate is one line; a newline in it is printed as \n. With --json, the candidates keep
     their order, and their characters are as they are.
 
     Example: gru-serve score --prompt 'But soft, what ' light night knight
