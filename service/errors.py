@@ -97,6 +97,10 @@ class UnknownCharacters(InvalidValue):
         self.fault, self._remedies = fault, remedies
         super().__init__(self._advising('"unknown_chars": "{}"'), param=param)
 
+    def within(self, text: str) -> UnknownCharacters:
+        """Return the error that also names the text, one of many."""
+        return UnknownCharacters(f"{text}: {self.fault}", self._remedies, param=self.param)
+
     @property
     def command_message(self) -> str:
         """The message with the option of a command instead of the field of a request."""

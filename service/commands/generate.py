@@ -22,6 +22,7 @@ from service.commands.options import (
     model_store_option,
     open_service,
     read_text,
+    refuse_one_source,
 )
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
 from service.errors import InvalidValue
@@ -160,6 +161,7 @@ def generate_command(
     if (prompt is None) == (prompt_file is None):
         what = "give the text to continue" if prompt is None else "give one text to continue, not two:"
         raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
+    refuse_one_source(("--prompt-file", prompt_file), ("--json-schema", json_schema))
     prompt = prompt if prompt_file is None else read_text(prompt_file, "--prompt-file")
     form, option = _form(regex, choices, json_schema)
     is_random, number = seed is None, num_texts or 1
@@ -198,6 +200,7 @@ def generate_command(
 def _form(regex: str | None, choices: tuple[str, ...], json_schema: BinaryIO | None) -> tuple[Form | None, str]:
     """Return the form that the options name, and the option. Raises UsageError if they name several."""
     from service.engine.automaton.form import Form
+    from service.engine.automaton.json_schema import MAX_SCHEMA
 
     forms: list[tuple[Form, str]] = []
     if regex is not None:
@@ -205,7 +208,7 @@ def _form(regex: str | None, choices: tuple[str, ...], json_schema: BinaryIO | N
     if choices:
         forms.append((Form("choice", json.dumps(choices, ensure_ascii=False)), "--choice"))
     if json_schema is not None:
-        forms.append((Form("json", read_text(json_schema, "--json-schema")), "--json-schema"))
+        forms.append((Form("json", read_text(json_schema, "--json-schema", MAX_SCHEMA)), "--json-schema"))
     if len(forms) > 1:
         raise click.UsageError(f"the text can't have two forms: give {forms[0][1]} or {forms[1][1]}")
     return forms[0] if forms else (None, "")

@@ -230,24 +230,41 @@ def open_service(model_store: Path | None, model: str | None, num_threads: int |
         return Service.open(read_settings(**own, session_store="memory://", model_poll_s=0.0))
 
 
-def read_text(file: BinaryIO, option: str) -> str:
-    """Return the text of a file in UTF-8, which the option names. Raises UsageError if it is no text, or too long."""
+def read_text(file: BinaryIO, option: str, max_chars: int | None = None) -> str:
+    """Return the text of a file in UTF-8. Raises UsageError if it is no text, or too long.
+
+    Args:
+        file: It is read up to the limit.
+        option: Names the file.
+        max_chars: The limit; None for the setting GRU_SERVE_MAX_PROMPT_CHARS.
+    """
     from service.settings import read_settings
 
-    max_chars = read_settings().max_prompt_chars
-    data = file.read(4 * max_chars + 4)  # a character has up to four bytes, and a byte order mark three
+    limit = read_settings().max_prompt_chars if max_chars is None else max_chars
+    data = file.read(4 * limit + 4)  # a character has up to four bytes, and a byte order mark three
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        if len(data) < 4 * max_chars + 4:
+        if len(data) < 4 * limit + 4:
             raise click.UsageError(
                 f"{option}: not UTF-8 at byte {error.start}: convert the file, for example with "
                 "iconv -f WINDOWS-1252 -t UTF-8"
             ) from None
         text = data.decode(errors="replace")
-    if len(text) > max_chars:
-        raise click.UsageError(f"{option}: more than {max_chars:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS")
+    if len(text) > limit:
+        fault = (
+            f"more than {limit:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS"
+            if max_chars is None
+            else f"at most {limit:,} characters are supported"
+        )
+        raise click.UsageError(f"{option}: {fault}")
     return text
+
+
+def refuse_one_source(first: tuple[str, BinaryIO | None], second: tuple[str, BinaryIO | None]) -> None:
+    """Raise UsageError if two options, each with its file, read standard input: the second would find it empty."""
+    if first[1] is not None and first[1] is second[1]:  # click opens it once
+        raise click.UsageError(f"{first[0]} and {second[0]} can't both be -: give one of them a file")
 
 
 def _click_type(annotation: Any) -> Any:

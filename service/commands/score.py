@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import click
 
-from service.commands.options import echo_json, json_option, model_store_option, open_service, read_text
-from service.errors import InvalidValue
+from service.commands.options import (
+    echo_json,
+    json_option,
+    model_store_option,
+    open_service,
+    read_text,
+    refuse_one_source,
+)
+from service.errors import InvalidValue, UnknownCharacters
 from service.model.charset import Charset, UnknownChars
 from service.settings import read_settings
 
@@ -53,13 +60,15 @@ def score_command(
     model_store: Path | None,
     as_json: bool,
 ) -> None:
-    """Print how likely each candidate follows a text, in nats, the likeliest first. The numbers are those of
-    POST /v1/score. With --json, the candidates keep their order.
+    r"""Print how likely each candidate follows a text, in nats, the likeliest first. The numbers are those of
+    POST /v1/score. Each candidate is one line; a newline in it is printed as \n. With --json, the candidates keep
+    their order, and their characters are as they are.
 
     Example: gru-serve score --prompt 'But soft, what ' light night knight
     """
     if prompt is not None and prompt_file is not None:
         raise click.UsageError("give one text before the candidates, not two: with --prompt or --prompt-file")
+    refuse_one_source(("--prompt-file", prompt_file), ("--candidates-file", candidates_file))
     if prompt_file is not None:
         prompt = read_text(prompt_file, "--prompt-file")
     texts = [*candidates, *(_lines(candidates_file) if candidates_file is not None else ())]
@@ -71,7 +80,11 @@ def score_command(
             echo_json({"model": loaded.version.ref, "data": facts})
             return
         for fact in sorted(facts, key=lambda fact: -fact["score"]):
-            click.echo(f"{fact['score']:12.4f}  {fact['text']}")
+            click.echo(f"{fact['score']:12.4f}  {_on_one_line(fact['text'])}")
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _lines(file: BinaryIO) -> list[str]:
@@ -114,7 +127,10 @@ def _scored(
 
 
 def _ids_of(charset: Charset, text: str, unknown_chars: UnknownChars) -> Ids:
-    ids = charset.encode(text, unknown_chars)
+    try:
+        ids = charset.encode(text, unknown_chars)
+    except UnknownCharacters as error:
+        raise error.within(repr(text)) from None
     if not len(ids):
         raise InvalidValue(f"{text!r}: the model knows none of its characters: leave this candidate out")
     return ids

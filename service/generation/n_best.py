@@ -152,13 +152,19 @@ class _Search:
                 if whole is not None:
                     self._push(whole)
         if not is_exact:
-            whole_ones = {entry[2]: entry for entry in (*found, *self._queue) if entry[1]}
-            self._queue = []
-            found = heapq.nsmallest(self._wanted.n, (whole_ones | {entry[2]: entry for entry in self._beam()}).values())
+            whole_ones = self._likeliest_whole((*found, *self._queue))
+            self._queue, found = [], []
+            self._num_reserved = 0  # the nodes of this search are free; a beam search needs fewer
+            found = self._likeliest_whole((*whole_ones, *self._beam()))
         elif self._left_out > -math.inf:
             is_exact = len(found) == self._wanted.n and -found[-1][0] > self._left_out
         texts = [Found(ids, -negative) for negative, _, ids, *_ in found]
         return NBest(texts, is_exact, self._branches.num_stepped)
+
+    def _likeliest_whole(self, entries: Iterable[_Entry]) -> list[_Entry]:
+        """Return the n likeliest whole texts, each once, without the nodes from which they were made."""
+        texts = {entry[2]: (*entry[:4], None, 0) for entry in entries if entry[1]}
+        return heapq.nsmallest(self._wanted.n, texts.values())
 
     def _likeliest(self, found: list[_Entry]) -> list[_Entry]:
         """Return the beginnings to continue next, and move whole texts that are likelier than all of them to `found`.
@@ -245,15 +251,15 @@ class _Search:
         return np.asarray((form.stop_chars[states] > 0) | ((form.fewest[states] == 0) & is_end))
 
     def _beam(self) -> list[_Entry]:
-        """Return the whole texts that a beam search of width n finds."""
+        """Return the likeliest whole texts that a beam search of width n finds."""
         found: list[_Entry] = []
         beam: list[_Entry] = [_ROOT]
         while beam:
             self._num_nodes = 0  # those of the round before are not needed any more
             continued = self._continued(beam)
-            found += [whole for _, whole in continued if whole is not None]
             nodes = [node for node, _ in continued]
-            found += self._likeliest_of(nodes, are_whole=True)
+            whole_ones = [whole for _, whole in continued if whole is not None]
+            found = self._likeliest_whole((*found, *whole_ones, *self._likeliest_of(nodes, are_whole=True)))
             beam = self._likeliest_of(nodes, are_whole=False)
         return found
 

@@ -189,6 +189,18 @@ def test_form__is_that_of_every_text_and_the_texts_are_those_of_the_api(store: l
     assert "--json-schema: no text of this form can be written" in lacking.stderr
 
 
+def test_json_schema__has_its_own_limit_and_its_own_source(store: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["generate", "--model", "tiny", *store, "--json-schema", "-"]
+    for schema in ('"' + "a" * 70_000 + '"', "a" * 600_000):
+        result = run(*words, "--prompt", "a", stdin=schema)
+        assert "at most 65,536" in result.stderr
+        assert "GRU_SERVE" not in result.stderr
+    monkeypatch.setenv("GRU_SERVE_MAX_PROMPT_CHARS", "5")
+    assert "no text of this form" in run(*words, "--prompt", "a", stdin='{"type": "array"}').stderr
+    result = run(*words, "--prompt-file", "-", stdin="{}")
+    assert (result.exit_code, "--prompt-file and --json-schema" in result.stderr) == (2, True), result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "fault"),
     [

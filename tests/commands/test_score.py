@@ -56,12 +56,18 @@ def test_score__reads_candidates_and_prompt_from_files(command: list[str], tmp_p
         (["a" * 100_001], "GRU_SERVE_MAX_PROMPT_CHARS"),
         (["--candidates-file", "-"], "not UTF-8 at byte 1"),
         (["--prompt", "a", "--prompt-file", "-", "a"], "not two"),
+        (["--prompt-file", "-", "--candidates-file", "-"], "--prompt-file and --candidates-file"),
     ],
 )
 def test_score__explains_a_wrong_call(command: list[str], words: list[str], fault: str) -> None:
     result = run(*command, *words, stdin=b"a\xffb\n")
     assert result.exit_code == 2
     assert fault in result.stderr
+
+
+def test_score__prints_one_line_for_each_candidate(command: list[str]) -> None:
+    lines = run(*command, "a\nb", "a b").stdout.splitlines()
+    assert sorted(line[14:] for line in lines) == ["a b", "a\\nb"]
 
 
 def test_score__names_unknown_characters(command: list[str]) -> None:
@@ -71,6 +77,8 @@ def test_score__names_unknown_characters(command: list[str]) -> None:
     assert (
         json.loads(run(*command, "caf\u00e9", "--unknown-chars", "fold", "--json").stdout)["data"][0]["text"] == "cafe"
     )
+    result = run(*command, "--candidates-file", "-", stdin="a\nnai\u00efve\nb\n")
+    assert "'nai\u00efve': the model doesn't know" in result.stderr
     result = run(*command, "\u6f22", "--unknown-chars", "drop")
     assert result.exit_code == 1
     assert "knows none of its characters" in result.stderr

@@ -6,6 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 
 from service.engine.automaton.automaton import NEVER, Automaton
 from service.errors import ClientGone, TooManyScores
+from service.generation.automata import automaton_of
 from service.generation.candidates import Origin
-from service.generation.n_best import Ends, Found, NBest, Wanted, affordable_steps, ends_at, n_best
+from service.generation.n_best import Ends, Found, NBest, Wanted, _Node, affordable_steps, ends_at, n_best
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
@@ -191,6 +194,31 @@ def test_n_best__reserve_their_memory_before_they_use_it(model: LoadedModel, ori
         n_best(model, origin, wanted, reserve)
     assert reserved == [reserved[0], 2 * reserved[0], 3 * reserved[0]]
     assert model.engine.num_open == 0
+
+
+def test_n_best__of_a_long_search_need_memory_only_for_the_beginnings_that_it_continues(
+    model: LoadedModel, origin: Origin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlikely whole texts appear at every place, and each would keep the state before it."""
+    alive: WeakSet[_Node] = WeakSet()
+    counts: list[int] = []
+    reserved: list[int] = []
+
+    def counted(*fields: Any) -> _Node:
+        node = _Node(*fields)
+        alive.add(node)
+        counts.append(len(alive))
+        return node
+
+    monkeypatch.setattr("service.generation.n_best._Node", counted)
+    form = automaton_of(model.charset, None, None, ("A",))
+    assert form is not None
+    wanted = Wanted(20, 40, form, "forced", max_steps=80)
+    assert not n_best(model, origin, wanted, reserved.append).is_exact
+    assert len(counts) > 500
+    assert max(counts) <= 80 + 2 * 20
+    assert max(counts[-100:]) <= 2 * 20 + 8  # of two rounds
+    assert reserved[-1] == reserved[0] < max(reserved)
 
 
 def test_n_best__are_given_up_when_the_client_has_left(model: LoadedModel, origin: Origin) -> None:

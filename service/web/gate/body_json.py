@@ -23,6 +23,10 @@ class TooManyValues(Exception):
     """A body has more values than any request needs. Not a ValueError, which Flask would replace."""
 
 
+class _FieldTwice(ValueError):
+    """An object has two fields of one name."""
+
+
 class BodyJson(DefaultJSONProvider):
     """Flask's JSON, but stricter about what arrives."""
 
@@ -42,7 +46,12 @@ def parse(text: str, **kwargs: Any) -> Any:
     """
     if _count(text, 0, len(text)) > MAX_VALUES and _has_too_many(text):
         raise TooManyValues(f"the body has more than {MAX_VALUES:,} values, and no request needs as many")
-    return json.loads(text, object_pairs_hook=_unique, parse_float=_number, **kwargs)
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_number, **kwargs)
+    except (json.JSONDecodeError, _FieldTwice):
+        raise
+    except ValueError:  # of `int`, whose message is for programmers
+        raise ValueError("a number has more digits than any field takes") from None
 
 
 def _has_too_many(text: str) -> bool:
@@ -70,5 +79,5 @@ def _number(written: str) -> float | int:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError("an object has two fields of one name")
+        raise _FieldTwice("an object has two fields of one name")
     return fields

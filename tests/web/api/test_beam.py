@@ -109,6 +109,11 @@ def test_beam__refuses_what_it_cannot_honour(client: FlaskClient, change: dict[s
     refused(client.post("/v1/completions", json=BODY | change), 400, "out_of_range", param)
 
 
+def test_beam__says_how_many_characters_it_takes_and_names_no_field_that_it_refuses(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", json=BODY | {"max_tokens": 0})
+    assert response.get_json()["error"]["message"] == "max_tokens: 1 to 1024 characters with beam"
+
+
 def test_beam__with_neutral_settings_is_the_same(client: FlaskClient) -> None:
     expected = ok(client.post("/v1/completions", json=BODY))["choices"]
     neutral = {"temperature": 1, "top_k": -1, "top_p": 1, "n": 6, "logit_bias": {}, "seed": None, "stream": False}

@@ -424,6 +424,14 @@ def test_body__with_two_fields_of_one_name_is_refused(client: FlaskClient) -> No
         assert "two fields of one name" in response.get_json()["error"]["message"]
 
 
+def test_body__with_a_number_of_thousands_of_digits_is_refused_in_words_for_clients(client: FlaskClient) -> None:
+    response = client.post("/v1/completions", data=b'{"seed": %s}' % (b"9" * 6000), content_type="application/json")
+    assert (response.status_code, response.get_json()["error"]["code"]) == (400, "invalid_json")
+    message = response.get_json()["error"]["message"]
+    assert "a number has more digits" in message
+    assert "sys." not in message
+
+
 def test_body__is_utf_8_with_or_without_a_byte_order_mark(client: FlaskClient) -> None:
     body = json.dumps(GOOD)
     for coding, status in (("utf-8", 200), ("utf-8-sig", 200), ("utf-16", 400), ("utf-16-le", 400), ("utf-32", 400)):

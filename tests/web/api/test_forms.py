@@ -106,6 +106,12 @@ def test_two_forms__are_refused_and_both_are_named(client: FlaskClient, first: s
         ({"guided_json": '{"enum":[' + '"a",' * 11_000 + "1]}"}, "out_of_range", "guided_json", "10,240 values"),
         ({"structured_outputs": {"json": '{"maximum": NaN}'}}, "out_of_range", "structured_outputs.json", "NaN"),
         ({"structured_outputs": {"json": '{"maximum": 1e999}'}}, "out_of_range", "structured_outputs.json", "1e999"),
+        (
+            {"guided_json": '{"maximum": -' + "9" * 6000 + "}"},
+            "out_of_range",
+            "guided_json",
+            "a number has more digits",
+        ),
         ({"structured_outputs": {"json": {"const": "\ud800"}}}, "out_of_range", "structured_outputs.json", "surrogate"),
         ({"structured_outputs": {"choice": ["\ud800"]}}, "out_of_range", "structured_outputs.choice", "surrogate"),
         (

@@ -120,7 +120,7 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     best_of = body.beam or (body.best_of if body.best_of is not None else body.n)
     if body.max_tokens > limits.max_tokens:
         raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
-    if body.max_tokens == 0 and not body.echo and not body.return_state:
+    if body.max_tokens == 0 and body.beam is None and not body.echo and not body.return_state:
         raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
     for place, prompt in enumerate(prompts):
         if len(prompt) > limits.max_prompt_chars:
