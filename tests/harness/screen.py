@@ -58,7 +58,7 @@ def comes_to(read: Callable[[], Value], expected: Value) -> None:
     deadline = time.monotonic() + 10
     while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert value == expected
+    assert value == expected, f"{value!r}, not {expected!r}"
 
 
 @dataclass
