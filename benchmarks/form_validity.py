@@ -3,7 +3,7 @@
     python -m benchmarks.form_validity [--samples 10000] [--model shakespeare] [--json FILE]
 
 The forms are the 50 patterns and 20 schemas of `tests/harness/forms.py`. Two models write them, in batches of 256: a
-published one, of which a form is skipped if its characters can't write it, and one with all characters and random
+published one, which skips the forms that its characters can't write, and one with all characters and random
 weights, which is sure of nothing and so goes everywhere in a form. For each form, `max_tokens` is the fewest characters
 that suffice, and up to 100 more; some texts are drawn with other settings. `re.fullmatch` and jsonschema judge the
 texts, and know nothing of automata. With one character less than suffices, a request must be refused with the number.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def cases(charset: Charset) -> list[Case]:
 def turns(case: Case, stepper: Stepper, num_rows: int, seconds: float) -> list[Callable[[], float]]:
     """Return a turn with the automaton and one without."""
     texts = [Texts(stepper, num_rows, **case.fields, automaton=automaton) for automaton in (case.automaton, None)]
-    return [lambda one=one: one.chars_per_s(seconds) for one in texts]  # type: ignore[misc]
+    return [partial(one.chars_per_s, seconds) for one in texts]
 
 
 if __name__ == "__main__":

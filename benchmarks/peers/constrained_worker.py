@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.constrained_worker LIBRARY SITE_PACKAGES
 
-LIBRARY is one of `LIBRARIES`. SITE_PACKAGES is the folder of the development environment's packages, of which torch is
-used. The tokens are the characters of `tests/harness/forms.py` and one that ends a text, so a token limit means the
+LIBRARY is one of `LIBRARIES`. SITE_PACKAGES is the folder of the development environment's packages: torch comes from
+there. The tokens are the characters of `tests/harness/forms.py` and one that ends a text, so a token limit means the
 same to every library. The transformer has random weights.
 
 The worker reads a JSON document from each line of standard input and answers with a line on standard output:
@@ -109,7 +109,7 @@ class LlGuidance(Library):
     name = "llguidance"
 
     def __init__(self) -> None:
-        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
         class Tokens:
             eos_token_id, bos_token_id = END, None
@@ -152,8 +152,8 @@ class OutlinesCore(Library):
     name = "outlines-core"
 
     def __init__(self) -> None:
-        from outlines_core import Guide, Index, Vocabulary  # type: ignore[import-not-found,import-untyped,unused-ignore]
-        from outlines_core.json_schema import build_regex_from_schema  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        from outlines_core import Guide, Index, Vocabulary
+        from outlines_core.json_schema import build_regex_from_schema
 
         self._guide, self._index, self._regex = Guide, Index, build_regex_from_schema
         self._vocabulary = Vocabulary(END, {char: [token] for token, char in enumerate(CHARSET)})
@@ -183,7 +183,7 @@ class LmFormatEnforcer(Library):
     name = "lm-format-enforcer"
 
     def __init__(self) -> None:
-        import lmformatenforcer  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import lmformatenforcer
 
         library = lmformatenforcer
         self._regex, self._schema, self._enforcer = library.RegexParser, library.JsonSchemaParser, library.TokenEnforcer
@@ -218,7 +218,7 @@ class XGrammar(Library):
     name = "xgrammar"
 
     def __init__(self) -> None:
-        import xgrammar  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import xgrammar
 
         self._library = xgrammar
         vocabulary = [char.encode() for char in CHARSET] + [b"<|end|>"]

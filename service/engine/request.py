@@ -143,16 +143,21 @@ class Request:
         if state < 0:
             raise InvalidValue("what was generated is not the beginning of a text of this form")
         if automaton.fewest[state] > self.chars_left:
-            raise InvalidValue(
-                f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the "
-                f"{self.num_before + self.chars_left} that it may have",
-                param="max_tokens",
-            )
+            raise too_few_chars(automaton, self.num_before + self.chars_left)
         if self.sampling.allowed is not None:
             forbidden = np.ones(vocab_size, np.bool_)
             forbidden[[*self.sampling.allowed]] = False
             if (automaton.transitions[:, np.unique(automaton.classes[forbidden])] >= 0).any():
                 raise InvalidValue("an automaton must not ask for characters that are not allowed")
+
+
+def too_few_chars(automaton: Automaton, max_chars: int) -> InvalidValue:
+    """Return the error of a text that may have `max_chars` characters, and needs more to follow an automaton."""
+    return InvalidValue(
+        f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the {max_chars} "
+        "that it may have",
+        param="max_tokens",
+    )
 
 
 def check_state(hidden: Float32, shape: tuple[int, ...]) -> None:

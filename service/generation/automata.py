@@ -8,7 +8,7 @@ from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import compile_form
 from service.engine.automaton.form import Form
 from service.engine.automaton.stops import with_stops
-from service.errors import InvalidValue
+from service.engine.request import too_few_chars
 from service.model.charset import Charset
 
 
@@ -38,8 +38,4 @@ def automaton_of(
 def require_chars(automaton: Automaton | None, max_chars: int) -> None:
     """Raise InvalidValue if no text of an automaton has at most `max_chars` characters."""
     if automaton is not None and automaton.fewest[0] > max_chars:
-        raise InvalidValue(
-            f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the {max_chars} "
-            "that it may have",
-            param="max_tokens",
-        )
+        raise too_few_chars(automaton, max_chars)

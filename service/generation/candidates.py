@@ -19,6 +19,7 @@ import numpy as np
 from service.arrays import Float32, Float64, Ids
 from service.engine import arithmetic
 from service.generation.branches import Branch, Branches, Grown
+from service.generation.portable_states import PortableStart
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Session
@@ -44,15 +45,19 @@ class Origin:
 
     @classmethod
     def after(
-        cls, model: LoadedModel, session: Session, prompt: Ids, client_has_left: Callable[[], bool] | None = None
+        cls,
+        model: LoadedModel,
+        start: Session | PortableStart,
+        prompt: Ids,
+        client_has_left: Callable[[], bool] | None = None,
     ) -> Origin:
-        """Return the state after a session's text and the (n,) characters of a prompt. The session doesn't change.
+        """Return the state after the (n,) characters of a prompt that follow `start`, which doesn't change.
 
         Raises Overloaded, EngineFailed, ClientGone.
         """
         if not len(prompt):
-            return cls(session.hidden, session.position)
-        end, _ = step(model, prompt, session.hidden, session.position, client_has_left=client_has_left)
+            return cls(start.hidden, start.position)
+        end, _ = step(model, prompt, start.hidden, start.position, client_has_left=client_has_left)
         return cls(end.hidden, end.position)
 
 
@@ -118,7 +123,7 @@ class _Path:
     parent: _Path | None  # at whose branch it begins; None for the origin
     start: int  # the number of characters before it, of the candidates
     ids: list[int] = field(default_factory=list)
-    # By the number of characters before them: candidates of which only the last character is left.
+    # By the number of characters before them: candidates with only their last character left.
     last_chars: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
     whole: list[tuple[int, ...]] = field(default_factory=list)  # candidates that end on the way
     branches: list[_Path] = field(default_factory=list)  # other paths that begin at this one
@@ -251,7 +256,7 @@ def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
 
 
 def _score_last(scores: dict[tuple[int, ...], Float32], path: _Path, depth: int, result: Grown) -> None:
-    """Score the candidates of which only the last character is left at a place of a path."""
+    """Score the candidates with only their last character left at a place of a path."""
     if result.next is None:
         raise AssertionError("the distribution was requested")
     by_char = np.empty(len(result.next.ids), np.float32)

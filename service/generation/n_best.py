@@ -293,7 +293,7 @@ def _log_sum(logprobs: Float32) -> float:
 
 
 def words(charset: Charset, before: str) -> Automaton:
-    """Return the automaton of words that may follow a text, of which `before` is the last character, or empty.
+    """Return the automaton of words that may follow a text, whose last character is `before`; empty if it has none.
 
     A word has letters and apostrophes. After an unfinished word, a text is the rest of it; otherwise it may begin with
     other characters, such as a space.
@@ -306,7 +306,7 @@ def _is_of_word(char: str) -> bool:
 
 
 def ends_at(is_end: Iterable[bool], *, skips: bool = False) -> Automaton:
-    """Return the automaton of texts without certain characters, one of which then ends the text.
+    """Return the automaton of texts without certain characters; the first of these ends the text.
 
     Args:
         is_end: for each character of a model, whether it ends a text.

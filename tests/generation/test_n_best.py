@@ -76,7 +76,7 @@ def enumerated(model: LoadedModel, origin: Origin, wanted: Wanted) -> list[Found
             if form.fewest_after[state] < NEVER and wanted.ends == "seen":
                 seen = form.transitions[state, form.classes[end.next.ids]] < 0
                 logprob += math.log(np.exp(end.next.logprobs[seen].astype(np.float64)).sum())
-            elif wanted.ends == "forced" and not form.must_end(state, wanted.max_chars - size):
+            elif wanted.ends == "forced" and size < wanted.max_chars and not form.ends(state, wanted.max_chars - size):
                 continue
             found.append(Found(ids, logprob))
     return sorted(found, key=lambda one: (-one.logprob, one.ids))

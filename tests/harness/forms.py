@@ -286,7 +286,7 @@ def sample(automaton: Automaton, charset: str, random: np.random.Generator, max_
     It ends where nothing may follow and, with equal chances, where it may end.
     """
     state, text = 0, ""
-    while not automaton.must_end(state, max_chars - len(text)):
+    while len(text) < max_chars and not automaton.ends(state, max_chars - len(text)):
         chars = np.flatnonzero(automaton.allowed(state, max_chars - len(text)))
         choice = int(random.integers(len(chars) + (automaton.fewest[state] == 0)))
         if choice == len(chars):

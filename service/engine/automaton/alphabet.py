@@ -158,7 +158,7 @@ class Alphabet:
         return classes.astype(np.int32), classes_of
 
     def nothing_left(self) -> UnknownCharacters:
-        """Return the error for a form of which no text can be written without the characters that are missing."""
+        """Return the error for a form whose texts all need characters that are missing."""
         named = ", ".join(describe(char) for char in list(self.missing)[:_MAX_NAMED])
         others = len(self.missing) - _MAX_NAMED
         more = f", and {others} others" if others > 0 else ""

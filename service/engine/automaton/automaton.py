@@ -67,11 +67,6 @@ class Automaton:
         return bool((self.transitions < 0).any() or self.fewest.any())
 
     @cached_property
-    def has_stops(self) -> bool:
-        """Whether it knows any stop string."""
-        return bool(self.withheld.any())
-
-    @cached_property
     def fewest_after(self) -> Int32:
         """(S,): the fewest characters that complete a text from here if it has to get longer; NEVER if it can't."""
         after = np.where(self.transitions < 0, NEVER - 1, self.fewest[self.transitions])
@@ -106,7 +101,3 @@ class Automaton:
         """
         after = int(self.fewest_after[state])
         return after == NEVER or 0 < num_left < after
-
-    def must_end(self, state: int, num_left: int) -> bool:
-        """Whether nothing may come next if the text may have `num_left` more characters: it is complete."""
-        return bool(self.fewest_after[state] > num_left)

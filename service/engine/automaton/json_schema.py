@@ -30,7 +30,7 @@ MAX_BRACKETS = 64  # nested brackets of the schema's text
 MAX_RECURSION = 3  # how often a schema may be within itself
 MAX_ALTERNATIVES = 64  # of oneOf
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")  # of an item, in a reference
-ANY_DEPTH = 2  # levels of objects and arrays in a value of which nothing is said
+ANY_DEPTH = 2  # levels of objects and arrays in a value that the schema does not describe
 _MAX_LENGTH = 10**6  # no count of characters or items above it can be built
 _MAX_DIGITS = 400  # of a number in a schema
 
@@ -333,7 +333,7 @@ class _Reader:
                 return self._text.written("null")
 
     def _types(self, schema: Schema) -> _Types | None:
-        """Return the types that a schema names, of which number includes integer; None if it names none."""
+        """Return the types that a schema names; None if it names none. Number includes integer."""
         if "type" not in schema:
             return None
         types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]

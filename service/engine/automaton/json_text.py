@@ -177,7 +177,7 @@ class JsonText:
         return self._between("[", Repeat(item, least, most, self._comma), "]")
 
     def tuple_(self, first: Sequence[Expression], rest: Expression, least: int, most: int | None) -> Expression:
-        """Return the expression of arrays that begin with items of their own forms, of which there is at least one."""
+        """Return the expression of arrays that begin with items of their own forms, at least one."""
         limit = len(first) if most is None else min(len(first), most)
         num_more = None if most is None else max(most - len(first), 0)
         content: Expression = EMPTY

@@ -1,14 +1,12 @@
 """Stop strings as an automaton, alone or after a text of some form.
 
 Alone they are the automaton of Aho and Corasick (1975), which allows everything and knows where a stop string is
-complete. After a form, they are allowed only where the text before them is complete and may
-continue: where nothing may follow, the text ends by itself.
+complete. After a form, they are allowed only where the text before them is complete and may continue: where nothing may
+follow, the text ends by itself.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -17,8 +15,8 @@ import numpy as np
 
 from service.arrays import Ids, Int32
 from service.engine.automaton.automaton import Automaton
+from service.engine.automaton.automaton_cache import AutomatonCache
 from service.engine.automaton.budget import MAX_TABLE_BYTES
-from service.engine.automaton.compiler import new_error
 from service.engine.automaton.dfa import Dfa
 from service.errors import InvalidValue
 
@@ -28,10 +26,10 @@ MAX_STOP_CHARS = 256  # of one stop string
 _MAX_ALL_CHARS = 8192  # of all stop strings of a text together
 _MAX_STEPS = 300_000  # of the construction
 _MAX_NEW_STATES = 20_000  # beside those of the form: some 0.2 s of processor time
-_CACHE_BYTES = 16 * 2**20
 
 _Nodes = tuple[int, ...]  # nodes of the trie, in rising order: how far stop strings may have come
-_Key = tuple[Automaton | None, tuple[bytes, ...], int]
+
+_cache = AutomatonCache(16 * 2**20)
 
 
 def with_stops(form: Automaton | None, stops: Sequence[Ids], vocab_size: int) -> Automaton | None:
@@ -51,7 +49,14 @@ def with_stops(form: Automaton | None, stops: Sequence[Ids], vocab_size: int) ->
     if not stops:
         return form
     check_stops(stops, vocab_size)
-    return _cache.get(form, stops, vocab_size)
+    distinct = tuple(sorted({stop.astype(np.int64).tobytes() for stop in stops}))
+    # Only this cache may still have the form.
+    key_bytes = sum(map(len, distinct)) + (form.num_bytes if form is not None else 0)
+
+    def make() -> Automaton:
+        return _Construction(form, [np.frombuffer(stop, np.int64) for stop in distinct], vocab_size).automaton()
+
+    return _cache.get((form, distinct, vocab_size), key_bytes, make)
 
 
 def check_stops(stops: Sequence[Ids], vocab_size: int) -> None:
@@ -62,62 +67,6 @@ def check_stops(stops: Sequence[Ids], vocab_size: int) -> None:
         )
     if any(stop.min() < 0 or stop.max() >= vocab_size for stop in stops):
         raise InvalidValue("stop: a character that the model doesn't have", param="stop")
-
-
-class _Cache:
-    """The automata and errors that were used last. Any thread may use it; it makes one automaton at a time.
-
-    A construction takes the interpreter for a third of a second at most, which all other requests need too.
-    """
-
-    def __init__(self) -> None:
-        self._entries: OrderedDict[_Key, Automaton | InvalidValue] = OrderedDict()
-        self._num_bytes = 0
-        self._lock = threading.Lock()
-        self._making = threading.Lock()
-
-    def get(self, form: Automaton | None, stops: Sequence[Ids], vocab_size: int) -> Automaton:
-        key = (form, tuple(sorted({stop.astype(np.int64).tobytes() for stop in stops})), vocab_size)
-        found = self._find(key)
-        if found is None:
-            with self._making:
-                found = self._find(key)
-                if found is None:
-                    found = _made(key)
-                    self._add(key, found)
-        if isinstance(found, Automaton):
-            return found
-        raise new_error(found)
-
-    def _find(self, key: _Key) -> Automaton | InvalidValue | None:
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
-
-    def _add(self, key: _Key, found: Automaton | InvalidValue) -> None:
-        with self._lock:
-            self._entries[key] = found
-            self._num_bytes += _size(key, found)
-            while self._num_bytes > _CACHE_BYTES and len(self._entries) > 1:
-                self._num_bytes -= _size(*self._entries.popitem(last=False))
-
-
-def _made(key: _Key) -> Automaton | InvalidValue:
-    form, stops, vocab_size = key
-    try:
-        return _Construction(form, [np.frombuffer(stop, np.int64) for stop in stops], vocab_size).automaton()
-    except InvalidValue as error:
-        return new_error(error)
-
-
-def _size(key: _Key, found: Automaton | InvalidValue) -> int:
-    """Return the memory of an entry: with its form, which only this cache may still have."""
-    automata = [one for one in (key[0], found) if isinstance(one, Automaton)]
-    return sum(one.num_bytes for one in automata) + sum(map(len, key[1])) + 1000
-
-
-_cache = _Cache()
 
 
 @dataclass(frozen=True)

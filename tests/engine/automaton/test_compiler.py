@@ -24,7 +24,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     values: list[str] = []
     compiled = compiler._compiled
 
-    def counted(form: Form, charset: str, allowed: tuple[int, ...] | None) -> Automaton | InvalidValue:
+    def counted(form: Form, charset: str, allowed: tuple[int, ...] | None) -> Automaton:
         values.append(form.value)
         return compiled(form, charset, allowed)
 
@@ -83,7 +83,7 @@ def test_cache__distinguishes_charsets_and_allowed_ids(compilations: list[str]) 
     assert cache.get(form, "".join(["abc ", "0123456789"]), (0, 1, 3)) is part
 
 
-def test_cache__discards_what_was_unused_longest(compilations: list[str]) -> None:
+def test_cache__discards_the_least_recently_used(compilations: list[str]) -> None:
     one_size = FormCache()
     one_size.get(Form("regex", "a{400}"), CHARSET)
     cache = FormCache(max_bytes=3 * one_size.num_bytes + 200)

@@ -15,7 +15,6 @@ from service.generation.branches import state_after
 from service.generation.candidates import Origin
 from service.generation.n_best import NBest, Wanted, affordable_steps, ends_at, n_best
 from service.generation.portable_states import PortableStart
-from service.generation.reader import step
 from service.generation.score_reservation import ScoreReservation
 from service.registry.loaded_models import LoadedModel
 from service.web.api.completions.schemas import CompletionBody
@@ -87,14 +86,10 @@ class BeamSearch:
 
     def _origin(self, prompt: Ids) -> tuple[Origin, int]:
         """Return the state after a prompt, and how many of its characters the prefix cache saved."""
-        start = self.start
-        if start is None:
-            hidden, num_cached = state_after(self.model, self.scope, prompt, client_monitor())
-            return Origin(hidden, len(prompt)), num_cached
-        if not len(prompt):
-            return Origin(start.hidden, start.position), 0
-        end, _ = step(self.model, prompt, start.hidden, start.position, client_has_left=client_monitor())
-        return Origin(end.hidden, end.position), 0
+        if self.start is not None:
+            return Origin.after(self.model, self.start, prompt, client_monitor()), 0
+        hidden, num_cached = state_after(self.model, self.scope, prompt, client_monitor())
+        return Origin(hidden, len(prompt)), num_cached
 
     def _pieces(self, body: CompletionBody, wanted: Wanted, found: Sequence[NBest], usage: Usage) -> Iterator[str]:
         head = {
