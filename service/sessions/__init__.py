@@ -28,8 +28,8 @@ How a session that one replica (A) has leased moves to another one (B):
 
 1. B calls `RedisStore.begin(take_over=True)`. session.lua finds A's lease, sets the session's takeover flag (field `w`)
    and answers "busy". B asks again every 30 ms, for at most twice the length of a lease; then it raises SessionBusy.
-2. The thread of A's `LeaseRenewer` renews each lease when a third of its length has passed. session.lua answers this
-   renewal with "takeover", because the flag is set.
+2. The thread of A's `LeaseRenewer` renews each lease when a third of its length has passed, and at once if a save of A
+   was answered with "takeover". session.lua answers this renewal with "takeover", because the flag is set.
 3. A's renewer calls `lease.on_takeover` on a new thread. Its owner saves the session and releases the lease in one
    call, `Lease.save(release=True)`.
 4. The next call of B gets the lease, and the record unless B has that very save in its `SessionCache`.

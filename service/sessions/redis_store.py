@@ -351,7 +351,9 @@ class RedisStore:
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
         lease.set_saved(self._saved(session, record, answer))
-        lease.due = self._renewer.next_due()
+        # A lease that another process requests is renewed at once, and then handed over: its saves may be so frequent
+        # that no renewal would ever be due.
+        lease.due = self._renewer.next_due() if answer[0] != b"takeover" else 0.0
 
     def _release(self, lease: RedisLease) -> None:
         if self._renewer.stop_renewing(lease):

@@ -193,7 +193,10 @@ function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new
   end
   local requested = takeover_requested and '1' or ''
   local answer = save_next(new_nonce, record, ms, settled, token, lease_ms)
-  if requested == '1' and lease_ms ~= '' then set('w', '1') end
+  if requested == '1' and lease_ms ~= '' then
+    set('w', '1')
+    answer[1] = 'takeover' -- the lease is renewed by this save, so that a renewal which says so may not be due for long
+  end
   return answer
 end
 

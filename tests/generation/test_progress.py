@@ -35,7 +35,7 @@ from tests.harness.wait import wait_until
 
 KEY = SessionKey("", "a")
 RETENTION = Retention(16, 20_000)
-LEASE_S = 0.3
+LEASE_S = 0.6
 SAVE_S = 0.1
 LONG = RunRequest(2000, replace(PLAIN, temperature=0.9))
 # Settings for which a resumed run has to know what was generated before.
@@ -45,9 +45,11 @@ DIFFICULT = RunRequest(1500, SamplingSettings(0.9, repetition_penalty=1.3, frequ
 class Replica:
     """A service whose engine is slow enough that a run goes on while a test looks at it."""
 
-    def __init__(self, url: str, prefix: str, models: ModelStore, ending: ExitStack, save_interval_s: float) -> None:
+    def __init__(
+        self, url: str, prefix: str, models: ModelStore, ending: ExitStack, save_interval_s: float, lease_s: float
+    ) -> None:
         self.store = RedisStore(
-            RedisServer(url, recovery_window_s=0.3), RETENTION.segment_chars, prefix=prefix, lease_s=LEASE_S
+            RedisServer(url, recovery_window_s=0.3), RETENTION.segment_chars, prefix=prefix, lease_s=lease_s
         )
         ending.callback(self.store.close)
         self.models = LoadedModels(models, 1, engine_settings())
@@ -102,7 +104,9 @@ def replica(redis_url: str, tiny_store: ModelStore) -> Iterator[Callable[..., Re
     """Return a function that makes replicas of one deployment."""
     prefix = secrets.token_hex(8)
     with ExitStack() as ending:
-        yield lambda url=redis_url, save_interval_s=SAVE_S: Replica(url, prefix, tiny_store, ending, save_interval_s)
+        yield lambda url=redis_url, save_interval_s=SAVE_S, lease_s=LEASE_S: Replica(
+            url, prefix, tiny_store, ending, save_interval_s, lease_s
+        )
 
 
 class Reader:
@@ -288,6 +292,20 @@ def test_save_progress__keeps_the_session_leased(replica: Callable[..., Replica]
     reader.join()
     assert isinstance(reader.error, RunTakenOver)
     more.close()
+
+
+def test_save_progress__does_not_postpone_handing_over(replica: Callable[..., Replica], ending: ExitStack) -> None:
+    """A save renews the lease. With frequent saves no renewal is due, and the holder must learn of the request anyway."""
+    one, two = replica(lease_s=2.0), replica(lease_s=2.0)
+    one.create()
+    one.slow_down()
+    reader = Reader(one.generate(replace(LONG, max_chars=1_000_000)), ending)
+    wait_until(lambda: two.sessions.get(KEY).position > 6)
+    lease, _ = two.store.begin(KEY, lambda session: (replace(session), None), take_over=True)
+    reader.join()
+    assert isinstance(reader.error, RunTakenOver)
+    assert lease is not None
+    lease.release()
 
 
 def test_save_progress__ends_the_run_if_another_replica_has_the_lease(

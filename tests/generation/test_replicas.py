@@ -47,7 +47,7 @@ from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
 
 Replica = tuple[SessionService, RedisStore]
-LEASE_S = 0.3
+LEASE_S = 0.6
 NO_IDS = np.empty(0, np.int64)
 LONG = RunRequest(5000, replace(PLAIN, temperature=0.9))
 FORMED = replace(LONG, form=Form("regex", "([A-Z][a-z]{0,7}[,.?] |[a-z]{3}\n)*[A-Z]+!"))
