@@ -295,7 +295,7 @@ def test_save_progress__keeps_the_session_leased(replica: Callable[..., Replica]
 
 
 def test_save_progress__does_not_postpone_handing_over(replica: Callable[..., Replica], ending: ExitStack) -> None:
-    """A save renews the lease. With frequent saves no renewal is due, and the holder must learn of the request anyway."""
+    """A save renews the lease. With frequent saves no renewal is due, but the holder learns of the request."""
     one, two = replica(lease_s=2.0), replica(lease_s=2.0)
     one.create()
     one.slow_down()
