@@ -6,11 +6,18 @@ import os
 import random
 import shutil
 import socket
+from itertools import cycle
 
 # Below the ports that the kernel gives out by itself (32768 and above on Linux): between the probe and the program's
 # start, neither an outgoing connection nor a server that listens on port 0 can get the same one.
 _PORTS = range(20_000, 32_000)
-_RANDOM = random.SystemRandom()  # Hypothesis seeds the others, so that all of its tests would get the same port
+# Each worker of pytest-xdist has ports of its own, and a process gives out each port once before it repeats one. So no
+# two tests get the same port, even if the program of the first has not begun to listen.
+_WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_NUM_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_own_ports = list(_PORTS[_WORKER::_NUM_WORKERS])
+random.SystemRandom().shuffle(_own_ports)  # so that another run of the suite on this machine rarely tries the same one
+_next_ports = cycle(_own_ports)
 
 
 def program(name: str) -> str:
@@ -29,8 +36,7 @@ def free_port() -> int:
     Use it only for programs that can neither listen on port 0 and report the port, nor inherit a listening socket:
     Redis (`--port 0` turns TCP off), containers, and servers that must get the same port again after a restart.
     """
-    while True:
-        port = _RANDOM.choice(_PORTS)
+    for port in _next_ports:
         with socket.socket() as probe:
             # As the servers do: a connection of a former server that still closes does not take the port.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,6 +45,7 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+    raise AssertionError("unreachable: the ports repeat without end")
 
 
 def has_ipv6() -> bool:

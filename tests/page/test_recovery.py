@@ -118,6 +118,26 @@ def test_reload__restores_characters_that_were_not_sent(open_page: OpenPage, cli
     assert stored(client, screen) == screen.text
 
 
+def test_reload__during_a_feed_loses_no_character_that_was_typed_meanwhile(open_page: OpenPage, client: Client) -> None:
+    """The server has more of the text than the page knows, and less than the page has."""
+    screen = open_page()
+    requests: list[Route] = []
+
+    def hold(route: Route) -> None:
+        route.fetch()
+        requests.append(route)
+
+    screen.page.route("**/feed", hold, times=1)
+    screen.type("S")
+    comes_to(lambda: (screen.page.title(), len(requests))[1], 1)  # a call of the page lets `hold` run
+    screen.type("tra")
+    screen.page.reload()
+    screen.wait_until_ready()
+    screen.shows("Stra")
+    assert stored(client, screen) == "Stra"
+    expect(screen.page.locator("#trouble")).to_have_text("")
+
+
 def test_reload__keeps_a_text_that_can_not_be_restored_now(open_page: OpenPage) -> None:
     """Such as one whose model is not in the store at the moment."""
     screen = open_page()

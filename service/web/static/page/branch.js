@@ -252,9 +252,25 @@ export class Branch extends EventTarget {
     const batch = this.chars.slice(from, from + this.maxFeedChars);
     this.#inFlightEnd = this.serverEnd + batch.length;
     const body = { text: batch.join(""), position: this.serverEnd, num_next: 0 };
-    const { position } = await this.#api.call("POST", `${this.path}/feed`, body);
-    if (position !== this.#inFlightEnd) throw new Error("The server and this page disagree on the length of the text.");
-    this.serverEnd = position;
+    try {
+      const { position } = await this.#api.call("POST", `${this.path}/feed`, body);
+      if (position !== this.#inFlightEnd) throw new Error("The server and this page disagree on the length of the text.");
+      this.serverEnd = position;
+    } catch (error) {
+      if (error.code !== "position_conflict" || !(await this.#skipReceived())) throw error;
+    }
+  }
+
+  /**
+   * Skip the characters that the server has already: the page was reloaded before it got the answer to a request. Returns
+   * whether there are any.
+   */
+  async #skipReceived() {
+    const { text, from, to } = await this.#api.call("GET", `${this.path}/text?from=${this.serverEnd}`);
+    const received = Array.from(text);
+    const isOurs = from === this.serverEnd && received.every((char, i) => char === this.chars[from - this.start + i]);
+    if (isOurs) this.serverEnd = to;
+    return isOurs && received.length > 0;
   }
 
   /**
