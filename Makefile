@@ -10,7 +10,7 @@ ASAN := build/asan
 .PHONY: setup serve test test-clients test-clients-all test-deploy lint check kernel-asan kernel-arm train bench lock clean
 setup: $(VENV)/.installed
 serve: $(VENV)/.server ; $(BIN)/gru-serve serve
-test: setup ; $(BIN)/pytest
+test: setup ; $(BIN)/pytest -n auto
 test-clients: setup ; TEST_CLIENTS=quick TORCH_INDEX=$(TORCH_INDEX) $(BIN)/pytest --durations=0 --durations-min=1 tests/ecosystem
 test-clients-all: setup ; TEST_CLIENTS=all TORCH_INDEX=$(TORCH_INDEX) $(BIN)/pytest --durations=0 --durations-min=1 tests/ecosystem
 test-deploy: setup ; TEST_DEPLOY=1 $(BIN)/pytest -s tests/deploy

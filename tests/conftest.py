@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,30 @@ from tests.harness.models import publish_tiny
 from tests.harness.redis_process import redis_process
 from tests.harness.redis_topologies import redis_cluster
 
+# Hundreds of processes that tests start load the same modules: they are compiled once, also where the environment says
+# that nothing is stored (a fifth of a server's start).
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # The networks of the tests are small: a second thread gains little with them, and while it waits it occupies a core
 # that the servers of other tests need. Tests of several threads set their own number.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The number of workers of `-n auto`."""
+    from tests.harness.workers import num_workers  # not at the top: it needs pytest-xdist
+
+    return num_workers()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divide the tests among workers, if there are any."""
+    from tests.harness.workers import FileScheduling  # not at the top: it needs pytest-xdist
+
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -803,7 +803,7 @@ def test_choices__a_snapshot_while_the_prompt_is_read_is_the_state_of_the_readin
         handle = engine.submit(choices(2, prompt="the lady " * 100, checkpoint_positions=()))[1]
         handle.request_snapshot()
         gate.allowed.release()
-        wait_until(lambda: handle.snapshot is not None, 10)
+        wait_until(lambda: handle.snapshot is not None)
         snapshot = handle.snapshot
         gate.open()
         assert snapshot is not None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from playwright.sync_api import Dialog, Page, expect
+from playwright.sync_api import Dialog, Error, Page, Request, expect
 
 from service.client import Client
 
@@ -54,8 +54,8 @@ Value = TypeVar("Value")
 
 
 def comes_to(read: Callable[[], Value], expected: Value) -> None:
-    """Read a value of the page until it is the expected one. Fails after 10 s."""
-    deadline = time.monotonic() + 10
+    """Read a value of the page until it is the expected one. Fails after 30 s."""
+    deadline = time.monotonic() + 30
     while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert value == expected, f"{value!r}, not {expected!r}"
@@ -71,13 +71,17 @@ class Screen:
     problems: list[str] = field(default_factory=list)
     # Requests that failed, because the server refused them or the connection was broken; as the console reports them.
     refusals: list[str] = field(default_factory=list)
+    # Requests without a whole answer so far.
+    unanswered: list[Request] = field(default_factory=list)
 
     def listen(self) -> None:
         """Start collecting problems and refusals."""
         page = self.page
         page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
         page.on("dialog", self._on_dialog)
-        page.on("request", lambda request: self._on_request(request.url))
+        page.on("request", self._on_request)
+        for event in ("requestfinished", "requestfailed"):
+            page.on(event, self._on_answer)  # type: ignore[call-overload]
         page.on("console", lambda message: self._on_console(message.type, message.text))
         page.add_init_script(
             "addEventListener('securitypolicyviolation', "
@@ -88,9 +92,14 @@ class Screen:
         self.problems.append(f"dialog: {dialog.message}")
         dialog.dismiss()
 
-    def _on_request(self, url: str) -> None:
-        if not url.startswith((self.url + "/", "blob:")):
-            self.problems.append(f"request: {url}")
+    def _on_request(self, request: Request) -> None:
+        self.unanswered.append(request)
+        if not request.url.startswith((self.url + "/", "blob:")):
+            self.problems.append(f"request: {request.url}")
+
+    def _on_answer(self, request: Request) -> None:
+        if request in self.unanswered:
+            self.unanswered.remove(request)
 
     def _on_console(self, kind: str, text: str) -> None:
         if text.startswith("Failed to load resource"):
@@ -104,8 +113,13 @@ class Screen:
         return self.wait_until_ready()
 
     def wait_until_ready(self) -> Screen:
-        """Wait until the page can be used."""
-        self.page.wait_for_selector("body.ready")
+        """Wait until the page can be used. A failure tells what it shows, and what it waits for."""
+        try:
+            self.page.wait_for_selector("body.ready", timeout=60_000)
+        except Error as error:
+            shown = self.page.locator("#trouble").all_inner_texts()
+            waits = [f"{request.method} {request.url}" for request in self.unanswered]
+            raise AssertionError(f"{shown}, {self.problems}, {self.refusals}, unanswered: {waits}") from error
         return self
 
     @property

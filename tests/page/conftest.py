@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from service.client import Client
 from service.store.model_store import ModelStore
@@ -15,15 +15,17 @@ from tests.harness.models import publish_tiny
 from tests.harness.screen import Screen
 from tests.harness.server import SERVE, Server, serving
 
+expect.set_options(timeout=30_000)  # the default of 5 s is too short beside other work
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One browser for the tests of a module."""
+    """One browser for all tests of the page; each opens contexts of its own."""
     with chromium() as browser:
         yield browser
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     """A store with models of several shapes: `deep` has three layers, `poor` few characters."""
     store = ModelStore(tmp_path_factory.mktemp("models"))
@@ -33,8 +35,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ModelStore:
     return store
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
+    """One server for all tests that don't bring their own."""
     with serving(SERVE, ENVIRONMENT) as server:
         yield server
 

@@ -194,7 +194,8 @@ def test_clients_that_never_read__block_neither_health_checks_nor_the_exit(envir
         ask_for_session = stack.enter_context(closing(server.connect()))
         ask(ask_for_session, "POST", "/v1/sessions/a/generate", {"max_tokens": MAX_CHARS, "stream": True})
         for _ in range(20):
-            with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=1)) as connection:
+            # A thread that waits for a silent client waits 20 s.
+            with closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
                 connection.request("GET", "/healthz")
                 assert connection.getresponse().read() == b'{"status":"ok"}'
         server.process.send_signal(signal.SIGTERM)

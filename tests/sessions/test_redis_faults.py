@@ -83,7 +83,7 @@ def is_open(store: RedisStore) -> bool:
 def open_again(*stores: RedisStore) -> None:
     """Wait until stores that have restored serve calls: for others for four recovery windows, which are 0.3 s each."""
     for store in stores:
-        wait_until(partial(is_open, store), 10)
+        wait_until(partial(is_open, store))
 
 
 def calls_of_a(server: RedisServer) -> Callable[..., list[Any]]:
@@ -331,7 +331,7 @@ def test_full_server__goes_on_with_the_sessions_that_it_has(full: RedisProcess) 
         assert lease is not None
         with redis.Redis.from_url(full.url) as client:
             first = client.hget("gru-serve:/s1", "u")
-            wait_until(lambda: client.hget("gru-serve:/s1", "u") != first, 10)  # it is renewed
+            wait_until(lambda: client.hget("gru-serve:/s1", "u") != first)  # it is renewed
         with pytest.raises(SessionBusy):
             other.update(keys[1], appended("z"))
         lease.save(appended("z")(lease.session)[0])
@@ -466,7 +466,7 @@ def test_idle_connection__that_was_closed_is_not_used(server: RedisProcess) -> N
 
         def close_connections() -> None:
             admin.client_kill_filter(_type="normal", skipme=True)
-            wait_until(lambda: len(admin.client_list()) == 1, 5)
+            wait_until(lambda: len(admin.client_list()) == 1)
 
         other.update(A, appended("x"))
         close_connections()

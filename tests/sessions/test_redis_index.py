@@ -145,7 +145,7 @@ def test_index__lives_on_with_a_session_that_is_used(store: RedisStore, client: 
     """An index that was made for an hour lists a session that is used for a day."""
     store.create(session("a", ttl_s=50))
     client.pexpire(f"{prefix}ids:", 1)
-    wait_until(lambda: not client.exists(f"{prefix}ids:"), 5)
+    wait_until(lambda: not client.exists(f"{prefix}ids:"))
     store._index._lifetimes.clear()  # as after the time that the index was made for
     store.update(SessionKey("", "a"), lambda _: (session("a", ttl_s=50_000), None))
     assert ids(store) == ["a"]
@@ -202,7 +202,7 @@ def test_lists__outlive_a_restart_that_loses_the_last_writes(tmp_path: Path) -> 
     with redis_process(tmp_path, "--appendonly", "yes", "--appendfsync", "no") as redis:
         server = RedisServer(redis.url, recovery_window_s=0.1)
         with closing(RedisStore(server, 4096)) as store:
-            wait_until(lambda: works(store), 5)
+            wait_until(lambda: works(store))
             store.create(session("a", "one"))
             written = redis.on_disk()
             for session_id in ("b", "c", "d"):
@@ -211,7 +211,7 @@ def test_lists__outlive_a_restart_that_loses_the_last_writes(tmp_path: Path) -> 
             redis.kill()
             redis.lose_what_was_written_since(written)
             redis.start()
-            wait_until(lambda: works(store), 10)
+            wait_until(lambda: works(store))
             assert ids(store, "one") == ["a", "b", "d"]
 
 

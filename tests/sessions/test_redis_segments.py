@@ -174,7 +174,7 @@ def test_segments__expire_after_the_last_session_that_needs_them(
     with closing(new_store(redis.url)) as store:
         store.create(session(num_chars=9_000, ttl_s=1))
         store.create(session("b", num_chars=4_096, ttl_s=500))
-        wait_until(lambda: len(client.keys("*segment:*")) == 1, 10)
+        wait_until(lambda: len(client.keys("*segment:*")) == 1)
         feed(store, key=SessionKey("", "b"))
         with closing(new_store(redis.url)) as other:
             require_same(other.load(SessionKey("", "b")).text, store.load(SessionKey("", "b")).text)
@@ -229,7 +229,7 @@ def test_load__of_a_record_without_its_segments_is_lost(store: RedisStore, redis
 
 def test_restore__writes_segments_again(redis: RedisProcess, client: Redis) -> None:
     with closing(new_store(redis.url, recovery_window_s=0.1)) as store:
-        wait_until(lambda: works(store), 5)
+        wait_until(lambda: works(store))
         store.create(session(num_chars=3_000))
         written = redis.on_disk()
         feed(store, characters(40_000))
@@ -237,7 +237,7 @@ def test_restore__writes_segments_again(redis: RedisProcess, client: Redis) -> N
         redis.kill()
         redis.lose_what_was_written_since(written)
         redis.start()
-        wait_until(lambda: works(store), 10)
+        wait_until(lambda: works(store))
         assert len(client.keys("*segment:*")) == 10
         with closing(new_store(redis.url)) as other:
             require_same(other.load(KEY).text, expected)

@@ -147,7 +147,7 @@ def test_ping__finds_a_server_that_refuses_before_a_call_does(tmp_path: Path, wo
     refuse, work = REFUSALS[word]
     with redis_process(tmp_path) as process, connected(process.url) as server, administering(process) as admin:
         refuse(admin)
-        wait_until(lambda: is_refused_by_ping(server), 5)
+        wait_until(lambda: is_refused_by_ping(server))
         assert not is_open(server)
         work(admin)
         recover(server)
@@ -331,7 +331,7 @@ def test_check__refuses_a_server_that_was_promoted_until_others_have_restored(tm
         wait_until(lambda: admin.info("server")["uptime_in_seconds"] >= 2)
         server = ending.enter_context(connected(standby.url, recovery_window_s=0.5))
         assert not is_open(server)
-        wait_until(lambda: is_open(server), 5)
+        wait_until(lambda: is_open(server))
 
 
 def test_connections__to_a_former_server_are_used_no_more(two_masters: tuple[str, list[Path], Path]) -> None:
@@ -341,7 +341,7 @@ def test_connections__to_a_former_server_are_used_no_more(two_masters: tuple[str
         create(server)
         lead(address, sockets[1])
         assert load(server) == b"ok"  # nobody can know yet
-        wait_until(server.ping, 5)
+        wait_until(server.ping)
         server.mark_restored()
         assert load(server) == b"none"
         create(server)
@@ -362,7 +362,7 @@ def test_call__that_a_former_server_answers_is_not_acknowledged(
         def answers_late(link: Link, commands: Sequence[Any], *options: Any, **more: Any) -> list[Any]:
             answers = run(link, commands, *options, **more)
             if "create" in commands[0]:
-                wait_until(server.ping, 5)
+                wait_until(server.ping)
             return answers
 
         monkeypatch.setattr(Link, "run", answers_late)
@@ -373,7 +373,7 @@ def test_call__that_a_former_server_answers_is_not_acknowledged(
 def test_connections__that_the_server_has_closed_are_replaced(redis_url: str) -> None:
     """As a server does that has the setting `timeout`."""
     with connected(redis_url, probe_key="probe of closed") as server, redis.Redis.from_url(redis_url) as admin:
-        wait_until(lambda: is_open(server), 5)
+        wait_until(lambda: is_open(server))
         calls: list[Act] = [
             lambda server: load(server, "no such session"),
             lambda server: server.call_all([("lacks", "no such session", "", 1000, b"1", 1)]),
@@ -403,7 +403,7 @@ def test_mark_restored__does_not_count_for_a_server_that_was_replaced_meanwhile(
             server.call_all([("lacks", KEY, "", 1000, b"1", 1)])
         server.mark_restored()
         assert not is_open(server)
-        wait_until(lambda: not is_refused_by_ping(server), 5)
+        wait_until(lambda: not is_refused_by_ping(server))
         recover(server)
 
 

@@ -112,9 +112,9 @@ def test_sentinels__orderly_failover_under_writes_loses_none(group: SentinelGrou
         try:
             stores[0]._server.ping()
             began = time.monotonic()
-            for _ in range(5):  # it is not waited for each time, so that leases are renewed in time
+            for _ in range(20):  # it is not waited for each time, so that leases are renewed in time
                 stores[0]._server._connections.discover()
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 4  # each wait for it takes 0.4 s
             group.fail_over()
             wait_until(write, 30)
         finally:
@@ -144,7 +144,7 @@ def test_sentinels__are_told_apart_from_what_is_wrong(group: SentinelGroup) -> N
         assert not is_open(server)
     # One that can't be reached is no obstacle.
     with closing(RedisServer(f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{ports[1]}/{SERVICE}")) as server:
-        wait_until(lambda: is_open(server), 5)
+        wait_until(lambda: is_open(server))
 
 
 def is_open(server: RedisServer) -> bool:
@@ -259,7 +259,7 @@ def test_cluster__restores_writes_that_a_master_has_lost(tmp_path: Path) -> None
         one.create(session("late"))
         victim.kill()
         for store in (one, other):
-            wait_until(partial(is_refusing, store), 5)
+            wait_until(partial(is_refusing, store))
         victim.lose_what_was_written_since(on_disk)
         victim.start()
         for number, key in enumerate(MANY):

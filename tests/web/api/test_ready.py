@@ -60,11 +60,11 @@ def test_readyz__is_503_while_the_session_store_is_a_replica(tiny_store: ModelSt
         wait_until(lambda: status(client) == 200)
         client.put("/v1/sessions/a", json={"text": "ROMEO:"})
         admin.replicaof("127.0.0.1", str(free_port()))
-        wait_until(lambda: status(client) == 503, 5)
+        wait_until(lambda: status(client) == 503)
         assert status(client, "/readyz?part=completions") == 200
         assert status(client, "/v1/sessions/a") == 503
         admin.replicaof("NO", "ONE")
-        wait_until(lambda: status(client) == 200, 10)
+        wait_until(lambda: status(client) == 200)
         assert status(client, "/v1/sessions/a") == 200
 
 
@@ -75,7 +75,7 @@ def test_readyz__is_200_with_a_session_store_that_is_full(tiny_store: ModelStore
         client.put("/v1/sessions/a", json={"text": "ROMEO:"})
         admin.config_set("maxmemory", 1)
         probe = admin.pttl("gru-serve:probe")
-        wait_until(lambda: admin.pttl("gru-serve:probe") > probe, 5)  # the server is checked again
+        wait_until(lambda: admin.pttl("gru-serve:probe") > probe)  # the server is checked again
         assert status(client) == 200
         assert client.put("/v1/sessions/b", json={"text": "ROMEO:"}).status_code == 429
         assert client.delete("/v1/sessions/a").status_code == 204

@@ -1,0 +1,44 @@
+"""How `make test` divides the tests among the workers of pytest-xdist, which are processes.
+
+A worker runs a whole file, so what the tests of a file share is made once. While something is left to compute, one worker
+computes. The others run the files that wait for real servers, leases and a browser. So these never wait for three others,
+and the cores have work while they wait.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xdist.scheduler import LoadScopeScheduling
+
+from service.cores import available_cores
+
+_MOST_WORKERS = 8
+# What shares a browser and a server is one unit, as a file is elsewhere.
+_PAGE = "tests/page/"
+_WAITING = (_PAGE, "tests/process/", "tests/generation/", "tests/sessions/")
+
+
+def num_workers() -> int:
+    """The number of workers of `pytest -n auto`: one more than there are cores, because many tests wait."""
+    return min(available_cores() + 1, _MOST_WORKERS)
+
+
+class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives a worker the next file to compute if no other worker computes, else the next one that waits."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _PAGE if nodeid.startswith(_PAGE) else nodeid.partition("::")[0]
+
+    def _assign_work_unit(self, node: Any) -> None:
+        another_computes = any(
+            not scope.startswith(_WAITING) and not all(unit.values())
+            for other, units in self.assigned_work.items()
+            for scope, unit in units.items()
+            if other is not node
+        )
+        for scope in self.workqueue:
+            if scope.startswith(_WAITING) == another_computes:
+                self.workqueue.move_to_end(scope, last=False)
+                break
+        super()._assign_work_unit(node)
