@@ -12,9 +12,10 @@ from service.engine.automaton.form import Form
 from service.generation.completion import Completion, CompletionRequest, SamplingSettings
 from service.registry.loaded_models import LoadedModel
 from service.store.model_store import ModelStore
+from tests.harness.effort import IS_THOROUGH
 from tests.harness.models import loaded_model
 
-TRIALS = 200
+TRIALS = 200 if IS_THOROUGH else 50
 PROMPT = "ROMEO: what light is it that breaks"
 FORM = Form("regex", "( [A-Za-z]{3,8}[,;]?){5,9}\n?")
 

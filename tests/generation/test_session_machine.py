@@ -48,9 +48,10 @@ from service.sessions.session_store import SessionStore
 from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.clock import Clock
+from tests.harness.effort import IS_THOROUGH
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 
-NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500"))
+NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500" if IS_THOROUGH else "150"))
 RETENTION, TTL_S = Retention(8, 64), 100.0
 TEXTS = st.text(TINY_CHARSET, max_size=30)
 SEEDS = st.integers(-3, 3)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Playwright, sync_playwright
 
 from tests.harness.programs import program
 from tests.harness.screen import Screen
@@ -24,12 +24,18 @@ OpenPage = Callable[..., Screen]  # the type of the fixture `open_page`
 
 
 @contextmanager
-def chromium(*flags: str) -> Iterator[Browser]:
+def chromium() -> Iterator[Browser]:
     """Launch Debian's Chromium, or the program that the variable CHROMIUM names; close it with the block."""
+    with sync_playwright() as playwright, launched(playwright) as browser:
+        yield browser
+
+
+@contextmanager
+def launched(playwright: Playwright, *flags: str) -> Iterator[Browser]:
+    """Launch the same with more flags, and close it with the block. A thread can have only one Playwright."""
     path = program(os.environ.get("CHROMIUM", "chromium"))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=[*_FLAGS, *flags])
-        try:
-            yield browser
-        finally:
-            browser.close()
+    browser = playwright.chromium.launch(executable_path=path, args=[*_FLAGS, *flags])
+    try:
+        yield browser
+    finally:
+        browser.close()

@@ -1,8 +1,7 @@
 """How `make test` divides the tests among the workers of pytest-xdist, which are processes.
 
-A worker runs a whole file, so what the tests of a file share is made once. While something is left to compute, one worker
-computes. The others run the files that wait for real servers, leases and a browser. So these never wait for three others,
-and the cores have work while they wait.
+A worker runs a whole file, so what the tests of a file share is made once. While something is left to compute, one
+worker computes. The others run the files that wait for real servers, leases and a browser, and leave it the cores.
 """
 
 from __future__ import annotations

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 
 from service.client import Client
 from service.store.model_store import ModelStore
-from tests.harness.browser import ENVIRONMENT, OpenPage, chromium
+from tests.harness.browser import ENVIRONMENT, OpenPage, launched
 from tests.harness.models import publish_tiny
 from tests.harness.screen import Screen
 from tests.harness.server import SERVE, Server, serving
@@ -19,9 +19,15 @@ expect.set_options(timeout=30_000)  # the default of 5 s is too short beside oth
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
+def playwright() -> Iterator[Playwright]:
+    with sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture(scope="package")
+def browser(playwright: Playwright) -> Iterator[Browser]:
     """One browser for all tests of the page; each opens contexts of its own."""
-    with chromium() as browser:
+    with launched(playwright) as browser:
         yield browser
 
 
@@ -60,6 +66,7 @@ def open_page(browser: Browser, url: str) -> Iterator[OpenPage]:
 
     def open_in_new_context(at: str = url, is_ready: bool = True, **options: Any) -> Screen:
         context = browser.new_context(**({"viewport": {"width": 1440, "height": 1000}} | options))
+        context.set_default_timeout(60_000)
         screen = Screen(context.new_page(), at)
         screens.append(screen)
         screen.listen()

@@ -8,10 +8,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Playwright, expect
 
 from service.api_keys import new_key
-from tests.harness.browser import ENVIRONMENT, chromium
+from tests.harness.browser import ENVIRONMENT, launched
 from tests.harness.server import SERVE, Server, serving
 from tests.harness.wait import wait_until
 
@@ -41,13 +41,13 @@ class _Blank(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser(playwright: Playwright) -> Iterator[Browser]:
     """A browser for which every name below `example` is this machine's.
 
     Without the second flag it would not let the page of the test call this machine, which not every browser refuses.
     """
     flags = ["--host-resolver-rules=MAP *.example 127.0.0.1", "--disable-features=LocalNetworkAccessChecks"]
-    with chromium(*flags) as browser:
+    with launched(playwright, *flags) as browser:
         yield browser
 
 
