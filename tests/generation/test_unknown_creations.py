@@ -86,7 +86,7 @@ def test_creation__says_whether_it_may_be_repeated(
             redis.send(signal.SIGCONT)
             store.redis = None
         wait_until(lambda: is_ready(store))
-        wait_until(lambda: len(sessions.page("", "")) == 2)  # it was done
+        wait_until(lambda: len(sessions.page("", "", 10)) == 2)  # it was done
         if session_id is not None:
             again: Any = creation(sessions, session_id)
             assert (again[0].id, again[1]) == (session_id, False)
