@@ -188,6 +188,7 @@ end
 
 function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new_nonce, record, ms, lease_ms, settled)
   if is_alive and is_done(new_nonce) then return saved() end
+  if not revision then return {'none'} end
   if not is_alive or holder ~= token or not is_save(seen_incarnation, seen_revision, seen_nonce) then
     return {'conflict'}
   end
@@ -201,8 +202,10 @@ function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new
 end
 
 -- A lease that nobody else has taken is valid again, even if it had run out. After a restart (`again`) also one that the
--- server has lost, if the session is at the save that the caller has.
+-- server has lost, if the session is at the save that the caller has. 'none': nobody deletes a leased session without a
+-- tombstone, so the server has lost it.
 function operations.renew(token, seen_incarnation, seen_revision, seen_nonce, ms, again)
+  if not revision then return {'none'} end
   local is_mine = is_alive and holder == token
   local is_free = again == '1' and is_alive and not is_leased
   if again == '1' and not is_save(seen_incarnation, seen_revision, seen_nonce) then return {'lost'} end

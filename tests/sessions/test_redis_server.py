@@ -306,8 +306,8 @@ def test_server__refuses_without_a_break_while_its_user_lacks_any_permission(tmp
             with capture_logs() as logs:
                 server._probe_at = 0  # a probe is due
                 assert [is_refused_by_ping(server) for _ in range(3)] == [True] * 3, command
-            advice = [line["advice"] for line in logs if line["log_level"] == "error"]
-            assert len(advice) == 1 and "permissions" in advice[0], command
+            (line,) = (line for line in logs if line["log_level"] == "error")
+            assert "permissions" in line["advice"], command
             admin.execute_command("ACL", "SETUSER", "default", f"+{command}")
             if server.ping():
                 server.mark_restored()
