@@ -15,7 +15,7 @@ import structlog
 from service.engine.handle import End, Handle, Snapshot, Update
 from service.engine.pace import flush_interval
 from service.engine.stepper import FinishReason
-from service.errors import Draining, EngineFailed, GruServeError, RevisionConflict, RunTakenOver
+from service.errors import Draining, EngineFailed, GruServeError, RevisionConflict, RunTakenOver, SessionLost
 from service.generation.reader import Reader
 from service.registry.loaded_models import LoadedModel
 from service.sessions.session import Run, Session
@@ -67,7 +67,7 @@ class ActiveRun:
         self._model, self._reader, self._lease, self.handle, self._forget = model, reader, lease, handle, forget
         self._generated = ""
         self._saved_at = time.monotonic()  # when the session was saved last
-        self._has_lost_lease = False  # nothing can be saved any more
+        self._lost: RevisionConflict | SessionLost | None = None  # why nothing can be saved any more
         self._lock = threading.Lock()  # held by the thread that reads from the handle, and while the run is ended
         self._leasing = threading.Lock()  # held while the lease is used; never while waiting for the engine or a client
 
@@ -90,6 +90,8 @@ class ActiveRun:
         with self._lock:
             generated = Generated("", 0) if self.is_over else self._read(read)
             if self.state is RunState.STOPPED:
+                if isinstance(self._lost, SessionLost):
+                    raise SessionLost(str(self._lost))
                 raise RunTakenOver("another connection has resumed this continuation, or it was stopped")
             return generated
 
@@ -112,6 +114,8 @@ class ActiveRun:
                     self._read(self.handle.read_whole)
             except GruServeError as error:
                 log.warning("a stopped continuation was not saved", error=error.code)
+                if isinstance(error, SessionLost):
+                    self._lost = error
 
     def save_progress(self, interval_s: float) -> None:
         """Save the unfinished run as far as its text was sent, if the last save is older than `interval_s`.
@@ -127,8 +131,8 @@ class ActiveRun:
         try:
             if snapshot is not None and time.monotonic() - self._saved_at >= interval_s:
                 self._save_snapshot(snapshot)
-        except RevisionConflict:
-            self._has_lost_lease = True
+        except (RevisionConflict, SessionLost) as error:
+            self._lost = error
             self.stop()
         finally:
             self.handle.request_snapshot()
@@ -162,7 +166,7 @@ class ActiveRun:
 
     def _is_worthless(self, end: End) -> bool:
         """Whether the session has to stay as it is: it can't be saved, or its reader wanted all and got interrupted."""
-        if self._has_lost_lease:
+        if self._lost is not None:
             return True
         return self._all_or_nothing and self.state is RunState.INTERRUPTED and end.reason == "cancelled"
 

@@ -263,7 +263,7 @@ class RunRegistry:
             try:
                 active.save_progress(self._save_interval_s)
             except (StoreUnavailable, OutcomeUnknown):
-                return  # the store has logged it; the next round tries again
+                continue  # the store has logged it; the next round tries again
             except Exception as error:
                 log.error("saving an active run failed", exc_info=error)
 

@@ -41,6 +41,7 @@ class RenewedLease(Protocol):
     token: bytes
     due: float
     is_ending: bool
+    missing_since: float | None
     on_takeover: Callable[[], None] | None
 
 
@@ -122,6 +123,16 @@ class LeaseRenewer:
         if id(lease) not in self._leases:
             raise RevisionConflict("this operation no longer has the session's lease")
 
+    def is_lost(self, lease: RenewedLease) -> bool:
+        """Return whether a leased session that the server doesn't have is lost for good.
+
+        If the server has lost all that it had, the next probe notices it, and the session is restored.
+        """
+        if lease.missing_since is None:
+            lease.missing_since = time.monotonic()
+            self._server.suspect_loss()
+        return self._server.probed_at > lease.missing_since
+
     def is_leased_here(self, key: SessionKey) -> bool:
         """Whether this process holds a lease of the session."""
         return key in self._leased
@@ -193,7 +204,11 @@ class LeaseRenewer:
             ]
             for lease, answer in zip(batch, self._server.call_all(calls, one_by_one=True), strict=True):
                 lease.due = self.next_due()
-                if answer[0] != b"ok" and not lease.is_ending and lease.on_takeover is not None:
+                if answer[0] == b"ok":
+                    lease.missing_since = None
+                elif answer[0] == b"none" and not self.is_lost(lease):
+                    continue
+                elif not lease.is_ending and lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
                     threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
 

@@ -147,6 +147,7 @@ class RedisServer:
 
         self._name = secrets.token_hex(8)  # names this process among the replicas
         self._probe_at = 0.0  # monotonic time of the next probe
+        self.probed_at = 0.0  # when the last probe that succeeded began; monotonic
 
         # The following are for the thread that pings. It has a connection to each master, which no other thread uses.
         self._ping_links: dict[Address, Link] = {}
@@ -226,7 +227,7 @@ class RedisServer:
             if is_probe or self._ping_links.keys() != set(masters) or not self._answer_pings():
                 self._reach(masters)
                 self._attend()
-                self._probe_at = began + _PROBE_S
+                self._probe_at, self.probed_at = began + _PROBE_S, began
         with self._lock:
             self._pinged_change = self._ping_change
             if self._failed_at is not None and self._failed_at < began:
@@ -234,6 +235,10 @@ class RedisServer:
                 self._failed_at = None
                 self._failures.clear()
             return self._has_to_restore()
+
+    def suspect_loss(self) -> None:
+        """Let the next ping be a probe, because the server has lost something. Any thread may call."""
+        self._probe_at = 0.0
 
     def attend(self) -> None:
         """Tell the server, and so the other replicas, that this one is there. For the thread that pings.

@@ -21,6 +21,7 @@ from service.errors import (
     SessionGone,
     SessionLost,
     SessionNotFound,
+    StoreUnavailable,
 )
 from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
@@ -64,6 +65,7 @@ class RedisLease:
         self.set_saved(saved)
         self.due = 0.0  # when it has to be renewed; monotonic
         self.is_ending = False  # the save or release that gives it back is under way
+        self.missing_since: float | None = None  # the server has lost the session; monotonic
         # The last save and its nonce, if the server didn't say whether it was done.
         self.unanswered: tuple[Session, bytes] | None = None
         self.on_takeover: Callable[[], None] | None = None
@@ -348,6 +350,10 @@ class RedisStore:
             lease.unanswered = session, nonce
             raise
         lease.unanswered = None
+        if answer[0] == b"none":
+            if self._renewer.is_lost(lease):
+                raise SessionLost("the session store has lost this session: create it again")
+            raise StoreUnavailable("the session store has lost this session, and perhaps more: try again in a second")
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
         lease.set_saved(self._saved(session, record, answer))

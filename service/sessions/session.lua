@@ -188,6 +188,7 @@ end
 
 function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new_nonce, record, ms, lease_ms, settled)
   if is_alive and is_done(new_nonce) then return saved() end
+  if not revision then return {'none'} end
   if not is_alive or holder ~= token or not is_save(seen_incarnation, seen_revision, seen_nonce) then
     return {'conflict'}
   end
@@ -201,8 +202,10 @@ function operations.save(token, seen_incarnation, seen_revision, seen_nonce, new
 end
 
 -- A lease that nobody else has taken is valid again, even if it had run out. After a restart (`again`) also one that the
--- server has lost, if the session is at the save that the caller has.
+-- server has lost, if the session is at the save that the caller has. 'none': nobody deletes a leased session without a
+-- tombstone, so the server has lost it.
 function operations.renew(token, seen_incarnation, seen_revision, seen_nonce, ms, again)
+  if not revision then return {'none'} end
   local is_mine = is_alive and holder == token
   local is_free = again == '1' and is_alive and not is_leased
   if again == '1' and not is_save(seen_incarnation, seen_revision, seen_nonce) then return {'lost'} end
@@ -269,11 +272,20 @@ end
 -- changed since (`is_missing`).
 --   e  the epoch: 16 digits, greater than all before       i  the server's process, which is another one after a restart
 --   o  when `window` ends                                  m  processes: 'name,epoch it has restored in,silent from;'
+-- A user that lacks a permission which a session, a segment or an index needs is refused here: else each call that needs
+-- it would stop all sessions until they have recovered, and the next one would do so again.
 -- known     the latest epoch that the caller knows       left   '', or an epoch in which the caller saw a server that was
 -- restored  '', or an epoch in which it has restored            a replica and may have other data since
 -- patience  '' if the caller leaves
 -- Answers   the epoch, and for how many milliseconds calls have to wait: '' if nobody knows.
 function operations.attend(run, known, left, name, restored, window, patience)
+  local needed = {
+    {'PING'}, {'HGET', key, 'e'}, {'HDEL', key, 'x'}, {'HLEN', key}, {'DEL', key}, {'EXISTS', key}, {'PTTL', key},
+    {'ZADD', key, 0, ''}, {'ZREM', key, ''}, {'ZRANGEBYLEX', key, '-', '+'}, {'ZRANDMEMBER', key, 1}, {'SET', key, ''},
+  }
+  for _, command in ipairs(needed) do
+    if not redis.acl_check_cmd(unpack(command)) then return redis.error_reply('NOPERM no ' .. command[1]) end
+  end
   local facts = redis.call('HMGET', key, 'e', 'i', 'o', 'm')
   -- A damaged epoch is one that the server has lost: the callers know a later one.
   local current = (facts[1] or ''):match('^' .. ('%d'):rep(16) .. '$') or NO_EPOCH
@@ -300,11 +312,7 @@ function operations.attend(run, known, left, name, restored, window, patience)
   if patience ~= '' then members[#members + 1] = name .. ',' .. restored .. ',' .. whole(now + longest) .. ';' end
   set('e', current, 'i', run, 'o', whole(opens), 'm', table.concat(members))
   redis.call('PEXPIRE', key, 30 * 24 * 3600 * 1000)
-  redis.call('HGET', key, 'e')
-  redis.call('HDEL', key, 'x')
-  -- What sessions need of a server beside that:
-  local works = redis.call('HLEN', key) > 0 and redis.call('EXISTS', key) == 1 and redis.call('PTTL', key) > 0
-  if not works or restored ~= current or num_missing > 0 then return {current, ''} end
+  if restored ~= current or num_missing > 0 then return {current, ''} end
   return {current, whole(math.max(0, math.min(opens, now + window) - now))}
 end
 

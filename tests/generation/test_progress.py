@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 from redis import exceptions as errors
+from structlog.testing import capture_logs
 
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.errors import GruServeError, OutcomeUnknown, RunTakenOver, SessionBusy, StoreUnavailable
+from service.errors import GruServeError, OutcomeUnknown, RunTakenOver, SessionBusy, SessionLost, StoreUnavailable
 from service.generation import reader
 from service.generation.run_stream import RunStream
 from service.generation.runs import RunRequest
@@ -425,3 +427,55 @@ def test_registry__starts_no_saver_if_sessions_end_with_the_process(tiny_store: 
     SessionService(models, MemoryStore(10, 10**7), StateSealer(["0123456789abcdef"]), 60, RETENTION)
     assert threading.active_count() == before
     models.close()
+
+
+# A server that loses a session while its run is under way
+
+
+@pytest.fixture
+def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
+    with redis_process(tmp_path) as process:
+        yield process
+
+
+def test_run__outlasts_a_server_that_forgets_everything(
+    replica: Callable[..., Replica], own_redis: RedisProcess, ending: ExitStack
+) -> None:
+    """The session is restored as after a restart. At most the client resumes once."""
+    one = replica(own_redis.url)
+    text, _ = one.uninterrupted(LONG)
+    one.create()
+    one.slow_down()
+    stream = Reader(one.generate(LONG), ending)
+    wait_until(lambda: len(stream.text) > 200)
+    with Redis.from_url(own_redis.url) as client:
+        client.flushall()
+    stream.join()
+    assert isinstance(stream.error, StoreUnavailable | None)
+    wait_until(one.is_ready)
+    rest = Reader(one.sessions.runs.resume(KEY, 6 + len(stream.text)), ending)
+    rest.join()
+    assert (stream.text + rest.text, rest.error) == (text, None)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "spoiled"])
+def test_run__whose_session_the_server_has_lost_ends_with_that_and_disturbs_no_other(
+    replica: Callable[..., Replica], own_redis: RedisProcess, ending: ExitStack, damage: str
+) -> None:
+    one = replica(own_redis.url)
+    one.create()
+    one.create("b")
+    one.slow_down(2e-3)
+    streams = [Reader(one.generate(LONG, session_id), ending) for session_id in "ab"]
+    wait_until(lambda: all(len(stream.text) > 50 for stream in streams))
+    with Redis.from_url(own_redis.url) as client, capture_logs() as logs:
+        (key,) = client.scan_iter("*/a")
+        client.delete(key)
+        if damage == "spoiled":
+            client.set(key, "something else")
+        streams[0].join()
+        after = one.sessions.get(SessionKey("", "b")).position
+        wait_until(lambda: one.sessions.get(SessionKey("", "b")).position > after)  # it is still saved on its way
+    assert isinstance(streams[0].error, SessionLost)
+    assert [line["event"] for line in logs if "exc_info" in line] == []
+    assert streams[1].error is None

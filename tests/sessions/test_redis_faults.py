@@ -6,6 +6,7 @@ Nothing that was acknowledged is lost unless its client gets to know it, and not
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -151,9 +152,11 @@ def test_deleted_session__does_not_come_back_from_an_old_journal(
         one.create(session())
         with replicas(server.url) as (other,):
             other.delete(A)
+        deleted_at = time.monotonic()
+        wait_until(lambda: one._renewer._last_contact > deleted_at)
+        monkeypatch.setattr(lease_renewer, "_AT_RISK_S", 0.0)  # every write is now longer ago than this
         with redis.Redis.from_url(server.url) as client:
             client.flushall()  # what Redis does 10 minutes after the deletion
-        monkeypatch.setattr(lease_renewer, "_AT_RISK_S", 0.0)  # every write is now longer ago than this
         restart(server)
         wait_for_recovery(one)
         with pytest.raises(SessionNotFound):

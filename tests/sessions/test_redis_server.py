@@ -293,6 +293,27 @@ def test_server__needs_no_more_permissions_than_the_documentation_lists(tmp_path
             assert not server.ping()
 
 
+def test_server__refuses_without_a_break_while_its_user_lacks_any_permission(tmp_path: Path) -> None:
+    """Else it would serve until the first call that needs the permission, recover, and so on, for all sessions."""
+    documentation = Path(redis_server.__file__).parents[2] / "docs" / "redis.md"
+    rule = re.findall("^ACL SETUSER sessions on .*$", documentation.read_text(), re.MULTILINE)[0]
+    # Needed for another database, once by each process of Redis, by the rate limit, and by lists.
+    needless = {"select", "script|load", "get", "scan"}
+    commands = [word[1:] for word in rule.split() if word.startswith("+") and word[1:] not in needless]
+    with redis_process(tmp_path) as process, administering(process) as admin, connected(process.url) as server:
+        for command in commands:
+            admin.execute_command("ACL", "SETUSER", "default", f"-{command}")
+            with capture_logs() as logs:
+                server._probe_at = 0  # a probe is due
+                assert [is_refused_by_ping(server) for _ in range(3)] == [True] * 3, command
+            (line,) = (line for line in logs if line["log_level"] == "error")
+            assert "permissions" in line["advice"], command
+            admin.execute_command("ACL", "SETUSER", "default", f"+{command}")
+            if server.ping():
+                server.mark_restored()
+            wait_until(lambda: is_open(server), 5)
+
+
 # Several servers, one after the other
 
 
