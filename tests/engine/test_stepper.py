@@ -108,7 +108,11 @@ def test_stepper__counts_what_a_call_has_read_and_generated(stepper: Stepper) ->
     rows = [row(stepper, prompt, max_chars) for prompt, max_chars in (("abc", 9), ("", 2), ("abcdefgh", 9))]
     steps = stepper.advance(rows, 5)
     assert (steps.num_read, steps.num_generated) == (3 + 5, 2 + 2)
-    assert [len(chars) for chars in steps.chars] == [len(one.chars) for one in steps] == [2, 2, 0]
+    assert [len(one.chars) for one in steps] == [2, 2, 0]
+    assert steps.part(2) is None
+    assert steps.finished == [1]
+    assert stepper.advance(rows, 1000).finished == [0, 2]
+    assert stepper.advance(rows, 1000).finished == []
     assert [len(one.chars) for one in steps[1:]] == [2, 0]
     assert len(steps[-1].chars) == 0
     with pytest.raises(IndexError):

@@ -30,11 +30,11 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "GruRow": {
         "seed": "u8", "position": "i8", "hidden": "*f4",
-        "prompt": "*i8", "num_read": "i8", "num_prompt": "i8", "max_draws": "i8",
+        "prompt": "*i8", "num_read": "i8", "num_generated": "i8", "num_prompt": "i8", "max_draws": "i8",
         "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
         "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "allowed": "*u1", "in_prompt": "*u1",
-        "num_generated": "*f8",
+        "times_generated": "*f8",
         "classes": "*i4", "num_classes": "i8", "transitions": "*i4", "fewest": "*i4", "fewest_after": "*i4",
         "stop_chars": "*i4", "withheld": "*i4", "state": "i8", "num_left": "i8", "first_stop": "i8",
         "num_top": "i8", "scores_start": "i8", "chosen": "*f4", "top_ids": "*i4", "top": "*f4",
@@ -43,8 +43,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "num_next": "i8", "next_ids": "*i4", "next": "*f4",
     },
     "GruStepped": {
-        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "state": "i8",
-        "num_withheld": "i8",
+        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "num_withheld": "i8",
     },
 }  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import addressof, c_char
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,19 @@ from service.engine.automaton.automaton import Automaton
 from service.engine.sampling import History
 from service.engine.sampling_settings import NUMBERS, SamplingSettings
 from service.engine.scores import Distribution, Scores
-from service.engine.stepper import Row, StepResult
+from service.engine.stepper import Progress, Row, StepResult
 from service.model.config import ModelConfig
 
 _MASK = 2**64 - 1
+_PROGRESS = tuple(one.name for one in fields(Progress))  # the record has fields of these names
+
+
+def address_of(array: NDArray[Any]) -> int:
+    """Return the address of an array that is not empty. Raises TypeError if it is not contiguous.
+
+    Takes a third of the time of `array.ctypes.data`.
+    """
+    return addressof(c_char.from_buffer(array))
 
 
 class PackedRow:
@@ -41,11 +52,11 @@ class PackedRow:
     )  # fmt: skip
 
     def __init__(self, row: Row, config: ModelConfig, record: Any) -> None:
-        """Raises ValueError if the kernel can't advance the row. record: a GruRow of zeros."""
+        """Raises ValueError or TypeError if the kernel can't advance the row. record: a GruRow of zeros."""
         request, shape = row.request, (config.num_layers, config.num_units)
         if row.hidden.shape != shape or row.hidden.dtype != np.float32:
             raise ValueError(f"the state of a row must be {shape} float32")
-        hidden = addressof(c_char.from_buffer(row.hidden.data))  # raises if it is not contiguous
+        hidden = address_of(row.hidden)
         self._config, self._record, self.address = config, record, addressof(record)
         self._pointed_to: list[NDArray[Any]] = [row.hidden]
         self._scores: Scores | None = None
@@ -53,9 +64,10 @@ class PackedRow:
         self._checkpoints: Float32 | None = None
         self._next: Distribution | None = None
         self.plain_until = MAX_POSITION
-        record.seed, record.position, record.hidden = request.seed & _MASK, row.position, hidden
+        record.seed, record.hidden = request.seed & _MASK, hidden
+        for name in _PROGRESS:
+            setattr(record, name, getattr(row.progress, name))
         record.num_top = record.num_next = -1
-        record.state = row.state
         record.temperature, record.is_plain = request.sampling.temperature, request.sampling.is_plain
         if not request.sampling.is_plain:
             self._add_sampling(request.sampling, row.history)
@@ -65,8 +77,8 @@ class PackedRow:
             return
         self._set_plain_until(row)
         if row.is_reading:
-            prompt = request.prompt[row.num_read :]
-            record.num_prompt, record.prompt = len(prompt), self._address(prompt, np.int64)
+            record.num_prompt = len(request.prompt) - row.num_read
+            record.prompt = self._address(request.prompt, np.int64)
         record.max_draws = 0 if row.ends_empty else request.max_chars - row.num_generated
         if request.automaton is not None:
             self._add_automaton(request.automaton, row)
@@ -111,9 +123,11 @@ class PackedRow:
         )
 
     def finish(self, row: Row, *, has_stopped: bool) -> None:
-        """Store the end of a row."""
+        """Store the end of a row. Nothing of the row refers to this object any more."""
+        row.progress = Progress(*(getattr(self._record, name) for name in _PROGRESS))
         row.finished = "stop" if has_stopped or row.ends_empty else "length"
         row.next = self._next
+        row.packed = None
 
     def _set_plain_until(self, row: Row) -> None:
         """Set the position up to which the kernel reports nothing but characters and the automaton's state."""
@@ -155,7 +169,7 @@ class PackedRow:
         """The kernel counts characters in the history's own arrays."""
         for name, array, dtype in (
             ("in_prompt", history.in_prompt, np.bool_),
-            ("num_generated", history.num_generated, np.float64),
+            ("times_generated", history.num_generated, np.float64),
         ):
             if array.shape != (self._config.vocab_size,) or array.dtype != dtype or not array.flags.c_contiguous:
                 raise ValueError(f"the arrays of a history must be contiguous, ({self._config.vocab_size},)")
@@ -185,3 +199,42 @@ class PackedRow:
         if record.fewest:  # the automaton restricts
             self._among_allowed = np.empty(num_steps - num_read, np.float32)
             record.among_allowed = self._among_allowed.ctypes.data
+
+
+class PackedBatch:
+    """The rows of a `Batch` as the kernel reads them. Most calls look at none of them."""
+
+    __slots__ = ("_addresses", "_first_special", "_num_steps", "_plain_steps", "address", "rows")
+
+    def __init__(self, rows: Sequence[Row], packed: list[PackedRow]) -> None:
+        self.rows = packed
+        self._addresses = np.array([one.address for one in packed], np.uintp)
+        self.address = self._addresses.ctypes.data
+        self._num_steps = 0  # that were requested in all calls; rows at their end have done fewer
+        # (B,) up to how many of these steps a call needs nothing of a row but `address`
+        self._plain_steps = np.array(
+            [
+                MAX_POSITION if one.plain_until == MAX_POSITION else one.plain_until - row.position
+                for row, one in zip(rows, packed, strict=True)
+            ],
+            np.int64,
+        )
+        self._first_special = self._plain_steps.min(initial=MAX_POSITION)
+
+    def begin(self, rows: Sequence[Row], num_chars: int) -> list[int]:
+        """Prepare the next call. Return the indices of the rows that need `store` after it."""
+        self._num_steps += num_chars
+        if self._num_steps <= self._first_special:
+            return []
+        special: list[int] = np.flatnonzero(self._plain_steps < self._num_steps).tolist()
+        for i in special:
+            self.rows[i].begin(rows[i], num_chars)
+        return special
+
+    def store(self, i: int, row: Row, chars: Ids, num_read: int, num_withheld: int) -> StepResult:
+        """Store what a call has reported of row i. Return all results of the call."""
+        result = self.rows[i].store(row, chars, num_read, num_withheld)
+        left = self.rows[i].plain_until - row.position
+        self._plain_steps[i] = MAX_POSITION if row.finished is not None else self._num_steps + left
+        self._first_special = self._plain_steps.min()
+        return result
