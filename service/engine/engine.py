@@ -215,6 +215,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Wait until there is a text, and move new ones to the scheduler. Return False if the thread must end."""
         scheduler = self._scheduler
+        if scheduler.has_work and not (self._inbox or self._closing or self._stepper.failure):
+            return True  # most of the time; whatever changes just now is seen after the next tick
         with self._changed:
             while not (self._inbox or scheduler.has_work or self._closing or self._retired or self._stepper.failure):
                 self._changed.wait()

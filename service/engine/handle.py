@@ -179,10 +179,16 @@ class Handle:
         self._row, self._num_taken = row, 0
         self._batch = steps  # last, because a reader doesn't look at the others without it
 
-    def leave_batch(self) -> None:
-        """Find no more results there. The engine calls this, before the text joins another batch."""
+    def leave_batch(self, joined: Steps | None) -> None:
+        """Find no more results there. The engine calls this, before the text joins another batch.
+
+        joined: all that the calls did, as one; None if that has no simple form.
+        """
         with self._lock:
-            self._take_from_batch()
+            if joined is None or self._num_taken:
+                self._take_from_batch()
+            elif (part := joined.part(self._row)) is not None:
+                self._add(part.copy() if isinstance(part, np.ndarray) else replace(part, chars=part.chars.copy()))
             self._batch = None
 
     def wake(self) -> None:

@@ -226,6 +226,15 @@ class Steps(Sequence[StepResult]):
         some = {i: one for i, one in enumerate(results) if not one.is_empty}
         return cls(drawn, num_drawn, None, some, finished, num_read, sum(len(one.chars) for one in results))
 
+    @classmethod
+    def joined(cls, calls: Sequence[Steps]) -> Steps | None:
+        """Return consecutive calls with the same rows as one, or None if one of them did not draw n in every row."""
+        if len(calls) < 2 or any(one.num_drawn is not None or one.results for one in calls):
+            return None
+        num_read, num_generated = sum(one.num_read for one in calls), sum(one.num_generated for one in calls)
+        drawn = np.concatenate([one.drawn for one in calls], axis=1)
+        return cls(drawn, None, calls[-1].num_withheld, {}, [], num_read, num_generated)
+
     def part(self, index: int) -> Ids | StepResult | None:
         """Return what the call did to a row: its (m,) int64 characters alone if that is all; None if nothing."""
         if index in self.results:

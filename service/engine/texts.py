@@ -94,8 +94,9 @@ class Together:
 
     def part(self) -> None:
         """Let every handle have its results for itself. After it, this object must not be used any more."""
+        joined = Steps.joined(self._steps)
         for _, handle in self._handles:
-            handle.leave_batch()
+            handle.leave_batch(joined)
 
 
 def jobs_of(

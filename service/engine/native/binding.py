@@ -60,7 +60,7 @@ class Library:
     layer: np.dtype[np.void]  # GruLayer; addresses are integers in all of them
     model: np.dtype[np.void]  # GruModel
     make_row: type[ctypes.Structure]  # GruRow of zeros
-    stepped: np.dtype[np.void]  # GruStepped
+    make_stepped: type[ctypes.Structure]  # GruStepped of zeros
 
 
 @cache
@@ -99,7 +99,7 @@ def declare(functions: ctypes.CDLL) -> Library:
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p
         functions.gru_create.argtypes = [c_void_p, c_char_p, c_int32, c_int32, POINTER(c_void_p)]
         functions.gru_destroy.argtypes, functions.gru_destroy.restype = [c_void_p], None
-        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
         functions.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
     except AttributeError as missing:
         raise LayoutMismatch(f"it lacks a function: {missing}") from missing
@@ -109,7 +109,7 @@ def declare(functions: ctypes.CDLL) -> Library:
         layer=dtypes["GruLayer"],
         model=dtypes["GruModel"],
         make_row=structure_of(dtypes["GruRow"]),
-        stepped=dtypes["GruStepped"],
+        make_stepped=structure_of(dtypes["GruStepped"]),
     )
 
 

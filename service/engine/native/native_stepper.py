@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Sequence
 from ctypes import c_void_p
 from functools import cache, partial
-from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
-from service.engine.native.rows import PackedBatch, PackedRow
+from service.engine.native.rows import PackedBatch, PackedRow, address_of
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
 from service.engine.stepper import Batch, InvalidRows, Row, Steps
 from service.model.quantize import QuantizedGRU
@@ -80,9 +80,8 @@ class NativeStepper:
             raise RuntimeError("the native kernel was not compiled for this version of the package")
         self.variant = variant if variant is not None else _best()
         self._library = library
-        names = library.stepped.names or ()
-        self._num_fields, self._has_stopped = len(names), names.index("has_stopped")
-        self._fields = itemgetter(*map(names.index, ("num_read", "num_drawn", "is_finished", "num_withheld")))
+        self._sums: Any = library.make_stepped()  # over all rows of the last call
+        self._sums_address = ctypes.addressof(self._sums)
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.functions.gru_destroy, self._kernel)
 
@@ -98,28 +97,26 @@ class NativeStepper:
             longest = max([len(row.request.prompt) + row.request.max_chars for row in batch], default=0)
             num_chars = min(num_chars, longest)
         special = packed.begin(batch, num_chars)
-        drawn = np.empty((len(batch), num_chars), np.int64)
-        stepped = np.empty((len(batch) + 1, self._num_fields), np.int64)  # GruStepped: all its fields have this type
-        outputs = drawn.ctypes.data, stepped.ctypes.data
+        drawn, sums = np.empty((len(batch), num_chars), np.int64), self._sums
+        outputs = address_of(drawn), packed.stepped_address, self._sums_address
         check(self._library.functions.gru_advance(self._kernel, packed.address, len(batch), num_chars, *outputs))
-        num_read, num_drawn, num_finished, num_withheld = self._fields(stepped[-1].tolist())
-        of_rows = self._fields(stepped[:-1].T)
+        num_drawn = sums.num_drawn
         steps = Steps(
             drawn,
-            None if 0 < num_drawn == drawn.size else of_rows[1],
-            of_rows[3] if num_withheld else None,
+            None if 0 < num_drawn == drawn.size else packed.stepped["num_drawn"].copy(),
+            packed.stepped["num_withheld"].copy() if sums.num_withheld else None,
             {},
             [],
-            num_read,
+            sums.num_read,
             num_drawn,
         )
-        if num_finished:
-            steps.finished = [i for i in np.flatnonzero(of_rows[2]).tolist() if batch[i].finished is None]
+        if sums.is_finished:
+            finished: list[int] = np.flatnonzero(packed.stepped["is_finished"]).tolist()
+            steps.finished = [i for i in finished if batch[i].finished is None]
             for i in steps.finished:
-                packed.rows[i].finish(batch[i], has_stopped=bool(stepped[i, self._has_stopped]))
+                packed.rows[i].finish(batch[i], has_stopped=bool(packed.stepped["has_stopped"][i]))
         for i in special:
-            num_read, num_drawn, _, num_withheld = self._fields(stepped[i].tolist())
-            result = packed.store(i, batch[i], drawn[i, :num_drawn], num_read, num_withheld)
+            result = packed.store(i, batch[i], drawn[i])
             if result.scores is not None or result.prompt_scores is not None:
                 steps.results[i] = result
         return steps
@@ -131,7 +128,7 @@ class NativeStepper:
             if invalid := InvalidRows.among(batch, self._pack):
                 raise invalid from error
             raise
-        batch.packed = PackedBatch(batch, packed)
+        batch.packed = PackedBatch(batch, packed, self._library.make_stepped)
         return batch.packed
 
     def _pack(self, row: Row) -> PackedRow:

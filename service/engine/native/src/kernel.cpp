@@ -228,7 +228,8 @@ class Kernel {
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant);
     }
 
-    void advance(GruRow* const* rows, int64_t num_rows, int64_t max_chars, int64_t* drawn, GruStepped* stepped) {
+    void advance(GruRow* const* rows, int64_t num_rows, int64_t max_chars, int64_t* drawn, GruStepped* stepped,
+                 GruStepped& sums) {
         batch_.reserve(model_, num_rows);
         batch_.rows = rows;
         batch_.stepped = stepped;
@@ -246,7 +247,7 @@ class Kernel {
             advance_apart(num_rows);
         else
             advance_shared(num_rows);
-        GruStepped& sums = stepped[num_rows] = {};
+        sums = {};
         for (int64_t i = 0; i < num_rows; ++i) {
             continue_after(*rows[i], batch_.ends[i].load(std::memory_order_relaxed), stepped[i]);
             sums.num_read += stepped[i].num_read;
@@ -389,11 +390,11 @@ GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_
 
 GRU_EXPORT void gru_destroy(gru::Kernel* kernel) { delete kernel; }
 
-// Advances B rows by max_chars characters, or to their ends. drawn: (B, max_chars); stepped: (B + 1,), the sums over all
-// rows last; both out.
+// Advances B rows by max_chars characters, or to their ends. drawn: (B, max_chars); stepped: (B,); sums: over all rows;
+// these three are out.
 GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* const* rows, int64_t num_rows, int64_t max_chars,
-                               int64_t* drawn, GruStepped* stepped) {
-    return gru::guarded([&] { kernel->advance(rows, num_rows, max_chars, drawn, stepped); });
+                               int64_t* drawn, GruStepped* stepped, GruStepped* sums) {
+    return gru::guarded([&] { kernel->advance(rows, num_rows, max_chars, drawn, stepped, *sums); });
 }
 
 // Computes recurrent products alone, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.

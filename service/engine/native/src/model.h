@@ -166,7 +166,7 @@ struct Worker {
 // The rows of a call. The memory is reused by the next call.
 struct Batch {
     GruRow* const* rows = nullptr;           // (B,)
-    GruStepped* stepped = nullptr;           // (B + 1,)
+    GruStepped* stepped = nullptr;           // (B,)
     int64_t* drawn = nullptr;                // (B, max_chars) the characters drawn
     int64_t max_chars = 0;                   // steps of a row at most
     std::vector<int64_t> chars;              // (B,) ids of the current step
