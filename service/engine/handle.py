@@ -107,7 +107,8 @@ class Handle:
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
         self._check_engine, self._wishes = check_engine, wishes if wishes is not None else Wishes()
         self._end: End | None = None
-        self._nothing = replace(NOTHING, num_withheld=num_withheld)  # what a reader gets if there is no result
+        # What a reader gets if there is no result.
+        self._nothing = replace(NOTHING, num_withheld=num_withheld) if num_withheld else NOTHING
         self._failure: str | None = None  # why there will be no more results
         self._parts: list[Ids | StepResult] = []  # results that were not read
         # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.

@@ -239,7 +239,7 @@ class Steps(Sequence[StepResult]):
         """Return what the call did to a row: its (m,) int64 characters alone if that is all; None if nothing."""
         if index in self.results:
             return self.results[index]
-        chars = self.drawn[index]
+        chars: Ids = self.drawn[index]
         if self.num_drawn is not None:
             if not (num_drawn := self.num_drawn.item(index)):
                 return None
@@ -280,16 +280,16 @@ class Stepper(Protocol):
     without fused multiply-adds.
 
     Only one thread at a time may call a stepper. A stepper must not wait for anything, do I/O, log, or keep a reference
-    to a row or its arrays after it returns. What it needs in the next call it stores in `Row.packed` and `Batch.packed`,
-    which are freed with the row or the batch. When it raises, it must release everything it acquired. An implementation without Python code in
-    its loop should run without the interpreter's lock.
+    to a row or its arrays after it returns. What it needs in the next call it stores in `Row.packed` and
+    `Batch.packed`, which are freed with the row or the batch. When it raises, it must release everything it acquired.
+    An implementation without Python code in its loop should run without the interpreter's lock.
     """
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """Advance every row by `num_chars` characters, or to its end if that is nearer. Return a result for each row.
 
-        Rows must be distinct; their number is arbitrary. They may be a `Batch`. A finished row is left unchanged. A row with an empty prompt
-        and max_chars = 0 is finished without a step.
+        Rows must be distinct; their number is arbitrary. They may be a `Batch`. A finished row is left unchanged. A row
+        with an empty prompt and max_chars = 0 is finished without a step.
 
         Raises InvalidRows, before it changes any row, if it can't represent some of them. After any other exception the
         rows must not be used any more.

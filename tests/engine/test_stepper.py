@@ -27,7 +27,7 @@ from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.request import Request
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import Row, Stepper, StepResult, mean_loss
+from service.engine.stepper import Batch, Row, Stepper, StepResult, mean_loss
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidValue
 from service.model.config import ModelConfig
@@ -101,6 +101,21 @@ def test_stepper__rows_in_turns_get_what_each_gets_alone(stepper: Stepper, alone
         turn = rng.permutation(len(rows))[: rng.integers(1, len(rows))].tolist()
         for i, result in zip(turn, stepper.advance([rows[i] for i in turn], int(rng.integers(0, 9))), strict=True):
             parts[i].append(result)
+    assert [everything(one, StepResult.join(part)) for one, part in zip(rows, parts, strict=True)] == alone
+
+
+@pytest.mark.parametrize("num_chars", [1, 3, 8])
+def test_stepper__batch_gets_what_each_row_gets_alone(stepper: Stepper, alone: list[list[Any]], num_chars: int) -> None:
+    """Rows end, pass checkpoints and begin to generate while the batch stays the same."""
+    rows = Batch(with_checkpoints(stepper, **kind) for kind in KINDS)
+    parts: list[list[StepResult]] = [[] for _ in rows]
+    finished: list[int] = []
+    while len(finished) < len(rows):
+        steps = stepper.advance(rows, num_chars)
+        finished += steps.finished
+        for part, result in zip(parts, steps, strict=True):
+            part.append(result)
+    assert sorted(finished) == [*range(len(rows))]
     assert [everything(one, StepResult.join(part)) for one, part in zip(rows, parts, strict=True)] == alone
 
 

@@ -115,10 +115,8 @@ class NativeStepper:
             steps.finished = [i for i in finished if batch[i].finished is None]
             for i in steps.finished:
                 packed.rows[i].finish(batch[i], has_stopped=bool(packed.stepped["has_stopped"][i]))
-        for i in special:
-            result = packed.store(i, batch[i], drawn[i])
-            if result.scores is not None or result.prompt_scores is not None:
-                steps.results[i] = result
+        if special:
+            steps.results = packed.store(batch, special, drawn)
         return steps
 
     def _packed(self, batch: Batch) -> PackedBatch:
@@ -128,11 +126,11 @@ class NativeStepper:
             if invalid := InvalidRows.among(batch, self._pack):
                 raise invalid from error
             raise
-        batch.packed = PackedBatch(batch, packed, self._library.make_stepped)
-        return batch.packed
+        batch.packed = result = PackedBatch(batch, packed, self._library.make_stepped)
+        return result
 
     def _pack(self, row: Row) -> PackedRow:
-        record = self._library.make_row()
+        record: Any = self._library.make_row()
         row.packed = packed = PackedRow(row, self.config, record)
         row.progress = record
         return packed
