@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+import service.engine.stepper as contract
 from benchmarks.decode import numbers, parse
 from service.engine.automaton.stops import with_stops
 from service.engine.engine import Engine
@@ -99,12 +100,13 @@ def _turn(options: argparse.Namespace) -> dict[str, float]:
     timed = _Timed(stepper._library.functions)
     stepper._library = replace(stepper._library, functions=timed)  # type: ignore[arg-type]
     size = len(artifact.config.charset)
+    make_batch = getattr(contract, "Batch", list)  # a baseline may have no batches yet
     kinds = {"plain": None, "stop string": with_stops(None, [np.array([0, 1, 0, 1, 2])], size)}
     measured = {}
     for number in rows:
         for kind, automaton in kinds.items():
             requests = [Request(np.empty(0, np.int64), 2**52, seed, automaton=automaton) for seed in range(number)]
-            texts = [Row(request, stepper.initial_hidden()) for request in requests]
+            texts = make_batch([Row(request, stepper.initial_hidden()) for request in requests])
             while len(timed.outside_us) < _CALLS:
                 stepper.advance(texts, _CHARS)
             measured[f"call, {number} {kind}"] = timed.median() / number

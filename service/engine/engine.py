@@ -10,12 +10,12 @@ from service.arrays import Float32
 from service.engine.at_once import NOT_COMPUTABLE, AtOnce
 from service.engine.counters import SubmittedBatch
 from service.engine.guarded_stepper import GuardedStepper
-from service.engine.handle import Handle
+from service.engine.handle import Handle, Wishes
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
-from service.engine.stepper import NO_CHARS, InvalidRows, Row, Stepper, StepResult, Steps
-from service.engine.texts import Job, Reading, Text, jobs_of
+from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
+from service.engine.texts import Job, Reading, Text, Together, jobs_of
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget, SharedCapacity
 
@@ -61,7 +61,8 @@ class Engine:
         self._at_once = AtOnce(self._stepper)
         self._scheduler: Scheduler[Job] = Scheduler(max_running)
         self._silent: set[Text] = set()  # those in the scheduler that have generated nothing yet
-        self._any_cancelled = False  # whether a text in the scheduler may have been cancelled since the last tick
+        self._wishes = Wishes()
+        self._together: Together | None = None  # what the last tick advanced, unless one of it has ended
         self._pace = Pace()
         self._state_bytes = stepper.initial_hidden().nbytes
         self._short_ticks_until = 0.0
@@ -117,7 +118,7 @@ class Engine:
         for request, row in zip(requests, rows, strict=True):
             num_bytes = self._num_bytes(request)
             num_bytes += shared.pop(id(request.prompt), 0) + shared.pop(id(request.automaton), 0)
-            handle = Handle(request, self._stepper.check, now, row.num_withheld, self._note_cancelled)
+            handle = Handle(request, self._stepper.check, now, row.num_withheld, self._wishes)
             texts.append(Text(handle, row, batch, num_bytes, len(request.prompt)))
         return texts
 
@@ -214,6 +215,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Wait until there is a text, and move new ones to the scheduler. Return False if the thread must end."""
         scheduler = self._scheduler
+        if scheduler.has_work and not (self._inbox or self._closing or self._stepper.failure):
+            return True  # most of the time; whatever changes just now is seen after the next tick
         with self._changed:
             while not (self._inbox or scheduler.has_work or self._closing or self._retired or self._stepper.failure):
                 self._changed.wait()
@@ -225,82 +228,90 @@ class Engine:
             scheduler.add(self._inbox)
             if self._inbox:
                 self._silent.update(_texts_of(self._inbox))
-                self._any_cancelled = True
+                self._wishes.any_cancelled = True
                 self._inbox = []
         return True
 
     def _tick(self) -> None:
         """Choose texts, advance them, and hand the new characters over to their handles."""
         self._drop_cancelled()
-        jobs, num_chars = self._schedule()
-        if jobs:
-            steps = self._step(jobs, num_chars)
+        together, num_chars = self._schedule()
+        if together is not None:
+            steps = self._step(together, num_chars)
             if steps is not None:
-                self._publish(jobs, steps)
+                self._publish(together, steps)
 
-    def _schedule(self) -> tuple[list[Job], int]:
-        """Return what to advance in this tick, and by how many characters."""
+    def _schedule(self) -> tuple[Together | None, int]:
+        """Return what to advance in this tick, if there is anything, and by how many characters."""
         tick_s = self._tick_s()
         jobs = self._scheduler.choose(self._pace.num_rows(tick_s) if tick_s < TICK_S else self._scheduler.max_running)
-        return jobs, self._pace.num_chars(len(jobs), tick_s) if jobs else 0
+        if not jobs:
+            return None, 0
+        if self._together is None or jobs != self._together.jobs:
+            self._part()
+            self._together = Together(jobs)
+        return self._together, self._pace.num_chars(len(jobs), tick_s)
 
-    def _step(self, jobs: Sequence[Job], num_chars: int) -> Steps | None:
+    def _part(self) -> None:
+        if self._together is not None:
+            self._together.part()
+            self._together = None
+
+    def _step(self, together: Together, num_chars: int) -> Steps | None:
         """Advance jobs, and return what that did; None if some can't be advanced: those fail."""
         with self._stepper.lock:
             started = self._clock()
             try:
-                steps = self._stepper.advance([job.row for job in jobs], num_chars)
+                steps = self._stepper.advance(together.rows, num_chars)
             except InvalidRows as invalid:
-                self._fail_jobs([job for job in jobs if job.row in invalid.causes], NOT_COMPUTABLE)
+                self._fail_jobs([job for job in together.jobs if job.row in invalid.causes], NOT_COMPUTABLE)
                 return None  # the next tick advances the others
             ended = self._clock()
         if self._silent:
-            self._note_times(jobs, started, ended)
-        self._pace.measured(len(jobs), num_chars, ended - started)
+            self._note_times(together, started, ended)
+        self._pace.measured(len(together.rows), num_chars, ended - started)
         self._scheduler.charge(ended - started)
         return steps
 
-    def _publish(self, jobs: Sequence[Job], steps: Steps) -> None:
+    def _publish(self, together: Together, steps: Steps) -> None:
         """Hand results over, and let texts leave that have ended, or begin that have their prompt read."""
+        together.add(steps)
+        for i, reading in together.readings:
+            self._publish_reading(reading, steps.results.get(i))
+        finished = [together.jobs[i] for i in steps.finished]
+        texts = [job for job in finished if isinstance(job, Text)]
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
-        finished = [job for job in jobs if job.row.finished is not None]
-        self._remove([job for job in finished if isinstance(job, Text)])
-        results = steps.results
-        for i, (job, chars) in enumerate(zip(jobs, steps.chars, strict=True)):
-            if isinstance(job, Reading):
-                self._publish_reading(job, results.get(i))
-                continue
-            handle, reason = job.handle, job.row.finished
-            if i in results:
-                handle.publish(results[i])
-            elif chars is not NO_CHARS:
-                handle.publish(chars)
-            if reason is not None:
-                handle.publish_end(job.end(reason))
-            elif handle.wants_snapshot:
-                handle.publish_snapshot(job.snapshot())
+        self._remove(texts)
+        for text in texts:
+            text.handle.publish_end(text.end(text.row.finished or "length"))
+        for handle in tuple(self._wishes.results):
+            handle.wake()
+        if self._wishes.snapshots:
+            for job in together.jobs:
+                if isinstance(job, Text) and job.handle in self._wishes.snapshots:
+                    job.handle.publish_snapshot(job.snapshot())
 
     def _publish_reading(self, reading: Reading, result: StepResult | None) -> None:
         is_over = reading.row.finished is not None
         for text in reading.texts:
-            if is_over or text.handle.wants_snapshot:
+            wants_snapshot = text.handle in self._wishes.snapshots
+            if is_over or wants_snapshot:
                 reading.catch_up(text)
             if result is not None:
                 text.handle.publish(result)
-            if text.handle.wants_snapshot:
+            if wants_snapshot:
                 text.handle.publish_snapshot(text.snapshot())
         if is_over:
             self._scheduler.replace(reading, reading.texts)
             self._memory.give_back(reading.client, reading.num_bytes)
 
-    def _note_times(self, jobs: Sequence[Job], started: float, ended: float) -> None:
+    def _note_times(self, together: Together, started: float, ended: float) -> None:
         """Note which texts a tick has advanced for the first time, and which have generated their first character."""
-        for job in jobs:
-            if isinstance(job, Reading):
-                for text in job.texts:
-                    if text.handle.times.started is None:
-                        text.handle.times.started = started
+        for _, reading in together.readings:
+            for text in reading.texts:
+                if text.handle.times.started is None:
+                    text.handle.times.started = started
         born = []
         for text in self._silent:
             times, row = text.handle.times, text.row
@@ -318,14 +329,10 @@ class Engine:
             self._short_ticks_until = now + _SHORT_TICKS_S
         return SHARED_TICK_S if now < self._short_ticks_until else TICK_S
 
-    def _note_cancelled(self) -> None:
-        """Called on any thread, after a text was cancelled."""
-        self._any_cancelled = True
-
     def _drop_cancelled(self) -> None:
-        if not self._any_cancelled:
+        if not self._wishes.any_cancelled:
             return
-        self._any_cancelled = False  # before looking, so that no later one is missed
+        self._wishes.any_cancelled = False  # before looking, so that no later one is missed
         for job in (*self._scheduler.running, *self._scheduler.waiting):
             if cancelled := [text for text in job.texts if text.handle.is_cancelled]:
                 self._drop(job, cancelled)
@@ -343,6 +350,7 @@ class Engine:
             text.handle.publish_end(text.end("cancelled"))
 
     def _remove_reading(self, reading: Reading) -> None:
+        self._part()
         self._scheduler.remove([reading])
         self._memory.give_back(reading.client, reading.num_bytes)
 
@@ -350,6 +358,7 @@ class Engine:
         """Free what the texts have taken, and count their ends."""
         if not texts:
             return
+        self._part()  # so that nothing of them is left in the engine
         self._silent.difference_update(texts)
         now = self._clock()
         for text in texts:

@@ -13,7 +13,7 @@ import numpy as np
 from service.arrays import Float32, Ids
 from service.engine.request import Request
 from service.engine.scores import Distribution
-from service.engine.stepper import NOTHING, FinishReason, StepResult
+from service.engine.stepper import NOTHING, FinishReason, StepResult, Steps
 from service.errors import EngineFailed
 
 EndReason = FinishReason | Literal["cancelled"]
@@ -65,11 +65,23 @@ class TextTimes:
     ended: float | None = None
 
 
+class Wishes:
+    """What threads that have handles want of the engine's thread. It looks here instead of at every handle."""
+
+    def __init__(self) -> None:
+        self.results: set[Handle] = set()  # readers wait for the next results of these
+        self.snapshots: set[Handle] = set()
+        self.any_cancelled = False  # whether an open text may have been cancelled since the engine looked
+
+
 class Handle:
     """The caller's side of a request: the caller reads characters from it, and can cancel the text.
 
     The engine's thread adds results; one other thread reads them, and one may request snapshots. A reader is woken only
     by what it waits for.
+
+    While a text is in a batch, its results are not added to its handle: the handle finds them in what all calls with
+    this batch have done, when someone reads or the text leaves the batch.
     """
 
     def __init__(
@@ -78,7 +90,7 @@ class Handle:
         check_engine: Callable[[], None],
         submitted_at: float = 0.0,
         num_withheld: int = 0,
-        on_cancel: Callable[[], None] = lambda: None,
+        wishes: Wishes | None = None,
     ) -> None:
         """Called by the engine.
 
@@ -87,24 +99,24 @@ class Handle:
             check_engine: raises EngineFailed if there will be no more results.
             submitted_at: seconds on the engine's clock.
             num_withheld: how many of the last characters of `generated` may turn out to belong to a stop string.
-            on_cancel: called after the text was cancelled, on any thread.
+            wishes: those of the engine's handles.
         """
         self.request, self.num_withheld_before = request, num_withheld
         self.times = TextTimes(submitted_at)
         self.is_cancelled = False
         self.snapshot: Snapshot | None = None  # what was requested last; None until the engine has taken it
-        self.wants_snapshot = False
-        self._check_engine, self._on_cancel = check_engine, on_cancel
+        self._check_engine, self._wishes = check_engine, wishes if wishes is not None else Wishes()
         self._end: End | None = None
-        self._nothing = replace(NOTHING, num_withheld=num_withheld)  # what a reader gets if there is no result
+        # What a reader gets if there is no result.
+        self._nothing = replace(NOTHING, num_withheld=num_withheld) if num_withheld else NOTHING
         self._failure: str | None = None  # why there will be no more results
-        # Of the last ticks; the characters alone if there is nothing else. The engine's thread alone appends, without
-        # the lock; nothing replaces the list.
-        self._parts: list[Ids | StepResult] = []
+        self._parts: list[Ids | StepResult] = []  # results that were not read
         # Earlier ones, joined: the result of a tick with hundreds of texts is mostly objects, and thousands may wait.
         self._blocks: list[StepResult] = []
-        self._ready = threading.Condition(threading.Lock())
-        self._reader_wants_parts = False
+        self._batch: list[Steps] | None = None  # what calls have done to the text's batch; None if it is in none
+        self._row = self._num_taken = 0  # its index in the batch; how many of the calls are in `_parts`
+        self._lock = threading.Lock()  # guards the results
+        self._ready = threading.Condition(self._lock)
 
     @property
     def end(self) -> End | None:
@@ -114,12 +126,14 @@ class Handle:
     def cancel(self) -> None:
         """End the text at the next tick. Any thread may call this at any time, also after the end."""
         self.is_cancelled = True
-        self._on_cancel()
+        self._wishes.any_cancelled = True
 
     def request_snapshot(self) -> None:
         """Have the engine set `snapshot` after its next tick, unless the text has ended by then."""
         self.snapshot = None
-        self.wants_snapshot = True
+        with self._lock:
+            if self._end is None and self._failure is None:
+                self._wishes.snapshots.add(self)
 
     def read(self, flush_interval_s: float, timeout_s: float | None = None) -> Update:
         """Return all results since the last call, joined into one, and the end if the text has ended. For streams.
@@ -156,53 +170,93 @@ class Handle:
             return self._end
 
     def publish(self, part: Ids | StepResult) -> None:
-        """Add the result of a tick, which is not empty. The engine calls this, for hundreds of texts in each tick.
+        """Add a result, which is not empty, of a text that is in no batch. The engine calls this."""
+        with self._lock:
+            self._add(part)
+            self._ready.notify_all()
 
-        So it takes the lock only if a reader waits. A reader first says that it does, and then looks for parts.
+    def join_batch(self, steps: list[Steps], row: int) -> None:
+        """Find results in what will be appended to `steps`: what each call does to all rows. The engine calls this."""
+        self._row, self._num_taken = row, 0
+        self._batch = steps  # last, because a reader doesn't look at the others without it
+
+    def leave_batch(self, joined: Steps | None) -> None:
+        """Find no more results there. The engine calls this, before the text joins another batch.
+
+        joined: all that the calls did, as one; None if that has no simple form.
         """
-        self._parts.append(part)
-        if self._reader_wants_parts or len(self._parts) >= _BLOCK_PARTS:
-            with self._ready:
-                if len(self._parts) >= _BLOCK_PARTS:
-                    self._blocks.append(_joined(self._parts))
-                    self._parts.clear()
+        with self._lock:
+            if joined is None or self._num_taken:
+                self._take_from_batch()
+            elif (part := joined.part(self._row)) is not None:
+                self._add(part.copy() if isinstance(part, np.ndarray) else replace(part, chars=part.chars.copy()))
+            self._batch = None
+
+    def wake(self) -> None:
+        """Wake the reader if there is a result. The engine calls this after a call with the text's batch."""
+        with self._lock:
+            if self._has_parts():
                 self._ready.notify_all()
 
     def publish_end(self, end: End) -> None:
-        """Add the end of the text, after its last result. The engine calls this."""
-        with self._ready:
+        """Add the end of the text, which has left its batch. The engine calls this."""
+        with self._lock:
             self._end = end
+            self._wishes.snapshots.discard(self)
             self._ready.notify_all()
 
     def publish_snapshot(self, snapshot: Snapshot) -> None:
         """Answer `request_snapshot`. For the engine."""
-        self.wants_snapshot = False  # first: as soon as there is a snapshot, the next one may be requested
+        self._wishes.snapshots.discard(self)  # first: as soon as there is a snapshot, the next one may be requested
         self.snapshot = snapshot
 
     def fail(self, failure: str) -> None:
         """Make every wait raise EngineFailed with this message: there are no more results. The engine calls this."""
         with self._ready:
             self._failure = failure
+            self._wishes.snapshots.discard(self)
             self._ready.notify_all()
 
     def _take_parts(self) -> StepResult:
         """Return all results that were not read yet, joined. Needs the lock."""
-        parts = self._parts[:]
-        del self._parts[: len(parts)]  # not those that have been added in the meantime
-        blocks, self._blocks = self._blocks, []
-        if not parts and not blocks:
+        self._take_from_batch()
+        parts = [*self._blocks, *self._parts]
+        self._blocks, self._parts = [], []
+        if not parts:
             return self._nothing
-        result = _joined([*blocks, *parts])
+        result = _joined(parts)
         if result.num_withheld != self._nothing.num_withheld:
             self._nothing = replace(NOTHING, num_withheld=result.num_withheld)
         return result
 
+    def _has_parts(self) -> bool:
+        """Whether there is a result that was not read. Needs the lock."""
+        self._take_from_batch()
+        return bool(self._parts or self._blocks)
+
+    def _take_from_batch(self) -> None:
+        """Add what calls with the batch have done to this text. Needs the lock."""
+        if self._batch is None:
+            return
+        for steps in self._batch[self._num_taken :]:
+            self._num_taken += 1
+            if (part := steps.part(self._row)) is not None:
+                self._add(part)
+
+    def _add(self, part: Ids | StepResult) -> None:
+        """Add a result. Needs the lock."""
+        self._parts.append(part)
+        if len(self._parts) >= _BLOCK_PARTS:
+            self._blocks.append(_joined(self._parts))
+            self._parts = []
+
     def _wait(self, deadline: float | None, *, for_parts: bool) -> None:
         """Wait for the end, the deadline or, if `for_parts`, for a part. Needs the lock."""
         # A reader that waits for the end, or for time to pass, must not be woken by every tick.
-        self._reader_wants_parts = for_parts  # before it looks for parts; see `publish`
+        if for_parts:
+            self._wishes.results.add(self)  # before it looks for parts; the engine looks here after it has added some
         try:
-            while self._end is None and not (for_parts and (self._parts or self._blocks)):
+            while self._end is None and not (for_parts and self._has_parts()):
                 if self._failure is not None:
                     raise EngineFailed(self._failure)
                 self._check_engine()
@@ -211,7 +265,7 @@ class Handle:
                     return
                 self._ready.wait(left)
         finally:
-            self._reader_wants_parts = False
+            self._wishes.results.discard(self)
 
 
 def _joined(parts: Sequence[Ids | StepResult]) -> StepResult:

@@ -34,6 +34,7 @@ class Scheduler(Generic[Text]):
     def __init__(self, max_running: int) -> None:
         self.max_running = max_running  # texts in a tick at most, and running texts of one client at most
         self._shares: dict[str, _Share[Text]] = {}  # by client; only clients that have texts
+        self._all: list[Text] | None = None  # the last choice, if it had all running texts, and of one client
         self._advancing: list[tuple[_Share[Text], int]] = []  # how many texts of each share the last choice has
 
     @property
@@ -63,6 +64,7 @@ class Scheduler(Generic[Text]):
 
     def add(self, texts: Iterable[Text]) -> None:
         """Append texts to their clients' queues, in their order."""
+        self._all = None
         for text in texts:
             share = self._shares.get(text.client)
             if share is None:
@@ -71,10 +73,12 @@ class Scheduler(Generic[Text]):
             share.waiting.append(text)
 
     def choose(self, num_texts: int) -> list[Text]:
-        """Return the texts to advance in the next tick.
+        """Return the texts to advance in the next tick, in a list that must not be changed.
 
         These are about `num_texts`, and more only if there are so many clients; never more than `max_running`.
         """
+        if self._all is not None and len(self._all) <= num_texts:
+            return self._all
         for share in self._shares.values():
             share.admit(self.max_running)
         least = min((share.used_s for share in self._shares.values()), default=0.0)
@@ -92,6 +96,7 @@ class Scheduler(Generic[Text]):
             chosen += share.next_texts(count)
             self._advancing.append((share, count))
             left -= count
+        self._all = chosen if len(self._shares) == 1 and len(chosen) == self.num_running else None
         return chosen
 
     def charge(self, duration_s: float) -> None:
@@ -102,12 +107,14 @@ class Scheduler(Generic[Text]):
 
     def replace(self, text: Text, others: Sequence[Text]) -> None:
         """Let texts of the same client, at least one, take the place of a running one: their turn is before others'."""
+        self._all = None
         share = self._shares[text.client]
         share.running.remove(text)
         share.waiting.extendleft(reversed(others))
 
     def remove(self, texts: Iterable[Text]) -> None:
         """Remove running or waiting texts. The others keep their order."""
+        self._all = None
         removed = set(map(id, texts))
         for client in {text.client for text in texts}:
             share = self._shares.get(client)

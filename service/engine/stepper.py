@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, Literal, Protocol, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.arrays import Float32, Ids, write_state
 from service.engine.request import Request, check_state
@@ -22,6 +23,16 @@ _MEASURED_CHARS = 2048  # characters of each text between two calls of `progress
 _MEASURED_TEXTS = 64  # texts that `mean_loss` reads side by side
 
 
+@dataclass(slots=True)
+class Progress:
+    """How far a stepper has come with a row."""
+
+    position: int  # characters consumed
+    num_read: int = 0  # characters of the prompt that were read
+    num_generated: int = 0
+    state: int = 0  # of the automaton, after all generated characters; 0 without one
+
+
 @dataclass(eq=False)
 class Row:
     """A text while it is advanced: what was requested, and how far a stepper has come.
@@ -33,17 +44,15 @@ class Row:
     request: Request
     hidden: Float32  # (L, H) float32, the state after `position` characters; updated in place
     history: History | None = None  # characters that penalties count; None unless `sampling.penalizes`
-    position: int = field(init=False)  # characters consumed
-    num_read: int = 0  # characters of the prompt that were read
-    num_generated: int = 0
-    state: int = 0  # of the automaton, after all generated characters; 0 without one
+    # A stepper may replace it by an object of its own with these attributes, so that it need not update every row.
+    progress: Progress = field(init=False)
     checkpoints: list[Float32] = field(default_factory=list)  # (L, H) float32, for the positions reached so far
     next: Distribution | None = None  # likeliest next characters; None until the row is finished
     finished: FinishReason | None = None  # why there is nothing left to do; None until then
     packed: Any = field(default=None, init=False, repr=False)  # what the stepper stores of the row between calls
 
     def __post_init__(self) -> None:
-        self.position = self.request.position
+        self.progress = Progress(self.request.position)
 
     @classmethod
     def of(cls, request: Request, initial_hidden: Float32, vocab_size: int) -> Row:
@@ -61,8 +70,28 @@ class Row:
             row.history = History(vocab_size, prompt)
             for char in generated:
                 row.history.add(char)
-        row.state = request.initial_state
+        row.progress.state = request.initial_state
         return row
+
+    @property
+    def position(self) -> int:
+        """Characters consumed."""
+        return self.progress.position
+
+    @property
+    def num_read(self) -> int:
+        """Characters of the prompt that were read."""
+        return self.progress.num_read
+
+    @property
+    def num_generated(self) -> int:
+        """Characters generated."""
+        return self.progress.num_generated
+
+    @property
+    def state(self) -> int:
+        """The automaton's state after all generated characters; 0 without one."""
+        return self.progress.state
 
     @property
     def is_reading(self) -> bool:
@@ -113,6 +142,15 @@ class Row:
             raise InvalidValue("penalties need a history")
 
 
+class Batch(tuple[Row, ...]):
+    """Rows that several calls advance together. With it a stepper need not look at each row again in every call.
+
+    From the first call to the last, only calls with this batch may advance its rows.
+    """
+
+    packed: Any = None  # what the stepper stores of the batch between calls
+
+
 class InvalidRows(Exception):
     """A stepper can't advance some of the rows, and has changed none: it can be called again with the others."""
 
@@ -130,9 +168,6 @@ class InvalidRows(Exception):
             except Exception as error:  # noqa: BLE001 - any error says that this row can't be advanced
                 causes[row] = error
         return cls(causes) if causes else None
-
-
-NO_CHARS: Ids = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -165,30 +200,56 @@ class StepResult:
         )
 
 
-NOTHING = StepResult(NO_CHARS)
+NOTHING = StepResult(np.empty(0, np.int64))
 
 
 @dataclass(slots=True)
 class Steps(Sequence[StepResult]):
     """What one call of `advance` did to all its rows, and as a sequence what it did to each.
 
-    Most rows have nothing to report but characters. They have no result of their own until one is taken from the
-    sequence: with hundreds of rows, making them would take longer than anything else outside the steps.
+    Rows without scores have no result of their own until one is taken from the sequence: with hundreds of rows, making
+    them would take longer than anything else outside the steps.
     """
 
-    chars: list[Ids]  # of each row, (m,) int64, those that were generated; NO_CHARS if none were
-    results: dict[int, StepResult]  # by index, of the rows that report more than characters, unless it is empty
+    drawn: Ids  # (B, n) int64: each row begins with its generated characters
+    num_drawn: NDArray[np.int64] | None  # (B,), how many these are; None: n in every row
+    num_withheld: NDArray[np.int64] | None  # (B,), see StepResult; None: 0 in every row
+    results: dict[int, StepResult]  # by index, of rows for which the arrays above don't have everything
+    finished: list[int]  # indices of the rows that the call has finished
     num_read: int  # characters of prompts, of all rows together
-    num_generated: int  # characters
+    num_generated: int  # characters, of all rows together
 
     @classmethod
-    def of(cls, results: Sequence[StepResult], num_read: int) -> Steps:
-        """Return the steps with these results, which read `num_read` characters of prompts."""
-        chars = [result.chars if len(result.chars) else NO_CHARS for result in results]
-        return cls(chars, {i: one for i, one in enumerate(results) if not one.is_empty}, num_read, sum(map(len, chars)))
+    def of(cls, results: Sequence[StepResult], finished: list[int], num_read: int) -> Steps:
+        """Return the steps with these results."""
+        drawn, num_drawn = np.empty((len(results), 0), np.int64), np.zeros(len(results), np.int64)
+        some = {i: one for i, one in enumerate(results) if not one.is_empty}
+        return cls(drawn, num_drawn, None, some, finished, num_read, sum(len(one.chars) for one in results))
+
+    @classmethod
+    def joined(cls, calls: Sequence[Steps]) -> Steps | None:
+        """Return consecutive calls with the same rows as one, or None if one of them did not draw n in every row."""
+        if len(calls) < 2 or any(one.num_drawn is not None or one.results for one in calls):
+            return None
+        num_read, num_generated = sum(one.num_read for one in calls), sum(one.num_generated for one in calls)
+        drawn = np.concatenate([one.drawn for one in calls], axis=1)
+        return cls(drawn, None, calls[-1].num_withheld, {}, [], num_read, num_generated)
+
+    def part(self, index: int) -> Ids | StepResult | None:
+        """Return what the call did to a row: its (m,) int64 characters alone if that is all; None if nothing."""
+        if index in self.results:
+            return self.results[index]
+        chars: Ids = self.drawn[index]
+        if self.num_drawn is not None:
+            if not (num_drawn := self.num_drawn.item(index)):
+                return None
+            chars = chars[:num_drawn]
+        if self.num_withheld is not None and (num_withheld := self.num_withheld.item(index)):
+            return StepResult(chars, None, None, num_withheld)
+        return chars
 
     def __len__(self) -> int:
-        return len(self.chars)
+        return len(self.drawn)
 
     @overload
     def __getitem__(self, index: int) -> StepResult: ...
@@ -197,8 +258,8 @@ class Steps(Sequence[StepResult]):
     def __getitem__(self, index: int | slice) -> StepResult | list[StepResult]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        result = self.results.get(range(len(self))[index])
-        return StepResult(self.chars[index]) if result is None else result
+        part = self.part(range(len(self))[index])
+        return NOTHING if part is None else part if isinstance(part, StepResult) else StepResult(part)
 
 
 class Stepper(Protocol):
@@ -219,16 +280,16 @@ class Stepper(Protocol):
     without fused multiply-adds.
 
     Only one thread at a time may call a stepper. A stepper must not wait for anything, do I/O, log, or keep a reference
-    to a row or its arrays after it returns. What it needs in the row's next call it stores in `Row.packed`, which is
-    freed with the row. When it raises, it must release everything it acquired. An implementation without Python code in
-    its loop should run without the interpreter's lock.
+    to a row or its arrays after it returns. What it needs in the next call it stores in `Row.packed` and
+    `Batch.packed`, which are freed with the row or the batch. When it raises, it must release everything it acquired.
+    An implementation without Python code in its loop should run without the interpreter's lock.
     """
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """Advance every row by `num_chars` characters, or to its end if that is nearer. Return a result for each row.
 
-        Rows must be distinct; their number is arbitrary. A finished row is left unchanged. A row with an empty prompt
-        and max_chars = 0 is finished without a step.
+        Rows must be distinct; their number is arbitrary. They may be a `Batch`. A finished row is left unchanged. A row
+        with an empty prompt and max_chars = 0 is finished without a step.
 
         Raises InvalidRows, before it changes any row, if it can't represent some of them. After any other exception the
         rows must not be used any more.

@@ -10,7 +10,7 @@ from service.engine.counters import SubmittedBatch
 from service.engine.handle import End, EndReason, Handle, Snapshot
 from service.engine.request import Request
 from service.engine.sampling_settings import PLAIN
-from service.engine.stepper import Row
+from service.engine.stepper import Batch, Row, Steps
 
 
 @dataclass(eq=False)
@@ -63,11 +63,40 @@ class Reading:
     def catch_up(self, text: Text) -> None:
         """Bring one of the texts to where the reading is."""
         write_state(text.row.hidden, self.row.hidden)
-        text.row.position, text.row.num_read = self.row.position, self.row.num_read
+        text.row.progress.position, text.row.progress.num_read = self.row.position, self.row.num_read
         text.row.checkpoints = self.row.checkpoints[:]
 
 
 Job = Text | Reading  # what takes part in a tick as one row
+_MAX_CALLS = 64  # whose results a batch has at a time
+
+
+class Together:
+    """Jobs that the scheduler chooses tick after tick, so that most ticks need not look at each of them."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.jobs, self.rows = jobs, Batch(job.row for job in jobs)
+        self.readings = [(i, job) for i, job in enumerate(jobs) if isinstance(job, Reading)]
+        self._handles = [(i, job.handle) for i, job in enumerate(jobs) if isinstance(job, Text)]
+        self._join()
+
+    def _join(self) -> None:
+        self._steps: list[Steps] = []
+        for i, handle in self._handles:
+            handle.join_batch(self._steps, i)
+
+    def add(self, steps: Steps) -> None:
+        """Hand over the results of a call with `rows` to the texts' handles, which need not be touched for it."""
+        self._steps.append(steps)
+        if len(self._steps) >= _MAX_CALLS:
+            self.part()
+            self._join()
+
+    def part(self) -> None:
+        """Let every handle have its results for itself. After it, this object must not be used any more."""
+        joined = Steps.joined(self._steps)
+        for _, handle in self._handles:
+            handle.leave_batch(joined)
 
 
 def jobs_of(

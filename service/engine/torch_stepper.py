@@ -56,7 +56,7 @@ class TorchStepper:
         new = [row for row in new if not (row.num_read and row.is_reading)]
         if invalid := InvalidRows.among(new, lambda row: row.check(shape, self.config.vocab_size)):
             raise invalid
-        num_read = sum(row.num_read for row in rows)
+        num_read, running = sum(row.num_read for row in rows), [row.finished is None for row in rows]
         results: dict[Row, list[StepResult]] = {row: [] for row in rows}
         left = dict.fromkeys(rows, num_chars)
         for row in rows:
@@ -68,7 +68,8 @@ class TorchStepper:
                 left[row] -= num_steps
         _report_next(self._dense, rows)
         num_read = sum(row.num_read for row in rows) - num_read
-        return Steps.of([StepResult.join(results[row]) for row in rows], num_read)
+        finished = [i for i, row in enumerate(rows) if running[i] and row.finished is not None]
+        return Steps.of([StepResult.join(results[row]) for row in rows], finished, num_read)
 
     def _run(self, rows: list[Row], num_steps: int, results: dict[Row, list[StepResult]]) -> int:
         """Advance rows by num_steps, in which none may change from reading to generating. Append to their results.
@@ -258,12 +259,12 @@ class _Batch:
         """Update the rows after num_steps steps."""
         for row, state in zip(self.rows, np.stack(self.hidden, axis=1), strict=True):  # (L, H) each
             row.hidden[...] = state
-            row.position += num_steps
+            row.progress.position += num_steps
         for row in self.rows[: self.num_drawing]:
-            row.num_generated += num_steps
+            row.progress.num_generated += num_steps
             _finish_if_done(row)
         for row in self.rows[self.num_drawing :]:
-            row.num_read += num_steps
+            row.progress.num_read += num_steps
             _finish_if_done(row)
 
 
@@ -325,7 +326,7 @@ class _Walk:
             after = automaton.fewest_after[self._states]
             ended |= (after == NEVER) | ((self._num_left > 0) & (after > self._num_left))
         for row, state in zip(self.rows, self._states.tolist(), strict=True):
-            row.state = state
+            row.progress.state = state
         for place in np.flatnonzero(ended):
             self.rows[place].finished = "stop"
         return bool(ended.any())

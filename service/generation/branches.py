@@ -27,6 +27,7 @@ class Branch:
     hidden: Float32  # (L, H), the state after `position` characters
     position: int
     ids: Ids  # (n,), the characters to read; may be empty
+    is_root: bool = False  # no other branch gave or had its state, so that its numbers must be checked
     checkpoints: tuple[int, ...] = ()  # the numbers of read characters, from 1 to n, after which the state is reported
     wants_logprobs: bool = False  # report the log-probabilities of the characters that are read
     wants_next: bool = False  # report the distribution of the next character
@@ -92,6 +93,7 @@ class Branches:
             num_logprobs=0 if branch.wants_logprobs else None,
             score_prompt=branch.wants_logprobs,
             hidden=branch.hidden,
+            has_known_state=not branch.is_root,
             position=branch.position,
             checkpoint_positions=tuple(branch.position + count for count in branch.checkpoints),
             num_next=len(self._model.charset) if branch.wants_next else None,

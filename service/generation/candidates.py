@@ -30,9 +30,9 @@ MAX_CANDIDATES = 10_000
 # it is one of the candidates.
 Normalize = Literal["none", "length", "candidates"]
 
-# Paths that are read at a time: few, so that few states wait for their branches, and fewer if the distributions after
-# them have more log-probabilities than this.
-_ROUND, _ROUND_SCORES = 64, 2**18
+# Paths that are read at a time: few, so that few states wait for their branches, but as many as a request has in the
+# engine at a time; and fewer if the distributions after them have more log-probabilities than this.
+_ROUND, _ROUND_SCORES = 128, 2**18
 _CANDIDATE_SCORES = 60  # log-probabilities that take a third of the memory of a candidate's objects
 
 
@@ -249,6 +249,7 @@ def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
         path.parent.states[path.start] if path.parent is not None else origin.hidden,
         origin.position + path.start,
         np.array(path.ids, np.int64),
+        is_root=path.parent is None,
         checkpoints=tuple(depth - path.start for depth in path.inner if depth > path.start),
         wants_logprobs=True,
         wants_next=path.end in path.last_chars,

@@ -213,7 +213,7 @@ class _Search:
     def _branch(self, entry: _Entry) -> Branch:
         ids, node = entry[2], entry[4]
         if node is None:
-            return Branch(self._origin.hidden, self._origin.position, _NOTHING, wants_next=True)
+            return Branch(self._origin.hidden, self._origin.position, _NOTHING, is_root=True, wants_next=True)
         position = self._origin.position + len(node.ids)
         return Branch(node.hidden, position, np.array(ids[-1:], np.int64), wants_next=True)
 

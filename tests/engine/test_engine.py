@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +17,7 @@ import pytest
 
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.stops import with_stops
+from service.engine.counters import SubmittedBatch
 from service.engine.engine import Engine
 from service.engine.handle import End, Handle
 from service.engine.native.native_stepper import NativeStepper, variants
@@ -22,6 +25,7 @@ from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
+from service.engine.texts import Text, Together
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
@@ -450,6 +454,62 @@ def test_read__loses_nothing_while_results_are_added() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert chars == [*range(2 * num_parts)]
+
+
+def test_read__of_a_batch_finds_everything_while_calls_are_added() -> None:
+    """One text is read all the time, one now and then, and one at the end. Calls draw all or some characters."""
+    rng = np.random.default_rng(5)
+    handles = [Handle(request(), lambda: None) for _ in range(3)]
+    texts = [
+        Text(handle, Row(handle.request, np.zeros((1, 1), np.float32)), SubmittedBatch(1), 0, 0) for handle in handles
+    ]
+    expected: list[list[int]] = [[], [], []]
+    found: list[list[int]] = [[], [], []]
+
+    def read_all() -> None:
+        end = None
+        while end is None:
+            part, end = handles[0].read(0.0, 10)
+            found[0].extend(part.chars.tolist())
+
+    thread = threading.Thread(target=read_all)
+    thread.start()
+    for _ in range(4):
+        together = Together(texts)
+        for call in range(150):
+            num_chars = int(rng.integers(1, 5))
+            drawn, num_withheld = rng.integers(0, 60, (3, num_chars)), rng.integers(0, 3, 3)
+            is_partial = call % 100 > 70
+            num_drawn = rng.integers(0, num_chars + 1, 3) if is_partial else np.full(3, num_chars)
+            together.add(Steps(drawn, num_drawn if is_partial else None, num_withheld, {}, [], 0, int(num_drawn.sum())))
+            for chars, row, count in zip(expected, drawn.tolist(), num_drawn.tolist(), strict=True):
+                chars += row[:count]
+            handles[0].wake()
+            if call % 40 == 0:
+                found[1].extend(handles[1].read(0.0, 0.0).result.chars.tolist())
+        together.part()
+    for handle in handles:
+        handle.publish_end(End("length", np.zeros((1, 1), np.float32), 0, {}))
+    thread.join()
+    last = [handle.read_whole().result for handle in handles]
+    assert [chars + one.chars.tolist() for chars, one in zip(found, last, strict=True)] == expected
+    assert last[2].num_withheld == (num_withheld[2] if num_drawn[2] else last[2].num_withheld)
+
+
+def test_engine__retains_nothing_of_texts_that_have_ended(stepper: Stepper) -> None:
+    with running(stepper) as engine:
+        handles = engine.submit([request(max_chars=300, seed=seed) for seed in range(3)])
+        handles.append(engine.submit([request(max_chars=10**7)])[0])
+        handles[-1].cancel()
+        for handle in handles:
+            handle.wait()
+            handle.request_snapshot()  # too late
+        wait_until(lambda: engine.num_open == 0, 10)
+        assert not engine._wishes.snapshots
+        assert not engine._wishes.results
+        references = [weakref.ref(handle) for handle in handles]
+        del handle, handles
+        wait_until(lambda: gc.collect() >= 0 and [reference() for reference in references] == [None] * 4, 10)
 
 
 def test_cancel__before_the_thread_has_taken_the_text_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ def test_layout__fields_that_only_one_side_has_are_refused(tmp_path: Path) -> No
 def test_layout__offsets_are_those_of_the_compiler_where_fields_differ_in_size(tmp_path: Path) -> None:
     narrow = (SOURCES / "abi.h").read_text().replace("GRU_FIELD(int64_t, num_prompt)", "GRU_FIELD(int32_t, num_prompt)")
     text = description(tmp_path, narrow)
-    assert "field num_prompt i4 40\nfield max_draws i8 48\n" in text  # padded to 8 bytes
+    assert "field num_prompt i4 48\nfield max_draws i8 56\n" in text  # padded to 8 bytes
     with pytest.raises(LayoutMismatch, match=r"GruRow\.num_prompt is i4"):
         read_layout(text)
 

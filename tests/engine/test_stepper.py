@@ -27,7 +27,7 @@ from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.request import Request
 from service.engine.sampling import History, draw_one, uniform
 from service.engine.sampling_settings import SamplingSettings
-from service.engine.stepper import Row, Stepper, StepResult, mean_loss
+from service.engine.stepper import Batch, Row, Stepper, StepResult, mean_loss
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidValue
 from service.model.config import ModelConfig
@@ -104,11 +104,30 @@ def test_stepper__rows_in_turns_get_what_each_gets_alone(stepper: Stepper, alone
     assert [everything(one, StepResult.join(part)) for one, part in zip(rows, parts, strict=True)] == alone
 
 
+@pytest.mark.parametrize("num_chars", [1, 3, 8])
+def test_stepper__batch_gets_what_each_row_gets_alone(stepper: Stepper, alone: list[list[Any]], num_chars: int) -> None:
+    """Rows end, pass checkpoints and begin to generate while the batch stays the same."""
+    rows = Batch(with_checkpoints(stepper, **kind) for kind in KINDS)
+    parts: list[list[StepResult]] = [[] for _ in rows]
+    finished: list[int] = []
+    while len(finished) < len(rows):
+        steps = stepper.advance(rows, num_chars)
+        finished += steps.finished
+        for part, result in zip(parts, steps, strict=True):
+            part.append(result)
+    assert sorted(finished) == [*range(len(rows))]
+    assert [everything(one, StepResult.join(part)) for one, part in zip(rows, parts, strict=True)] == alone
+
+
 def test_stepper__counts_what_a_call_has_read_and_generated(stepper: Stepper) -> None:
     rows = [row(stepper, prompt, max_chars) for prompt, max_chars in (("abc", 9), ("", 2), ("abcdefgh", 9))]
     steps = stepper.advance(rows, 5)
     assert (steps.num_read, steps.num_generated) == (3 + 5, 2 + 2)
-    assert [len(chars) for chars in steps.chars] == [len(one.chars) for one in steps] == [2, 2, 0]
+    assert [len(one.chars) for one in steps] == [2, 2, 0]
+    assert steps.part(2) is None
+    assert steps.finished == [1]
+    assert stepper.advance(rows, 1000).finished == [0, 2]
+    assert stepper.advance(rows, 1000).finished == []
     assert [len(one.chars) for one in steps[1:]] == [2, 0]
     assert len(steps[-1].chars) == 0
     with pytest.raises(IndexError):

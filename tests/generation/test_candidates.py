@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from service.arrays import Float32
 from service.engine.request import Request
-from service.errors import ClientGone, Overloaded, TooManyScores
+from service.errors import ClientGone, InvalidValue, Overloaded, TooManyScores
 from service.generation.candidates import MAX_CANDIDATES, Origin, log_shares, score_candidates, total
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
@@ -100,6 +100,16 @@ def test_candidates__normalised_over_the_list_are_probabilities_that_sum_to_1() 
     assert shares[0] == shares[3] == pytest.approx(-math.log(2 + math.exp(-8.75)), abs=1e-7)
     assert shares - shares[0] == pytest.approx(np.array(values) + 3.5)
     assert log_shares([-9.0]).tolist() == [0]
+
+
+def test_candidates__after_what_is_no_state_are_refused(model: LoadedModel) -> None:
+    """A session's record may be damaged. States at branches are the engine's own, and aren't checked again."""
+    hidden = model.engine.initial_hidden()
+    hidden[0, 3] = np.nan
+    with pytest.raises(InvalidValue, match="state"):
+        scored(model, Origin(hidden, 0), "ab", "ac")
+    with pytest.raises(InvalidValue, match="state"):
+        scored(model, Origin(hidden, 0), "a", "b")
 
 
 def test_candidates__reserve_their_memory_first(model: LoadedModel) -> None:

@@ -30,11 +30,11 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "GruRow": {
         "seed": "u8", "position": "i8", "hidden": "*f4",
-        "prompt": "*i8", "num_read": "i8", "num_prompt": "i8", "max_draws": "i8",
+        "prompt": "*i8", "num_read": "i8", "num_generated": "i8", "num_prompt": "i8", "max_draws": "i8",
         "temperature": "f8", "is_plain": "i8", "top_k": "i8", "top_p": "f8", "min_p": "f8",
         "repetition_penalty": "f8", "presence_penalty": "f8", "frequency_penalty": "f8",
         "num_biases": "i8", "bias_ids": "*i8", "biases": "*f8", "allowed": "*u1", "in_prompt": "*u1",
-        "num_generated": "*f8",
+        "times_generated": "*f8",
         "classes": "*i4", "num_classes": "i8", "transitions": "*i4", "fewest": "*i4", "fewest_after": "*i4",
         "stop_chars": "*i4", "withheld": "*i4", "state": "i8", "num_left": "i8", "first_stop": "i8",
         "num_top": "i8", "scores_start": "i8", "chosen": "*f4", "top_ids": "*i4", "top": "*f4",
@@ -43,8 +43,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "num_next": "i8", "next_ids": "*i4", "next": "*f4",
     },
     "GruStepped": {
-        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "state": "i8",
-        "num_withheld": "i8",
+        "num_read": "i8", "num_drawn": "i8", "is_finished": "i8", "has_stopped": "i8", "num_withheld": "i8",
     },
 }  # fmt: skip
 
@@ -61,7 +60,7 @@ class Library:
     layer: np.dtype[np.void]  # GruLayer; addresses are integers in all of them
     model: np.dtype[np.void]  # GruModel
     make_row: type[ctypes.Structure]  # GruRow of zeros
-    stepped: np.dtype[np.void]  # GruStepped
+    make_stepped: type[ctypes.Structure]  # GruStepped of zeros
 
 
 @cache
@@ -100,7 +99,7 @@ def declare(functions: ctypes.CDLL) -> Library:
         functions.gru_variant.argtypes, functions.gru_variant.restype = [c_int32], c_char_p
         functions.gru_create.argtypes = [c_void_p, c_char_p, c_int32, c_int32, POINTER(c_void_p)]
         functions.gru_destroy.argtypes, functions.gru_destroy.restype = [c_void_p], None
-        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p]
+        functions.gru_advance.argtypes = [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_void_p]
         functions.gru_recurrent_products.argtypes = [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p]
     except AttributeError as missing:
         raise LayoutMismatch(f"it lacks a function: {missing}") from missing
@@ -110,7 +109,7 @@ def declare(functions: ctypes.CDLL) -> Library:
         layer=dtypes["GruLayer"],
         model=dtypes["GruModel"],
         make_row=structure_of(dtypes["GruRow"]),
-        stepped=dtypes["GruStepped"],
+        make_stepped=structure_of(dtypes["GruStepped"]),
     )
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import c_void_p
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Float32, Ids
+from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
-from service.engine.native.rows import PackedRow
+from service.engine.native.rows import PackedBatch, PackedRow, address_of
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
-from service.engine.stepper import NO_CHARS, InvalidRows, Row, StepResult, Steps
+from service.engine.stepper import Batch, InvalidRows, Row, Steps
 from service.model.quantize import QuantizedGRU
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class NativeStepper:
             raise RuntimeError("the native kernel was not compiled for this version of the package")
         self.variant = variant if variant is not None else _best()
         self._library = library
+        self._sums: Any = library.make_stepped()  # over all rows of the last call
+        self._sums_address = ctypes.addressof(self._sums)
         self._kernel = _create(library, model, self.variant, num_threads, always_together)
         weakref.finalize(self, library.functions.gru_destroy, self._kernel)
 
@@ -88,48 +91,49 @@ class NativeStepper:
 
     def advance(self, rows: Sequence[Row], num_chars: int) -> Steps:
         """See Stepper."""
-        try:
-            packed: list[PackedRow] = [row.packed or self._pack(row) for row in rows]
-        except Exception as error:  # nothing has been computed yet
-            if invalid := InvalidRows.among(rows, self._pack):
-                raise invalid from error
-            raise
+        batch = rows if isinstance(rows, Batch) else Batch(rows)
+        packed: PackedBatch = batch.packed or self._packed(batch)
         if num_chars > _MANY_CHARS:
-            longest = max([len(row.request.prompt) + row.request.max_chars for row in rows], default=0)
+            longest = max([len(row.request.prompt) + row.request.max_chars for row in batch], default=0)
             num_chars = min(num_chars, longest)
-        special = [i for i, row in enumerate(rows) if row.position + num_chars > packed[i].plain_until]
-        for i in special:
-            packed[i].begin(rows[i], num_chars)
-        drawn = np.empty((len(rows), num_chars), np.int64)
-        stepped = self._run(packed, drawn)
-        steps = _count(rows, drawn, stepped)
-        for i, num_withheld in enumerate(stepped["num_withheld"]):
-            if num_withheld and steps.chars[i] is not NO_CHARS:
-                steps.results[i] = StepResult(steps.chars[i], None, None, num_withheld)
-        for i in special:
-            result = packed[i].store(rows[i], steps.chars[i], stepped["num_read"][i], stepped["num_withheld"][i])
-            if not result.is_empty:
-                steps.results[i] = result
-        if any(stepped["is_finished"]):
-            for i, row in enumerate(rows):
-                if stepped["is_finished"][i] and row.finished is None:
-                    packed[i].finish(row, has_stopped=bool(stepped["has_stopped"][i]))
-                    row.packed = None
+        special = packed.begin(batch, num_chars)
+        drawn, sums = np.empty((len(batch), num_chars), np.int64), self._sums
+        outputs = address_of(drawn), packed.stepped_address, self._sums_address
+        check(self._library.functions.gru_advance(self._kernel, packed.address, len(batch), num_chars, *outputs))
+        num_drawn = sums.num_drawn
+        steps = Steps(
+            drawn,
+            None if 0 < num_drawn == drawn.size else packed.stepped["num_drawn"].copy(),
+            packed.stepped["num_withheld"].copy() if sums.num_withheld else None,
+            {},
+            [],
+            sums.num_read,
+            num_drawn,
+        )
+        if sums.is_finished:
+            finished: list[int] = np.flatnonzero(packed.stepped["is_finished"]).tolist()
+            steps.finished = [i for i in finished if batch[i].finished is None]
+            for i in steps.finished:
+                packed.rows[i].finish(batch[i], has_stopped=bool(packed.stepped["has_stopped"][i]))
+        if special:
+            steps.results = packed.store(batch, special, drawn)
         return steps
 
-    def _pack(self, row: Row) -> PackedRow:
-        row.packed = packed = PackedRow(row, self.config, self._library.make_row())
-        return packed
+    def _packed(self, batch: Batch) -> PackedBatch:
+        try:
+            packed: list[PackedRow] = [row.packed or self._pack(row) for row in batch]
+        except Exception as error:  # nothing has been computed yet
+            if invalid := InvalidRows.among(batch, self._pack):
+                raise invalid from error
+            raise
+        batch.packed = result = PackedBatch(batch, packed, self._library.make_stepped)
+        return result
 
-    def _run(self, packed: Sequence[PackedRow], drawn: Ids) -> dict[str, list[int]]:
-        """Advance rows, and fill (B, num_chars) `drawn`. Return the fields of GruStepped for each row."""
-        num_rows, num_chars = drawn.shape
-        names = self._library.stepped.names or ()
-        stepped: NDArray[np.int64] = np.empty((num_rows, len(names)), np.int64)  # all fields have this type
-        addresses = np.array([one.address for one in packed], np.uintp)
-        inputs, outputs = addresses.ctypes.data, (drawn.ctypes.data, stepped.ctypes.data)
-        check(self._library.functions.gru_advance(self._kernel, inputs, num_rows, num_chars, *outputs))
-        return dict(zip(names, stepped.T.tolist(), strict=True))
+    def _pack(self, row: Row) -> PackedRow:
+        record: Any = self._library.make_row()
+        row.packed = packed = PackedRow(row, self.config, record)
+        row.progress = record
+        return packed
 
     def recurrent_products(self, states: NDArray[np.int8], layer: int = 0, repeats: int = 1) -> NDArray[np.int32]:
         """Multiply (B, H) int8 states within +-127 with the recurrent weights of a layer, for measurements.
@@ -143,24 +147,6 @@ class NativeStepper:
         products = self._library.functions.gru_recurrent_products
         check(products(self._kernel, layer, states.ctypes.data, num_rows, repeats, out.ctypes.data))
         return out
-
-
-def _count(rows: Sequence[Row], drawn: Ids, stepped: Mapping[str, Sequence[int]]) -> Steps:
-    """Update the rows after a call. Return the characters that they have drawn."""
-    num_chars, all_read, all_drawn = drawn.shape[1], stepped["num_read"], stepped["num_drawn"]
-    for row, num_read, num_drawn, state in zip(rows, all_read, all_drawn, stepped["state"], strict=True):
-        row.position += num_read + num_drawn
-        row.num_read += num_read
-        row.num_generated += num_drawn
-        row.state = state
-    chars: list[Ids] = list(drawn)
-    steps = Steps(chars, {}, sum(all_read), sum(all_drawn))
-    if steps.num_generated < drawn.size:
-        steps.chars = [
-            one if num_drawn == num_chars else one[:num_drawn] if num_drawn else NO_CHARS
-            for one, num_drawn in zip(chars, all_drawn, strict=True)
-        ]
-    return steps
 
 
 def _create(library: Library, model: QuantizedGRU, variant: str, num_threads: int, always_together: bool) -> c_void_p:

@@ -38,6 +38,7 @@ GRU_FIELD(int64_t, position)       // characters consumed; updated
 GRU_FIELD(float*, hidden)          // (L, H): the state, updated in place
 GRU_FIELD(const int64_t*, prompt)  // ids of characters to read
 GRU_FIELD(int64_t, num_read)       // of them, before this call; updated
+GRU_FIELD(int64_t, num_generated)  // characters drawn before this call; updated
 GRU_FIELD(int64_t, num_prompt)     // characters left to read; updated
 GRU_FIELD(int64_t, max_draws)      // characters left to draw, unless the automaton ends the text; updated
 
@@ -54,7 +55,7 @@ GRU_FIELD(const int64_t*, bias_ids)   // (num_biases,)
 GRU_FIELD(const double*, biases)      // (num_biases,)
 GRU_FIELD(const uint8_t*, allowed)    // (V,) 1 if the character can be drawn; null: all can
 GRU_FIELD(const uint8_t*, in_prompt)  // (V,) 1 if the prompt has the character; null without penalties
-GRU_FIELD(double*, num_generated)     // (V,) how often each character was generated; updated; null without penalties
+GRU_FIELD(double*, times_generated)   // (V,) how often each character was generated; updated; null without penalties
 
 // The automaton over the generated characters: see automaton.py.
 GRU_FIELD(const int32_t*, classes)       // (V,) from 0 to num_classes - 1; null: there is no automaton
@@ -86,12 +87,11 @@ GRU_FIELD(int32_t*, next_ids)  // (num_next,) out: the likeliest characters
 GRU_FIELD(float*, next)        // (num_next,) out: their log-probabilities
 GRU_END
 
-// What one call did to one text.
+// What one call did to one text; or to all of them, as sums.
 GRU_STRUCT(GruStepped)
 GRU_FIELD(int64_t, num_read)      // characters of the prompt
 GRU_FIELD(int64_t, num_drawn)     // characters
 GRU_FIELD(int64_t, is_finished)   // 1 if nothing is left to do
 GRU_FIELD(int64_t, has_stopped)   // 1 if the automaton ended the text after a character that was drawn
-GRU_FIELD(int64_t, state)         // of the automaton; 0 without one
 GRU_FIELD(int64_t, num_withheld)  // as the automaton says; 0 without one
 GRU_END

@@ -228,7 +228,8 @@ class Kernel {
         for (int i = 0; i < num_threads; ++i) workers_.emplace_back(model_, variant);
     }
 
-    void advance(GruRow* const* rows, int64_t num_rows, int64_t max_chars, int64_t* drawn, GruStepped* stepped) {
+    void advance(GruRow* const* rows, int64_t num_rows, int64_t max_chars, int64_t* drawn, GruStepped* stepped,
+                 GruStepped& sums) {
         batch_.reserve(model_, num_rows);
         batch_.rows = rows;
         batch_.stepped = stepped;
@@ -246,8 +247,15 @@ class Kernel {
             advance_apart(num_rows);
         else
             advance_shared(num_rows);
-        for (int64_t i = 0; i < num_rows; ++i)
+        sums = {};
+        for (int64_t i = 0; i < num_rows; ++i) {
             continue_after(*rows[i], batch_.ends[i].load(std::memory_order_relaxed), stepped[i]);
+            sums.num_read += stepped[i].num_read;
+            sums.num_drawn += stepped[i].num_drawn;
+            sums.is_finished += stepped[i].is_finished;
+            sums.has_stopped += stepped[i].has_stopped;
+            sums.num_withheld += stepped[i].num_withheld;
+        }
     }
 
     void recurrent_products(int64_t layer, const int8_t* states, int64_t num_rows, int64_t repeats, int32_t* out) {
@@ -266,10 +274,10 @@ class Kernel {
     static void continue_after(GruRow& row, int64_t num_steps, GruStepped& stepped) {
         stepped.num_read = std::min(num_steps, row.num_prompt);
         stepped.num_drawn = num_steps - stepped.num_read;
-        stepped.state = row.state;
         if (row.classes != nullptr) stepped.num_withheld = row.withheld[row.state];
         row.position += num_steps;
         row.num_read += stepped.num_read;
+        row.num_generated += stepped.num_drawn;
         row.num_prompt -= stepped.num_read;
         row.max_draws -= stepped.num_drawn;
         row.num_left -= stepped.num_drawn;
@@ -382,10 +390,11 @@ GRU_EXPORT int32_t gru_create(const GruModel* model, const char* variant, int32_
 
 GRU_EXPORT void gru_destroy(gru::Kernel* kernel) { delete kernel; }
 
-// Advances B rows by max_chars characters, or to their ends. drawn: (B, max_chars); stepped: (B,); both out.
+// Advances B rows by max_chars characters, or to their ends. drawn: (B, max_chars); stepped: (B,); sums: over all rows;
+// these three are out.
 GRU_EXPORT int32_t gru_advance(gru::Kernel* kernel, GruRow* const* rows, int64_t num_rows, int64_t max_chars,
-                               int64_t* drawn, GruStepped* stepped) {
-    return gru::guarded([&] { kernel->advance(rows, num_rows, max_chars, drawn, stepped); });
+                               int64_t* drawn, GruStepped* stepped, GruStepped* sums) {
+    return gru::guarded([&] { kernel->advance(rows, num_rows, max_chars, drawn, stepped, *sums); });
 }
 
 // Computes recurrent products alone, for measurements and tests: (B, H) int8 -> (B, 3H) int32, `repeats` times.
