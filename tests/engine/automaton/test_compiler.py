@@ -13,7 +13,10 @@ from service.engine.automaton import budget, compiler
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import FormCache, compile_form
 from service.engine.automaton.form import Form
-from service.errors import InvalidValue, UnknownCharacters
+from service.engine.turns import Turns
+from service.errors import InvalidValue, Overloaded, UnknownCharacters
+from service.shares import work_for
+from tests.harness.wait import wait_until
 
 CHARSET = "abc 0123456789"
 
@@ -140,3 +143,38 @@ def test_pattern__is_intersected_with_the_charset_and_allowed_ids() -> None:
     for pattern in ("a^b", r"[^\s\S]", "ax^b", "a[α-γ]^b"):
         with pytest.raises(InvalidValue, match=r"^no text has this form$"):
             compile_form(Form("regex", pattern), CHARSET)
+
+
+def test_cache__compiles_new_forms_in_turns_between_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many forms one client sends, another waits for the one in progress only; and each has a limit."""
+    begun, allowed, done = threading.Event(), threading.Event(), list[str]()
+    compiled = compiler._compiled
+
+    def held_up(form: Form, charset: str, ids: tuple[int, ...] | None) -> Automaton:
+        begun.set()
+        assert allowed.wait(20)
+        done.append(form.value)
+        return compiled(form, charset, ids)
+
+    monkeypatch.setattr(compiler, "_compiled", held_up)
+    turns = Turns(6, 20.0, "too many forms")
+    monkeypatch.setattr("service.engine.automaton.automaton_cache._turns", turns)
+    caches = FormCache(), FormCache()
+
+    def get(client: str, value: str) -> int:
+        work_for(client)
+        return int(caches[value == "b"].get(Form("regex", value), CHARSET).fewest[0])
+
+    with ThreadPoolExecutor(20) as pool:
+        wanted = [pool.submit(get, "greedy", "a" * number) for number in range(1, 7)]
+        assert begun.wait(20)
+        wait_until(lambda: turns.num_waiting == 6)
+        wanted.append(pool.submit(get, "greedy", "aaa"))  # waits already
+        wanted.append(pool.submit(get, "other", "b"))
+        wait_until(lambda: turns.num_waiting == 8)
+        with pytest.raises(Overloaded, match="too many forms"):
+            pool.submit(get, "greedy", "c").result(20)
+        allowed.set()
+        assert [future.result(20) for future in wanted] == [1, 2, 3, 4, 5, 6, 3, 1]
+    assert done.index("b") == 1
+    assert len(done) == 7
