@@ -265,7 +265,7 @@ class _Subsets:
             if key is None:
                 key = seen[known] = len(seen)
                 distinct = set().union(*found)
-                self._budget.spend(len(distinct) // 2)
+                self._budget.spend(len(distinct))
                 self._followers.append(tuple(sorted(distinct)))
                 self._ends.append(ends)
             return key
