@@ -14,7 +14,7 @@ from service.engine.prefix_cache import CacheScope
 from service.errors import InvalidValue
 from service.generation.branches import state_after
 from service.generation.candidates import Normalize, Origin, normalized, score_candidates
-from service.generation.n_best import Wanted, affordable_steps, ends_at, n_best, words
+from service.generation.n_best import Wanted, affordable_steps, ends_at, least_scores, n_best, words
 from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import SessionService
 from service.model.charset import UnknownChars
@@ -198,7 +198,8 @@ class SessionCandidateRoutes(_Candidates):
             form = self._form_of(model, session, body, prompt)
             reservation = self._reservation("n", "request shorter suggestions", held)
             steps = affordable_steps(model, body.max_chars, self._score_budget.max_per_client)
-            wanted = Wanted(body.n, body.max_chars, form, max_steps=max(1, steps))
+            wanted = Wanted(body.n, body.max_chars, form, max_steps=steps)
+            reservation.wait_for(least_scores(model, wanted), client_monitor())
             origin = Origin.after(model, session, prompt, client_monitor())
             found = n_best(model, origin, wanted, reservation.require, client_monitor())
             answer = schemas.SuggestAnswer(
