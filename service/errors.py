@@ -66,6 +66,11 @@ from typing import Literal, Self
 UnknownCharsRemedy = Literal["fold", "drop"]
 
 
+def plural(count: int, noun: str, separator: Literal["", ","] = "") -> str:
+    """Return a number with the noun in its form for it, such as `1 character`; `separator` of thousands."""
+    return f"{count:{separator}} {noun}{'s' * (count != 1)}"
+
+
 class GruServeError(Exception):
     """The root of all errors that the service raises on purpose and can explain."""
 

@@ -10,7 +10,9 @@ from service.shares import SharedBudget, current_client
 
 MAX_WAIT_S = 30.0
 _LOOK_S = 0.5  # a request that waits looks so often whether its client has left
-_TOO_MANY = "the server computes as many log-probabilities as it can, or as many as it can for you: try again in a second"
+_TOO_MANY = (
+    "the server computes as many log-probabilities as it can, or as many as it can for you: try again in a second"
+)
 
 
 class ScoreReservation:

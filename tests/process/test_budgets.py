@@ -138,7 +138,7 @@ def call(server: Server, key: str, method: str, path: str, body: dict[str, objec
 
 
 def test_searches__of_one_client_wait_for_each_other(server: Server) -> None:
-    """Two at a time have the memory that they need; the others wait, and suggestions and other clients' searches too."""
+    """Two at a time have the memory that they need; the others wait, as suggestions and other clients' searches do."""
     beam: dict[str, object] = {"prompt": "ROMEO: ", "max_tokens": 100, "beam": 4}
 
     def choices(key: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.arrays import Ids, Int32
 from service.engine.automaton.budget import Budget, TooLarge
-from service.errors import UnknownCharacters
+from service.errors import UnknownCharacters, plural
 from service.model.charset import describe
 
 _MAX_NAMED = 10  # unknown characters that an error names at most
@@ -161,7 +161,7 @@ class Alphabet:
         """Return the error for a form whose texts all need characters that are missing."""
         named = ", ".join(describe(char) for char in list(self.missing)[:_MAX_NAMED])
         others = len(self.missing) - _MAX_NAMED
-        more = f", and {others} others" if others > 0 else ""
+        more = f", and {plural(others, 'other')}" if others > 0 else ""
         return UnknownCharacters(
             f"no text of this form can be written, because the model or the allowed ids lack {named}{more}"
         )

@@ -36,8 +36,8 @@ def with_stops(form: Automaton | None, stops: Sequence[Ids], vocab_size: int) ->
 
     Args:
         form: what the text before the stop string has to be; None: anything. Then nothing is forbidden, and the
-            automaton only tells where a stop string is complete, also if the text continues after it. Each of its classes
-            has a character, as in the automata of `compile_form`.
+            automaton only tells where a stop string is complete, also if the text continues after it. Each of its
+            classes has a character, as in the automata of `compile_form`.
         stops: (n,) int64 ids of each stop string, n > 0.
         vocab_size: V, the characters of the model.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.generation.automata import automaton_of, require_chars
 from service.generation.branches import state_after
 from service.generation.candidates import Origin
@@ -36,7 +36,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 def check_beam(body: CompletionBody) -> None:
     """Raise InvalidValue if a request with `beam` has a field that a search for the likeliest can't honour."""
     if body.n not in (1, body.beam):
-        raise InvalidValue(f"n: leave it out with beam, which returns {body.beam} texts", param="n")
+        raise InvalidValue(f"n: leave it out with beam, which returns {plural(body.beam or 0, 'text')}", param="n")
     if not 0 < body.max_tokens <= MAX_BEAM_TOKENS:
         raise InvalidValue(f"max_tokens: 1 to {MAX_BEAM_TOKENS} characters with beam", param="max_tokens")
     for field, values in _NEUTRAL.items():
