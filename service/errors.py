@@ -61,9 +61,14 @@ A message says what is wrong, where, and what to do about it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 UnknownCharsRemedy = Literal["fold", "drop"]
+
+
+def plural(count: int, noun: str, separator: Literal["", ","] = "") -> str:
+    """Return a number with the noun in its form for it, such as `1 character`; `separator` of thousands."""
+    return f"{count:{separator}} {noun}{'s' * (count != 1)}"
 
 
 class GruServeError(Exception):
@@ -75,6 +80,13 @@ class GruServeError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param  # the request field or option that caused the error, None if no single one did
+
+    def copy(self) -> Self:
+        """Return a new error that says the same: one that is raised twice would collect the tracebacks of both."""
+        error = type(self).__new__(type(self))
+        error.__dict__ |= self.__dict__
+        error.args = self.args
+        return error
 
 
 class InvalidRequest(GruServeError):

@@ -74,25 +74,27 @@ class SharedBudget:
         self.max_amount = max_amount
         self.max_per_client = max_amount // 2
         self._capacity = SharedCapacity(self.max_per_client, reserve=max_amount - self.max_per_client)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition(threading.Lock())
 
     @property
     def num_taken(self) -> int:
         """What all clients have taken."""
         return self._capacity.num_taken
 
-    def take(self, client: str, amount: int, *, regardless: bool = False) -> bool:
+    def take(self, client: str, amount: int, *, regardless: bool = False, wait_s: float = 0.0) -> bool:
         """Take an amount; return False, and take nothing, if the client may not have it now.
 
-        With `regardless`, everything is accepted.
+        With `regardless`, everything is accepted. With `wait_s`, wait that many seconds until the client may have it:
+        only for a caller that has taken nothing so far, so that no two wait for each other.
         """
-        with self._lock:
-            if not regardless and not self._capacity.has_room(client, amount):
+        with self._changed:
+            if not regardless and not self._changed.wait_for(lambda: self._capacity.has_room(client, amount), wait_s):
                 return False
             self._capacity.take(client, amount)
             return True
 
     def give_back(self, client: str, amount: int) -> None:
         """Give back what the client has taken."""
-        with self._lock:
+        with self._changed:
             self._capacity.give_back(client, amount)
+            self._changed.notify_all()

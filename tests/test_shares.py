@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 
 from service.shares import SharedBudget, SharedCapacity, current_client, work_for
+from tests.harness.wait import wait_until
 
 
 def takes(capacity: SharedCapacity, client: str, num_places: int = 1) -> bool:
@@ -116,3 +117,21 @@ def test_client__is_that_of_the_thread() -> None:
         thread.join()
     assert seen == ["a", "b"]
     assert current_client() == before
+
+
+def test_shared_budget__is_waited_for_until_others_give_back() -> None:
+    budget = SharedBudget(20)
+    assert budget.take("a", 10)
+    assert not budget.take("a", 1, wait_s=0.01)
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(budget.take, client, 6, wait_s=20) for client in "aab"]
+        assert budget.take("b", 2)  # others need not wait for those that do
+        budget.give_back("b", 2)
+        budget.give_back("a", 10)
+        assert [future.result(20) for future in waiting[2:]] == [True]
+        budget.give_back("b", 6)
+        wait_until(lambda: any(future.done() for future in waiting[:2]))
+        assert not all(future.done() for future in waiting[:2])
+        budget.give_back("a", 6)
+        assert [future.result(20) for future in waiting] == [True] * 3
+    assert budget.num_taken == 6

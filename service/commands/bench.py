@@ -11,6 +11,7 @@ import click
 
 from service.commands.options import FiniteRange, echo_json, json_option, model_store_option, open_service
 from service.cores import available_cores
+from service.errors import plural
 
 if TYPE_CHECKING:
     from service.engine.stepper import Stepper
@@ -72,7 +73,7 @@ def bench_command(
             click.echo(f"loaded in {load_s:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
             click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'for each text':>15}")
         for num_rows in numbers_of_rows:
-            click.echo(f"measuring {num_rows} row{'s' * (num_rows > 1)} for {seconds:g} s", err=True)
+            click.echo(f"measuring {plural(num_rows, 'row')} for {seconds:g} s", err=True)
             rates = measure(stepper, num_rows, seconds)
             rate, slowest, fastest = statistics.median(rates), min(rates), max(rates)
             facts["rates"].append({"rows": num_rows, "chars_per_s": rate, "min": slowest, "max": fastest})

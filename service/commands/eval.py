@@ -18,7 +18,7 @@ from service.commands.options import (
     open_store,
 )
 from service.commands.progress import Progress
-from service.errors import InvalidCorpus, MissingLibrary
+from service.errors import InvalidCorpus, MissingLibrary, plural
 from service.installation import how_to_get_torch
 from service.model.charset import UnknownChars
 from service.model.quantize import Precision
@@ -135,9 +135,9 @@ def eval_command(
             facts |= {"beginnings": len(text.starts), "beginning_chars": beginning_chars}
         echo_json(facts)
     else:
-        what = f"{loss.num_chars:,} characters"
+        what = plural(loss.num_chars, "character", ",")
         if beginnings:
-            what = f"the first {beginning_chars:,} after the zero state at {len(text.starts):,} places"
+            what = f"the first {beginning_chars:,} after the zero state at {plural(len(text.starts), 'place', ',')}"
         click.echo(
             f"{version.ref} on {whole.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
             f"{loss.bits_per_char:.4f} bits/char, {what}"

@@ -25,7 +25,7 @@ from service.commands.options import (
     refuse_one_source,
 )
 from service.engine.sampling_settings import NUMBERS, PLAIN, SamplingSettings
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.model.charset import UnknownChars
 from service.settings import read_settings
 
@@ -224,7 +224,7 @@ def _check_form(model: LoadedModel, form: Form, option: str, max_tokens: int) ->
         raise click.ClickException(f"{option}: {error.message}") from error
     if fewest > max_tokens:
         raise click.ClickException(
-            f"{option}: a text of this form has at least {fewest} characters: raise --max-tokens"
+            f"{option}: a text of this form has at least {plural(int(fewest), 'character', ',')}: raise --max-tokens"
         )
 
 

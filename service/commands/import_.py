@@ -11,7 +11,8 @@ import click
 
 from service.commands.eval import measure
 from service.commands.options import PathOption, model_store_option, open_store
-from service.commands.progress import Progress, plural, say
+from service.commands.progress import Progress, say
+from service.errors import plural
 
 if TYPE_CHECKING:
     from service.importing.foreign import Tokens
@@ -81,8 +82,9 @@ def import_command(
     tokens, notes = _tokens(model, charset, charset_from)
     config, tensors = convert(model, tokens)
     say(
-        f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter')}, embedding {config.embedding_dim}, "
-        f"GRU {config.num_units} units x {config.num_layers}, {plural(config.vocab_size, 'character')}"
+        f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter', ',')}, embedding "
+        f"{config.embedding_dim}, "
+        f"GRU {config.num_units} units x {config.num_layers}, {plural(config.vocab_size, 'character', ',')}"
     )
     if len(model.layers) > 1:
         notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")

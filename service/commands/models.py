@@ -17,7 +17,7 @@ from service.commands.options import (
     model_store_option,
     open_store,
 )
-from service.errors import GruServeError, InvalidArtifact
+from service.errors import GruServeError, InvalidArtifact, plural
 from service.model import hugging_face
 from service.model.artifact import CHAT
 from service.model.charset import Charset
@@ -83,7 +83,7 @@ def show_command(model: str, model_store: Path | None, as_json: bool) -> None:
         ("digest", described.digest),
         ("parameters", f"{config.num_parameters:,}"),
         ("sizes", f"embedding {config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}"),
-        ("charset", f"{config.vocab_size} characters: {config.charset!r}"),
+        ("charset", f"{plural(config.vocab_size, 'character')}: {config.charset!r}"),
         ("chat", json.dumps(chat, ensure_ascii=False) if chat else "no template, see models chat"),
     ]
     for section in ("corpus", "losses"):

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, TypeVar
 import click
 from pydantic import BaseModel, SecretStr
 
+from service.errors import plural
+
 
 class FiniteRange(click.FloatRange):
     """A range of finite numbers. click's own FloatRange also accepts nan, because no comparison with nan fails."""
@@ -253,9 +255,9 @@ def read_text(file: BinaryIO, option: str, max_chars: int | None = None) -> str:
         text = data.decode(errors="replace")
     if len(text) > limit:
         fault = (
-            f"more than {limit:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS"
+            f"more than {plural(limit, 'character', ',')}: set GRU_SERVE_MAX_PROMPT_CHARS"
             if max_chars is None
-            else f"at most {limit:,} characters are supported"
+            else f"at most {plural(limit, 'character', ',')} are supported"
         )
         raise click.UsageError(f"{option}: {fault}")
     return text

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.errors import plural
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -29,11 +31,6 @@ def tell(line: str) -> None:
         click.echo(line)
     except (OSError, ValueError):
         say(line)
-
-
-def plural(count: int, noun: str) -> str:
-    """Return a number with a noun, such as "1 thread" or "2 threads"."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 class Progress:
@@ -80,9 +77,9 @@ class Progress:
 
     def _line(self) -> str:
         rate = (self._done - self._initial) / max(1e-9, self._said - self._began)
-        parts = [plural(self._done, self._unit), f"{rate:,.0f} a second"]
+        parts = [plural(self._done, self._unit, ","), f"{rate:,.0f} a second"]
         if self._total:
-            parts[0] = f"{self._done / self._total:.0%}, {self._done:,} of {plural(self._total, self._unit)}"
+            parts[0] = f"{self._done / self._total:.0%}, {self._done:,} of {plural(self._total, self._unit, ',')}"
             parts.append(f"{max(0, self._total - self._done) / max(1e-9, rate) / 60:,.1f} minutes left")
         return f"{self._what}: {', '.join(parts + [self._note] * bool(self._note))}"
 

@@ -15,7 +15,7 @@ from service.commands.options import (
     read_text,
     refuse_one_source,
 )
-from service.errors import InvalidValue, UnknownCharacters
+from service.errors import InvalidValue, UnknownCharacters, plural
 from service.model.charset import Charset, UnknownChars
 from service.settings import read_settings
 
@@ -105,7 +105,7 @@ def _check(texts: list[str]) -> None:
     max_chars = read_settings().max_prompt_chars
     if sum(map(len, texts)) > max_chars:
         raise click.UsageError(
-            f"the candidates have more than {max_chars:,} characters: set GRU_SERVE_MAX_PROMPT_CHARS"
+            f"the candidates have more than {plural(max_chars, 'character', ',')}: set GRU_SERVE_MAX_PROMPT_CHARS"
         )
 
 

@@ -22,9 +22,9 @@ from service.commands.options import (
     model_store_option,
     open_store,
 )
-from service.commands.progress import Progress, plural, say, tell
+from service.commands.progress import Progress, say, tell
 from service.commands.stopping import Stopped, StopSignals
-from service.errors import GruServeError, TrainingDiverged
+from service.errors import GruServeError, TrainingDiverged, plural
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
@@ -323,9 +323,10 @@ def _describe(request: _Request, corpus: Corpus, trainer: Trainer) -> None:
     device = trainer.device.type
     began = f", begins with the weights of {state.initial.ref}" if state.initial else ""
     say(
-        f"{request.name}: {plural(config.num_parameters, 'parameter')}, {plural(corpus.num_chars, 'character')}, "
-        f"{config.vocab_size:,} of them distinct, {plural(trainer.total_steps, 'update')}, "
-        f"{plural(settings.threads, 'thread') if device == 'cpu' else device}, "
+        f"{request.name}: {plural(config.num_parameters, 'parameter', ',')}, "
+        f"{plural(corpus.num_chars, 'character', ',')}, "
+        f"{config.vocab_size:,} of them distinct, {plural(trainer.total_steps, 'update', ',')}, "
+        f"{plural(settings.threads, 'thread', ',') if device == 'cpu' else device}, "
         f"products in {settings.precision}{_why_precision(request)}{began}"
     )
 

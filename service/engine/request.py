@@ -11,7 +11,7 @@ import numpy as np
 from service.arrays import MAX_POSITION, Float32, Ids, is_state
 from service.engine.automaton.automaton import Automaton
 from service.engine.sampling_settings import PLAIN, SamplingSettings
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.shares import current_client
 
 _COUNTED_CHARS = 8192
@@ -106,7 +106,8 @@ class Request:
         end = self.position + len(self.prompt) + self.max_chars
         if not 0 <= self.position <= end <= MAX_POSITION or self.max_chars < 0:
             raise InvalidValue(
-                f"position: a text of {self.position} characters can't get {len(self.prompt) + self.max_chars} more, "
+                f"position: a text of {plural(self.position, 'character')} can't get "
+                f"{len(self.prompt) + self.max_chars} more, "
                 f"because a text has at most {MAX_POSITION}",
                 param="position",
             )
@@ -157,7 +158,8 @@ class Request:
 def too_few_chars(automaton: Automaton, max_chars: int) -> InvalidValue:
     """Return the error of a text that may have `max_chars` characters, and needs more to follow an automaton."""
     return InvalidValue(
-        f"max_tokens: a text of this form has at least {automaton.fewest[0]} characters, more than the {max_chars} "
+        f"max_tokens: a text of this form has at least {plural(int(automaton.fewest[0]), 'character')}, more "
+        f"than the {max_chars} "
         "that it may have",
         param="max_tokens",
     )

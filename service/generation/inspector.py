@@ -9,7 +9,7 @@ import numpy as np
 
 from service.arrays import Float16, Float32, Ids
 from service.engine.scores import Distribution, Scores, num_scores
-from service.errors import InvalidValue, UnknownCharacters
+from service.errors import InvalidValue, UnknownCharacters, plural
 from service.generation.portable_states import PortableStates
 from service.generation.reader import state_at, step
 from service.model.charset import UnknownChars
@@ -190,6 +190,7 @@ def _check_range(model: LoadedModel, start: int, end: int) -> int:
         raise InvalidValue(f"from: {start} is greater than to, {end}", param="from")
     if end - start > _max_chars(model):
         raise InvalidValue(
-            f"from: at most {_max_chars(model)} characters a request with this model, not {end - start}", param="from"
+            f"from: at most {plural(_max_chars(model), 'character')} a request with this model, not {end - start}",
+            param="from",
         )
     return start

@@ -17,13 +17,12 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.arrays import Float32, Ids, Int32
+from service.arrays import Float32, Float64, Ids, Int32
 from service.engine import arithmetic
 from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.scores import Distribution
@@ -98,21 +97,21 @@ def n_best(
     return search.run()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class _Node:
     """A beginning that was continued, and what may follow it."""
 
     ids: tuple[int, ...]
     hidden: Float32  # (L, H), the state after them
-    chars: list[int]  # the characters that may follow, the likeliest first
-    logprobs: list[float]  # of the texts with these characters
-    states: list[int]  # of the automaton, after these characters
-    are_whole: list[bool]  # whether the texts with these characters end there for certain
+    chars: Int32  # (k,), the characters that may follow, the likeliest first
+    logprobs: Float64  # (k,), of the texts with these characters
+    states: Int32  # (k,), of the automaton, after these characters
+    are_whole: NDArray[np.bool_]  # (k,), whether the texts with these characters end there for certain
 
     def entry(self, place: int) -> _Entry:
         """Return the text with the character at a place."""
-        ids = (*self.ids, self.chars[place])
-        return (-self.logprobs[place], int(self.are_whole[place]), ids, self.states[place], self, place)
+        ids = (*self.ids, self.chars.item(place))
+        return (-self.logprobs.item(place), int(self.are_whole[place]), ids, self.states.item(place), self, place)
 
 
 # A text in the queue: its negative log-probability; 0 if it is a beginning and 1 if it is whole; its ids; the state of
@@ -234,10 +233,9 @@ class _Search:
         if len(order) > _MAX_FOLLOWING:
             self._left_out = max(self._left_out, float(logprobs[order[_MAX_FOLLOWING]]))
             order = order[:_MAX_FOLLOWING]
-        following = following[order]
-        are_whole = self._are_whole(following, left - 1).tolist()
-        node = _Node(ids, hidden, chars[order].tolist(), logprobs[order].tolist(), following.tolist(), are_whole)
-        return node, whole
+        following = following[order].astype(np.int32)
+        are_whole = self._are_whole(following, left - 1)
+        return _Node(ids, hidden, chars[order].astype(np.int32), logprobs[order], following, are_whole), whole
 
     def _are_whole(self, states: Int32, left: int) -> NDArray[np.bool_]:
         """Return (k,): whether texts in these states, which may get `left` more characters, end there for certain."""
@@ -267,21 +265,35 @@ class _Search:
         """Return the n likeliest whole texts or beginnings that some nodes have."""
         n = self._wanted.n
         places = (
-            (-node.logprobs[place], number, place)
+            (-node.logprobs.item(place), number, place)
             for number, node in enumerate(nodes)
-            for place in islice((place for place, is_whole in enumerate(node.are_whole) if is_whole is are_whole), n)
+            for place in np.flatnonzero(node.are_whole == are_whole)[:n].tolist()
         )
         return [nodes[number].entry(place) for _, number, place in heapq.nsmallest(n, places)]
 
 
-def affordable_steps(model: LoadedModel, max_chars: int, num_scores: int) -> int:
-    """Return the `max_steps` of a search that reserves at most the memory of `num_scores` log-probabilities."""
-    return min(MAX_STEPS, num_scores // _node_scores(model, max_chars) // _RESERVED * _RESERVED)
+def affordable_steps(model: LoadedModel, max_chars: int, max_per_client: int) -> int:
+    """Return the `max_steps` of a search that reserves at most half of the log-probabilities that a client may have.
+
+    So two searches of a client fit beside each other, and one of another client beside them.
+    """
+    return max(1, min(MAX_STEPS, max_per_client // 2 // _node_scores(model, max_chars) // _RESERVED * _RESERVED))
+
+
+def least_scores(model: LoadedModel, wanted: Wanted) -> int:
+    """Return how many log-probabilities a search reserves before its first step."""
+    return _RESERVED * _node_scores(model, wanted.max_chars)
+
+
+def most_scores(model: LoadedModel, wanted: Wanted) -> int:
+    """Return how many log-probabilities a search reserves at most."""
+    return -(-max(wanted.max_steps, wanted.n) // _RESERVED) * least_scores(model, wanted)
 
 
 def _node_scores(model: LoadedModel, max_chars: int) -> int:
     """Return how many log-probabilities take as much memory as a node with all that may follow it."""
-    return states_as_scores(model, 1) + 10 * min(len(model.charset), _MAX_FOLLOWING) + max_chars + _NODE_SCORES
+    following = 3 * min(len(model.charset), _MAX_FOLLOWING)  # 17 bytes for each
+    return states_as_scores(model, 1) + following + max_chars + _NODE_SCORES
 
 
 def _log_sum(logprobs: Float32) -> float:

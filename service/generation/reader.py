@@ -15,7 +15,7 @@ from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.scores import Distribution, Scores
 from service.engine.stepper import StepResult
-from service.errors import ClientGone, InvalidValue, UnknownCharacters
+from service.errors import ClientGone, InvalidValue, UnknownCharacters, plural
 from service.generation.automata import automaton_of
 from service.model.charset import Charset, UnknownChars
 from service.registry.loaded_models import LoadedModel
@@ -301,7 +301,8 @@ def written_stops(
             raise InvalidValue(f"{name}: folding leaves none of its characters: leave this stop string out", param=name)
         if len(text) > MAX_STOP_CHARS:
             raise InvalidValue(
-                f"{name}: the model writes it with {len(text)} characters, and it may have at most {MAX_STOP_CHARS}",
+                f"{name}: the model writes it with {plural(len(text), 'character')}, and it may have at most "
+                f"{MAX_STOP_CHARS}",
                 param=name,
             )
         written.append(text)

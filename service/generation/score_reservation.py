@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from service.errors import InvalidValue, TooManyScores
+import time
+from collections.abc import Callable
+
+from service.errors import ClientGone, InvalidValue, TooManyScores
 from service.shares import SharedBudget, current_client
+
+MAX_WAIT_S = 30.0
+_LOOK_S = 0.5  # a request that waits looks so often whether its client has left
+_TOO_MANY = (
+    "the server computes as many log-probabilities as it can, or as many as it can for you: try again in a second"
+)
 
 
 class ScoreReservation:
@@ -31,21 +40,35 @@ class ScoreReservation:
         Raises TooManyScores if the requests in progress leave too few, and InvalidValue if one client never gets this
         many.
         """
+        self._check(num_scores)
+        more = num_scores - self._num_scores
+        if more < 0:
+            self._budget.give_back(self._client, -more)
+        elif more and not self._budget.take(self._client, more):
+            raise TooManyScores(_TOO_MANY)
+        self._num_scores = num_scores
+
+    def wait_for(self, num_scores: int, client_has_left: Callable[[], bool] = lambda: False) -> None:
+        """Reserve this many log-probabilities as the first ones, and wait until other requests leave as many.
+
+        Raises TooManyScores after `MAX_WAIT_S`, InvalidValue if one client never gets this many, and ClientGone.
+        """
+        self._check(num_scores)
+        deadline = time.monotonic() + MAX_WAIT_S
+        while not self._budget.take(self._client, num_scores, wait_s=_LOOK_S):
+            if client_has_left():
+                raise ClientGone("the client has closed the connection")
+            if time.monotonic() >= deadline:
+                raise TooManyScores(_TOO_MANY)
+        self._num_scores = num_scores
+
+    def _check(self, num_scores: int) -> None:
         if num_scores > self._budget.max_per_client:
             raise InvalidValue(
                 f"{self._param}: this request has {num_scores} log-probabilities, and the server computes at most "
                 f"{self._budget.max_per_client} at a time for one client: {self._remedy}",
                 param=self._param,
             )
-        more = num_scores - self._num_scores
-        if more < 0:
-            self._budget.give_back(self._client, -more)
-        elif more and not self._budget.take(self._client, more):
-            raise TooManyScores(
-                "the server computes as many log-probabilities as it can, or as many as it can for you: try again in a "
-                "second"
-            )
-        self._num_scores = num_scores
 
     def release(self) -> None:
         """Reserve nothing any more. Harmless if that was done before."""

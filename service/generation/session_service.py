@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from service.engine.scores import Distribution, Scores, num_scores
-from service.errors import InvalidValue, ModelNotFound, PositionConflict, SessionExists, SessionGone, SessionNotFound
+from service.errors import (
+    InvalidValue,
+    ModelNotFound,
+    PositionConflict,
+    SessionExists,
+    SessionGone,
+    SessionNotFound,
+    plural,
+)
 from service.generation.portable_states import PortableStates
 from service.generation.reader import Reader
 from service.generation.runs import SAVE_INTERVAL_S, RunRegistry
@@ -297,7 +305,8 @@ class SessionService:
         end = start + len(text)
         if end > session.position or session.text.slice(start, end) != text:
             raise PositionConflict(
-                f"the text has {session.position} characters and not this text at {start}: read it and send its end as "
+                f"the text has {plural(session.position, 'character')} and not this text at {start}: read it "
+                "and send its end as "
                 "position",
                 session.position,
             )

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Ids
-from service.errors import InvalidCharset, UnknownCharacters, UnknownCharsRemedy
+from service.errors import InvalidCharset, UnknownCharacters, UnknownCharsRemedy, plural
 from service.model.normal_form import code_points, joins, normalised_pieces
 
 # What to do with unknown characters, see Charset.encode.
@@ -239,7 +239,13 @@ def _unknown_error(
         for char, (first, *others) in islice(places.items(), _MAX_NAMED)
     )
     num_others = len(places) - _MAX_NAMED
-    named += f", and {at_least}{num_others} others" if num_others > 0 else "" if is_last else ", and possibly others"
+    named += (
+        f", and {at_least}{plural(num_others, 'other')}"
+        if num_others > 0
+        else ""
+        if is_last
+        else ", and possibly others"
+    )
     what = "knows no similar character to" if remedies == ("drop",) else "doesn't know"
     if positions and start + positions[0] == 0 and joins(text[0]):
         named += " (a text begins with it, so it has no letter to join: send a letter and its marks in one text)"

@@ -6,12 +6,9 @@ This module knows nothing of HTTP.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,13 +21,14 @@ from service.engine.gate_values import GateValues
 from service.engine.kernels import Kernel
 from service.engine.prefix_cache import PrefixCache
 from service.engine.stepper import Stepper
-from service.errors import GruServeError, InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
+from service.engine.turns import Turns
+from service.errors import InvalidArtifact, ModelChanged, ModelNotFound, Overloaded
 from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.chat_template import ChatTemplate
 from service.model.quantize import IntegerPrecision
 from service.registry.version_resolver import VersionResolver
-from service.shares import SharedBudget, SharedCapacity, current_client
+from service.shares import SharedBudget
 from service.store.model_store import Description, ModelStore, ModelVersion
 
 log = structlog.get_logger(__name__)
@@ -102,19 +100,10 @@ class LoadedModel:
         return f"fp_{self.digest[:12]}_{self.precision}_{self.arithmetic[:12]}"
 
 
-@dataclass(eq=False)
-class _PendingLoad:
-    """A version that requests wait for."""
-
-    client: str  # for whom it takes a place in the queue
-    num_waiting: int = 0
-    error: GruServeError | None = None  # why it can't be loaded, once that is known
-
-
 class LoadedModels:
     """The loaded versions, at most `max_models`. Loads from a store on demand. Any number of threads may use it.
 
-    Versions are loaded one at a time, and clients share the queue for it. An evicted model that still has texts stays
+    Versions are loaded one at a time, in turns between clients. An evicted model that still has texts stays
     in memory until they end. There are at most `max_models` of these too: as long as all of them are in use, no request
     gets another version loaded.
     """
@@ -125,10 +114,8 @@ class LoadedModels:
         self._engine_settings = engine_settings
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
         self._evicted: list[LoadedModel] = []  # those that may still have texts
-        self._pending: dict[str, _PendingLoad] = {}  # by full name
-        self._places = SharedCapacity(_MAX_PENDING, reserve=_MAX_PENDING)  # one for each pending version
-        self._lock = threading.Lock()  # guards all of the above
-        self._loading = threading.Lock()  # held while a version is loaded
+        self._lock = threading.Lock()  # guards both
+        self._turns = Turns(_MAX_PENDING, _PENDING_WAIT_S, "too many model versions are to be loaded")
         self.resolver = VersionResolver(store, lambda version: self._load(version, always=True))
 
     def get(self, ref: str) -> LoadedModel:
@@ -175,8 +162,7 @@ class LoadedModels:
     @property
     def num_waiting(self) -> int:
         """Number of requests that wait until a version is loaded."""
-        with self._lock:
-            return sum(pending.num_waiting for pending in self._pending.values())
+        return self._turns.num_waiting
 
     def all(self) -> list[LoadedModel]:
         """Return the models that are loaded now, least recently used first."""
@@ -225,54 +211,25 @@ class LoadedModels:
 
     def _load(self, version: ModelVersion, *, always: bool = False) -> LoadedModel:
         """Return a version, and load it if necessary. With `always`, wait for it however much else is to be loaded."""
-        model = self._find(version.ref)
-        if model is not None:
-            return model
-        with self._turn(version.ref, always) as pending:
-            model = self._find(version.ref)
-            if model is not None:
-                return model
-            if pending.error is not None:  # found while this request waited; raised as an object of its own
-                raise copy.copy(pending.error)
+        found = self._find(version.ref)
+        if found is not None:
+            return found
+
+        def found_or_loaded() -> LoadedModel:
+            found = self._find(version.ref)
+            if found is not None:
+                return found
             if not always:
                 self._require_room()
-            try:
-                loaded, artifact = self.store.load(version.ref)
-                model = LoadedModel(loaded, artifact, self._engine_settings)
-            except GruServeError as error:
-                pending.error = error
-                raise
+            loaded, artifact = self.store.load(version.ref)
+            model = LoadedModel(loaded, artifact, self._engine_settings)
             if structlog.is_configured():  # a command prints no log
                 for warning in artifact.warnings:
                     log.warning("a file of a model is ignored", model=version.ref, reason=warning)
             self._insert(model)
             return model
 
-    @contextmanager
-    def _turn(self, ref: str, always: bool) -> Iterator[_PendingLoad]:
-        """Wait until no other version is being loaded, and load none meanwhile. Raises Overloaded."""
-        with self._lock:
-            pending = self._pending.get(ref)
-            if pending is None:
-                pending = _PendingLoad(current_client())
-                if not always and not self._places.has_room(pending.client):
-                    raise Overloaded("too many model versions are to be loaded: try again in a second")
-                self._places.take(pending.client)
-                self._pending[ref] = pending
-            pending.num_waiting += 1
-        try:
-            if not self._loading.acquire(timeout=-1 if always else _PENDING_WAIT_S):
-                raise Overloaded("loading models takes too long: try again in a second")
-            try:
-                yield pending
-            finally:
-                self._loading.release()
-        finally:
-            with self._lock:
-                pending.num_waiting -= 1
-                if not pending.num_waiting:
-                    del self._pending[ref]
-                    self._places.give_back(pending.client)
+        return self._turns.once((version.ref, always), found_or_loaded, always=always)
 
     def _require_room(self) -> None:
         """Raise Overloaded if another model would be one too many in memory."""

@@ -12,7 +12,7 @@ from service.arrays import MAX_POSITION, Float32
 from service.engine.automaton.form import Form
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import FinishReason
-from service.errors import PositionConflict
+from service.errors import PositionConflict, plural
 from service.sessions.text import Text
 
 # The limits of numbers in a stored record.
@@ -154,7 +154,8 @@ class Session:
         """Raise PositionConflict unless the session is at this position. None accepts any."""
         if position is not None and position != self.position:
             raise PositionConflict(
-                f"the text has {self.position} characters, not {position}: read it and send its end as position",
+                f"the text has {plural(self.position, 'character')}, not {position}: read it and send its end "
+                "as position",
                 self.position,
             )
 

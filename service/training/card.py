@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from service.errors import plural
 from service.training.checkpoint import Evaluation
 
 CURVE = "loss.png"
@@ -80,7 +81,7 @@ def _making(facts: Mapping[str, Any]) -> str:
         for change in run["changes"]
     )
     threads = settings["threads"]
-    place = f"{threads} thread{'s' * (threads != 1)}" if run["device"] == "cpu" else f"a GPU ({run['device']})"
+    place = f"{plural(threads, 'thread')}" if run["device"] == "cpu" else f"a GPU ({run['device']})"
     return f"""## How it was made
 
     {facts["command"]}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Ids
-from service.errors import InvalidCorpus
+from service.errors import InvalidCorpus, plural
 from service.model.charset import Charset, UnknownChars
 from service.model.encoded_text import EncodedText
 from service.training.hyperparameters import Hyperparameters
@@ -223,10 +223,11 @@ def _hold_out_ends(text: EncodedText, settings: Hyperparameters) -> tuple[Encode
         longest = np.minimum(lengths, min(_MIN_TAIL, total))
         tails = np.where(_spread(longest, total), longest, 0)
     if len(lengths) == 1:
-        what = f"held out: the last {int(tails[0]):,} characters"
+        what = f"held out: the last {plural(int(tails[0]), 'character', ',')}"
     else:
         num_held = int((tails > 0).sum())
-        what = f"held out: {int(tails.sum()):,} characters at the end of {num_held:,} of {len(lengths):,} documents"
+        num_chars = plural(int(tails.sum()), "character", ",")
+        what = f"held out: {num_chars} at the end of {num_held:,} of {len(lengths):,} documents"
     # The two parts of each document; one may be empty.
     starts = np.stack([text.starts, text.starts + lengths - tails], axis=1).reshape(-1)
     training, validation = _divide(EncodedText(text.ids, starts), np.arange(len(starts)) % 2 == 1)
@@ -303,7 +304,8 @@ def beginnings_of(text: EncodedText, num_places: int, num_chars: int) -> Encoded
     total = int(ends[-1])
     if total == 0:
         raise InvalidCorpus(
-            f"the longest text has {int(text.lengths.max()):,} characters: --beginning-chars must be lower than that",
+            f"the longest text has {plural(int(text.lengths.max()), 'character', ',')}: --beginning-chars must "
+            "be lower than that",
             param="corpus",
         )
     num_places = min(num_places, total)

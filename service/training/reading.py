@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from service.arrays import Ids
-from service.errors import InvalidCorpus, UnknownCharacters
+from service.errors import InvalidCorpus, UnknownCharacters, plural
 from service.model.charset import MAX_CHARSET, Charset, UnknownChars, describe
 from service.model.normal_form import code_points, normalised_blocks
 from service.training.sources import Source, cannot_read, listed
@@ -147,7 +147,9 @@ class Reader:
         first = set(known)
         characters = known + "".join(char for char in others if char not in first)
         if not characters:
-            raise InvalidCorpus(f"no character occurs {min_count:,} times: lower --min-count", param="min_count")
+            raise InvalidCorpus(
+                f"no character occurs {plural(min_count, 'time', ',')}: lower --min-count", param="min_count"
+            )
         if len(characters) > MAX_CHARSET:
             raise InvalidCorpus(
                 f"the text has {len(characters):,} different characters, a model has at most {MAX_CHARSET:,}: "

@@ -19,7 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from service.errors import InvalidCheckpoint, InvalidValue, TrainingDiverged
+from service.errors import InvalidCheckpoint, InvalidValue, TrainingDiverged, plural
 from service.model.artifact import Tensors
 from service.model.config import ModelConfig
 from service.model.encoded_text import EncodedText
@@ -150,7 +150,7 @@ class Trainer:
         if state.charset != self.state.charset:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with another charset")
         if self.settings.epochs < state.settings.epochs:
-            raise InvalidCheckpoint(f"the run has {state.settings.epochs} epochs, which can only be raised")
+            raise InvalidCheckpoint(f"the run has {plural(state.settings.epochs, 'epoch')}, which can only be raised")
         tensors = self._tensors()
         with torch.no_grad():
             for name, value in read_tensors(self.checkpoint, tensors).items():

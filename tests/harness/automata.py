@@ -16,11 +16,12 @@ from service.engine.automaton.dfa import Dfa
 def random_automaton(seed: int, vocab_size: int) -> Automaton:
     """Return an automaton of a few states, each of which is reached and leads to a text that may end.
 
-    Some of its texts may be continued without end, and some not; the empty one may be among them.
+    Some of its texts may be continued without end, and some not; the empty one may be among them. Each class has a
+    character.
     """
     rng = np.random.default_rng(seed)
     while True:
-        num_states, num_classes = int(rng.integers(1, 9)), int(rng.integers(1, 5))
+        num_states, num_classes = int(rng.integers(1, 9)), int(rng.integers(1, min(4, vocab_size) + 1))
         transitions = rng.integers(-2 if rng.random() < 0.7 else 0, num_states, (num_states, num_classes))
         table: Int32 = np.maximum(transitions, -1).astype(np.int32)
         accepting = rng.random(num_states) < rng.choice([0.2, 0.6])
@@ -33,7 +34,7 @@ def random_automaton(seed: int, vocab_size: int) -> Automaton:
     number = np.full(num_states + 1, -1, np.int32)
     number[order] = np.arange(len(order))
     classes = rng.integers(0, num_classes, vocab_size).astype(np.int32)
-    classes[rng.permutation(vocab_size)[:num_classes]] = np.arange(num_classes)[:vocab_size]
+    classes[rng.permutation(vocab_size)[:num_classes]] = np.arange(num_classes)
     return Dfa(classes, number[table[order]], accepting[order]).automaton()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from typing import Any
 
 import pytest
 
@@ -122,3 +124,31 @@ def test_large_bodies__count_from_their_first_byte_to_the_end_of_their_request(s
         arriving[2].sendall(b" ")
         assert status_of(arriving[2]) == 429  # it has arrived, and Alice has her half
     wait_until(lambda: answer(server, request(ALICE, BODY, LARGE)) == (200, ""))
+
+
+def call(server: Server, key: str, method: str, path: str, body: dict[str, object]) -> dict[str, Any]:
+    """Send a request of a client; return its answer."""
+    with closing(server.connect()) as connection:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        connection.request(method, path, json.dumps(body), headers)
+        response = connection.getresponse()
+        found: dict[str, Any] = json.loads(response.read())
+        assert response.status in (200, 201), found
+        return found
+
+
+def test_searches__of_one_client_wait_for_each_other(server: Server) -> None:
+    """Two at a time have the memory that they need; the others wait, as suggestions and other clients' searches do."""
+    beam: dict[str, object] = {"prompt": "ROMEO: ", "max_tokens": 100, "beam": 4}
+
+    def choices(key: str) -> list[dict[str, Any]]:
+        return [*call(server, key, "POST", "/v1/completions", beam)["choices"]]
+
+    expected = choices(ALICE)
+    assert [choice["exact"] for choice in expected] == [False] * 4
+    call(server, ALICE, "PUT", "/v1/sessions/s", {"text": "ROMEO: "})
+    with ThreadPoolExecutor(12) as pool:
+        found = [pool.submit(choices, key) for _ in range(4) for key in (ALICE, BOB, ALICE)]
+        words = [call(server, ALICE, "POST", "/v1/sessions/s/suggest", {"n": 3}) for _ in range(3)]
+        assert [future.result(60) for future in found] == [expected] * 12
+    assert [len(one["data"]) for one in words] == [3] * 3

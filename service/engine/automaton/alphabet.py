@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from service.arrays import Ids, Int32
 from service.engine.automaton.budget import Budget, TooLarge
-from service.errors import UnknownCharacters
+from service.errors import plural
 from service.model.charset import describe
 
 _MAX_NAMED = 10  # unknown characters that an error names at most
@@ -157,11 +157,9 @@ class Alphabet:
         classes_of = [np.flatnonzero(np.bincount(classes[self._members[number]])) for number in numbers]
         return classes.astype(np.int32), classes_of
 
-    def nothing_left(self) -> UnknownCharacters:
-        """Return the error for a form whose texts all need characters that are missing."""
+    @property
+    def named_missing(self) -> str:
+        """The first characters that are missing, and how many others, for a message."""
         named = ", ".join(describe(char) for char in list(self.missing)[:_MAX_NAMED])
         others = len(self.missing) - _MAX_NAMED
-        more = f", and {others} others" if others > 0 else ""
-        return UnknownCharacters(
-            f"no text of this form can be written, because the model or the allowed ids lack {named}{more}"
-        )
+        return named + (f", and {plural(others, 'other')}" if others > 0 else "")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-MAX_STEPS = 900_000  # of some 0.1 µs to 0.2 µs of processor time each
+MAX_STEPS = 750_000  # of some 0.1 µs to 0.25 µs of processor time each
 MAX_POSITIONS = 12_000  # characters of a form after its repeats are written out
 MAX_STATES = 60_000  # of an automaton before it is minimised
 # A compilation pauses that often, for that long, so that threads that wait for the interpreter get it. Otherwise each

@@ -15,7 +15,7 @@ from service.arrays import Ids
 from service.engine.automaton.alphabet import Alphabet
 from service.engine.automaton.budget import TooLarge, check_table
 from service.engine.automaton.dfa import Bools, Dfa, row_blocks
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 
 MAX_CHOICES = 10_000
 MAX_CHOICE_CHARS = 200_000  # of all choices together
@@ -31,7 +31,7 @@ def read_choices(value: str) -> list[str]:
     if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
         raise InvalidValue("the choices are not a list of strings")
     if not 1 <= len(choices) <= MAX_CHOICES:
-        raise InvalidValue(f"there are {len(choices):,} choices; 1 to {MAX_CHOICES:,} are supported")
+        raise InvalidValue(f"there are {plural(len(choices), 'choice', ',')}; 1 to {MAX_CHOICES:,} are supported")
     longest = max(range(len(choices)), key=lambda index: len(choices[index]))
     if len(choices[longest]) > MAX_CHOICE:
         raise InvalidValue(

@@ -11,7 +11,7 @@ from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.form import Form
 from service.engine.automaton.json_schema import any_object_dfa, schema_dfa
 from service.engine.automaton.regex import regex_dfa
-from service.errors import InvalidValue
+from service.errors import InvalidValue, UnknownCharacters
 
 _CACHE_BYTES = 32 * 2**20
 
@@ -38,7 +38,17 @@ def _compiled(form: Form, charset: str, allowed: tuple[int, ...] | None) -> Auto
     dfa = _dfa(form, alphabet)
     if len(dfa.accepting):
         return dfa.automaton()
-    raise alphabet.nothing_left() if _would_help(alphabet, form) else InvalidValue("no text has this form")
+    if allowed is not None and _has_texts(form, Alphabet(charset, None, alphabet.budget)):
+        lacking = f": they lack {alphabet.named_missing}" if alphabet.missing else ""
+        raise InvalidValue(
+            f"allowed_token_ids: no text of the form consists of these characters alone{lacking}",
+            param="allowed_token_ids",
+        )
+    if _would_help(alphabet, form):
+        raise UnknownCharacters(
+            f"no text of this form can be written, because the model lacks {alphabet.named_missing}"
+        )
+    raise InvalidValue("no text has this form")
 
 
 def _dfa(form: Form, alphabet: Alphabet) -> Dfa:
@@ -54,13 +64,18 @@ def _dfa(form: Form, alphabet: Alphabet) -> Dfa:
 
 
 def _would_help(alphabet: Alphabet, form: Form) -> bool:
-    """Whether a form has texts with the characters that are missing; true if the budget doesn't suffice to tell."""
+    """Whether a form has texts with the characters that are missing."""
     # Halves of surrogate pairs are in no text, but a pattern can name them.
     chars = "".join(char for char in alphabet.missing if not "\ud800" <= char <= "\udfff")
     if not chars:
         return bool(alphabet.missing)
+    return _has_texts(form, Alphabet(alphabet.text + chars, None, alphabet.budget))
+
+
+def _has_texts(form: Form, alphabet: Alphabet) -> bool:
+    """Whether a form has texts with these characters; true if the budget doesn't suffice to tell."""
     try:
-        return len(_dfa(form, Alphabet(alphabet.text + chars, None, alphabet.budget)).accepting) > 0
+        return len(_dfa(form, alphabet).accepting) > 0
     except InvalidValue:
         return True
 
@@ -79,8 +94,8 @@ def compile_form(form: Form, charset: str, allowed: tuple[int, ...] | None = Non
         allowed: the ids of the characters that may occur; None: all.
 
     Raises:
-        InvalidValue: the form is malformed, is not supported, is too large, or no text of it can be written with these
-            characters (UnknownCharacters). The message names the position in the pattern, or the place in the schema as
-            a JSON pointer.
+        InvalidValue: the form is malformed, is not supported, is too large, or the model can't write any text of it
+            (UnknownCharacters), or not with the allowed characters; then `param` is `allowed_token_ids`. The message
+            names the position in the pattern, or the place in the schema as a JSON pointer.
     """
     return _cache.get(form, charset, allowed)

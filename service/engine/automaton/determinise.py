@@ -152,12 +152,12 @@ class _Positions:
             copies.append(one)
             joints.append(_EMPTY if not index or repeat.separator is None else self.add(repeat.separator))
         whole = _EMPTY
-        last: _Places = ()
+        last: list[int] = []
         for index, (joint, one) in enumerate(zip(joints, copies, strict=True)):
             whole = self._joined(self._joined(whole, joint), one)
             if index + 1 >= least:
                 self._budget.spend(len(whole.last))
-                last += whole.last
+                last.extend(whole.last)
         if repeat.most is None and copies:
             if repeat.separator is None:
                 self._connect(copies[-1].last, copies[-1].first)
@@ -165,7 +165,7 @@ class _Positions:
                 joint = self.add(repeat.separator)
                 self._connect(copies[-1].last, joint.first)
                 self._connect(joint.last, copies[-1].first)
-        return _Fragment(least == 0 or whole.is_nullable, whole.first, last if num_copies else ())
+        return _Fragment(least == 0 or whole.is_nullable, whole.first, tuple(last))
 
     def _add_listed(self, items: tuple[tuple[Expression, bool], ...], separator: Expression) -> _Fragment:
         """Add items that each have their own separator before them, which is passed unless none is there before."""
@@ -265,7 +265,7 @@ class _Subsets:
             if key is None:
                 key = seen[known] = len(seen)
                 distinct = set().union(*found)
-                self._budget.spend(len(distinct) // 2)
+                self._budget.spend(len(distinct))
                 self._followers.append(tuple(sorted(distinct)))
                 self._ends.append(ends)
             return key

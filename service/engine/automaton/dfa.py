@@ -34,13 +34,14 @@ class Dfa:
         budget.spend(num_states * (num_classes + 20) // 10)
         edges = _edges(self.transitions)
         budget.spend(4 * len(edges[0]))
-        fewest, most = _extremes(self.accepting, *edges)
+        fewest = _fewest(self.accepting, *edges)
         useful = np.flatnonzero(fewest < NEVER)
         if not len(useful) or useful[0] != 0:
             return Dfa(np.zeros_like(self.classes), np.zeros((0, 1), np.int32), np.zeros(0, np.bool_))
         number = np.full(num_states + 1, -1, np.int32)  # the last entry stays -1
         number[useful] = np.arange(len(useful))
         transitions = number[self.transitions[useful]]
+        most = _most(fewest, *edges)
         blocks = _blocks(transitions, fewest[useful], most[useful], _renumbered(edges, number), budget)
         return _quotient(Dfa(self.classes, transitions, self.accepting[useful]), blocks)
 
@@ -50,7 +51,7 @@ class Dfa:
 
     def automaton(self) -> Automaton:
         """Return the tables for the engine. This automaton must be minimised, and have states."""
-        fewest = _extremes(self.accepting, *_edges(self.transitions))[0]
+        fewest = _fewest(self.accepting, *_edges(self.transitions))
         none = np.zeros(len(fewest), np.int32)
         for table in (self.classes, self.transitions, fewest, none):
             table.flags.writeable = False
@@ -109,29 +110,28 @@ def _renumbered(edges: tuple[Ids, Ids], number: Int32) -> tuple[Ids, Ids]:
     return targets[both].astype(np.int64), sources[both].astype(np.int64)
 
 
-def _extremes(accepting: Bools, targets: Ids, sources: Ids) -> tuple[Int32, Int32]:
-    """Return (S,) the fewest and (S,) the most characters from each state to an accepting one.
-
-    NEVER if it can't be reached; the most are NEVER too if there is no limit.
-    """
-    num_states = len(accepting)
-    fewest, most = np.full(num_states, NEVER, np.int32), np.full(num_states, NEVER, np.int32)
-    starts = np.searchsorted(targets, np.arange(num_states + 1)).tolist()
-    before = sources.tolist()
+def _fewest(accepting: Bools, targets: Ids, sources: Ids) -> Int32:
+    """Return (S,) the fewest characters from each state to an accepting one; NEVER if it can't be reached."""
+    starts, before = _by_target(len(accepting), targets, sources)
     queue = deque(np.flatnonzero(accepting).tolist())
-    near: list[int] = fewest.tolist()
-    for state in queue:
-        near[state] = 0
+    near: list[int] = np.where(accepting, 0, NEVER).tolist()
     while queue:
         state = queue.popleft()
         for source in before[starts[state] : starts[state + 1]]:
             if near[source] == NEVER:
                 near[source] = near[state] + 1
                 queue.append(source)
+    return np.array(near, np.int32)
+
+
+def _most(fewest: Int32, targets: Ids, sources: Ids) -> Int32:
+    """Return (S,) the most characters from each state to an accepting one; NEVER also if there is no limit."""
+    num_states = len(fewest)
+    starts, before = _by_target(num_states, targets, sources)
     # States whose followers are all known have a longest text. Those on a circle, or before one, are never known.
-    useful = np.array(near, np.int64) < NEVER
+    useful = fewest < NEVER
     waiting = np.bincount(sources[useful[targets]], minlength=num_states).tolist()
-    far: list[int] = most.tolist()
+    far = [NEVER] * num_states
     ready = [state for state, left in enumerate(waiting) if left == 0 and useful[state]]
     longest = [0] * num_states
     for state in ready:
@@ -141,7 +141,12 @@ def _extremes(accepting: Bools, targets: Ids, sources: Ids) -> tuple[Int32, Int3
             waiting[source] -= 1
             if waiting[source] == 0:
                 ready.append(source)
-    return np.array(near, np.int32), np.array(far, np.int32)
+    return np.array(far, np.int32)
+
+
+def _by_target(num_states: int, targets: Ids, sources: Ids) -> tuple[list[int], list[int]]:
+    """Return where the sources of each state begin among those of all, and these."""
+    return np.searchsorted(targets, np.arange(num_states + 1)).tolist(), sources.tolist()
 
 
 def _blocks(transitions: Int32, fewest: Int32, most: Int32, edges: tuple[Ids, Ids], budget: Budget) -> Ids:

@@ -107,14 +107,14 @@ def schema_dfa(value: str, alphabet: Alphabet) -> Dfa:
 
 
 def any_object_dfa(alphabet: Alphabet) -> Dfa:
-    """Return the minimal automaton of JSON objects of any form.
+    """Return the minimal automaton of JSON objects of any form. Raises InvalidValue.
 
-    Raises InvalidValue, also if the alphabet lacks a character without which only `{}` could be written.
+    It accepts nothing if the alphabet lacks a character without which only `{}` could be written.
     """
     try:
         expression = JsonText(alphabet).any_object()
         if not alphabet.missing.keys().isdisjoint('{}":'):
-            raise alphabet.nothing_left()
+            expression = NOTHING
         return determinise(expression, alphabet)
     except TooLarge as error:
         raise InvalidValue(f"JSON objects can't be compiled for this model: {error}") from error

@@ -106,6 +106,8 @@ def regex_expression(pattern: str, alphabet: Alphabet, dollar: Assertion = Asser
 
     dollar: what `$` means without the flag m.
     """
+    if len(pattern) > MAX_PATTERN:
+        raise InvalidValue(f"the pattern has {len(pattern):,} characters; at most {MAX_PATTERN:,} are supported")
     alphabet.budget.spend(20 * len(pattern))
     tree, flags = _parse(pattern)
     if flags & re.VERBOSE:
@@ -115,8 +117,6 @@ def regex_expression(pattern: str, alphabet: Alphabet, dollar: Assertion = Asser
 
 def _parse(pattern: str) -> tuple[Any, int]:
     """Return the parser's tree of a pattern, and the flags that hold in all of it. Raises InvalidValue."""
-    if len(pattern) > MAX_PATTERN:
-        raise InvalidValue(f"the pattern has {len(pattern):,} characters; at most {MAX_PATTERN:,} are supported")
     depth = 0
     for token in _TOKEN.finditer(pattern):
         if token.lastgroup in ("open", "look", "atomic", "condition"):

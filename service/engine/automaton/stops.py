@@ -8,16 +8,15 @@ follow, the text ends by itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 
 from service.arrays import Ids, Int32
-from service.engine.automaton.automaton import Automaton
+from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.automaton.automaton_cache import AutomatonCache
 from service.engine.automaton.budget import MAX_TABLE_BYTES
-from service.engine.automaton.dfa import Dfa
 from service.errors import InvalidValue
 
 MAX_STOPS = 132  # as many as a request may have strings and ids
@@ -37,7 +36,8 @@ def with_stops(form: Automaton | None, stops: Sequence[Ids], vocab_size: int) ->
 
     Args:
         form: what the text before the stop string has to be; None: anything. Then nothing is forbidden, and the
-            automaton only tells where a stop string is complete, also if the text continues after it.
+            automaton only tells where a stop string is complete, also if the text continues after it. Each of its
+            classes has a character, as in the automata of `compile_form`.
         stops: (n,) int64 ids of each stop string, n > 0.
         vocab_size: V, the characters of the model.
 
@@ -76,10 +76,11 @@ class _Trie:
     children: list[dict[int, int]]  # by class
     depths: list[int]
     is_stop: list[bool]
+    heights: list[int]  # the fewest characters that complete a stop string
 
     @classmethod
     def of(cls, stops: Sequence[list[int]]) -> _Trie:
-        trie = cls([{}], [0], [False])
+        trie = cls([{}], [0], [False], [])
         for stop in stops:
             node = 0
             for char in stop:
@@ -91,6 +92,10 @@ class _Trie:
                     trie.is_stop.append(False)
                 node = following
             trie.is_stop[node] = True
+        trie.heights.extend([NEVER] * len(trie.depths))
+        for node in reversed(range(len(trie.depths))):  # children have larger numbers
+            below = min((trie.heights[child] + 1 for child in trie.children[node].values()), default=NEVER)
+            trie.heights[node] = 0 if trie.is_stop[node] else below
         return trie
 
 
@@ -115,9 +120,8 @@ class _Construction:
         moves = np.zeros((1, 1), np.int32) if form is None else form.transitions
         self._moves = np.concatenate([moves[:, base[first]], np.full((1, len(first)), -1, np.int32)])
         self._dead = len(moves)
-        self._is_complete = [True] if form is None else (form.fewest == 0).tolist()
-        self._is_complete.append(False)
-        self._may_stop = (np.array(self._is_complete) & (self._moves >= 0).any(axis=1)).tolist()
+        self._fewest: list[int] = [*([0] if form is None else form.fewest.tolist()), NEVER]
+        self._may_stop = ((np.array(self._fewest) == 0) & (self._moves >= 0).any(axis=1)).tolist()
         self._trie = _Trie.of([[self._class_of_char[char] for char in stop.tolist()] for stop in stops])
         self._states: dict[tuple[int, _Nodes], int] = {}
         self._pending: list[tuple[int, _Nodes]] = []  # the states in the order of their numbers
@@ -135,16 +139,16 @@ class _Construction:
                 self._base[state, char] = self._number(int(self._moves[state, char]), (node,))
         rows = [self._row(*key) for key in islice(pending, self._dead, None)]  # which adds to them
         transitions = np.concatenate([self._base, *(row[None] for row in rows)])
-        trie, is_accepting = self._trie, np.array([self._is_complete[state] for state, _ in pending])
+        trie = self._trie
         stop_chars, withheld = np.zeros(len(pending), np.int32), np.zeros(len(pending), np.int32)
         for place, (_, nodes) in enumerate(pending[self._dead :], self._dead):
             stop_chars[place] = max((trie.depths[node] for node in nodes if trie.is_stop[node]), default=0)
             withheld[place] = max(trie.depths[node] for node in nodes)
-        if self._is_free:
-            made = Automaton(self._classes, transitions, np.zeros(len(pending), np.int32), stop_chars, withheld)
-        else:
-            made = Dfa(self._classes, transitions, is_accepting | (stop_chars > 0)).automaton()
-            made = replace(made, stop_chars=stop_chars, withheld=withheld)
+        fewest = np.array([self._fewest[state] for state, _ in pending], np.int32)
+        for place, (_, nodes) in enumerate(pending[self._dead :], self._dead):
+            # Before a stop string can begin, the form is complete: there is no shorter way through both.
+            fewest[place] = min(int(fewest[place]), *(trie.heights[node] for node in nodes))
+        made = Automaton(self._classes, transitions, fewest, stop_chars, withheld)
         for table in (made.classes, made.transitions, made.fewest, stop_chars, withheld):
             table.flags.writeable = False
         return made

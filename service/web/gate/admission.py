@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.errors import Overloaded, TooManyStreams
+from service.errors import Overloaded, TooManyStreams, plural
 from service.shares import SharedCapacity, current_client
 
 
@@ -58,11 +58,13 @@ class AdmissionLimit:
             num_streams = self._streams.get(client, 0)
             if is_stream and limit and num_streams >= limit:
                 raise TooManyStreams(
-                    f"you have {limit} open streams, which is the limit: close a stream, or wait until one ends"
+                    f"you have {plural(limit, 'open stream')}, which is the limit: close a stream, or wait "
+                    "until one ends"
                 )
             if not is_stream and limit and self._places.held_by(client) - num_streams >= limit:
                 raise TooManyStreams(
-                    f"you have {limit} requests in progress that are not streams, which is the limit: wait until one "
+                    f"you have {plural(limit, 'request')} in progress beside your streams, which is the limit: "
+                    "wait until one "
                     "is answered"
                 )
             if not self._places.has_room(client):

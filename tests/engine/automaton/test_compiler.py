@@ -13,7 +13,10 @@ from service.engine.automaton import budget, compiler
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import FormCache, compile_form
 from service.engine.automaton.form import Form
-from service.errors import InvalidValue, UnknownCharacters
+from service.engine.turns import Turns
+from service.errors import InvalidValue, Overloaded, UnknownCharacters
+from service.shares import work_for
+from tests.harness.wait import wait_until
 
 CHARSET = "abc 0123456789"
 
@@ -127,16 +130,71 @@ def test_automaton__can_not_be_changed() -> None:
 def test_pattern__is_intersected_with_the_charset_and_allowed_ids() -> None:
     form = Form("regex", "[a-cé]{2}|x+")
     assert compile_form(form, CHARSET).fewest[0] == 2
-    with pytest.raises(UnknownCharacters, match=r"lack 'x' \(U\+0078\)$"):
+    with pytest.raises(UnknownCharacters, match=r"lacks 'x' \(U\+0078\)$"):
         compile_form(Form("regex", "x+a"), CHARSET)
-    with pytest.raises(UnknownCharacters, match=r"lack 'x' \(U\+0078\), 'y'"):
+    with pytest.raises(UnknownCharacters, match=r"lacks 'x' \(U\+0078\), 'y'"):
         compile_form(Form("regex", "(?i)x[yz]"), CHARSET)
-    with pytest.raises(UnknownCharacters, match="'a'"):
-        compile_form(Form("regex", "a"), CHARSET, ())
-    with pytest.raises(UnknownCharacters, match=r"lack 'α' \(U\+03B1\)$"):
+    with pytest.raises(UnknownCharacters, match=r"lacks 'α' \(U\+03B1\)$"):
         compile_form(Form("regex", "a[α-γ]{2}"), CHARSET)
-    with pytest.raises(UnknownCharacters, match=r"lack U\+D800$"):
+    with pytest.raises(UnknownCharacters, match=r"lacks U\+D800$"):
         compile_form(Form("regex", r"[\ud800-\udfff]|\ud800"), CHARSET)
     for pattern in ("a^b", r"[^\s\S]", "ax^b", "a[α-γ]^b"):
         with pytest.raises(InvalidValue, match=r"^no text has this form$"):
             compile_form(Form("regex", pattern), CHARSET)
+
+
+def test_cache__compiles_new_forms_in_turns_between_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many forms one client sends, another waits for the one in progress only; and each has a limit."""
+    begun, allowed, done = threading.Event(), threading.Event(), list[str]()
+    compiled = compiler._compiled
+
+    def held_up(form: Form, charset: str, ids: tuple[int, ...] | None) -> Automaton:
+        begun.set()
+        assert allowed.wait(20)
+        done.append(form.value)
+        return compiled(form, charset, ids)
+
+    monkeypatch.setattr(compiler, "_compiled", held_up)
+    turns = Turns(6, 20.0, "too many forms")
+    monkeypatch.setattr("service.engine.automaton.automaton_cache._turns", turns)
+    caches = FormCache(), FormCache()
+
+    def get(client: str, value: str) -> int:
+        work_for(client)
+        return int(caches[value == "b"].get(Form("regex", value), CHARSET).fewest[0])
+
+    with ThreadPoolExecutor(20) as pool:
+        wanted = [pool.submit(get, "greedy", "a" * number) for number in range(1, 7)]
+        assert begun.wait(20)
+        wait_until(lambda: turns.num_waiting == 6)
+        wanted.append(pool.submit(get, "greedy", "aaa"))  # waits already
+        wanted.append(pool.submit(get, "other", "b"))
+        wait_until(lambda: turns.num_waiting == 8)
+        with pytest.raises(Overloaded, match="too many forms"):
+            pool.submit(get, "greedy", "c").result(20)
+        allowed.set()
+        assert [future.result(20) for future in wanted] == [1, 2, 3, 4, 5, 6, 3, 1]
+    assert done.index("b") == 1
+    assert len(done) == 7
+
+
+@pytest.mark.parametrize(
+    ("form", "lacking"),
+    [
+        (Form("regex", "a"), ": they lack 'a' (U+0061)"),
+        (Form("regex", "."), ""),
+        (Form("regex", "a|é"), ": they lack 'a' (U+0061), 'é' (U+00E9)"),
+        (Form("choice", '["b", "é"]'), ": they lack 'b' (U+0062), 'é' (U+00E9)"),
+        (Form("json", "{}"), ": they lack "),
+        (Form("json_object", ""), ": they lack "),
+    ],
+)
+def test_allowed_ids__that_leave_no_text_are_what_is_refused(form: Form, lacking: str) -> None:
+    with pytest.raises(InvalidValue) as raised:
+        compile_form(form, CHARSET + '{}":,[]truefalsn', ())
+    assert raised.value.param == "allowed_token_ids"
+    expected = f"allowed_token_ids: no text of the form consists of these characters alone{lacking}"
+    assert raised.value.message.startswith(expected)
+    with pytest.raises(InvalidValue) as raised:  # without any text in the whole charset, the form is
+        compile_form(Form("regex", "é+"), CHARSET, (1, 2))
+    assert (raised.value.param, raised.value.code) == (None, "unknown_characters")

@@ -352,7 +352,7 @@ def test_characters__that_the_model_lacks_are_not_written() -> None:
     assert not accepts(automaton, '{"a":"\\n"}', small)
     assert accepts(automaton, "{}", small)
     assert compiled({"enum": ["ab", "xy"]}, small).fewest[0] == 4
-    with pytest.raises(UnknownCharacters, match=r"lack 'q' \(U\+0071\), 'x' \(U\+0078\)"):
+    with pytest.raises(UnknownCharacters, match=r"lacks 'q' \(U\+0071\), 'x' \(U\+0078\)"):
         compiled({"properties": {"qx": {"type": "integer"}}, "required": ["qx"]}, small)
     with pytest.raises(UnknownCharacters, match=r"'\"' \(U\+0022\)"):
         compile_form(Form("json_object", ""), "abc{}[]")
@@ -413,7 +413,7 @@ def test_schema__that_is_malformed_is_refused_or_gives_valid_texts(schema: Any, 
 def test_characters__are_named_only_if_they_would_help(schema: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match=r"^no text has this form$"):
         compiled(schema | {"type": "integer"}, "0123456789-")
-    with pytest.raises(UnknownCharacters, match=r"lack '\"' \(U\+0022\)$"):
+    with pytest.raises(UnknownCharacters, match=r"lacks '\"' \(U\+0022\)$"):
         compiled({"anyOf": [schema | {"type": "integer"}, {"type": "string"}]}, "0123456789-a,:")
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.automaton.automaton import NEVER, Automaton
+from service.engine.automaton.dfa import Dfa
 from service.engine.automaton.stops import MAX_STOP_CHARS, MAX_STOPS, _Construction, with_stops
 from service.errors import InvalidValue
 from tests.harness.automata import accepts, complete_stop, random_automaton, undecided
@@ -44,6 +45,8 @@ def test_stops__after_a_form_follow_only_where_it_is_complete(seed: int, stops: 
     """The automaton accepts the texts of the form, and these followed by one stop string, and nothing else."""
     form = random_automaton(seed, 3)
     automaton = compiled(form, stops, 3)
+    again = Dfa(automaton.classes, automaton.transitions, automaton.fewest == 0).automaton()
+    assert (automaton.fewest == again.fewest).all()
     whole: set[tuple[int, ...]] = set()  # with up to 6 characters
     ended: set[tuple[int, ...]] = set()
     for length in range(7):

@@ -339,10 +339,18 @@ def test_allowed_token_ids__leave_texts_of_the_form_that_consist_of_them(client:
         "max_tokens",
     )  # the text of one character is left out
     other = form | {"structured_outputs": {"choice": ["x", "yz"]}}
-    refused(
-        client.post("/v1/completions", json={"prompt": ""} | other), 400, "unknown_characters",
-        "structured_outputs.choice",
-    )  # fmt: skip
+    response = client.post("/v1/completions", json={"prompt": ""} | other)
+    message = refused(response, 400, "out_of_range", "allowed_token_ids")["message"]
+    assert message.startswith("allowed_token_ids: no text of the form consists of these characters alone: they lack 'x'")
+    ok(client.put("/v1/sessions/allowed", json={"text": "a"}), 201)
+    response = client.post("/v1/sessions/allowed/generate", json=other)
+    refused(response, 400, "out_of_range", "allowed_token_ids")
+
+
+def test_max_tokens__of_a_form_of_one_character_has_its_noun_in_the_singular(client: FlaskClient) -> None:
+    body = {"prompt": "a", "max_tokens": 0, "echo": True, "structured_outputs": {"regex": "[ab]"}}
+    message = refused(client.post("/v1/completions", json=body), 400, "out_of_range", "max_tokens")["message"]
+    assert "at least 1 character, more than the 0 that it may have" in message
 
 
 BAD_FORMS: dict[str, tuple[dict[str, Any], str, str]] = {

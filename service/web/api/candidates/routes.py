@@ -11,10 +11,10 @@ from service.arrays import Ids
 from service.engine.automaton.automaton import Automaton
 from service.engine.automaton.compiler import compile_form
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.generation.branches import state_after
 from service.generation.candidates import Normalize, Origin, normalized, score_candidates
-from service.generation.n_best import Wanted, affordable_steps, ends_at, n_best, words
+from service.generation.n_best import Wanted, affordable_steps, ends_at, least_scores, n_best, words
 from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import SessionService
 from service.model.charset import UnknownChars
@@ -60,11 +60,14 @@ class _Candidates(Resource):
 
     def _check_chars(self, prompt: str, candidates: Sequence[str]) -> None:
         if len(prompt) > self._max_chars:
-            raise InvalidValue(f"prompt: at most {self._max_chars} characters, not {len(prompt)}", param="prompt")
+            raise InvalidValue(
+                f"prompt: at most {plural(self._max_chars, 'character')}, not {len(prompt)}", param="prompt"
+            )
         num_chars = sum(map(len, candidates))
         if num_chars > self._max_chars:
             raise InvalidValue(
-                f"candidates: at most {self._max_chars} characters together, not {num_chars}", param="candidates"
+                f"candidates: at most {plural(self._max_chars, 'character')} together, not {num_chars}",
+                param="candidates",
             )
 
     def _encoded(self, model: LoadedModel, text: str, unknown: UnknownChars, param: str) -> Ids:
@@ -75,7 +78,7 @@ class _Candidates(Resource):
             error.param = param
             raise
         if len(ids) > max(self._max_chars, len(text)):
-            raise InvalidValue(f"{param}: at most {self._max_chars} characters after folding", param=param)
+            raise InvalidValue(f"{param}: at most {plural(self._max_chars, 'character')} after folding", param=param)
         return ids
 
     def _encoded_candidates(self, model: LoadedModel, body: schemas.ScoreBody | schemas.SessionScoreBody) -> list[Ids]:
@@ -88,7 +91,8 @@ class _Candidates(Resource):
                 raise InvalidValue(f"{path}: there is no character that the model knows", param=path)
             if num_chars > self._max_chars:  # folding can make a text longer
                 raise InvalidValue(
-                    f"candidates: at most {self._max_chars} characters together after folding", param="candidates"
+                    f"candidates: at most {plural(self._max_chars, 'character')} together after folding",
+                    param="candidates",
                 )
             encoded.append(ids)
         return encoded
@@ -198,7 +202,8 @@ class SessionCandidateRoutes(_Candidates):
             form = self._form_of(model, session, body, prompt)
             reservation = self._reservation("n", "request shorter suggestions", held)
             steps = affordable_steps(model, body.max_chars, self._score_budget.max_per_client)
-            wanted = Wanted(body.n, body.max_chars, form, max_steps=max(1, steps))
+            wanted = Wanted(body.n, body.max_chars, form, max_steps=steps)
+            reservation.wait_for(least_scores(model, wanted), client_monitor())
             origin = Origin.after(model, session, prompt, client_monitor())
             found = n_best(model, origin, wanted, reservation.require, client_monitor())
             answer = schemas.SuggestAnswer(
@@ -221,7 +226,8 @@ class SessionCandidateRoutes(_Candidates):
                 compiled = compile_form(body.form, charset.characters)
             if compiled.fewest[0] > body.max_chars:
                 raise InvalidValue(
-                    f"max_chars: a text of this form has at least {compiled.fewest[0]} characters", param="max_chars"
+                    f"max_chars: a text of this form has at least {plural(int(compiled.fewest[0]), 'character')}",
+                    param="max_chars",
                 )
             return compiled
         if body.until is None:

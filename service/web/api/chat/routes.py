@@ -11,7 +11,7 @@ from flask import Response
 
 from service.engine.automaton.stops import MAX_STOPS
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue, NoChatTemplate
+from service.errors import InvalidValue, NoChatTemplate, plural
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.reader import with_biases, written_stops
 from service.generation.score_reservation import ScoreReservation
@@ -130,7 +130,8 @@ def _check(body: ChatBody, messages: list[ChatMessage], limits: CompletionLimits
     num_chars = sum(len(message.content) for message in messages)
     if num_chars > limits.max_prompt_chars:
         raise InvalidValue(
-            f"messages: at most {limits.max_prompt_chars} characters together, not {num_chars}", param="messages"
+            f"messages: at most {plural(limits.max_prompt_chars, 'character')} together, not {num_chars}",
+            param="messages",
         )
     field = "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens"
     max_chars: int = getattr(body, field)
@@ -138,7 +139,7 @@ def _check(body: ChatBody, messages: list[ChatMessage], limits: CompletionLimits
         if field not in body.model_fields_set:
             max_chars = limits.max_tokens
         else:
-            raise InvalidValue(f"{field}: at most {limits.max_tokens} characters a request", param=field)
+            raise InvalidValue(f"{field}: at most {plural(limits.max_tokens, 'character')} a request", param=field)
     if {"max_tokens", "max_completion_tokens"} <= body.model_fields_set and body.max_tokens != max_chars:
         raise InvalidValue("max_tokens: differs from max_completion_tokens; give one of them", param="max_tokens")
     if body.min_tokens > max_chars:
@@ -148,7 +149,7 @@ def _check(body: ChatBody, messages: list[ChatMessage], limits: CompletionLimits
     if body.stream_options is not None and not body.stream:
         raise InvalidValue("stream_options: only allowed with stream", param="stream_options")
     if body.n > min(MAX_CHOICES, limits.max_texts):
-        raise InvalidValue(f"n: at most {min(MAX_CHOICES, limits.max_texts)} answers", param="n")
+        raise InvalidValue(f"n: at most {plural(min(MAX_CHOICES, limits.max_texts), 'answer')}", param="n")
     if body.continue_final_message:
         if "add_generation_prompt" in body.model_fields_set and body.add_generation_prompt:
             raise InvalidValue(
@@ -182,7 +183,7 @@ def _completion_request(
         raise
     if len(prompt) > limits.max_prompt_chars:
         raise InvalidValue(
-            f"messages: at most {limits.max_prompt_chars} characters as the chat template writes them, not "
+            f"messages: at most {plural(limits.max_prompt_chars, 'character')} as the chat template writes them, not "
             f"{len(prompt)}",
             param="messages",
         )

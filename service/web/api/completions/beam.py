@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.generation.automata import automaton_of, require_chars
 from service.generation.branches import state_after
 from service.generation.candidates import Origin
-from service.generation.n_best import NBest, Wanted, affordable_steps, ends_at, n_best
+from service.generation.n_best import NBest, Wanted, affordable_steps, ends_at, most_scores, n_best
 from service.generation.portable_states import PortableStart
 from service.generation.score_reservation import ScoreReservation
 from service.registry.loaded_models import LoadedModel
@@ -36,7 +36,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 def check_beam(body: CompletionBody) -> None:
     """Raise InvalidValue if a request with `beam` has a field that a search for the likeliest can't honour."""
     if body.n not in (1, body.beam):
-        raise InvalidValue(f"n: leave it out with beam, which returns {body.beam} texts", param="n")
+        raise InvalidValue(f"n: leave it out with beam, which returns {plural(body.beam or 0, 'text')}", param="n")
     if not 0 < body.max_tokens <= MAX_BEAM_TOKENS:
         raise InvalidValue(f"max_tokens: 1 to {MAX_BEAM_TOKENS} characters with beam", param="max_tokens")
     for field, values in _NEUTRAL.items():
@@ -63,11 +63,13 @@ class BeamSearch:
         Raises InvalidValue, TooManyScores, Overloaded, EngineFailed, ClientGone before the first piece.
         """
         wanted = self._wanted(body)
+        # All at once: searches that reserved more and more while they hold some could all wait for each other.
+        self.reservation.wait_for(most_scores(self.model, wanted), client_monitor())
         found, num_cached = [], 0
         for prompt in prompts:
             origin, cached = self._origin(prompt)
             num_cached += cached
-            found.append(n_best(self.model, origin, wanted, self.reservation.require, client_monitor()))
+            found.append(n_best(self.model, origin, wanted, client_has_left=client_monitor()))
         num_prompt, num_stepped = sum(map(len, prompts)), sum(one.num_stepped for one in found)
         usage = Usage(
             prompt_tokens=num_prompt,
@@ -81,7 +83,7 @@ class BeamSearch:
         charset = self.model.charset
         form = automaton_of(charset, body.form, None, self.stops) or ends_at([False] * len(charset))
         require_chars(form, body.max_tokens)
-        steps = max(1, affordable_steps(self.model, body.max_tokens, self.max_scores))
+        steps = affordable_steps(self.model, body.max_tokens, self.max_scores)
         return Wanted(body.beam or 1, body.max_tokens, form, "forced", steps)
 
     def _origin(self, prompt: Ids) -> tuple[Origin, int]:

@@ -10,7 +10,7 @@ from flask import Response
 
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.generation.completion import Completion, CompletionRequest
 from service.generation.portable_states import PortableStart, PortableStates
 from service.generation.reader import ids_of, with_biases, written_stops
@@ -119,13 +119,17 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
     prompts = body.prompts
     best_of = body.beam or (body.best_of if body.best_of is not None else body.n)
     if body.max_tokens > limits.max_tokens:
-        raise InvalidValue(f"max_tokens: at most {limits.max_tokens} characters a request", param="max_tokens")
+        raise InvalidValue(
+            f"max_tokens: at most {plural(limits.max_tokens, 'character')} a request", param="max_tokens"
+        )
     if body.max_tokens == 0 and body.beam is None and not body.echo and not body.return_state:
         raise InvalidValue("max_tokens: 0 generates nothing, so it needs echo or return_state", param="max_tokens")
     for place, prompt in enumerate(prompts):
         if len(prompt) > limits.max_prompt_chars:
             path = _path_of(body, place)
-            raise InvalidValue(f"{path}: at most {limits.max_prompt_chars} characters, not {len(prompt)}", param=path)
+            raise InvalidValue(
+                f"{path}: at most {plural(limits.max_prompt_chars, 'character')}, not {len(prompt)}", param=path
+            )
     if body.beam is not None:
         check_beam(body)
     if best_of < body.n:
@@ -143,7 +147,9 @@ def _check(body: CompletionBody, limits: CompletionLimits) -> None:
         field = "beam" if body.beam is not None else "n" if body.best_of is None else "best_of"
         most = min(MAX_CHOICES, limits.max_texts)
         raise InvalidValue(
-            f"{field}: {len(prompts)} prompts x {best_of} continuations exceed {most} texts", param=field
+            f"{field}: {plural(len(prompts), 'prompt')} x {plural(best_of, 'continuation')} exceed "
+            f"{plural(most, 'text')}",
+            param=field,
         )
 
 
@@ -165,7 +171,7 @@ def _encoded_prompts(charset: Charset, body: CompletionBody, max_chars: int) -> 
                 error.param = path
                 raise
             if len(ids) > max_chars:  # folding can make a prompt longer
-                raise InvalidValue(f"{path}: at most {max_chars} characters after folding", param=path)
+                raise InvalidValue(f"{path}: at most {plural(max_chars, 'character')} after folding", param=path)
         else:
             ids = ids_of(charset, prompt, path)
         encoded.append(ids)

@@ -11,7 +11,7 @@ from flask import Response
 
 from service.arrays import Float32, Ids
 from service.engine.prefix_cache import CacheScope
-from service.errors import InvalidValue, Overloaded
+from service.errors import InvalidValue, Overloaded, plural
 from service.generation.embedding import embed
 from service.generation.reader import ids_of
 from service.registry.loaded_models import LoadedModel, LoadedModels
@@ -108,7 +108,7 @@ def _check_lengths(texts: Sequence[tuple[str, str | list[int] | Ids]], max_chars
         if not len(text):
             raise InvalidValue(f"{path}: there is no character that the model knows, so there is no state", param=path)
         if len(text) > max_chars:
-            raise InvalidValue(f"{path}: at most {max_chars} characters, not {len(text)}", param=path)
+            raise InvalidValue(f"{path}: at most {plural(max_chars, 'character')}, not {len(text)}", param=path)
 
 
 def _ids_of(model: LoadedModel, text: str | list[int], path: str, body: EmbeddingsBody) -> Ids:

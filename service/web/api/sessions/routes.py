@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flask import Response
 from pydantic import BaseModel
 
-from service.errors import ClientGone, InvalidValue, ListingNeedsKeys
+from service.errors import ClientGone, InvalidValue, ListingNeedsKeys, plural
 from service.generation.runs import RunRequest
 from service.generation.score_reservation import ScoreReservation
 from service.generation.session_service import FeedRequest, NewSession, SessionService
@@ -170,7 +170,9 @@ class SessionRoutes(Resource):
         again.
         """
         if not 0 < body.max_tokens <= self._limits.max_tokens:
-            raise InvalidValue(f"max_tokens: 1 to {self._limits.max_tokens} characters a request", param="max_tokens")
+            raise InvalidValue(
+                f"max_tokens: 1 to {plural(self._limits.max_tokens, 'character')} a request", param="max_tokens"
+            )
 
         run_request = RunRequest(
             body.max_tokens,
@@ -259,7 +261,7 @@ class SessionRoutes(Resource):
 
 def _check_length(text: str, limits: SessionLimits) -> None:
     if len(text) > limits.max_text_chars:
-        raise InvalidValue(f"text: at most {limits.max_text_chars} characters, not {len(text)}", param="text")
+        raise InvalidValue(f"text: at most {plural(limits.max_text_chars, 'character')}, not {len(text)}", param="text")
 
 
 def _key(path: schemas.SessionPath) -> SessionKey:

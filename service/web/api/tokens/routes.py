@@ -8,7 +8,7 @@ import numpy as np
 from flask import Response
 
 from service.arrays import Ids
-from service.errors import InvalidValue
+from service.errors import InvalidValue, plural
 from service.model import hugging_face
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModels
@@ -51,7 +51,7 @@ class TokenRoutes(Resource):
         """Return the ids of a text's characters, as the model reads the text: in Unicode's normal form C."""
         if len(body.prompt) > self._max_prompt_chars:
             raise InvalidValue(
-                f"prompt: at most {self._max_prompt_chars} characters, not {len(body.prompt)}", param="prompt"
+                f"prompt: at most {plural(self._max_prompt_chars, 'character')}, not {len(body.prompt)}", param="prompt"
             )
         charset = self._charset(body.model)
         try:
@@ -78,7 +78,9 @@ class TokenRoutes(Resource):
     def detokenize(self, body: schemas.DetokenizeBody) -> Response:
         """Return the text of these ids. The inverse of `/tokenize`."""
         if len(body.tokens) > self._max_prompt_chars:
-            raise InvalidValue(f"tokens: at most {self._max_prompt_chars} ids, not {len(body.tokens)}", param="tokens")
+            raise InvalidValue(
+                f"tokens: at most {plural(self._max_prompt_chars, 'id')}, not {len(body.tokens)}", param="tokens"
+            )
         charset = self._charset(body.model)
         return _json({"prompt": charset.decode(_checked(body.tokens, charset))})
 
