@@ -13,6 +13,8 @@ from flask_openapi import APIBlueprint, OpenAPI, Tag
 
 from service.errors import InvalidValue
 from service.web.api.openapi import error_responses
+from service.web.api.schemas import Body
+from service.web.gate.rate_limit import count_cost
 from service.web.gate.route import Route, route_of
 
 
@@ -68,6 +70,8 @@ def blaming(param: str | None) -> Iterator[None]:
 def _function(method: Callable[..., Response]) -> Callable[..., Response]:
     @wraps(method)
     def view(**arguments: Any) -> Response:
+        if isinstance(body := arguments.get("body"), Body):
+            count_cost(body.num_chars)
         return method(**arguments)
 
     return view

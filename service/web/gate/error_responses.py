@@ -15,6 +15,7 @@ from werkzeug.exceptions import HTTPException
 
 from service import errors
 from service.errors import GruServeError, PositionConflict, SessionBusy
+from service.web.gate.body_json import written_path
 
 log = structlog.get_logger(__name__)
 
@@ -136,7 +137,7 @@ def validation_error_response(error: ValidationError) -> Response:
     paths = [_path(fault, schema, sent) for fault in same]
     path = max(paths, key=len)
     same = [fault for fault, its in zip(same, paths, strict=True) if its == path]
-    first, param = same[0], _written(path)
+    first, param = same[0], written_path(path)
     message = " or ".join(dict.fromkeys(_sentence(fault["type"], fault["msg"]) for fault in same))
     message = message.replace(" or must be ", " or ")
     if first["type"] == "extra_forbidden":
@@ -249,11 +250,6 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models_in(part)
-
-
-def _written(path: Sequence[str | int]) -> str:
-    """Return a path as a client reads it: `stream_options.include_usage`, `prompt[3]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in path).removeprefix(".")
 
 
 def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) -> str:

@@ -16,7 +16,7 @@ from flask import Flask, Response, g, request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from service.shares import SharedBudget, current_client
-from service.web.gate.body_json import BodyJson, TooManyValues
+from service.web.gate.body_json import BodyJson, RefusedJson
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
@@ -170,10 +170,8 @@ def _refuse_content() -> Response | None:
     try:
         # Parsed once: Flask caches the result, and the validation after this takes it from there.
         body = request.get_json()
-    except RecursionError:
-        return error_response("the body is nested too deeply", "invalid_json")
-    except TooManyValues as error:
-        return error_response(str(error), "invalid_json")
+    except RefusedJson as error:
+        return error_response(str(error), "invalid_json" if error.path is None else "out_of_range", error.path)
     except HTTPException as error:
         if not request.get_data():
             return error_response("the body is empty: send a JSON object", "invalid_json")

@@ -105,7 +105,7 @@ def test_two_forms__are_refused_and_both_are_named(client: FlaskClient, first: s
         ({"structured_outputs": {"json": "[" * 9_000}}, "out_of_range", "structured_outputs.json", "too deeply"),
         ({"guided_json": '{"enum":[' + '"a",' * 11_000 + "1]}"}, "out_of_range", "guided_json", "10,240 values"),
         ({"structured_outputs": {"json": '{"maximum": NaN}'}}, "out_of_range", "structured_outputs.json", "NaN"),
-        ({"structured_outputs": {"json": '{"maximum": 1e999}'}}, "out_of_range", "structured_outputs.json", "1e999"),
+        ({"structured_outputs": {"json": '{"maximum": 1e999}'}}, "out_of_range", "structured_outputs.json", "finite"),
         (
             {"guided_json": '{"maximum": -' + "9" * 6000 + "}"},
             "out_of_range",
