@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
+from urllib.parse import quote
 
 import structlog
 from flask import Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from service import errors
 from service.errors import GruServeError, PositionConflict, SessionBusy
@@ -172,8 +173,7 @@ def register_error_handlers(app: Flask) -> None:
             ", ".join(sorted(getattr(error, "valid_methods", None) or ())),
         )
         if code == "not_found":
-            paths = [rule.rule for rule in app.url_map.iter_rules()]
-            message = f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
+            message = _no_route(app)
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
@@ -187,6 +187,24 @@ def register_error_handlers(app: Flask) -> None:
         return error_response(
             "internal error: the server's log has the details under this request's id", "internal_error"
         )
+
+
+def _no_route(app: Flask) -> str:
+    """Return what is wrong with the path of a request: its spelling, or a word of it."""
+    plain = re.sub("/+", "/", request.path).rstrip("/")
+    adapter = app.create_url_adapter(request)
+    if adapter is not None and len(plain) <= _MAX_WORD_CHARS and plain.isprintable():
+        try:
+            adapter.match(plain, method=request.method)
+            is_known = True
+        except MethodNotAllowed:
+            is_known = True
+        except HTTPException:
+            is_known = False
+        if is_known:
+            return f"there is no such route: write its path as {quote(plain)}, without needless slashes and escapes"
+    paths = [rule.rule for rule in app.url_map.iter_rules()]
+    return f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
 
 
 def _sentence(kind: str, message: str) -> str:
