@@ -93,7 +93,11 @@ def body_of(error: GruServeError) -> dict[str, Any]:
         # These messages name files of the server, so only the log has them.
         public = "the model can't be used, because its files are damaged or unreadable: see the server's log"
         return error_body(public, error.code, status=status_of(type(error)))
-    body = error_body(error.message, error.code, error.param, status_of(type(error)))
+    message = error.message
+    if isinstance(error, errors.ModelNotFound) and error.param is not None:
+        # A 404 of a session's route is about the session, or else about the model that a field names.
+        message = f"{error.param}: {message}"
+    body = error_body(message, error.code, error.param, status_of(type(error)))
     if isinstance(error, PositionConflict):
         body["error"]["position"] = error.position
     return body
