@@ -225,7 +225,10 @@ def test_routes__each_is_documented_once(openapi: dict[str, Any]) -> None:
 
 def test_request_fields__each_is_documented_once_with_its_default(openapi: dict[str, Any]) -> None:
     documented = sections(API)
-    headings = ("Sampling fields", "Form fields", "Accepted fields", "Accepted fields of chats")
+    headings = (
+        "Sampling fields", "Form fields", "Messages", "Accepted fields", "Accepted fields of chats",
+        "Accepted fields of messages",
+    )  # fmt: skip
     shared = {heading: text for heading, text in documented if heading in headings}
     used = set(shared.values())
     for route, operation in operations(openapi).items():
@@ -245,16 +248,17 @@ def test_request_fields__each_is_documented_once_with_its_default(openapi: dict[
     assert not [heading for heading, text in documented if text not in used and list(field_rows(text))]
 
 
-@pytest.mark.parametrize("heading", ["Accepted fields", "Accepted fields of chats"])
+@pytest.mark.parametrize("heading", ["Accepted fields", "Accepted fields of chats", "Accepted fields of messages"])
 def test_accepted_fields__are_documented_with_their_values_and_reasons(heading: str) -> None:
     (text,) = [text for found, text in sections(API) if found == heading]
     if heading == "Accepted fields":
         fields = dict(ClientFields.model_fields)
-    else:
+    elif heading == "Accepted fields of chats":
         fields = {
             name: field for name, field in ChatFields.model_fields.items() if name not in ClientFields.model_fields
         }
-        fields |= {f"messages.{name}": field for name, field in Message.model_fields.items() if mark_of(field)}
+    else:
+        fields = {f"messages.{name}": field for name, field in Message.model_fields.items() if mark_of(field)}
     marks = {name: mark_of(field) for name, field in fields.items()}
     known = [(f"`{name}`", mark.accepted, mark.why) for name, mark in marks.items() if mark is not None]
     assert len(known) == len(fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,12 +131,32 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     (COMPLETIONS, b"{'prompt': 'R'}", 400, "invalid_json", "not JSON in UTF-8: Expecting property name enclosed in"),
     (COMPLETIONS, b"", 400, "invalid_json", "the body is empty: send a JSON object"),
     (COMPLETIONS, b'["R"]', 400, "invalid_json", "the body has to be a JSON object"),
-    (COMPLETIONS, '{"prompt": "é"}'.encode("latin-1"), 400, "invalid_json", "not JSON in UTF-8: 'utf-8' codec"),
+    (COMPLETIONS, '{"prompt": "é"}'.encode("latin-1"), 400, "invalid_json", "not UTF-8: byte 12 (0xe9) begins no"),
+    (COMPLETIONS, '{"prompt": "R"}'.encode("utf-16"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
+    (COMPLETIONS, '{"prompt": "R"}'.encode("utf-16-le"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
+    (COMPLETIONS, '{"prompt": "R"}'.encode("utf-16-be"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
+    (COMPLETIONS, '{"prompt": "R"}'.encode("utf-32"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
+    (COMPLETIONS, gzip.compress(b'{"prompt": "R"}'), 400, "invalid_json", "it is compressed: send it uncompressed"),
+    (
+        COMPLETIONS + "?stream=true",
+        PROMPT,
+        400,
+        "unknown_field",
+        "stream: this route has no query parameters: send the",
+    ),
+    ("GET /v1/models?model=tiny", None, 400, "unknown_field", "model: this route has no query parameters"),
+    ("DELETE /v1/sessions/s?force=1", None, 400, "unknown_field", "force: this route has no query parameters"),
     (COMPLETIONS, b"x" * 70_000, 413, "body_too_large", "raise GRU_SERVE_MAX_BODY_BYTES"),
     (COMPLETIONS, None, 415, "unsupported_media_type", "sent with Content-Type: application/json"),
     ("GET /v1/completions", None, 405, "method_not_allowed", "it has: OPTIONS, POST"),
+    ("PATCH /v1/sessions/s/generate", None, 405, "method_not_allowed", "it has: GET, OPTIONS, POST"),
     ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; the API description lists all"),
-    ("POST /v1/completions/", PROMPT, 404, "not_found", "did you mean /v1/completions?"),
+    ("POST /v1/completions/", PROMPT, 404, "not_found", "write its path as /v1/completions"),
+    ("POST /v1//completions", PROMPT, 404, "not_found", "write its path as /v1/completions"),
+    ("GET /v1/sessions/s/", None, 404, "not_found", "write its path as /v1/sessions/s, without"),
+    ("GET /v1/%73essions/s", None, 404, "not_found", "write its path as /v1/sessions/s, without"),
+    ("GET /v1/sessions/s%2Ftext", None, 404, "not_found", "write its path as /v1/sessions/s/text, without"),
+    ("GET /v1/sessions/a%2Fb", None, 404, "not_found", "did you mean /v1/sessions?; the API description lists all"),
     ("GET /v1/models/nope", None, 404, "model_not_found", "it has: tiny"),
     ("GET /v1/sessions", None, 403, "listing_needs_keys", "let the operator set GRU_SERVE_API_KEYS"),
     ("GET /v1/sessions/none", None, 404, "session_not_found", "create it first"),
@@ -173,6 +194,32 @@ def test_request__says_what_to_do_about_a_mistake(
         error = response.get_json()["error"]
         assert (response.status_code, error["code"]) == (status, code), error
     assert advice in error["message"]
+
+
+def test_request__without_a_length_has_no_body_and_says_so(client: FlaskClient) -> None:
+    """The bytes after the head are then the beginning of the next request."""
+    with client.post("/v1/completions", content_type="application/json", headers={"Content-Length": ""}) as response:
+        error = response.get_json()["error"]
+    assert (error["code"], "Content-Length" in error["message"]) == ("invalid_json", True), error
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "gzip, identity"])
+def test_request__that_is_compressed_is_refused_with_the_coding_that_is_accepted(
+    client: FlaskClient, coding: str
+) -> None:
+    with client.post("/v1/completions", json=PROMPT, headers={"Content-Encoding": coding}) as response:
+        assert (response.status_code, response.headers["Accept-Encoding"]) == (415, "identity")  # RFC 7694
+        assert "send it uncompressed" in response.get_json()["error"]["message"]
+    for same in ("identity", "Identity", ""):
+        ok(client.post("/v1/completions", json=PROMPT, headers={"Content-Encoding": same}))
+
+
+def test_stream__has_no_head_and_says_so(client: FlaskClient) -> None:
+    path = "/v1/sessions/s/generate"
+    assert client.head(path).status_code == 405
+    for response in (client.options(path), client.head(path), client.put(path, json={})):
+        assert set(response.headers["Allow"].split(", ")) == {"GET", "POST", "OPTIONS"}
+    assert client.head("/v1/sessions/s").status_code == 200
 
 
 def test_unknown_model__lists_the_default_first_and_says_how_many_more(tmp_path: Path) -> None:

@@ -497,7 +497,7 @@ class AsyncSession:
         try:
             await self._transport.call("DELETE", self._path)
         except ServerError as error:
-            if error.status not in (404, 410):
+            if error.code not in ("session_not_found", "session_gone"):  # another 404 is about the address
                 raise
 
     async def _synchronise(self) -> int:

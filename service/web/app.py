@@ -19,9 +19,7 @@ from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_s
 from service.shares import SharedBudget
 from service.web.api.candidates.routes import CandidateRoutes, SessionCandidateRoutes
 from service.web.api.chat.routes import ChatRoutes
-from service.web.api.chat.schemas import DEFAULT_MAX_TOKENS
 from service.web.api.completions.routes import CompletionLimits, CompletionRoutes
-from service.web.api.completions.schemas import MAX_CHOICES
 from service.web.api.embeddings.routes import EmbeddingRoutes
 from service.web.api.inspect.routes import InspectRoutes
 from service.web.api.models.routes import ModelRoutes
@@ -41,7 +39,7 @@ from service.web.gate.guard import register_body_check, register_guard
 from service.web.gate.origins import HostPolicy, is_loopback, register_origins
 from service.web.gate.paths import register_paths
 from service.web.gate.proxies import register_proxies
-from service.web.gate.rate_limit import register_rate_limit, register_start_costs
+from service.web.gate.rate_limit import register_rate_limit
 from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
@@ -126,9 +124,9 @@ def _register_gates(
     register_proxies(app, settings.parsed_proxies)
     register_origins(app, HostPolicy(settings.host, settings.allowed_host_list), settings.allowed_origin_list)
     register_access(app, keys)
-    close_counts = register_rate_limit(app, settings.rate_limit, settings.session_store.get_secret_value())
+    redis_url = settings.session_store.get_secret_value()
+    close_counts = register_rate_limit(app, settings.rate_limit, redis_url, settings.max_tokens)
     register_body_check(app, settings.max_body_bytes, SharedBudget(settings.large_bodies_bytes))
-    register_start_costs(app, settings.max_tokens, MAX_CHOICES, DEFAULT_MAX_TOKENS)
     register_error_handlers(app)
     return close_counts
 
@@ -138,6 +136,7 @@ def _resources(
 ) -> list[Resource]:
     """Return all routes, in the order of the API description."""
     models, store, default = service.models, service.store, service.default_model
+    template = _chat_template(settings)
     texts = settings.max_batch + settings.max_queue
     completion_limits = CompletionLimits(settings.max_tokens, settings.max_prompt_chars, texts)
     max_run = _max_run(settings)
@@ -148,14 +147,14 @@ def _resources(
     score_budget = SharedBudget(settings.max_scores)
     return [
         CompletionRoutes(models, default, completion_limits, admission, score_budget, service.states),
-        ChatRoutes(models, default, _chat_template(settings), completion_limits, admission, score_budget),
+        ChatRoutes(models, default, template, completion_limits, admission, score_budget),
         EmbeddingRoutes(models, default, completion_limits, admission, score_budget),
         SessionRoutes(service.sessions, default, session_limits, admission, score_budget),
         CandidateRoutes(models, default, settings.max_prompt_chars, admission, score_budget),
         SessionCandidateRoutes(service.sessions, settings.max_prompt_chars, admission, score_budget),
         InspectRoutes(service.inspector, default, admission, score_budget),
         ModelRoutes(models, limits),
-        TokenRoutes(models, default, settings.max_prompt_chars, settings.max_tokens, admission),
+        TokenRoutes(models, default, template, settings.max_prompt_chars, settings.max_tokens, admission),
         HealthRoutes(models, default, store, drain, service.kernel.name),
         AdminRoutes(models.resolver),
         MetricRoutes(metrics.exposition),

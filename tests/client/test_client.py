@@ -215,6 +215,26 @@ def test_call__that_would_have_to_wait_longer_than_its_patience_fails_at_once() 
         assert failed.value.retry_after_s > 30
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "is_deleted"),
+    [
+        ("404 Not Found", "session_not_found", True),
+        ("410 Gone", "session_gone", True),
+        ("404 Not Found", "not_found", False),  # of the route: the address of the server is wrong
+        ("404 Not Found", "model_not_found", False),
+    ],
+)
+def test_delete__takes_only_the_sessions_own_404_for_done(status: str, code: str, is_deleted: bool) -> None:
+    answer = head("application/json", status) + b'{"error": {"message": "m", "code": "%s"}}' % code.encode()
+    with played([FACTS, answer]) as (url, _), Client(url) as client:
+        session = client.open("a")
+        if is_deleted:
+            session.delete()
+        else:
+            with pytest.raises(ServerError, match="404"):
+                session.delete()
+
+
 def test_call__ignores_a_retry_after_that_it_can_not_read_and_that_of_a_busy_session() -> None:
     answers = [refusal("503 Service Unavailable", f"Retry-After: {value}") for value in ("soon", "-1", "\u0661", "1.5")]
     busy = head("application/json", "409 Conflict", "Retry-After: 9") + b'{"error": {"code": "session_busy"}}'

@@ -118,6 +118,35 @@ def test_malformed_requests__are_refused(data: bytes, status: int | None) -> Non
     assert found.message
 
 
+@pytest.mark.parametrize(
+    ("data", "status", "advice"),
+    [
+        # The beginning of a TLS connection: a client that was given https:// would wait for an answer.
+        (bytes.fromhex("16030100c8010000c40303") + b"a" * 32, 400, "speaks HTTP, not HTTPS"),
+        (b"\x80\x2e\x01", 400, "speaks HTTP, not HTTPS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "speaks HTTP/1.1 and HTTP/1.0"),
+        (b"get / HTTP/1.1\r\nHost: a\r\n\r\n", 400, "capital letters"),
+        (b"GET / HTTP/1.1\nHost: a\n\n", 400, "end with CR LF"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n", 400, "on one line"),
+        (b"GET / HTTP/1.1\r\nHost : a\r\n\r\n", 400, "name of a header"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400, "only once"),
+        (HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n", 400, "only once"),
+        (HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "Transfer-Encoding"),
+        (b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", 400, "Transfer-Encoding"),
+    ],
+)
+def test_malformed_requests__say_what_to_do_as_soon_as_that_is_known(data: bytes, status: int, advice: str) -> None:
+    found = refusal(data)
+    assert found.status == status
+    assert advice in found.message
+
+
+def test_requests__of_a_later_minor_version_are_answered_in_http_1_1() -> None:
+    reader = Client().reader
+    reader.add(b"GET / HTTP/1.2\r\nHost: a\r\n\r\n")
+    assert reader.next_request(lambda _: None).version == (1, 1)
+
+
 def test_too_long_bodies__are_handed_out_early_and_skipped() -> None:
     client = Client()
     client.send(HEAD + b"Content-Length: 5000\r\n\r\nab")

@@ -16,7 +16,7 @@ from service.engine.automaton.form import Form
 from service.errors import InvalidValue
 from service.web.api.known_fields import NO_GRAMMAR, NO_TAGS, NO_WHITESPACE, Anyway, Name, Only
 from service.web.api.schemas import Body, SamplingBody
-from service.web.gate.body_json import TooManyValues, parse
+from service.web.gate.body_json import RefusedJson, parse
 
 MAX_CHOICES = 10_000
 # Of a form as it is compiled. A run's record has it while the run is unfinished, and is saved once a second.
@@ -167,11 +167,10 @@ def _parsed(schema: str, param: str) -> dict[str, Any]:
     """Return a schema that was sent as a string. It is bounded as a body is."""
     try:
         parsed = parse(schema)
-    except TooManyValues as error:
+    except RefusedJson as error:
         raise InvalidValue(f"{param}: {str(error).replace('the body', 'the schema')}", param=param) from None
-    except (ValueError, RecursionError) as error:
-        fault = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        raise InvalidValue(f"{param}: the string is not JSON: {fault}", param=param) from None
+    except ValueError as error:
+        raise InvalidValue(f"{param}: the string is not JSON: {error}", param=param) from None
     if not isinstance(parsed, dict):
         raise InvalidValue(f"{param}: a schema is a JSON object", param=param)
     return parsed
@@ -179,13 +178,7 @@ def _parsed(schema: str, param: str) -> dict[str, Any]:
 
 def _written(kind: Literal["choice", "json"], value: list[str] | dict[str, Any], param: str) -> _Wanted:
     """Return a form with its value as JSON, in the order in which it was sent."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except RecursionError:
-        raise InvalidValue(f"{param}: nested too deeply", param=param) from None
-    except ValueError:
-        message = f"{param}: has NaN, or a number beyond the largest of 64 bits, such as 1e999"
-        raise InvalidValue(message, param=param) from None
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return _checked(Form(kind, text), param)
 
 

@@ -6,13 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from http import HTTPStatus
+from inspect import signature
 from typing import Any, ClassVar
 
-from flask import Response
+from flask import Response, request
 from flask_openapi import APIBlueprint, OpenAPI, Tag
 
 from service.errors import InvalidValue
 from service.web.api.openapi import error_responses
+from service.web.api.schemas import Body
+from service.web.gate.error_responses import error_response
+from service.web.gate.rate_limit import count_cost
 from service.web.gate.route import Route, route_of
 
 
@@ -42,6 +46,11 @@ class Resource:
                 )(view)
         blueprint.before_request(self.before_view)
         app.register_api(blueprint)
+        for rule in app.url_map.iter_rules():
+            route = route_of(app.view_functions.get(rule.endpoint))
+            if route is not None and route.streams and rule.methods is not None:
+                # Flask would handle HEAD as GET, which takes a run from the connection that streams it.
+                rule.methods.discard("HEAD")
 
     def before_view(self) -> None:
         """Refuse a request, by raising an error, before any view of the resource is called. Refuses none by default."""
@@ -51,7 +60,7 @@ class Resource:
         for name, member in vars(type(self)).items():
             route = route_of(member)
             if route is not None:
-                yield route, _function(getattr(self, name))
+                yield route, _function(route, getattr(self, name))
 
 
 @contextmanager
@@ -65,9 +74,17 @@ def blaming(param: str | None) -> Iterator[None]:
         raise
 
 
-def _function(method: Callable[..., Response]) -> Callable[..., Response]:
+def _function(route: Route, method: Callable[..., Response]) -> Callable[..., Response]:
+    takes_query = "query" in signature(method).parameters or route.summary is None or route.is_check
+
     @wraps(method)
     def view(**arguments: Any) -> Response:
+        if request.args and not takes_query:
+            name = next(iter(request.args))[:80]
+            where = "send the field in the body" if route.takes_body else "leave it out"
+            return error_response(f"{name}: this route has no query parameters: {where}", "unknown_field", name)
+        if isinstance(body := arguments.get("body"), Body):
+            count_cost(body.num_chars)
         return method(**arguments)
 
     return view

@@ -51,6 +51,13 @@ class Body(BaseModel):
 
     other_names: ClassVar[Mapping[str, str]] = {}  # what clients call a field elsewhere -> its name here, for an error
 
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """Return how many characters the request reads and generates, for the rate limit.
+
+        max_tokens: what each of its texts may generate. 0 is returned for a request for more, which is refused.
+        """
+        return 0
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_not_given(cls, body: Any) -> Any:

@@ -6,15 +6,17 @@ import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
+from urllib.parse import quote
 
 import structlog
 from flask import Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from service import errors
 from service.errors import GruServeError, PositionConflict, SessionBusy
+from service.web.gate.body_json import written_path
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +93,11 @@ def body_of(error: GruServeError) -> dict[str, Any]:
         # These messages name files of the server, so only the log has them.
         public = "the model can't be used, because its files are damaged or unreadable: see the server's log"
         return error_body(public, error.code, status=status_of(type(error)))
-    body = error_body(error.message, error.code, error.param, status_of(type(error)))
+    message = error.message
+    if isinstance(error, errors.ModelNotFound) and error.param is not None:
+        # A 404 of a session's route is about the session, or else about the model that a field names.
+        message = f"{error.param}: {message}"
+    body = error_body(message, error.code, error.param, status_of(type(error)))
     if isinstance(error, PositionConflict):
         body["error"]["position"] = error.position
     return body
@@ -136,7 +142,7 @@ def validation_error_response(error: ValidationError) -> Response:
     paths = [_path(fault, schema, sent) for fault in same]
     path = max(paths, key=len)
     same = [fault for fault, its in zip(same, paths, strict=True) if its == path]
-    first, param = same[0], _written(path)
+    first, param = same[0], written_path(path)
     message = " or ".join(dict.fromkeys(_sentence(fault["type"], fault["msg"]) for fault in same))
     message = message.replace(" or must be ", " or ")
     if first["type"] == "extra_forbidden":
@@ -171,8 +177,7 @@ def register_error_handlers(app: Flask) -> None:
             ", ".join(sorted(getattr(error, "valid_methods", None) or ())),
         )
         if code == "not_found":
-            paths = [rule.rule for rule in app.url_map.iter_rules()]
-            message = f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
+            message = _no_route(app)
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
@@ -186,6 +191,24 @@ def register_error_handlers(app: Flask) -> None:
         return error_response(
             "internal error: the server's log has the details under this request's id", "internal_error"
         )
+
+
+def _no_route(app: Flask) -> str:
+    """Return what is wrong with the path of a request: its spelling, or a word of it."""
+    plain = re.sub("/+", "/", request.path).rstrip("/")
+    adapter = app.create_url_adapter(request)
+    if adapter is not None and len(plain) <= _MAX_WORD_CHARS and plain.isprintable():
+        try:
+            adapter.match(plain, method=request.method)
+            is_known = True
+        except MethodNotAllowed:
+            is_known = True
+        except HTTPException:
+            is_known = False
+        if is_known:
+            return f"there is no such route: write its path as {quote(plain)}, without needless slashes and escapes"
+    paths = [rule.rule for rule in app.url_map.iter_rules()]
+    return f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
 
 
 def _sentence(kind: str, message: str) -> str:
@@ -249,11 +272,6 @@ def _models_in(annotation: Any) -> Iterable[type[BaseModel]]:
         yield annotation
     for part in get_args(annotation):
         yield from _models_in(part)
-
-
-def _written(path: Sequence[str | int]) -> str:
-    """Return a path as a client reads it: `stream_options.include_usage`, `prompt[3]`."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in path).removeprefix(".")
 
 
 def _nearest_field(path: Sequence[str | int], schema: type[BaseModel] | None) -> str:

@@ -6,6 +6,7 @@ headers and its line in the log.
 
 from __future__ import annotations
 
+import codecs
 import re
 import secrets
 import time
@@ -13,10 +14,10 @@ from contextlib import ExitStack
 
 import structlog
 from flask import Flask, Response, g, request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException
 
 from service.shares import SharedBudget, current_client
-from service.web.gate.body_json import BodyJson, TooManyValues
+from service.web.gate.body_json import BodyJson, RefusedJson
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import error_response
 from service.web.gate.route import current_route
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 HTTP_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")  # clients can make up others
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_GZIP = b"\x1f\x8b"
 SMALL_BODY_BYTES = 65_536  # bodies up to this length are not counted, so that large ones never shut them out
 _CSP = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"  # pages.py sets others
 
@@ -69,7 +71,7 @@ def register_guard(app: Flask, drain: Drain) -> None:
 
 
 def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBudget) -> None:
-    """Take and parse the body of each request before the route validates it, and refuse HEAD of a stream.
+    """Take and parse the body of each request before the route validates it.
 
     A query with two parameters of one name is refused, as a body with two fields of one name is.
 
@@ -95,11 +97,7 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
 
     @app.before_request
     def _check_body() -> Response | None:
-        route = current_route()
-        if route.streams and request.method == "HEAD":
-            # Flask would handle it as GET, which takes a run from the connection that streams it.
-            raise MethodNotAllowed(valid_methods=_methods_without_head(app))
-        if not route.takes_body:
+        if not current_route().takes_body:
             return None
         return _refuse_unread(max_body_bytes) or _refuse_length(max_body_bytes, large_bodies) or _refuse_content()
 
@@ -115,15 +113,12 @@ def register_body_check(app: Flask, max_body_bytes: int, large_bodies: SharedBud
             large_body.close()
 
 
-def _methods_without_head(app: Flask) -> list[str]:
-    adapter = app.create_url_adapter(request)
-    return [method for method in adapter.allowed_methods() if method != "HEAD"] if adapter is not None else []
-
-
 def _refuse_unread(max_body_bytes: int) -> Response | None:
     """Return the refusal of a body by what the head says of it, or None."""
-    if request.content_encoding not in (None, "", "identity"):
-        return error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
+    if (request.content_encoding or "identity").lower() != "identity":
+        response = error_response("the body is compressed: send it uncompressed", "unsupported_media_type")
+        response.headers["Accept-Encoding"] = "identity"  # RFC 7694
+        return response
     if (request.content_length or 0) > max_body_bytes:
         return _too_large(max_body_bytes)
     if request.mimetype != "application/json":
@@ -170,19 +165,33 @@ def _refuse_content() -> Response | None:
     try:
         # Parsed once: Flask caches the result, and the validation after this takes it from there.
         body = request.get_json()
-    except RecursionError:
-        return error_response("the body is nested too deeply", "invalid_json")
-    except TooManyValues as error:
-        return error_response(str(error), "invalid_json")
+    except RefusedJson as error:
+        return error_response(str(error), "invalid_json" if error.path is None else "out_of_range", error.path)
     except HTTPException as error:
-        if not request.get_data():
-            return error_response("the body is empty: send a JSON object", "invalid_json")
-        cause = error.__cause__ if isinstance(error.__cause__, HTTPException) else error
-        fault = (cause.description or "").removeprefix("Failed to decode JSON object: ")
-        return error_response(f"the body is not JSON in UTF-8: {fault}", "invalid_json")
+        return error_response(_fault_of(request.get_data(), error), "invalid_json")
     if not isinstance(body, dict):
         return error_response("the body has to be a JSON object", "invalid_json")
     return None
+
+
+def _fault_of(body: bytes, error: HTTPException) -> str:
+    """Return what is wrong with a body that could not be parsed, and what to do."""
+    if not body:
+        if request.content_length is None and "Transfer-Encoding" not in request.headers:
+            return "the body is empty: send a JSON object, with its Content-Length or with Transfer-Encoding: chunked"
+        return "the body is empty: send a JSON object"
+    if body.startswith(_GZIP):
+        return "the body is not JSON in UTF-8: it is compressed: send it uncompressed"
+    if b"\0" in body[:4] or body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "the body is not JSON in UTF-8: it is UTF-16 or UTF-32: send UTF-8"
+    try:
+        body.decode()
+    except UnicodeDecodeError as wrong:
+        byte = f"byte {wrong.start} (0x{body[wrong.start]:02x})"
+        return f"the body is not JSON in UTF-8: it is not UTF-8: {byte} begins no character: encode the body in UTF-8"
+    cause = error.__cause__ if isinstance(error.__cause__, HTTPException) else error
+    fault = (cause.description or "").removeprefix("Failed to decode JSON object: ")
+    return f"the body is not JSON in UTF-8: {fault}"
 
 
 def _logged_path(app: Flask) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import structlog
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app
 from flask_limiter import Limiter, RequestLimit
 from limits.strategies import SlidingWindowCounterRateLimiter
 
@@ -20,20 +20,22 @@ from service.web.gate.route import current_route
 
 log = structlog.get_logger(__name__)
 
-_READ_FIELDS = ("text", "messages", "input", "candidates")  # that have the characters to read, besides `prompt`
 _START_CHARS = 8192  # characters of one start; a request for more counts as several
 
 
-def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -> Callable[[], None]:
+def register_rate_limit(
+    app: Flask, rate: str, storage_url: str = "memory://", max_tokens: int = 0
+) -> Callable[[], None]:
     """Refuse requests that start work more often than `rate` allows. Return a function that closes connections.
 
-    All requests of a client to routes that count as a start count together. `register_start_costs` lets large requests
-    count several times. `rate` is a rate such as `600/minute`, or several separated by semicolons; empty sets
-    no limit. `storage_url` says where requests are counted: `memory://` counts those of this process, any URL of the
-    session store those of all replicas. Raises InvalidSettings if the URL is invalid.
+    All requests of a client to routes that count as a start count together. `count_cost` lets large requests count
+    several times; `max_tokens` is what it passes on. `rate` is a rate such as `600/minute`, or several separated by
+    semicolons; empty sets no limit. `storage_url` says where requests are counted: `memory://` counts those of this
+    process, any URL of the session store those of all replicas. Raises InvalidSettings if the URL is invalid.
     """
     if not rate:
         return lambda: None
+    app.config["MAX_TOKENS"] = max_tokens
     is_shared = not storage_url.startswith("memory:")
     if not is_shared:
         storage_url = f"{ProcessStorage.STORAGE_SCHEME[0]}://"
@@ -66,67 +68,27 @@ def register_rate_limit(app: Flask, rate: str, storage_url: str = "memory://") -
     return close
 
 
-def register_start_costs(app: Flask, max_chars: int, max_texts: int, chat_chars: int) -> None:
-    """Count large requests several times. Does nothing without a rate limit.
+def count_cost(num_chars: Callable[[int], int]) -> None:
+    """Count a request that reads and generates many characters several times. Does nothing without a rate limit.
 
-    A request is refused only if not a single start is left. So one that counts for more than the whole limit is
-    possible too, and uses it up. Register this after the check of the body, which it reads.
+    The request has been counted once, and was refused if not a single start was left. So one that counts for more than
+    the whole limit is possible too, and uses it up.
 
     Args:
-        app: The application.
-        max_chars: Characters that a text may have. A request for more is refused later, and counts once.
-        max_texts: The same for its texts.
-        chat_chars: Characters that a chat generates at most if it doesn't say.
+        num_chars: Returns how many characters the request reads and generates. Its argument is how many each of its
+            texts may generate: a request for more is refused later, and counts once.
     """
-
-    @app.before_request
-    def _count_cost() -> None:
-        limiter = next(iter(app.extensions.get("limiter", ())), None)
-        if limiter is None or not current_route().counts_as_start:
-            return
-        num_more = (_num_chars(request.get_json(), max_chars, max_texts, chat_chars) - 1) // _START_CHARS
-        if num_more < 1:
-            return
-        try:
-            for limit in limiter.current_limits:
-                limiter.limiter.hit(limit.limit, *limit.request_args, cost=min(num_more, limit.remaining))
-        except Exception as error:  # noqa: BLE001 - the storage has failed since it counted the request once
-            log.warning("the cost of a request was not counted", error=type(error).__name__)
-
-
-def _num_chars(body: Any, max_chars: int, max_texts: int, chat_chars: int) -> int:
-    """Return how many characters a request reads and generates: 0 for a body that will be refused.
-
-    The body is JSON that no schema has seen yet.
-    """
-
-    def number(name: str, default: int, largest: int) -> int:
-        value = body.get(name)
-        return default if value is None else value if type(value) is int and 0 <= value <= largest else -1
-
-    prompts = body.get("prompt")
-    # A list is a text of ids if its first element is one.
-    prompts = prompts if isinstance(prompts, list) and prompts and type(prompts[0]) is not int else [prompts]
-    num_read = sum(map(_length, (*prompts, *map(body.get, _READ_FIELDS))))
-    num_choices = number("beam", 0, max_texts) or number("best_of", 0, max_texts) or number("n", 1, max_texts)
-    max_tokens = number("max_completion_tokens", 0, max_chars) or number("max_tokens", 0, max_chars)
-    if max_tokens == 0 and "messages" in body:
-        max_tokens = min(chat_chars, max_chars)
-    if min(num_choices, max_tokens) < 0 or len(prompts) > max_texts:
-        return 0
-    return int(num_read + max_tokens * num_choices * len(prompts))
-
-
-def _length(text: Any, depth: int = 4) -> int:
-    """Return the number of characters of a text, and of what a list of texts, ids, messages or parts has.
-
-    depth: How far lists and objects are looked into. The deepest text that is read is one in a part of a message.
-    """
-    if isinstance(text, dict) and depth:
-        return _length(text.get("content"), depth - 1) + _length(text.get("text"), depth - 1)
-    if isinstance(text, list) and depth:
-        return sum(_length(one, depth - 1) for one in text)
-    return len(text) if isinstance(text, str) else 1 if isinstance(text, int) else 0
+    limiter = next(iter(current_app.extensions.get("limiter", ())), None)
+    if limiter is None or not current_route().counts_as_start:
+        return
+    num_more = (num_chars(current_app.config["MAX_TOKENS"]) - 1) // _START_CHARS
+    if num_more < 1:
+        return
+    try:
+        for limit in limiter.current_limits:
+            limiter.limiter.hit(limit.limit, *limit.request_args, cost=min(num_more, limit.remaining))
+    except Exception as error:  # noqa: BLE001 - the storage has failed since it counted the request once
+        log.warning("the cost of a request was not counted", error=type(error).__name__)
 
 
 def _refusal(breached: RequestLimit) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import secrets
+import string
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -28,7 +29,8 @@ _STATUS_OF_ERROR: dict[type[Exception], HTTPStatus] = {
     errors.InvalidHTTPVersion: HTTPStatus.HTTP_VERSION_NOT_SUPPORTED,
 }
 _MESSAGES = {
-    HTTPStatus.BAD_REQUEST: "the request is not valid HTTP/1.1",
+    HTTPStatus.BAD_REQUEST: "the request is not valid HTTP/1.1: it begins with a line such as `GET /version HTTP/1.1`, "
+    "and all lines of its head end with CR LF",
     HTTPStatus.REQUEST_URI_TOO_LONG: "the request line is longer than 4,094 bytes",
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "the head of the request is too long: it may have 100 fields, of up to "
     "8,190 bytes each, and 32,768 bytes in total",
@@ -36,6 +38,19 @@ _MESSAGES = {
     HTTPStatus.NOT_IMPLEMENTED: "the only transfer coding that the server knows is chunked",
     HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: "the server speaks HTTP/1.1 and HTTP/1.0",
 }
+# What is wrong with a request of the status 400, where the error tells more than that it is not valid.
+_FAULTS: dict[type[Exception], str] = {
+    errors.InvalidRequestMethod: "the method is not valid: methods are written in capital letters, such as POST",
+    errors.InvalidHeaderName: "the name of a header is not valid: a name has no spaces, and a colon follows it at once",
+    errors.ObsoleteFolding: "a header continues on a second line: write it on one line",
+    errors.InvalidHeader: "a header is not valid: it has no colon or a control character, it may be sent only once, "
+    "such as Host, Content-Type and Content-Length, or it may not be sent, such as Transfer-Encoding with "
+    "Content-Length or in HTTP/1.0",
+}
+_METHOD_BYTES = frozenset(
+    b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode()
+)  # RFC 9110, 5.6.2
+_HTTP_2 = b"PRI * HTTP/2"  # the beginning of a connection of HTTP/2
 
 
 class Refusal(Exception):
@@ -148,6 +163,14 @@ class RequestReader:
         received = self._received
         while received.startswith(b"\r\n"):  # RFC 9112, 2.2: empty lines before a request are ignored
             del received[:2]
+        if (
+            received and received != b"\r" and received[0] not in _METHOD_BYTES
+        ):  # such as TLS, whose client waits for an answer
+            message = "the server speaks HTTP, not HTTPS: write http:// in its address, or use the proxy that ends TLS"
+            raise Refusal(HTTPStatus.BAD_REQUEST, "bad_request", message, "not HTTP")
+        if received.startswith(_HTTP_2):
+            status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
+            raise Refusal(status, "bad_request", _MESSAGES[status], "HTTP/2")
         end = received.find(b"\r\n\r\n", max(0, self._searched - 3))
         if end < 0 and len(received) <= MAX_HEAD_BYTES and received.count(b"\n") == received.count(b"\r\n"):
             self._searched = len(received)
@@ -169,10 +192,13 @@ class RequestReader:
             ):  # RFC 9112, 3.2
                 message = "HTTP/1.1 requires the header Host: send the name or the address of the server in it"
                 raise Refusal(HTTPStatus.BAD_REQUEST, "bad_request", message, "no Host")
+            if request.version > (1, 1):  # the answer would have it, too
+                request.version = (1, 1)
             return request
         except (errors.ParseException, errors.NoMoreData, StopIteration) as error:
             status = _STATUS_OF_ERROR.get(type(error), HTTPStatus.BAD_REQUEST)
-            raise Refusal(status, "bad_request", _MESSAGES[status], type(error).__name__) from None
+            message = _FAULTS.get(type(error), _MESSAGES[status])
+            raise Refusal(status, "bad_request", message, type(error).__name__) from None
 
 
 class _Withheld(io.RawIOBase):

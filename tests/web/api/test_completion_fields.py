@@ -13,9 +13,8 @@ from flask.testing import FlaskClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.web.api.completions.schemas import CompletionAnswer
+from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
 from service.web.gate.body_json import MAX_VALUES
-from service.web.gate.rate_limit import _num_chars
 from tests.harness.application import ok, refused
 from tests.harness.models import TINY_CHARSET
 
@@ -220,8 +219,10 @@ def test_prompt__of_ids_may_be_longer_than_other_lists(client: FlaskClient) -> N
 def test_rate_limit__counts_prompts_of_ids_as_texts() -> None:
     for texts in ("abc", ["abc", "de"]):
         ids = ids_of(texts) if isinstance(texts, str) else list(map(ids_of, texts))
-        costs = [_num_chars({"prompt": prompt, "max_tokens": 100, "n": 2}, 500, 128, 0) for prompt in (texts, ids)]
-        assert costs[0] == costs[1] > 200
+        bodies = [
+            CompletionBody.model_validate({"prompt": prompt, "max_tokens": 100, "n": 2}) for prompt in (texts, ids)
+        ]
+        assert bodies[0].num_chars(500) == bodies[1].num_chars(500) > 200
 
 
 # What an answer has besides its text

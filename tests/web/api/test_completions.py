@@ -24,7 +24,7 @@ from service.web.api.completions.routes import CompletionLimits, CompletionRoute
 from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.error_responses import register_error_handlers
-from tests.harness.application import client_of, ok
+from tests.harness.application import client_of, ok, refused
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 20, "seed": 7}
@@ -368,6 +368,23 @@ def test_body__nested_too_deeply_is_refused_at_any_depth(client: FlaskClient) ->
         assert response.status_code == 400, depth
 
 
+def test_body__may_be_nested_to_a_depth_that_does_not_depend_on_the_interpreter(client: FlaskClient) -> None:
+    """Also in fields that nobody reads."""
+
+    def send(value: str) -> Any:
+        body = f'{{"prompt": "a", "max_tokens": 1, "metadata": {{"a": {value}}}}}'
+        return client.post("/v1/completions", data=body, content_type="application/json")
+
+    ok(send("[" * 126 + "]" * 126))  # in two objects
+    ok(send('{"a":[' * 63 + "]}" * 63))
+    ok(send('"' + "[" * 1000 + '"'))
+    ok(send("[" + ",".join(["[[]]"] * 200) + "]"))
+    for value in ("[" * 127 + "]" * 127, '{"a":' * 200 + "1" + "}" * 200, "[" * 5000 + "]" * 5000, "[" * 5000):
+        assert "128" in refused(send(value), 400, "invalid_json")["message"]
+    for value in ("[" * 100 + "]" * 200, "]" * 300 + "[" * 300):
+        refused(send(value), 400, "invalid_json")
+
+
 FLOODS = {
     "fields": b'{"prompt": "a", ' + b",".join(b'"f%d": 1' % i for i in range(5000)) + b"}",
     "entries of logit_bias": b'{"prompt": "a", "logit_bias": {'
@@ -422,6 +439,41 @@ def test_body__with_two_fields_of_one_name_is_refused(client: FlaskClient) -> No
         response = client.post("/v1/completions", data=body, content_type="application/json")
         assert (response.status_code, response.get_json()["error"]["code"]) == (400, "invalid_json")
         assert "two fields of one name" in response.get_json()["error"]["message"]
+    body = b'{"prompt": "a", "metadata": {"x": [{"of mine": 1, "y": 2, "of mine": 1}]}}'
+    response = client.post("/v1/completions", data=body, content_type="application/json")
+    assert "of mine" in refused(response, 400, "invalid_json")["message"]  # also in fields without an effect
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", '{"prompt": "a", "metadata": {"a": [1, {"b": %s}]}}', "metadata.a[1].b"),
+        ("completions", '{"prompt": "a", "logit_bias": {"a": %s}}', "logit_bias.a"),
+        ("completions", '{"prompt": "a", "max_tokens": %s}', "max_tokens"),
+        ("completions", '{"prompt": ["a", %s]}', "prompt[1]"),
+        ("completions", '{"prompt": "a", "nobody knows": [[%s]]}', "nobody knows[0][0]"),
+        (
+            "completions",
+            '{"prompt": "a", "structured_outputs": {"json": {"const": %s}}}',
+            "structured_outputs.json.const",
+        ),
+        ("chat/completions", '{"messages": [{"role": "user", "content": "a"}], "prediction": %s}', "prediction"),
+        ("embeddings", '{"input": "a", "metadata": {"a": %s}}', "metadata.a"),
+        ("sessions", '{"ttl_s": %s}', "ttl_s"),
+    ],
+)
+def test_body__with_a_number_that_json_does_not_have_is_refused_by_its_path(
+    client: FlaskClient, path: str, body: str, param: str
+) -> None:
+    for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400 + ".5"):
+        response = client.post(f"/v1/{path}", data=body % number, content_type="application/json")
+        assert "finite" in refused(response, 400, "out_of_range", param)["message"]
+
+
+def test_body__that_is_such_a_number_is_no_object(client: FlaskClient) -> None:
+    for body in ("NaN", "[NaN]", "1e999"):
+        response = client.post("/v1/completions", data=body, content_type="application/json")
+        assert "object" in refused(response, 400, "invalid_json")["message"]
 
 
 def test_body__with_a_number_of_thousands_of_digits_is_refused_in_words_for_clients(client: FlaskClient) -> None:

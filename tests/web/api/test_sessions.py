@@ -397,6 +397,37 @@ def test_bad_input__is_refused_and_changes_nothing(
     assert ok(client.get(session))["position"] == 6
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a"}, "model"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, "model"),
+        ("/v1/embeddings", {"input": "a"}, "model"),
+        ("/v1/score", {"candidates": ["a"]}, "model"),
+        ("/v1/inspect", {"text": "a"}, "model"),
+        ("/v1/sessions", {}, "model"),
+        ("/tokenize", {"prompt": "a"}, "model"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "a"}]}, "model"),
+        ("/detokenize", {"tokens": [1]}, "model"),
+        ("/S/feed", {"text": ""}, "rebase"),
+    ],
+)
+def test_unknown_model__is_told_from_an_unknown_session_by_code_and_field(
+    client: FlaskClient, session: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    path = path.replace("/S", session)
+    for name in ("nobody", "tiny@99", "tiny@nobody", "a b", "tiny@", "@1"):
+        error = refused(client.post(path, json=body | {param: name}), 404, "model_not_found", param)
+        assert error["message"].startswith(f"{param}: ")
+    refused(client.post(path, json=body | {param: "x" * 201}), 400, "out_of_range", param)
+    refused(client.post(path, json=body | {param: 1}), 400, "wrong_type", param)
+    if path != "/v1/chat/completions" and "messages" not in body:  # this model has no template
+        for default in ("", None):
+            assert client.post(path, json=body | {param: default}).status_code in (200, 201)
+    lost = client.post("/v1/sessions/nobody/feed", json={"text": "", "rebase": "nobody"})
+    refused(lost, 404, "session_not_found")  # the session is looked for first
+
+
 def test_unknown_chars__are_folded_or_dropped_on_request(client: FlaskClient, session: str) -> None:
     assert ok(client.post(f"{session}/feed", json={"text": "é—", "unknown_chars": "fold"}))["position"] == 8
     assert ok(client.post(f"{session}/feed", json={"text": "é—a", "unknown_chars": "drop"}))["position"] == 9

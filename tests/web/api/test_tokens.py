@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
@@ -81,3 +83,66 @@ def test_tokenizer_files__are_those_of_the_charset(client: FlaskClient) -> None:
         assert ok(client.get(f"/v1/models/{ref}/tokenizer.json")) == hugging_face.tokenizer(Charset(TINY_CHARSET))
         assert ok(client.get(f"/v1/models/{ref}/tokenizer_config.json")) == ok(client.get("/tokenizer_info"))
     refused(client.get("/v1/models/nope/tokenizer.json"), 404, "model_not_found", "id")
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlaskClient]:
+    """A server with a model that answers chats, `tiny`, and one without a template, `plain`."""
+    store = ModelStore(tmp_path_factory.mktemp("store"))
+    publish_tiny(store, "tiny", chat="play")
+    publish_tiny(store, "plain")
+    with client_of(Settings(model_store=store.root, model="tiny", max_tokens=500, max_prompt_chars=1000)) as client:
+        # A first request, because the engine's thread starts with its first work.
+        client.post("/v1/completions", json={"prompt": "z", "max_tokens": 1})
+        yield client
+
+
+CHAT = [
+    {"role": "system", "content": "A street"},
+    {"role": "user", "content": [{"type": "text", "text": "Lord\u2019s there?"}]},
+]
+
+
+def test_tokenize__of_a_chat_has_the_ids_that_the_chat_reads(speaker: FlaskClient) -> None:
+    body = {"messages": CHAT, "return_token_strs": True}  # as vLLM's documentation has it
+    answer = ok(speaker.post("/tokenize", json=body))
+    text = "A street\n\nROMEO:\nLord's there?\n\nJULIET:\n"
+    assert answer == {"count": len(text), "max_model_len": 1500, "tokens": ids(text), "token_strs": list(text)}
+    read = ok(speaker.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1}))["usage"]["prompt_tokens"]
+    assert read == answer["count"]
+    neutral = {"chat_template": None, "chat_template_kwargs": {}, "mm_processor_kwargs": None, "tools": []}
+    assert ok(speaker.post("/tokenize", json=body | neutral | {"add_special_tokens": False})) == answer
+    turn = ok(speaker.post("/tokenize", json=body | {"add_generation_prompt": False}))
+    assert "".join(turn["token_strs"]) == "A street\n\nROMEO:\nLord's there?\n\n"
+    begun = [*CHAT, {"role": "assistant", "name": "Nurse", "content": "Patience, "}]
+    begun_body = {"messages": begun, "continue_final_message": True, "return_token_strs": True}
+    unfinished = "".join(ok(speaker.post("/tokenize", json=begun_body | {"unknown_chars": "drop"}))["token_strs"])
+    assert unfinished.endswith("there?\n\nurse:\natience, ")  # the tiny model has no N and no P
+
+
+def test_tokenize__of_a_chat_refuses_what_the_chat_refuses(speaker: FlaskClient) -> None:
+    def error(code: str, param: str, **body: Any) -> str:
+        return str(refused(speaker.post("/tokenize", json=body), 400, code, param)["message"])
+
+    assert "models chat plain@1" in error("no_chat_template", "model", messages=CHAT, model="plain")
+    assert "§" in error(
+        "unknown_characters", "messages[0].content", messages=[{"role": "user", "content": "§"}], unknown_chars="error"
+    )
+    error("out_of_range", "messages", messages=[{"role": "user", "content": "a" * 1001}])
+    error("out_of_range", "messages", messages=[{"role": "user", "content": "a" * 1000}])  # with the names
+    error("out_of_range", "messages", messages=[])
+    error("out_of_range", "continue_final_message", messages=CHAT, continue_final_message=True)
+    both = {"continue_final_message": True, "add_generation_prompt": True}
+    error("out_of_range", "add_generation_prompt", messages=[{"role": "assistant", "content": "a"}], **both)
+    error("unsupported_value", "tools", messages=CHAT, tools=[{"type": "function"}])
+    error("unsupported_value", "chat_template", messages=CHAT, chat_template="{{ x }}")
+    error("out_of_range", "messages", messages=CHAT, prompt="a")
+    error("out_of_range", "add_generation_prompt", prompt="a", add_generation_prompt=True)
+    assert "messages" in error("out_of_range", "prompt", model="tiny")
+
+
+def test_tokenize__of_a_chat_takes_the_servers_template(tmp_path: Path) -> None:
+    publish_tiny(ModelStore(tmp_path), "plain")
+    with client_of(Settings(model_store=tmp_path, model="plain", chat_template="lines")) as client:
+        answer = ok(client.post("/tokenize", json={"messages": CHAT, "return_token_strs": True}))
+        assert "".join(answer["token_strs"]) == "A street\nLord's there?\n"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from flask import Flask
@@ -23,13 +23,14 @@ from service.errors import InvalidSettings, Overloaded, TooManyStreams
 from service.settings import Settings, read_settings
 from service.shares import work_for
 from service.store.model_store import ModelStore
+from service.web.api.schemas import Body
 from service.web.gate.admission import AdmissionLimit
 from service.web.gate.drain import Drain
 from service.web.gate.error_responses import register_error_handlers
 from service.web.gate.guard import register_guard
 from service.web.gate.rate_limit import register_rate_limit
 from service.web.gate.rate_storage import ProcessStorage
-from service.web.gate.route import Route
+from service.web.gate.route import Route, route_of
 from tests.harness.application import client_of
 from tests.harness.clock import Clock
 from tests.harness.redis_topologies import admin_of, sentinel_group
@@ -83,7 +84,7 @@ def test_rate_setting__accepts_several_notations(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore) -> None:
-    """By texts times characters, 8,192 of which are one start. A request that is refused counts once."""
+    """By texts times characters, 8,192 of which are one start. What its schema refuses counts once."""
     settings = Settings(model_store=tiny_store.root, model="tiny", rate_limit="20/day")
     small = {"prompt": "a", "max_tokens": 1}
     with client_of(settings) as client:
@@ -107,6 +108,14 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             ({"prompt": "a" * 99_000, "max_tokens": 1}, 200, 13),
             ({"prompt": {"a": 1}}, 400, 1),
             ({"prompt": "a", "n": 24, "max_tokens": 8192}, 200, 20),  # more than the limit: it uses all that is left
+            # Fields that are not sent, or sent as null, count with their defaults.
+            ({"prompt": "a" * 8190}, 200, 2),  # 8,190 characters are read, and 16 generated
+            ({"prompt": "a" * 8190, "max_tokens": None, "n": None, "beam": None, "best_of": None}, 200, 2),
+            ({"prompt": [[1] * 4000, [1] * 4180]}, 200, 2),
+            ({"prompt": ["a" * 1000] * 8, "beam": 2}, 200, 2),
+            ({"prompt": "a" * 8190, "max_tokens": 1.0, "n": 2.0}, 200, 1),
+            ({"prompt": "a" * 8190, "max_tokens": 2.0, "n": 2.0}, 200, 2),
+            ({"prompt": "a" * 20_000, "text": "a" * 20_000}, 400, 1),  # an unknown field is not read
         ]
         for number, (body, status, cost) in enumerate(requests):
             address = f"10.0.0.{number}"
@@ -119,13 +128,33 @@ def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore)
             ("embeddings", {"input": ["a" * 20_000] * 2}, 5),
             ("embeddings", {"input": [[[[[[["a"]]]]]]]}, 1),
             ("score", {"prompt": "a" * 20_000, "candidates": ["a" * 10_000, "b" * 10_000]}, 5),
+            ("chat/completions", {"messages": parts, "max_tokens": None, "max_completion_tokens": 8192}, 6),
+            ("chat/completions", {"messages": parts, "max_completion_tokens": 8193}, 1),
+            ("../tokenize", {"prompt": "a" * 20_000}, 3),
+            ("../detokenize", {"tokens": [1] * 20_000}, 3),
+            ("sessions/none/suggest", {"n": 32, "max_chars": 256, "prompt": "a"}, 2),
         ]
         for number, (path, body, cost) in enumerate(others):
-            client.post(f"/v1/{path}", json=body, environ_base={"REMOTE_ADDR": f"10.0.1.{number}"})
+            path = f"/v1/{path}".replace("/v1/..", "")
+            client.post(path, json=body, environ_base={"REMOTE_ADDR": f"10.0.1.{number}"})
             assert num_left(f"10.0.1.{number}") == 20 - cost, path
         assert client.put("/v1/sessions/a", json={"text": "a" * 50_000}).status_code == 201
         assert client.post("/v1/sessions/a/generate", json={"max_tokens": 2}).status_code == 200
         assert num_left("127.0.0.1") == 20 - 7 - 1
+
+
+def test_start_costs__every_body_of_a_route_that_counts_says_what_it_reads(tiny_store: ModelStore) -> None:
+    """So that no route is forgotten: the cost is that of the validated body, with its defaults."""
+    with client_of(Settings(model_store=tiny_store.root, model="tiny")) as client:
+        bodies = {
+            get_type_hints(view).get("body"): route.path
+            for view in client.application.view_functions.values()
+            if (route := route_of(view)) is not None and route.counts_as_start
+        }
+    reading_little = {"/v1/inspect", "/v1/sessions/<id>/rewind", "/v1/sessions/<id>/fork", "/admin/reload"}
+    silent = {path for body, path in bodies.items() if body is not None and body.num_chars is Body.num_chars}
+    assert silent <= reading_little
+    assert len(bodies) >= 14
 
 
 def test_rate_storage__forgets_what_is_old_and_whom_it_has_not_seen_for_longest(

@@ -44,7 +44,12 @@ class _CandidatesBody(Body):
         description="what `score` is: the log-probability (`none`), its mean per character (`length`), or the "
         "log-probability given that it is one of the candidates (`candidates`: their probabilities sum to 1)",
     )
+    prompt: str = Field("", description=_PROMPT)
     unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.prompt) + sum(map(len, self.candidates))
 
 
 class ScoreBody(_CandidatesBody):
@@ -71,7 +76,6 @@ class SessionScoreBody(_CandidatesBody):
 
     model_config = ConfigDict(json_schema_extra={"example": {"candidates": ["light", "night"], "normalize": "length"}})
 
-    prompt: str = Field("", description=_PROMPT)
     position: Position | None = Field(None, description=f"{_POSITION}. Default: the end of the text")
 
 
@@ -96,6 +100,10 @@ class SuggestBody(FormBody):
         32, ge=1, le=_MAX_SUGGESTED_CHARS, description="longer texts are not suggested, rather than cut off"
     )
     unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.prompt) + self.n * self.max_chars
 
     @model_validator(mode="after")
     def _check_until(self) -> Self:

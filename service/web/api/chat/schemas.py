@@ -20,9 +20,12 @@ from service.web.api.known_fields import OTHER_NAMES, Anyway, ClientFields, Name
 from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef, Usage
 
 DEFAULT_MAX_TOKENS = 1024
+DEFAULT_UNKNOWN_CHARS: UnknownChars = "fold_drop"
 MAX_MESSAGES = 1024
 _HARD_MAX_TOKENS = 2**53
-_NO_TOOLS = "the models call no tools"
+NO_TOOLS = "the models call no tools"
+OWN_TEMPLATE = "the template belongs to the version: see `gru-serve models chat`"
+NO_VARIABLES = "a template has no variables"
 _NO_THOUGHTS = "the models don't think before they write"
 
 
@@ -68,11 +71,19 @@ class Message(Body):
     refusal: Annotated[Any, Only("the models refuse nothing: send the text as `content`")] = None
     annotations: Annotated[Any, Only("the models read text only", [])] = None
     audio: Annotated[Any, Only("the models read text only")] = None
-    tool_calls: Annotated[Any, Only(_NO_TOOLS, [])] = None
-    tool_call_id: Annotated[Any, Only(_NO_TOOLS)] = None
-    function_call: Annotated[Any, Only(_NO_TOOLS)] = None
+    tool_calls: Annotated[Any, Only(NO_TOOLS, [])] = None
+    tool_call_id: Annotated[Any, Only(NO_TOOLS)] = None
+    function_call: Annotated[Any, Only(NO_TOOLS)] = None
     reasoning: Annotated[Any, Only(_NO_THOUGHTS, "")] = None
     reasoning_content: Annotated[Any, Only(_NO_THOUGHTS, "")] = None
+
+    @property
+    def text(self) -> str:
+        """The content, with its parts joined."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatFields(ClientFields):
@@ -80,11 +91,11 @@ class ChatFields(ClientFields):
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES | {"prompt": "messages", "input": "messages"}
 
-    tools: Annotated[Any, Only(_NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, Only(_NO_TOOLS, "none", "auto")] = None
-    parallel_tool_calls: Annotated[bool | None, Anyway(_NO_TOOLS)] = None
-    functions: Annotated[Any, Only(_NO_TOOLS, [])] = None
-    function_call: Annotated[Any, Only(_NO_TOOLS, "none", "auto")] = None
+    tools: Annotated[Any, Only(NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, Only(NO_TOOLS, "none", "auto")] = None
+    parallel_tool_calls: Annotated[bool | None, Anyway(NO_TOOLS)] = None
+    functions: Annotated[Any, Only(NO_TOOLS, [])] = None
+    function_call: Annotated[Any, Only(NO_TOOLS, "none", "auto")] = None
     modalities: Annotated[Any, Only("the models write text only", ["text"])] = None
     audio: Annotated[Any, Only("the models write text only")] = None
     web_search_options: Annotated[Any, Only("the models search nothing: send what they should read")] = None
@@ -93,8 +104,8 @@ class ChatFields(ClientFields):
     reasoning_effort: Annotated[Name | None, Anyway(_NO_THOUGHTS)] = None
     include_reasoning: Annotated[bool | None, Anyway(_NO_THOUGHTS)] = None
     verbosity: Annotated[Name | None, Only("use `max_tokens`", "medium")] = None
-    chat_template: Annotated[Any, Only("the template belongs to the version: see `gru-serve models chat`")] = None
-    chat_template_kwargs: Annotated[Any, Only("a template has no variables", {})] = None
+    chat_template: Annotated[Any, Only(OWN_TEMPLATE)] = None
+    chat_template_kwargs: Annotated[Any, Only(NO_VARIABLES, {})] = None
     prompt_logprobs: Annotated[Any, Only("use POST /v1/completions", False)] = None
     return_token_ids: Annotated[bool | None, Only("use POST /v1/completions", False)] = None
     echo: Annotated[bool | None, Only("use POST /v1/completions", False)] = None
@@ -110,7 +121,7 @@ class ChatBody(ChatFields, GenerationBody):
         }
     )
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Messages
     model: ModelRef = Field(None, description="name, name@version or name@alias; default: the server's default model")
     max_tokens: int = Field(
         DEFAULT_MAX_TOKENS,
@@ -127,7 +138,7 @@ class ChatBody(ChatFields, GenerationBody):
         None, ge=0, le=20, description="with `logprobs`, also return this many most likely characters at each position"
     )
     unknown_chars: UnknownChars = Field(
-        "fold_drop",
+        DEFAULT_UNKNOWN_CHARS,
         description=f"{UNKNOWN_CHARS}, in all texts of the request. `drop` leaves out a `stop` string that has one",
     )
     stream: bool = Field(False, description="send the answer as server-sent events while it is generated")
@@ -144,6 +155,23 @@ class ChatBody(ChatFields, GenerationBody):
         max_length=256,
         description="only chats with the same salt, of the same API key, share cached hidden states",
     )
+
+    def num_chars(self, max_tokens: int) -> int:
+        """See Body."""
+        max_chars = self.max_chars(max_tokens)
+        if max_chars > max_tokens:
+            return 0
+        return sum(len(message.text) for message in self.messages) + max_chars * self.n
+
+    def max_chars(self, max_tokens: int) -> int:
+        """Return how many characters an answer may have. Only a default is lowered to `max_tokens`."""
+        wanted: int = getattr(self, self.length_field)
+        return wanted if self.length_field in self.model_fields_set else min(wanted, max_tokens)
+
+    @property
+    def length_field(self) -> str:
+        """Which of its two names the limit of the answer's length has."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @model_validator(mode="after")
     def _check_min_tokens(self) -> Self:

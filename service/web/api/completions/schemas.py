@@ -125,6 +125,13 @@ class CompletionBody(ClientFields, GenerationBody):
         None
     )
 
+    def num_chars(self, max_tokens: int) -> int:
+        """See Body."""
+        num_choices = self.beam or (self.best_of if self.best_of is not None else self.n)
+        if self.max_tokens > max_tokens:
+            return 0
+        return sum(len(prompt) + self.max_tokens * num_choices for prompt in self.prompts)
+
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each as a text or as ids."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import cast
 
 from flask import Response
 
@@ -60,7 +59,7 @@ class EmbeddingRoutes(Resource):
 
         The vector of a text is the same to the bit whichever texts are sent with it.
         """
-        texts = _texts(body)
+        texts = body.texts
         _check_lengths(texts, self._limits.max_prompt_chars)
         with ExitStack() as held:
             held.enter_context(self._admission.admit())
@@ -92,15 +91,6 @@ class EmbeddingRoutes(Resource):
                 "the server computes as many vectors as it can, or as it can for you: try again in a second"
             )
         held.callback(budget.give_back, client, num_numbers)
-
-
-def _texts(body: EmbeddingsBody) -> list[tuple[str, str | list[int]]]:
-    """Return each text, or its ids, with its path in the body."""
-    sent = body.input
-    if isinstance(sent, str) or isinstance(sent[0], int):
-        return [("input", sent)]
-    texts = cast("list[str | list[int]]", sent)
-    return [(f"input[{place}]", text) for place, text in enumerate(texts)]
 
 
 def _check_lengths(texts: Sequence[tuple[str, str | list[int] | Ids]], max_chars: int) -> None:

@@ -6,7 +6,7 @@ Class docstrings and field descriptions are part of `/openapi.json`: they are wr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -69,6 +69,19 @@ class EmbeddingsBody(Body):
     truncate_prompt_tokens: Annotated[
         int | None, Only("a text of any accepted length is read whole: send the part that counts", -1)
     ] = None
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return sum(len(text) for _, text in self.texts)
+
+    @property
+    def texts(self) -> list[tuple[str, str | list[int]]]:
+        """Each text, or its ids, after its path in the body."""
+        sent = self.input
+        if isinstance(sent, str) or isinstance(sent[0], int):
+            return [("input", cast("str | list[int]", sent))]
+        texts = cast("list[str | list[int]]", sent)
+        return [(f"input[{place}]", text) for place, text in enumerate(texts)]
 
 
 class Embedding(BaseModel):

@@ -87,6 +87,10 @@ class CreateBody(Body):
         description="a portable state to begin from, as a session's `/state` returns it",
     )
 
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.text)
+
 
 class FeedBody(Body):
     """Body of POST /v1/sessions/{id}/feed."""
@@ -102,11 +106,14 @@ class FeedBody(Body):
     )
     num_next: int = Field(100, ge=0, le=1000, description="number of most likely next characters to return")
     unknown_chars: UnknownChars = Field("error", description=UNKNOWN_CHARS)
-    rebase: str | None = Field(
+    rebase: ModelRef = Field(
         None,
-        max_length=200,
         description="another model or version to move the session to: it reads the session's retained text first",
     )
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.text)
 
 
 class GenerateBody(ClientFields, GenerationBody):
@@ -116,6 +123,10 @@ class GenerateBody(ClientFields, GenerationBody):
 
     position: Position | None = Field(None, description=_POSITION)
     stream: bool = Field(False, description="send the text as server-sent events while it is generated")
+
+    def num_chars(self, max_tokens: int) -> int:
+        """See Body."""
+        return self.max_tokens if self.max_tokens <= max_tokens else 0
 
 
 class RewindBody(Body):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,13 @@ from service.arrays import Ids
 from service.errors import InvalidValue, plural
 from service.model import hugging_face
 from service.model.charset import Charset
-from service.registry.loaded_models import LoadedModels
+from service.model.chat_template import ChatTemplate
+from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.store.model_store import Description
+from service.web.api.chat.prompts import encode_chat, ending_of, find_template, read_messages
+from service.web.api.chat.schemas import DEFAULT_UNKNOWN_CHARS, Message
 from service.web.api.json_pieces import dumps
-from service.web.api.resource import Resource
+from service.web.api.resource import Resource, blaming
 from service.web.api.schemas import ERRORS
 from service.web.api.tokens import schemas
 from service.web.gate.admission import AdmissionLimit
@@ -31,34 +35,33 @@ class TokenRoutes(Resource):
         self,
         models: LoadedModels,
         default_model: str,
+        default_template: ChatTemplate | None,
         max_prompt_chars: int,
         max_tokens: int,
         admission: AdmissionLimit,
     ) -> None:
-        """max_prompt_chars, max_tokens: characters that one completion can read, and write."""
+        """See ChatRoutes. max_prompt_chars, max_tokens: characters that one completion can read, and write."""
         self._models, self._default_model, self._admission = models, default_model, admission
+        self._default_template = default_template
         self._max_prompt_chars, self._max_chars = max_prompt_chars, max_prompt_chars + max_tokens
 
     @Route(
         "POST",
         "/tokenize",
-        "Encode a text as ids",
+        "Encode a text or a chat as ids",
         {"200": schemas.TokenizeAnswer},
         starts_work=True,
         counts_as_start=True,
     )
     def tokenize(self, body: schemas.TokenizeBody) -> Response:
-        """Return the ids of a text's characters, as the model reads the text: in Unicode's normal form C."""
-        if len(body.prompt) > self._max_prompt_chars:
-            raise InvalidValue(
-                f"prompt: at most {plural(self._max_prompt_chars, 'character')}, not {len(body.prompt)}", param="prompt"
-            )
-        charset = self._charset(body.model)
-        try:
-            ids = charset.encode(body.prompt, body.unknown_chars)
-        except InvalidValue as error:
-            error.param = "prompt"
-            raise
+        """Return the ids of a text's characters, as the model reads the text: in Unicode's normal form C.
+
+        Those of a chat are what POST /v1/chat/completions reads of it, as the version's chat template writes it.
+        """
+        if body.messages is not None:
+            charset, ids = self._encoded_chat(body, body.messages)
+        else:
+            charset, ids = self._encoded_text(body, body.prompt or "")
         answer = {
             "count": len(ids),
             "max_model_len": self._max_chars,
@@ -81,7 +84,7 @@ class TokenRoutes(Resource):
             raise InvalidValue(
                 f"tokens: at most {plural(self._max_prompt_chars, 'id')}, not {len(body.tokens)}", param="tokens"
             )
-        charset = self._charset(body.model)
+        charset = self._model(body.model).charset
         return _json({"prompt": charset.decode(_checked(body.tokens, charset))})
 
     @Route("GET", "/tokenizer_info", "Describe a model's tokenizer", {"200": schemas.TokenizerInfo})
@@ -112,9 +115,28 @@ class TokenRoutes(Resource):
         """Return what `transformers` reads beside `tokenizer.json`: the same as `/tokenizer_info`."""
         return _json(self._config(self._models.describe(path.id, param="id")))
 
-    def _charset(self, model: str | None) -> Charset:
+    def _encoded_text(self, body: schemas.TokenizeBody, text: str) -> tuple[Charset, Ids]:
+        if len(text) > self._max_prompt_chars:
+            raise InvalidValue(
+                f"prompt: at most {plural(self._max_prompt_chars, 'character')}, not {len(text)}", param="prompt"
+            )
+        charset = self._model(body.model).charset
+        with blaming("prompt"):
+            return charset, charset.encode(text, body.unknown_chars or "error")
+
+    def _encoded_chat(self, body: schemas.TokenizeBody, sent: Sequence[Message]) -> tuple[Charset, Ids]:
+        messages = read_messages(sent, self._max_prompt_chars)
+        ending = ending_of(
+            messages, begins_answer=body.add_generation_prompt, continues_last=body.continue_final_message
+        )
+        model = self._model(body.model)
+        template, unknown = find_template(model, self._default_template), body.unknown_chars or DEFAULT_UNKNOWN_CHARS
+        ids = encode_chat(model.charset, template, messages, ending, unknown, self._max_prompt_chars)
+        return model.charset, ids
+
+    def _model(self, ref: str | None) -> LoadedModel:
         with self._admission.admit():  # the thread may wait for the model
-            return self._models.get(model or self._default_model).charset
+            return self._models.get(ref or self._default_model)
 
     def _config(self, description: Description) -> dict[str, Any]:
         return hugging_face.tokenizer_config(Charset(description.config.charset), self._max_chars)

@@ -6,11 +6,14 @@ users of the API.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from service.errors import InvalidValue
 from service.model.charset import MAX_CHARSET, UnknownChars
+from service.web.api.chat.schemas import NO_TOOLS, NO_VARIABLES, OWN_TEMPLATE, Messages
+from service.web.api.known_fields import Only
 from service.web.api.schemas import UNKNOWN_CHARS, Body, ModelRef
 
 _MODEL = "name, name@version or name@alias; default: the server's default model"
@@ -21,13 +24,43 @@ class TokenizeBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"example": {"prompt": "ROMEO:", "add_special_tokens": False}})
 
-    prompt: str = Field(description="the text to encode")
+    prompt: str | None = Field(None, description="the text to encode; or send `messages`")
+    messages: Messages | None = Field(None, description="the chat to encode, as the version's chat template writes it")
     model: ModelRef = Field(None, description=_MODEL)
     add_special_tokens: bool = Field(
         True, description="accepted for vLLM's clients; has no effect, because a charset has no special tokens"
     )
     return_token_strs: bool = Field(False, description="also return the characters")
-    unknown_chars: UnknownChars = Field("error", description=UNKNOWN_CHARS)
+    unknown_chars: UnknownChars | None = Field(
+        None, description=f"{UNKNOWN_CHARS}. Default: `error`, or for a chat `fold_drop`, as chats are read"
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="only with `messages`: the text ends with the beginning of a new answer. Default: true"
+    )
+    continue_final_message: bool = Field(
+        False, description="only with `messages`: the text ends within the last message, which is the assistant's"
+    )
+    chat_template: Annotated[Any, Only(OWN_TEMPLATE)] = None
+    chat_template_kwargs: Annotated[Any, Only(NO_VARIABLES, {})] = None
+    mm_processor_kwargs: Annotated[Any, Only("the models read text only", {})] = None
+    tools: Annotated[Any, Only(NO_TOOLS, [])] = None
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        if self.prompt is None and self.messages is None:
+            raise InvalidValue("prompt: send the text to encode, or a chat as `messages`", param="prompt")
+        if self.prompt is None:
+            return self
+        if self.messages is not None:
+            raise InvalidValue("messages: not with prompt: send one of them", param="messages")
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if getattr(self, name):
+                raise InvalidValue(f"{name}: only with messages: a prompt is encoded as it is", param=name)
+        return self
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.prompt or "") + sum(len(message.text) for message in self.messages or ())
 
 
 class TokenizeAnswer(BaseModel):
@@ -48,6 +81,10 @@ class DetokenizeBody(Body):
 
     tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="ids of characters")
     model: ModelRef = Field(None, description=_MODEL)
+
+    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+        """See Body."""
+        return len(self.tokens)
 
 
 class DetokenizeAnswer(BaseModel):

@@ -2,7 +2,7 @@
 
 import { ApiError, pause } from "./api.js";
 
-const SESSION_LOST_STATUSES = new Set([404, 410]);
+const SESSION_LOST_CODES = new Set(["session_not_found", "session_gone"]);
 export const MAX_FEED_CHARS = 8192; // of one request, if the server allows as many
 const RESUME_PAUSE_MS = 50;
 
@@ -105,7 +105,7 @@ export class Branch extends EventTarget {
     try {
       await this.#fetch();
     } catch (error) {
-      if (!SESSION_LOST_STATUSES.has(error.status)) throw error;
+      if (!SESSION_LOST_CODES.has(error.code)) throw error;
       await this.#recover(error);
     }
   }
@@ -280,7 +280,7 @@ export class Branch extends EventTarget {
    */
   async #recover(error) {
     try {
-      if (!SESSION_LOST_STATUSES.has(error.status) || this.start > 0) {
+      if (!SESSION_LOST_CODES.has(error.code) || this.start > 0) {
         this.#showMessage(error.message);
         await this.#fetch();
         return false;
