@@ -146,7 +146,17 @@ int pthread_sigmask(int how, const sigset_t* set, sigset_t* before) {
     return original(how, set, before);
 }
 
+static int original_sigaction(int number, const struct sigaction* action, struct sigaction* before) {
+    int (*original)(int, const struct sigaction*, struct sigaction*) = dlsym(RTLD_NEXT, "sigaction");
+    return original(number, action, before);
+}
+
+// The handler of SIGILL stays this one, as no illegal instruction is left for others.
+int sigaction(int number, const struct sigaction* action, struct sigaction* before) {
+    return original_sigaction(number, number == SIGILL ? NULL : action, before);
+}
+
 __attribute__((constructor)) static void install(void) {
     struct sigaction action = {.sa_sigaction = handle, .sa_flags = SA_SIGINFO | SA_NODEFER};
-    sigaction(SIGILL, &action, NULL);
+    original_sigaction(SIGILL, &action, NULL);
 }

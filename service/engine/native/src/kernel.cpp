@@ -19,6 +19,8 @@
 #if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "trial.h"
 #endif
 #elif defined(__aarch64__)
 #include "arm.h"
@@ -171,15 +173,30 @@ bool has_avxvnni() {
 #endif
 
 #if defined(GRU_AMX)
-// Whether the processor has tiles of bytes, and the system lets this process and its children use them. The system must
-// be asked, because tiles make what it saves of a thread four times as large.
-bool has_amx_int8() {
+// Whether the processor claims to have tiles of bytes, and the system lets this process and its children use them. The
+// system must be asked, because tiles make what it saves of a thread four times as large: it refuses if a thread's stack
+// for signals is too small for that.
+bool claims_amx_int8() {
     if (!has_avx512vnni() || !__builtin_cpu_supports("gfni")) return false;
     unsigned a, b, c, d;
     constexpr unsigned kTiles = 1u << 24, kBytes = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) == 0 || (d & kBytes) == 0) return false;
+    // Some virtual machines show these bits but no palette, or have a system that doesn't save tiles.
+    constexpr unsigned kPalettes = 0x1D, kSaved = 3u << 17;
+    if (!__get_cpuid_count(kPalettes, 0, &a, &b, &c, &d) || a < 1) return false;
+    if (!__get_cpuid_count(kPalettes, 1, &a, &b, &c, &d)) return false;
+    const unsigned tile_bytes = a >> 16, row_bytes = b & 0xFFFF, num_tiles = b >> 16, num_rows = c & 0xFFFF;
+    if (tile_bytes < 1024 || row_bytes < 64 || num_tiles < 8 || num_rows < 16) return false;
+    unsigned saved, unused;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(unused) : "c"(0));
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) != 0 && (d & kBytes) != 0 &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return (saved & kSaved) == kSaved && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+// Tries tiles once, because a claim that is wrong would end the process.
+bool has_amx_int8() {
+    static const bool has = claims_amx_int8() && Trial::passes(amx_int8::tiles_work);
+    return has;
 }
 #endif
 

@@ -28,6 +28,16 @@ struct Packing {
     int columns = 16;  // columns are padded to a multiple of it: at least two blocks of `depth`, which is at most 8
 };
 
+// Whether requests by the program for 4-bit weights help. With 1 to 4 texts they make a step up to 14 % faster on an Intel
+// Xeon. On AMD they made it slower, and in 8 bits on both: the hardware requests enough by itself there.
+inline bool prefetching_helps() {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Matrix {
@@ -37,6 +47,7 @@ struct Matrix {
     int64_t num_groups = 0;
     int64_t last_vectors = kGates;  // vectors of the last group: fewer than three if the others would be padding
     int64_t group_bytes = 0;
+    bool prefetches = false;  // whether products with few states request weights before they need them
     Buffer<uint8_t> data;
 
     const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
@@ -52,6 +63,7 @@ Matrix pack(const int8_t* weight, int64_t columns, int64_t num_groups, int64_t l
     matrix.offset = bits == 8 ? packing.offset8 : kOffset4;
     matrix.columns = round_up(columns, packing.columns);
     matrix.num_groups = num_groups;
+    matrix.prefetches = bits == 4 && prefetching_helps();
     matrix.last_vectors = last_vectors;
     matrix.group_bytes = kGates * lanes * matrix.columns * bits / 8;
     matrix.data = Buffer<uint8_t>(num_groups * matrix.group_bytes);
