@@ -34,10 +34,11 @@ RESET_BEFORE = (
     "{} has reset_after=False: its reset gate acts before the recurrent product, which is another function. Train it "
     "again with reset_after=True, the default of Keras since TensorFlow 2"
 )
-_LINEAR, _PROBABILITIES = ("linear", None), ("linear", "softmax", "log_softmax", None)
+_PROBABILITIES = ("linear", "softmax", "log_softmax", None)
+_SNAKE = {"GRU": "gru", "CuDNNGRU": "cu_dnngru", "GRUCell": "gru_cell"}
 _HARMLESS = {  # layers without an effect on a prediction
     "InputLayer", "Dropout", "SpatialDropout1D", "GaussianNoise", "GaussianDropout", "ActivityRegularization",
-    "Softmax", "Reshape",
+    "Softmax", "Reshape", "Identity", "AlphaDropout",
 }  # fmt: skip
 _WRAPPERS = {"TimeDistributed", "Sequential", "Functional", "Model"}
 _OTHER_KINDS = (
@@ -74,6 +75,7 @@ def find_keras_roles(
     names: Mapping[str, str] | None = None,
     order: Sequence[str] = (),
     tokens: Tokens | None = None,
+    resets_after: bool = False,
 ) -> ForeignModel:
     """Return the model whose weights these are.
 
@@ -85,11 +87,41 @@ def find_keras_roles(
         names: path of a group -> the name of its layer, as Keras 3 writes it.
         order: names of the GRU layers in their order, as the user gives them.
         tokens: the vocabulary, if the file has it.
+        resets_after: the reset gates are known to act after the recurrent product, which biases show otherwise.
 
     Raises UnsupportedModel if it is another function, InvalidModelFile.
     """
     described = list(_layers_of(config)) if config is not None else []
     _check_config(described)
+    grus = [config for kind, config in described if kind in ("GRU", "GRUCell")]
+    resets_after = resets_after or (bool(grus) and all(config.get("reset_after") is True for config in grus))
+    roles = sort_weights(arrays)
+    for layer in roles.layers:
+        if layer.input_bias is None and not resets_after:
+            raise UnsupportedModel(
+                f"{layer.name} has no bias, so the file doesn't say where its reset gate acts: save the whole model "
+                "as .keras, which says it, or train it with use_bias=True"
+            )
+    embedding, dense = roles.embedding, roles.dense
+    order = order or _order_of_config(described, roles.layers, names or {})
+    num_inputs = embedding.shape[1] if embedding is not None else dense.shape[1]
+    ordered = order_layers(roles.layers, num_inputs, int(dense.shape[0]), order)
+    skips = any(layer == "Embedding" and config.get("mask_zero") for layer, config in described)
+    return ForeignModel(kind, library, embedding, ordered, dense.T, roles.dense_bias, tokens, skips_row_0=skips)
+
+
+@dataclass(frozen=True)
+class KerasRoles:
+    """The weights of a model by their roles; the order of its layers isn't known yet."""
+
+    embedding: Array | None  # (V, E)
+    layers: list[ForeignLayer]
+    dense: Array  # (H, V)
+    dense_bias: Array | None
+
+
+def sort_weights(arrays: NamedArrays) -> KerasRoles:
+    """Return what each array is, by shape and kind. Raises UnsupportedModel, InvalidModelFile."""
     layers: list[ForeignLayer] = []
     embeddings: list[tuple[str, Array]] = []
     denses: list[tuple[str, Array, Array | None]] = []
@@ -97,11 +129,7 @@ def find_keras_roles(
     for group in _groups(arrays):
         _sort_in(group, layers, embeddings, denses, bare)
     embedding, dense, bias = _ends(embeddings, denses, bare, layers)
-    order = order or _order_of_config(described, layers, names or {})
-    num_inputs = embedding.shape[1] if embedding is not None else dense.shape[1]
-    ordered = order_layers(layers, num_inputs, int(dense.shape[0]), order)
-    skips = any(layer == "Embedding" and config.get("mask_zero") for layer, config in described)
-    return ForeignModel(kind, library, embedding, ordered, dense.T, bias, tokens, skips_row_0=skips)
+    return KerasRoles(embedding, layers, dense, bias)
 
 
 def _groups(arrays: NamedArrays) -> Iterator[_Group]:
@@ -195,9 +223,7 @@ def _gru(path: str, kernel: Array, recurrent: Array, bias: Array | None) -> Fore
         gates = {units: "a SimpleRNN", 4 * units: "an LSTM"}.get(recurrent.shape[1], "no GRU")
         raise UnsupportedModel(f"{path} is {gates}; {NEEDED} is needed: train it with GRU layers")
     if bias is None:
-        raise UnsupportedModel(
-            f"{path} has no bias, so the file doesn't say where its reset gate acts: train it with use_bias=True"
-        )
+        return ForeignLayer(path, kernel.T, recurrent.T, None, None, "zrn")
     if bias.shape == (3 * units,):
         raise UnsupportedModel(RESET_BEFORE.format(path))
     if bias.shape == (6 * units,):  # CuDNNGRU
@@ -290,7 +316,10 @@ def check_layer_names(names: Sequence[str]) -> None:
 
 
 def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield class and config of each layer, in order. Layers inside wrappers follow these. Raises UnsupportedModel."""
+    """Yield class and config of each layer, in the order in which they compute. Layers inside wrappers follow these.
+
+    Raises UnsupportedModel.
+    """
     if depth > 8 or not isinstance(config, dict):
         return
     kind, inner = config.get("class_name"), config.get("config")
@@ -298,6 +327,8 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
     if isinstance(layers, list):
         if len(layers) > _MAX_LAYERS:
             raise UnsupportedModel(f"the model has {len(layers)} layers; {NEEDED} is needed")
+        if isinstance(inner, dict) and "output_layers" in inner:
+            layers = _chain(layers, inner["output_layers"])
         for layer in layers:
             yield from _layers_of(layer, depth + 1)
     elif isinstance(kind, str) and isinstance(inner, dict):
@@ -308,30 +339,135 @@ def _layers_of(config: Any, depth: int = 0) -> Iterator[tuple[str, dict[str, Any
             raise UnsupportedModel(
                 f"{shown(str(inner.get('name', kind)))} is applied {len(nodes)} times; {NEEDED} is needed"
             )
+        if kind == "RNN" and isinstance(inner.get("cell"), dict):
+            yield from _cells_of(inner, inner["cell"])
+            return
         yield kind, inner
-        if isinstance(inner.get("layer"), dict):
-            yield from _layers_of(inner["layer"], depth + 1)
+        wrapped = inner.get("layer")
+        if isinstance(wrapped, dict):
+            if kind == "TimeDistributed" and wrapped.get("class_name") not in ("Dense", "Dropout", "Activation"):
+                raise UnsupportedModel(
+                    f"{shown(str(inner.get('name', kind)))} applies {shown(str(wrapped.get('class_name')))} to each "
+                    f"position alone; {NEEDED} is needed"
+                )
+            yield from _layers_of(wrapped, depth + 1)
+
+
+def _cells_of(rnn: Mapping[str, Any], cell: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield class and config of the cells of an RNN layer: a GRUCell is a GRU layer."""
+    inner = cell.get("config")
+    if cell.get("class_name") == "StackedRNNCells" and isinstance(inner, dict) and isinstance(inner.get("cells"), list):
+        if inner.get("reverse_state_order"):
+            raise UnsupportedModel(
+                f"the layer {shown(str(rnn.get('name')))} has reverse_state_order; {NEEDED} is needed"
+            )
+        for one in inner["cells"][:_MAX_LAYERS]:
+            if isinstance(one, dict):
+                yield from _cells_of(rnn, one)
+        return
+    kind = str(cell.get("class_name"))
+    config = dict(inner) if isinstance(inner, dict) else {}
+    config |= {key: rnn[key] for key in ("go_backwards", "time_major") if key in rnn}
+    yield kind, config
+
+
+def _chain(layers: list[Any], outputs: Any) -> list[Any]:
+    """Return the layers of a functional model from its input to its logits. Raises UnsupportedModel if they branch."""
+    named = {str(layer.get("name") or _of(layer, "name")): layer for layer in layers if isinstance(layer, dict)}
+    ends = [name for name, index in _references(outputs) if name in named and not (_is_recurrent_layer(named[name]))]
+    if len(set(ends)) != 1:
+        raise UnsupportedModel(f"the model has {len(set(ends))} outputs that are no states; {NEEDED} is needed")
+    found: list[Any] = []
+    name = ends[0]
+    while True:
+        layer = named[name]
+        if layer in found:
+            raise UnsupportedModel(f"the layers of the model go in circles; {NEEDED} is needed")
+        found.append(layer)
+        nodes = layer.get("inbound_nodes")
+        inputs = list(_references(nodes[0])) if isinstance(nodes, list) and nodes else []
+        if _is_recurrent_layer(layer):
+            states = [one for one, _ in inputs[1:] if one not in named or named[one].get("class_name") != "InputLayer"]
+            if states:
+                raise UnsupportedModel(
+                    f"the layer {shown(name)} has its initial state from {shown(states[0])}: it must be zero; "
+                    f"{NEEDED} is needed"
+                )
+            inputs = inputs[:1]
+        if not inputs:
+            break
+        if len(inputs) != 1 or inputs[0][0] not in named:
+            sources = ", ".join(shown(one) for one, _ in inputs[:4])
+            raise UnsupportedModel(
+                f"the layer {shown(name)} ({shown(str(layer.get('class_name')))}) reads several values ({sources}); "
+                f"{NEEDED} is needed"
+            )
+        source, index = inputs[0]
+        if index != 0:
+            raise UnsupportedModel(f"the layer {shown(name)} reads the state of {shown(source)}; {NEEDED} is needed")
+        name = source
+    skipped = [one for one, layer in named.items() if layer not in found and layer.get("class_name") != "InputLayer"]
+    if skipped:
+        raise UnsupportedModel(
+            f"the layer {shown(skipped[0])} isn't on the way from the input to the output; {NEEDED} is needed"
+        )
+    return found[::-1]
+
+
+def _is_recurrent_layer(layer: Any) -> bool:
+    return isinstance(layer, dict) and layer.get("class_name") in ("GRU", "CuDNNGRU", "RNN", "LSTM", "SimpleRNN")
+
+
+def _of(layer: Mapping[str, Any], key: str) -> Any:
+    config = layer.get("config")
+    return config.get(key) if isinstance(config, dict) else None
+
+
+def _references(value: Any, depth: int = 0) -> Iterator[tuple[str, int]]:
+    """Yield layer and index of output of each value that is named in a list of Keras 2 or 3."""
+    if depth > 8:
+        return
+    if isinstance(value, list):
+        if len(value) >= 3 and isinstance(value[0], str) and type(value[1]) is int and type(value[2]) is int:
+            yield value[0], value[2]
+            value = value[3:]  # named arguments
+        for one in value[:64]:
+            yield from _references(one, depth + 1)
+    elif isinstance(value, dict):
+        for one in list(value.values())[:64]:
+            yield from _references(one, depth + 1)
 
 
 def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
     """Raise UnsupportedModel if a layer computes what our models don't."""
-    is_probability = ""  # the layer after which there may be none with weights
+    changed = ""  # the layer after which there may be none that reads more than rows
+    probabilities = ""  # the layer after which there may be none with weights, nor another softmax
     for kind, config in described:
         name = shown(str(config.get("name", kind)))
-        if is_probability and kind in ("GRU", "CuDNNGRU", "Embedding", "Dense"):
-            raise UnsupportedModel(f"{is_probability} makes probabilities before the layer {name}; {NEEDED} is needed")
-        if kind == "Softmax" or (kind == "Activation" and "softmax" in str(_activation(config.get("activation")))):
-            is_probability = name
+        is_gru = kind in ("GRU", "CuDNNGRU", "GRUCell")
+        if probabilities and (is_gru or kind in ("Embedding", "Dense")):
+            raise UnsupportedModel(f"{probabilities} makes probabilities before the layer {name}; {NEEDED} is needed")
+        if changed and is_gru:
+            raise UnsupportedModel(f"{changed} changes the shape before the layer {name}; {NEEDED} is needed")
+        activation = "softmax" if kind == "Softmax" else _activation(config.get("activation"))
+        if kind in ("Softmax", "Dense", "Activation") and "softmax" in str(activation):
+            if probabilities:
+                raise UnsupportedModel(f"{name} is a softmax after that of {probabilities}; {NEEDED} is needed")
+            probabilities = name
+        if kind == "Softmax" and config.get("axis", -1) not in (-1, 2, [-1], [2]):
+            raise UnsupportedModel(f"{name} is a softmax over another axis than that of the characters")
+        if kind == "Reshape":
+            changed = name
         if kind in _HARMLESS or kind in _WRAPPERS:
             continue
-        if kind in ("GRU", "CuDNNGRU"):
+        if is_gru:
             _check_gru(name, kind, config)
         elif kind == "Embedding":
             continue
         elif kind in ("Dense", "Activation"):
-            if _activation(config.get("activation")) not in _PROBABILITIES:
+            if activation not in _PROBABILITIES:
                 raise UnsupportedModel(
-                    f"{name} has the activation {shown(str(_activation(config.get('activation'))))}: "
+                    f"{name} has the activation {shown(str(activation))}: "
                     "the output layer must be linear, or end in softmax"
                 )
         else:
@@ -342,12 +478,14 @@ def _check_config(described: list[tuple[str, dict[str, Any]]]) -> None:
 
 
 def _check_gru(name: str, kind: str, config: Mapping[str, Any]) -> None:
-    if kind == "GRU" and config.get("reset_after") is False:
+    if kind != "CuDNNGRU" and config.get("reset_after") is False:
         raise UnsupportedModel(RESET_BEFORE.format(name))
     if config.get("go_backwards"):
         raise UnsupportedModel(
             f"{name} reads backwards: a text is generated forwards. Train it with go_backwards=False"
         )
+    if config.get("time_major"):
+        raise UnsupportedModel(f"{name} has time_major=True: save it with time_major=False")
     expected = {"activation": "tanh", "recurrent_activation": "sigmoid"}
     for key, value in expected.items():
         found = _activation(config[key]) if key in config else value
@@ -372,9 +510,9 @@ def _order_of_config(
     order: list[str] = []
     counts: dict[str, int] = defaultdict(int)
     for kind, config in described:
-        if kind not in ("GRU", "CuDNNGRU"):
+        if kind not in _SNAKE:
             continue
-        snake = "gru" if kind == "GRU" else "cu_dnngru"  # how Keras 3 numbers the groups of a container
+        snake = _SNAKE[kind]  # how Keras 3 numbers the groups of a container
         numbered = f"{snake}_{counts[snake]}" if counts[snake] else snake
         counts[snake] += 1
         name = str(config.get("name"))

@@ -1,6 +1,6 @@
 """TensorFlow checkpoints and SavedModels.
 
-Of a SavedModel's graph only constants are read, for the vocabulary, and which kinds of operations it has.
+Of a SavedModel's graph the constants are read, for the vocabulary, and what its functions compute (`tensorflow_graph`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
-from service.importing.foreign import NEEDED, ForeignModel, Tokens, shown
-from service.importing.keras_roles import find_keras_roles
+from service.importing.foreign import Array, ForeignModel, Tokens, shown
+from service.importing.keras_roles import find_keras_roles, sort_weights
 from service.importing.protobuf import Message, text_of
 from service.importing.tensor_bundle import INDEX, data_files, read_bundle, read_object_graph
+from service.importing.tensorflow_graph import find_way
 from service.importing.vocabulary import is_plausible
 
 GRAPH, VARIABLES = "saved_model.pb", "variables/variables"
@@ -28,14 +29,12 @@ _MAX_LISTED = 70_000  # integers of a constant, in the rare form that lists them
 _NOT_THE_MODEL = (".OPTIMIZER_SLOT", "optimizer/", "_CHECKPOINTABLE", "keras_api/", "save_counter", "metrics/")
 # Counters that an optimizer has, by Keras 3 and 2: everything at the same place is the optimizer, whatever its name.
 _OF_OPTIMIZER = re.compile(r"(.+/)(?:_?iterations|iter|_?learning_rate)/\.ATTRIBUTES/VARIABLE_VALUE")
+_STATE = re.compile(r"/states/\d+/\.ATTRIBUTES/VARIABLE_VALUE$")  # of a stateful layer, between two calls
 _LISTED_BY_OPTIMIZER = "/_trainable_variables/"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
-# Operations that no stack of GRU layers has. Additions and products are in every graph, and say nothing.
-_OTHER_OPERATIONS = {
-    b"Relu", b"Relu6", b"LeakyRelu", b"Elu", b"Selu", b"Softplus", b"Softsign", b"Erf", b"ReverseV2", b"Conv2D",
-}  # fmt: skip
+_VALUE_BYTES = _VALUE.encode()
 _BACKWARD = b"backward_layer"  # what Keras calls a layer of Bidirectional
-_OF_MASK = b"NotEqual"  # an embedding with mask_zero=True compares ids with 0
+_NOTHING_TRACED = "the graph has no functions: what the program computes between the layers can't be seen"
 _STRING, _INT64 = 7, 9  # DataType
 
 
@@ -73,36 +72,35 @@ def checkpoint_files(prefix: Path) -> list[Path]:
 
 def read_checkpoint(prefix: Path, order: Sequence[str]) -> ForeignModel:
     """Read a checkpoint by its path without `.index`. Raises InvalidModelFile, UnsupportedModel."""
-    return _model_of(prefix, "TensorFlow checkpoint", order)
+    return find_keras_roles(_weights_of(prefix)[1], "TensorFlow checkpoint", "tensorflow", order=order)
 
 
 def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
     """Read a SavedModel. Raises InvalidModelFile, UnsupportedModel."""
-    model = _model_of(folder / VARIABLES, "TensorFlow SavedModel", order)
     path = folder / GRAPH
     if path.stat().st_size > _MAX_GRAPH_BYTES:
         raise InvalidModelFile(f"{shown(path.name)} is larger than the graph of any model")
     graph = Message(memoryview(path.read_bytes()))
-    operations = {bytes(node.bytes(2)[:32]) for node in _nodes(graph)}
-    if found := sorted(operations & _OTHER_OPERATIONS):
-        raise UnsupportedModel(
-            f"the graph has the operation {found[0].decode()}, as other activations, convolutions and layers that read "
-            f"backwards have; {NEEDED} is needed"
-        )
-    tokens = _vocabulary(graph, model.vocab_size)
-    return replace(model, tokens=tokens, skips_row_0=_OF_MASK in operations)
+    objects, arrays = _weights_of(folder / VARIABLES)
+    way = find_way(graph, objects, arrays, sort_weights(arrays))
+    order = way.layers if way is not None else order
+    model = find_keras_roles(arrays, "TensorFlow SavedModel", "tensorflow", order=order, resets_after=way is not None)
+    if way is None:
+        model = replace(model, notes=(*model.notes, _NOTHING_TRACED))
+    return replace(model, tokens=_vocabulary(graph, model.vocab_size), skips_row_0=way is not None and way.skips_row_0)
 
 
-def _model_of(prefix: Path, kind: str, order: Sequence[str]) -> ForeignModel:
-    if _BACKWARD in read_object_graph(prefix):
+def _weights_of(prefix: Path) -> tuple[bytes, dict[str, Array]]:
+    """Return what a checkpoint says about its objects, and the arrays of its model by name."""
+    objects = read_object_graph(prefix)
+    if _BACKWARD in objects:
         raise UnsupportedModel(
             "the model is bidirectional: a text is generated forwards. Train it without Bidirectional"
         )
-    arrays = read_bundle(prefix, _not_the_model)
-    named = {key.removesuffix(_VALUE): array for key, array in arrays.items()}
+    named = {key.removesuffix(_VALUE): array for key, array in read_bundle(prefix, _not_the_model).items()}
     if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times
         named = {key: array for key, array in named.items() if key.startswith("variables/")}
-    return find_keras_roles(named, kind, "tensorflow", order=order)
+    return objects, named
 
 
 def _not_the_model(names: list[str]) -> set[str]:
@@ -113,7 +111,7 @@ def _not_the_model(names: list[str]) -> set[str]:
         name
         for name in names
         if _LISTED_BY_OPTIMIZER not in name
-        and (name.startswith(optimizers) or any(part in name for part in _NOT_THE_MODEL))
+        and (name.startswith(optimizers) or any(part in name for part in _NOT_THE_MODEL) or _STATE.search(name))
     }
 
 
@@ -166,8 +164,8 @@ def _constant(node: Message, max_length: int) -> Iterator[Tokens | np.ndarray]:
         if dtype == _STRING:
             tokens: list[str | None] = []
             for item in tensor.all(8):
-                if len(item) > _MAX_TOKEN_BYTES or len(tokens) >= max_length:
-                    return
+                if len(item) > _MAX_TOKEN_BYTES or len(tokens) >= max_length or bytes(item).endswith(_VALUE_BYTES):
+                    return  # too long, too many, or the names in a checkpoint
                 tokens.append(text_of(item))
             if len(tokens) > 1:
                 yield tuple(tokens)

@@ -23,6 +23,7 @@ from tests.harness.foreign_models import (
     write_bundle,
     write_saved_model,
 )
+from tests.harness.tensorflow_graphs import Change, Function, write_graph
 
 IDS = np.random.default_rng(1).integers(0, len(CHARSET), 40)
 
@@ -141,28 +142,157 @@ def test_tensorflow__variables_that_only_the_optimizer_names_are_read(tmp_path: 
             np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), keras_log_probs(weights, IDS), atol=2e-6)
 
 
-@pytest.mark.parametrize(("operation", "refused"), [("Relu", True), ("ReverseV2", True), ("Tanh", False)])
-def test_tensorflow__graph_with_other_operations_is_refused(tmp_path: Path, operation: str, refused: bool) -> None:
-    folder = write_saved_model(
-        tmp_path / "m", keras_weights(vocab=len(CHARSET) + 1), CHARSET, range(1, len(CHARSET) + 1)
+def test_graph__gives_what_it_computes_in_its_order(tmp_path: Path) -> None:
+    for index, (count, stacked, served) in enumerate([(1, False, True), (3, False, False), (3, True, True)]):
+        weights = keras_weights(count)
+        order = list(range(count))[::-1] if count > 1 else None
+        if order is not None:  # the numbers in the names contradict the graph
+            weights.grus[-1], weights.grus[0] = weights.grus[0], weights.grus[-1]
+        path = write_graph(
+            tmp_path / f"m{index}", weights, order=order, stacked=stacked, is_served=served, tokens=CHARSET
+        )
+        if order is not None:
+            weights.grus.reverse()
+        same(path, weights, None)
+
+
+def mul(function: Function, value: str) -> str:
+    return function.add("Mul", value, function.constant(0.5), name="model/scale/mul")
+
+
+def of(op: str, *more: Any) -> Change:
+    """Return what adds an operation with these constants after a value."""
+    return lambda function, value: function.add(
+        op, value, *(function.constant(one) for one in more), name=f"model/layer/{op}"
     )
-    path = folder / "saved_model.pb"
-    function = field(1, field(3, field(1, "name") + field(2, operation)))
-    path.write_bytes(path.read_bytes() + field(2, field(2, field(2, function))))
-    if refused:
-        with pytest.raises(UnsupportedModel, match=f"operation {operation}"):
-            read_foreign(folder)
-    else:
-        assert read_foreign(folder)[0].tokens == (None, *CHARSET)
 
 
-def test_tensorflow__graph_that_masks_a_character_is_refused(tmp_path: Path) -> None:
-    folder = write_saved_model(tmp_path / "m", keras_weights(), CHARSET, range(len(CHARSET)))
-    path = folder / "saved_model.pb"
-    imported_log_probs(folder)
-    path.write_bytes(path.read_bytes() + field(2, field(2, field(1, field(2, "NotEqual")))))
+def backwards(function: Function, value: str) -> str:
+    parts = [function.constant(one) for one in ([0, 0], [0, 0], [1, -1])]
+    return function.add("StridedSlice", value, *parts, begin_mask=3, end_mask=3, name="model/layer/StridedSlice")
+
+
+def twice(function: Function, value: str) -> str:
+    return function.add("Softmax", function.add("Softmax", value, name="model/layer/Softmax"))
+
+
+CHANGES: dict[str, tuple[str, Change]] = {
+    "shifted ids": ("ids", of("AddV2", 1)),
+    "ids backwards": ("ids", backwards),
+    "masked ids": ("ids", of("Maximum", 1)),
+    "scaled embedding": ("embedding", mul),
+    "embedding backwards": ("embedding", of("ReverseV2", [1])),
+    "reshape": ("embedding", of("Reshape", [1, -1, 5])),
+    "residual": ("gru_0", lambda function, value: function.add("AddV2", value, value, name="model/layer/AddV2")),
+    "activation": ("gru_0", of("Tanh")),
+    "softmax between": ("gru_0", of("Softmax")),
+    "concatenation": (
+        "gru_0",
+        lambda function, value: function.add("ConcatV2", value, value, name="model/layer/ConcatV2"),
+    ),
+    "units exchanged": ("gru_1", of("Transpose", [0, 2, 1])),
+    "units backwards": ("gru_1", of("ReverseV2", [2])),
+    "activation before the output": ("gru_1", of("Relu")),
+    "temperature": ("logits", mul),
+    "activation of the output": ("logits", of("Tanh")),
+    "two softmaxes": ("logits", twice),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_graph__operation_between_ids_and_logits_is_refused_by_its_name(tmp_path: Path, name: str) -> None:
+    place, change = CHANGES[name]
+    path = write_graph(tmp_path / "m", keras_weights(2), changes={place: change}, tokens=CHARSET)
+    with pytest.raises(UnsupportedModel, match=r"operation \w+ \(model/(layer|scale)/") as caught:
+        read_foreign(path)
+    assert "after the output layer" in str(caught.value) or place != "logits"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "Relu"}, "operation Relu .* in the step of a GRU layer"),
+        ({"activation": "Sigmoid"}, "the step of the layer model/gru_1/2 in the graph isn't that of a GRU"),
+        ({"activation": "Identity"}, "the step of the layer model/gru_1"),
+        ({"candidate": mul}, "the step of the layer model/gru_1"),
+        ({"changes": {"embedding": of("Transpose", [1, 0, 2])}}, "the first axis of the ids as positions"),
+        ({"initial": 0.5}, "initial state that isn't zero"),
+        ({"order": [0, 0, 1]}, "the layer model/gru_0/cell several times"),
+        ({"order": [0]}, "doesn't apply model/gru_1/cell"),
+    ],
+)
+def test_graph__loop_that_is_no_gru_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    weights = keras_weights(2, dim=UNITS)
+    same(write_graph(tmp_path / "good", weights, tokens=CHARSET), weights, None)
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write_graph(tmp_path / "m", weights, tokens=CHARSET, **options))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        of("Softmax"),
+        of("LogSoftmax"),
+        of("StopGradient"),
+        lambda function, value: function.add("Multinomial", function.add("RealDiv", value, function.constant(0.7))),
+    ],
+)
+def test_graph__probabilities_and_draws_after_the_logits_are_no_part_of_the_model(
+    tmp_path: Path, change: Change
+) -> None:
+    weights = keras_weights()
+    same(write_graph(tmp_path / "m", weights, changes={"logits": change}, tokens=CHARSET), weights, None)
+
+
+def test_graph__temperature_of_the_model_is_refused_before_a_draw_too(tmp_path: Path) -> None:
+    path = write_graph(
+        tmp_path / "m",
+        keras_weights(),
+        changes={"logits": lambda function, value: of("Multinomial")(function, mul(function, value))},
+    )
+    with pytest.raises(UnsupportedModel, match="model/scale/mul"):
+        read_foreign(path)
+
+
+def test_graph__functions_without_a_way_from_ids_to_logits_are_refused(tmp_path: Path) -> None:
+    def cut(function: Function, value: str) -> str:
+        return function.args[0]
+
+    path = write_graph(tmp_path / "m", keras_weights(), changes={"logits": cut})
+    with pytest.raises(UnsupportedModel, match="no function of the graph leads from ids to logits"):
+        read_foreign(path)
+
+
+def test_graph__that_masks_a_character_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="mask_zero=True"):
-        imported_log_probs(folder)
+        imported_log_probs(write_graph(tmp_path / "a", keras_weights(2), tokens=CHARSET, masked=True))
+    weights = keras_weights(2, vocab=len(CHARSET) + 1)
+    path = write_graph(tmp_path / "b", weights, masked=True)
+    masked = keras_log_probs(weights, IDS + 1)[:, 1:]
+    masked -= np.log(np.exp(masked).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(imported_log_probs(path, CHARSET)(IDS), masked, atol=2e-6)
+
+
+def test_saved_model__without_functions_says_that_nothing_shows_what_it_computes(tmp_path: Path) -> None:
+    folder = write_saved_model(tmp_path / "m", keras_weights(), CHARSET, range(len(CHARSET)))
+    assert "has no functions" in read_foreign(folder)[0].notes[0]
+
+
+def test_tensorflow__states_between_calls_are_no_layers(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    arrays = checkpointed(weights, ("a1", "a2"))
+    ending = "/.ATTRIBUTES/VARIABLE_VALUE"
+    arrays |= {f"model/{name}/states/0{ending}": np.ones((1, UNITS), np.float32) for name in ("a1", "a2")}
+    same(write_bundle(tmp_path / "m", arrays), weights)
+
+
+def test_tensorflow__cells_of_one_layer_are_layers(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    arrays = {
+        key.replace("/0/cell/", "/cell/cells/0/").replace("/1/cell/", "/cell/cells/1/"): array
+        for key, array in checkpointed(weights, ("rnn/0", "rnn/1")).items()
+    }
+    same(write_bundle(tmp_path / "m", arrays), weights)
 
 
 def test_tensorflow__bidirectional_checkpoint_whose_names_are_lost_is_refused(tmp_path: Path) -> None:
