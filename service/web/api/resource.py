@@ -47,8 +47,8 @@ class Resource:
         blueprint.before_request(self.before_view)
         app.register_api(blueprint)
         for rule in app.url_map.iter_rules():
-            route = route_of(app.view_functions.get(rule.endpoint))
-            if route is not None and route.streams and rule.methods is not None:
+            declared = route_of(app.view_functions.get(rule.endpoint))
+            if declared is not None and declared.streams and rule.methods is not None:
                 # Flask would handle HEAD as GET, which takes a run from the connection that streams it.
                 rule.methods.discard("HEAD")
 
