@@ -214,6 +214,11 @@ def test_request__that_is_compressed_is_refused_with_the_coding_that_is_accepted
         ok(client.post("/v1/completions", json=PROMPT, headers={"Content-Encoding": same}))
 
 
+def test_query__of_openais_client_for_azure_is_accepted(client: FlaskClient) -> None:
+    ok(client.post("/v1/completions?api-version=2026-01-01", json=PROMPT))
+    assert client.post("/v1/completions?api-version=1&stream=true", json=PROMPT).status_code == 400
+
+
 def test_stream__has_no_head_and_says_so(client: FlaskClient) -> None:
     path = "/v1/sessions/s/generate"
     assert client.head(path).status_code == 405

@@ -19,6 +19,8 @@ from service.web.gate.error_responses import error_response
 from service.web.gate.rate_limit import count_cost
 from service.web.gate.route import Route, route_of
 
+_OF_AZURE = "api-version"  # a parameter that the client of OpenAI for Azure sends with each request; it changes nothing
+
 
 class Resource:
     """The routes of one subject. A subclass has a method for each, with a `Route` as its decorator.
@@ -47,8 +49,8 @@ class Resource:
         blueprint.before_request(self.before_view)
         app.register_api(blueprint)
         for rule in app.url_map.iter_rules():
-            route = route_of(app.view_functions.get(rule.endpoint))
-            if route is not None and route.streams and rule.methods is not None:
+            declared = route_of(app.view_functions.get(rule.endpoint))
+            if declared is not None and declared.streams and rule.methods is not None:
                 # Flask would handle HEAD as GET, which takes a run from the connection that streams it.
                 rule.methods.discard("HEAD")
 
@@ -79,8 +81,8 @@ def _function(route: Route, method: Callable[..., Response]) -> Callable[..., Re
 
     @wraps(method)
     def view(**arguments: Any) -> Response:
-        if request.args and not takes_query:
-            name = next(iter(request.args))[:80]
+        if not takes_query and (unknown := [name for name in request.args if name != _OF_AZURE]):
+            name = unknown[0][:80]
             where = "send the field in the body" if route.takes_body else "leave it out"
             return error_response(f"{name}: this route has no query parameters: {where}", "unknown_field", name)
         if isinstance(body := arguments.get("body"), Body):

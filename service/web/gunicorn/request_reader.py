@@ -192,7 +192,7 @@ class RequestReader:
             ):  # RFC 9112, 3.2
                 message = "HTTP/1.1 requires the header Host: send the name or the address of the server in it"
                 raise Refusal(HTTPStatus.BAD_REQUEST, "bad_request", message, "no Host")
-            if request.version > (1, 1):  # the answer would have it, too
+            if (request.version or (1, 1)) > (1, 1):  # the answer would have it, too
                 request.version = (1, 1)
             return request
         except (errors.ParseException, errors.NoMoreData, StopIteration) as error:

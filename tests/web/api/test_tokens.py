@@ -110,7 +110,12 @@ def test_tokenize__of_a_chat_has_the_ids_that_the_chat_reads(speaker: FlaskClien
     assert answer == {"count": len(text), "max_model_len": 1500, "tokens": ids(text), "token_strs": list(text)}
     read = ok(speaker.post("/v1/chat/completions", json={"messages": CHAT, "max_tokens": 1}))["usage"]["prompt_tokens"]
     assert read == answer["count"]
-    neutral = {"chat_template": None, "chat_template_kwargs": {}, "mm_processor_kwargs": None, "tools": []}
+    neutral: dict[str, Any] = {
+        "chat_template": None,
+        "chat_template_kwargs": {},
+        "mm_processor_kwargs": None,
+        "tools": [],
+    }
     assert ok(speaker.post("/tokenize", json=body | neutral | {"add_special_tokens": False})) == answer
     turn = ok(speaker.post("/tokenize", json=body | {"add_generation_prompt": False}))
     assert "".join(turn["token_strs"]) == "A street\n\nROMEO:\nLord's there?\n\n"

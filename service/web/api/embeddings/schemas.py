@@ -79,7 +79,7 @@ class EmbeddingsBody(Body):
         """Each text, or its ids, after its path in the body."""
         sent = self.input
         if isinstance(sent, str) or isinstance(sent[0], int):
-            return [("input", cast("str | list[int]", sent))]
+            return [("input", sent)]
         texts = cast("list[str | list[int]]", sent)
         return [(f"input[{place}]", text) for place, text in enumerate(texts)]
 
