@@ -170,3 +170,14 @@ def test_beam__of_a_form_has_it_and_may_end_before_a_stop_string(client: FlaskCl
         "out_of_range",
         "structured_outputs.regex",
     )
+
+
+@pytest.mark.parametrize("pattern", ["", "(abcdef)?"])
+def test_beam__of_a_form_that_only_the_empty_text_has_returns_it(client: FlaskClient, pattern: str) -> None:
+    """As a request that draws does, also if what may follow is too long."""
+    body = BODY | {"structured_outputs": {"regex": pattern}, "max_tokens": 5, "logprobs": 1}
+    (choice,) = ok(client.post("/v1/completions", json=body))["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["logprob"], choice["exact"]) == ("", "stop", 0.0, True)
+    assert choice["logprobs"]["tokens"] == []
+    (drawn,) = ok(client.post("/v1/completions", json={k: v for k, v in body.items() if k != "beam"}))["choices"]
+    assert (drawn["text"], drawn["finish_reason"]) == ("", "stop")
