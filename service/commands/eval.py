@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from service.model.artifact import Artifact
     from service.model.encoded_text import EncodedText
     from service.training.hyperparameters import Hyperparameters
+    from service.training.sources import Sources
 
 
 @click.command("eval")
@@ -95,7 +96,7 @@ def eval_command(
     if precision == "float32":
         require_torch()
 
-    from service.training.corpus import TextLoss, beginnings_of, hold_out, last_part, read_text, require_two_chars
+    from service.training.corpus import TextLoss
     from service.training.hyperparameters import Hyperparameters
     from service.training.sources import find_sources
 
@@ -107,41 +108,69 @@ def eval_command(
         raise click.UsageError("with --lines each line starts at the zero state anyway: leave --beginnings out")
     sources = find_sources(corpus)
     version, artifact = open_store(model_store).load(model)
-    if held_out:
-        settings = _training_settings(version.ref, artifact)
-    else:
-        settings = Hyperparameters(lines=lines, keep_newlines=keep_newlines, unknown_chars=unknown_chars or "error")
-    with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as bar:
-        whole = read_text(sources, settings, bar.update, charset=artifact.charset)
-    if held_out and whole.sha256 != artifact.training.corpus.get("sha256"):
-        raise InvalidCorpus(f"{whole.name} is not the corpus that {version.ref} was trained on: its SHA-256 differs")
-    text = hold_out(whole, settings).validation if held_out else last_part(whole.text, last, lines=lines)
-    if beginnings:
-        if settings.lines:
-            raise click.UsageError(f"{version.ref} is a model of lines, which start at the zero state anyway")
-        beginning_chars = beginning_chars or 100
-        text = beginnings_of(text, beginnings, beginning_chars)
-    require_two_chars(text)
-    for note in whole.notes:
-        click.echo(f"{whole.name}: {note}", err=True)
+    settings = Hyperparameters(lines=lines, keep_newlines=keep_newlines, unknown_chars=unknown_chars or "error")
+    places = (beginnings, beginning_chars or 100) if beginnings else None
+    text, name = _text(sources, version.ref, artifact, None if held_out else settings, last, places)
     with Progress(f"{version.ref} in {precision}", text.num_scored) as bar:
         nats = measure(artifact.config, artifact.tensors, precision, text, bar.update)
     loss = TextLoss(nats, len(text.ids), text.num_scored)
-    if as_json:
-        facts = {"model": version.ref, "corpus": whole.name, "precision": precision}
-        facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
-        facts |= {"num_chars": loss.num_chars, "num_scored": loss.num_scored}
-        if beginnings:
-            facts |= {"beginnings": len(text.starts), "beginning_chars": beginning_chars}
-        echo_json(facts)
+    facts = {"model": version.ref, "corpus": name, "precision": precision}
+    facts |= {"nats_per_char": loss.nats_per_char, "bits_per_char": loss.bits_per_char}
+    facts |= {"num_chars": loss.num_chars, "num_scored": loss.num_scored}
+    if places:
+        facts |= {"beginnings": len(text.starts), "beginning_chars": places[1]}
+    (echo_json if as_json else _echo)(facts)
+
+
+def _text(
+    sources: Sources,
+    ref: str,
+    artifact: Artifact,
+    settings: Hyperparameters | None,
+    last: float,
+    places: tuple[int, int] | None,
+) -> tuple[EncodedText, str]:
+    """Read the text to measure; return it, and the name of its corpus.
+
+    Args:
+        sources: where it is.
+        ref: name of the model.
+        artifact: the model.
+        settings: how to read it; None: as training did, and only what it held out.
+        last: the last fraction of the text that is measured.
+        places: measure only the characters after the zero state: at how many places, and how many at each.
+    """
+    from service.training.corpus import beginnings_of, hold_out, last_part, read_text, require_two_chars
+
+    reading = settings or _training_settings(ref, artifact)
+    with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as bar:
+        whole = read_text(sources, reading, bar.update, charset=artifact.charset)
+    if settings is not None:
+        text = last_part(whole.text, last, lines=settings.lines)
+    elif whole.sha256 == artifact.training.corpus.get("sha256"):
+        text = hold_out(whole, reading).validation
     else:
-        what = plural(loss.num_chars, "character", ",")
-        if beginnings:
-            what = f"the first {beginning_chars:,} after the zero state at {plural(len(text.starts), 'place', ',')}"
-        click.echo(
-            f"{version.ref} on {whole.name} in {precision}: {loss.nats_per_char:.4f} nats/char, "
-            f"{loss.bits_per_char:.4f} bits/char, {what}"
-        )
+        raise InvalidCorpus(f"{whole.name} is not the corpus that {ref} was trained on: its SHA-256 differs")
+    if places:
+        if reading.lines:
+            raise click.UsageError(f"{ref} is a model of lines, which start at the zero state anyway")
+        text = beginnings_of(text, *places)
+    require_two_chars(text)
+    for note in whole.notes:
+        click.echo(f"{whole.name}: {note}", err=True)
+    return text, whole.name
+
+
+def _echo(facts: dict[str, Any]) -> None:
+    """Print what was measured as a sentence."""
+    what = plural(facts["num_chars"], "character", ",")
+    if "beginnings" in facts:
+        what = f"the first {facts['beginning_chars']:,} after the zero state at "
+        what += plural(facts["beginnings"], "place", ",")
+    click.echo(
+        f"{facts['model']} on {facts['corpus']} in {facts['precision']}: {facts['nats_per_char']:.4f} nats/char, "
+        f"{facts['bits_per_char']:.4f} bits/char, {what}"
+    )
 
 
 def _training_settings(ref: str, artifact: Artifact) -> Hyperparameters:

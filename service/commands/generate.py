@@ -158,43 +158,39 @@ def generate_command(
     from service.generation.completion import CompletionRequest
     from service.generation.reader import written_stops
 
-    if (prompt is None) == (prompt_file is None):
-        what = "give the text to continue" if prompt is None else "give one text to continue, not two:"
-        raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
     refuse_one_source(("--prompt-file", prompt_file), ("--json-schema", json_schema))
-    prompt = prompt if prompt_file is None else read_text(prompt_file, "--prompt-file")
+    prompt = _prompt(prompt, prompt_file)
     form, option = _form(regex, choices, json_schema)
-    is_random, number = seed is None, num_texts or 1
-    seed = secrets.randbits(53) if seed is None else seed
+    number, is_random = num_texts or 1, seed is None
     # One thread for one text: a second core would mostly wait for the first.
     with open_service(model_store, model, num_threads=None if number > 1 else 1) as service:
         loaded = service.models.get(service.default_model)
         request = CompletionRequest(
             (loaded.charset.encode(prompt, unknown_chars),),
             max_tokens,
-            seed,
+            secrets.randbits(53) if seed is None else seed,
             SamplingSettings(**sampling),
             written_stops(loaded.charset, stop, unknown_chars),
             form=form,
         )
         if form is not None:
             _check_form(loaded, form, option, max_tokens)
+        texts = _texts(loaded, request, number)
         if as_json:
-            facts = [
-                {"model": loaded.version.ref, "seed": text.seed, "text": "".join(text.pieces)}
-                | {"finish_reason": text.choice.finish_reason}
-                for text in _texts(loaded, request, number)
-            ]
+            facts = [_facts(loaded, text) for text in texts]
             echo_json(facts[0] if num_texts is None else facts)
-            return
-        has_headings = number > 1 or is_random
-        is_separated = number > 1 and "\n" not in request.stop
-        for text in _texts(loaded, request, number):
-            if has_headings:
-                click.echo(f"--- seed {text.seed} ---", err=not is_separated)
-            for piece in text.pieces:
-                click.echo(piece, nl=False)
-            click.echo()
+        else:
+            _echo(texts, has_headings=number > 1 or is_random, is_separated=number > 1 and "\n" not in request.stop)
+
+
+def _prompt(prompt: str | None, prompt_file: BinaryIO | None) -> str:
+    """Return the text to continue. Raises UsageError unless one of the options gives it."""
+    if prompt is not None and prompt_file is None:
+        return prompt
+    if prompt is None and prompt_file is not None:
+        return read_text(prompt_file, "--prompt-file")
+    what = "give the text to continue" if prompt is None else "give one text to continue, not two:"
+    raise click.UsageError(f"{what} with --prompt or --prompt-file; --prompt '' begins a new text")
 
 
 def _form(regex: str | None, choices: tuple[str, ...], json_schema: BinaryIO | None) -> tuple[Form | None, str]:
@@ -255,3 +251,27 @@ def _texts(model: LoadedModel, request: CompletionRequest, number: int) -> Itera
         texts = {item[0].index: item[1].text for item in completion.wholes(1.0) if item is not None}
         for index, choice in enumerate(completion.choices):
             yield _Text(seeds[index], [texts[index]], choice)
+
+
+def _facts(model: LoadedModel, text: _Text) -> dict[str, Any]:
+    """Return a text, when it is over, and what is said of it with --json."""
+    written = "".join(text.pieces)
+    return {
+        "model": model.version.ref,
+        "seed": text.seed,
+        "text": written,
+        "finish_reason": text.choice.finish_reason,
+    }
+
+
+def _echo(texts: Iterable[_Text], *, has_headings: bool, is_separated: bool) -> None:
+    """Print texts while they are generated, each after a line with its seed.
+
+    is_separated: these lines are between the texts, and not on standard error.
+    """
+    for text in texts:
+        if has_headings:
+            click.echo(f"--- seed {text.seed} ---", err=not is_separated)
+        for piece in text.pieces:
+            click.echo(piece, nl=False)
+        click.echo()

@@ -23,7 +23,8 @@ def automaton_of(
         allowed: ids of the only characters that can be drawn; None: all.
         stops: strings that end the text, as `written_stops` returns them.
 
-    Raises InvalidValue, UnknownCharacters: the form is not supported, or too large, or no text has it.
+    Raises InvalidValue, UnknownCharacters: the form is not supported, or too large, or no text has it; and Overloaded:
+    too many new ones wait to be compiled.
     """
     ids = [charset.exact(stop) for stop in stops]
     if form is None:

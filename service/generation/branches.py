@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from service.arrays import Float32, Ids
 from service.engine.handle import Handle
 from service.engine.prefix_cache import CacheScope
 from service.engine.request import Request
-from service.engine.scores import Distribution
+from service.engine.scores import Distribution, Scores
 from service.errors import ClientGone, InvalidValue, Overloaded
 from service.generation.reader import step, whole
 from service.registry.loaded_models import LoadedModel
 
 _MAX_ROWS = 128  # that one request has in the engine at a time
-_NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Branch:
     ids: Ids  # (n,), the characters to read; may be empty
     is_root: bool = False  # no other branch gave or had its state, so that its numbers must be checked
     checkpoints: tuple[int, ...] = ()  # the numbers of read characters, from 1 to n, after which the state is reported
-    wants_logprobs: bool = False  # report the log-probabilities of the characters that are read
+    # Report the log-probabilities of the characters that are read, and of this many likeliest ones at each place.
+    num_logprobs: int | None = None
     wants_next: bool = False  # report the distribution of the next character
 
 
@@ -37,7 +35,7 @@ class Branch:
 class Grown:
     """What came of a branch."""
 
-    logprobs: Float32  # (n,), of the characters that were read; (0,) if not requested
+    scores: Scores  # of the characters that were read; of none if not requested
     states: Mapping[int, Float32]  # (L, H) by the number of read characters, for the checkpoints
     hidden: Float32  # (L, H), the state after the last character
     next: Distribution | None  # all characters, the likeliest first; None if not requested
@@ -90,8 +88,8 @@ class Branches:
             prompt=branch.ids,
             max_chars=0,
             seed=0,
-            num_logprobs=0 if branch.wants_logprobs else None,
-            score_prompt=branch.wants_logprobs,
+            num_logprobs=branch.num_logprobs,
+            score_prompt=branch.num_logprobs is not None,
             hidden=branch.hidden,
             has_known_state=not branch.is_root,
             position=branch.position,
@@ -102,8 +100,7 @@ class Branches:
     def _grown(self, branch: Branch, handle: Handle) -> Grown:
         result, end = whole(handle, self._client_has_left)
         states = {position - branch.position: state for position, state in end.checkpoints.items()}
-        logprobs = result.prompt_scores.chosen if result.prompt_scores is not None else _NOTHING
-        return Grown(logprobs, states, end.hidden, end.next)
+        return Grown(result.prompt_scores or Scores.none(), states, end.hidden, end.next)
 
 
 def state_after(

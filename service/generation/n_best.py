@@ -49,7 +49,7 @@ class Wanted:
 
     n: int
     max_chars: int  # of a text, > 0
-    form: Automaton  # which texts are whole; an empty one is never found
+    form: Automaton  # which texts are whole; an empty one is only found if nothing may follow, with `forced`
     ends: Ends = "seen"
     max_steps: int = MAX_STEPS
 
@@ -140,6 +140,8 @@ class _Search:
         self._best: list[float] = []  # a heap: the log-probabilities of the n likeliest whole texts so far
 
     def run(self) -> NBest:
+        if self._wanted.ends == "forced" and self._are_whole(np.zeros(1, np.int32), self._wanted.max_chars)[0]:
+            return NBest([Found((), 0.0)], is_exact=True, num_stepped=0)
         found: list[_Entry] = []
         is_exact = True
         while batch := self._likeliest(found):

@@ -69,7 +69,7 @@ class RunRequest:
     def for_charset(self, charset: Charset) -> RunRequest:
         """Return the request with its biases and ids in `sampling`, and its stop strings as the model writes them.
 
-        Raises UnknownCharacters, InvalidValue, also if the model can't write the form within `max_chars`.
+        Raises Overloaded, UnknownCharacters, InvalidValue, also if the model can't write the form within `max_chars`.
         """
         sampling = with_biases(self.sampling, charset, dict(self.biases), self.unknown_chars, self.allowed)
         stops = written_stops(charset, self.stops, self.unknown_chars, self.stop_ids)

@@ -144,8 +144,12 @@ def test_turns__of_many_threads_do_all_work(seed: int) -> None:
     turns, done = Turns(40, 20.0, "too much"), list[int]()
 
     def once(number: int) -> int:
+        def work() -> int:
+            done.append(number % 20)
+            return number % 20
+
         work_for("abc"[(number + seed) % 3])
-        return turns.once(number % 20, lambda: done.append(number % 20) or number % 20)
+        return turns.once(number % 20, work)
 
     with ThreadPoolExecutor(16) as pool:
         assert [*pool.map(once, range(300))] == [number % 20 for number in range(300)]

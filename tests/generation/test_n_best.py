@@ -59,6 +59,8 @@ def automaton(model: LoadedModel, transitions: list[list[int]], accepting: set[i
 def enumerated(model: LoadedModel, origin: Origin, wanted: Wanted) -> list[Found]:
     """All whole texts over LETTERS, the likeliest first."""
     found, form = [], wanted.form
+    if wanted.ends == "forced" and form.ends(0, wanted.max_chars):
+        return [Found((), 0.0)]
     letters = [model.charset.characters.index(char) for char in LETTERS]
     for size in range(1, wanted.max_chars + 1):
         for ids in itertools.product(letters, repeat=size):

@@ -97,5 +97,6 @@ def compile_form(form: Form, charset: str, allowed: tuple[int, ...] | None = Non
         InvalidValue: the form is malformed, is not supported, is too large, or the model can't write any text of it
             (UnknownCharacters), or not with the allowed characters; then `param` is `allowed_token_ids`. The message
             names the position in the pattern, or the place in the schema as a JSON pointer.
+        Overloaded: too many new forms wait to be compiled.
     """
     return _cache.get(form, charset, allowed)

@@ -44,7 +44,7 @@ def with_stops(form: Automaton | None, stops: Sequence[Ids], vocab_size: int) ->
     Returns the form itself if there are no stop strings. Any thread may call; what was used lately takes no time.
 
     Raises InvalidValue: there are too many stop strings, or too long ones, or together with this form they need too
-    large an automaton.
+    large an automaton; and Overloaded: too many others wait to be compiled.
     """
     if not stops:
         return form

@@ -178,6 +178,16 @@ class Usage(BaseModel):
     total_tokens: int = Field(description="the sum of both")
     prompt_tokens_details: PromptTokensDetails = Field(default_factory=lambda: PromptTokensDetails())
 
+    @classmethod
+    def of(cls, num_prompt: int, num_generated: int, num_cached: int = 0) -> Usage:
+        """Return the usage of a request. num_cached: characters of the prompt that were not stepped again."""
+        return cls(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_generated,
+            total_tokens=num_prompt + num_generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )
+
 
 class PromptTokensDetails(BaseModel):
     """Details about reading the prompts."""

@@ -93,7 +93,6 @@ def test_beam__of_long_texts_is_that_of_a_beam_search(client: FlaskClient) -> No
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"allowed_token_ids": [1]}, "allowed_token_ids"),
         ({"min_tokens": 1}, "min_tokens"),
-        ({"logprobs": 1}, "logprobs"),
         ({"echo": True}, "echo"),
         ({"return_state": True}, "return_state"),
         ({"best_of": 6}, "best_of"),
@@ -118,6 +117,30 @@ def test_beam__with_neutral_settings_is_the_same(client: FlaskClient) -> None:
     expected = ok(client.post("/v1/completions", json=BODY))["choices"]
     neutral = {"temperature": 1, "top_k": -1, "top_p": 1, "n": 6, "logit_bias": {}, "seed": None, "stream": False}
     assert ok(client.post("/v1/completions", json=BODY | neutral))["choices"] == expected
+
+
+def test_beam__has_the_log_probabilities_of_its_texts(client: FlaskClient) -> None:
+    """Those that a request gets which reads the text as a prompt; a stop string counts in `logprob` alone."""
+    body = BODY | {"prompt": ["ROMEO: ", "JULIET:"], "max_tokens": 5, "beam": 3, "stop": "b"}
+    plain = ok(client.post("/v1/completions", json=body))
+    for num_top, included in ((0, True), (3, False)):
+        body |= {"logprobs": num_top, "include_stop_str_in_output": included}
+        answer = ok(client.post("/v1/completions", json=body))
+        assert answer["usage"]["completion_tokens"] > plain["usage"]["completion_tokens"]
+        for number, (choice, without) in enumerate(zip(answer["choices"], plain["choices"], strict=True)):
+            scores, text, prompt = choice["logprobs"], choice["text"], body["prompt"][number // 3]
+            read = {"prompt": prompt + text, "max_tokens": 0, "echo": True, "logprobs": num_top}
+            expected = ok(client.post("/v1/completions", json=read))["choices"][0]["logprobs"]
+            for name in ("tokens", "token_logprobs"):
+                assert scores[name] == expected[name][len(prompt) :]
+            if num_top:
+                assert scores["top_logprobs"] == (expected["top_logprobs"][len(prompt) :] or None)
+            assert scores["text_offset"] == [*range(len(text))]
+            if included:
+                assert sum(scores["token_logprobs"]) == pytest.approx(choice["logprob"], abs=1e-5)
+            assert choice["logprob"] == without["logprob"]
+    form = BODY | {"structured_outputs": {"choice": ["yes", "no"]}, "max_tokens": 5, "beam": 1, "logprobs": 0}
+    assert len(ok(client.post("/v1/completions", json=form))["choices"][0]["logprobs"]["tokens"]) in (2, 3)
 
 
 def test_beam__of_a_form_has_it_and_may_end_before_a_stop_string(client: FlaskClient) -> None:
@@ -147,3 +170,14 @@ def test_beam__of_a_form_has_it_and_may_end_before_a_stop_string(client: FlaskCl
         "out_of_range",
         "structured_outputs.regex",
     )
+
+
+@pytest.mark.parametrize("pattern", ["", "(abcdef)?"])
+def test_beam__of_a_form_that_only_the_empty_text_has_returns_it(client: FlaskClient, pattern: str) -> None:
+    """As a request that draws does, also if what may follow is too long."""
+    body = BODY | {"structured_outputs": {"regex": pattern}, "max_tokens": 5, "logprobs": 1}
+    (choice,) = ok(client.post("/v1/completions", json=body))["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["logprob"], choice["exact"]) == ("", "stop", 0.0, True)
+    assert choice["logprobs"]["tokens"] == []
+    (drawn,) = ok(client.post("/v1/completions", json={k: v for k, v in body.items() if k != "beam"}))["choices"]
+    assert (drawn["text"], drawn["finish_reason"]) == ("", "stop")

@@ -341,9 +341,7 @@ def test_allowed_token_ids__leave_texts_of_the_form_that_consist_of_them(client:
     other = form | {"structured_outputs": {"choice": ["x", "yz"]}}
     response = client.post("/v1/completions", json={"prompt": ""} | other)
     message = refused(response, 400, "out_of_range", "allowed_token_ids")["message"]
-    assert message.startswith(
-        "allowed_token_ids: no text of the form consists of these characters alone: they lack 'x'"
-    )
+    assert message.startswith("allowed_token_ids: no text of the form consists of these characters alone: they lack")
     ok(client.put("/v1/sessions/allowed", json={"text": "a"}), 201)
     response = client.post("/v1/sessions/allowed/generate", json=other)
     refused(response, 400, "out_of_range", "allowed_token_ids")

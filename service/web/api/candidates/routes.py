@@ -25,7 +25,7 @@ from service.web.api.candidates import schemas
 from service.web.api.json_pieces import dumps
 from service.web.api.resource import Resource, blaming
 from service.web.api.responses import json_response
-from service.web.api.schemas import ERRORS, ErrorAnswer, PromptTokensDetails, Usage
+from service.web.api.schemas import ERRORS, ErrorAnswer, Usage
 from service.web.api.sessions.schemas import SessionPath
 from service.web.api.sse import client_monitor
 from service.web.gate.access import current_owner
@@ -55,7 +55,7 @@ class _Candidates(Resource):
     ) -> Response:
         logprobs = score_candidates(model, origin, candidates, reservation.require, client_monitor())
         totals, scores = normalized(logprobs, normalize)
-        usage = _usage(num_prompt + sum(map(len, candidates)), 0, num_cached)
+        usage = Usage.of(num_prompt + sum(map(len, candidates)), 0, num_cached)
         return json_response(_pieces(model, origin, candidates, totals, scores, usage), held)
 
     def _check_chars(self, prompt: str, candidates: Sequence[str]) -> None:
@@ -214,7 +214,7 @@ class SessionCandidateRoutes(_Candidates):
                     schemas.Suggestion(index=index, text=model.charset.decode(one.ids), logprob=round(one.logprob, 7))
                     for index, one in enumerate(found.texts)
                 ],
-                usage=_usage(len(prompt), found.num_stepped),
+                usage=Usage.of(len(prompt), found.num_stepped),
             )
             return Response(answer.model_dump_json(), mimetype="application/json")
 
@@ -234,15 +234,6 @@ class SessionCandidateRoutes(_Candidates):
             return words(charset, charset.decode(prompt[-1:]) or session.last_character)
         ends = {*self._encoded(model, body.until, body.unknown_chars, "until").tolist()}
         return ends_at(char in ends for char in range(len(charset)))
-
-
-def _usage(num_prompt: int, num_stepped: int, num_cached: int = 0) -> Usage:
-    return Usage(
-        prompt_tokens=num_prompt,
-        completion_tokens=num_stepped,
-        total_tokens=num_prompt + num_stepped,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
-    )
 
 
 def _pieces(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Iterator
 
 from service.generation.completion import Completion, CompletionChunk
 from service.model.chat_template import ChatTemplate
 from service.registry.loaded_models import LoadedModel
-from service.web.api.completions.answer import CompletionAnswer
+from service.web.api.completions.answer import CompletionAnswer, answer_head
 from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import TextEvent
 from service.web.api.json_pieces import chat_logprobs_pieces, dumps
@@ -22,14 +21,9 @@ class ChatAnswer(CompletionAnswer):
     """The answer to one chat."""
 
     def __init__(self, model: LoadedModel, completion: Completion, template: ChatTemplate) -> None:
-        super().__init__(model, completion, states=None)
         # The template decides what the model reads, so it belongs to what has to be equal for equal texts.
         fingerprint = f"{model.fingerprint}_{template.digest[:_FINGERPRINT_CHARS]}"
-        self._common_fields |= {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "object": "chat.completion",
-            "system_fingerprint": fingerprint,
-        }
+        super().__init__(model, completion, states=None, head=answer_head(model, "chatcmpl", fingerprint))
 
     def _pieces(self, pieces: list[list[CompletionChunk]]) -> Iterator[str]:
         completion = self._completion

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Literal, TypeAlias
 
 import structlog
 from flask import Response
@@ -20,18 +21,43 @@ from service.web.api.completions.schemas import StreamOptions
 from service.web.api.events import DoneEvent, ErrorEvent, Events, TextEvent, UsageEvent
 from service.web.api.json_pieces import dumps, ids_pieces, logprobs_pieces, prompt_logprobs_pieces
 from service.web.api.responses import json_response
-from service.web.api.schemas import PromptTokensDetails, Usage
+from service.web.api.schemas import Usage
 from service.web.api.sse import FLUSH_INTERVAL_S, IDLE_S
 from service.web.gate.error_responses import body_of
 
 log = structlog.get_logger(__name__)
+
+Head: TypeAlias = dict[str, str | int]
+
+
+_OBJECTS = {"cmpl": "text_completion", "chatcmpl": "chat.completion"}
+
+
+def answer_head(model: LoadedModel, kind: Literal["cmpl", "chatcmpl"], fingerprint: str | None = None) -> Head:
+    """Return the fields that are the same in every event of an answer, under a new id.
+
+    fingerprint: identifies what has to be equal for equal texts; None: the model alone.
+    """
+    return {
+        "id": f"{kind}-{secrets.token_hex(12)}",
+        "object": _OBJECTS[kind],
+        "created": int(time.time()),
+        "model": model.version.ref,
+        "system_fingerprint": fingerprint or model.fingerprint,
+    }
 
 
 class CompletionAnswer:
     """The answer to one completion, in OpenAI's shape."""
 
     def __init__(
-        self, model: LoadedModel, completion: Completion, states: PortableStates | None, *, with_ids: bool = False
+        self,
+        model: LoadedModel,
+        completion: Completion,
+        states: PortableStates | None,
+        *,
+        with_ids: bool = False,
+        head: Head | None = None,
     ) -> None:
         """Prepare the answer.
 
@@ -40,18 +66,12 @@ class CompletionAnswer:
             completion: The continuations.
             states: Seals the states that the request wants; None if it can't want any.
             with_ids: Return the ids of prompts and texts too.
+            head: The fields of `answer_head`, if they are not those of a completion.
         """
         self._model, self._states = model, states
         self._charset, self._completion, self._with_ids = model.charset, completion, with_ids
         self._has_form = completion.request.form is not None
-        # The fields that are the same in every event of a stream.
-        self._common_fields = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": model.version.ref,
-            "system_fingerprint": model.fingerprint,
-        }
+        self._common_fields = head or answer_head(model, "cmpl")
 
     def whole(self, client_has_left: Callable[[], bool], held: ExitStack) -> Response:
         """Wait until everything is generated, and return one JSON answer.
@@ -172,9 +192,4 @@ class CompletionAnswer:
 
     def _usage(self) -> Usage:
         completion = self._completion
-        return Usage(
-            prompt_tokens=completion.num_prompt,
-            completion_tokens=completion.num_generated,
-            total_tokens=completion.num_prompt + completion.num_generated,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=completion.num_cached),
-        )
+        return Usage.of(completion.num_prompt, completion.num_generated, completion.num_cached)

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
+from service.engine.scores import Scores, num_scores
 from service.errors import InvalidValue, plural
 from service.generation.automata import automaton_of, require_chars
-from service.generation.branches import state_after
+from service.generation.branches import Branch, Branches, state_after
 from service.generation.candidates import Origin
-from service.generation.n_best import NBest, Wanted, affordable_steps, ends_at, most_scores, n_best
+from service.generation.n_best import Found, NBest, Wanted, affordable_steps, ends_at, most_scores, n_best
 from service.generation.portable_states import PortableStart
 from service.generation.score_reservation import ScoreReservation
 from service.registry.loaded_models import LoadedModel
+from service.web.api.completions.answer import answer_head
 from service.web.api.completions.schemas import CompletionBody
-from service.web.api.json_pieces import dumps
-from service.web.api.schemas import PromptTokensDetails, Usage
+from service.web.api.json_pieces import dumps, logprobs_pieces
+from service.web.api.schemas import Usage
 from service.web.api.sse import client_monitor
 
 MAX_BEAM_TOKENS = 1024
 
 # What a search can't take into account, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "stream": (False,), "echo": (False,), "logprobs": (None,), "prompt_logprobs": (None,), "return_token_ids": (False,),
+    "stream": (False,), "echo": (False,), "prompt_logprobs": (None,), "return_token_ids": (False,),
     "return_state": (False,), "best_of": (None,), "seed": (None,), "min_tokens": (0,), "temperature": (0.0, 1.0),
     "top_k": (0, -1), "top_p": (1.0,), "min_p": (0.0,), "repetition_penalty": (1.0,), "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,), "logit_bias": ({},), "allowed_token_ids": (None,),
@@ -64,20 +66,33 @@ class BeamSearch:
         """
         wanted = self._wanted(body)
         # All at once: searches that reserved more and more while they hold some could all wait for each other.
-        self.reservation.wait_for(most_scores(self.model, wanted), client_monitor())
-        found, num_cached = [], 0
+        num_chars = len(prompts) * wanted.n * wanted.max_chars
+        self.reservation.wait_for(
+            most_scores(self.model, wanted) + num_scores(num_chars, body.logprobs), client_monitor()
+        )
+        found: list[_Likely] = []
+        num_cached = num_stepped = 0
         for prompt in prompts:
             origin, cached = self._origin(prompt)
+            best = n_best(self.model, origin, wanted, client_has_left=client_monitor())
+            branches = Branches(self.model, client_monitor())
+            found += [
+                _Likely(one, scores, best.is_exact)
+                for one, scores in zip(best.texts, self._scored(branches, origin, best, body.logprobs), strict=True)
+            ]
             num_cached += cached
-            found.append(n_best(self.model, origin, wanted, client_has_left=client_monitor()))
-        num_prompt, num_stepped = sum(map(len, prompts)), sum(one.num_stepped for one in found)
-        usage = Usage(
-            prompt_tokens=num_prompt,
-            completion_tokens=num_stepped,
-            total_tokens=num_prompt + num_stepped,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
-        )
-        return self._pieces(body, wanted, found, usage)
+            num_stepped += best.num_stepped + branches.num_stepped
+        return self._pieces(body, wanted, found, Usage.of(sum(map(len, prompts)), num_stepped, num_cached))
+
+    def _scored(
+        self, branches: Branches, origin: Origin, best: NBest, num_logprobs: int | None
+    ) -> Sequence[Scores | None]:
+        """Return the scores of the characters of each text; None for each if none are requested."""
+        if num_logprobs is None:
+            return [None] * len(best.texts)
+        texts = [np.array(one.ids, np.int64) for one in best.texts]
+        grown = branches.grow([Branch(origin.hidden, origin.position, ids, num_logprobs=num_logprobs) for ids in texts])
+        return [one.scores for one in grown]
 
     def _wanted(self, body: CompletionBody) -> Wanted:
         charset = self.model.charset
@@ -93,29 +108,31 @@ class BeamSearch:
         hidden, num_cached = state_after(self.model, self.scope, prompt, client_monitor())
         return Origin(hidden, len(prompt)), num_cached
 
-    def _pieces(self, body: CompletionBody, wanted: Wanted, found: Sequence[NBest], usage: Usage) -> Iterator[str]:
-        head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": self.model.version.ref,
-            "system_fingerprint": self.model.fingerprint,
-        }
-        yield dumps(head)[:-1] + ',"choices":['
-        texts = [(one, best.is_exact) for best in found for one in best.texts]
-        for index, (one, is_exact) in enumerate(texts):
-            state = wanted.form.walk(0, one.ids)
+    def _pieces(self, body: CompletionBody, wanted: Wanted, found: Sequence[_Likely], usage: Usage) -> Iterator[str]:
+        yield dumps(answer_head(self.model, "cmpl"))[:-1] + ',"choices":['
+        for index, likely in enumerate(found):
+            ids = likely.text.ids
+            state = wanted.form.walk(0, ids)
             num_stop_chars = int(wanted.form.stop_chars[state])
-            is_stopped = num_stop_chars > 0 or wanted.form.ends(state, wanted.max_chars - len(one.ids))
-            choice = {
-                "index": index,
-                "text": self.model.charset.decode(
-                    one.ids if body.include_stop_str_in_output else one.ids[: len(one.ids) - num_stop_chars]
-                ),
-                "logprobs": None,
+            is_stopped = num_stop_chars > 0 or wanted.form.ends(state, wanted.max_chars - len(ids))
+            text = self.model.charset.decode(
+                ids if body.include_stop_str_in_output else ids[: len(ids) - num_stop_chars]
+            )
+            yield f'{"," if index else ""}{{"index":{index},"text":{dumps(text)},"logprobs":'
+            yield from logprobs_pieces(text, likely.scores, self.model.charset, 0)
+            end = {
                 "finish_reason": "stop" if is_stopped else "length",
-                "logprob": round(one.logprob, 7),
-                "exact": is_exact,
+                "logprob": round(likely.text.logprob, 7),
+                "exact": likely.is_exact,
             }
-            yield ("," if index else "") + dumps(choice)
+            yield "," + dumps(end)[1:]
         yield f'],"usage":{usage.model_dump_json()}}}'
+
+
+@dataclass(frozen=True)
+class _Likely:
+    """One of the texts that are returned."""
+
+    text: Found
+    scores: Scores | None  # of its characters, a stop string at its end included
+    is_exact: bool  # see NBest

@@ -116,7 +116,7 @@ def run_events(stream: RunStream, client_has_left: Callable[[], bool]) -> Events
 def _final_fields(stream: RunStream) -> dict[str, object]:
     """Return the fields of the answer, or of the event `done`, that describe a run that has ended."""
     num_chars = len(stream.text)
-    usage = Usage(prompt_tokens=0, completion_tokens=num_chars, total_tokens=num_chars)
+    usage = Usage.of(0, num_chars)
     return {
         "finish_reason": stream.finish_reason,
         "position": stream.position,
