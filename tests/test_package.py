@@ -21,6 +21,8 @@ from service.commands.options import open_store
 from tests.harness.programs import program
 from tests.harness.server import Server, serving
 
+pytestmark = pytest.mark.timeout(1200)  # a build compiles the kernel, which a busy machine delays
+
 ROOT = Path(__file__).parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
 NOT_SOURCE = (

@@ -24,6 +24,8 @@ from service.engine.native.native_stepper import NativeStepper
 from service.engine.native.self_check import EXPECTED, digest_of
 from tests.harness.programs import program
 
+pytestmark = pytest.mark.timeout(1200)  # some of these compile the kernel, which a busy machine delays
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "service/engine/native/src"
 COMPILER = shutil.which("c++")

@@ -81,7 +81,7 @@ class Screen:
         page.on("dialog", self._on_dialog)
         page.on("request", self._on_request)
         for event in ("requestfinished", "requestfailed"):
-            page.on(event, self._on_answer)  # type: ignore[call-overload]
+            page.on(event, self._on_answer)
         page.on("console", lambda message: self._on_console(message.type, message.text))
         page.add_init_script(
             "addEventListener('securitypolicyviolation', "

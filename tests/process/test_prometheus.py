@@ -106,7 +106,7 @@ def test_dashboard_of_vllm__gets_data_for_every_query(server: Server, tmp_path: 
             body = json.dumps(BODY | streamed).encode()
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
-        wait_until(lambda: has_data(database, QUERIES[0]), 30)
+        wait_until(lambda: has_data(database, QUERIES[0]))
         silent = [expression for expression in QUERIES if not has_data(database, expression)]
         assert silent == []
         assert float(query(database, f"sum(increase(gru_serve_generation_tokens_total{RANGE}))")[0]["value"][1]) > 0
