@@ -12,14 +12,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from service.engine.kernels import Kernel, choose_kernel
-from service.errors import InvalidSettings
+from service.errors import InvalidArtifact, InvalidSettings
 from service.generation.inspector import Inspector
 from service.generation.portable_states import PortableStates
 from service.generation.session_service import SessionService
+from service.model.chat_template import ChatTemplate, find_template
 from service.periodic import PeriodicThread
 from service.registry.loaded_models import EngineSettings, LoadedModels
 from service.sessions.memory_store import MemoryStore
 from service.sessions.portable import StateSealer
+from service.sessions.redis_url import parse
 from service.sessions.session_store import StoreObserver
 from service.sessions.text import Retention
 from service.settings import Settings
@@ -87,6 +89,24 @@ class Service:
         self.close()
 
 
+def check_session_store(settings: Settings) -> None:
+    """Raise InvalidSettings if the URL of the session store is invalid, or names a file that can't be used."""
+    url = settings.session_store.get_secret_value()
+    try:
+        if not url.startswith("memory:"):
+            parse(url)
+    except ValueError as error:
+        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE {error}", param="session_store") from None
+
+
+def default_chat_template(settings: Settings) -> ChatTemplate | None:
+    """Return the chat template of versions that have none. Raises InvalidSettings."""
+    try:
+        return find_template(settings.chat_template) if settings.chat_template else None
+    except InvalidArtifact as error:
+        raise InvalidSettings(f"GRU_SERVE_CHAT_TEMPLATE: {error.message}", param="chat_template") from None
+
+
 def _engine_settings(settings: Settings, kernel: Kernel) -> EngineSettings:
     return EngineSettings(
         kernel=kernel,
@@ -107,13 +127,11 @@ def _open_store(
         memory = MemoryStore(settings.max_sessions, settings.max_session_bytes)
         closing.callback(PeriodicThread("sweeper", _SWEEP_S, memory.sweep).close)
         return memory
+    check_session_store(settings)
     # Imported here, so that a server with sessions in memory starts without the redis library.
     from service.sessions.redis_server import RedisServer
     from service.sessions.redis_store import RedisStore
 
-    try:
-        store = RedisStore(RedisServer(url, observer=observer), retention.segment_chars, settings.max_session_bytes)
-    except ValueError as error:
-        raise InvalidSettings(f"GRU_SERVE_SESSION_STORE {error}", param="session_store") from None
+    store = RedisStore(RedisServer(url, observer=observer), retention.segment_chars, settings.max_session_bytes)
     closing.callback(store.close)
     return store

@@ -16,7 +16,7 @@ REPOSITORY = ROOT.parent
 # What each package or top-level module of `service` may import, besides itself, `errors`, `arrays` and `shares`.
 ALLOWED = {
     "__main__": {"commands", "__init__"},
-    "assembly": {"engine", "generation", "periodic", "registry", "sessions", "settings", "store"},
+    "assembly": {"engine", "generation", "model", "periodic", "registry", "sessions", "settings", "store"},
     "commands": {
         "api_keys",
         "assembly",

@@ -24,12 +24,15 @@ def serve_command(**options: Any) -> None:
     settings = read_settings(**options)
 
     from service.api_keys import read_keys
+    from service.assembly import check_session_store, default_chat_template
     from service.engine.kernels import check_kernel
     from service.web.gunicorn.server import Server
 
     # Checked before the server starts, so that a mistake is reported in one line and not by a crashing worker.
     check_kernel(settings.kernel)
     read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    check_session_store(settings)
+    default_chat_template(settings)
     with suggesting_models():
         open_store(settings.store_root).verify(settings.model)
     Server(settings).run()

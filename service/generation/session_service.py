@@ -116,7 +116,7 @@ class SessionService:
         start = session.text.start if start is None else start
         end = session.position if end is None else end
         if start > end:
-            raise InvalidValue(f"from: {start} lies after the end, {end}", param="from")
+            raise InvalidValue(f"from: {start} is after the end, {end}", param="from")
         session.require_within(end, "to")
         return session.text.slice(start, end), start, end
 

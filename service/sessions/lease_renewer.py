@@ -53,6 +53,7 @@ class _Write:
     save_id: SaveId
     is_deletion: bool
     stored_at: float  # when the server got it, or got it again; monotonic
+    missing_since: float | None = None  # when the server was first found to lack the session; monotonic
 
 
 class LeaseRenewer:
@@ -132,6 +133,22 @@ class LeaseRenewer:
             lease.missing_since = time.monotonic()
             self._server.suspect_loss()
         return self._server.probed_at > lease.missing_since
+
+    def has_lost(self, key: SessionKey) -> bool:
+        """Return whether a session that the server doesn't have may still be restored.
+
+        A deletion would have left a tombstone, so the server has lost what it got in the last ten seconds. The next
+        probe tells whether it has lost everything.
+        """
+        now = time.monotonic()
+        with self._lock:
+            write = self._journal.get(key)
+            if write is None or write.is_deletion or now - write.stored_at > _AT_RISK_S:
+                return False
+            if write.missing_since is None:
+                write = self._journal[key] = replace(write, missing_since=now)
+                self._server.suspect_loss()
+        return write.missing_since is not None and self._server.probed_at <= write.missing_since
 
     def is_leased_here(self, key: SessionKey) -> bool:
         """Whether this process holds a lease of the session."""
@@ -261,7 +278,7 @@ class LeaseRenewer:
             now = time.monotonic()
             for key, write in at_risk:
                 if self._journal.get(key) is write:
-                    self._journal[key] = replace(write, stored_at=now)
+                    self._journal[key] = replace(write, stored_at=now, missing_since=None)
                     self._journal.move_to_end(key)
         self._server.mark_restored()
 

@@ -80,6 +80,7 @@ _ADVICE = {
     "MISCONF": "it can't write to its disk: see the log of its server",
     "LOADING": "it is starting: wait",
     "CLUSTERDOWN": "a part of the cluster is down: see CLUSTER INFO of its nodes",
+    "DB": "correct the number of the database in GRU_SERVE_SESSION_STORE",
 }
 # After these, the server may have the data of another one.
 _WAS_REPLICA = ("READONLY", "MASTERDOWN", "LOADING")
@@ -636,6 +637,8 @@ def _word(error: errors.RedisError) -> str:
     """Return the first word of the answer that Redis gave, "" if it gave none."""
     if _NO_PERMISSION.search(str(error)):
         return "NOPERM"  # Redis 7.0 says ERR
+    if "DB index is out of range" in str(error):
+        return "DB"  # Redis says ERR
     if error.status_code:
         return str(error.status_code)
     found = re.match("[A-Z]+ ", str(error)) if isinstance(error, errors.ResponseError) else None

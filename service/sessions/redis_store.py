@@ -35,6 +35,7 @@ from service.sessions.session_store import Answer, Change, Lease, Operation, saf
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
 _LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
+_FORGOTTEN = "the session store has lost this session, and perhaps more: try again in a second"
 
 
 @contextmanager
@@ -352,8 +353,9 @@ class RedisStore:
         lease.unanswered = None
         if answer[0] == b"none":
             if self._renewer.is_lost(lease):
+                self._server.check()  # the probe may have noticed it while this answer was on its way
                 raise SessionLost("the session store has lost this session: create it again")
-            raise StoreUnavailable("the session store has lost this session, and perhaps more: try again in a second")
+            raise StoreUnavailable(_FORGOTTEN)
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
         lease.set_saved(self._saved(session, record, answer))
@@ -397,6 +399,9 @@ class RedisStore:
         if word == b"gone":
             raise SessionGone("this session has expired: create it again")
         if word == b"none":
+            if self._renewer.has_lost(key):
+                raise StoreUnavailable(_FORGOTTEN)
+            self._server.check()  # the probe may have noticed it while this answer was on its way
             raise SessionNotFound("there is no such session: create it first")
         if word == b"deleted":
             self._cache.drop(key)

@@ -11,10 +11,8 @@ from flask_openapi import Info, OpenAPI
 
 from service import __version__
 from service.api_keys import ApiKeys, read_keys
-from service.assembly import Service
+from service.assembly import Service, default_chat_template
 from service.engine.automaton.stops import MAX_STOP_CHARS
-from service.errors import InvalidArtifact, InvalidSettings
-from service.model.chat_template import ChatTemplate, find_template
 from service.settings import SPARE_THREADS, Settings, otlp_is_configured, read_settings
 from service.shares import SharedBudget
 from service.web.api.candidates.routes import CandidateRoutes, SessionCandidateRoutes
@@ -136,7 +134,7 @@ def _resources(
 ) -> list[Resource]:
     """Return all routes, in the order of the API description."""
     models, store, default = service.models, service.store, service.default_model
-    template = _chat_template(settings)
+    template = default_chat_template(settings)
     texts = settings.max_batch + settings.max_queue
     completion_limits = CompletionLimits(settings.max_tokens, settings.max_prompt_chars, texts)
     max_run = _max_run(settings)
@@ -185,15 +183,6 @@ def _bounds(settings: Settings) -> Bounds:
         "TokenizeBody": {"prompt": text},
         "DetokenizeBody": {"tokens": {"maxItems": settings.max_prompt_chars}},
     }
-
-
-def _chat_template(settings: Settings) -> ChatTemplate | None:
-    if not settings.chat_template:
-        return None
-    try:
-        return find_template(settings.chat_template)
-    except InvalidArtifact as error:
-        raise InvalidSettings(f"GRU_SERVE_CHAT_TEMPLATE: {error.message}", param="chat_template") from None
 
 
 def _admission_limit(settings: Settings) -> AdmissionLimit:

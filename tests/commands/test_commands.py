@@ -372,7 +372,9 @@ def test_models_delete__refuses_before_it_asks(
     assert len(store.versions("tiny")) == 2
 
 
-def test_serve__reports_a_bad_start_in_one_line(tmp_path: Path) -> None:
+def test_serve__reports_a_bad_start_in_one_line(
+    tmp_path: Path, tiny_store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     missing = run("serve", "--model-store", str(tmp_path))
     assert missing.exit_code == 1
     assert "no model 'shakespeare'" in missing.stderr
@@ -380,6 +382,19 @@ def test_serve__reports_a_bad_start_in_one_line(tmp_path: Path) -> None:
     assert nowhere.exit_code == 1
     assert "there is no model store at" in nowhere.stderr
     assert run("serve", "--port", "70000").exit_code == 2
+    for name, value, reason in (
+        ("CHAT_TEMPLATE", "/nowhere", "there is no file"),
+        ("SESSION_STORE", "redis://:secret@host/0?nonsense=1", "must be redis://"),
+        ("SESSION_STORE", "rediss://:secret@host/0?ssl_ca_certs=/nowhere", "ssl_ca_certs"),
+    ):
+        monkeypatch.setenv(f"GRU_SERVE_{name}", value)
+        invalid = run("serve", "--model-store", str(tiny_store.root), "--model", "tiny")
+        monkeypatch.delenv(f"GRU_SERVE_{name}")
+        assert (invalid.exit_code, invalid.stdout) == (2, "")
+        assert invalid.stderr.startswith(f"Error: GRU_SERVE_{name}")
+        assert reason in invalid.stderr
+        assert invalid.stderr.count("\n") == 1
+        assert "secret" not in invalid.stderr
     assert run("serve", "--colour", "red").exit_code == 2
 
 

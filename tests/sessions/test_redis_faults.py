@@ -283,6 +283,27 @@ def test_lost_write__is_restored_from_the_writers_cache(server: RedisProcess) ->
 # A server that is full
 
 
+def test_server_that_forgets_everything__is_restored_before_a_session_counts_as_missing(server: RedisProcess) -> None:
+    with replicas(server.url) as (one,), redis.Redis.from_url(server.url) as client:
+        one.create(session())
+        one.update(A, appended("x"))
+        probed_at = one._server.probed_at
+        wait_until(lambda: one._server.probed_at > probed_at)  # the next probe is due in a second
+        client.flushall()
+        assert characters(when_served(partial(one.load, A))) == "ROMEO:x"
+
+
+def test_session_that_the_server_alone_has_lost__counts_as_missing_after_a_probe(server: RedisProcess) -> None:
+    with replicas(server.url) as (one,), redis.Redis.from_url(server.url) as client:
+        one.create(session())
+        for key in client.scan_iter("*/a"):
+            client.delete(key)
+        with pytest.raises(SessionNotFound):
+            when_served(partial(one.load, A))
+        one.create(session("a", "anew"))
+        assert characters(one.load(A)) == "anew"
+
+
 def used_memory(server: RedisProcess) -> int:
     with redis.Redis.from_url(server.url) as client:
         return int(client.info("memory")["used_memory"])

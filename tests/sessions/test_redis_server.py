@@ -234,7 +234,7 @@ def unsuitable(kind: str, directory: Path) -> Iterator[str]:
         ("sentinel", "write redis+sentinel://"),
         ("cluster", "write redis+cluster://"),
         ("replica", "has to lead to the master"),
-        ("database", ""),
+        ("database", "correct the number of the database"),
         ("INFO", "permissions"),
         ("HSET", "permissions"),
         ("prefix", "permissions"),
