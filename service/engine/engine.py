@@ -15,7 +15,7 @@ from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
-from service.engine.texts import Job, Reading, Text, Together, jobs_of
+from service.engine.texts import Job, JobBatch, Reading, Text, jobs_of
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget, SharedCapacity
 
@@ -62,7 +62,7 @@ class Engine:
         self._scheduler: Scheduler[Job] = Scheduler(max_running)
         self._silent: set[Text] = set()  # those in the scheduler that have generated nothing yet
         self._wishes = Wishes()
-        self._together: Together | None = None  # what the last tick advanced, unless one of it has ended
+        self._batch: JobBatch | None = None  # what the last tick advanced, unless one of it has ended
         self._pace = Pace()
         self._state_bytes = stepper.initial_hidden().nbytes
         self._short_ticks_until = 0.0
@@ -235,50 +235,50 @@ class Engine:
     def _tick(self) -> None:
         """Choose texts, advance them, and hand the new characters over to their handles."""
         self._drop_cancelled()
-        together, num_chars = self._schedule()
-        if together is not None:
-            steps = self._step(together, num_chars)
+        batch, num_chars = self._schedule()
+        if batch is not None:
+            steps = self._step(batch, num_chars)
             if steps is not None:
-                self._publish(together, steps)
+                self._publish(batch, steps)
 
-    def _schedule(self) -> tuple[Together | None, int]:
+    def _schedule(self) -> tuple[JobBatch | None, int]:
         """Return what to advance in this tick, if there is anything, and by how many characters."""
         tick_s = self._tick_s()
         jobs = self._scheduler.choose(self._pace.num_rows(tick_s) if tick_s < TICK_S else self._scheduler.max_running)
         if not jobs:
             return None, 0
-        if self._together is None or jobs != self._together.jobs:
-            self._part()
-            self._together = Together(jobs)
-        return self._together, self._pace.num_chars(len(jobs), tick_s)
+        if self._batch is None or jobs != self._batch.jobs:
+            self._dissolve_batch()
+            self._batch = JobBatch(jobs)
+        return self._batch, self._pace.num_chars(len(jobs), tick_s)
 
-    def _part(self) -> None:
-        if self._together is not None:
-            self._together.part()
-            self._together = None
+    def _dissolve_batch(self) -> None:
+        if self._batch is not None:
+            self._batch.dissolve()
+            self._batch = None
 
-    def _step(self, together: Together, num_chars: int) -> Steps | None:
+    def _step(self, batch: JobBatch, num_chars: int) -> Steps | None:
         """Advance jobs, and return what that did; None if some can't be advanced: those fail."""
         with self._stepper.lock:
             started = self._clock()
             try:
-                steps = self._stepper.advance(together.rows, num_chars)
+                steps = self._stepper.advance(batch.rows, num_chars)
             except InvalidRows as invalid:
-                self._fail_jobs([job for job in together.jobs if job.row in invalid.causes], NOT_COMPUTABLE)
+                self._fail_jobs([job for job in batch.jobs if job.row in invalid.causes], NOT_COMPUTABLE)
                 return None  # the next tick advances the others
             ended = self._clock()
         if self._silent:
-            self._note_times(together, started, ended)
-        self._pace.measured(len(together.rows), num_chars, ended - started)
+            self._note_times(batch, started, ended)
+        self._pace.measured(len(batch.rows), num_chars, ended - started)
         self._scheduler.charge(ended - started)
         return steps
 
-    def _publish(self, together: Together, steps: Steps) -> None:
+    def _publish(self, batch: JobBatch, steps: Steps) -> None:
         """Hand results over, and let texts leave that have ended, or begin that have their prompt read."""
-        together.add(steps)
-        for i, reading in together.readings:
+        batch.add(steps)
+        for i, reading in batch.readings:
             self._publish_reading(reading, steps.results.get(i))
-        finished = [together.jobs[i] for i in steps.finished]
+        finished = [batch.jobs[i] for i in steps.finished]
         texts = [job for job in finished if isinstance(job, Text)]
         # Free the places before handing over: a caller that reads the end and submits again at once must not be
         # refused.
@@ -288,7 +288,7 @@ class Engine:
         for handle in tuple(self._wishes.results):
             handle.wake()
         if self._wishes.snapshots:
-            for job in together.jobs:
+            for job in batch.jobs:
                 if isinstance(job, Text) and job.handle in self._wishes.snapshots:
                     job.handle.publish_snapshot(job.snapshot())
 
@@ -306,9 +306,9 @@ class Engine:
             self._scheduler.replace(reading, reading.texts)
             self._memory.give_back(reading.client, reading.num_bytes)
 
-    def _note_times(self, together: Together, started: float, ended: float) -> None:
+    def _note_times(self, batch: JobBatch, started: float, ended: float) -> None:
         """Note which texts a tick has advanced for the first time, and which have generated their first character."""
-        for _, reading in together.readings:
+        for _, reading in batch.readings:
             for text in reading.texts:
                 if text.handle.times.started is None:
                     text.handle.times.started = started
@@ -350,7 +350,7 @@ class Engine:
             text.handle.publish_end(text.end("cancelled"))
 
     def _remove_reading(self, reading: Reading) -> None:
-        self._part()
+        self._dissolve_batch()
         self._scheduler.remove([reading])
         self._memory.give_back(reading.client, reading.num_bytes)
 
@@ -358,7 +358,7 @@ class Engine:
         """Free what the texts have taken, and count their ends."""
         if not texts:
             return
-        self._part()  # so that nothing of them is left in the engine
+        self._dissolve_batch()  # so that nothing of them is left in the engine
         self._silent.difference_update(texts)
         now = self._clock()
         for text in texts:

@@ -71,8 +71,8 @@ Job = Text | Reading  # what takes part in a tick as one row
 _MAX_CALLS = 64  # whose results a batch has at a time
 
 
-class Together:
-    """Jobs that the scheduler chooses tick after tick, so that most ticks need not look at each of them."""
+class JobBatch:
+    """Jobs that the scheduler chooses tick after tick. Most ticks look at none of them."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs, self.rows = jobs, Batch(job.row for job in jobs)
@@ -89,10 +89,10 @@ class Together:
         """Hand over the results of a call with `rows` to the texts' handles, which need not be touched for it."""
         self._steps.append(steps)
         if len(self._steps) >= _MAX_CALLS:
-            self.part()
+            self.dissolve()
             self._join()
 
-    def part(self) -> None:
+    def dissolve(self) -> None:
         """Let every handle have its results for itself. After it, this object must not be used any more."""
         joined = Steps.joined(self._steps)
         for _, handle in self._handles:

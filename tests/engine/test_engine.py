@@ -25,7 +25,7 @@ from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
-from service.engine.texts import Text, Together
+from service.engine.texts import JobBatch, Text
 from service.engine.torch_stepper import TorchStepper
 from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget
@@ -432,7 +432,7 @@ def test_read__returns_everything_once_and_in_order() -> None:
 
 
 def test_read__loses_nothing_while_results_are_added() -> None:
-    """Results are added without the reader's lock."""
+    """The reader reads all the time, and results are joined in between."""
     handle, num_parts = Handle(request(), lambda: None), 50_000
 
     def publish() -> None:
@@ -475,19 +475,19 @@ def test_read__of_a_batch_finds_everything_while_calls_are_added() -> None:
     thread = threading.Thread(target=read_all)
     thread.start()
     for _ in range(4):
-        together = Together(texts)
+        batch = JobBatch(texts)
         for call in range(150):
             num_chars = int(rng.integers(1, 5))
             drawn, num_withheld = rng.integers(0, 60, (3, num_chars)), rng.integers(0, 3, 3)
             is_partial = call % 100 > 70
             num_drawn = rng.integers(0, num_chars + 1, 3) if is_partial else np.full(3, num_chars)
-            together.add(Steps(drawn, num_drawn if is_partial else None, num_withheld, {}, [], 0, int(num_drawn.sum())))
+            batch.add(Steps(drawn, num_drawn if is_partial else None, num_withheld, {}, [], 0, int(num_drawn.sum())))
             for chars, row, count in zip(expected, drawn.tolist(), num_drawn.tolist(), strict=True):
                 chars += row[:count]
             handles[0].wake()
             if call % 40 == 0:
                 found[1].extend(handles[1].read(0.0, 0.0).result.chars.tolist())
-        together.part()
+        batch.dissolve()
     for handle in handles:
         handle.publish_end(End("length", np.zeros((1, 1), np.float32), 0, {}))
     thread.join()

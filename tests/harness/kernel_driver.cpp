@@ -24,7 +24,7 @@
 
 using Number = uint64_t;
 // Processors with 8-byte registers pass each argument in one of them, whatever its type.
-using Function = Number (*)(Number, Number, Number, Number, Number, Number);
+using Function = Number (*)(Number, Number, Number, Number, Number, Number, Number);
 
 void fail(const char* why) {
     std::fprintf(stderr, "%s\n", why);
@@ -66,9 +66,9 @@ int main(int argc, char** argv) {
             places.push_back(place);
             originals.push_back(original);
         }
-        Number arguments[6] = {};
+        Number arguments[7] = {};
         const Number num_arguments = read_number();
-        if (num_arguments > 6) fail("too many arguments");
+        if (num_arguments > 7) fail("too many arguments");
         for (Number i = 0; i < num_arguments; ++i) {
             const bool is_place = read_number() != 0;
             arguments[i] = read_number() + (is_place ? base : 0);
@@ -76,8 +76,8 @@ int main(int argc, char** argv) {
         const bool returns_text = read_number() != 0;
         const auto function = reinterpret_cast<Function>(dlsym(library, name.c_str()));
         if (function == nullptr) fail("the kernel lacks the function");
-        const Number returned =
-            function(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
+        const Number returned = function(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4],
+                                         arguments[5], arguments[6]);
         for (std::size_t i = 0; i < places.size(); ++i)
             std::memcpy(memory + places[i], &originals[i], sizeof(Number));
         const char* text = returns_text && returned != 0 ? reinterpret_cast<const char*>(returned) : "";
