@@ -322,8 +322,8 @@ class _Graph:
             done: set[tuple[_Node | None, bool]] = set()
             while below:
                 place, drawn = below.pop()
-                if (place.node, drawn) in done:
-                    continue
+                if (place.node, drawn) in done or (place.node is not None and place.node.op in _DRAWS):
+                    continue  # what a program does with a character isn't the model's
                 done.add((place.node, drawn))
                 after.append((place, drawn))
                 below += parents.get((place.node, id(place.frame)), ())
@@ -345,7 +345,8 @@ class _Graph:
         unless they have the name of a part of the model.
         """
         node = place.node
-        assert node is not None and product.node is not None
+        if node is None or product.node is None:
+            return
         if node.op in _SOFTMAX or node.op in ("Reshape", "ExpandDims", "Squeeze", "Shape", "BatchMatMulV2"):
             return
         if node.op in ("BiasAdd", "AddV2", "Add") and self._roles.dense_bias is not None:
@@ -875,7 +876,7 @@ _OPERATIONS: dict[str, Callable[[_Node, list[Array]], Array | list[Array]]] = {
     "Sub": lambda _, v: v[0] - v[1], "Mul": lambda _, v: v[0] * v[1],
     "Sigmoid": lambda _, v: _sigmoid(v[0]), "Tanh": lambda _, v: np.tanh(v[0]),
     "MatMul": _matmul, "StridedSlice": _strided_slice, "Squeeze": _squeeze, "Split": _split, "SplitV": _split_sizes,
-    "Unpack": _unpack, "SelectV2": _select, "Tile": _tile,
+    "OnesLike": lambda _, v: np.ones_like(v[0]), "Unpack": _unpack, "SelectV2": _select, "Tile": _tile,
     "ConcatV2": lambda _, v: np.concatenate(v[:-1], _axis(v[-1])),
     "ExpandDims": lambda _, v: np.expand_dims(v[0], _axis(v[1])),
     "Transpose": lambda _, v: np.transpose(v[0], [int(one) for one in v[1].reshape(-1)[:8]]),
