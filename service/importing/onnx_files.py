@@ -178,7 +178,8 @@ class _Graph:
             or (way.source is not None and way.source.op == "GRU" and axes[0] != "time")
         ):
             raise UnsupportedModel(
-                f"the input of {layer.name} isn't the sequence before it: its axes are exchanged or mixed; {NEEDED} is needed"
+                f"the input of {layer.name} isn't the sequence before it: its axes are exchanged or mixed; "
+                f"{NEEDED} is needed"
             )
 
     def _axes_of(self, way: _Way) -> list[str]:
@@ -200,8 +201,9 @@ class _Graph:
         """
         for node in way.moves:
             problem = UnsupportedModel(
-                f"the graph has a node of the kind {shown(node.op)} ({shown(node.outputs[0] if node.outputs else '')}) that "
-                f"mixes or leaves out numbers between the layers; {NEEDED} is needed"
+                f"the graph has a node of the kind {shown(node.op)} "
+                f"({shown(node.outputs[0] if node.outputs else '')}) that mixes or leaves out numbers between the "
+                f"layers; {NEEDED} is needed"
             )
             constant = self._constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
             if node.op == "Transpose":
@@ -223,7 +225,7 @@ class _Graph:
                         axis for index, axis in enumerate(axes) if index not in places and (places or axis != "one")
                     ]
             elif node.op in ("Reshape", "Flatten"):
-                axes = self._reshaped(node, constant, axes, num_units, is_sequence, problem)
+                axes = self._reshaped(constant, axes, num_units, is_sequence, problem)
             elif node.op == "Slice":
                 values = [
                     None,
@@ -252,7 +254,6 @@ class _Graph:
 
     def _reshaped(
         self,
-        node: _Node,
         shape: Array | None,
         axes: list[str],
         num_units: int,
@@ -454,7 +455,8 @@ class _Graph:
             else:
                 break
         raise UnsupportedModel(
-            f"the ids are changed by a node of the kind {shown(node.op if node else '')} before the embedding; {NEEDED} is needed"
+            f"the ids are changed by a node of the kind {shown(node.op if node else '')} before the embedding; "
+            f"{NEEDED} is needed"
         )
 
     # Constants

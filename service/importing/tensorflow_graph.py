@@ -97,7 +97,13 @@ class _Place:
     frame: _Frame
     node: _Node | None
     index: int  # of the output or of the argument
-    out: str = ""  # name of the output
+
+    @property
+    def made_by(self) -> _Node:
+        """The node. Raises InvalidModelFile for an argument, where only a node can be."""
+        if self.node is None:
+            raise InvalidModelFile("an operation of the graph is missing: the file is damaged")
+        return self.node
 
 
 def find_way(graph: Message, objects: bytes, arrays: NamedArrays, roles: KerasRoles) -> GraphWay | None:
@@ -211,7 +217,7 @@ class _Graph:
         while True:
             self._step()
             name, _, rest = reference.partition(":")
-            out, _, number = rest.partition(":")
+            number = rest.rpartition(":")[2]
             index = int(number) if number.isdecimal() else 0
             if name in frame.function.args:
                 position = frame.function.args.index(name)
@@ -234,7 +240,7 @@ class _Graph:
             elif node.op == "IdentityN":
                 reference = node.inputs[index]
             else:
-                return _Place(frame, node, index, out)
+                return _Place(frame, node, index)
 
     def _input(self, place: _Place, index: int) -> _Place:
         node = place.node
@@ -349,9 +355,10 @@ class _Graph:
             return
         if node.op in _SOFTMAX or node.op in ("Reshape", "ExpandDims", "Squeeze", "Shape", "BatchMatMulV2"):
             return
-        if node.op in ("BiasAdd", "AddV2", "Add") and self._roles.dense_bias is not None:
-            if any(self._is(self._input(place, index), self._roles.dense_bias) for index in (0, 1)):
-                return
+        if node.op in ("BiasAdd", "AddV2", "Add") and any(
+            self._is(self._input(place, index), self._roles.dense_bias) for index in (0, 1)
+        ):
+            return
         if node.op == "StridedSlice" and self._keeps_rows(place):
             return
         if node.op == "Transpose" and self._order_of_axes(place) in ([0, 1, 2], _TIME_FIRST):
@@ -363,14 +370,13 @@ class _Graph:
 
     def _keeps_rows(self, place: _Place) -> bool:
         """Return whether a slice selects positions forwards, and takes all numbers of each."""
-        assert place.node is not None
-        values = [self._constant(self._input(place, index)) for index in (1, 3)]
-        begin, strides = values
-        if begin is None or strides is None or (strides < 1).any() or place.node.integer("new_axis_mask"):
+        node = place.made_by
+        begin, strides = (self._constant(self._input(place, index)) for index in (1, 3))
+        if begin is None or strides is None or (strides < 1).any() or node.integer("new_axis_mask"):
             return False
         last = 1 << 2
-        masks = [place.node.integer(f"{name}_mask") for name in ("begin", "end")]
-        return begin.size < 3 or all(mask & last for mask in masks) or bool(place.node.integer("ellipsis_mask"))
+        masks = [node.integer(f"{name}_mask") for name in ("begin", "end")]
+        return begin.size < 3 or all(mask & last for mask in masks) or bool(node.integer("ellipsis_mask"))
 
     def _order_of_axes(self, place: _Place) -> list[int] | None:
         order = self._constant(self._input(place, 1))
@@ -440,8 +446,7 @@ class _Graph:
 
     def _ends(self, place: _Place) -> bool:
         """Return whether a value is the embedding of the ids, and check these. Raises UnsupportedModel."""
-        assert place.node is not None
-        op = place.node.op
+        op = place.made_by.op
         if op in ("GatherV2", "ResourceGather") and self._is(self._input(place, 0), self._roles.embedding):
             self._check_ids(self._input(place, 1))
             return True
@@ -478,8 +483,7 @@ class _Graph:
 
     def _loop(self, loop: _Place, is_state: bool) -> tuple[list[str], _Place]:
         """Return the names of the GRU layers of a loop over positions, and its input. Raises UnsupportedModel."""
-        assert loop.node is not None
-        node, outer = loop.node, loop.frame
+        node, outer = loop.made_by, loop.frame
         body = _Frame(self._function(node.attribute("body").message(10).text(1)), None)
         if len(body.function.args) != len(node.inputs) or len(body.function.results) != len(node.inputs):
             raise InvalidModelFile(f"the loop {shown(node.name)} is damaged")
@@ -496,8 +500,8 @@ class _Graph:
         new = [step.value(results[index]) for index in states]
         names: list[str] = []
         layers = {layer.name: layer for layer in self._roles.layers}
-        value, order = step.x, []
-        if value is None:
+        value, source, order = step.x, step.source, []
+        if value is None or source is None:
             raise self._refuse(loop, "which doesn't read one position after another")
         while True:
             fit = next(
@@ -526,13 +530,11 @@ class _Graph:
             raise self._refuse(output, "after the last layer of a loop")
         for index in states:
             self._check_initial(self._at(outer, node.inputs[index]))
-        assert step.source is not None
-        return names, step.source
+        return names, source
 
     def _is_counter(self, place: _Place, index: int) -> bool:
         """Return whether the value of a loop after a step is one more than before it."""
-        assert place.node is not None
-        if place.node.op not in ("AddV2", "Add"):
+        if place.made_by.op not in ("AddV2", "Add"):
             return False
         before, added = self._input(place, 0), self._constant(self._input(place, 1))
         return (
@@ -625,13 +627,11 @@ class _Step:
     def _argument(self, place: _Place, depth: int) -> Array:
         if place.index in self._states:
             return self.hidden[self._states[place.index]]
-        assert self._loop.node is not None
-        outer = self._graph._at(self._loop.frame, self._loop.node.inputs[place.index])
+        outer = self._graph._at(self._loop.frame, self._loop.made_by.inputs[place.index])
         return self.value(outer, depth + 1)
 
     def _compute(self, place: _Place, depth: int) -> Array:
-        graph, node = self._graph, place.node
-        assert node is not None
+        graph, node = self._graph, place.made_by
         if node.op == "Const":
             return _constant(node)
         if node.op == "ReadVariableOp":
@@ -666,7 +666,7 @@ class _Step:
         if graph.is_mask(source):
             graph._skips_row_0 = True
             return np.ones((1, 1), bool)
-        if self.source is not None:
+        if self.source is not None and self.x is not None:
             if source.node is not self.source.node:
                 raise graph._refuse(source, "as a second input of a loop")
         else:
@@ -676,7 +676,6 @@ class _Step:
             if not 0 < last <= _MAX_CONSTANT:
                 raise graph._refuse(outer, "with inputs of an unknown size")
             self.x = self._draw(last)
-        assert self.x is not None
         return self.x
 
 
@@ -709,7 +708,7 @@ def _sigmoid(x: Array) -> Array:
 def _wide(array: Array) -> Array:
     """Return numbers that numpy computes with fast."""
     if array.dtype.names == BFLOAT16.names:
-        return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
+        return np.asarray((array["bfloat16"].astype(np.uint32) << 16).view(np.float32))
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
@@ -749,7 +748,7 @@ def _keys_of_variables(saved: Sequence[Message], objects: bytes) -> dict[int, st
         if not (0 <= one < len(saved) and 0 <= other < len(stored)):
             continue
         for attribute in stored[other].messages(2):
-            if attribute.bytes(1) == b"VARIABLE_VALUE":
+            if attribute.text(1) == "VARIABLE_VALUE":
                 keys[one] = attribute.text(3).removesuffix("/.ATTRIBUTES/VARIABLE_VALUE")
         named = {name: child for child, name in _children(stored[other])}
         for child, name in _children(saved[one]):
@@ -839,7 +838,7 @@ def _strided_slice(node: _Node, values: list[Array]) -> Array:
                     None if masks["begin"] & bit else int(first), None if masks["end"] & bit else int(last), int(stride)
                 )
             )
-    return data[tuple(index)]
+    return np.asarray(data[tuple(index)])
 
 
 def _squeeze(node: _Node, values: list[Array]) -> Array:

@@ -303,8 +303,8 @@ def _flatten(module: Inert, path: str, tensors: dict[str, Tensor], classes: dict
     for key, one in attributes.items() if is_own else ():
         if _CHANGES.fullmatch(key) and isinstance(one, int | float) and (one is True or one not in (0, 1)):
             raise UnsupportedModel(
-                f"{shown(path) or 'the module'} has {shown(key)}={shown(str(one)[:40])}, and its program isn't read: if that "
-                "doesn't change what it computes, save model.state_dict() instead"
+                f"{shown(path) or 'the module'} has {shown(key)}={shown(str(one)[:40])}, and its program isn't read: "
+                "if that doesn't change what it computes, save model.state_dict() instead"
             )
     before = len(tensors)
     for part in ("_parameters", "_buffers"):
