@@ -427,6 +427,12 @@ class _Graph:
                 names, place = self._loop(loop, is_state=node.op in _LOOPS)
                 layers[:0] = names
                 is_time_first, is_last = True, False
+            elif node.op in _CUDNN and (place.index == 0 or (is_last and place.index == 1)):
+                time_major = self._is_time_major(node)
+                if place.index == 0 and is_time_first is (not time_major):
+                    raise self._refuse(place, "where the axes of texts and positions are exchanged")
+                layers.insert(0, self._cudnn(place))
+                place, is_time_first, is_last = self._input(place, 0), time_major, False
             elif self._ends(place):
                 if is_time_first:
                     raise UnsupportedModel(
@@ -531,6 +537,29 @@ class _Graph:
         for index in states:
             self._check_initial(self._at(outer, node.inputs[index]))
         return names, source
+
+    @staticmethod
+    def _is_time_major(node: _Node) -> bool:
+        given = any(attribute.text(1) == "time_major" for attribute in node.message.messages(5))
+        return node.flag("time_major") or not given
+
+    def _cudnn(self, place: _Place) -> str:
+        """Return the name of the layer that an operation of cuDNN is, as Keras writes it on a GPU."""
+        node = place.made_by
+        kinds = {name: node.attribute(name).text(2) for name in ("rnn_mode", "direction", "input_mode")}
+        if (
+            kinds["rnn_mode"] != "gru"
+            or kinds["direction"] not in ("", "unidirectional")
+            or kinds["input_mode"] not in ("", "linear_input", "auto_select")
+            or self._input(place, 4).made_by.op not in ("Fill", "Const")  # lengths, which a mask computes
+        ):
+            raise self._refuse(place)
+        numbers = _Step(self, place, _Frame(place.frame.function, None), ()).value(self._input(place, 3))
+        for layer in self._roles.layers:
+            if _is_cudnn(layer, numbers):
+                self._check_initial(self._input(place, 1))
+                return layer.name
+        raise self._refuse(place, "with weights that are not those of a GRU layer")
 
     def _is_counter(self, place: _Place, index: int) -> bool:
         """Return whether the value of a loop after a step is one more than before it."""
@@ -691,6 +720,22 @@ def _fits(layer: ForeignLayer, inputs: Array, before: Array, after: Array) -> bo
     update = _sigmoid(xs[gates["z"]] + hs[gates["z"]])
     expected = update * before + (1 - update) * np.tanh(xs[gates["n"]] + reset * hs[gates["n"]])
     return _equal(after, np.asarray(expected))
+
+
+def _is_cudnn(layer: ForeignLayer, numbers: Array) -> bool:
+    """Return whether numbers are a layer's weights as cuDNN has them: gates r, z, n, of inputs, then of the state."""
+    position = 0
+    numbers = numbers.reshape(-1)
+    for part in (layer.inputs, layer.recurrent, layer.input_bias, layer.recurrent_bias):
+        for gate in "rzn":
+            if part is None:
+                return False
+            index = layer.gates.index(gate)
+            own = part[index * layer.num_units : (index + 1) * layer.num_units].reshape(-1)
+            if not np.array_equal(numbers[position : position + own.size], _wide(own)):
+                return False
+            position += own.size
+    return position == numbers.size
 
 
 def _equal(one: Array, other: Array) -> bool:

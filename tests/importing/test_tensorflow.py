@@ -246,6 +246,17 @@ def test_graph__probabilities_and_draws_after_the_logits_are_no_part_of_the_mode
     same(write_graph(tmp_path / "m", weights, changes={"logits": change}, tokens=CHARSET), weights, None)
 
 
+def test_graph__layers_that_run_on_a_gpu_are_read(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    same(write_graph(tmp_path / "m", weights, cudnn=[1, 0, 2], tokens=CHARSET), weights, None)
+    with pytest.raises(UnsupportedModel, match="CudnnRNNV3 .* with weights that are not those of a GRU"):
+        read_foreign(write_graph(tmp_path / "gates", weights, cudnn=[0, 1, 2]))
+    with pytest.raises(UnsupportedModel, match="initial state that isn't zero"):
+        read_foreign(write_graph(tmp_path / "state", weights, cudnn=[1, 0, 2], initial=0.5))
+    with pytest.raises(UnsupportedModel, match="operation Tanh"):
+        read_foreign(write_graph(tmp_path / "tanh", weights, cudnn=[1, 0, 2], changes={"gru_0": of("Tanh")}))
+
+
 def test_graph__temperature_of_the_model_is_refused_before_a_draw_too(tmp_path: Path) -> None:
     path = write_graph(
         tmp_path / "m",
