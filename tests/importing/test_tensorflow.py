@@ -249,7 +249,7 @@ def test_graph__probabilities_and_draws_after_the_logits_are_no_part_of_the_mode
 def test_graph__layers_that_run_on_a_gpu_are_read(tmp_path: Path) -> None:
     weights = keras_weights(2)
     same(write_graph(tmp_path / "m", weights, cudnn=[1, 0, 2], tokens=CHARSET), weights, None)
-    with pytest.raises(UnsupportedModel, match="CudnnRNNV3 .* with weights that are not those of a GRU"):
+    with pytest.raises(UnsupportedModel, match=r"CudnnRNNV3 .* with weights that are not those of a GRU"):
         read_foreign(write_graph(tmp_path / "gates", weights, cudnn=[0, 1, 2]))
     with pytest.raises(UnsupportedModel, match="initial state that isn't zero"):
         read_foreign(write_graph(tmp_path / "state", weights, cudnn=[1, 0, 2], initial=0.5))
