@@ -182,6 +182,13 @@ class _Graph:
                 f"{NEEDED} is needed"
             )
 
+        lengths = self._length("batch"), self._length("time")
+        if axes[0] == "batch" and lengths[0] == 1 and (lengths[1] or 1) > 1:
+            raise UnsupportedModel(
+                f"{layer.name} reads the first axis of the ids as positions, and that has only one: export the model "
+                "with ids of the shape that it was trained with"
+            )
+
     def _axes_of(self, way: _Way) -> list[str]:
         """Return what the axes of a value are before it is moved."""
         if way.source is None or way.source.op != "GRU":

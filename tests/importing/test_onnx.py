@@ -277,3 +277,22 @@ def test_onnx__exporters_ways_to_reshape_and_to_write_one_hot_inputs_are_read(tm
         *between("Reshape", "t", "x1", np.array([0, -1, UNITS])),
     ]
     same(write(tmp_path / "a.onnx", parts), weights)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (0, 0)])
+def test_onnx__axes_of_the_ids_that_are_exchanged_are_refused_where_their_lengths_show_it(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    weights = keras_weights()
+    parts = [
+        node("Identity", ["e"], ["x0"]) if field(1, "e") in part and b"Transpose" in part else part
+        for part in graph(weights)
+    ]
+    lengths = b"".join(field(1, field(1, length)) for length in shape)
+    parts.append(field(11, field(1, "ids") + field(2, field(1, field(2, lengths)))))
+    path = write(tmp_path / "a.onnx", parts)
+    if shape == (1, 9):
+        with pytest.raises(UnsupportedModel, match="first axis of the ids as positions"):
+            read_foreign(path)
+    else:
+        same(path, weights)
