@@ -21,6 +21,7 @@ Tokens = tuple[str | None, ...]  # by index: a character, a word, or None for a 
 BFLOAT16 = np.dtype([("bfloat16", "<u2")])
 MAX_LAYERS = 8  # ModelConfig accepts no more
 NEEDED = "a stack of GRU layers (reset gate after the recurrent product) between an embedding and one output layer"
+WEIGHTS_ONLY = "the file holds weights and not what a program computes between them: it is taken to be nothing else"
 _MAX_NAMED = 6
 _NUMBERS = re.compile(r"_?\d+")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from service.errors import InvalidModelFile
 from service.importing.archive import Archive
-from service.importing.foreign import ForeignModel, Tokens, max_json_bytes, shown
+from service.importing.foreign import WEIGHTS_ONLY, ForeignModel, Tokens, max_json_bytes, shown
 from service.importing.hdf5 import HDF5, read_hdf5
 from service.importing.keras_roles import check_layer_names, find_keras_roles
 from service.importing.vocabulary import tokens_of
@@ -58,7 +59,8 @@ def _model_of(
         for path, values in content.attributes.items()
         if "name" in values
     }
-    return find_keras_roles(arrays, kind, library, config=config, names=names, order=order, tokens=tokens)
+    model = find_keras_roles(arrays, kind, library, config=config, names=names, order=order, tokens=tokens)
+    return model if config is not None else replace(model, notes=(*model.notes, WEIGHTS_ONLY))
 
 
 def _json(data: str | bytes, path: Path) -> Any:

@@ -48,6 +48,15 @@ class _Node:
         return None
 
 
+@dataclass(frozen=True)
+class _Way:
+    """How a value reaches a place of the graph."""
+
+    source: _Node | None  # that makes it; None for an input of the graph
+    name: str  # of the value that this node makes
+    moves: tuple[_Node, ...]  # from the source on
+
+
 def external_files(path: Path) -> list[Path]:
     """Return the files beside an ONNX file that have weights of it. Raises InvalidModelFile, OSError."""
     graph = Message(memoryview(path.read_bytes())).message(7)
@@ -93,6 +102,10 @@ class _Graph:
                 raise InvalidModelFile(f"{shown(path.name)} has more names than any model")
             for output in node.outputs:
                 self._producers[output] = node
+        self._shapes = {  # of the inputs: lengths, None for a free one
+            item.text(1): [dim.integer(1) or None for dim in item.message(2).message(1).message(2).messages(1)]
+            for item, _ in zip(graph.messages(11), range(64), strict=False)
+        }
         self._outputs = [text_of(item.bytes(1)) for item in graph.messages(12)]
         self._constants: dict[str, Array | None] = {}
 
@@ -117,9 +130,11 @@ class _Graph:
             raise UnsupportedModel(f"{len(found)} outputs of the graph are those of a dense layer; {NEEDED} is needed")
         dense, bias, name = found[0]
         layers: list[ForeignLayer] = []
-        while (source := self._follow(name)) is not None and source.op == "GRU":
-            layers.append(self._layer(source))
-            name = source.inputs[0]
+        while (way := self._way(name)).source is not None and way.source.op == "GRU":
+            if layers:
+                self._check_sequence(way, layers[-1])
+            layers.append(self._layer(way.source))
+            name = way.source.inputs[0]
             if len(layers) > len(recurrent):
                 raise InvalidModelFile("the graph goes in circles: the file is damaged")
         if len(layers) != len(recurrent):
@@ -127,7 +142,8 @@ class _Graph:
                 f"{len(recurrent) - len(layers)} GRU nodes don't follow one another; {NEEDED} is needed"
             )
         layers.reverse()
-        embedding = self._embedding(source)
+        embedding = self._embedding(way.source)
+        self._check_sequence(way, layers[0])
         if embedding is not None and embedding.shape[0] != dense.shape[0]:
             raise UnsupportedModel(
                 f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[0]}: both "
@@ -140,12 +156,140 @@ class _Graph:
 
     def _follow(self, name: str) -> _Node | None:
         """Return the node that makes what a name means, before nodes that only move numbers; None for an input."""
+        return self._way(name).source
+
+    def _way(self, name: str) -> _Way:
+        """Return the node that makes what a name means, and the nodes between, which only move numbers."""
+        moves: list[_Node] = []
         for _ in range(_MAX_STEPS):
             node = self._producers.get(name)
             if node is None or not node.inputs or not (node.op in _MOVES or self._takes_last(node)):
-                return node
+                return _Way(node, name, tuple(reversed(moves)))
+            moves.append(node)
             name = node.inputs[0]
         raise InvalidModelFile("the graph goes in circles: the file is damaged")
+
+    def _check_sequence(self, way: _Way, layer: ForeignLayer) -> None:
+        """Raise UnsupportedModel if a layer doesn't read position after position of what precedes it."""
+        axes = self._moved(way, self._axes_of(way), layer.num_inputs, is_sequence=True)
+        if (
+            len(axes) != 3
+            or axes[-1] != "units"
+            or (way.source is not None and way.source.op == "GRU" and axes[0] != "time")
+        ):
+            raise UnsupportedModel(
+                f"the input of {layer.name} isn't the sequence before it: its axes are exchanged or mixed; "
+                f"{NEEDED} is needed"
+            )
+
+        lengths = self._length("batch"), self._length("time")
+        if axes[0] == "batch" and lengths[0] == 1 and (lengths[1] or 1) > 1:
+            raise UnsupportedModel(
+                f"{layer.name} reads the first axis of the ids as positions, and that has only one: export the model "
+                "with ids of the shape that it was trained with"
+            )
+
+    def _axes_of(self, way: _Way) -> list[str]:
+        """Return what the axes of a value are before it is moved."""
+        if way.source is None or way.source.op != "GRU":
+            return [*(["batch", "time"] if self._rank_of_ids(way) != 1 else ["time"]), "units"]
+        whole = ["time", "one", "batch", "units"]
+        return whole if way.source.outputs[0] == way.name else whole[1:]
+
+    def _rank_of_ids(self, way: _Way) -> int | None:
+        if way.source is None or len(way.source.inputs) < 2:
+            return None
+        return len(self._shapes[way.source.inputs[1]]) if way.source.inputs[1] in self._shapes else None
+
+    def _moved(self, way: _Way, axes: list[str], num_units: int, is_sequence: bool) -> list[str]:
+        """Return what the axes of a value are after it is moved. Raises UnsupportedModel if numbers are mixed.
+
+        is_sequence: a GRU reads it, so that no position may be left out. Otherwise each row counts alone.
+        """
+        for node in way.moves:
+            problem = UnsupportedModel(
+                f"the graph has a node of the kind {shown(node.op)} "
+                f"({shown(node.outputs[0] if node.outputs else '')}) that mixes or leaves out numbers between the "
+                f"layers; {NEEDED} is needed"
+            )
+            constant = self._constant(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] else None
+            if node.op == "Transpose":
+                order = _ints(node, "perm", None) or list(range(len(axes)))[::-1]
+                if sorted(order) != list(range(len(axes))):
+                    raise problem
+                axes = [axes[index] for index in order]
+            elif node.op in ("Squeeze", "Unsqueeze"):
+                listed = _ints(node, "axes", constant)
+                rank = len(axes) + (len(listed) if node.op == "Unsqueeze" else 0)
+                places = sorted(index % rank for index in listed) if rank else []
+                if node.op == "Unsqueeze":
+                    for place in places:
+                        axes = [*axes[:place], "one", *axes[place:]]
+                else:
+                    if any(axes[place] == "units" for place in places):
+                        raise problem
+                    axes = [
+                        axis for index, axis in enumerate(axes) if index not in places and (places or axis != "one")
+                    ]
+            elif node.op in ("Reshape", "Flatten"):
+                axes = self._reshaped(constant, axes, num_units, is_sequence, problem)
+            elif node.op == "Slice":
+                values = [
+                    None,
+                    *(self._constant(one) if one else None for one in node.inputs[1:5]),
+                    None,
+                    None,
+                    None,
+                    None,
+                ]
+                starts, ends = _ints(node, "starts", values[1]), _ints(node, "ends", values[2])
+                places = [index % len(axes) for index in _ints(node, "axes", values[3]) or range(len(starts))]
+                steps = _ints(node, "steps", values[4]) or [1] * len(starts)
+                is_whole = all(start == 0 for start in starts) and all(end >= 1 << 30 for end in ends)
+                if any(one < 1 for one in steps) or not starts:
+                    raise problem
+                if not (is_whole and set(steps) == {1}) and (
+                    is_sequence or any(axes[place] == "units" for place in places)
+                ):
+                    raise problem
+            elif node.op == "Gather":
+                place = _int(node, "axis") % len(axes)
+                if is_sequence or axes[place] == "units":
+                    raise problem
+                axes = axes[:place] + axes[place + 1 :]
+        return axes
+
+    def _reshaped(
+        self,
+        shape: Array | None,
+        axes: list[str],
+        num_units: int,
+        is_sequence: bool,
+        problem: UnsupportedModel,
+    ) -> list[str]:
+        """Return the axes after a Reshape, which may merge rows or leave out axes of length one."""
+        if axes[-1] != "units":
+            raise problem
+        lengths = None if shape is None else [int(one) for one in shape.reshape(-1)[:8]]
+        if lengths is not None and (not lengths or lengths[-1] not in (-1, 0, num_units)):
+            raise problem
+        kept = [axis for axis in axes if axis != "one"]
+        if is_sequence:
+            known = {"batch": self._length("batch"), "time": self._length("time")}
+            if len(kept) != 3 or (lengths is not None and len(lengths) != 3) or (lengths is None and len(axes) != 4):
+                raise problem
+            for axis, length in zip(kept[:2], lengths or [], strict=False):
+                if length > 0 and known[axis] not in (None, length):
+                    raise problem
+            return kept
+        if lengths is not None and len(lengths) == len(kept):
+            return kept
+        return ["row"] * (1 if lengths is None else len(lengths) - 1) + ["units"]
+
+    def _length(self, axis: str) -> int | None:
+        """Return the length of an axis of the ids, None if it is free."""
+        shape = next((shape for shape in self._shapes.values() if len(shape) == 2), None)
+        return None if shape is None else shape[("batch", "time").index(axis)]
 
     def _takes_last(self, node: _Node) -> bool:
         """Return whether a node selects the last of something that the graph computes, such as the last position."""
@@ -159,16 +303,21 @@ class _Graph:
 
         Returns None for another output, such as the state.
         """
-        node = self._follow(name)
+        ways = [self._way(name)]  # from the output backwards
+        node = ways[-1].source
+        softmax: _Node | None = None
         if node is not None and node.op in _PROBABILITIES:
-            node = self._follow(node.inputs[0])
+            softmax = node
+            ways.append(self._way(node.inputs[0]))
+            node = ways[-1].source
         bias: Array | None = None
         if node is not None and node.op == "Add":
             constants = [self._constant(one) for one in node.inputs]
             if (constants[0] is None) == (constants[1] is None):
                 raise UnsupportedModel(f"the graph adds two layers to each other; {NEEDED} is needed")
             bias = constants[0] if constants[1] is None else constants[1]
-            node = self._follow(node.inputs[0 if constants[0] is None else 1])
+            ways.append(self._way(node.inputs[0 if constants[0] is None else 1]))
+            node = ways[-1].source
         if node is None or node.op in ("GRU", "Concat", "Shape", "Constant"):
             return None
         if node.op == "Gemm":
@@ -193,10 +342,22 @@ class _Graph:
             bias = bias.reshape(-1)
             if bias.shape != weight.shape[:1]:
                 raise InvalidModelFile("the bias of the output layer has another shape than its weights")
-        before = self._follow(node.inputs[0])
+        way = self._way(node.inputs[0])
+        before = way.source
         if before is None or before.op != "GRU":
             what = shown(before.op) if before is not None else "no node"
             raise UnsupportedModel(f"{what} precedes the output layer, where a GRU must; {NEEDED} is needed")
+        axes = self._moved(way, self._axes_of(way), weight.shape[1], is_sequence=False)
+        if axes[-1] != "units":
+            raise UnsupportedModel(f"the output layer reads another axis than that of the units; {NEEDED} is needed")
+        for between in reversed(ways):
+            axes = self._moved(between, axes, weight.shape[0], is_sequence=False)
+            if softmax is not None and between is not ways[0] and between.name != name and between is ways[1]:
+                place = softmax.attribute("axis")
+                if place is not None and axes[place.integer(3) % len(axes)] != "units":
+                    raise UnsupportedModel(
+                        f"a softmax is over another axis than that of the characters; {NEEDED} is needed"
+                    )
         return weight, bias, node.inputs[0]
 
     def _layer(self, node: _Node) -> ForeignLayer:
@@ -207,6 +368,8 @@ class _Graph:
                 f"{name} has linear_before_reset=0: its reset gate acts before the recurrent product, which is another "
                 "function. Train it with a reset gate after it, as nn.GRU and Keras's GRU(reset_after=True) have"
             )
+        if _int(node, "layout"):
+            raise UnsupportedModel(f"{name} has layout=1: export it with positions as the first axis")
         direction = _text(node, "direction", "forward")
         if direction != "forward":
             raise UnsupportedModel(f"{name} is {shown(direction)}: a text is generated forwards, from its beginning")
@@ -265,13 +428,41 @@ class _Graph:
         if node.op == "Gather" and _int(node, "axis") == 0:
             table = self._constant(node.inputs[0])
             if table is not None and table.ndim == 2 and table.dtype.kind == "f":
+                self._check_ids(node.inputs[1])
                 return table
         if node.op == "OneHot":
             values = self._constant(node.inputs[2])
             if values is not None and values.tolist() == [0, 1]:
+                self._check_ids(node.inputs[0])
+                return None
+        if node.op == "Equal":  # one-hot, as newer exporters write it
+            numbers = self._constant(node.inputs[1])
+            if numbers is not None and np.array_equal(numbers.reshape(-1), np.arange(numbers.size)):
+                self._check_ids(node.inputs[0])
                 return None
         raise UnsupportedModel(
             f"the input of the first GRU is made by a node of the kind {shown(node.op)}, where an embedding must be; "
+            f"{NEEDED} is needed"
+        )
+
+    def _check_ids(self, name: str) -> None:
+        """Raise UnsupportedModel if ids are changed before the embedding."""
+        node = self._producers.get(name)
+        for _ in range(_MAX_STEPS):
+            if node is None:
+                return
+            if node.op == "Where" and len(node.inputs) == 3:  # negative ids count from the end
+                condition = self._producers.get(node.inputs[0])
+                zero = self._constant(condition.inputs[1]) if condition is not None and condition.op == "Less" else None
+                if condition is None or zero is None or zero.any() or condition.inputs[0] != node.inputs[2]:
+                    break
+                node = self._producers.get(node.inputs[2])
+            elif node.op in ("Cast", "Identity", "Squeeze", "Unsqueeze"):
+                node = self._producers.get(node.inputs[0])
+            else:
+                break
+        raise UnsupportedModel(
+            f"the ids are changed by a node of the kind {shown(node.op if node else '')} before the embedding; "
             f"{NEEDED} is needed"
         )
 

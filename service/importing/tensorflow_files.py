@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
-from service.importing.foreign import Array, ForeignModel, Tokens, shown
+from service.importing.foreign import WEIGHTS_ONLY, Array, ForeignModel, Tokens, shown
 from service.importing.keras_roles import find_keras_roles, sort_weights
 from service.importing.protobuf import Message, text_of
 from service.importing.tensor_bundle import INDEX, data_files, read_bundle, read_object_graph
@@ -34,7 +34,6 @@ _LISTED_BY_OPTIMIZER = "/_trainable_variables/"
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _VALUE_BYTES = _VALUE.encode()
 _BACKWARD = b"backward_layer"  # what Keras calls a layer of Bidirectional
-_NOTHING_TRACED = "the graph has no functions: what the program computes between the layers can't be seen"
 _STRING, _INT64 = 7, 9  # DataType
 
 
@@ -72,7 +71,8 @@ def checkpoint_files(prefix: Path) -> list[Path]:
 
 def read_checkpoint(prefix: Path, order: Sequence[str]) -> ForeignModel:
     """Read a checkpoint by its path without `.index`. Raises InvalidModelFile, UnsupportedModel."""
-    return find_keras_roles(_weights_of(prefix)[1], "TensorFlow checkpoint", "tensorflow", order=order)
+    model = find_keras_roles(_weights_of(prefix)[1], "TensorFlow checkpoint", "tensorflow", order=order)
+    return replace(model, notes=(*model.notes, WEIGHTS_ONLY))
 
 
 def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
@@ -86,7 +86,7 @@ def read_saved_model(folder: Path, order: Sequence[str]) -> ForeignModel:
     order = way.layers if way is not None else order
     model = find_keras_roles(arrays, "TensorFlow SavedModel", "tensorflow", order=order, resets_after=way is not None)
     if way is None:
-        model = replace(model, notes=(*model.notes, _NOTHING_TRACED))
+        model = replace(model, notes=(*model.notes, WEIGHTS_ONLY))
     return replace(model, tokens=_vocabulary(graph, model.vocab_size), skips_row_0=way is not None and way.skips_row_0)
 
 
@@ -99,7 +99,7 @@ def _weights_of(prefix: Path) -> tuple[bytes, dict[str, Array]]:
         )
     named = {key.removesuffix(_VALUE): array for key, array in read_bundle(prefix, _not_the_model).items()}
     if any(key.startswith("variables/") for key in named):  # model.export lists the same variables several times
-        named = {key: array for key, array in named.items() if key.startswith("variables/")}
+        named = {key: array for key, array in named.items() if not key.startswith("_all_variables/")}
     return objects, named
 
 

@@ -97,7 +97,13 @@ class _Place:
     frame: _Frame
     node: _Node | None
     index: int  # of the output or of the argument
-    out: str = ""  # name of the output
+
+    @property
+    def made_by(self) -> _Node:
+        """The node. Raises InvalidModelFile for an argument, where only a node can be."""
+        if self.node is None:
+            raise InvalidModelFile("an operation of the graph is missing: the file is damaged")
+        return self.node
 
 
 def find_way(graph: Message, objects: bytes, arrays: NamedArrays, roles: KerasRoles) -> GraphWay | None:
@@ -211,7 +217,7 @@ class _Graph:
         while True:
             self._step()
             name, _, rest = reference.partition(":")
-            out, _, number = rest.partition(":")
+            number = rest.rpartition(":")[2]
             index = int(number) if number.isdecimal() else 0
             if name in frame.function.args:
                 position = frame.function.args.index(name)
@@ -234,7 +240,7 @@ class _Graph:
             elif node.op == "IdentityN":
                 reference = node.inputs[index]
             else:
-                return _Place(frame, node, index, out)
+                return _Place(frame, node, index)
 
     def _input(self, place: _Place, index: int) -> _Place:
         node = place.node
@@ -322,8 +328,8 @@ class _Graph:
             done: set[tuple[_Node | None, bool]] = set()
             while below:
                 place, drawn = below.pop()
-                if (place.node, drawn) in done:
-                    continue
+                if (place.node, drawn) in done or (place.node is not None and place.node.op in _DRAWS):
+                    continue  # what a program does with a character isn't the model's
                 done.add((place.node, drawn))
                 after.append((place, drawn))
                 below += parents.get((place.node, id(place.frame)), ())
@@ -345,12 +351,14 @@ class _Graph:
         unless they have the name of a part of the model.
         """
         node = place.node
-        assert node is not None and product.node is not None
+        if node is None or product.node is None:
+            return
         if node.op in _SOFTMAX or node.op in ("Reshape", "ExpandDims", "Squeeze", "Shape", "BatchMatMulV2"):
             return
-        if node.op in ("BiasAdd", "AddV2", "Add") and self._roles.dense_bias is not None:
-            if any(self._is(self._input(place, index), self._roles.dense_bias) for index in (0, 1)):
-                return
+        if node.op in ("BiasAdd", "AddV2", "Add") and any(
+            self._is(self._input(place, index), self._roles.dense_bias) for index in (0, 1)
+        ):
+            return
         if node.op == "StridedSlice" and self._keeps_rows(place):
             return
         if node.op == "Transpose" and self._order_of_axes(place) in ([0, 1, 2], _TIME_FIRST):
@@ -362,14 +370,13 @@ class _Graph:
 
     def _keeps_rows(self, place: _Place) -> bool:
         """Return whether a slice selects positions forwards, and takes all numbers of each."""
-        assert place.node is not None
-        values = [self._constant(self._input(place, index)) for index in (1, 3)]
-        begin, strides = values
-        if begin is None or strides is None or (strides < 1).any() or place.node.integer("new_axis_mask"):
+        node = place.made_by
+        begin, strides = (self._constant(self._input(place, index)) for index in (1, 3))
+        if begin is None or strides is None or (strides < 1).any() or node.integer("new_axis_mask"):
             return False
         last = 1 << 2
-        masks = [place.node.integer(f"{name}_mask") for name in ("begin", "end")]
-        return begin.size < 3 or all(mask & last for mask in masks) or bool(place.node.integer("ellipsis_mask"))
+        masks = [node.integer(f"{name}_mask") for name in ("begin", "end")]
+        return begin.size < 3 or all(mask & last for mask in masks) or bool(node.integer("ellipsis_mask"))
 
     def _order_of_axes(self, place: _Place) -> list[int] | None:
         order = self._constant(self._input(place, 1))
@@ -420,6 +427,12 @@ class _Graph:
                 names, place = self._loop(loop, is_state=node.op in _LOOPS)
                 layers[:0] = names
                 is_time_first, is_last = True, False
+            elif node.op in _CUDNN and (place.index == 0 or (is_last and place.index == 1)):
+                time_major = self._is_time_major(node)
+                if place.index == 0 and is_time_first is (not time_major):
+                    raise self._refuse(place, "where the axes of texts and positions are exchanged")
+                layers.insert(0, self._cudnn(place))
+                place, is_time_first, is_last = self._input(place, 0), time_major, False
             elif self._ends(place):
                 if is_time_first:
                     raise UnsupportedModel(
@@ -439,8 +452,7 @@ class _Graph:
 
     def _ends(self, place: _Place) -> bool:
         """Return whether a value is the embedding of the ids, and check these. Raises UnsupportedModel."""
-        assert place.node is not None
-        op = place.node.op
+        op = place.made_by.op
         if op in ("GatherV2", "ResourceGather") and self._is(self._input(place, 0), self._roles.embedding):
             self._check_ids(self._input(place, 1))
             return True
@@ -477,8 +489,7 @@ class _Graph:
 
     def _loop(self, loop: _Place, is_state: bool) -> tuple[list[str], _Place]:
         """Return the names of the GRU layers of a loop over positions, and its input. Raises UnsupportedModel."""
-        assert loop.node is not None
-        node, outer = loop.node, loop.frame
+        node, outer = loop.made_by, loop.frame
         body = _Frame(self._function(node.attribute("body").message(10).text(1)), None)
         if len(body.function.args) != len(node.inputs) or len(body.function.results) != len(node.inputs):
             raise InvalidModelFile(f"the loop {shown(node.name)} is damaged")
@@ -495,8 +506,8 @@ class _Graph:
         new = [step.value(results[index]) for index in states]
         names: list[str] = []
         layers = {layer.name: layer for layer in self._roles.layers}
-        value, order = step.x, []
-        if value is None:
+        value, source, order = step.x, step.source, []
+        if value is None or source is None:
             raise self._refuse(loop, "which doesn't read one position after another")
         while True:
             fit = next(
@@ -525,13 +536,34 @@ class _Graph:
             raise self._refuse(output, "after the last layer of a loop")
         for index in states:
             self._check_initial(self._at(outer, node.inputs[index]))
-        assert step.source is not None
-        return names, step.source
+        return names, source
+
+    @staticmethod
+    def _is_time_major(node: _Node) -> bool:
+        given = any(attribute.text(1) == "time_major" for attribute in node.message.messages(5))
+        return node.flag("time_major") or not given
+
+    def _cudnn(self, place: _Place) -> str:
+        """Return the name of the layer that an operation of cuDNN is, as Keras writes it on a GPU."""
+        node = place.made_by
+        kinds = {name: node.attribute(name).text(2) for name in ("rnn_mode", "direction", "input_mode")}
+        if (
+            kinds["rnn_mode"] != "gru"
+            or kinds["direction"] not in ("", "unidirectional")
+            or kinds["input_mode"] not in ("", "linear_input", "auto_select")
+            or self._input(place, 4).made_by.op not in ("Fill", "Const")  # lengths, which a mask computes
+        ):
+            raise self._refuse(place)
+        numbers = _Step(self, place, _Frame(place.frame.function, None), ()).value(self._input(place, 3))
+        for layer in self._roles.layers:
+            if _is_cudnn(layer, numbers):
+                self._check_initial(self._input(place, 1))
+                return layer.name
+        raise self._refuse(place, "with weights that are not those of a GRU layer")
 
     def _is_counter(self, place: _Place, index: int) -> bool:
         """Return whether the value of a loop after a step is one more than before it."""
-        assert place.node is not None
-        if place.node.op not in ("AddV2", "Add"):
+        if place.made_by.op not in ("AddV2", "Add"):
             return False
         before, added = self._input(place, 0), self._constant(self._input(place, 1))
         return (
@@ -624,13 +656,11 @@ class _Step:
     def _argument(self, place: _Place, depth: int) -> Array:
         if place.index in self._states:
             return self.hidden[self._states[place.index]]
-        assert self._loop.node is not None
-        outer = self._graph._at(self._loop.frame, self._loop.node.inputs[place.index])
+        outer = self._graph._at(self._loop.frame, self._loop.made_by.inputs[place.index])
         return self.value(outer, depth + 1)
 
     def _compute(self, place: _Place, depth: int) -> Array:
-        graph, node = self._graph, place.node
-        assert node is not None
+        graph, node = self._graph, place.made_by
         if node.op == "Const":
             return _constant(node)
         if node.op == "ReadVariableOp":
@@ -665,7 +695,7 @@ class _Step:
         if graph.is_mask(source):
             graph._skips_row_0 = True
             return np.ones((1, 1), bool)
-        if self.source is not None:
+        if self.source is not None and self.x is not None:
             if source.node is not self.source.node:
                 raise graph._refuse(source, "as a second input of a loop")
         else:
@@ -675,7 +705,6 @@ class _Step:
             if not 0 < last <= _MAX_CONSTANT:
                 raise graph._refuse(outer, "with inputs of an unknown size")
             self.x = self._draw(last)
-        assert self.x is not None
         return self.x
 
 
@@ -693,6 +722,22 @@ def _fits(layer: ForeignLayer, inputs: Array, before: Array, after: Array) -> bo
     return _equal(after, np.asarray(expected))
 
 
+def _is_cudnn(layer: ForeignLayer, numbers: Array) -> bool:
+    """Return whether numbers are a layer's weights as cuDNN has them: gates r, z, n, of inputs, then of the state."""
+    position = 0
+    numbers = numbers.reshape(-1)
+    for part in (layer.inputs, layer.recurrent, layer.input_bias, layer.recurrent_bias):
+        for gate in "rzn":
+            if part is None:
+                return False
+            index = layer.gates.index(gate)
+            own = part[index * layer.num_units : (index + 1) * layer.num_units].reshape(-1)
+            if not np.array_equal(numbers[position : position + own.size], _wide(own)):
+                return False
+            position += own.size
+    return position == numbers.size
+
+
 def _equal(one: Array, other: Array) -> bool:
     return one.shape == other.shape and bool(np.allclose(one, other, atol=_TOLERANCE, rtol=_TOLERANCE))
 
@@ -708,7 +753,7 @@ def _sigmoid(x: Array) -> Array:
 def _wide(array: Array) -> Array:
     """Return numbers that numpy computes with fast."""
     if array.dtype.names == BFLOAT16.names:
-        return (array["bfloat16"].astype(np.uint32) << 16).view(np.float32)
+        return np.asarray((array["bfloat16"].astype(np.uint32) << 16).view(np.float32))
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
 
 
@@ -748,7 +793,7 @@ def _keys_of_variables(saved: Sequence[Message], objects: bytes) -> dict[int, st
         if not (0 <= one < len(saved) and 0 <= other < len(stored)):
             continue
         for attribute in stored[other].messages(2):
-            if attribute.bytes(1) == b"VARIABLE_VALUE":
+            if attribute.text(1) == "VARIABLE_VALUE":
                 keys[one] = attribute.text(3).removesuffix("/.ATTRIBUTES/VARIABLE_VALUE")
         named = {name: child for child, name in _children(stored[other])}
         for child, name in _children(saved[one]):
@@ -838,7 +883,7 @@ def _strided_slice(node: _Node, values: list[Array]) -> Array:
                     None if masks["begin"] & bit else int(first), None if masks["end"] & bit else int(last), int(stride)
                 )
             )
-    return data[tuple(index)]
+    return np.asarray(data[tuple(index)])
 
 
 def _squeeze(node: _Node, values: list[Array]) -> Array:
@@ -875,7 +920,7 @@ _OPERATIONS: dict[str, Callable[[_Node, list[Array]], Array | list[Array]]] = {
     "Sub": lambda _, v: v[0] - v[1], "Mul": lambda _, v: v[0] * v[1],
     "Sigmoid": lambda _, v: _sigmoid(v[0]), "Tanh": lambda _, v: np.tanh(v[0]),
     "MatMul": _matmul, "StridedSlice": _strided_slice, "Squeeze": _squeeze, "Split": _split, "SplitV": _split_sizes,
-    "Unpack": _unpack, "SelectV2": _select, "Tile": _tile,
+    "OnesLike": lambda _, v: np.ones_like(v[0]), "Unpack": _unpack, "SelectV2": _select, "Tile": _tile,
     "ConcatV2": lambda _, v: np.concatenate(v[:-1], _axis(v[-1])),
     "ExpandDims": lambda _, v: np.expand_dims(v[0], _axis(v[1])),
     "Transpose": lambda _, v: np.transpose(v[0], [int(one) for one in v[1].reshape(-1)[:8]]),

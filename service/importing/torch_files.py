@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
 from service.importing.archive import Archive
-from service.importing.foreign import BFLOAT16, Array, ForeignModel, Tokens, max_json_bytes, shown
+from service.importing.foreign import BFLOAT16, NEEDED, Array, ForeignModel, Tokens, max_json_bytes, shown
 from service.importing.restricted_pickle import (
     MAX_PICKLE_BYTES,
     Inert,
@@ -33,6 +34,8 @@ _NUMPY: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "float16": np.dtype("<f2"), "bfloat16": BFLOAT16,
 }  # fmt: skip
 _SIZES = {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "": 1} | _ITEMSIZE
+# Attributes of a user's own module that say that it computes something else.
+_CHANGES = re.compile(r"_?(temperature|temp|tau|(\w+_)?scale|scale_\w+|(use_)?(residual|skip)s?(_connections?)?)", re.I)
 _MAX_DEPTH = 6
 _MAX_VISITED = 20_000
 _SAFETENSORS: dict[str, np.dtype[Any]] = {
@@ -296,6 +299,14 @@ def _flatten(module: Inert, path: str, tensors: dict[str, Tensor], classes: dict
             f"{shown(path)} has max_norm={shown(str(attributes['max_norm'])[:40])}: it changes its rows when they are "
             "read. Train it without"
         )
+    is_own = not module.name.startswith("torch.")
+    for key, one in attributes.items() if is_own else ():
+        if _CHANGES.fullmatch(key) and isinstance(one, int | float) and (one is True or one not in (0, 1)):
+            raise UnsupportedModel(
+                f"{shown(path) or 'the module'} has {shown(key)}={shown(str(one)[:40])}, and its program isn't read: "
+                "if that doesn't change what it computes, save model.state_dict() instead"
+            )
+    before = len(tensors)
     for part in ("_parameters", "_buffers"):
         for key, value in values_of(attributes.get(part)):
             if isinstance(value, Tensor) and value.dtype in _ITEMSIZE:
@@ -303,6 +314,11 @@ def _flatten(module: Inert, path: str, tensors: dict[str, Tensor], classes: dict
     for key, value in values_of(attributes.get("_modules")):
         if isinstance(value, Inert):
             _flatten(value, f"{path}.{key}".lstrip("."), tensors, classes, depth + 1)
+    if path and is_own and len(tensors) == before:
+        raise UnsupportedModel(
+            f"the module {shown(path)} ({shown(module.name)}) has no weights, so that nothing says what it computes; "
+            f"{NEEDED} is needed"
+        )
 
 
 def _texts_of(array: Inert, length: int) -> list[Any] | None:

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
-from service.importing.foreign import NEEDED, Array, ForeignLayer, ForeignModel, order_layers, shown
+from service.importing.foreign import NEEDED, WEIGHTS_ONLY, Array, ForeignLayer, ForeignModel, order_layers, shown
 
 RECURRENT = re.compile(r"(weight|bias)_(ih|hh|hr)(?:_l(\d{1,3}))?(_reverse)?")
 _EMBEDDING = re.compile(r"emb|enc|wte|lookup|input", re.I)
@@ -60,7 +60,9 @@ class Found:
 
     def model(self, kind: str, library: str, tokens: tuple[str | None, ...] | None) -> ForeignModel:
         """Return the foreign model with a vocabulary, if there is one."""
-        return ForeignModel(kind, library, self.embedding, self.layers, self.dense, self.dense_bias, tokens)
+        return ForeignModel(
+            kind, library, self.embedding, self.layers, self.dense, self.dense_bias, tokens, notes=(WEIGHTS_ONLY,)
+        )
 
 
 def is_model(names: Sequence[str]) -> bool:

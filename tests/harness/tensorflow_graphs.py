@@ -102,6 +102,7 @@ def write_graph(
     stacked: bool = False,
     is_served: bool = True,
     masked: bool = False,
+    cudnn: Sequence[int] = (),
 ) -> Path:
     """Write a SavedModel with one function from ids to logits.
 
@@ -117,6 +118,7 @@ def write_graph(
         stacked: the layers are cells of one loop.
         is_served: the function is a signature.
         masked: the loops leave out positions with the id 0.
+        cudnn: the gates in the order of an operation of cuDNN, which is written instead of loops; none for loops.
     """
     changes = changes or {}
     count = len(weights.grus)
@@ -131,7 +133,27 @@ def write_graph(
     def change(place: str, value: str) -> str:
         return changes[place](function, value) if place in changes else value
 
+    def on_gpu(value: str, layer: int) -> str:
+        """Add the operation that Keras writes where it finds a GPU."""
+        kernel, recurrent, bias = (function.add("ReadVariableOp", name) for name in variables(layer))
+        parts = []
+        for matrix in (kernel, recurrent):
+            gates = function.add("Split", function.constant(1), matrix, num_split=3)[:-1]
+            parts += [function.add("Transpose", f"{gates}{gate}", function.constant([1, 0])) for gate in cudnn]
+        flat = function.add("Reshape", bias, function.constant([-1]))
+        gates = function.add("Split", function.constant(0), flat, num_split=6)[:-1]
+        parts += [f"{gates}{gate + offset}" for offset in (0, 3) for gate in cudnn]
+        rows = [function.add("Reshape", part, function.constant([-1])) for part in parts]
+        state = function.add("Fill", function.constant([1, 1, 1]), function.constant(initial))
+        lengths = function.add("Fill", function.constant([1]), function.constant(9))
+        return function.add(
+            "CudnnRNNV3", value, state, function.constant(0.0), function.add("ConcatV2", *rows, function.constant(0)),
+            lengths, rnn_mode=field(2, "gru"), time_major=False, name=f"model/gru_{layer}/CudnnRNNV3",
+        )  # fmt: skip
+
     def loop(value: str, layers: Sequence[int]) -> str:
+        if cudnn:
+            return on_gpu(value, layers[0])
         units = weights.grus[layers[0]][1].shape[0]
         captured = [name for layer in layers for name in variables(layer)]
         states = [f"state_{index}" for index in range(len(layers))]
@@ -211,11 +233,10 @@ def _objects(paths: Sequence[str], served: str | None) -> tuple[bytes, bytes, li
     saved, stored = [], []
     for index, named in enumerate(children):
         links = b"".join(field(1, field(1, child) + field(2, name)) for name, child in named.items())
-        path = places.get(index)
         stored.append(links)
-        if path is not None:
-            stored[-1] += field(2, field(1, "VARIABLE_VALUE") + field(3, path + _KEY))
-        saved.append(links + (field(7, field(1, _FLOAT)) if path is not None else b""))
+        if index in places:
+            stored[-1] += field(2, field(1, "VARIABLE_VALUE") + field(3, places[index] + _KEY))
+        saved.append(links + (field(7, field(1, _FLOAT)) if index in places else b""))
     if served is not None:
         first = len(saved)
         saved[0] += field(1, field(1, first) + field(2, "signatures"))

@@ -244,3 +244,130 @@ def test_keras__layers_without_weights_are_refused_by_their_names(tmp_path: Path
             file.create_group(f"layers/{name}/vars")
         with pytest.raises(UnsupportedModel, match=f"the layer {name}"):
             read_foreign(path)
+
+
+def functional(*layers: tuple[str, str, Any, list[tuple[str, int]]], outputs: list[str], is_keras_2: bool) -> Any:
+    """Return the config of a functional model. Layers: class, name, config, what they read as (layer, output)."""
+
+    def node(sources: list[tuple[str, int]]) -> Any:
+        if is_keras_2:
+            return [[name, 0, index, {}] for name, index in sources]
+        tensors = [
+            {"class_name": "__keras_tensor__", "config": {"keras_history": [name, 0, index]}} for name, index in sources
+        ]
+        return {"args": tensors if len(tensors) < 2 else [tensors], "kwargs": {"training": False}}
+
+    listed = [
+        {
+            "class_name": kind,
+            "name": name,
+            "config": {"name": name, **config},
+            "inbound_nodes": [node(sources)] if sources else [],
+        }
+        for kind, name, config, sources in layers
+    ]
+    return {
+        "class_name": "Functional",
+        "config": {"layers": listed, "output_layers": [[name, 0, 0] for name in outputs]},
+    }
+
+
+IDS_IN: tuple[str, str, Any, list[tuple[str, int]]] = ("InputLayer", "ids", {}, [])
+TABLE: tuple[str, str, Any, list[tuple[str, int]]] = ("Embedding", "table", {}, [("ids", 0)])
+BRANCHES: dict[str, tuple[list[Any], str]] = {
+    "residual": (
+        [("Add", "add", {}, [("gru", 0), ("table", 0)]), ("GRU", "gru_1", {}, [("add", 0)])],
+        "the layer add .Add. reads several values .gru, table.",
+    ),
+    "initial state": (
+        [("GRU", "gru_1", {}, [("gru", 0), ("gru", 1)])],
+        "the layer gru_1 has its initial state from gru: it must be zero",
+    ),
+    "state": ([("GRU", "gru_1", {}, [("gru", 1)])], "the layer gru_1 reads the state of gru"),
+    "branch": ([("GRU", "gru_1", {}, [("table", 0)])], "the layer gru isn't on the way"),
+}
+
+
+@pytest.mark.parametrize("is_keras_2", [True, False])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_keras__functional_models_that_branch_are_refused(tmp_path: Path, name: str, is_keras_2: bool) -> None:
+    layers, message = BRANCHES[name]
+    first = ("GRU", "gru", {"reset_after": True}, [("table", 0)])
+    config = functional(
+        IDS_IN, TABLE, first, *layers, ("Dense", "head", {}, [("gru_1", 0)]), outputs=["head"], is_keras_2=is_keras_2
+    )
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write_keras(tmp_path / "m.keras", sequential(keras_weights(2)), config))
+
+
+@pytest.mark.parametrize("is_keras_2", [True, False])
+def test_keras__functional_models_compute_in_the_order_of_their_nodes(tmp_path: Path, is_keras_2: bool) -> None:
+    weights = keras_weights(2, dim=UNITS)
+    config = functional(
+        IDS_IN, ("InputLayer", "before", {}, []),
+        ("GRU", "first", {}, [("second", 0), ("before", 0)]), ("GRU", "second", {}, [("table", 0)]), TABLE,
+        ("Softmax", "chances", {"axis": -1}, [("head", 0)]), ("Dense", "head", {}, [("first", 0)]),
+        outputs=["chances", "first"], is_keras_2=is_keras_2,
+    )  # fmt: skip
+    arrays = {
+        f"model_weights/{name}/{name}/gru_cell/{part}": array
+        for name, gru in zip(("second", "first"), weights.grus, strict=True)
+        for part, array in zip(("kernel", "recurrent_kernel", "bias"), gru, strict=True)
+    } | {path: array for path, array in legacy(weights).items() if "/table/" in path or "/head/" in path}
+    same(write_hdf5(tmp_path / "m.h5", arrays, {"model_config": json.dumps(config)}), weights)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([("Reshape", {"target_shape": [-1, 5]}, 1)], "changes the shape before the layer"),
+        ([("Softmax", {"axis": 1}, 3)], "softmax over another axis"),
+        ([("Softmax", {}, 3), ("Activation", {"activation": "softmax"}, 4)], "is a softmax after that of"),
+        (
+            [("TimeDistributed", {"layer": {"class_name": "GRU", "config": {}}}, 1)],
+            "applies GRU to each position alone",
+        ),
+        ([("Masking", {}, 1)], "Masking"),
+        ([("Lambda", {}, 1)], "Lambda"),
+    ],
+)
+def test_keras__layers_without_weights_are_refused_by_the_config(tmp_path: Path, layers: Any, message: str) -> None:
+    config = keras_config()
+    for kind, values, place in layers:
+        config["config"]["layers"].insert(place, {"class_name": kind, "config": {"name": f"own_{place}", **values}})
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write_keras(tmp_path / "m.keras", sequential(keras_weights()), config))
+
+
+def test_keras__layers_without_biases_are_read_where_the_config_says_what_they_are(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    weights.grus = [(kernel, recurrent, np.zeros_like(bias)) for kernel, recurrent, bias in weights.grus]
+    arrays = {path: array for path, array in sequential(weights).items() if not path.endswith("cell/vars/2")}
+    same(write_keras(tmp_path / "m.keras", arrays, keras_config(2, use_bias=False)), weights, ("gru", "gru_1"))
+    with pytest.raises(UnsupportedModel, match="use_bias=True"):
+        read_foreign(write_hdf5(tmp_path / "m.weights.h5", arrays))
+    with pytest.raises(UnsupportedModel, match="reset_after=False"):
+        read_foreign(write_keras(tmp_path / "b.keras", arrays, keras_config(2, reset_after=False)))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_keras__cells_of_an_rnn_layer_are_layers(tmp_path: Path, count: int) -> None:
+    weights = keras_weights(count)
+    names = ["gru_cell", "gru_cell_1"][:count]
+    config = keras_config()
+    cells = [{"class_name": "GRUCell", "config": {"name": name, "reset_after": True}} for name in names]
+    stacked = {"class_name": "StackedRNNCells", "config": {"name": "cells", "cells": cells}}
+    rnn: dict[str, Any] = {"name": "rnn", "go_backwards": False, "cell": stacked if count > 1 else cells[0]}
+    config["config"]["layers"][1] = {"class_name": "RNN", "config": rnn}
+    arrays = sequential(weights)
+    for layer, name in enumerate(names):
+        for index in range(3):
+            array = arrays.pop(f"layers/{'gru_1' if layer else 'gru'}/cell/vars/{index}")
+            arrays[f"layers/rnn/cell/{f'cells/{name}/' if count > 1 else ''}vars/{index}"] = array
+    same(write_keras(tmp_path / "m.keras", arrays, config), weights)
+    rnn["go_backwards"] = True
+    with pytest.raises(UnsupportedModel, match="reads backwards"):
+        read_foreign(write_keras(tmp_path / "b.keras", arrays, config))
+    rnn |= {"go_backwards": False, "cell": {"class_name": "LSTMCell", "config": {"name": "c"}}}
+    with pytest.raises(UnsupportedModel, match="LSTMCell"):
+        read_foreign(write_keras(tmp_path / "c.keras", arrays, config))

@@ -52,7 +52,11 @@ def tensor(name: str, array: Array, *, external: tuple[str, int] | None = None, 
 def graph(weights: KerasWeights, make: Callable[..., bytes] = tensor, **gru: int | str) -> list[bytes]:
     """The parts of a graph as the exporter of PyTorch writes them; the weights are those of a Keras model."""
     attributes = {"hidden_size": UNITS, "linear_before_reset": 1} | gru
-    parts = [make("emb", weights.embedding), node("Gather", ["emb", "ids"], ["e"]), node("Transpose", ["e"], ["x0"])]
+    parts = [
+        make("emb", weights.embedding),
+        node("Gather", ["emb", "ids"], ["e"]),
+        node("Transpose", ["e"], ["x0"], perm=[1, 0, 2]),
+    ]
     for index, (kernel, recurrent, bias) in enumerate(weights.grus):
         arrays = {"W": kernel.T[None], "R": recurrent.T[None], "B": bias.reshape(1, -1)}
         parts += [make(f"{name}{index}", array) for name, array in arrays.items()]
@@ -61,7 +65,7 @@ def graph(weights: KerasWeights, make: Callable[..., bytes] = tensor, **gru: int
         parts += [node("Squeeze", [f"y{index}"], [f"x{index + 1}"], axes=[1])]
     parts += [make("w", weights.dense), make("b", weights.bias)]
     parts += [node("MatMul", [f"x{len(weights.grus)}", "w"], ["product"]), node("Add", ["b", "product"], ["sum"])]
-    return [*parts, node("Transpose", ["sum"], ["logits"])]
+    return [*parts, node("Transpose", ["sum"], ["logits"], perm=[1, 0, 2])]
 
 
 OUTPUTS = field(12, field(1, "logits")) + field(12, field(1, "h0"))
@@ -200,8 +204,9 @@ def test_onnx__learnt_initial_state_that_is_repeated_for_each_text_is_refused(tm
 
 @pytest.mark.parametrize("index", [-1, 0])
 def test_onnx__output_of_the_last_position_only(tmp_path: Path, index: int) -> None:
-    last = [tensor("index", np.array(index)), node("Gather", ["x1", "index"], ["last"], axis=1)]
-    parts = replaced(graph(keras_weights()), b"MatMul", *last, node("MatMul", ["last", "w"], ["product"]))
+    last = [tensor("index", np.array(index)), node("Gather", ["x1", "index"], ["last"], axis=0)]
+    parts = replaced(graph(keras_weights())[:-1], b"MatMul", *last, node("MatMul", ["last", "w"], ["product"]))
+    parts.append(node("Identity", ["sum"], ["logits"]))
     path = write(tmp_path / "a.onnx", parts)
     if index == 0:
         with pytest.raises(UnsupportedModel, match="Gather precedes the output layer"):
@@ -220,3 +225,74 @@ def test_onnx__weights_that_are_cast(tmp_path: Path) -> None:
     parts += [tensor("int", weights.dense.astype(np.int64)), node("Cast", ["int"], ["w"], to=1)]
     weights.dense = weights.dense.astype(np.int64).astype(np.float32)
     same(write(tmp_path / "b.onnx", parts), weights)
+
+
+def between(op: str, source: str, target: str, *constants: Array, **attributes: int | str | list[int]) -> list[bytes]:
+    """The parts of a node with constants as further inputs."""
+    names = [f"{op}_{index}" for index in range(len(constants))]
+    parts = [tensor(name, np.asarray(array)) for name, array in zip(names, constants, strict=True)]
+    return [*parts, node(op, [source, *names], [target], **attributes)]
+
+
+def one(value: int) -> Array:
+    return np.array([value])
+
+
+BETWEEN: dict[str, tuple[str, list[bytes], str]] = {
+    "every second": ("e", between("Slice", "e", "m", one(0), one(1 << 40), one(1), one(2)), "kind Slice"),
+    "backwards": ("e", between("Slice", "e", "m", one(-1), one(-(1 << 40)), one(1), one(-1)), "kind Slice"),
+    "axes": ("e", between("Transpose", "e", "m", perm=[0, 2, 1]), "its axes are exchanged"),
+    "mixed": ("e", between("Reshape", "e", "m", np.array([0, -1, 7])), "kind Reshape"),
+    "exchanged": ("x1", between("Transpose", "x1", "mm", perm=[1, 0, 2]), "its axes are exchanged"),
+    "one position": ("x1", between("Gather", "x1", "mm", np.array(-1), axis=0), "kind Gather"),
+    "units": ("x2", between("Slice", "x2", "mm", one(-1), one(-(1 << 40)), one(2), one(-1)), "kind Slice"),
+    "few units": ("x2", between("Slice", "x2", "mm", one(0), one(3), one(2), one(1)), "kind Slice"),
+    "other axis": ("x2", between("Transpose", "x2", "mm", perm=[0, 2, 1]), "another axis than that of the units"),
+    "logits": ("sum", between("Slice", "sum", "mmm", one(-1), one(-(1 << 40)), one(2), one(-1)), "kind Slice"),
+    "temperature": ("sum", between("Mul", "sum", "mmm", np.array([2], np.float32)), "kind Mul"),
+    "positions": ("sum", between("Softmax", "sum", "mmm", axis=0), "softmax is over another axis"),
+    "ids": ("ids", between("Add", "ids", "mmm", one(1)), "the ids are changed by a node of the kind Add"),
+    "ids backwards": ("ids", between("Slice", "ids", "mmm", one(-1), one(-9), one(1), one(-1)), "the kind Slice"),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_onnx__nodes_that_mix_or_leave_out_numbers_are_refused(tmp_path: Path, name: str) -> None:
+    after, parts, message = BETWEEN[name]
+    weights = keras_weights(2)
+    target = "m" * len(after)  # equally long, so that the lengths in the messages stay right
+    changed = [part.replace(field(1, after), field(1, target)) for part in graph(weights)]
+    with pytest.raises(UnsupportedModel, match=message):
+        read_foreign(write(tmp_path / "a.onnx", [*changed, *parts]))
+
+
+def test_onnx__exporters_ways_to_reshape_and_to_write_one_hot_inputs_are_read(tmp_path: Path) -> None:
+    weights = keras_weights(dim=len(CHARSET))
+    weights.embedding = np.eye(len(CHARSET), dtype=np.float32)
+    parts = [part for part in graph(weights) if b"Gather" not in part and b"Squeeze" not in part]
+    parts += [*between("Unsqueeze", "ids", "u", one(-1)), tensor("range", np.arange(len(CHARSET)))]
+    parts += [node("Equal", ["u", "range"], ["same"]), node("Cast", ["same"], ["e"], to=1)]
+    parts += [
+        node("Transpose", ["y0"], ["t"], perm=[0, 2, 1, 3]),
+        *between("Reshape", "t", "x1", np.array([0, -1, UNITS])),
+    ]
+    same(write(tmp_path / "a.onnx", parts), weights)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (0, 0)])
+def test_onnx__axes_of_the_ids_that_are_exchanged_are_refused_where_their_lengths_show_it(
+    tmp_path: Path, shape: tuple[int, int]
+) -> None:
+    weights = keras_weights()
+    parts = [
+        node("Identity", ["e"], ["x0"]) if field(1, "e") in part and b"Transpose" in part else part
+        for part in graph(weights)
+    ]
+    lengths = b"".join(field(1, field(1, length)) for length in shape)
+    parts.append(field(11, field(1, "ids") + field(2, field(1, field(2, lengths)))))
+    path = write(tmp_path / "a.onnx", parts)
+    if shape == (1, 9):
+        with pytest.raises(UnsupportedModel, match="first axis of the ids as positions"):
+            read_foreign(path)
+    else:
+        same(path, weights)

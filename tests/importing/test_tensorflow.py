@@ -234,7 +234,9 @@ def test_graph__loop_that_is_no_gru_is_refused(tmp_path: Path, options: dict[str
         of("Softmax"),
         of("LogSoftmax"),
         of("StopGradient"),
-        lambda function, value: function.add("Multinomial", function.add("RealDiv", value, function.constant(0.7))),
+        lambda function, value: function.add(
+            "LookupTableFindV2", function.add("Multinomial", function.add("RealDiv", value, function.constant(0.7)))
+        ),
     ],
 )
 def test_graph__probabilities_and_draws_after_the_logits_are_no_part_of_the_model(
@@ -242,6 +244,17 @@ def test_graph__probabilities_and_draws_after_the_logits_are_no_part_of_the_mode
 ) -> None:
     weights = keras_weights()
     same(write_graph(tmp_path / "m", weights, changes={"logits": change}, tokens=CHARSET), weights, None)
+
+
+def test_graph__layers_that_run_on_a_gpu_are_read(tmp_path: Path) -> None:
+    weights = keras_weights(2)
+    same(write_graph(tmp_path / "m", weights, cudnn=[1, 0, 2], tokens=CHARSET), weights, None)
+    with pytest.raises(UnsupportedModel, match=r"CudnnRNNV3 .* with weights that are not those of a GRU"):
+        read_foreign(write_graph(tmp_path / "gates", weights, cudnn=[0, 1, 2]))
+    with pytest.raises(UnsupportedModel, match="initial state that isn't zero"):
+        read_foreign(write_graph(tmp_path / "state", weights, cudnn=[1, 0, 2], initial=0.5))
+    with pytest.raises(UnsupportedModel, match="operation Tanh"):
+        read_foreign(write_graph(tmp_path / "tanh", weights, cudnn=[1, 0, 2], changes={"gru_0": of("Tanh")}))
 
 
 def test_graph__temperature_of_the_model_is_refused_before_a_draw_too(tmp_path: Path) -> None:
@@ -255,10 +268,7 @@ def test_graph__temperature_of_the_model_is_refused_before_a_draw_too(tmp_path: 
 
 
 def test_graph__functions_without_a_way_from_ids_to_logits_are_refused(tmp_path: Path) -> None:
-    def cut(function: Function, value: str) -> str:
-        return function.args[0]
-
-    path = write_graph(tmp_path / "m", keras_weights(), changes={"logits": cut})
+    path = write_graph(tmp_path / "m", keras_weights(), changes={"logits": lambda function, _: function.args[0]})
     with pytest.raises(UnsupportedModel, match="no function of the graph leads from ids to logits"):
         read_foreign(path)
 
@@ -275,7 +285,7 @@ def test_graph__that_masks_a_character_is_refused(tmp_path: Path) -> None:
 
 def test_saved_model__without_functions_says_that_nothing_shows_what_it_computes(tmp_path: Path) -> None:
     folder = write_saved_model(tmp_path / "m", keras_weights(), CHARSET, range(len(CHARSET)))
-    assert "has no functions" in read_foreign(folder)[0].notes[0]
+    assert "holds weights and not what" in read_foreign(folder)[0].notes[0]
 
 
 def test_tensorflow__states_between_calls_are_no_layers(tmp_path: Path) -> None:

@@ -308,3 +308,47 @@ def test_torch__weights_that_are_parts_of_one_array(tmp_path: Path) -> None:
     flattened = {name: part.view(one.shape) for (name, one), part in zip(state.items(), parts, strict=True)}
     same(saved(tmp_path / "a.pt", flattened), net)
     same(saved(tmp_path / "b.pt", flattened, _use_new_zipfile_serialization=False), net)
+
+
+class Halved(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
+
+
+class Tempered(Net):
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.__dict__.update(attributes)
+
+
+def test_torch__modules_whose_program_would_have_to_be_read_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"the module half \(.*Halved\) has no weights"):
+        read_foreign(saved(tmp_path / "a.pt", module(half=Halved())))
+    for attributes in ({"temperature": 0.7}, {"residual": True}, {"logit_scale": 2}, {"use_skip": True}):
+        with pytest.raises(UnsupportedModel, match=f"has {next(iter(attributes))}="):
+            read_foreign(saved(tmp_path / "a.pt", Tempered(**attributes)))
+    net = Tempered(temperature=1.0, residual=False, scale=1, template=3)
+    same(saved(tmp_path / "b.pt", net), net)
+
+
+@pytest.mark.parametrize("name", ["temperature", "scale"])
+def test_torch__further_numbers_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    for shape in ((), (1,)):
+        for is_buffer in (True, False):
+            net = Net()
+            number = torch.full(shape, 0.7)
+            net.register_buffer(name, number) if is_buffer else net.register_parameter(name, nn.Parameter(number))
+            for kind, value in (("state", net.state_dict()), ("module", net)):
+                with pytest.raises(UnsupportedModel, match=f"{name} is a layer of another kind"):
+                    read_foreign(saved(tmp_path / f"{kind}.pt", value))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_torch__prefixes_of_wrappers_are_no_layers(tmp_path: Path, prefix: str) -> None:
+    net = Net()
+    state = {prefix + key: value for key, value in net.state_dict().items()}
+    same(saved(tmp_path / "a.pt", state), net)
+    same(
+        saved(tmp_path / "b.ckpt", {"state_dict": state, "epoch": 1, "optimizer_states": [], "hyper_parameters": {}}),
+        net,
+    )
