@@ -1,4 +1,4 @@
-"""How many cores this process may use.
+"""How many cores this process may use, and how large the second cache of a core is.
 
 This module may import nothing of this project.
 """
@@ -21,6 +21,14 @@ def available_cores(root: Path = _ROOT) -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return min([cores, *(max(1, math.ceil(quota)) for quota in _quotas(root))])
+
+
+def second_cache_bytes() -> int | None:
+    """Return the size of a core's second cache, or None where the system doesn't say it."""
+    try:
+        return os.sysconf("SC_LEVEL2_CACHE_SIZE") or None
+    except (AttributeError, ValueError, OSError):  # Windows; a libc without this name
+        return None
 
 
 def _quotas(root: Path) -> Iterator[float]:

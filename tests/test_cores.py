@@ -60,6 +60,19 @@ def test_available_cores__without_proc_and_affinity_counts_all(tmp_path: Path, m
     assert cores.available_cores(tmp_path) == 1
 
 
+@pytest.mark.parametrize(("told", "expected"), [(2097152, 2097152), (0, None), (ValueError(), None), (OSError(), None)])
+def test_second_cache_bytes__is_none_where_the_system_does_not_say_it(
+    told: int | Exception, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sysconf(_name: str) -> int:
+        if isinstance(told, Exception):
+            raise told
+        return told
+
+    monkeypatch.setattr(os, "sysconf", sysconf)
+    assert cores.second_cache_bytes() == expected
+
+
 def test_settings__the_engine_has_a_default_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert read_settings().num_engine_threads >= 1

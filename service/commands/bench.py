@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from service.commands.options import FiniteRange, echo_json, json_option, model_store_option, open_service
-from service.cores import available_cores
+from service.cores import available_cores, second_cache_bytes
 from service.errors import plural
 
 if TYPE_CHECKING:
     from service.engine.stepper import Stepper
+    from service.model.config import ModelConfig
+    from service.model.quantize import IntegerPrecision
 
 _ROUNDS = 10  # for each number of rows
 _MAX_ROWS = 65_536
@@ -68,9 +70,12 @@ def bench_command(
         facts: dict[str, Any] = {"model": version, "precision": precision, "kernel": service.kernel.name}
         facts |= {"threads": threads, "cores": available_cores(), "load_s": load_s}
         facts |= {"state_bytes": stepper.initial_hidden().nbytes, "rates": []}
+        facts["weight_bytes"] = weight_bytes(stepper.config, precision)
+        facts["second_cache_bytes"] = second_cache_bytes()
         if not as_json:
             click.echo(f"{version} in {precision} on {service.kernel.name}, {threads} of {facts['cores']} cores")
             click.echo(f"loaded in {load_s:.2f} s; the state of a text takes {facts['state_bytes']:,} bytes")
+            click.echo(weights_and_cache(precision, facts["weight_bytes"], facts["second_cache_bytes"]))
             click.echo(f"{'rows':>6}{'characters/s':>15}{'min..max':>22}{'for each text':>15}")
         for num_rows in numbers_of_rows:
             click.echo(f"measuring {plural(num_rows, 'row')} for {seconds:g} s", err=True)
@@ -82,6 +87,23 @@ def bench_command(
                 click.echo(f"{num_rows:>6}{rate:>15,.0f}{span:>22}{rate / num_rows:>15,.0f}")
     if as_json:
         echo_json(facts, indent=1)
+
+
+def weight_bytes(config: ModelConfig, precision: IntegerPrecision) -> int:
+    """Return the size of all weights that each step of a text reads, but for those of the output layer."""
+    num_weights = (2 * config.num_layers - 1) * 3 * config.num_units**2
+    return num_weights if precision == "int8" else num_weights // 2
+
+
+def weights_and_cache(precision: IntegerPrecision, num_bytes: int, cache: int | None) -> str:
+    """Return a line on what limits one text. Texts side by side share each read of the weights."""
+    line = f"its recurrent weights take {num_bytes / 2**20:.1f} MiB"
+    if cache is None:
+        return line
+    line += f", and a core's second cache has {cache / 2**20:.1f}"
+    if precision == "int8" and num_bytes > cache >= num_bytes // 2:
+        line += ": in int4 they would fit, and one text would be faster (GRU_SERVE_PRECISION; it changes the texts)"
+    return line
 
 
 def measure(stepper: Stepper, num_rows: int, seconds: float) -> list[float]:

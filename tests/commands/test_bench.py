@@ -24,11 +24,11 @@ from benchmarks.peers import environment
 from benchmarks.peers.comparison import PEERS, start_workers
 from benchmarks.peers.environment import Skipped
 from service.__main__ import main
-from service.commands.bench import Texts
+from service.commands.bench import Texts, weight_bytes, weights_and_cache
 from service.engine.native.native_stepper import variants
 from service.engine.torch_stepper import TorchStepper
 from service.model.gru import GRUCharModel
-from service.model.quantize import quantize
+from service.model.quantize import IntegerPrecision, quantize
 from service.store.model_store import ModelStore
 from tests.harness.models import publish_tiny, random_tensors, tiny_config
 
@@ -44,9 +44,13 @@ def test_bench__prints_one_json_document(tiny_store: ModelStore) -> None:
     result = bench(tiny_store, "--rows", "3,1", "--json")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert set(facts) == {"model", "precision", "kernel", "threads", "cores", "load_s", "state_bytes", "rates"}
+    assert set(facts) == {
+        *("model", "precision", "kernel", "threads", "cores", "load_s"),
+        *("state_bytes", "weight_bytes", "second_cache_bytes", "rates"),
+    }
     assert (facts["model"], facts["precision"], facts["threads"]) == ("tiny@1", "int8", 1)
     assert facts["state_bytes"] == 4 * 16
+    assert facts["weight_bytes"] == 3 * 16 * 16
     assert [rate["rows"] for rate in facts["rates"]] == [3, 1]
     for rate in facts["rates"]:
         assert set(rate) == {"rows", "chars_per_s", "min", "max"}
@@ -59,9 +63,28 @@ def test_bench__prints_a_line_for_each_number_of_rows_and_progress_to_stderr(tin
     lines = result.stdout.splitlines()
     assert lines[0].startswith("tiny@1 in int8 on ")
     assert "the state of a text takes 64 bytes" in lines[1]
-    assert [line.split()[0] for line in lines[2:]] == ["rows", "1", "2"]
+    assert lines[2].startswith("its recurrent weights take 0.0 MiB")
+    assert [line.split()[0] for line in lines[3:]] == ["rows", "1", "2"]
     assert "measuring 2 rows" in result.stderr
     assert "measuring" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("num_units", "cache_mib", "precision", "expected"),
+    [
+        (1024, 2, "int8", "take 3.0 MiB, and a core's second cache has 2.0: in int4 they would fit"),
+        (1024, 2, "int4", "take 1.5 MiB, and a core's second cache has 2.0"),
+        (1024, 1, "int8", "take 3.0 MiB, and a core's second cache has 1.0"),
+        (512, 1, "int8", "take 0.8 MiB, and a core's second cache has 1.0"),
+        (1024, None, "int8", "take 3.0 MiB"),
+    ],
+)
+def test_bench__says_when_fewer_bits_would_fit_the_cache(
+    num_units: int, cache_mib: int | None, precision: IntegerPrecision, expected: str
+) -> None:
+    weights = weight_bytes(tiny_config(num_units=num_units), precision)
+    line = weights_and_cache(precision, weights, cache_mib and cache_mib * 2**20)
+    assert line.removeprefix("its recurrent weights ").split(", and one text")[0] == expected
 
 
 def test_bench__uses_the_precision_of_the_setting(tiny_store: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ struct Packing {
 };
 
 // Whether requests by the program for 4-bit weights help. With 1 to 4 texts they make a step up to 14 % faster on an Intel
-// Xeon. On AMD they made it slower, and in 8 bits on both: the hardware requests enough by itself there.
+// Xeon. On AMD they made it slower, and in 8 bits on both.
 inline bool prefetching_helps() {
 #if defined(__x86_64__)
     return __builtin_cpu_is("intel");
