@@ -4,28 +4,36 @@ From each function's outputs the way is followed back to the ids. It must consis
 after another and the embedding, and operations between them that only move numbers. One step of each loop is compared
 with a GRU's step in numbers, because programs write the same step in many ways: a few operators of our own do that.
 
-tensorflow/core/framework/{function,node_def,attr_value}.proto, tensorflow/core/protobuf/saved_object_graph.proto
+tensorflow/core/protobuf/saved_object_graph.proto
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from service.errors import InvalidModelFile, UnsupportedModel
-from service.importing.foreign import BFLOAT16, NEEDED, Array, ForeignLayer, NamedArrays, shown
+from service.importing.foreign import NEEDED, Array, ForeignLayer, NamedArrays, shown
 from service.importing.keras_roles import KerasRoles
-from service.importing.protobuf import Message, text_of
+from service.importing.protobuf import Message
+from service.importing.tensorflow_functions import (
+    MAX_CONSTANT,
+    OPERATIONS,
+    Function,
+    Node,
+    constant,
+    limited,
+    num_computed,
+    parse_function,
+    sigmoid,
+    wide,
+)
 
-_MAX_NODES = 4096  # of a function
 _MAX_FUNCTIONS = 64  # that are parsed for one way
 _MAX_STEPS = 100_000
 _MAX_DEPTH = 200
-_MAX_CONSTANT = 1 << 16  # numbers
 _TOLERANCE = 1e-4
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -38,9 +46,6 @@ _SOFTMAX = {"Softmax", "LogSoftmax"}
 _ROWS = {"Reshape", "ExpandDims", "Squeeze", "StridedSlice"}  # move or select rows, each with all numbers of a position
 _TIME_FIRST = [1, 0, 2]
 _FLOAT_TYPES = {1, 2, 14, 19}  # DataType: float32, float64, bfloat16, float16
-_CONSTANTS = {  # DataType: dtype, field of the numbers
-    1: ("<f4", 5), 2: ("<f8", 6), 3: ("<i4", 7), 9: ("<i8", 10), 10: ("?", 11), 14: ("<u2", 13), 19: ("<u2", 13),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,40 +56,11 @@ class GraphWay:
     skips_row_0: bool  # the loops leave out positions with the id 0
 
 
-@dataclass(frozen=True, eq=False)
-class _Node:
-    name: str
-    op: str
-    inputs: tuple[str, ...]  # without control inputs
-    message: Message
-
-    def attribute(self, name: str) -> Message:
-        """Return an attribute; an empty one if the node lacks it."""
-        for attribute in self.message.messages(5):
-            if attribute.bytes(1) == name.encode():
-                return attribute.message(2)
-        return Message(memoryview(b""))
-
-    def integer(self, name: str) -> int:
-        return self.attribute(name).integer(3)
-
-    def flag(self, name: str) -> bool:
-        return bool(self.attribute(name).integer(5))
-
-
-@dataclass(frozen=True, eq=False)
-class _Function:
-    name: str
-    args: tuple[str, ...]
-    nodes: Mapping[str, _Node]
-    results: tuple[str, ...]  # references of the outputs, in order
-
-
 @dataclass(eq=False)
 class _Frame:
     """A call of a function."""
 
-    function: _Function
+    function: Function
     bindings: list[tuple[_Frame, str]] | None  # of the arguments; None for a root, and for the body of a loop
     bound: Mapping[int, str | None] = field(default_factory=dict)  # argument -> name of a variable in the checkpoint
     calls: dict[str, _Frame] = field(default_factory=dict)
@@ -95,11 +71,11 @@ class _Place:
     """An output of a node, or an argument of a root."""
 
     frame: _Frame
-    node: _Node | None
+    node: Node | None
     index: int  # of the output or of the argument
 
     @property
-    def made_by(self) -> _Node:
+    def made_by(self) -> Node:
         """The node. Raises InvalidModelFile for an argument, where only a node can be."""
         if self.node is None:
             raise InvalidModelFile("an operation of the graph is missing: the file is damaged")
@@ -124,20 +100,20 @@ class _Graph:
     def __init__(self, graph: Message, objects: bytes, arrays: NamedArrays, roles: KerasRoles) -> None:
         self._meta = graph.message(2)
         self._arrays, self._roles = arrays, roles
-        self._saved = list(_limited(self._meta.message(7).messages(1), 1 << 16, "objects"))
+        self._saved = list(limited(self._meta.message(7).messages(1), 1 << 16, "objects"))
         self._keys = _keys_of_variables(self._saved, objects)
         self._definitions = {
             definition.message(1).text(1): definition
-            for definition in _limited(self._meta.message(2).message(2).messages(1), 1 << 14, "functions")
+            for definition in limited(self._meta.message(2).message(2).messages(1), 1 << 14, "functions")
         }
-        self._functions: dict[str, _Function] = {}
+        self._functions: dict[str, Function] = {}
         self._steps = 0
         self._skips_row_0 = False
 
     def way(self) -> GraphWay | None:
         concrete = {
             entry.text(1): entry.message(2).integers(2, 4096)
-            for entry in _limited(self._meta.message(7).messages(2), 1 << 14, "functions")
+            for entry in limited(self._meta.message(7).messages(2), 1 << 14, "functions")
         }
         served = [name for name in self._signatures() if name in concrete]
         ways: list[GraphWay] = []
@@ -183,14 +159,14 @@ class _Graph:
         first = len(function.args) - len(bound_inputs)
         return _Frame(function, None, {first + index: self._keys.get(one) for index, one in enumerate(bound_inputs)})
 
-    def _function(self, name: str) -> _Function:
+    def _function(self, name: str) -> Function:
         found = self._functions.get(name)
         if found is None:
             if len(self._functions) >= _MAX_FUNCTIONS:
                 self._functions.clear()
             if name not in self._definitions:
                 raise InvalidModelFile(f"the graph lacks its function {shown(name)}: the file is damaged")
-            found = self._functions[name] = _parse(name, self._definitions[name])
+            found = self._functions[name] = parse_function(name, self._definitions[name])
         return found
 
     def _has(self, name: str, operations: tuple[str, ...], depth: int = 0) -> bool:
@@ -249,7 +225,7 @@ class _Graph:
         return self._at(place.frame, node.inputs[index])
 
     @staticmethod
-    def _is_float_cast(node: _Node) -> bool:
+    def _is_float_cast(node: Node) -> bool:
         return {node.attribute("SrcT").integer(6), node.attribute("DstT").integer(6)} <= _FLOAT_TYPES
 
     def _variable(self, place: _Place) -> Array | None:
@@ -299,8 +275,8 @@ class _Graph:
 
     def _after_logits(self, root: _Frame) -> list[_Place]:
         """Return the products of the output layer that outputs are made of, and check what follows them."""
-        parents: dict[tuple[_Node | None, int], list[tuple[_Place, bool]]] = {}
-        products: dict[_Node, _Place] = {}
+        parents: dict[tuple[Node | None, int], list[tuple[_Place, bool]]] = {}
+        products: dict[Node, _Place] = {}
         waiting: list[tuple[_Place | None, bool, _Frame, str]] = [
             (None, False, root, one) for one in root.function.results
         ]
@@ -325,7 +301,7 @@ class _Graph:
             waiting += [(place, drawn, place.frame, one) for one in node.inputs]
         for product in products.values():
             below: list[tuple[_Place, bool]] = list(parents.get((product.node, id(product.frame)), ()))
-            done: set[tuple[_Node | None, bool]] = set()
+            done: set[tuple[Node | None, bool]] = set()
             while below:
                 place, drawn = below.pop()
                 if (place.node, drawn) in done or (place.node is not None and place.node.op in _DRAWS):
@@ -388,7 +364,7 @@ class _Graph:
         if node is None:
             return None
         if node.op == "Const":
-            return _constant(node)
+            return constant(node)
         if node.op == "Cast":
             return self._constant(self._input(place, 0))
         if node.op in ("ConcatV2", "Pack") and len(node.inputs) <= 8:
@@ -539,7 +515,7 @@ class _Graph:
         return names, source
 
     @staticmethod
-    def _is_time_major(node: _Node) -> bool:
+    def _is_time_major(node: Node) -> bool:
         given = any(attribute.text(1) == "time_major" for attribute in node.message.messages(5))
         return node.flag("time_major") or not given
 
@@ -581,7 +557,7 @@ class _Graph:
                 continue
             seen.add(node)
             if node.op == "Const":
-                value = _constant(node)
+                value = constant(node)
                 if value.dtype.kind == "f" and value.any():
                     raise self._refuse(place, "in an initial state that isn't zero")
             elif node.op == "Fill":
@@ -630,6 +606,8 @@ class _Step:
         units = max((layer.num_units for layer in graph._roles.layers), default=1)
         self.hidden = [self._draw(units) for _ in states]
         self._values: dict[tuple[int, str, int], Array] = {}
+        # Operators repeat numbers (a sum of a column and a row), so that a small file could take any memory.
+        self._num_left = 4 * sum(array.size for array in graph._all_weights()) + MAX_CONSTANT
 
     def _draw(self, length: int) -> Array:
         # Large enough that tanh and sigmoid differ from what is nearly the same around 0.
@@ -647,7 +625,7 @@ class _Step:
             array = graph._arrays.get(key) if key is not None else None
             if array is None:
                 raise graph._refuse(place, f"in the loop {shown(self._loop.node.name if self._loop.node else '')}")
-            return _wide(array)
+            return wide(array)
         known = (id(place.frame), node.name, place.index)
         if known not in self._values:
             self._values[known] = self._compute(place, depth)
@@ -662,18 +640,21 @@ class _Step:
     def _compute(self, place: _Place, depth: int) -> Array:
         graph, node = self._graph, place.made_by
         if node.op == "Const":
-            return _constant(node)
+            return constant(node)
         if node.op == "ReadVariableOp":
             return self.value(graph._input(place, 0), depth + 1)
         if node.op == "TensorListGetItem":
             return self._item(place)
-        operation = _OPERATIONS.get(node.op)
+        operation = OPERATIONS.get(node.op)
         if operation is None:
             raise graph._refuse(place, "in the step of a GRU layer")
         values = [self.value(graph._input(place, index), depth + 1) for index in range(len(node.inputs))]
         try:
+            self._num_left -= num_computed(node, values)
+            if self._num_left < 0:
+                raise graph._refuse(place, "with more numbers than a GRU's step has")
             found = operation(node, values)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, TypeError, ArithmeticError) as error:
             raise graph._refuse(place, "with numbers that don't fit") from error
         return found[place.index] if isinstance(found, list) else found
 
@@ -702,7 +683,7 @@ class _Step:
             self.source = source
             shape = graph._constant(graph._input(outer, 1))
             last = int(shape.reshape(-1)[-1]) if shape is not None and shape.size else 0
-            if not 0 < last <= _MAX_CONSTANT:
+            if not 0 < last <= MAX_CONSTANT:
                 raise graph._refuse(outer, "with inputs of an unknown size")
             self.x = self._draw(last)
         return self.x
@@ -712,12 +693,12 @@ def _fits(layer: ForeignLayer, inputs: Array, before: Array, after: Array) -> bo
     """Return whether a value is what a layer computes of its inputs and its state before."""
     if inputs.shape != (1, layer.num_inputs) or before.shape != (1, layer.num_units) or after.shape != before.shape:
         return False
-    x = _product(inputs, layer.inputs) + (0 if layer.input_bias is None else _wide(layer.input_bias))
-    h = _product(before, layer.recurrent) + (0 if layer.recurrent_bias is None else _wide(layer.recurrent_bias))
+    x = _product(inputs, layer.inputs) + (0 if layer.input_bias is None else wide(layer.input_bias))
+    h = _product(before, layer.recurrent) + (0 if layer.recurrent_bias is None else wide(layer.recurrent_bias))
     gates = {gate: index for index, gate in enumerate(layer.gates)}
     xs, hs = np.split(x, 3, 1), np.split(h, 3, 1)
-    reset = _sigmoid(xs[gates["r"]] + hs[gates["r"]])
-    update = _sigmoid(xs[gates["z"]] + hs[gates["z"]])
+    reset = sigmoid(xs[gates["r"]] + hs[gates["r"]])
+    update = sigmoid(xs[gates["z"]] + hs[gates["z"]])
     expected = update * before + (1 - update) * np.tanh(xs[gates["n"]] + reset * hs[gates["n"]])
     return _equal(after, np.asarray(expected))
 
@@ -732,7 +713,7 @@ def _is_cudnn(layer: ForeignLayer, numbers: Array) -> bool:
                 return False
             index = layer.gates.index(gate)
             own = part[index * layer.num_units : (index + 1) * layer.num_units].reshape(-1)
-            if not np.array_equal(numbers[position : position + own.size], _wide(own)):
+            if not np.array_equal(numbers[position : position + own.size], wide(own)):
                 return False
             position += own.size
     return position == numbers.size
@@ -743,18 +724,7 @@ def _equal(one: Array, other: Array) -> bool:
 
 
 def _product(row: Array, rows: Array) -> Array:
-    return np.asarray(row @ _wide(rows).T)
-
-
-def _sigmoid(x: Array) -> Array:
-    return np.asarray(0.5 * np.tanh(0.5 * x) + 0.5)
-
-
-def _wide(array: Array) -> Array:
-    """Return numbers that numpy computes with fast."""
-    if array.dtype.names == BFLOAT16.names:
-        return np.asarray((array["bfloat16"].astype(np.uint32) << 16).view(np.float32))
-    return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+    return np.asarray(row @ wide(rows).T)
 
 
 def _begin(array: Array) -> int:
@@ -771,21 +741,14 @@ def _scope_of_model(name: str) -> str:
 # Reading
 
 
-def _limited(messages: Iterator[Message], limit: int, what: str) -> Iterator[Message]:
-    for count, message in enumerate(messages):
-        if count >= limit:
-            raise InvalidModelFile(f"the graph has more than {limit:,} {what}")
-        yield message
-
-
 def _children(node: Message) -> Iterator[tuple[int, str]]:
-    for child in _limited(node.messages(1), 1 << 14, "objects"):
+    for child in limited(node.messages(1), 1 << 14, "objects"):
         yield child.integer(1), child.text(2)
 
 
 def _keys_of_variables(saved: Sequence[Message], objects: bytes) -> dict[int, str]:
     """Return object of the graph -> name of its variable in the checkpoint. Both list objects by their names."""
-    stored = list(_limited(_object_graph(objects).messages(1), 1 << 16, "objects"))
+    stored = list(limited(_object_graph(objects).messages(1), 1 << 16, "objects"))
     keys: dict[int, str] = {}
     waiting, seen = [(0, 0)], {0}
     while waiting:
@@ -812,117 +775,3 @@ def _object_graph(data: bytes) -> Message:
             break
     start = position + 1 + 4
     return Message(memoryview(data)[start : start + size])
-
-
-def _parse(name: str, definition: Message) -> _Function:
-    signature = definition.message(1)
-    nodes: dict[str, _Node] = {}
-    for message in _limited(definition.messages(3), _MAX_NODES, "operations in a function"):
-        references = (text_of(one) for one in message.all(3))
-        node = _Node(message.text(1), message.text(2), tuple(one for one in references if one[:1] != "^"), message)
-        nodes[node.name] = node
-    returned = {entry.text(1): entry.text(2) for entry in _limited(definition.messages(4), 4096, "results")}
-    args = tuple(arg.text(1) for arg in _limited(signature.messages(2), 4096, "arguments"))
-    outputs = [arg.text(1) for arg in _limited(signature.messages(3), 4096, "results")]
-    return _Function(name, args, nodes, tuple(returned[one] for one in outputs if one in returned))
-
-
-def _constant(node: _Node) -> Array:
-    """Return the numbers of a constant. Raises InvalidModelFile, UnsupportedModel for other kinds."""
-    tensor = node.attribute("value").message(8)
-    kind = tensor.integer(1)
-    if kind not in _CONSTANTS:
-        return np.array(["?"])  # texts and handles: no operation here reads them
-    dtype, number = _CONSTANTS[kind]
-    shape = [dim.integer(1) for dim in _limited(tensor.message(2).messages(2), 8, "axes")]
-    size = math.prod(shape)
-    if not 0 <= size <= _MAX_CONSTANT:
-        return np.array(["?"])
-    content = tensor.bytes(4)
-    if len(content):
-        numbers: Array = np.frombuffer(content, dtype)
-    elif kind in (1, 2):
-        numbers = tensor.numbers(number, dtype)
-    else:
-        numbers = np.array(tensor.integers(number, _MAX_CONSTANT), np.int64).astype(dtype)
-    if kind in (14, 19):
-        numbers = _wide(numbers.view(BFLOAT16 if kind == 14 else "<f2"))
-    if not numbers.size:
-        numbers = np.zeros(1, numbers.dtype)
-    if numbers.size < size:  # TensorFlow repeats the last number
-        numbers = np.concatenate([numbers, np.full(size - numbers.size, numbers[-1])])
-    return numbers[:size].reshape(shape)
-
-
-# The operators of a GRU's step
-
-
-def _axis(value: Array) -> int:
-    return int(value.reshape(-1)[0])
-
-
-def _matmul(node: _Node, values: list[Array]) -> Array:
-    left = values[0].T if node.flag("transpose_a") else values[0]
-    right = values[1].T if node.flag("transpose_b") else values[1]
-    return np.asarray(left @ right)
-
-
-def _strided_slice(node: _Node, values: list[Array]) -> Array:
-    data, begin, end, strides = values
-    masks = {name: node.integer(f"{name}_mask") for name in ("begin", "end", "shrink_axis", "new_axis", "ellipsis")}
-    if masks["new_axis"] or masks["ellipsis"]:
-        raise ValueError
-    index: list[Any] = []
-    for axis, (first, last, stride) in enumerate(zip(begin, end, strides, strict=True)):
-        bit = 1 << axis
-        if masks["shrink_axis"] & bit:
-            index.append(int(first))
-        else:
-            index.append(
-                slice(
-                    None if masks["begin"] & bit else int(first), None if masks["end"] & bit else int(last), int(stride)
-                )
-            )
-    return np.asarray(data[tuple(index)])
-
-
-def _squeeze(node: _Node, values: list[Array]) -> Array:
-    axes = node.attribute("squeeze_dims").message(1).integers(3, 8)
-    return np.squeeze(values[0], tuple(axes) if axes else None)
-
-
-def _split(node: _Node, values: list[Array]) -> list[Array]:
-    return np.split(values[1], max(1, min(node.integer("num_split"), 64)), _axis(values[0]))
-
-
-def _split_sizes(_: _Node, values: list[Array]) -> list[Array]:
-    return np.split(values[0], np.cumsum(values[1])[:-1], _axis(values[2]))
-
-
-def _unpack(node: _Node, values: list[Array]) -> list[Array]:
-    if values[0].shape[node.integer("axis")] > 64:
-        raise ValueError
-    return list(np.moveaxis(values[0], node.integer("axis"), 0))
-
-
-def _select(_: _Node, values: list[Array]) -> Array:
-    return np.where(values[0], values[1], values[2])
-
-
-def _tile(_: _Node, values: list[Array]) -> Array:
-    if values[0].size * int(np.prod(values[1])) > _MAX_CONSTANT:
-        raise ValueError
-    return np.tile(values[0], values[1])
-
-
-_OPERATIONS: dict[str, Callable[[_Node, list[Array]], Array | list[Array]]] = {
-    "AddV2": lambda _, v: v[0] + v[1], "Add": lambda _, v: v[0] + v[1], "BiasAdd": lambda _, v: v[0] + v[1],
-    "Sub": lambda _, v: v[0] - v[1], "Mul": lambda _, v: v[0] * v[1],
-    "Sigmoid": lambda _, v: _sigmoid(v[0]), "Tanh": lambda _, v: np.tanh(v[0]),
-    "MatMul": _matmul, "StridedSlice": _strided_slice, "Squeeze": _squeeze, "Split": _split, "SplitV": _split_sizes,
-    "OnesLike": lambda _, v: np.ones_like(v[0]), "Unpack": _unpack, "SelectV2": _select, "Tile": _tile,
-    "ConcatV2": lambda _, v: np.concatenate(v[:-1], _axis(v[-1])),
-    "ExpandDims": lambda _, v: np.expand_dims(v[0], _axis(v[1])),
-    "Transpose": lambda _, v: np.transpose(v[0], [int(one) for one in v[1].reshape(-1)[:8]]),
-    "Reshape": lambda _, v: v[0].reshape([int(one) for one in v[1].reshape(-1)[:8]]),
-}  # fmt: skip

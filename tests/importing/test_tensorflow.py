@@ -228,6 +228,42 @@ def test_graph__loop_that_is_no_gru_is_refused(tmp_path: Path, options: dict[str
         read_foreign(write_graph(tmp_path / "m", weights, tokens=CHARSET, **options))
 
 
+def crossed(operation: str) -> Change:
+    """Return a change that makes billions of numbers of two constants."""
+
+    def change(function: Function, _: str) -> str:
+        column, row = (function.constant(np.zeros(shape, np.float32)) for shape in ((60_000, 1), (1, 60_000)))
+        return function.add(operation, column, row)
+
+    return change
+
+
+def doubled(function: Function, value: str) -> str:
+    for _ in range(40):
+        value = function.add("ConcatV2", value, value, function.constant(0))
+    return value
+
+
+def tiled(function: Function, value: str) -> str:
+    return function.add("Tile", value, function.constant([60_000, 60_000]))
+
+
+@pytest.mark.parametrize("candidate", [crossed("AddV2"), crossed("MatMul"), doubled, tiled])
+def test_graph__small_file_makes_no_more_numbers_than_it_has_weights(tmp_path: Path, candidate: Change) -> None:
+    path = write_graph(tmp_path / "m", keras_weights(2, dim=UNITS), tokens=CHARSET, candidate=candidate)
+    with pytest.raises(UnsupportedModel, match="with more numbers than a GRU's step has"):
+        read_foreign(path)
+
+
+def test_graph__operations_on_texts_are_refused(tmp_path: Path) -> None:
+    def change(function: Function, value: str) -> str:
+        return function.add("AddV2", value, function.constant(["text"]))
+
+    path = write_graph(tmp_path / "m", keras_weights(2, dim=UNITS), tokens=CHARSET, candidate=change)
+    with pytest.raises(UnsupportedModel, match=r"AddV2 .* with numbers that don't fit"):
+        read_foreign(path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
