@@ -81,10 +81,9 @@ def score_candidates(
     Raises Overloaded, EngineFailed, ClientGone.
     """
     texts = [tuple(ids.tolist()) for ids in candidates]
-    num_paths = max(1, min(_ROUND, _ROUND_SCORES // len(model.charset)))
-    plan = _Plan(sorted(set(texts)), num_paths)
+    plan = _Plan(sorted(set(texts)), max(1, min(_ROUND, _ROUND_SCORES // len(model.charset))))
     num_chars = len(texts) * _CANDIDATE_SCORES + sum(map(len, texts))
-    reserve(num_chars + states_as_scores(model, plan.num_states) + num_paths * len(model.charset))
+    reserve(num_chars + states_as_scores(model, plan.num_states) + plan.num_together * len(model.charset))
     scores = plan.carried_out(Branches(model, client_has_left), origin)
     return [scores[text] for text in texts]
 
@@ -146,7 +145,7 @@ class _Plan:
     """A division of the tree of candidates into paths."""
 
     def __init__(self, texts: list[tuple[int, ...]], num_paths: int) -> None:
-        """texts: distinct, sorted, not empty. num_paths: how many to read at a time."""
+        """texts: distinct, sorted, not empty. num_paths: how many to read at a time at most."""
         self._texts = texts
         first = _Path(None, 0)
         todo = [(first, 0, len(texts))]
@@ -157,6 +156,7 @@ class _Plan:
         # What is read together: paths, and places in paths before last characters, which need no step.
         self._rounds: list[list[tuple[_Path, int | None]]] = []
         self._schedule(first, num_paths)
+        self.num_together = max(map(len, self._rounds))  # the most that are read at a time
 
     def _schedule(self, first: _Path, num_paths: int) -> None:
         """Order the paths. The newest is read first, so the states of a path are soon needed no more."""
