@@ -33,6 +33,7 @@ from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import TIMEOUT_S
 from tests.harness.wait import wait_until
 
 KEY = SessionKey("", "a")
@@ -51,7 +52,7 @@ class Replica:
         self, url: str, prefix: str, models: ModelStore, ending: ExitStack, save_interval_s: float, lease_s: float
     ) -> None:
         self.store = RedisStore(
-            RedisServer(url, recovery_window_s=0.3), RETENTION.segment_chars, prefix=prefix, lease_s=lease_s
+            RedisServer(url, TIMEOUT_S, 0.3), RETENTION.segment_chars, prefix=prefix, lease_s=lease_s
         )
         ending.callback(self.store.close)
         self.models = LoadedModels(models, 1, engine_settings())

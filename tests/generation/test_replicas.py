@@ -45,6 +45,7 @@ from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import TIMEOUT_S
 
 Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.6
@@ -66,9 +67,7 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
 
         def make(at: str = url) -> Replica:
             retention = Retention(16, 10_000)
-            store = RedisStore(
-                RedisServer(at, recovery_window_s=0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S
-            )
+            store = RedisStore(RedisServer(at, TIMEOUT_S, 0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
             ending.callback(store.close)
             models = LoadedModels(tiny_store, 1, engine_settings())
             ending.callback(models.close)

@@ -50,6 +50,7 @@ from service.store.model_store import ModelStore
 from tests.harness.clock import Clock
 from tests.harness.effort import IS_THOROUGH
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
+from tests.harness.redis_stores import TIMEOUT_S
 
 NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500" if IS_THOROUGH else "150"))
 RETENTION, TTL_S = Retention(8, 64), 100.0
@@ -673,7 +674,7 @@ class ReplicaMachine(SessionMachine):
     def stores(self) -> Sequence[SessionStore]:
         # Very long leases: the tests' clock jumps, and no lease is renewed according to it.
         prefix, caches = secrets.token_hex(8), (2**20, 20_000, 0)
-        servers = [RedisServer(REDIS_URL[0], recovery_window_s=0) for _ in caches]
+        servers = [RedisServer(REDIS_URL[0], TIMEOUT_S, 0) for _ in caches]
         return [
             RedisStore(server, RETENTION.segment_chars, cache_bytes, prefix, 10**6, self.clock)
             for server, cache_bytes in zip(servers, caches, strict=True)

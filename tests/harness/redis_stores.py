@@ -19,6 +19,7 @@ from tests.harness.clock import Clock
 
 Answer = TypeVar("Answer")
 LEASE_S = 0.3
+TIMEOUT_S = 2.0  # of a call; the service's own is shorter than what a busy machine takes at times
 
 
 def session(session_id: str = "a", characters: str = "ROMEO:") -> Session:
@@ -59,9 +60,7 @@ def replicas(
     with ExitStack() as stack:
         stores = [
             stack.enter_context(
-                closing(
-                    RedisStore(RedisServer(url, recovery_window_s=0.3), 4096, cache_bytes, lease_s=lease_s, clock=clock)
-                )
+                closing(RedisStore(RedisServer(url, TIMEOUT_S, 0.3), 4096, cache_bytes, lease_s=lease_s, clock=clock))
             )
             for url in urls
         ]

@@ -196,6 +196,16 @@ def test_internal_routes__can_not_be_reached(balancer: Balancer, path: str) -> N
     assert answer(balancer, request) == (404, "not_found", None)
 
 
+def logged_by_one(servers: list[Server], request_id: str) -> bool:
+    """Wait until a request is in the log of a server; return whether that is one line."""
+
+    def num_lines() -> int:
+        return sum(f'"{request_id}"' in line for server in servers for line in list(server.log))
+
+    wait_until(lambda: num_lines() > 0)
+    return num_lines() == 1
+
+
 def test_request_id__is_the_same_in_all_logs_and_the_answer(balancer: Balancer, servers: list[Server]) -> None:
     for given, is_accepted in (("my-request.7", True), ("has { and spaces", False), (None, False)):
         with closing(balancer.connect()) as connection:
@@ -206,8 +216,7 @@ def test_request_id__is_the_same_in_all_logs_and_the_answer(balancer: Balancer, 
         assert (request_id == given) == is_accepted
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id)
         wait_until(lambda request_id=request_id: request_id in balancer.requests())  # type: ignore[misc]
-        seen = [line for server in servers for line in server.log if f'"{request_id}"' in line]
-        assert len(seen) == 1
+        assert logged_by_one(servers, request_id)
 
 
 def test_log__has_no_session_id(balancer: Balancer) -> None:
@@ -334,8 +343,11 @@ def test_draining_replicas__cost_no_request_and_no_character(environment: dict[s
         with Client(f"http://127.0.0.1:{servers[2].port}") as direct:
             whole = "".join(direct.create("ROMEO:", seed=7).generate(len(texts[-1])))
         assert all(text and whole.startswith(text) for text in texts)
-        endings = [line["ending"] for server in servers for line in server.logged("session stream ended")]
-        assert "reconnect" in endings
+
+        def endings() -> list[str]:
+            return [line["ending"] for server in servers for line in server.logged("session stream ended")]
+
+        wait_until(lambda: "reconnect" in endings())
 
 
 @pytest.mark.parametrize("addresses", [["::1", "127.0.0.1"], ["127.0.0.1"]])

@@ -91,9 +91,10 @@ def test_api_keys__change_while_the_server_runs(server: Server, keys: Path) -> N
         client.open(session.id)
     assert (missing.value.status, missing.value.code) == (404, "session_not_found")
     assert len(server.logged("API keys not read: the previous ones stay valid")) == 1
+    wait_until(lambda: "bob" in {line.get("key_name") for line in server.logged("request")})
+    assert {line.get("key_name") for line in server.logged("request")} == {None, "alice", "bob"}
     log = "".join(server.log)
     assert not any(secret in log for secret in (OLD, NEW, BOB, session.id, "not-a-hash"))
-    assert {line.get("key_name") for line in server.logged("request")} == {None, "alice", "bob"}
 
 
 def test_openai_client__sends_the_key(server: Server) -> None:

@@ -284,9 +284,8 @@ def test_sigterm__lets_a_running_request_finish_and_exits_with_0(environment: di
         assert events[-2:] == [b"data: [DONE]", b""]
         assert sum(len(json.loads(event[6:])["choices"][0]["text"]) for event in events[:-2]) == 8000
         assert server.process.wait(30) == 0
-        lines = [json.loads(line) for line in server.log]
-        assert {"event", "level", "timestamp", "logger"} <= set(lines[0])
-        assert any(line["event"] == "request" and line["status"] == 200 for line in lines)
+        wait_until(lambda: 200 in {line["status"] for line in server.logged("request")})
+        assert {"event", "level", "timestamp", "logger"} <= set(json.loads(server.log[0]))
         assert "ROMEO" not in "".join(server.log)
 
 

@@ -20,6 +20,7 @@ from service.client import Client, ServerError, Session
 from service.store.model_store import ModelStore
 from tests.harness.server import SERVE, Server, serving
 from tests.harness.sse import Event
+from tests.harness.wait import wait_until
 
 NUM_STREAMS = int(os.environ.get("CUT_STREAMS", "1000"))
 NUM_CHARS = 300
@@ -162,8 +163,12 @@ def test_two_clients_of_a_stream__both_get_all_of_it_and_take_it_from_each_other
         rest, other_rest = pool.submit("".join, pieces), pool.submit("".join, others)
         assert text + rest.result(60) == whole
         assert other_text + other_rest.result(60) == whole
-    endings = [line["ending"] for line in server.logged("session stream ended")[num_before:]]
-    assert endings.count("run_taken_over") == 1
+
+    def endings() -> list[str]:
+        return [line["ending"] for line in server.logged("session stream ended")[num_before:]]
+
+    wait_until(lambda: "run_taken_over" in endings())
+    assert endings().count("run_taken_over") == 1
 
 
 class Proxy:

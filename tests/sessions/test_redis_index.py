@@ -23,6 +23,7 @@ from service.sessions.session_store import SessionStore
 from service.sessions.text import Text
 from tests.harness.clock import Clock
 from tests.harness.redis_process import redis_process
+from tests.harness.redis_stores import TIMEOUT_S
 from tests.harness.wait import wait_until
 
 OWNERS = ("", "one", "on", "one.two", "*")
@@ -48,7 +49,7 @@ def store(redis_url: str, prefix: str, clock: Clock) -> Iterator[RedisStore]:
 
 def new_store(url: str, prefix: str, clock: Clock | None = None) -> RedisStore:
     """Return a store whose leases are very long, because the tests' clock jumps."""
-    return RedisStore(RedisServer(url, recovery_window_s=0), 4096, prefix=prefix, lease_s=10**7, clock=clock)
+    return RedisStore(RedisServer(url, TIMEOUT_S, 0), 4096, prefix=prefix, lease_s=10**7, clock=clock)
 
 
 def session(session_id: str = "a", owner: str = "", ttl_s: float = 60) -> Session:

@@ -29,6 +29,7 @@ from service.sessions.redis_store import RedisStore
 from service.sessions.session import Run, Session, SessionKey
 from service.sessions.text import Retention, Segment, Text
 from tests.harness.redis_process import RedisProcess, redis_process
+from tests.harness.redis_stores import TIMEOUT_S
 from tests.harness.wait import wait_until
 
 SHAPE = (2, 512)  # as the shipped model: 4 KiB
@@ -281,9 +282,7 @@ def with_text(change: Callable[[Text], Text], one: Session) -> tuple[Session, No
 def test_load__returns_any_text_to_the_bit(redis_url: str, changes: list[tuple[str, float]], caches: list[int]) -> None:
     """Two replicas change a session in turn, with their caches or without; each loads what the other one saved."""
     prefix, shape = secrets.token_hex(8), (1, 4)
-    stores = [
-        RedisStore(RedisServer(redis_url, recovery_window_s=0), SMALL.segment_chars, size, prefix) for size in caches
-    ]
+    stores = [RedisStore(RedisServer(redis_url, TIMEOUT_S, 0), SMALL.segment_chars, size, prefix) for size in caches]
     expected, key, rng = Text(state(0, shape)), KEY, random.Random(len(changes))
     try:
         stores[0].create(replace(session(), text=expected))
@@ -344,7 +343,7 @@ def test_stored_segments__of_another_length_load(redis: RedisProcess) -> None:
     text = extended(Text(state(0)), characters(9_000))
     lengths = (4_096, 1_024, 2_048)
     for number, length in enumerate(lengths):
-        with closing(RedisStore(RedisServer(redis.url, recovery_window_s=0), length)) as store:
+        with closing(RedisStore(RedisServer(redis.url, TIMEOUT_S, 0), length)) as store:
             if not number:
                 store.create(replace(session(), text=text))
             require_same(store.load(KEY).text, text)

@@ -34,6 +34,7 @@ from service.sessions.session_store import Lease, Operation, SessionStore
 from service.sessions.text import Retention, Segment, Text
 from service.shares import work_for
 from tests.harness.clock import Clock
+from tests.harness.redis_stores import TIMEOUT_S
 
 SHAPE = (1, 16)
 A, B = SessionKey("", "a"), SessionKey("", "b")
@@ -64,7 +65,7 @@ def redis_store(
 
     prefix: None for one of its own, so that it has its own sessions. url: The fixture of the address.
     """
-    server = RedisServer(request.getfixturevalue(url), recovery_window_s=0, observer=exchanges)
+    server = RedisServer(request.getfixturevalue(url), TIMEOUT_S, 0, exchanges)
     prefix = prefix or f"{secrets.token_hex(8)}*["
     return RedisStore(server, 4096, cache_bytes, prefix=prefix, lease_s=10**7, clock=clock)
 
