@@ -136,7 +136,13 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     (COMPLETIONS, '{"prompt": "R"}'.encode("utf-16-le"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
     (COMPLETIONS, '{"prompt": "R"}'.encode("utf-16-be"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
     (COMPLETIONS, '{"prompt": "R"}'.encode("utf-32"), 400, "invalid_json", "it is UTF-16 or UTF-32: send UTF-8"),
-    (COMPLETIONS, gzip.compress(b'{"prompt": "R"}', mtime=0), 400, "invalid_json", "it is compressed: send it uncompressed"),
+    (
+        COMPLETIONS,
+        gzip.compress(b'{"prompt": "R"}', mtime=0),
+        400,
+        "invalid_json",
+        "it is compressed: send it uncompressed",
+    ),
     (
         COMPLETIONS + "?stream=true",
         PROMPT,
