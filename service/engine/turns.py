@@ -46,12 +46,12 @@ class Turns:
     def once(self, key: Hashable, work: Callable[[], Result], *, always: bool = False) -> Result:
         """Return what `work` returns, which is called when it is the turn of the current client.
 
-        Threads that wait for the same key get the result of one call. Only threads that wait: whoever calls later calls
-        `work` again, which has to look first whether its result was stored meanwhile.
+        Threads that wait for the same key at the same time get the result of one call. A later call with the key calls
+        `work` again, which therefore looks first whether its result was stored in the meantime.
 
         Args:
             key: names the work.
-            work: raises GruServeError, of which each thread that waits gets a copy.
+            work: If it raises GruServeError, each thread that waits for the key raises a copy.
             always: wait for the turn however many others wait, and as long as that takes.
 
         Raises Overloaded, and what `work` raises.
@@ -111,7 +111,7 @@ class Turns:
 
     def _done(self, piece: _Piece, work: Callable[[], Result]) -> Result:
         """Return what `work` returns, also to the other threads that wait for this key."""
-        outcome: tuple[Result] | GruServeError | None = None  # None: whoever waits tries it again
+        outcome: tuple[Result] | GruServeError | None = None  # None: the other threads try again
         began = time.monotonic()
         try:
             result = work()

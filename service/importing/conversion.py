@@ -37,31 +37,14 @@ def convert(model: ForeignModel, tokens: Tokens) -> tuple[ModelConfig, Tensors]:
         )
     rows = np.array([index for index, token in enumerate(tokens) if token is not None])
     keeps_all = len(rows) == len(tokens)
-    first = model.layers[0]
     # One-hot vectors select a column of the first product. As an embedding that is the identity: of the characters, or
     # of the gates, whichever is smaller.
     is_one_hot = model.embedding is None
     if model.embedding is not None:
         embedding_dim = int(model.embedding.shape[1])
     else:
-        embedding_dim = min(len(rows), 3 * first.num_units)
-    try:
-        config = ModelConfig(
-            charset="".join(token for token in tokens if token is not None),
-            embedding_dim=embedding_dim,
-            num_units=first.num_units,
-            num_layers=len(model.layers),
-        )
-    except ValidationError as error:
-        raise UnsupportedModel(
-            f"the model is larger than this service accepts: {describe_first_error(error)}"
-        ) from error
-    for layer in model.layers:
-        if layer.num_units != first.num_units:
-            raise UnsupportedModel(
-                f"the GRU layers have {first.num_units} and {layer.num_units} units, and this service needs equal "
-                "numbers: train a model whose layers have equal sizes"
-            )
+        embedding_dim = min(len(rows), 3 * model.layers[0].num_units)
+    config = _config(model, tokens, embedding_dim)
     tensors: Tensors = {}
     for index, layer in enumerate(model.layers):
         weights = _gates(layer, layer.inputs, "input weights")
@@ -84,6 +67,29 @@ def convert(model: ForeignModel, tokens: Tokens) -> tuple[ModelConfig, Tensors]:
     else:
         tensors["dense.bias"] = _float32(model.dense_bias[rows], "bias of the output layer")
     return config, {name: tensors[name] for name in config.tensor_shapes()}
+
+
+def _config(model: ForeignModel, tokens: Tokens, embedding_dim: int) -> ModelConfig:
+    """Return the config of a model whose layers have equal sizes. Raises UnsupportedModel."""
+    first = model.layers[0]
+    try:
+        config = ModelConfig(
+            charset="".join(token for token in tokens if token is not None),
+            embedding_dim=embedding_dim,
+            num_units=first.num_units,
+            num_layers=len(model.layers),
+        )
+    except ValidationError as error:
+        raise UnsupportedModel(
+            f"the model is larger than this service accepts: {describe_first_error(error)}"
+        ) from error
+    for layer in model.layers:
+        if layer.num_units != first.num_units:
+            raise UnsupportedModel(
+                f"the GRU layers have {first.num_units} and {layer.num_units} units, and this service needs equal "
+                "numbers: train a model whose layers have equal sizes"
+            )
+    return config
 
 
 def _gates(layer: ForeignLayer, stacked: Array | None, what: str) -> Float32:

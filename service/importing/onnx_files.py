@@ -320,6 +320,27 @@ class _Graph:
             node = ways[-1].source
         if node is None or node.op in ("GRU", "Concat", "Shape", "Constant"):
             return None
+        weight, bias = self._dense(node, bias)
+        way = self._way(node.inputs[0])
+        before = way.source
+        if before is None or before.op != "GRU":
+            what = shown(before.op) if before is not None else "no node"
+            raise UnsupportedModel(f"{what} precedes the output layer, where a GRU must; {NEEDED} is needed")
+        axes = self._moved(way, self._axes_of(way), weight.shape[1], is_sequence=False)
+        if axes[-1] != "units":
+            raise UnsupportedModel(f"the output layer reads another axis than that of the units; {NEEDED} is needed")
+        for between in reversed(ways):
+            axes = self._moved(between, axes, weight.shape[0], is_sequence=False)
+            if softmax is not None and between is ways[1]:  # what the softmax reads
+                place = softmax.attribute("axis")
+                if place is not None and axes[place.integer(3) % len(axes)] != "units":
+                    raise UnsupportedModel(
+                        f"a softmax is over another axis than that of the characters; {NEEDED} is needed"
+                    )
+        return weight, bias, node.inputs[0]
+
+    def _dense(self, node: _Node, bias: Array | None) -> tuple[Array, Array | None]:
+        """Return weight (V, H) and bias (V,) of a product. bias: what a node after it adds."""
         if node.op == "Gemm":
             if (
                 bias is not None
@@ -342,23 +363,7 @@ class _Graph:
             bias = bias.reshape(-1)
             if bias.shape != weight.shape[:1]:
                 raise InvalidModelFile("the bias of the output layer has another shape than its weights")
-        way = self._way(node.inputs[0])
-        before = way.source
-        if before is None or before.op != "GRU":
-            what = shown(before.op) if before is not None else "no node"
-            raise UnsupportedModel(f"{what} precedes the output layer, where a GRU must; {NEEDED} is needed")
-        axes = self._moved(way, self._axes_of(way), weight.shape[1], is_sequence=False)
-        if axes[-1] != "units":
-            raise UnsupportedModel(f"the output layer reads another axis than that of the units; {NEEDED} is needed")
-        for between in reversed(ways):
-            axes = self._moved(between, axes, weight.shape[0], is_sequence=False)
-            if softmax is not None and between is not ways[0] and between.name != name and between is ways[1]:
-                place = softmax.attribute("axis")
-                if place is not None and axes[place.integer(3) % len(axes)] != "units":
-                    raise UnsupportedModel(
-                        f"a softmax is over another axis than that of the characters; {NEEDED} is needed"
-                    )
-        return weight, bias, node.inputs[0]
+        return weight, bias
 
     def _layer(self, node: _Node) -> ForeignLayer:
         """Return the layer of a GRU node. Raises UnsupportedModel, InvalidModelFile."""

@@ -433,8 +433,13 @@ class _Graph:
             self._check_ids(self._input(place, 1))
             return True
         if op == "OneHot" and self._roles.embedding is None:
-            values = [self._constant(self._input(place, index)) for index in (2, 3)]
-            if all(value is not None and value.size == 1 for value in values) and [float(v) for v in values] == [1, 0]:  # type: ignore[arg-type]
+            on, off = (self._constant(self._input(place, index)) for index in (2, 3))
+            if (
+                on is not None
+                and off is not None
+                and on.reshape(-1).tolist() == [1]
+                and off.reshape(-1).tolist() == [0]
+            ):
                 self._check_ids(self._input(place, 0))
                 return True
         return False
@@ -664,7 +669,7 @@ class _Step:
         of_list = graph._input(place, 0)
         if of_list.node is not None or of_list.frame is not self._body or self._loop.node is None:
             raise graph._refuse(place, "in the step of a GRU layer")
-        index = graph._input(place, 1)  # the position that a step reads is the one that it counts
+        index = graph._input(place, 1)  # a step must read the position at which the loop's counter is
         result = graph._at(self._body, self._body.function.results[index.index]) if index.node is None else index
         if index.node is not None or result.node is None or not graph._is_counter(result, index.index):
             raise graph._refuse(place, "in another order than that of the text")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from service.errors import InvalidCharset, UnsupportedModel
+from service.errors import InvalidCharset, UnsupportedModel, plural
 from service.importing.foreign import Tokens
 from service.model.charset import MAX_CHARSET, describe
 
@@ -175,22 +175,7 @@ def fit(tokens: Tokens, num_rows: int, origin: str) -> tuple[Tokens, tuple[str, 
         UnsupportedModel: tokens have several characters, or the number of rows doesn't fit.
         InvalidCharset: a character occurs twice.
     """
-    notes: list[str] = []
-    if len(tokens) == num_rows + 1 and tokens[-1] == "\n":
-        tokens = tokens[:-1]  # an editor ends files with a newline
-    missing = num_rows - len(tokens)
-    if missing in (1, 2) and not any(map(is_special, tokens)):
-        tokens = (None,) * missing + tokens
-        what = "row 0 is [UNK]" if missing == 1 else "row 0 is padding and row 1 is [UNK]"
-        notes.append(
-            f"{origin} has {len(tokens) - missing} characters and the model {num_rows} rows: taken as {what}, as the "
-            "StringLookup layer numbers them"
-        )
-    elif missing:
-        raise UnsupportedModel(
-            f"{origin} has {len(tokens)} characters and the model {num_rows} rows: give the "
-            "vocabulary that it was trained with, in its order, with --charset FILE or --charset-from CORPUS"
-        )
+    tokens, notes = _with_first_rows(tokens, num_rows, origin)
     if any(token is not None and len(token) != 1 and not is_special(token) for token in tokens):
         example = next(token for token in tokens if token is not None and len(token) != 1 and not is_special(token))
         raise UnsupportedModel(
@@ -214,12 +199,32 @@ def fit(tokens: Tokens, num_rows: int, origin: str) -> tuple[Tokens, tuple[str, 
         )
     num_special = sum(token is None for token in kept) - len(unwritable)
     if num_special:
-        notes.append(
-            f"left out: {num_special} row{'s' * (num_special > 1)} that "
-            f"stand{'s' * (num_special == 1)} for no character"
-        )
+        notes.append(f"left out: {plural(num_special, 'row')} that stand{'s' * (num_special == 1)} for no character")
     _check(kept, origin)
     return tuple(kept), tuple(notes)
+
+
+def _with_first_rows(tokens: Tokens, num_rows: int, origin: str) -> tuple[Tokens, list[str]]:
+    """Return a token for each row, with those that a StringLookup layer puts first, and notes.
+
+    Raises UnsupportedModel.
+    """
+    if len(tokens) == num_rows + 1 and tokens[-1] == "\n":
+        tokens = tokens[:-1]  # an editor ends files with a newline
+    missing = num_rows - len(tokens)
+    if missing in (1, 2) and not any(map(is_special, tokens)):
+        tokens = (None,) * missing + tokens
+        what = "row 0 is [UNK]" if missing == 1 else "row 0 is padding and row 1 is [UNK]"
+        return tokens, [
+            f"{origin} has {len(tokens) - missing} characters and the model {num_rows} rows: taken as {what}, as the "
+            "StringLookup layer numbers them"
+        ]
+    if missing:
+        raise UnsupportedModel(
+            f"{origin} has {len(tokens)} characters and the model {num_rows} rows: give the "
+            "vocabulary that it was trained with, in its order, with --charset FILE or --charset-from CORPUS"
+        )
+    return tokens, []
 
 
 def advice(num_rows: int) -> str:

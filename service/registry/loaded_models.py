@@ -115,7 +115,7 @@ class LoadedModels:
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
         self._evicted: list[LoadedModel] = []  # those that may still have texts
         self._lock = threading.Lock()  # guards both
-        self._turns = Turns(_MAX_PENDING, _PENDING_WAIT_S, "too many model versions are to be loaded")
+        self._turns = Turns(_MAX_PENDING, _PENDING_WAIT_S, "too many model versions wait to be loaded")
         self.resolver = VersionResolver(store, lambda version: self._load(version, always=True))
 
     def get(self, ref: str) -> LoadedModel:
@@ -131,7 +131,7 @@ class LoadedModels:
         Raises:
             ModelNotFound: the store has no such version.
             InvalidArtifact: its files are damaged.
-            Overloaded: it is not loaded, and too many others are to be loaded or are in use.
+            Overloaded: it is not loaded, and too many others wait to be loaded or are in use.
         """
         resolved = self.resolver.get(ref)
         try:

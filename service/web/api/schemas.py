@@ -51,10 +51,10 @@ class Body(BaseModel):
 
     other_names: ClassVar[Mapping[str, str]] = {}  # what clients call a field elsewhere -> its name here, for an error
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """Return how many characters the request reads and generates, for the rate limit.
 
-        max_tokens: what each of its texts may generate. 0 is returned for a request for more, which is refused.
+        _max_tokens: what each of its texts may generate. 0 is returned for a request for more, which is refused.
         """
         return 0
 

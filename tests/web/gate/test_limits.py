@@ -84,7 +84,7 @@ def test_rate_setting__accepts_several_notations(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rate_limit__counts_large_requests_several_times(tiny_store: ModelStore) -> None:
-    """By texts times characters, 8,192 of which are one start. What its schema refuses counts once."""
+    """A start counts once for each 8,192 characters of all its texts. A body that its schema refuses counts once."""
     settings = Settings(model_store=tiny_store.root, model="tiny", rate_limit="20/day")
     small = {"prompt": "a", "max_tokens": 1}
     with client_of(settings) as client:

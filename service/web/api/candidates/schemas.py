@@ -47,7 +47,7 @@ class _CandidatesBody(Body):
     prompt: str = Field("", description=_PROMPT)
     unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.prompt) + sum(map(len, self.candidates))
 
@@ -101,7 +101,7 @@ class SuggestBody(FormBody):
     )
     unknown_chars: UnknownChars = Field("error", description=_UNKNOWN_CHARS)
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.prompt) + self.n * self.max_chars
 

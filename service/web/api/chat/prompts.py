@@ -98,7 +98,7 @@ def _message(message: Message) -> ChatMessage:
 
 
 def _with_known_name(message: ChatMessage, charset: Charset, unknown: UnknownChars) -> ChatMessage:
-    """Leave out a speaker's name of which `unknown` would leave no character: the template's is better than none."""
+    """Return the message, without its speaker's name if `unknown` leaves no character of that."""
     kept: UnknownChars = "drop" if unknown == "drop" else "fold_drop"  # what can't be folded is refused with its place
     if message.name is None or len(charset.encode(message.name, kept)):
         return message

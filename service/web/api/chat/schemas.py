@@ -156,7 +156,7 @@ class ChatBody(ChatFields, GenerationBody):
         description="only chats with the same salt, of the same API key, share cached hidden states",
     )
 
-    def num_chars(self, max_tokens: int) -> int:
+    def num_chars(self, max_tokens: int, /) -> int:
         """See Body."""
         max_chars = self.max_chars(max_tokens)
         if max_chars > max_tokens:

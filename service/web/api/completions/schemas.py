@@ -125,7 +125,7 @@ class CompletionBody(ClientFields, GenerationBody):
         None
     )
 
-    def num_chars(self, max_tokens: int) -> int:
+    def num_chars(self, max_tokens: int, /) -> int:
         """See Body."""
         num_choices = self.beam or (self.best_of if self.best_of is not None else self.n)
         if self.max_tokens > max_tokens:

@@ -70,7 +70,7 @@ class EmbeddingsBody(Body):
         int | None, Only("a text of any accepted length is read whole: send the part that counts", -1)
     ] = None
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return sum(len(text) for _, text in self.texts)
 

@@ -87,7 +87,7 @@ class CreateBody(Body):
         description="a portable state to begin from, as a session's `/state` returns it",
     )
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.text)
 
@@ -111,7 +111,7 @@ class FeedBody(Body):
         description="another model or version to move the session to: it reads the session's retained text first",
     )
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.text)
 
@@ -124,7 +124,7 @@ class GenerateBody(ClientFields, GenerationBody):
     position: Position | None = Field(None, description=_POSITION)
     stream: bool = Field(False, description="send the text as server-sent events while it is generated")
 
-    def num_chars(self, max_tokens: int) -> int:
+    def num_chars(self, max_tokens: int, /) -> int:
         """See Body."""
         return self.max_tokens if self.max_tokens <= max_tokens else 0
 

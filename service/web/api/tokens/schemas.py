@@ -58,7 +58,7 @@ class TokenizeBody(Body):
                 raise InvalidValue(f"{name}: only with messages: a prompt is encoded as it is", param=name)
         return self
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.prompt or "") + sum(len(message.text) for message in self.messages or ())
 
@@ -82,7 +82,7 @@ class DetokenizeBody(Body):
     tokens: Annotated[list[int], Field(fail_fast=True)] = Field(description="ids of characters")
     model: ModelRef = Field(None, description=_MODEL)
 
-    def num_chars(self, max_tokens: int) -> int:  # noqa: ARG002
+    def num_chars(self, _max_tokens: int, /) -> int:
         """See Body."""
         return len(self.tokens)
 
