@@ -17,7 +17,7 @@ each owner's ids. In a cluster these three are on different nodes, so nothing ch
 
 `RedisServer` calls the script, and decides when calls are refused: it knows that a server was replaced. `LeaseRenewer`
 then restores what was lost. `RedisConnections` knows the ways to the masters (`redis_url.py`): an address, Sentinels,
-or the nodes of a cluster.
+or the nodes of a cluster. `HostNames` looks up where a host is.
 
 A change of the Redis server, such as a restart, may lose the last writes. Each change begins an epoch, and each save's
 nonce names the epoch in which it was made. Every replica's `LeaseRenewer` restores what it wrote or read last, and none

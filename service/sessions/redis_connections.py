@@ -32,6 +32,7 @@ from redis import exceptions as errors
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
+from service.sessions.host_names import HostNames
 from service.sessions.redis_url import Address, Login, RedisUrl
 
 Command = tuple[Any, ...]
@@ -79,6 +80,41 @@ class Script:
     def call(self, keys: Sequence[str], *arguments: Any) -> Command:
         """Return the command that runs it."""
         return "EVALSHA", self.digest, len(keys), *keys, *arguments
+
+
+class _TcpConnection(Connection):
+    """redis-py's connection, but to look up the host and to connect take no longer than their limits.
+
+    redis-py sets no limit to the look-up, and one for each of the host's addresses.
+    """
+
+    def __init__(self, *, names: HostNames, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call] # redis-py declares no types
+        self._names = names
+
+    def _connect(self) -> socket.socket:
+        places = self._names.places(self.host, self.port)
+        ends, failure = time.monotonic() + (self.socket_connect_timeout or 0.0), OSError()
+        for number, (family, place) in enumerate(places):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in self.socket_keepalive_options.items():
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+                sock.settimeout(max(0.001, ends - time.monotonic()) / (len(places) - number))
+                sock.connect(place)
+                sock.settimeout(self.socket_timeout)
+            except OSError as error:
+                sock.close()
+                failure = error
+            else:
+                return sock
+        raise failure
+
+
+class _TlsConnection(SSLConnection, _TcpConnection):
+    """The same, with TLS."""
 
 
 class Link:
@@ -170,13 +206,15 @@ class RedisConnections:
 
     Args:
         url: Where the servers are.
-        timeout_s: How long a server may take to accept a connection, and for an answer.
+        timeout_s: How long a name server may take to name a host's addresses, and a server to accept a connection, and
+            for an answer.
         scripts: Scripts that commands may call.
     """
 
     def __init__(self, url: RedisUrl, timeout_s: float, scripts: Iterable[Script] = ()) -> None:
         self._url, self._timeout_s = url, timeout_s
         self._scripts = {script.digest: script.text for script in scripts}
+        self._names = HostNames(timeout_s)
         self._topology: _Topology
         if url.kind == "sentinel":
             self._topology = _Sentinels(url, self._connect)
@@ -274,9 +312,10 @@ class RedisConnections:
         if self._url.kind == "unix":
             connect, options["path"] = UnixDomainSocketConnection, address[0]
         else:
-            connect, options["host"], options["port"] = Connection, *address
+            connect, options["names"] = _TcpConnection, self._names
+            options["host"], options["port"] = address
             if (tls := self._url.tls) is not None:
-                connect = SSLConnection
+                connect = _TlsConnection
                 options["ssl_ca_certs"], options["ssl_check_hostname"] = tls.ca_certs, tls.check_hostname
                 options["ssl_certfile"], options["ssl_keyfile"] = tls.certfile, tls.keyfile
         connection = connect(**options)

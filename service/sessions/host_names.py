@@ -1,0 +1,91 @@
+"""Looks up the addresses of hosts, within a limited time."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+# What `connect` of a socket needs: the family, and the address with its port.
+Place = tuple[socket.AddressFamily, tuple[Any, ...]]
+
+_KNOWN_SHARE = 0.25  # of the limit is waited for an answer, if the answer before it can be used instead
+_MAX_NAMES = 1000  # whose answers are stored
+# A name server has answered that there is no such name, or that it has no address.
+_DEFINITE = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY") if hasattr(socket, name)}
+
+
+@dataclass(frozen=True)
+class _LookUp:
+    began: float = field(default_factory=time.monotonic)
+    places: Future[list[Place]] = field(default_factory=Future)
+
+
+class HostNames:
+    """Looks up hosts as `socket.getaddrinfo` does, but in `timeout_s` at most.
+
+    The system's function waits for half a minute if a name server does not answer. So it runs on a thread of its own,
+    one for each name at a time. If it is too slow, or fails for now, the places that it returned before are used. Any
+    thread may call.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # guards the following
+        self._running: dict[tuple[str, int], _LookUp] = {}
+        self._known: dict[tuple[str, int], list[Place]] = {}
+
+    def places(self, host: str, port: int) -> list[Place]:
+        """Return where a host can be reached, best first; at least one place.
+
+        Raises socket.gaierror if the name does not exist, and OSError, such as TimeoutError, if no place is known yet.
+        """
+        with suppress(socket.gaierror):
+            return _ask(host, port, socket.AI_NUMERICHOST)  # an address: nobody has to be asked
+        name = host, port
+        with self._lock:
+            known, look_up = self._known.get(name), self._running.get(name)
+            if look_up is None:
+                look_up = self._running[name] = _LookUp()
+                try:
+                    threading.Thread(target=self._run, args=(name, look_up), name="look up host", daemon=True).start()
+                except RuntimeError as error:  # there are too many threads
+                    del self._running[name]
+                    look_up.places.set_exception(OSError(str(error)))
+        # The limit counts from the beginning of the look-up, so that one which hangs delays only those who began it.
+        limit_s = self._timeout_s if known is None else _KNOWN_SHARE * self._timeout_s
+        try:
+            return look_up.places.result(max(0.0, look_up.began + limit_s - time.monotonic()))
+        except OSError as error:
+            if known is None or (isinstance(error, socket.gaierror) and error.errno in _DEFINITE):
+                raise
+            return known
+
+    def _run(self, name: tuple[str, int], look_up: _LookUp) -> None:
+        places, failure = [], OSError("the host has no address")
+        try:
+            places = _ask(*name)
+        except OSError as error:
+            failure = error
+        with self._lock:
+            del self._running[name]
+            if places:
+                if len(self._known) >= _MAX_NAMES:
+                    self._known.clear()
+                self._known[name] = places
+        if places:
+            look_up.places.set_result(places)
+        else:
+            look_up.places.set_exception(failure)
+
+
+def _ask(host: str, port: int, flags: int = 0) -> list[Place]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError as error:  # a label is empty or too long
+        raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
+    return [(family, place) for family, _, _, _, place in found]

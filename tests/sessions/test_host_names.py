@@ -1,0 +1,185 @@
+"""Look-ups of the session store's host: a name server that is silent, slow or mistaken."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from redis import exceptions as errors
+
+from service.errors import StoreUnavailable
+from service.sessions.host_names import HostNames
+from service.sessions.redis_connections import RedisConnections
+from service.sessions.redis_server import RedisServer
+from service.sessions.redis_url import parse
+from tests.harness.redis_process import redis_process
+from tests.harness.redis_stores import when_served
+
+ASK = socket.getaddrinfo
+
+
+class Names:
+    """Stands for the name server: it knows `redis.test`, until it is told to be silent or to fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.places: list[tuple[str, int]] | None = None  # of the name; None: this machine, with the port of the query
+        self.failure: OSError | None = None
+        self.num_asked = 0
+        self.answers = threading.Event()
+        self.answers.set()
+        monkeypatch.setattr(socket, "getaddrinfo", self._ask)
+
+    def _ask(self, host: str, port: int, *options: Any, **named: Any) -> list[Any]:
+        if host != "redis.test" or named.get("flags", 0) & socket.AI_NUMERICHOST:
+            return ASK(host, port, *options, **named)
+        self.num_asked += 1
+        self.answers.wait()
+        if self.failure is not None:
+            raise self.failure
+        places = self.places or [("127.0.0.1", port)]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    server = Names(monkeypatch)
+    yield server
+    server.answers.set()
+
+
+@pytest.fixture
+def filled_port() -> Iterator[int]:
+    """A port that answers no attempt to connect, as one of a host that has vanished."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting = []
+        for _ in range(4):
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+            waiting.append(client)
+        yield listener.getsockname()[1]
+        for client in waiting:
+            client.close()
+
+
+def test_places__of_an_address_ask_nobody(names: Names) -> None:
+    names.answers.clear()
+    assert HostNames(60).places("127.0.0.1", 7)[0] == (socket.AF_INET, ("127.0.0.1", 7))
+    assert HostNames(60).places("::1", 7)[0][0] == socket.AF_INET6
+
+
+def test_places__are_those_before_while_the_name_server_is_silent(names: Names) -> None:
+    looked_up = HostNames(0.05)
+    before = looked_up.places("redis.test", 7)
+    names.answers.clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(looked_up.places, ["redis.test"] * 40, [7] * 40)) == [before] * 40
+    assert names.num_asked == 2  # one look-up at a time
+    names.places = [("127.0.0.2", 7)]
+    names.answers.set()
+    while looked_up.places("redis.test", 7) == before:
+        pass  # the look-up that was silent ends, or the next one is answered
+    assert looked_up.places("redis.test", 7) == [(socket.AF_INET, ("127.0.0.2", 7))]
+
+
+@pytest.mark.parametrize("number", [socket.EAI_AGAIN, socket.EAI_FAIL, socket.EAI_SYSTEM, socket.EAI_MEMORY])
+def test_places__are_those_before_while_the_name_server_fails(names: Names, number: int) -> None:
+    looked_up = HostNames(60)
+    before = looked_up.places("redis.test", 7)
+    names.failure = socket.gaierror(number, "try again")
+    assert looked_up.places("redis.test", 7) == before
+
+
+def test_places__of_a_name_that_no_longer_exists_are_not_those_before(names: Names) -> None:
+    """Its addresses may be somebody else's by now."""
+    looked_up = HostNames(60)
+    looked_up.places("redis.test", 7)
+    names.failure = socket.gaierror(socket.EAI_NONAME, "no such name")
+    with pytest.raises(socket.gaierror):
+        looked_up.places("redis.test", 7)
+
+
+@pytest.mark.parametrize("name", ["a" * 64, "a..b"])
+def test_places__of_what_is_no_name_are_an_error(name: str) -> None:
+    with pytest.raises(socket.gaierror):
+        HostNames(60).places(name, 7)
+
+
+@pytest.mark.usefixtures("names")
+def test_places__without_a_thread_left_are_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    looked_up = HostNames(60)
+    before = looked_up.places("redis.test", 7)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert looked_up.places("redis.test", 7) == before
+    with pytest.raises(OSError, match="can't start new thread"):
+        looked_up.places("redis.test", 8)
+
+
+def test_server__serves_calls_on_new_connections_while_the_name_server_is_silent(tmp_path: Path, names: Names) -> None:
+    """A network of containers may have no name server for half a minute, after a container has been killed."""
+    with (
+        redis_process(tmp_path) as process,
+        closing(RedisServer(process.url.replace("127.0.0.1", "redis.test"), 2.0, 0.3)) as server,
+    ):
+        when_served(lambda: server.call("load", "a", "", "", ""))
+        names.answers.clear()
+        server.suspect_loss()  # so that the next ping is a probe, which makes a new connection
+        assert not server.ping()
+        with ThreadPoolExecutor(8) as pool:  # more connections than are idle
+            answers = pool.map(lambda _: server.call("load", "a", "", "", ""), range(40))
+            assert list(answers) == [[b"none"]] * 40
+
+
+def test_server__without_a_name_server_at_the_start_is_found_later(tmp_path: Path, names: Names) -> None:
+    names.answers.clear()
+    with (
+        redis_process(tmp_path) as process,
+        closing(RedisServer(process.url.replace("127.0.0.1", "redis.test"), 0.4, 0.3)) as server,
+    ):
+        with pytest.raises(StoreUnavailable):
+            server.call("load", "a", "", "", "")
+        names.answers.set()
+
+        def load() -> list[Any]:
+            server.ping()
+            return server.call("load", "a", "", "", "")
+
+        assert when_served(load) == [b"none"]
+
+
+def test_connect__tries_all_places_within_one_limit(tmp_path: Path, names: Names, filled_port: int) -> None:
+    with redis_process(tmp_path) as process:
+        port = urlsplit(process.url).port or 0
+        names.places = [("127.0.0.1", filled_port), ("127.0.0.1", port)]
+        connections = RedisConnections(parse(f"redis://redis.test:{port}/0"), 2.0)
+        with closing(connections.connect(("redis.test", port))) as link:
+            assert link.require([("PING",)]) == [b"PONG"]
+        names.places = [("127.0.0.1", filled_port)] * 40
+        with pytest.raises(errors.TimeoutError):
+            RedisConnections(parse(f"redis://redis.test:{port}/0"), 0.2).connect(("redis.test", port))
+
+
+@pytest.mark.usefixtures("names")
+def test_connect__without_a_descriptor_left_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RedisServer` tells by the number that this says nothing about the server."""
+
+    def refuse(*_: Any) -> socket.socket:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        RedisConnections(parse("redis://redis.test:7/0"), 2.0).connect(("redis.test", 7))
+    assert getattr(caught.value.__context__, "errno", None) == errno.EMFILE
