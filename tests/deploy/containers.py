@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "gru-serve-test"
 _PROJECT_LABELS = ("com.docker.compose.project", "io.podman.compose.project")
 _TIMEOUT_S = 900
+# Of each container in the report of a failure.
+_REPORT_LINES, _REPORT_COLUMNS = 300, 300
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,38 @@ class Containers:
         return result.stdout + result.stderr
 
     @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to an exception that leaves the block what the containers of the project do, and their last log lines."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(self._report())
+            raise
+
+    def _report(self) -> str:
+        """Return the state of each container of the project, and the end of its log.
+
+        A replica logs no check that it has passed, so these lines cover a minute at least.
+        """
+        parts = []
+        for name in self.of_project(also_stopped=True):
+            state = self.run("inspect", "--format", "{{json .State}}", name, check=False).strip()
+            command = [self.engine, "logs", "--timestamps", "--tail", str(_REPORT_LINES), name]
+            log = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
+            ).stdout
+            parts.append(f"===== {name}: {state[:_REPORT_COLUMNS]}")
+            parts += [line[:_REPORT_COLUMNS] for line in log.splitlines()]
+        return "\n".join(parts) or "no container of the project was created"
+
+    @contextmanager
     def up(self, num_replicas: int, environment: dict[str, str]) -> Iterator[None]:
         """Run the compose file's containers with this number of replicas; remove all of them after the block."""
         command = [*self.compose, "-p", PROJECT, "-f", str(ROOT / "docker-compose.yml")]
         try:
-            _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
-            yield
+            with self.explaining():
+                _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
+                yield
         finally:
             _output([*command, "down", "-v"], environment, check=False)
             # podman-compose forgets how many containers it started, and one on which others depend is removed only
