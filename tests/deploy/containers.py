@@ -47,7 +47,8 @@ class Containers:
         """Run a container until the block ends; return its id."""
         container = self.run("run", "-d", *words).strip().splitlines()[-1]
         try:
-            yield container
+            with self.explaining(container):
+                yield container
         finally:
             self.run("rm", "-f", "-v", container, check=False)
 
@@ -64,29 +65,34 @@ class Containers:
         return result.stdout + result.stderr
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Add to an exception that leaves the block what the containers of the project do, and their last log lines."""
+    def explaining(self, *names: str) -> Iterator[None]:
+        """Add to an exception that leaves the block the state of containers and the ends of their logs.
+
+        Args:
+            names: Of the containers; none: all of the project.
+        """
         try:
             yield
         except BaseException as error:
-            error.add_note(self._report())
+            reports = [self._report(name) for name in names or self.of_project(also_stopped=True)]
+            error.add_note("\n".join(reports) or "no container of the project was created")
             raise
 
-    def _report(self) -> str:
-        """Return the state of each container of the project, and the end of its log.
+    def _report(self, name: str) -> str:
+        """Return what a container does and the end of its log, bounded in size.
 
         A replica logs no check that it has passed, so these lines cover a minute at least.
         """
-        parts = []
-        for name in self.of_project(also_stopped=True):
-            state = self.run("inspect", "--format", "{{json .State}}", name, check=False).strip()
-            command = [self.engine, "logs", "--timestamps", "--tail", str(_REPORT_LINES), name]
-            log = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False
-            ).stdout
-            parts.append(f"===== {name}: {state[:_REPORT_COLUMNS]}")
-            parts += [line[:_REPORT_COLUMNS] for line in log.splitlines()]
-        return "\n".join(parts) or "no container of the project was created"
+        state = self.run("inspect", "--format", "{{json .State}}", name, check=False).strip()
+        log = subprocess.run(
+            [self.engine, "logs", "--timestamps", "--tail", str(_REPORT_LINES), name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        ).stdout
+        return "\n".join(line[:_REPORT_COLUMNS] for line in [f"===== {name}: {state}", *log.splitlines()])
 
     @contextmanager
     def up(self, num_replicas: int, environment: dict[str, str]) -> Iterator[None]:

@@ -22,6 +22,7 @@ from tests.harness.wait import wait_until
 
 IMAGE = f"{PROJECT}:latest"
 BASE = "docker.io/library/python:3.11-slim-bookworm"
+STARTS_S = 180  # a busy machine needs 40 s for what takes an idle one 6
 CLOSED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges")
 BODY = {"prompt": "ROMEO:", "max_tokens": 60, "seed": 7}
 
@@ -72,7 +73,7 @@ def running(containers: Containers, image: str, *options: str) -> Iterator[tuple
     port = free_port()
     closed = [*CLOSED, *(["--read-only-tmpfs=false"] if containers.engine == "podman" else [])]
     with containers.started(*closed, "-p", f"127.0.0.1:{port}:8000", *options, image) as container:
-        wait_until(Endpoint(port).is_ready)
+        wait_until(Endpoint(port).is_ready, STARTS_S)
         yield container, Endpoint(port)
 
 
@@ -139,7 +140,7 @@ def project(containers: Containers, image: str) -> Iterator[Endpoint]:
     }
     began = time.monotonic()
     with containers.up(3, environment):
-        wait_until(Endpoint(port).is_ready)
+        wait_until(Endpoint(port).is_ready, STARTS_S)
         report(f"three replicas, Redis and the balancer: ready in {time.monotonic() - began:.1f} s")
         yield Endpoint(port)
     assert containers.of_project(also_stopped=True) == []
@@ -180,7 +181,7 @@ def test_compose__streams_survive_a_killed_and_a_stopped_replica(containers: Con
         except RemoteDisconnected:
             return 502, {"error": {"code": "outcome_unknown"}}
 
-    with Client(f"http://127.0.0.1:{project.port}", retry_s=20) as client:
+    with Client(f"http://127.0.0.1:{project.port}", retry_s=60) as client:
         whole = "".join(client.create("ROMEO:", seed=7).generate(8000))
         for end in (("kill",), ("stop", "-t", "60")):
             sessions = [client.create("ROMEO:", seed=7) for _ in range(6)]
