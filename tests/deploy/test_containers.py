@@ -167,6 +167,21 @@ def test_compose__replicas_answer_completions_alike(containers: Containers, proj
         assert '"/v1/completions"' in containers.logs(name)
 
 
+def test_compose__the_balancer_reads_its_configuration_again_under_a_stream(
+    containers: Containers, project: Endpoint, expected: str
+) -> None:
+    (balancer,) = containers.of_project("lb")
+    with Client(f"http://127.0.0.1:{project.port}", retry_s=60) as client:
+        stream = client.create("ROMEO:", seed=7).generate(8000)
+        text = next(stream)
+        containers.run("kill", "--signal", "USR2", balancer)
+        wait_until(lambda: containers.logs(balancer).count("Loading success") == 2)
+        assert client.complete("ROMEO:", max_tokens=60, seed=7).text == expected
+        text += "".join(stream)
+        assert len(text) == 8000
+        assert text.startswith(expected)
+
+
 def test_compose__streams_survive_a_killed_and_a_stopped_replica(containers: Containers, project: Endpoint) -> None:
     """One replica is killed, another one stopped: other requests are answered, and streams lose and double nothing.
 
