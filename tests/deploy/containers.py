@@ -103,7 +103,7 @@ class Containers:
                 _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
                 yield
         finally:
-            _output([*command, "down", "-v"], environment, check=False)
+            _output([*command, "down", "-v", "-t", "1"], environment, check=False)
             # podman-compose forgets how many containers it started, and one on which others depend is removed only
             # after them: hence several passes.
             for _ in range(3):
