@@ -227,13 +227,19 @@ class Settings(BaseSettings):
     def _check_threads(self) -> Self:
         min_threads = self.max_batch + self.max_queue + SPARE_THREADS
         if 0 < self.http_threads < min_threads:
-            raise ValueError(f"http_threads must be at least {min_threads}: max_batch + max_queue + {SPARE_THREADS}")
+            raise ValueError(
+                f"{PREFIX}HTTP_THREADS={self.http_threads}: must be at least {min_threads}: "
+                f"{PREFIX}MAX_BATCH + {PREFIX}MAX_QUEUE + {SPARE_THREADS}"
+            )
         return self
 
     @model_validator(mode="after")
     def _check_drain_notice(self) -> Self:
         if self.drain_notice_s > self.drain_s:
-            raise ValueError(f"drain_notice_s is part of drain_s and can't be longer than it, {self.drain_s} s")
+            raise ValueError(
+                f"{PREFIX}DRAIN_NOTICE_S={self.drain_notice_s:g}: must be at most "
+                f"{PREFIX}DRAIN_S, of which it is a part: {self.drain_s:g} s"
+            )
         return self
 
     @field_validator("metrics_prefixes")

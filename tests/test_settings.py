@@ -72,14 +72,14 @@ def test_settings__an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_settings__http_threads_suffice_for_all_texts_and_for_refusing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_settings(max_batch=10, max_queue=20).num_http_threads == 30 + 8 + 16
     monkeypatch.setenv("GRU_SERVE_HTTP_THREADS", "45")
-    with pytest.raises(InvalidSettings, match="http_threads must be at least 46"):
+    with pytest.raises(InvalidSettings, match="GRU_SERVE_HTTP_THREADS=45: must be at least 46"):
         read_settings(max_batch=10, max_queue=20)
     assert read_settings(max_batch=10, max_queue=19).num_http_threads == 45
 
 
 def test_settings__the_drain_notice_is_part_of_the_drain() -> None:
     assert read_settings(drain_s=3, drain_notice_s=3.0).drain_notice_s == 3
-    with pytest.raises(InvalidSettings, match="drain_notice_s is part of drain_s"):
+    with pytest.raises(InvalidSettings, match=r"GRU_SERVE_DRAIN_NOTICE_S=3\.1: must be at most GRU_SERVE_DRAIN_S"):
         read_settings(drain_s=3, drain_notice_s=3.1)
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "gru-serve-test"
 _PROJECT_LABELS = ("com.docker.compose.project", "io.podman.compose.project")
 _TIMEOUT_S = 900
+# Of each container in the report of a failure.
+_REPORT_LINES, _REPORT_COLUMNS = 300, 300
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Containers:
         """Run a container until the block ends; return its id."""
         container = self.run("run", "-d", *words).strip().splitlines()[-1]
         try:
-            yield container
+            with self.explaining(container):
+                yield container
         finally:
             self.run("rm", "-f", "-v", container, check=False)
 
@@ -62,14 +65,45 @@ class Containers:
         return result.stdout + result.stderr
 
     @contextmanager
+    def explaining(self, *names: str) -> Iterator[None]:
+        """Add to an exception that leaves the block the state of containers and the ends of their logs.
+
+        Args:
+            names: Of the containers; none: all of the project.
+        """
+        try:
+            yield
+        except BaseException as error:
+            reports = [self._report(name) for name in names or self.of_project(also_stopped=True)]
+            error.add_note("\n".join(reports) or "no container of the project was created")
+            raise
+
+    def _report(self, name: str) -> str:
+        """Return what a container does and the end of its log, bounded in size.
+
+        A replica logs no check that it has passed, so these lines cover a minute at least.
+        """
+        state = self.run("inspect", "--format", "{{json .State}}", name, check=False).strip()
+        log = subprocess.run(
+            [self.engine, "logs", "--timestamps", "--tail", str(_REPORT_LINES), name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        ).stdout
+        return "\n".join(line[:_REPORT_COLUMNS] for line in [f"===== {name}: {state}", *log.splitlines()])
+
+    @contextmanager
     def up(self, num_replicas: int, environment: dict[str, str]) -> Iterator[None]:
         """Run the compose file's containers with this number of replicas; remove all of them after the block."""
         command = [*self.compose, "-p", PROJECT, "-f", str(ROOT / "docker-compose.yml")]
         try:
-            _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
-            yield
+            with self.explaining():
+                _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
+                yield
         finally:
-            _output([*command, "down", "-v"], environment, check=False)
+            _output([*command, "down", "-v", "-t", "1"], environment, check=False)
             # podman-compose forgets how many containers it started, and one on which others depend is removed only
             # after them: hence several passes.
             for _ in range(3):

@@ -14,6 +14,7 @@ from flask.testing import FlaskClient
 from service.settings import Settings, read_settings
 from service.store.model_store import ModelStore
 from service.web.gunicorn.server import gunicorn_config
+from tests.deploy.containers import Containers
 from tests.harness.application import client_of
 from tests.harness.balancer import CONFIGURATION, balancing
 from tests.harness.programs import free_port
@@ -127,10 +128,14 @@ def test_addresses__are_held_until_their_replicas_have_drained() -> None:
     assert held_s >= number(r"stop_grace_period: (\d+)s  # longer than GRU_SERVE_DRAIN_S", COMPOSE)
 
 
-def test_mounts__of_the_compose_file_exist() -> None:
+def test_mounts__of_the_compose_file_are_folders() -> None:
+    """In a container, a mounted file stays what it was when an editor or git replaces it on the host."""
     paths = re.findall(r"(\./[\w./-]+):/", re.sub(r"(?m)^ *#.*$", "", COMPOSE))
     assert paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [path for path in paths if not (ROOT / path).is_dir()] == []
+    named = re.findall(r"/etc/gru-serve/([\w.-]+)", COMPOSE)
+    assert named
+    assert [name for name in named if not (ROOT / "deploy" / name).is_file()] == []
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +159,24 @@ def test_panels__have_a_title_a_description_and_a_target() -> None:
     assert panels
     assert all(panel["title"] and panel["description"] and panel["targets"] for panel in panels)
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_failure__of_a_test_with_the_compose_file_tells_what_its_containers_did(tmp_path: Path) -> None:
+    """Played by a script in place of docker: the balancer writes more than a report may have."""
+    engine = tmp_path / "engine"
+    engine.write_text(
+        "#!/bin/bash\n"
+        'case "$1" in\n'
+        "ps) echo gru-serve-test_lb_1; echo gru-serve-test_redis_1 ;;\n"
+        """inspect) echo '{"Status": "exited", "ExitCode": 137}' ;;\n"""
+        'logs) if [[ ${!#} == *redis* ]]; then echo "Redis is full" >&2; exit; fi\n'
+        '  for number in {1..1000}; do printf "line %d %01000d\\n" $number 0; done | tail -n $4 ;;\n'
+        "esac\n"
+    )
+    engine.chmod(0o755)
+    with pytest.raises(ValueError, match="why") as raised, Containers(str(engine), ()).explaining():
+        raise ValueError("why")
+    (report,) = raised.value.__notes__
+    for part in ("gru-serve-test_lb_1", "line 1000 0", "gru-serve-test_redis_1", '"ExitCode": 137', "Redis is full"):
+        assert part in report
+    assert len(report) < 100_000

@@ -186,6 +186,47 @@ def test_streams__reach_the_client_event_by_event() -> None:
             serving.result(30)
 
 
+def test_reload_and_stop__let_streams_end() -> None:
+    """SIGUSR2 starts a worker with the new configuration, which takes new requests at once; SIGUSR1 ends the balancer.
+
+    A worker that has got either signal ends after its streams, and a balancer that stops refuses new connections.
+    """
+    with TwoPartReplica() as replica, ThreadPoolExecutor(1) as pool, ExitStack() as stack:
+        serving = pool.submit(replica.serve_forever, 0.05)
+        stack.callback(serving.result, 30)
+        stack.callback(replica.shutdown)
+        stack.callback(replica.may_end.set)
+        balancer = stack.enter_context(balancing([replica.server_address[1]]))
+        connections = []
+
+        def begun() -> HTTPResponse:
+            """Return a stream whose first event has arrived."""
+            connections.append(stack.enter_context(closing(balancer.connect())))
+            ask(connections[-1], "POST", "/v1/completions", {})
+            response = connections[-1].getresponse()
+            assert response.readline() == b"data: first\n"
+            return response
+
+        def refuses() -> bool:
+            try:
+                balancer.call("GET", "/v1/models")
+            except OSError:
+                return True
+            return False
+
+        streams = [begun()]
+        balancer.process.send_signal(signal.SIGUSR2)
+        wait_until(lambda: sum("Loading success" in line for line in list(balancer.log)) == 2)
+        streams.append(begun())
+        balancer.process.send_signal(signal.SIGUSR1)
+        wait_until(refuses)
+        replica.may_end.set()
+        assert [stream.read() for stream in streams] == [b"\ndata: second\n\n"] * 2
+        for connection in connections:  # on which HAProxy would wait for another request
+            connection.close()
+        assert balancer.process.wait(30) == 0
+
+
 @pytest.mark.parametrize(
     "path", ["/metrics", "//metrics", "/%6detrics", "/metrics/", "/metrics?a=b", "/admin/reload", "/%61dmin/x"]
 )
