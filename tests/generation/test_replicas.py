@@ -441,7 +441,10 @@ def test_resume__that_is_refused_leaves_the_stream_to_the_connection_that_has_it
     busy = full[0].runs.generate(SessionKey("", "busy"), request, 6)
     refused = {
         "the model is missing": (ModelChanged, lambda: lacking[0].runs.resume(key, 6)),
-        "the model is missing, for a repeated request": (ModelChanged, lambda: lacking[0].runs.generate(key, request, 6)),
+        "the model is missing, for a repeated request": (
+            ModelChanged,
+            lambda: lacking[0].runs.generate(key, request, 6),
+        ),
         "the position is beyond the run": (PositionConflict, lambda: two[0].runs.resume(key, 2_000_000)),
         "the same, on the same replica": (PositionConflict, lambda: one[0].runs.resume(key, 2_000_000)),
         "the engine is full": (Overloaded, lambda: full[0].runs.resume(key, 6)),
