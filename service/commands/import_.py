@@ -92,9 +92,9 @@ def import_command(
     notes = _describe(model, source, config, notes)
     model = model.without_weights()  # publishing needs memory for two more copies
     measured = _measure(config, tensors, text)
-    options = {
+    options: dict[str, str | None] = {
         "--charset": charset,
-        "--charset-from": charset_from and charset_from.name,
+        "--charset-from": charset_from.name if charset_from is not None else None,
         "--layers-from": layers_from,
     }
     version = publish_import(

@@ -439,7 +439,7 @@ def test_resume__that_is_refused_leaves_the_stream_to_the_connection_that_has_it
     take(first, 50)
     create(full, "busy")
     busy = full[0].runs.generate(SessionKey("", "busy"), request, 6)
-    refused = {
+    refused: dict[str, tuple[type[GruServeError], Callable[[], RunStream]]] = {
         "the model is missing": (ModelChanged, lambda: lacking[0].runs.resume(key, 6)),
         "the model is missing, for a repeated request": (
             ModelChanged,
