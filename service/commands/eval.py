@@ -92,6 +92,12 @@ def eval_command(
 
     Example: gru-serve eval shakespeare --corpus tinyshakespeare.txt --last 0.1
     """
+    if held_out and (last != 1 or lines or keep_newlines or unknown_chars is not None):
+        raise click.UsageError("--held-out reads the text as training did: it takes no other option about the text")
+    if beginning_chars is not None and beginnings is None:
+        raise click.UsageError("--beginning-chars says how much --beginnings measures: give both")
+    if beginnings and lines:
+        raise click.UsageError("with --lines each line starts at the zero state anyway: leave --beginnings out")
     limit_spinning()
     if precision == "float32":
         require_torch()
@@ -100,12 +106,6 @@ def eval_command(
     from service.training.hyperparameters import Hyperparameters
     from service.training.sources import find_sources
 
-    if held_out and (last != 1 or lines or keep_newlines or unknown_chars is not None):
-        raise click.UsageError("--held-out reads the text as training did: it takes no other option about the text")
-    if beginning_chars is not None and beginnings is None:
-        raise click.UsageError("--beginning-chars says how much --beginnings measures: give both")
-    if beginnings and lines:
-        raise click.UsageError("with --lines each line starts at the zero state anyway: leave --beginnings out")
     sources = find_sources(corpus)
     version, artifact = open_store(model_store).load(model)
     settings = Hyperparameters(lines=lines, keep_newlines=keep_newlines, unknown_chars=unknown_chars or "error")
@@ -143,6 +143,8 @@ def _text(
     from service.training.corpus import beginnings_of, hold_out, last_part, read_text, require_two_chars
 
     reading = settings or _training_settings(ref, artifact)
+    if places and reading.lines:
+        raise click.UsageError(f"{ref} is a model of lines, which start at the zero state anyway")
     with Progress(f"reading {sources.name}", sources.num_bytes, "byte") as bar:
         whole = read_text(sources, reading, bar.update, charset=artifact.charset)
     if settings is not None:
@@ -152,8 +154,6 @@ def _text(
     else:
         raise InvalidCorpus(f"{whole.name} is not the corpus that {ref} was trained on: its SHA-256 differs")
     if places:
-        if reading.lines:
-            raise click.UsageError(f"{ref} is a model of lines, which start at the zero state anyway")
         text = beginnings_of(text, *places)
     require_two_chars(text)
     for note in whole.notes:

@@ -31,10 +31,12 @@ def export_command(model: str, form: str, output: Path | None, model_store: Path
 
     Example: gru-serve export shakespeare --format onnx
     """
-    version, artifact = open_store(model_store).load(model)
+    store = open_store(model_store)
+    version = store.resolve(model)
     path = output if output is not None else Path(f"{version.name}-{version.number}{_SUFFIXES[form]}")
     if os.path.lexists(path):
         raise click.UsageError(f"{path} exists already: remove it, or name another file with --output")
+    _, artifact = store.load(version.ref)
     try:
         # A file of the name appears whole or not at all.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:40]}-", delete=False) as file:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from service.commands.eval import measure
-from service.commands.options import PathOption, model_store_option, open_store
+from service.commands.options import PathOption, announcing_new_store, model_store_option, open_store
 from service.commands.progress import Progress, say
 from service.errors import plural
 
 if TYPE_CHECKING:
-    from service.importing.foreign import Tokens
+    from service.importing.detection import Source
+    from service.importing.foreign import ForeignModel, Tokens
     from service.importing.publication import MeasuredText
     from service.model.config import ModelConfig
+    from service.training.corpus import WholeText
+    from service.training.sources import Sources
 
 _MAX_MEASURED = 100_000  # characters, the last ones of the text
 _PROMPT = "It was "
@@ -77,37 +81,54 @@ def import_command(
         raise click.UsageError("give the characters once: with --charset or with --charset-from")
     store = open_store(model_store, create=True)
     store.versions(name)  # refuses an impossible name before anything is read
+    sources = _sources(corpus)
     order = [part.strip() for part in layers_from.split(",") if part.strip()] if layers_from is not None else []
     model, source = read_foreign(file, order)
     tokens, notes = _tokens(model, charset, charset_from)
     config, tensors = convert(model, tokens)
-    say(
-        f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter', ',')}, embedding "
-        f"{config.embedding_dim}, "
-        f"GRU {config.num_units} units x {config.num_layers}, {plural(config.vocab_size, 'character', ',')}"
-    )
-    if len(model.layers) > 1:
-        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
-    notes = (*model.notes, *notes)
+    text = _read(sources, config) if sources is not None else None
+    with announcing_new_store(store, model_store):
+        store.check_writable(name)
+    notes = _describe(model, source, config, notes)
     model = model.without_weights()  # publishing needs memory for two more copies
-    for note in notes:
-        say(f"{source.name}: {note}")
-    measured = _measure(config, tensors, corpus)
-    words = ["gru-serve", "import", source.name, "--name", name]
-    for option, value in (
-        ("--charset", charset), ("--charset-from", charset_from and charset_from.name), ("--layers-from", layers_from),
-        *(("--corpus", path.name) for path in corpus),
-    ):  # fmt: skip
-        words += [option, str(value)] if value is not None else []
+    measured = _measure(config, tensors, text)
+    options: dict[str, str | None] = {
+        "--charset": charset,
+        "--charset-from": charset_from.name if charset_from is not None else None,
+        "--layers-from": layers_from,
+    }
     version = publish_import(
         store, name, config, tensors, model=model, source=source, notes=notes, measured=measured,
-        command=shlex.join(words)[:2000],
+        command=_command(source.name, name, options, corpus),
     )  # fmt: skip
     say(f"published {version.ref} in {version.path}")
     option = f" --model-store {shlex.quote(str(model_store))}" if model_store else ""
     prompt = _PROMPT if set(_PROMPT) <= set(config.charset) else ""
     say(f"next: gru-serve generate --model {name} --prompt {shlex.quote(prompt)}{option}")
     say(f"      gru-serve serve --model {name}{option}        # {version.ref} over HTTP")
+
+
+def _command(file: str, name: str, options: Mapping[str, str | None], corpus: Sequence[Path]) -> str:
+    """Return a command that repeats the import. Paths are without their folders, and a very long command is cut."""
+    words = ["gru-serve", "import", file, "--name", name]
+    for option, value in (*options.items(), *(("--corpus", path.name) for path in corpus)):
+        words += [option, value] if value is not None else []
+    return shlex.join(words)[:2000]
+
+
+def _describe(model: ForeignModel, source: Source, config: ModelConfig, notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Say what was read. Return all notes about it, of which `notes` concern the characters."""
+    say(
+        f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter', ',')}, embedding "
+        f"{config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}, "
+        f"{plural(config.vocab_size, 'character', ',')}"
+    )
+    if len(model.layers) > 1:
+        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
+    notes = (*model.notes, *notes)
+    for note in notes:
+        say(f"{source.name}: {note}")
+    return notes
 
 
 def _tokens(model: Any, charset: str | None, charset_from: Path | None) -> tuple[Tokens, tuple[str, ...]]:
@@ -140,24 +161,40 @@ def _read_characters(path: Path) -> str:
     return "".join(found)
 
 
-def _measure(config: ModelConfig, tensors: Any, corpus: tuple[Path, ...]) -> MeasuredText | None:
+def _sources(corpus: tuple[Path, ...]) -> Sources | None:
+    """Find the text to measure with; return None if there is none. Raises what would end a measurement later."""
+    if not corpus:
+        return None
+    from service.engine.kernels import check_kernel
+    from service.settings import read_settings
+    from service.training.sources import find_sources
+
+    check_kernel(read_settings().kernel)
+    return find_sources(corpus)
+
+
+def _read(sources: Sources, config: ModelConfig) -> WholeText:
+    """Read a text, as much as is measured. Raises InvalidCorpus."""
+    from service.model.charset import Charset
+    from service.training.corpus import last_part, read_text, require_two_chars
+    from service.training.hyperparameters import Hyperparameters
+
+    whole = read_text(sources, Hyperparameters(unknown_chars="fold"), charset=Charset(config.charset))
+    if len(whole.text.ids) > _MAX_MEASURED:
+        whole = replace(whole, text=last_part(whole.text, _MAX_MEASURED / len(whole.text.ids), lines=False))
+    require_two_chars(whole.text)
+    return whole
+
+
+def _measure(config: ModelConfig, tensors: Any, whole: WholeText | None) -> MeasuredText | None:
     """Measure the weights in each precision. Returns None, and says so, if there is no text."""
     from service.importing.float_loss import float_loss
     from service.importing.publication import PRECISIONS, MeasuredText
-    from service.model.charset import Charset
 
-    if not corpus:
+    if whole is None:
         say("nothing was measured: with --corpus FILE the import measures the model and chooses its precision")
         return None
-    from service.training.corpus import last_part, read_text, require_two_chars
-    from service.training.hyperparameters import Hyperparameters
-    from service.training.sources import find_sources
-
-    whole = read_text(find_sources(corpus), Hyperparameters(unknown_chars="fold"), charset=Charset(config.charset))
     text = whole.text
-    if len(text.ids) > _MAX_MEASURED:
-        text = last_part(text, _MAX_MEASURED / len(text.ids), lines=False)
-    require_two_chars(text)
     losses: dict[Any, float] = {}
     for precision in PRECISIONS:
         with Progress(f"measuring {precision}", text.num_scored) as bar:

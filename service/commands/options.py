@@ -155,8 +155,8 @@ def limit_spinning() -> None:
 def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     """Open the model store in the directory of the option, or else of the setting GRU_SERVE_MODEL_STORE.
 
-    If neither is given and the current directory has no store, this opens the shipped models, which can't be changed.
-    It says on standard error which store is used if nobody named it.
+    If neither is given and the current directory has no store, this opens the shipped models, which can't be changed,
+    and says so on standard error.
 
     Args:
         model_store: The option's value.
@@ -171,14 +171,10 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
 
     settings = read_settings()
     root = model_store if model_store is not None else settings.model_store
-    if model_store is None and settings.uses_shipped_models:
-        if not create:
-            root = settings.store_root
-            click.echo(
-                f"using the shipped models in {root}, because there is no ./{settings.model_store} here", err=True
-            )
-            return ModelStore(root, default=settings.model.partition("@")[0], read_only=True)
-        click.echo(f"making the model store {root.absolute()}, which this folder uses from then on", err=True)
+    if model_store is None and settings.uses_shipped_models and not create:
+        root = settings.store_root
+        click.echo(f"using the shipped models in {root}, because there is no ./{settings.model_store} here", err=True)
+        return ModelStore(root, default=settings.model.partition("@")[0], read_only=True)
     try:
         is_there = stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -193,6 +189,22 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
     elif around := store.around():
         raise StoreError(f"{root} is inside a model store: name {around}")
     return store
+
+
+@contextmanager
+def announcing_new_store(store: Any, model_store: Path | None) -> Iterator[None]:
+    """Say on standard error if the block makes a store that nobody named, in place of the shipped models.
+
+    Args:
+        store: See open_store.
+        model_store: The option's value.
+    """
+    from service.settings import read_settings
+
+    is_new = model_store is None and read_settings().uses_shipped_models
+    yield
+    if is_new:
+        click.echo(f"made the model store {store.root.absolute()}, which this folder uses from now on", err=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from service.commands.eval import measure, require_torch
 from service.commands.options import (
     ChatTemplateType,
     PathOption,
+    announcing_new_store,
     corpus_option,
     field_options,
     limit_spinning,
@@ -152,7 +153,8 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
             chat = "; `gru-serve models chat` gives it a chat template" if request.chat else ""
             tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it{chat}")
             return
-        publication.rehearse()
+        with announcing_new_store(request.store, request.store_option):
+            publication.rehearse()
         _describe(request, corpus, trainer)
     again = f"--resume continues from {request.checkpoint}"
     with signals.says(f"stopped at once; {again}, as it was last written"):

@@ -80,7 +80,7 @@ class Engine:
         work of a text that has just ended, because they take its place.
         """
         client = requests[0].client if requests else ""  # all of them have the same
-        self._require_room(client, len(requests), already_admitted)
+        self.require_room(client, len(requests), already_admitted)
         # On the caller's thread, so that a request that can't be computed fails alone, before it is accepted.
         texts = self._texts(requests)
         jobs = jobs_of(texts, self._stepper.initial_hidden, self._num_bytes)
@@ -128,7 +128,7 @@ class Engine:
     def _accept(self, client: str, texts: Sequence[Text], jobs: Sequence[Job], already_admitted: bool) -> bool:
         """Give the jobs to the engine's thread; or return True if the texts must be stepped at once."""
         with self._changed:
-            self._require_room(client, len(texts), already_admitted)
+            self.require_room(client, len(texts), already_admitted)
             if self._places.num_taken == 0 and self._at_once.begin(texts):
                 return True
             self._places.take(client, len(texts))
@@ -137,7 +137,11 @@ class Engine:
             self._changed.notify_all()
         return False
 
-    def _require_room(self, client: str, num_texts: int, already_admitted: bool) -> None:
+    def require_room(self, client: str, num_texts: int = 1, already_admitted: bool = False) -> None:
+        """Raise EngineFailed, or Overloaded, if the engine would refuse this many texts of a client now.
+
+        already_admitted: see `submit`.
+        """
         self.check()
         if self._closing:
             raise EngineFailed(_CLOSING)

@@ -6,8 +6,10 @@ package must not know HTTP, and it reaches Redis only through `SessionStore`.
 
 What happens when a client that lost its stream on replica A resumes it on replica B (`GET /v1/sessions/ID/generate`):
 
-1. B calls `RunRegistry.resume`. That stops a run of this session in B itself (`ActiveRun.stop`), and then calls
-   `SessionStore.begin(take_over=True)`, which leases the session, submits the run to B's engine and saves.
+1. B calls `RunRegistry.resume`. That loads the session and refuses what it can't continue, for example without the
+   session's model, so that a refusal ends no stream. Then it stops a run of this session in B itself
+   (`ActiveRun.stop`), and calls `SessionStore.begin(take_over=True)`, which leases the session, submits the run to B's
+   engine and saves.
 2. If A's run is still active, this lease request sets the session's takeover flag in Redis (`session.lua`) and is
    repeated until the lease is free. The next renewal by A's `LeaseRenewer` thread finds the flag and calls
    `lease.on_takeover`, which is A's `ActiveRun.stop`.

@@ -31,6 +31,7 @@ from service.periodic import PeriodicThread
 from service.registry.loaded_models import LoadedModel, LoadedModels
 from service.sessions.session import Run, Session, SessionKey, digest_of
 from service.sessions.session_store import SessionStore
+from service.shares import current_client
 
 log = structlog.get_logger(__name__)
 
@@ -184,7 +185,7 @@ class RunRegistry:
             session = self._store.load(key)
             if not self._in_its_charset(request, session).matches_last_run(session, position):
                 raise
-            return self._take_over(key, start, client_has_left)
+            return self._take_over(session, start, client_has_left)
 
     def _in_its_charset(self, request: RunRequest, session: Session) -> RunRequest:
         """Return `request.for_charset` of the session's model. Raises ModelChanged, UnknownCharacters, InvalidValue."""
@@ -213,7 +214,7 @@ class RunRegistry:
         """
         start = _Start(self._models, self._reader, lambda session: (session, *_resumable(session, after)))
         if take_over:
-            return self._take_over(key, start, client_has_left)
+            return self._take_over(self._store.load(key), start, client_has_left)
         return self.without_left_client(key, lambda: self._begin(key, start, client_has_left))
 
     def replayed(self, session: Session, position: int | None) -> Session:
@@ -267,7 +268,13 @@ class RunRegistry:
             except Exception as error:
                 log.error("saving an active run failed", exc_info=error)
 
-    def _take_over(self, key: SessionKey, start: _Start, client_has_left: Callable[[], bool]) -> RunStream:
+    def _take_over(self, session: Session, start: _Start, client_has_left: Callable[[], bool]) -> RunStream:
+        """Begin a run that another connection may stream, as soon as it has handed the session over.
+
+        What can be refused is refused first, by the session as it is saved now: the other stream then continues.
+        """
+        key = session.key
+        start.require(session, needs_room=key not in self._active)
         for attempt in range(_TAKEOVER_ATTEMPTS):
             active = self._active.get(key)
             if active is not None:
@@ -335,6 +342,18 @@ class _Start:
         request = self._reader.remaining_request(model, chosen.text, run, run.start + run.max_chars)
         self._handle = model.engine.submit([request])[0]
         return replace(chosen, run=run), _Chosen(chosen, run, after, model, self._handle)
+
+    def require(self, session: Session, *, needs_room: bool) -> None:
+        """Raise what a call with this session would raise, without submitting the run.
+
+        needs_room: Also if the engine has no room for it.
+        """
+        chosen, run, _ = self._choose(session)
+        if run.is_finished:
+            return
+        model = self._models.for_state(chosen.model, chosen.identity)
+        if needs_room:
+            model.engine.require_room(current_client())
 
     def cancel(self) -> None:
         """Cancel what was submitted and not begun."""

@@ -27,6 +27,7 @@ _CASTS = {1: "<f4", 11: "<f8", 10: "<f2", 7: "<i8", 6: "<i4"}
 _INTS = {7: ("<i8", 7), 6: ("<i4", 5)}
 _MOVES = {"Squeeze", "Unsqueeze", "Transpose", "Reshape", "Identity", "Cast", "Dropout", "Flatten", "Slice"}
 _PROBABILITIES = {"Softmax", "LogSoftmax"}
+_MAX_RANK = 8  # axes of a value
 _EXTERNAL = 1  # data_location
 _BEYOND = "a tensor of the file would be larger than the file"
 
@@ -130,10 +131,12 @@ class _Graph:
             raise UnsupportedModel(f"{len(found)} outputs of the graph are those of a dense layer; {NEEDED} is needed")
         dense, bias, name = found[0]
         layers: list[ForeignLayer] = []
+        nodes: list[_Node] = []
         while (way := self._way(name)).source is not None and way.source.op == "GRU":
             if layers:
-                self._check_sequence(way, layers[-1])
+                self._check_sequence(way, layers[-1], nodes[-1])
             layers.append(self._layer(way.source))
+            nodes.append(way.source)
             name = way.source.inputs[0]
             if len(layers) > len(recurrent):
                 raise InvalidModelFile("the graph goes in circles: the file is damaged")
@@ -143,7 +146,7 @@ class _Graph:
             )
         layers.reverse()
         embedding = self._embedding(way.source)
-        self._check_sequence(way, layers[0])
+        self._check_sequence(way, layers[0], nodes[-1])
         if embedding is not None and embedding.shape[0] != dense.shape[0]:
             raise UnsupportedModel(
                 f"the embedding has {embedding.shape[0]} rows and the output layer {dense.shape[0]}: both "
@@ -169,8 +172,8 @@ class _Graph:
             name = node.inputs[0]
         raise InvalidModelFile("the graph goes in circles: the file is damaged")
 
-    def _check_sequence(self, way: _Way, layer: ForeignLayer) -> None:
-        """Raise UnsupportedModel if a layer doesn't read position after position of what precedes it."""
+    def _check_sequence(self, way: _Way, layer: ForeignLayer, node: _Node) -> None:
+        """Raise UnsupportedModel if a layer doesn't read position after position of all that precedes it."""
         axes = self._moved(way, self._axes_of(way), layer.num_inputs, is_sequence=True)
         if (
             len(axes) != 3
@@ -188,6 +191,53 @@ class _Graph:
                 f"{layer.name} reads the first axis of the ids as positions, and that has only one: export the model "
                 "with ids of the shape that it was trained with"
             )
+        if len(node.inputs) > 4 and node.inputs[4]:
+            self._check_lengths(node.inputs[4], axes[0], layer.name)
+
+    def _check_lengths(self, name: str, positions: str, layer: str) -> None:
+        """Raise UnsupportedModel if a layer may end before the last position. What it gives is then zeros.
+
+        Args:
+            name: of the lengths, one for each text.
+            positions: the axis of the ids that the layer reads as positions.
+            layer: its name.
+        """
+        lengths, length = self._constant(name), self._length(positions)
+        is_whole = (
+            set(self._measured_axes(name)) == {positions}
+            if lengths is None
+            else length is not None and bool((lengths == length).all())
+        )
+        if not is_whole:
+            raise UnsupportedModel(
+                f"{layer} has sequence_lens ({shown(name)}), so it may end before the last position: export the model "
+                "without lengths and masks, for example without pack_padded_sequence"
+            )
+
+    def _measured_axes(self, name: str) -> list[str]:
+        """Return the axes whose lengths a value consists of; none if it is computed in another way."""
+        selections: list[_Node] = []
+        node = self._producers.get(name)
+        while node is not None and node.op != "Shape" and len(selections) < _MAX_STEPS:
+            if node.op not in ("Gather", "Slice", "Squeeze", "Unsqueeze", "Cast", "Identity", "Expand", "Tile"):
+                return []
+            selections.append(node)
+            node = self._producers.get(node.inputs[0]) if node.inputs else None
+        if node is None or node.op != "Shape" or not node.inputs:
+            return []
+        way = self._way(node.inputs[0])
+        rank = len(self._shapes.get(way.name, [])) if way.source is None else 3
+        axes = self._moved(way, self._axes_of(way) if rank > 2 else ["batch", "time"][2 - rank :], 0, is_sequence=True)
+        for node in reversed(selections):
+            values = [self._constant(one) if one else None for one in node.inputs[1:5]] + [None] * 4
+            if node.op == "Gather":
+                places = [] if values[0] is None else [int(place) for place in values[0].reshape(-1)[:_MAX_RANK]]
+                axes = [axes[place] for place in places]
+            elif node.op == "Slice":
+                starts, ends = _ints(node, "starts", values[0]), _ints(node, "ends", values[1])
+                is_plain = len(starts) == len(ends) == 1 and _ints(node, "steps", values[3]) in ([], [1])
+                axes = axes[starts[0] : ends[0]] if is_plain else []
+        return axes
 
     def _axes_of(self, way: _Way) -> list[str]:
         """Return what the axes of a value are before it is moved."""

@@ -34,6 +34,7 @@ from service.importing.tensorflow_functions import (
 _MAX_FUNCTIONS = 64  # that are parsed for one way
 _MAX_STEPS = 100_000
 _MAX_DEPTH = 200
+_MAX_SEARCHED = 1000  # operations before one that is refused, which may say why
 _TOLERANCE = 1e-4
 
 _CALLS = {"PartitionedCall", "StatefulPartitionedCall"}
@@ -417,6 +418,11 @@ class _Graph:
                 if not layers:
                     raise UnsupportedModel(f"the graph has no GRU layer before the output layer; {NEEDED} is needed")
                 break
+            elif (unrolled := self._unrolled_layer(place)) is not None:
+                raise UnsupportedModel(
+                    f"the graph has the steps of the layer {unrolled} one by one, because it was made with "
+                    "unroll=True: make the model with unroll=False, load its weights, and save it again"
+                )
             else:
                 raise self._refuse(place)
         if sorted(layers) != sorted(layer.name for layer in self._roles.layers):
@@ -425,6 +431,23 @@ class _Graph:
             what = f"applies the layer {twice} several times" if twice else f"doesn't apply {', '.join(unused)}"
             raise UnsupportedModel(f"the graph {what}; {NEEDED} is needed")
         return GraphWay(tuple(layers), self._skips_row_0)
+
+    def _unrolled_layer(self, place: _Place) -> str | None:
+        """Return the name of a GRU layer whose steps, outside of a loop, are part of what makes a value."""
+        waiting, seen = [place], set[tuple[int, str]]()
+        while waiting and len(seen) < _MAX_SEARCHED:
+            place = waiting.pop()
+            node = place.node
+            if node is None or node.op in _LOOPS | _CUDNN or (id(place.frame), node.name) in seen:
+                continue
+            seen.add((id(place.frame), node.name))
+            inputs = [self._input(place, index) for index in range(len(node.inputs))]
+            if node.op == "MatMul" and len(inputs) == 2:
+                for layer in self._roles.layers:
+                    if self._is(inputs[1], layer.recurrent):
+                        return layer.name
+            waiting += inputs
+        return None
 
     def _ends(self, place: _Place) -> bool:
         """Return whether a value is the embedding of the ids, and check these. Raises UnsupportedModel."""

@@ -41,7 +41,6 @@ class RenewedLease(Protocol):
     token: bytes
     due: float
     is_ending: bool
-    missing_since: float | None
     on_takeover: Callable[[], None] | None
 
 
@@ -53,7 +52,6 @@ class _Write:
     save_id: SaveId
     is_deletion: bool
     stored_at: float  # when the server got it, or got it again; monotonic
-    missing_since: float | None = None  # when the server was first found to lack the session; monotonic
 
 
 class LeaseRenewer:
@@ -123,32 +121,6 @@ class LeaseRenewer:
         """Raise RevisionConflict if the lease was given back."""
         if id(lease) not in self._leases:
             raise RevisionConflict("this operation no longer has the session's lease")
-
-    def is_lost(self, lease: RenewedLease) -> bool:
-        """Return whether a leased session that the server doesn't have is lost for good.
-
-        If the server has lost all that it had, the next probe notices it, and the session is restored.
-        """
-        if lease.missing_since is None:
-            lease.missing_since = time.monotonic()
-            self._server.suspect_loss()
-        return self._server.probed_at > lease.missing_since
-
-    def has_lost(self, key: SessionKey) -> bool:
-        """Return whether a session that the server doesn't have may still be restored.
-
-        A deletion would have left a tombstone, so the server has lost what it got in the last ten seconds. The next
-        probe tells whether it has lost everything.
-        """
-        now = time.monotonic()
-        with self._lock:
-            write = self._journal.get(key)
-            if write is None or write.is_deletion or now - write.stored_at > _AT_RISK_S:
-                return False
-            if write.missing_since is None:
-                write = self._journal[key] = replace(write, missing_since=now)
-                self._server.suspect_loss()
-        return write.missing_since is not None and self._server.probed_at <= write.missing_since
 
     def is_leased_here(self, key: SessionKey) -> bool:
         """Whether this process holds a lease of the session."""
@@ -222,10 +194,10 @@ class LeaseRenewer:
             for lease, answer in zip(batch, self._server.call_all(calls, one_by_one=True), strict=True):
                 lease.due = self.next_due()
                 if answer[0] == b"ok":
-                    lease.missing_since = None
-                elif answer[0] == b"none" and not self.is_lost(lease):
                     continue
-                elif not lease.is_ending and lease.on_takeover is not None:
+                if answer[0] == b"none":
+                    self._server.require_intact(self._redis_key(lease.session.key), in_recovery=True)
+                if not lease.is_ending and lease.on_takeover is not None:
                     # On a thread of its own: the run is saved before it ends, and other leases are due meanwhile.
                     threading.Thread(target=lease.on_takeover, name="hand over", daemon=True).start()
 
@@ -278,7 +250,7 @@ class LeaseRenewer:
             now = time.monotonic()
             for key, write in at_risk:
                 if self._journal.get(key) is write:
-                    self._journal[key] = replace(write, stored_at=now, missing_since=None)
+                    self._journal[key] = replace(write, stored_at=now)
                     self._journal.move_to_end(key)
         self._server.mark_restored()
 

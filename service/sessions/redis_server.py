@@ -51,6 +51,7 @@ _SCRIPT = resources.files("service.sessions").joinpath("session.lua").read_text(
 _CREATE_SCRIPT, _OTHER_SCRIPT = Script(f"#!lua\n{_SCRIPT}"), Script(f"#!lua flags=allow-oom\n{_SCRIPT}")
 _UNREACHABLE = "sessions are unavailable, because the session store can't be reached: try again in a second"
 _NO_CONNECTION = "this server has no connection to the session store left, and nothing was done: try again in a second"
+_FORGOTTEN = "the session store has lost what it had, and gets it again: try again in a second"
 _FULL = "the session store is full: try again later"
 _OCCUPIED = "the session store has something else under a key that is needed: see the server's log"
 _UNKNOWN = (
@@ -148,7 +149,6 @@ class RedisServer:
 
         self._name = secrets.token_hex(8)  # names this process among the replicas
         self._probe_at = 0.0  # monotonic time of the next probe
-        self.probed_at = 0.0  # when the last probe that succeeded began; monotonic
 
         # The following are for the thread that pings. It has a connection to each master, which no other thread uses.
         self._ping_links: dict[Address, Link] = {}
@@ -228,7 +228,7 @@ class RedisServer:
             if is_probe or self._ping_links.keys() != set(masters) or not self._answer_pings():
                 self._reach(masters)
                 self._attend()
-                self._probe_at, self.probed_at = began + _PROBE_S, began
+                self._probe_at = began + _PROBE_S
         with self._lock:
             self._pinged_change = self._ping_change
             if self._failed_at is not None and self._failed_at < began:
@@ -237,9 +237,23 @@ class RedisServer:
                 self._failures.clear()
             return self._has_to_restore()
 
-    def suspect_loss(self) -> None:
-        """Let the next ping be a probe, because the server has lost something. Any thread may call."""
-        self._probe_at = 0.0
+    def require_intact(self, key: str, *, in_recovery: bool = False) -> None:
+        """Raise StoreUnavailable if the master that should have a key has lost it with everything else.
+
+        Such a master has lost its epoch too, or another process has begun a later one. The next ping is then a probe.
+        Takes one exchange. Any thread may call.
+
+        in_recovery: Also during the recovery window.
+        """
+        try:
+            probe_key = self._probe_key_on(self._connections.address_of(key))
+        except errors.RedisError as error:
+            raise self._refused(error) from None
+        if self.execute([("HGET", probe_key, "e")], in_recovery=True) != [self._epoch]:
+            self._probe_at = 0.0
+            raise StoreUnavailable(_FORGOTTEN)
+        if not in_recovery:
+            self.check()  # a probe may have noticed it just now, and know the new epoch
 
     def attend(self) -> None:
         """Tell the server, and so the other replicas, that this one is there. For the thread that pings.

@@ -21,7 +21,6 @@ from service.errors import (
     SessionGone,
     SessionLost,
     SessionNotFound,
-    StoreUnavailable,
 )
 from service.sessions.cache import CachedSession, SaveId, SessionCache
 from service.sessions.lease_renewer import LeaseRenewer
@@ -35,7 +34,6 @@ from service.sessions.session_store import Answer, Change, Lease, Operation, saf
 _POLL_S = 0.03  # between two attempts to get a lease that another process holds
 _LISTED = 200  # sessions in one exchange
 _CHANGED = "another server has changed the session in the meantime"
-_FORGOTTEN = "the session store has lost this session, and perhaps more: try again in a second"
 
 
 @contextmanager
@@ -66,7 +64,6 @@ class RedisLease:
         self.set_saved(saved)
         self.due = 0.0  # when it has to be renewed; monotonic
         self.is_ending = False  # the save or release that gives it back is under way
-        self.missing_since: float | None = None  # the server has lost the session; monotonic
         # The last save and its nonce, if the server didn't say whether it was done.
         self.unanswered: tuple[Session, bytes] | None = None
         self.on_takeover: Callable[[], None] | None = None
@@ -352,10 +349,8 @@ class RedisStore:
             raise
         lease.unanswered = None
         if answer[0] == b"none":
-            if self._renewer.is_lost(lease):
-                self._server.check()  # the probe may have noticed it while this answer was on its way
-                raise SessionLost("the session store has lost this session: create it again")
-            raise StoreUnavailable(_FORGOTTEN)
+            self._server.require_intact(self._redis_key(session.key))
+            raise SessionLost("the session store has lost this session: create it again")
         if answer[0] == b"conflict":
             raise RevisionConflict(_CHANGED)
         lease.set_saved(self._saved(session, record, answer))
@@ -399,9 +394,7 @@ class RedisStore:
         if word == b"gone":
             raise SessionGone("this session has expired: create it again")
         if word == b"none":
-            if self._renewer.has_lost(key):
-                raise StoreUnavailable(_FORGOTTEN)
-            self._server.check()  # the probe may have noticed it while this answer was on its way
+            self._server.require_intact(self._redis_key(key))
             raise SessionNotFound("there is no such session: create it first")
         if word == b"deleted":
             self._cache.drop(key)

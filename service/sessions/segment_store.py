@@ -114,8 +114,10 @@ class SegmentStore:
             except KeyOccupied:
                 raise SessionLost(_LOST) from None
             contents = dict(zip(missing, found, strict=True))
-        if None in contents.values():
-            raise SessionLost(_LOST)
+        for name, content in contents.items():
+            if content is None:
+                self._server.require_intact(self._key(name[0]))
+                raise SessionLost(_LOST)
         return [known[name] if name in known else contents[name] for name in names]
 
     def _due(self, segments: Sequence[StoredSegment], creation: bytes, ttl_s: float) -> list[_Due]:

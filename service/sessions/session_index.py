@@ -107,7 +107,10 @@ class SessionIndex:
     def ids(self, owner: str, after: str, limit: int) -> list[str]:
         """Return up to `limit` of an owner's ids above `after`, in order. Raises StoreUnavailable."""
         self._import()
-        (ids,) = self._server.execute([("ZRANGEBYLEX", self._key(owner), f"({after}", "+", "LIMIT", 0, limit)])
+        index = self._key(owner)
+        (ids,) = self._server.execute([("ZRANGEBYLEX", index, f"({after}", "+", "LIMIT", 0, limit)])
+        if not ids:
+            self._server.require_intact(index)
         return [session_id.decode() for session_id in ids]
 
     def _remove(self, owner: str, ids: Sequence[str]) -> None:

@@ -33,8 +33,10 @@ from service.store.staging import (
     check_file_system,
     fsync,
     locked,
+    made_directories,
     make_readable,
     remove,
+    remove_lonely_lock,
     staging_directory,
 )
 
@@ -165,27 +167,24 @@ class ModelStore:
             InvalidValue: `name` can't be a model's name.
         """
         directory = self._changeable(name)
-        with _os_errors_as_store_errors(f"can't publish into {directory}"):
-            self._make_directory(directory)
-            with staging_directory(directory) as staging:
-                check_file_system(staging)
-                write(staging)
-                for warning in read_artifact(staging).warnings:
-                    raise InvalidArtifact(warning)
-                for path in staging.iterdir():
-                    if not is_stray(path.name):
-                        make_readable(path)
-                        fsync(path)
-                fsync(staging)
-                with locked(directory):
-                    index = self._read_index(name)
-                    existing = [version.number for version in self.versions(name)]
-                    index.last_number = max([index.last_number, *existing]) + 1
-                    # The number is recorded before it is used: a crash in between skips a number and repeats none.
-                    self._write_index(directory, index)
-                    final = directory / str(index.last_number)
-                    staging.rename(final)
-                    fsync(directory)
+        with self._publishing_into(directory) as staging:
+            write(staging)
+            for warning in read_artifact(staging).warnings:
+                raise InvalidArtifact(warning)
+            for path in staging.iterdir():
+                if not is_stray(path.name):
+                    make_readable(path)
+                    fsync(path)
+            fsync(staging)
+            with locked(directory):
+                index = self._read_index(name)
+                existing = [version.number for version in self.versions(name)]
+                index.last_number = max([index.last_number, *existing]) + 1
+                # The number is recorded before it is used: a crash in between skips a number and repeats none.
+                self._write_index(directory, index)
+                final = directory / str(index.last_number)
+                staging.rename(final)
+                fsync(directory)
         return ModelVersion(name, index.last_number, final)
 
     def republish(self, ref: str, files: Mapping[str, bytes]) -> ModelVersion:
@@ -199,19 +198,16 @@ class ModelStore:
     def check_writable(self, name: str, write: Callable[[Path], None] = lambda _: None) -> None:
         """Raise InvalidValue, InvalidArtifact or StoreError if no version of `name` could be published.
 
-        Makes the name's directory, and tries on the file system what publishing does there: locks, renaming, and
-        syncing to disk. What `write` puts into an empty directory, which it gets as its argument, is read back as
-        `publish` does, unless it is nothing, and removed.
+        Makes the name's directory unless it raises, and tries on the file system what publishing does there: locks,
+        renaming, and syncing to disk. What `write` puts into an empty directory, which it gets as its argument, is read
+        back as `publish` does, unless it is nothing, and removed.
         """
         directory = self._changeable(name)
-        with _os_errors_as_store_errors(f"can't publish into {directory}"):
-            self._make_directory(directory)
-            with staging_directory(directory) as staging:
-                check_file_system(staging)
-                self._read_index(name)
-                write(staging)
-                if any(staging.iterdir()):
-                    read_artifact(staging)
+        with self._publishing_into(directory) as staging:
+            self._read_index(name)
+            write(staging)
+            if any(staging.iterdir()):
+                read_artifact(staging)
 
     def describe(self, version: ModelVersion) -> Description:
         """Return what is known about a version, without reading its weights.
@@ -349,13 +345,28 @@ class ModelStore:
                 unreadable[name] = error.message
         return names, unreadable
 
-    def _make_directory(self, directory: Path) -> None:
-        """Make a name's directory and those around it, readable for everybody, and sync each to disk."""
-        new = [path for path in (directory, *directory.parents) if not path.exists()]
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in new:
-            make_readable(path)
-            fsync(path.parent)
+    @contextmanager
+    def _publishing_into(self, directory: Path) -> Iterator[Path]:
+        """Yield an empty directory beside the versions of a name; what it has after the block is removed.
+
+        Makes the name's directory and those around it, readable for everybody and synced to disk: if the block fails,
+        those are removed again that have nothing else. Raises StoreError.
+        """
+        with (
+            _os_errors_as_store_errors(f"can't publish into {directory}"),
+            made_directories(directory) as new,
+        ):
+            for path in new:
+                make_readable(path)
+                fsync(path.parent)
+            try:
+                with staging_directory(directory) as staging:
+                    check_file_system(staging)
+                    yield staging
+            except BaseException:
+                if directory in new:
+                    remove_lonely_lock(directory)
+                raise
 
     def _read_index(self, name: str) -> _Index:
         path = self._directory(name) / _INDEX

@@ -25,6 +25,31 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 @contextmanager
+def made_directories(directory: Path) -> Iterator[list[Path]]:
+    """Make a directory and those around it, and yield those that are new, the innermost first.
+
+    Those that are empty after the block are removed again: what was refused leaves nothing. Raises OSError.
+    """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield new
+    finally:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def remove_lonely_lock(directory: Path) -> None:
+    """Remove a directory's lock file if the directory has nothing else."""
+    with suppress(OSError), (directory / _LOCK).open("w") as file:
+        with suppress(OSError):  # without locks, nobody could publish here
+            _lock(file)
+        if os.listdir(directory) == [_LOCK]:
+            os.unlink(file.name)
+
+
+@contextmanager
 def locked(directory: Path) -> Iterator[None]:
     """Wait for a directory's write lock and hold it during the block. The system releases it if the process dies.
 

@@ -16,7 +16,7 @@ import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from service.errors import InvalidCheckpoint
 from service.model.chat_template import ChatTemplate
-from service.store.staging import fsync
+from service.store.staging import fsync, made_directories
 from service.training.hyperparameters import Hyperparameters
 
 MAX_POINTS = 1000  # of a loss curve, besides its first, last and best point
@@ -274,23 +274,26 @@ def lock_checkpoint(path: Path, name: str, warn: Callable[[str], object]) -> Ite
 
     The system releases the lock if the process dies. Calls `warn` with a sentence if the file system has no locks.
 
-    Raises InvalidCheckpoint if another process holds the lock, or if the folder can't be written.
+    Makes the checkpoint's folder, and removes it again if there is no checkpoint after the block. Raises
+    InvalidCheckpoint if another process holds the lock, or if the folder can't be written.
     """
     lock = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = _lock(lock, warn)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, which trains {name}")
-        file.flush()
-    except OSError as error:
-        raise InvalidCheckpoint(f"can't write {lock}: {_brief(error)}") from error
-    with file:
+    with ExitStack() as stack:
         try:
-            yield
-        finally:
-            with suppress(OSError):
-                lock.unlink()  # before the lock is released, so that a new run sees that it opened a stale file
+            stack.enter_context(made_directories(path.parent))
+            file = stack.enter_context(_lock(lock, warn))
+            stack.callback(_remove, lock)  # before the lock is released, so that a new run sees that its file is stale
+            file.truncate(0)
+            # Without a buffer: closing the file would write it again, and fail again if the disk is full.
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, which trains {name}".encode())
+        except OSError as error:
+            raise InvalidCheckpoint(f"can't write {lock}: {_brief(error)}") from error
+        yield
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
 
 
 def _lock(path: Path, warn: Callable[[str], object]) -> IO[str]:

@@ -499,11 +499,41 @@ def test_train__makes_a_store_where_there_is_none_and_says_so(
     monkeypatch.chdir(tmp_path)
     trained = run("train", "--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL)
     assert trained.exit_code == 0, trained.stderr
-    assert f"making the model store {tmp_path / 'model_store'}" in trained.stderr
+    assert f"made the model store {tmp_path / 'model_store'}" in trained.stderr
     listed = run("models", "list")
     assert "fox@1" in listed.stdout
     assert "shakespeare" not in listed.stdout
     assert "shipped" not in listed.stderr
+
+
+def test_commands__refuse_before_they_make_or_promise_anything(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = Path("shakespeare-1.onnx")
+    shipped.write_bytes(b"mine")
+    before = sorted(tmp_path.rglob("*"))
+    train = ["train", "--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL]
+    for words in (
+        ["train", "--corpus", "nothing.txt", "--name", "fox"],
+        ["train", "--corpus", str(corpus), "--name", "fo x"],
+        [*train, "--init-from", "fox"],
+        [*train, "--resume"],
+        [*train, "--checkpoint", "one/two/run", "--batch-size", "0"],
+        [*train, "--chat", "nothing.json"],
+        [*train, "--charset", "abc", "--min-count", "2"],
+        ["import", "nothing.pt", "--name", "fox"],
+        ["import", str(corpus), "--name", "fox"],
+        ["import", str(corpus), "--name", "fox", "--corpus", "nothing.txt"],
+        ["export", "shakespeare@1", "--format", "onnx"],
+        ["eval", "shakespeare@1", "--corpus", "nothing.txt"],
+    ):
+        result = run(*words)
+        assert result.exit_code in (1, 2), (words, result.output)
+        assert sorted(tmp_path.rglob("*")) == before, words
+        assert "model store" not in result.stderr, (words, result.stderr)
+    assert "nothing.txt" in run("import", str(corpus), "--name", "fox", "--corpus", "nothing.txt").stderr
+    assert shipped.read_bytes() == b"mine"
 
 
 def test_torch__is_installed_as_the_package_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,9 @@ from service.engine.automaton.form import Form
 from service.engine.sampling_settings import PLAIN
 from service.errors import (
     GruServeError,
+    ModelChanged,
     OutcomeUnknown,
+    Overloaded,
     PositionConflict,
     RevisionConflict,
     RunTakenOver,
@@ -65,11 +67,11 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
     prefix = secrets.token_hex(8)
     with ExitStack() as ending:
 
-        def make(at: str = url) -> Replica:
+        def make(at: str = url, published: ModelStore = tiny_store, **engine: object) -> Replica:
             retention = Retention(16, 10_000)
             store = RedisStore(RedisServer(at, TIMEOUT_S, 0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
             ending.callback(store.close)
-            models = LoadedModels(tiny_store, 1, engine_settings())
+            models = LoadedModels(published, 1, engine_settings(**engine))
             ending.callback(models.close)
             until_it_works(lambda: store.page("", "", 1))
             sealer = StateSealer(["0123456789abcdef"])
@@ -426,8 +428,45 @@ def test_resume__takes_over_from_a_living_replica(replicas: Callable[[], Replica
     ) == (got + more + rest)
 
 
+def test_resume__that_is_refused_leaves_the_stream_to_the_connection_that_has_it(
+    replicas: Callable[..., Replica], tmp_path: Path
+) -> None:
+    one, two, full = replicas(), replicas(), replicas(max_running=1, max_waiting=0)
+    lacking = replicas(published=ModelStore(tmp_path))
+    key, request = SessionKey("", "a"), replace(LONG, max_chars=1_000_000)
+    create(one)
+    first = one[0].runs.generate(key, request, 6)
+    take(first, 50)
+    create(full, "busy")
+    busy = full[0].runs.generate(SessionKey("", "busy"), request, 6)
+    refused: dict[str, tuple[type[GruServeError], Callable[[], RunStream]]] = {
+        "the model is missing": (ModelChanged, lambda: lacking[0].runs.resume(key, 6)),
+        "the model is missing, for a repeated request": (
+            ModelChanged,
+            lambda: lacking[0].runs.generate(key, request, 6),
+        ),
+        "the position is beyond the run": (PositionConflict, lambda: two[0].runs.resume(key, 2_000_000)),
+        "the same, on the same replica": (PositionConflict, lambda: one[0].runs.resume(key, 2_000_000)),
+        "the engine is full": (Overloaded, lambda: full[0].runs.resume(key, 6)),
+    }
+    for why, (error, resume) in refused.items():
+        with pytest.raises(error):
+            resume()
+        assert len(take(first, 50)) >= 50, why
+    busy.close()
+    second = full[0].runs.resume(key, 6)
+    take(second, 50)
+    with pytest.raises(RunTakenOver):
+        take(first)
+    take(full[0].runs.resume(key, 6), 50)  # the stream that it ends makes room
+    second.close()
+
+
 def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable[[], Replica]) -> None:
-    """The taker repeats its lease request until the holder, at its next renewal, saves and releases in one exchange."""
+    """The taker loads the session, and repeats its lease request until the holder saves and releases in one exchange.
+
+    The holder does so at its next renewal.
+    """
     one, two = replicas(), replicas()
     create(one)
     first = one[0].runs.generate(SessionKey("", "a"), replace(LONG, max_chars=1_000_000), None)
@@ -435,8 +474,8 @@ def test_resume__is_handed_over_as_the_package_docstring_says(replicas: Callable
     with exchanges(one) as holder, exchanges(two) as taker:
         second = two[0].runs.resume(SessionKey("", "a"), position)
     assert holder == ["save"]
-    assert len(taker) > 2
-    assert taker == ["lease"] * (len(taker) - 1) + ["save"]
+    assert len(taker) > 3
+    assert taker == ["load"] + ["lease"] * (len(taker) - 2) + ["save"]
     second.close()
 
 

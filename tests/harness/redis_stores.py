@@ -54,16 +54,19 @@ def when_served(call: Callable[[], Answer]) -> Answer:
 
 @contextmanager
 def replicas(
-    *urls: str, cache_bytes: int = 2**20, lease_s: float = LEASE_S, clock: Clock | None = None
+    *urls: str,
+    cache_bytes: int = 2**20,
+    lease_s: float = LEASE_S,
+    clock: Clock | None = None,
+    recovery_window_s: float = 0.3,
 ) -> Iterator[list[RedisStore]]:
     """Run one store for each URL, all of which lead to the same server."""
     with ExitStack() as stack:
-        stores = [
-            stack.enter_context(
-                closing(RedisStore(RedisServer(url, TIMEOUT_S, 0.3), 4096, cache_bytes, lease_s=lease_s, clock=clock))
-            )
-            for url in urls
-        ]
+        stores = []
+        for url in urls:
+            server = RedisServer(url, TIMEOUT_S, recovery_window_s)
+            store = RedisStore(server, 4096, cache_bytes, lease_s=lease_s, clock=clock)
+            stores.append(stack.enter_context(closing(store)))
         for store in stores:
             when_served(store.check)
         yield stores

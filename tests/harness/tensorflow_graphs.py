@@ -103,6 +103,7 @@ def write_graph(
     is_served: bool = True,
     masked: bool = False,
     cudnn: Sequence[int] = (),
+    unrolled: int = 0,
 ) -> Path:
     """Write a SavedModel with one function from ids to logits.
 
@@ -119,6 +120,7 @@ def write_graph(
         is_served: the function is a signature.
         masked: the loops leave out positions with the id 0.
         cudnn: the gates in the order of an operation of cuDNN, which is written instead of loops; none for loops.
+        unrolled: how many steps are written one by one instead of a loop; 0 for a loop.
     """
     changes = changes or {}
     count = len(weights.grus)
@@ -151,9 +153,21 @@ def write_graph(
             lengths, rnn_mode=field(2, "gru"), time_major=False, name=f"model/gru_{layer}/CudnnRNNV3",
         )  # fmt: skip
 
+    def one_by_one(value: str, layer: int) -> str:
+        """Add the steps of GRU(unroll=True)."""
+        units = weights.grus[layer][1].shape[0]
+        state = function.add("Fill", function.constant([1, units]), function.constant(initial))
+        rows = function.add("Unpack", value, num=unrolled, axis=1)[:-1]
+        states = [
+            state := step(function, f"{rows}{index}", state, variables(layer), units) for index in range(unrolled)
+        ]
+        return function.add("Transpose", function.add("Pack", *states), function.constant([1, 0, 2]))
+
     def loop(value: str, layers: Sequence[int]) -> str:
         if cudnn:
             return on_gpu(value, layers[0])
+        if unrolled:
+            return one_by_one(value, layers[0])
         units = weights.grus[layers[0]][1].shape[0]
         captured = [name for layer in layers for name in variables(layer)]
         states = [f"state_{index}" for index in range(len(layers))]

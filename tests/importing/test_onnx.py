@@ -202,6 +202,45 @@ def test_onnx__learnt_initial_state_that_is_repeated_for_each_text_is_refused(tm
             same(path, keras_weights())
 
 
+LENGTHS: dict[str, tuple[list[bytes], int | None, bool]] = {  # parts, positions of the ids, whether it is imported
+    "constant": ([tensor("lens", np.array([40]))], 40, True),
+    "constant and too short": ([tensor("lens", np.array([39]))], 40, False),
+    "constant for any length": ([tensor("lens", np.array([40]))], None, False),
+    "an input": ([], 40, False),
+    "of the ids": (
+        [node("Shape", ["ids"], ["s"]), tensor("i", np.array([1])), node("Gather", ["s", "i"], ["lens"])], None, True,
+    ),
+    "of the ids for each text": (
+        [node("Shape", ["x0"], ["s"]), *(tensor(name, np.array([end])) for name, end in (("i", 0), ("j", 1))),
+         node("Slice", ["s", "i", "j"], ["t"]), tensor("two", np.array([2])),
+         node("Slice", ["s", "j", "two"], ["batch"]),
+         node("Expand", ["t", "batch"], ["wide"]), node("Cast", ["wide"], ["lens"], to=6)], None, True,
+    ),
+    "of the texts": (
+        [node("Shape", ["ids"], ["s"]), tensor("i", np.array([0])), node("Gather", ["s", "i"], ["lens"])], None, False,
+    ),
+    "computed": (
+        [node("Shape", ["ids"], ["s"]), tensor("i", np.array([1])), node("Sub", ["s", "i"], ["lens"])], None, False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_onnx__lengths_of_the_texts_are_refused_unless_they_are_the_whole(tmp_path: Path, name: str) -> None:
+    parts, length, is_imported = LENGTHS[name]
+    weights = keras_weights()
+    inputs = ["x0", "W0", "R0", "B0", "lens", "state"]
+    gru = node("GRU", inputs, ["y0", "h0"], hidden_size=UNITS, linear_before_reset=1)
+    dims = b"".join(field(1, field(1, each) if each is not None else field(2, "free")) for each in (1, length))
+    ids = field(11, field(1, "ids") + field(2, field(1, field(2, dims))))
+    path = write(tmp_path / "a.onnx", [*replaced(graph(weights), b"GRU", gru), *parts, ids])
+    if is_imported:
+        same(path, weights)
+    else:
+        with pytest.raises(UnsupportedModel, match="sequence_lens"):
+            read_foreign(path)
+
+
 @pytest.mark.parametrize("index", [-1, 0])
 def test_onnx__output_of_the_last_position_only(tmp_path: Path, index: int) -> None:
     last = [tensor("index", np.array(index)), node("Gather", ["x1", "index"], ["last"], axis=0)]

@@ -219,6 +219,7 @@ def test_graph__operation_between_ids_and_logits_is_refused_by_its_name(tmp_path
         ({"initial": 0.5}, "initial state that isn't zero"),
         ({"order": [0, 0, 1]}, "the layer model/gru_0/cell several times"),
         ({"order": [0]}, "doesn't apply model/gru_1/cell"),
+        ({"unrolled": 3}, "steps of the layer model/gru_1/cell .* make the model with unroll=False"),
     ],
 )
 def test_graph__loop_that_is_no_gru_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

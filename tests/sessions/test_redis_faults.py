@@ -284,22 +284,35 @@ def test_lost_write__is_restored_from_the_writers_cache(server: RedisProcess) ->
 
 
 def test_server_that_forgets_everything__is_restored_before_a_session_counts_as_missing(server: RedisProcess) -> None:
-    with replicas(server.url) as (one,), redis.Redis.from_url(server.url) as client:
+    """Also at a replica that has never met the session."""
+    stores = replicas(server.url, server.url, recovery_window_s=2)  # longer than until the next probe of each
+    with stores as (one, other), redis.Redis.from_url(server.url) as client:
         one.create(session())
         one.update(A, appended("x"))
-        probed_at = one._server.probed_at
-        wait_until(lambda: one._server.probed_at > probed_at)  # the next probe is due in a second
+        due = other._server._probe_at
+        wait_until(lambda: other._server._probe_at > due)  # the next one is due in a second
         client.flushall()
-        assert characters(when_served(partial(one.load, A))) == "ROMEO:x"
+        for store in (other, one):
+            for call in (
+                partial(store.page, "", "", 9),
+                partial(store.load, A),
+                partial(store.update, A, appended("y")),
+                partial(store.delete, A),
+            ):
+                with pytest.raises(StoreUnavailable):
+                    call()
+        for store in (other, one):
+            assert characters(when_served(partial(store.load, A))) == "ROMEO:x"
+            assert [each.id for each in when_served(partial(store.page, "", "", 9))] == ["a"]
 
 
-def test_session_that_the_server_alone_has_lost__counts_as_missing_after_a_probe(server: RedisProcess) -> None:
+def test_session_that_the_server_alone_has_lost__counts_as_missing(server: RedisProcess) -> None:
     with replicas(server.url) as (one,), redis.Redis.from_url(server.url) as client:
         one.create(session())
         for key in client.scan_iter("*/a"):
             client.delete(key)
         with pytest.raises(SessionNotFound):
-            when_served(partial(one.load, A))
+            one.load(A)
         one.create(session("a", "anew"))
         assert characters(one.load(A)) == "anew"
 

@@ -45,7 +45,7 @@ def work(store: ModelStore, config: ModelConfig, tensors: dict[str, np.ndarray])
         except (GruServeError, OSError) as error:
             answers[name] = f"{type(error).__name__}: {error}"
     os.environ["FAULT"] = ""
-    answers["left"] = " ".join(sorted(path.name for path in (store.root / "m").iterdir()))
+    answers["left"] = " ".join(sorted(path.name for path in (store.root / "m").glob("*")))
     return answers
 
 

@@ -117,7 +117,7 @@ def test_publish__refuses_a_version_that_would_not_load(store: ModelStore) -> No
     with pytest.raises(InvalidArtifact):
         store.publish("tiny", write)
     assert store.names() == []
-    assert [path.name for path in (store.root / "tiny").iterdir()] == [".lock"]
+    assert not (store.root / "tiny").exists()
 
 
 def test_publish__a_failing_writer_leaves_no_trace(store: ModelStore) -> None:
@@ -321,6 +321,27 @@ def test_check_writable__refuses_what_publishing_would_refuse(tmp_path: Path) ->
         ModelStore(tmp_path / "file").check_writable("tiny")
     ModelStore(tmp_path / "store").check_writable("tiny")
     assert ModelStore(tmp_path / "store").names() == []
+
+
+def test_publish__that_is_refused_makes_no_store(tmp_path: Path) -> None:
+    """An empty store would replace the shipped models."""
+    store = ModelStore(tmp_path / "models" / "store")
+
+    def write(directory: Path) -> None:
+        (directory / "README.md").write_text("no model")
+
+    for refuse in (store.check_writable, store.publish):
+        with pytest.raises(InvalidArtifact):
+            refuse("tiny", write)
+        assert list(tmp_path.iterdir()) == []
+    store.check_writable("tiny")
+    assert (store.root / "tiny").is_dir()
+    with pytest.raises(InvalidArtifact):
+        store.publish("tiny", write)
+    assert publish_tiny(store) == "tiny@1"
+    with pytest.raises(InvalidArtifact):
+        store.publish("tiny", write)
+    assert store.names() == ["tiny"]
 
 
 @pytest.mark.parametrize(
