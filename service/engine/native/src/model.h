@@ -79,7 +79,7 @@ struct Blocks {
     int per_thread;      // at least, so that a thread that shares its core leaves some to the others
     int64_t least;       // rows
     int64_t most;        // rows, so that the states of a block stay in the cache of a core
-    int64_t multiple;    // rows are divided in multiples of it
+    int64_t multiple;    // many rows are divided in multiples of it
     int64_t shared_rows; // with fewer rows for each thread, threads share the rows and divide the weights
 };
 
