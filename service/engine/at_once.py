@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.engine.guarded_stepper import GuardedStepper
-from service.engine.stepper import InvalidRows
+from service.engine.request import Request
+from service.engine.stepper import InvalidRows, Row, Steps
 from service.engine.texts import Text
 
 NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
@@ -24,16 +25,26 @@ class AtOnce:
     def __init__(self, stepper: GuardedStepper) -> None:
         self._stepper = stepper
 
-    def begin(self, texts: Sequence[Text]) -> bool:
-        """Take the stepper if these texts are few and short, and no other thread has it. Then call `step`."""
-        if not 0 < len(texts) <= _MAX_TEXTS:
+    def begin(self, requests: Sequence[Request]) -> bool:
+        """Take the stepper if these texts are few and short, and no other thread has it.
+
+        Then call `step` or `read`, which let go of it.
+        """
+        if not 0 < len(requests) <= _MAX_TEXTS:
             return False
-        lengths = [len(text.row.request.prompt) for text in texts]
+        lengths = [len(request.prompt) for request in requests]
         if max(lengths) > _MAX_CHARS or sum(lengths) > _MAX_TOTAL_CHARS:
             return False
-        if any(text.row.request.max_chars for text in texts):
+        if any(request.max_chars for request in requests):
             return False
         return self._stepper.lock.acquire(blocking=False)
+
+    def read(self, rows: Sequence[Row]) -> Steps:
+        """Step rows to their end, and let go of the stepper. Raises InvalidRows, EngineFailed."""
+        try:
+            return self._stepper.advance(rows, _MAX_CHARS)
+        finally:
+            self._stepper.lock.release()
 
     def step(self, texts: Sequence[Text]) -> None:
         """Step texts to their end, publish that, and let go of the stepper. Raises EngineFailed."""

@@ -109,6 +109,34 @@ class Engine:
                 self._memory.give_back(client, num_bytes)
         return [text.handle for text in texts]
 
+    def read_at_once(self, requests: Sequence[Request]) -> list[tuple[Row, StepResult]] | None:
+        """Read short texts of one client to their end on this thread, and return what came of each.
+
+        Without handles, because nobody waits for these texts. Returns None if they are not few and short, or the engine
+        is not idle or has no room: then submit them. Raises InvalidValue, EngineFailed.
+        """
+        client, num_texts = requests[0].client, len(requests)
+        self.check()
+        if self._places.num_taken or not self._places.has_room(client, num_texts):
+            return None
+        rows = [Row.of(request, self._stepper.initial_hidden(), self._vocab_size) for request in requests]
+        num_bytes = sum(self._num_bytes(request) + request.prompt.nbytes for request in requests)
+        if not self._memory.take(client, num_bytes):
+            return None
+        try:
+            with self._changed:
+                if self._closing or self._places.num_taken or not self._at_once.begin(requests):
+                    return None
+            try:
+                return list(zip(rows, self._at_once.read(rows), strict=True))
+            except InvalidRows:  # `submit` says which
+                return None
+            except EngineFailed:
+                self._wake()  # so that the engine's thread fails its texts and ends
+                raise
+        finally:
+            self._memory.give_back(client, num_bytes)
+
     def _texts(self, requests: Sequence[Request]) -> list[Text]:
         rows = [Row.of(request, self._stepper.initial_hidden(), self._vocab_size) for request in requests]
         # What requests share counts once.
@@ -129,7 +157,7 @@ class Engine:
         """Give the jobs to the engine's thread; or return True if the texts must be stepped at once."""
         with self._changed:
             self._require_room(client, len(texts), already_admitted)
-            if self._places.num_taken == 0 and self._at_once.begin(texts):
+            if self._places.num_taken == 0 and self._at_once.begin([text.row.request for text in texts]):
                 return True
             self._places.take(client, len(texts))
             self._inbox.extend(jobs)

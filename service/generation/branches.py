@@ -10,6 +10,7 @@ from service.engine.handle import Handle
 from service.engine.prefix_cache import CacheScope
 from service.engine.request import Request
 from service.engine.scores import Distribution, Scores
+from service.engine.stepper import Row, StepResult
 from service.errors import ClientGone, InvalidValue, Overloaded
 from service.generation.reader import step, whole
 from service.registry.loaded_models import LoadedModel
@@ -60,7 +61,11 @@ class Branches:
             if self._client_has_left is not None and self._client_has_left():
                 raise ClientGone("the client has closed the connection")
             part = branches[len(grown) : len(grown) + self._max_rows]
-            handles = self._submitted([self._request(branch) for branch in part])
+            requests = [self._request(branch) for branch in part]
+            if (read := self._model.engine.read_at_once(requests)) is not None:
+                grown += [_read(branch, row, result) for branch, (row, result) in zip(part, read, strict=True)]
+                continue
+            handles = self._submitted(requests)
             if handles is None:
                 continue
             try:
@@ -101,6 +106,11 @@ class Branches:
         result, end = whole(handle, self._client_has_left)
         states = {position - branch.position: state for position, state in end.checkpoints.items()}
         return Grown(result.prompt_scores or Scores.none(), states, end.hidden, end.next)
+
+
+def _read(branch: Branch, row: Row, result: StepResult) -> Grown:
+    states = dict(zip(branch.checkpoints, row.checkpoints, strict=True))
+    return Grown(result.prompt_scores or Scores.none(), states, row.hidden, row.next)
 
 
 def state_after(
