@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from service.engine.guarded_stepper import GuardedStepper
 from service.engine.request import Request
-from service.engine.stepper import InvalidRows, Row, Steps
+from service.engine.short_text import ReadText, ShortText
+from service.engine.stepper import InvalidRows
 from service.engine.texts import Text
 
 NOT_COMPUTABLE = "the engine can't compute this request: the server's log has the reason"
@@ -26,25 +27,27 @@ class AtOnce:
         self._stepper = stepper
 
     def begin(self, requests: Sequence[Request]) -> bool:
-        """Take the stepper if these texts are few and short, and no other thread has it.
-
-        Then call `step` or `read`, which let go of it.
-        """
-        if not 0 < len(requests) <= _MAX_TEXTS:
-            return False
-        lengths = [len(request.prompt) for request in requests]
-        if max(lengths) > _MAX_CHARS or sum(lengths) > _MAX_TOTAL_CHARS:
-            return False
+        """Take the stepper if these texts are few and short, and no other thread has it. Then call `step`."""
         if any(request.max_chars for request in requests):
             return False
-        return self._stepper.lock.acquire(blocking=False)
+        return self._are_short([len(request.prompt) for request in requests]) and self._take()
 
-    def read(self, rows: Sequence[Row]) -> Steps:
-        """Step rows to their end, and let go of the stepper. Raises InvalidRows, EngineFailed."""
+    def begin_reading(self, texts: Sequence[ShortText]) -> bool:
+        """Take the stepper as `begin` does. Then call `read`. Returns False too if the stepper can't read short texts."""
+        return self._stepper.reads_short_texts and self._are_short([len(text.ids) for text in texts]) and self._take()
+
+    def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
+        """Read texts to their ends, and let go of the stepper. Raises EngineFailed."""
         try:
-            return self._stepper.advance(rows, _MAX_CHARS)
+            return self._stepper.read(texts)
         finally:
             self._stepper.lock.release()
+
+    def _are_short(self, lengths: Sequence[int]) -> bool:
+        return 0 < len(lengths) <= _MAX_TEXTS and max(lengths) <= _MAX_CHARS and sum(lengths) <= _MAX_TOTAL_CHARS
+
+    def _take(self) -> bool:
+        return self._stepper.lock.acquire(blocking=False)
 
     def step(self, texts: Sequence[Text]) -> None:
         """Step texts to their end, publish that, and let go of the stepper. Raises EngineFailed."""

@@ -14,10 +14,11 @@ from service.engine.handle import Handle, Wishes
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
+from service.engine.short_text import ReadText, ShortText
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
 from service.engine.texts import Job, JobBatch, Reading, Text, jobs_of
 from service.errors import EngineFailed, InvalidValue, Overloaded
-from service.shares import SharedBudget, SharedCapacity
+from service.shares import SharedBudget, SharedCapacity, current_client
 
 _CLOSING = "the engine is shutting down: try again in a moment"
 _UNLIMITED_BYTES = 2**60
@@ -64,7 +65,8 @@ class Engine:
         self._wishes = Wishes()
         self._batch: JobBatch | None = None  # what the last tick advanced, unless one of it has ended
         self._pace = Pace()
-        self._state_bytes = stepper.initial_hidden().nbytes
+        initial = stepper.initial_hidden()
+        self._state_shape, self._state_bytes = initial.shape, initial.nbytes
         self._short_ticks_until = 0.0
         self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[Job] = []
@@ -109,28 +111,27 @@ class Engine:
                 self._memory.give_back(client, num_bytes)
         return [text.handle for text in texts]
 
-    def read_at_once(self, requests: Sequence[Request]) -> list[tuple[Row, StepResult]] | None:
-        """Read short texts of one client to their end on this thread, and return what came of each.
+    def read_at_once(self, texts: Sequence[ShortText]) -> list[ReadText] | None:
+        """Read texts on this thread, and return what came of each, in their order.
 
-        Without handles, because nobody waits for these texts. Returns None if they are not few and short, or the engine
-        is not idle or has no room: then submit them. Raises InvalidValue, EngineFailed.
+        Returns None if they are not few and short, the engine is not idle, has no room or a stepper that can't do this:
+        then submit them. Raises InvalidValue, EngineFailed.
         """
-        client, num_texts = requests[0].client, len(requests)
+        client, shape = current_client(), self._state_shape
         self.check()
-        if self._places.num_taken or not self._places.has_room(client, num_texts):
+        if self._places.num_taken or not self._places.has_room(client, len(texts)):
             return None
-        rows = [Row.of(request, self._stepper.initial_hidden(), self._vocab_size) for request in requests]
-        num_bytes = sum(self._num_bytes(request) + request.prompt.nbytes for request in requests)
+        for text in texts:
+            text.check(shape, self._vocab_size)
+        num_bytes = sum(self._state_bytes * (2 + len(text.checkpoints)) + text.ids.nbytes + 2000 for text in texts)
         if not self._memory.take(client, num_bytes):
             return None
         try:
             with self._changed:
-                if self._closing or self._places.num_taken or not self._at_once.begin(requests):
+                if self._closing or self._places.num_taken or not self._at_once.begin_reading(texts):
                     return None
             try:
-                return list(zip(rows, self._at_once.read(rows), strict=True))
-            except InvalidRows:  # `submit` says which
-                return None
+                return self._at_once.read(texts)
             except EngineFailed:
                 self._wake()  # so that the engine's thread fails its texts and ends
                 raise
