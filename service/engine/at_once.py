@@ -33,7 +33,7 @@ class AtOnce:
         return self._are_short([len(request.prompt) for request in requests]) and self._take()
 
     def begin_reading(self, texts: Sequence[ShortText]) -> bool:
-        """Take the stepper as `begin` does. Then call `read`. Returns False too if the stepper can't read short texts."""
+        """Take the stepper as `begin` does, if it reads short texts. Then call `read`."""
         return self._stepper.reads_short_texts and self._are_short([len(text.ids) for text in texts]) and self._take()
 
     def read(self, texts: Sequence[ShortText]) -> list[ReadText]:

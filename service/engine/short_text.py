@@ -1,4 +1,4 @@
-"""Characters to read after known states, for many texts in one call: without the objects of texts that generate or wait."""
+"""Short texts that are only read, after known states. Many of them are read in one call, without objects for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from service.arrays import MAX_POSITION, Float32, Ids
 from service.engine.request import check_ids, check_state
-from service.engine.scores import Distribution
+from service.engine.scores import Distribution, Scores
 from service.errors import InvalidValue
 
 
@@ -19,9 +19,11 @@ class ShortText:
     hidden: Float32  # (L, H), the state after `position` characters; not modified
     position: int
     ids: Ids  # (n,), the characters to read; may be empty
-    is_root: bool = False  # the state did not come from this engine unchanged, so that its numbers must be checked
-    checkpoints: tuple[int, ...] = ()  # the numbers of read characters, rising, from 1 to n, after which the state is reported
-    wants_scores: bool = False  # report the log-probabilities of the characters that are read
+    is_root: bool = False  # the state may not be one that this engine returned, so its numbers must be checked
+    # The numbers of read characters, rising, from 1 to n, after which the state is reported.
+    checkpoints: tuple[int, ...] = ()
+    # Report the log-probabilities of the characters that are read, and of this many likeliest ones at each place.
+    num_logprobs: int | None = None
     wants_next: bool = False  # report the distribution of the next character
 
     def check(self, shape: tuple[int, ...], vocab_size: int) -> None:
@@ -35,7 +37,7 @@ class ShortText:
 class ReadText(NamedTuple):
     """What came of a short text."""
 
-    logprobs: Float32  # (n,), in nats, of the characters that were read; empty if not requested
+    scores: Scores  # of the characters that were read; of none if not requested
     states: dict[int, Float32]  # (L, H) by the number of read characters, for the checkpoints
     hidden: Float32  # (L, H), the state after the last character
     next: Distribution | None  # all characters, the likeliest first; None if not requested
@@ -45,5 +47,5 @@ class ShortTextReader(Protocol):
     """A stepper that also reads short texts. They get the bits that `Stepper.advance` gives."""
 
     def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
-        """Read texts that were checked to their ends. Only one thread at a time may call a stepper."""
+        """Read texts that were checked, at least one, to their ends. Only one thread at a time may call a stepper."""
         ...

@@ -67,8 +67,8 @@ class Branches:
             prompt=branch.ids,
             max_chars=0,
             seed=0,
-            num_logprobs=0 if branch.wants_scores else None,
-            score_prompt=branch.wants_scores,
+            num_logprobs=branch.num_logprobs,
+            score_prompt=branch.num_logprobs is not None,
             hidden=branch.hidden,
             has_known_state=not branch.is_root,
             position=branch.position,
@@ -79,8 +79,7 @@ class Branches:
     def _read(self, branch: ShortText, handle: Handle) -> ReadText:
         result, end = whole(handle, self._client_has_left)
         states = {position - branch.position: state for position, state in end.checkpoints.items()}
-        scores = result.prompt_scores if result.prompt_scores is not None else Scores.none()
-        return ReadText(scores.chosen, states, end.hidden, end.next)
+        return ReadText(result.prompt_scores or Scores.none(), states, end.hidden, end.next)
 
 
 def state_after(

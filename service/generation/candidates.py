@@ -230,7 +230,7 @@ class _Plan:
                     _release(path)
                     continue
                 before = path.parent.logprobs[: path.start] if path.parent is not None else path.logprobs
-                path.logprobs = np.concatenate([before, result.logprobs])
+                path.logprobs = np.concatenate([before, result.scores.chosen])
                 path.states = {path.start + count: state for count, state in result.states.items()}
                 if path.parent is None:
                     path.states[path.start] = origin.hidden
@@ -252,7 +252,7 @@ def _branch(path: _Path, depth: int | None, origin: Origin) -> ShortText:
         np.array(path.ids, np.int64),
         is_root=path.parent is None,
         checkpoints=tuple(depth - path.start for depth in path.inner if depth > path.start),
-        wants_scores=True,
+        num_logprobs=0,
         wants_next=path.end in path.last_chars,
     )
 

@@ -6,56 +6,77 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.arrays import read_state
-from service.engine.scores import Distribution
+from service.engine.native.rows import address_of
+from service.engine.scores import Distribution, Scores
 from service.engine.short_text import ReadText, ShortText
 from service.model.config import ModelConfig
+
+_NO_SCORES = Scores.none()
 
 
 class PackedReading:
     """The GruRows of some short texts, and the memory that they point to. It serves one call of the kernel."""
 
     def __init__(self, texts: Sequence[ShortText], config: ModelConfig, dtype: np.dtype[Any]) -> None:
-        self._texts, num_texts = texts, len(texts)
-        shape, vocab_size = (config.num_layers, config.num_units), config.vocab_size
+        """dtype: of a GruRow."""
+        self._texts, num_texts, size = texts, len(texts), config.vocab_size
+        shape = config.num_layers, config.num_units
         # A join of bytes, because numpy would release the interpreter's lock for each copy: see `service.arrays`.
-        joined = bytearray().join([text.hidden.data for text in texts])
-        self._hidden = np.frombuffer(joined, np.float32).reshape(num_texts, *shape)
-        lengths = np.array([len(text.ids) for text in texts], np.int64)
-        self._ends = np.cumsum(lengths)
-        starts = self._ends - lengths
-        self._ids = np.concatenate([text.ids for text in texts]).astype(np.int64, copy=False)
-        self._logprobs = np.empty(len(self._ids), np.float32)
-        counts = np.array([len(text.checkpoints) for text in texts], np.int64)
-        self._states = np.empty((counts.sum(), *shape), np.float32)
+        states = bytearray().join([text.hidden.data for text in texts])
+        self._hidden = np.frombuffer(states, np.float32).reshape(num_texts, *shape)
+        lengths = [len(text.ids) for text in texts]
+        starts, num_chars = _starts(lengths)
+        self._ids = np.concatenate([text.ids for text in texts], dtype=np.int64)
+        self._tops = [0 if text.num_logprobs is None else min(text.num_logprobs, size) for text in texts]
+        top_starts, num_top = _starts([length * top for length, top in zip(lengths, self._tops, strict=True)])
+        self._chosen = np.empty(num_chars, np.float32)
+        self._top_ids, self._top = np.empty(num_top, np.int32), np.empty(num_top, np.float32)
+        counts = [len(text.checkpoints) for text in texts]
+        state_starts, num_states = _starts(counts)
+        self._states = np.empty((num_states, *shape), np.float32)
         self._positions = np.array([text.position + one for text in texts for one in text.checkpoints], np.int64)
-        with_next = np.array([text.wants_next for text in texts])
-        self._next_ids = np.empty((with_next.sum(), vocab_size), np.int32)
-        self._next = np.empty(self._next_ids.shape, np.float32)
+        next_starts, num_next = _starts([int(text.wants_next) for text in texts])
+        self._next_ids, self._next = np.empty((num_next, size), np.int32), np.empty((num_next, size), np.float32)
+
         self._rows = rows = np.zeros(num_texts, dtype)
-        before = np.cumsum(counts) - counts
-        place = np.cumsum(with_next) - with_next
+        state_bytes = self._hidden.strides[0]
         rows["position"] = [text.position for text in texts]
-        rows["hidden"] = self._hidden.ctypes.data + self._hidden.strides[0] * np.arange(num_texts)
-        rows["prompt"], rows["num_prompt"] = self._ids.ctypes.data + 8 * starts, lengths
+        rows["hidden"] = address_of(self._hidden) + state_bytes * np.arange(num_texts)
+        rows["num_prompt"], rows["prompt"] = lengths, address_of(self._ids) + 8 * starts
         rows["temperature"] = rows["is_plain"] = 1
-        rows["num_top"] = [0 if text.wants_scores else -1 for text in texts]
-        rows["chosen"] = self._logprobs.ctypes.data + 4 * starts
+        rows["num_top"] = [
+            -1 if text.num_logprobs is None else top for text, top in zip(texts, self._tops, strict=True)
+        ]
+        rows["chosen"] = address_of(self._chosen) + 4 * starts
+        rows["top_ids"] = address_of(self._top_ids) + 4 * top_starts
+        rows["top"] = address_of(self._top) + 4 * top_starts
         rows["num_checkpoints"] = counts
-        rows["checkpoint_positions"] = self._positions.ctypes.data + 8 * before
-        rows["checkpoints"] = self._states.ctypes.data + self._hidden.strides[0] * before
-        rows["num_next"] = np.where(with_next, vocab_size, -1)
-        rows["next_ids"] = self._next_ids.ctypes.data + 4 * vocab_size * place
-        rows["next"] = self._next.ctypes.data + 4 * vocab_size * place
+        rows["checkpoint_positions"] = address_of(self._positions) + 8 * state_starts
+        rows["checkpoints"] = address_of(self._states) + state_bytes * state_starts
+        rows["num_next"] = [size if text.wants_next else -1 for text in texts]
+        rows["next_ids"] = address_of(self._next_ids) + 4 * size * next_starts
+        rows["next"] = address_of(self._next) + 4 * size * next_starts
         self._addresses = (rows.ctypes.data + rows.itemsize * np.arange(num_texts)).astype(np.uintp)
-        self.address = self._addresses.ctypes.data
-        self.drawn = np.empty((num_texts, lengths.max()), np.int64)  # nothing is drawn
+        self.address = address_of(self._addresses)
+        self.drawn = np.empty((num_texts, max(lengths)), np.int64)  # nothing is drawn
 
     def results(self) -> list[ReadText]:
         """Return what came of each text, in memory of its own, after the call."""
-        results, start, state, place = [], 0, 0, 0
-        for text, hidden, end in zip(self._texts, self._hidden, self._ends.tolist(), strict=True):
+        results, start, top_start, state, place = list[ReadText](), 0, 0, 0, 0
+        for text, num_top, hidden in zip(self._texts, self._tops, self._hidden, strict=True):
+            scores, end = _NO_SCORES, start + len(text.ids)
+            if text.num_logprobs is not None:
+                top_end, shape = top_start + len(text.ids) * num_top, (len(text.ids), num_top)
+                scores = Scores(
+                    self._chosen[start:end].copy(),
+                    self._top_ids[top_start:top_end].reshape(shape).copy(),
+                    self._top[top_start:top_end].reshape(shape).copy(),
+                )
+                top_start = top_end
+            start = end
             states = {}
             for count in text.checkpoints:
                 states[count] = read_state(self._states[state])
@@ -64,7 +85,11 @@ class PackedReading:
             if text.wants_next:
                 following = Distribution(self._next_ids[place].copy(), self._next[place].copy())
                 place += 1
-            logprobs = self._logprobs[start : end if text.wants_scores else start].copy()
-            results.append(ReadText(logprobs, states, read_state(hidden), following))
-            start = end
+            results.append(ReadText(scores, states, read_state(hidden), following))
         return results
+
+
+def _starts(lengths: Sequence[int]) -> tuple[NDArray[np.int64], int]:
+    """Return (n,) where each of n > 0 parts begins, and where the last one ends."""
+    ends = np.cumsum(np.array(lengths, np.int64))
+    return ends - lengths, int(ends[-1])
