@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from service.engine.guarded_stepper import GuardedStepper
+from service.engine.request import Request
+from service.engine.short_text import ReadText, ShortText
 from service.engine.stepper import InvalidRows
 from service.engine.texts import Text
 
@@ -24,15 +26,27 @@ class AtOnce:
     def __init__(self, stepper: GuardedStepper) -> None:
         self._stepper = stepper
 
-    def begin(self, texts: Sequence[Text]) -> bool:
+    def begin(self, requests: Sequence[Request]) -> bool:
         """Take the stepper if these texts are few and short, and no other thread has it. Then call `step`."""
-        if not 0 < len(texts) <= _MAX_TEXTS:
+        if any(request.max_chars for request in requests):
             return False
-        lengths = [len(text.row.request.prompt) for text in texts]
-        if max(lengths) > _MAX_CHARS or sum(lengths) > _MAX_TOTAL_CHARS:
-            return False
-        if any(text.row.request.max_chars for text in texts):
-            return False
+        return self._are_short([len(request.prompt) for request in requests]) and self._take()
+
+    def begin_reading(self, texts: Sequence[ShortText]) -> bool:
+        """Take the stepper as `begin` does, if it reads short texts. Then call `read`."""
+        return self._stepper.reads_short_texts and self._are_short([len(text.ids) for text in texts]) and self._take()
+
+    def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
+        """Read texts to their ends, and let go of the stepper. Raises EngineFailed."""
+        try:
+            return self._stepper.read(texts)
+        finally:
+            self._stepper.lock.release()
+
+    def _are_short(self, lengths: Sequence[int]) -> bool:
+        return 0 < len(lengths) <= _MAX_TEXTS and max(lengths) <= _MAX_CHARS and sum(lengths) <= _MAX_TOTAL_CHARS
+
+    def _take(self) -> bool:
         return self._stepper.lock.acquire(blocking=False)
 
     def step(self, texts: Sequence[Text]) -> None:

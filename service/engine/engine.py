@@ -14,10 +14,11 @@ from service.engine.handle import Handle, Wishes
 from service.engine.pace import SHARED_TICK_S, TICK_S, Pace
 from service.engine.request import Request
 from service.engine.scheduler import Scheduler
+from service.engine.short_text import ReadText, ShortText
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
 from service.engine.texts import Job, JobBatch, Reading, Text, jobs_of
 from service.errors import EngineFailed, InvalidValue, Overloaded
-from service.shares import SharedBudget, SharedCapacity
+from service.shares import SharedBudget, SharedCapacity, current_client
 
 _CLOSING = "the engine is shutting down: try again in a moment"
 _UNLIMITED_BYTES = 2**60
@@ -64,7 +65,8 @@ class Engine:
         self._wishes = Wishes()
         self._batch: JobBatch | None = None  # what the last tick advanced, unless one of it has ended
         self._pace = Pace()
-        self._state_bytes = stepper.initial_hidden().nbytes
+        initial = stepper.initial_hidden()
+        self._state_shape, self._state_bytes = initial.shape, initial.nbytes
         self._short_ticks_until = 0.0
         self._changed = threading.Condition(threading.Lock())  # guards the fields below
         self._inbox: list[Job] = []
@@ -109,6 +111,33 @@ class Engine:
                 self._memory.give_back(client, num_bytes)
         return [text.handle for text in texts]
 
+    def read_at_once(self, texts: Sequence[ShortText]) -> list[ReadText] | None:
+        """Read texts on this thread, and return what came of each, in their order.
+
+        Returns None if they are not few and short, the engine is not idle, has no room or a stepper that can't do this:
+        then submit them. Raises InvalidValue, EngineFailed.
+        """
+        client, shape = current_client(), self._state_shape
+        self.check()
+        if self._places.num_taken or not self._places.has_room(client, len(texts)):
+            return None
+        for text in texts:
+            text.check(shape, self._vocab_size)
+        num_bytes = sum(self._state_bytes * (2 + len(text.checkpoints)) + text.ids.nbytes + 2000 for text in texts)
+        if not self._memory.take(client, num_bytes):
+            return None
+        try:
+            with self._changed:
+                if self._closing or self._places.num_taken or not self._at_once.begin_reading(texts):
+                    return None
+            try:
+                return self._at_once.read(texts)
+            except EngineFailed:
+                self._wake()  # so that the engine's thread fails its texts and ends
+                raise
+        finally:
+            self._memory.give_back(client, num_bytes)
+
     def _texts(self, requests: Sequence[Request]) -> list[Text]:
         rows = [Row.of(request, self._stepper.initial_hidden(), self._vocab_size) for request in requests]
         # What requests share counts once.
@@ -129,7 +158,7 @@ class Engine:
         """Give the jobs to the engine's thread; or return True if the texts must be stepped at once."""
         with self._changed:
             self.require_room(client, len(texts), already_admitted)
-            if self._places.num_taken == 0 and self._at_once.begin(texts):
+            if self._places.num_taken == 0 and self._at_once.begin([text.row.request for text in texts]):
                 return True
             self._places.take(client, len(texts))
             self._inbox.extend(jobs)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import structlog
 
 from service.arrays import Float32
 from service.engine.counters import Counters
+from service.engine.short_text import ReadText, ShortText, ShortTextReader
 from service.engine.stepper import InvalidRows, Row, Stepper, Steps
 from service.errors import EngineFailed
 
@@ -68,6 +70,26 @@ class GuardedStepper:
             self._started = None
         self.counters.ticked(len(rows), steps.num_read, steps.num_generated, self._clock() - started)
         return steps
+
+    @property
+    def reads_short_texts(self) -> bool:
+        """Whether the stepper has `read`."""
+        return hasattr(self._stepper, "read")
+
+    def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
+        """See `ShortTextReader`. Raises EngineFailed after any exception: then all later calls fail."""
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
+        self._started = started = self._clock()
+        try:
+            read = cast(ShortTextReader, self._stepper).read(texts)
+        except BaseException as error:
+            self.fail(error)
+            raise EngineFailed(_FAILED) from error
+        finally:
+            self._started = None
+        self.counters.ticked(len(texts), sum(len(text.ids) for text in texts), 0, self._clock() - started)
+        return read
 
     def fail(self, error: BaseException) -> str:
         """Refuse all later calls because of an error, which is logged. Return the reason that callers get."""

@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from service.arrays import Float32, Ids
 from service.engine.handle import Handle
 from service.engine.prefix_cache import CacheScope
 from service.engine.request import Request
-from service.engine.scores import Distribution, Scores
+from service.engine.scores import Scores
+from service.engine.short_text import ReadText, ShortText
 from service.errors import ClientGone, InvalidValue, Overloaded
 from service.generation.reader import step, whole
 from service.registry.loaded_models import LoadedModel
 
 _MAX_ROWS = 128  # that one request has in the engine at a time
-
-
-@dataclass(frozen=True)
-class Branch:
-    """Characters to read from a state, and what to report of them."""
-
-    hidden: Float32  # (L, H), the state after `position` characters
-    position: int
-    ids: Ids  # (n,), the characters to read; may be empty
-    is_root: bool = False  # no other branch gave or had its state, so that its numbers must be checked
-    checkpoints: tuple[int, ...] = ()  # the numbers of read characters, from 1 to n, after which the state is reported
-    # Report the log-probabilities of the characters that are read, and of this many likeliest ones at each place.
-    num_logprobs: int | None = None
-    wants_next: bool = False  # report the distribution of the next character
-
-
-@dataclass(frozen=True)
-class Grown:
-    """What came of a branch."""
-
-    scores: Scores  # of the characters that were read; of none if not requested
-    states: Mapping[int, Float32]  # (L, H) by the number of read characters, for the checkpoints
-    hidden: Float32  # (L, H), the state after the last character
-    next: Distribution | None  # all characters, the likeliest first; None if not requested
 
 
 class Branches:
@@ -53,18 +29,21 @@ class Branches:
         self._num_admitted = 0  # the most texts that the engine has accepted at a time
         self.num_stepped = 0  # characters
 
-    def grow(self, branches: Sequence[Branch]) -> list[Grown]:
+    def grow(self, branches: Sequence[ShortText]) -> list[ReadText]:
         """Return what came of each branch, in their order."""
-        grown: list[Grown] = []
+        grown: list[ReadText] = []
         while len(grown) < len(branches):
             if self._client_has_left is not None and self._client_has_left():
                 raise ClientGone("the client has closed the connection")
             part = branches[len(grown) : len(grown) + self._max_rows]
+            if (read := self._model.engine.read_at_once(part)) is not None:
+                grown += read
+                continue
             handles = self._submitted([self._request(branch) for branch in part])
             if handles is None:
                 continue
             try:
-                grown += [self._grown(branch, handle) for branch, handle in zip(part, handles, strict=True)]
+                grown += [self._read(branch, handle) for branch, handle in zip(part, handles, strict=True)]
             finally:
                 for handle in handles:
                     handle.cancel()
@@ -83,7 +62,7 @@ class Branches:
         self._num_admitted = max(self._num_admitted, len(requests))
         return handles
 
-    def _request(self, branch: Branch) -> Request:
+    def _request(self, branch: ShortText) -> Request:
         return Request(
             prompt=branch.ids,
             max_chars=0,
@@ -97,10 +76,10 @@ class Branches:
             num_next=len(self._model.charset) if branch.wants_next else None,
         )
 
-    def _grown(self, branch: Branch, handle: Handle) -> Grown:
+    def _read(self, branch: ShortText, handle: Handle) -> ReadText:
         result, end = whole(handle, self._client_has_left)
         states = {position - branch.position: state for position, state in end.checkpoints.items()}
-        return Grown(result.prompt_scores or Scores.none(), states, end.hidden, end.next)
+        return ReadText(result.prompt_scores or Scores.none(), states, end.hidden, end.next)
 
 
 def state_after(

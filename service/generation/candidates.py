@@ -18,7 +18,8 @@ import numpy as np
 
 from service.arrays import Float32, Float64, Ids
 from service.engine import arithmetic
-from service.generation.branches import Branch, Branches, Grown
+from service.engine.short_text import ReadText, ShortText
+from service.generation.branches import Branches
 from service.generation.portable_states import PortableStart
 from service.generation.reader import step
 from service.registry.loaded_models import LoadedModel
@@ -242,10 +243,10 @@ class _Plan:
         return scores
 
 
-def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
+def _branch(path: _Path, depth: int | None, origin: Origin) -> ShortText:
     if depth is not None:
-        return Branch(path.states[depth], origin.position + depth, np.empty(0, np.int64), wants_next=True)
-    return Branch(
+        return ShortText(path.states[depth], origin.position + depth, np.empty(0, np.int64), wants_next=True)
+    return ShortText(
         path.parent.states[path.start] if path.parent is not None else origin.hidden,
         origin.position + path.start,
         np.array(path.ids, np.int64),
@@ -256,7 +257,7 @@ def _branch(path: _Path, depth: int | None, origin: Origin) -> Branch:
     )
 
 
-def _score_last(scores: dict[tuple[int, ...], Float32], path: _Path, depth: int, result: Grown) -> None:
+def _score_last(scores: dict[tuple[int, ...], Float32], path: _Path, depth: int, result: ReadText) -> None:
     """Score the candidates with only their last character left at a place of a path."""
     if result.next is None:
         raise AssertionError("the distribution was requested")

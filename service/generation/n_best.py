@@ -26,7 +26,8 @@ from service.arrays import Float32, Float64, Ids, Int32
 from service.engine import arithmetic
 from service.engine.automaton.automaton import NEVER, Automaton
 from service.engine.scores import Distribution
-from service.generation.branches import Branch, Branches
+from service.engine.short_text import ShortText
+from service.generation.branches import Branches
 from service.generation.candidates import Origin, states_as_scores
 from service.model.charset import Charset
 from service.registry.loaded_models import LoadedModel
@@ -211,12 +212,12 @@ class _Search:
         grown = self._branches.grow([self._branch(entry) for entry in batch])
         return [self._node(entry, one.hidden, one.next) for entry, one in zip(batch, grown, strict=True) if one.next]
 
-    def _branch(self, entry: _Entry) -> Branch:
+    def _branch(self, entry: _Entry) -> ShortText:
         ids, node = entry[2], entry[4]
         if node is None:
-            return Branch(self._origin.hidden, self._origin.position, _NOTHING, is_root=True, wants_next=True)
+            return ShortText(self._origin.hidden, self._origin.position, _NOTHING, is_root=True, wants_next=True)
         position = self._origin.position + len(node.ids)
-        return Branch(node.hidden, position, np.array(ids[-1:], np.int64), wants_next=True)
+        return ShortText(node.hidden, position, np.array(ids[-1:], np.int64), wants_next=True)
 
     def _node(self, entry: _Entry, hidden: Float32, after: Distribution) -> tuple[_Node, _Entry | None]:
         negative, _, ids, state, _, _ = entry

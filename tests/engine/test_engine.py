@@ -24,6 +24,7 @@ from service.engine.native.native_stepper import NativeStepper, variants
 from service.engine.pace import SHARED_TICK_S, Pace, flush_interval
 from service.engine.request import Request
 from service.engine.sampling_settings import SamplingSettings
+from service.engine.short_text import ReadText, ShortText
 from service.engine.stepper import InvalidRows, Row, Stepper, StepResult, Steps
 from service.engine.texts import JobBatch, Text
 from service.engine.torch_stepper import TorchStepper
@@ -242,6 +243,53 @@ def test_submit__short_text_is_stepped_by_the_caller_if_the_engine_is_idle(stepp
         for thread in threads:
             thread.join()
         assert results == [expected] * 300
+
+
+@pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
+def test_read_at_once__reads_short_texts_if_the_engine_is_idle_and_has_room() -> None:
+    native = NativeStepper(quantized())
+    state = native.initial_hidden()
+    short = ShortText(state, 3, CHARSET.encode("ROMEO"), wants_next=True)
+    expected = native.read([short])[0]
+    with running(native, max_running=2, max_waiting=0, memory=SharedBudget(1_000_000)) as engine:
+        read = engine.read_at_once([short])
+        assert read is not None
+        assert (read[0].hidden == expected.hidden).all()
+        assert (engine.num_open, engine.memory_usage, engine.counters.num_read) == (0, 0, 5)
+        assert engine.read_at_once([replace(short, ids=CHARSET.encode("a" * 33))]) is None  # too long
+        assert engine.read_at_once([short] * 5) is None  # more than have room
+        for invalid in ({"position": -1}, {"ids": np.array([99])}, {"hidden": state[:, :5]}):
+            with pytest.raises(InvalidValue):
+                engine.read_at_once([replace(short, **invalid)])  # type: ignore[arg-type]
+        with pytest.raises(InvalidValue):
+            engine.read_at_once([replace(short, hidden=state + 2, is_root=True)])
+        text = engine.submit([request(max_chars=100_000)])[0]
+        assert engine.read_at_once([short]) is None
+        text.cancel()
+        text.wait()
+        wait_until(lambda: engine.read_at_once([short]) is not None)
+    assert engine.read_at_once([short]) is None  # `submit` refuses it
+    with running(_Gate()) as other:  # its stepper reads no short texts
+        assert other.read_at_once([short]) is None
+    with running(native, memory=SharedBudget(100)) as small:
+        assert small.read_at_once([short]) is None
+
+
+@pytest.mark.skipif(not variants(), reason="the kernel was not compiled: no C++17 compiler")
+def test_read_at_once__failure_fails_the_engine() -> None:
+    class Failing(NativeStepper):
+        def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
+            raise MemoryError
+
+    native = Failing(quantized())
+    with running(native) as engine:
+        engine.submit([request(max_chars=5)])[0].wait()  # starts the engine's thread
+        wait_until(lambda: engine.num_open == 0)
+        for _ in range(2):
+            with pytest.raises(EngineFailed):
+                engine.read_at_once([ShortText(native.initial_hidden(), 0, CHARSET.encode("a"))])
+        with pytest.raises(EngineFailed):
+            engine.submit([request()])
 
 
 def test_engine__failure_on_a_callers_thread_fails_all_texts(stepper: Stepper) -> None:

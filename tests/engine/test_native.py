@@ -27,6 +27,8 @@ from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, 
 from service.engine.request import Request
 from service.engine.sampling import History
 from service.engine.sampling_settings import PLAIN, SamplingSettings
+from service.engine.scores import Scores
+from service.engine.short_text import ShortText
 from service.engine.stepper import InvalidRows, Row, Stepper
 from service.engine.torch_stepper import TorchStepper
 from service.errors import InvalidSettings
@@ -193,6 +195,83 @@ def test_kernel__a_thousand_rows_get_what_each_gets_alone() -> None:
     for index in range(0, 1024, 97):
         single = rows_of(stepper, model.config, 1024)[index]
         assert outcome(stepper, [single])[0] == [crowd[index]]
+
+
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_kernel__any_number_of_rows_is_divided_among_threads_without_a_trace(variant: str, precision: Any) -> None:
+    """Around the numbers at which blocks of rows get larger or more, and with weights unpacked for several blocks."""
+    model = quantized(tiny_config(num_units=24), precision)
+    one = NativeStepper(model, 1, "portable")
+    numbers = (9, 24, 49) if EMULATED else (9, 16, 17, 24, 25, 33, 49, 97, 128, 257, 300, 330)
+    for number in numbers:
+        expected = outcome(one, rows_of(one, model.config, number, 2))
+        for num_threads in (1, 2, 3):
+            stepper = NativeStepper(model, num_threads, variant)
+            assert outcome(stepper, rows_of(stepper, model.config, number, 2)) == expected, (number, num_threads)
+
+
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_kernel__reports_the_next_characters_of_any_number_of_texts_as_of_each_alone(
+    variant: str, num_threads: int
+) -> None:
+    """Of some of the texts, which end in different steps."""
+    model = quantized()
+
+    def rows(stepper: Stepper, number: int) -> list[Row]:
+        asked = [None, 3, 0, 65]
+        return [row(stepper, "the lady"[: i % 9], i % 3, i, num_next=asked[i * i % 7 % 4]) for i in range(number)]
+
+    reference, stepper = TorchStepper(model), NativeStepper(model, num_threads, variant, always_together=True)
+    for number in (1, 5, 8, 9, 17, 37):
+        assert outcome(stepper, rows(stepper, number)) == outcome(reference, rows(reference, number))
+
+
+@not_emulated
+@pytest.mark.parametrize("variant", TESTED_VARIANTS)
+def test_read__short_texts_get_what_rows_get(variant: str) -> None:
+    for config in (tiny_config(num_units=64), tiny_config(num_units=37, num_layers=3)):
+        stepper, size = NativeStepper(quantized(config), variant=variant), config.vocab_size
+        for number in (1, 7, 30):
+            rng = np.random.default_rng(number)
+            texts = []
+            for _ in range(number):
+                length = int(rng.integers(0, 13))
+                some = tuple(sorted({*rng.integers(1, length + 1, 2).tolist()})) if length else ()
+                top = (None, 0, 3, 1000)[rng.integers(4)]
+                state = rng.uniform(-1, 1, (config.num_layers, config.num_units)).astype(np.float32)
+                ids = rng.integers(0, size, length)
+                texts.append(ShortText(state, int(rng.integers(99)), ids, True, some, top, bool(rng.random() < 0.5)))
+            before = [text.hidden.tobytes() for text in texts]
+            read = stepper.read(texts)
+            assert [text.hidden.tobytes() for text in texts] == before
+            for text, got in zip(texts, read, strict=True):
+                request = Request(
+                    text.ids,
+                    0,
+                    seed=5,
+                    num_logprobs=text.num_logprobs,
+                    score_prompt=text.num_logprobs is not None,
+                    hidden=text.hidden,
+                    position=text.position,
+                    checkpoint_positions=tuple(text.position + count for count in text.checkpoints),
+                    num_next=size if text.wants_next else None,
+                )
+                one = Row.of(request, stepper.initial_hidden(), size)
+                scores = run(stepper, [one])[0].prompt_scores or Scores.none()
+                assert got.hidden.tobytes() == one.hidden.tobytes()
+                assert (*got.states,) == text.checkpoints
+                assert [state.tobytes() for state in got.states.values()] == [
+                    each.tobytes() for each in one.checkpoints
+                ]
+                assert (got.next is None) == (one.next is None)
+                if got.next is not None and one.next is not None:
+                    assert got.next.ids.tolist() == one.next.ids.tolist()
+                    assert got.next.logprobs.tobytes() == one.next.logprobs.tobytes()
+                assert got.scores.chosen.tobytes() == scores.chosen.tobytes()
+                assert got.scores.top_ids.tolist() == scores.top_ids.tolist() or not len(text.ids)
+                assert got.scores.top.tobytes() == scores.top.tobytes()
 
 
 @not_emulated

@@ -97,8 +97,8 @@ class PackedRow:
         if positions and positions[0] <= row.position + num_steps:
             reached = np.array([one for one in positions if one <= row.position + num_steps], np.int64)
             self._checkpoints = np.empty((len(reached), *row.hidden.shape), np.float32)
-            record.num_checkpoints, record.checkpoints = len(reached), self._checkpoints.ctypes.data
-            record.checkpoint_positions = reached.ctypes.data
+            record.num_checkpoints, record.checkpoints = len(reached), address_of(self._checkpoints)
+            record.checkpoint_positions = address_of(reached)
             self._pointed_to.append(reached)
 
     def store(self, row: Row, chars: Ids, num_read: int, num_withheld: int) -> StepResult:
@@ -143,7 +143,7 @@ class PackedRow:
         """Return the address of an array, or of a contiguous copy with this dtype. Keeps it alive."""
         array = np.ascontiguousarray(array, dtype)
         self._pointed_to.append(array)
-        return array.ctypes.data
+        return address_of(array) if array.flags.writeable else array.ctypes.data
 
     def _add_sampling(self, sampling: SamplingSettings, history: History | None) -> None:
         record, vocab_size = self._record, self._config.vocab_size
@@ -200,7 +200,7 @@ class PackedRow:
         record.top = address_of(scores.top)
         if record.fewest:  # the automaton restricts
             self._among_allowed = np.empty(num_steps - num_read, np.float32)
-            record.among_allowed = self._among_allowed.ctypes.data
+            record.among_allowed = address_of(self._among_allowed)
 
 
 class PackedBatch:

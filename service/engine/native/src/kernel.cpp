@@ -234,6 +234,9 @@ const Variant* find(const char* name) {
 // Threads that neither share rows nor have as many each: one thread advances all rows.
 constexpr int64_t kOwnRows = 8;
 
+// With fewer multiples of rows for each thread (see Blocks), rows are not divided in multiples.
+constexpr int64_t kManyUnits = 8;
+
 class Kernel {
    public:
     Kernel(const GruModel& model, const Variant& variant, int num_threads, bool always_together)
@@ -315,12 +318,17 @@ class Kernel {
         const Blocks& blocks = variant_.blocks;
         const int num_threads = num_rows < kOwnRows * num_threads_ ? 1 : pool_.prepare(num_threads_);
         const int64_t least_number = num_threads == 1 ? 1 : blocks.per_thread * num_threads;
-        const int64_t number = std::max(least_number, round_up(divided(num_rows, blocks.most), num_threads));
-        const int64_t size = round_up(std::max(divided(num_rows, number), blocks.least), blocks.multiple);
+        const int64_t most_number = std::max<int64_t>(num_rows / blocks.least, 1);
+        int64_t number = std::max(least_number, round_up(divided(num_rows, blocks.most), num_threads));
+        number = std::min(number, most_number);
+        if (number > num_threads) number -= number % num_threads;  // as many for each thread
+        // With few rows it matters more that threads have the same number of them.
+        const int64_t unit = num_rows < kManyUnits * num_threads * blocks.multiple ? 1 : blocks.multiple;
+        const int64_t num_units = divided(num_rows, unit);
+        const auto block_begin = [&](int64_t i) { return std::min(num_units * i / number * unit, num_rows); };
         std::atomic<int64_t> next{0};
         pool_.run(num_threads, [&](int rank) {
-            for (int64_t begin; (begin = next.fetch_add(size)) < num_rows;)
-                advance_block(begin, std::min(begin + size, num_rows), rank);
+            for (int64_t i; (i = next.fetch_add(1)) < number;) advance_block(block_begin(i), block_begin(i + 1), rank);
         });
     }
 

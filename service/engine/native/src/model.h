@@ -79,7 +79,7 @@ struct Blocks {
     int per_thread;      // at least, so that a thread that shares its core leaves some to the others
     int64_t least;       // rows
     int64_t most;        // rows, so that the states of a block stay in the cache of a core
-    int64_t multiple;    // rows are divided in multiples of it
+    int64_t multiple;    // many rows are divided in multiples of it
     int64_t shared_rows; // with fewer rows for each thread, threads share the rows and divide the weights
 };
 
@@ -91,6 +91,7 @@ struct Variant {
     Packing packing;
     int max_rows;    // whose logits are computed at a time
     bool has_tiles;  // whether products are computed by product_tiles.inc
+    bool unpacks;    // whether 4-bit weights are stored as bytes for products with many rows
     Blocks blocks;
     void (*advance)(const Model&, Batch&, int64_t begin, int64_t end, Worker&, Barrier&, int rank);
     void (*recurrent_products)(const Model&, int64_t layer, const int8_t* rounded, int64_t num_rows, bool is_falling,
@@ -137,7 +138,7 @@ struct Worker {
     std::vector<Place> places;     // of the active rows
     States own, below, last;       // of a layer, of the layer below it, and of the last layer
     Buffer<float> inputs;          // (rows, 3, lanes) input gates of a group, in all layers but the first
-    Buffer<uint8_t> unpacked;      // tiles only: a group of 4-bit weights as bytes
+    Buffer<uint8_t> unpacked;      // a group of 4-bit weights as bytes
 
     Worker(const Model& model, const Variant& variant)
         : logits(variant.max_rows * model.num_logits),
@@ -146,7 +147,7 @@ struct Worker {
           ranked(model.vocab),
           may_follow(model.vocab),
           mask(model.vocab),
-          unpacked(variant.has_tiles ? kGates * variant.packing.lanes * model.layers[0].recurrent.columns : 0) {
+          unpacked(variant.unpacks ? kGates * variant.packing.lanes * model.layers[0].recurrent.columns : 0) {
         last.reserve(variant.max_rows, model, variant);
     }
 

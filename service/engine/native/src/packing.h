@@ -40,6 +40,19 @@ inline bool prefetching_helps() {
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// A group of a matrix, as products read it.
+struct Group {
+    const uint8_t* data;
+    int bits, offset;
+    int64_t columns;
+    int num_vectors;  // 1 to 3
+    bool prefetches;
+    uint8_t* bytes = nullptr;  // where the next product stores 4-bit weights as bytes; null: nowhere
+
+    // Returns the weights that a product has stored there.
+    Group unpacked() const { return {bytes, 8, offset, columns, num_vectors, false}; }
+};
+
 struct Matrix {
     int bits = 8;
     int offset = 0;       // added to each integer that is stored
@@ -50,7 +63,10 @@ struct Matrix {
     bool prefetches = false;  // whether products with few states request weights before they need them
     Buffer<uint8_t> data;
 
-    const uint8_t* group(int64_t g) const { return data.get() + g * group_bytes; }
+    Group group(int64_t g) const {
+        const int num_vectors = g + 1 == num_groups ? int(last_vectors) : kGates;
+        return {data.get() + g * group_bytes, bits, offset, columns, num_vectors, prefetches};
+    }
 };
 
 // Packs `weight` (rows, columns). row_of(group, vector, lane) returns the row to store there, or -1 for padding.

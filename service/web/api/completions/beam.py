@@ -10,9 +10,10 @@ import numpy as np
 from service.arrays import Ids
 from service.engine.prefix_cache import CacheScope
 from service.engine.scores import Scores, num_scores
+from service.engine.short_text import ShortText
 from service.errors import InvalidValue, plural
 from service.generation.automata import automaton_of, require_chars
-from service.generation.branches import Branch, Branches, state_after
+from service.generation.branches import Branches, state_after
 from service.generation.candidates import Origin
 from service.generation.n_best import Found, NBest, Wanted, affordable_steps, ends_at, most_scores, n_best
 from service.generation.portable_states import PortableStart
@@ -91,7 +92,9 @@ class BeamSearch:
         if num_logprobs is None:
             return [None] * len(best.texts)
         texts = [np.array(one.ids, np.int64) for one in best.texts]
-        grown = branches.grow([Branch(origin.hidden, origin.position, ids, num_logprobs=num_logprobs) for ids in texts])
+        grown = branches.grow(
+            [ShortText(origin.hidden, origin.position, ids, num_logprobs=num_logprobs) for ids in texts]
+        )
         return [one.scores for one in grown]
 
     def _wanted(self, body: CompletionBody) -> Wanted:
