@@ -54,8 +54,8 @@ Value = TypeVar("Value")
 
 
 def comes_to(read: Callable[[], Value], expected: Value) -> None:
-    """Read a value of the page until it is the expected one. Fails after 30 s."""
-    deadline = time.monotonic() + 30
+    """Read a value of the page until it is the expected one. Fails after a minute."""
+    deadline = time.monotonic() + 60
     while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert value == expected, f"{value!r}, not {expected!r}"

@@ -97,7 +97,7 @@ def test_example__reads_a_stream_across_a_restart_of_the_server(
         length, is_done, problem = seen(page)
         assert (is_done, problem) == (False, None)
     with serving(command, environment):
-        wait_until(lambda: seen(page)[1] or seen(page)[2] is not None, 120)
+        wait_until(lambda: seen(page)[1] or seen(page)[2] is not None)
         assert seen(page) == (len(whole), True, None)
         assert page.evaluate("() => text") == whole
     assert length < len(whole)

@@ -65,7 +65,7 @@ def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balance
                 return status != 200
 
             wait_until(is_busy)
-        wait_until(lambda: not is_busy(), 10)
+        wait_until(lambda: not is_busy())
         assert session.feed("b").position == 7
         wait_until(lambda: statuses(server, [session.id]) == [499])
 
