@@ -169,7 +169,7 @@ def test_eval__a_full_disk_is_said(folder: Folder) -> None:
             assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("interval", "text"), [("2", "ab" * 400), ("0", "ab" * 400), ("3", "a\nb\n" * 300)])
+@pytest.mark.parametrize(("interval", "text"), [("2", "ab" * 100), ("0", "ab" * 100), ("3", "a\nb\n" * 75)])
 def test_train__in_windows_of_one_character(folder: Folder, interval: str, text: str) -> None:
     folder.corpus.write_text(text)
     smallest = ("--batch-size", "1", "--sequence-length", "1", "--restart-interval", interval)

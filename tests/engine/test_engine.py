@@ -104,7 +104,7 @@ def test_engine__texts_that_join_and_leave_at_random_get_what_each_gets_alone(
 
     def submit_some(seed: int, engine: Engine) -> None:
         rng = np.random.default_rng(seed)
-        for _ in range(25):
+        for _ in range(12):
             which = rng.integers(len(REQUESTS), size=rng.integers(1, 4)).tolist()
             handles = engine.submit([REQUESTS[i] for i in which])
             if rng.random() < 0.3:
