@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from service.store.model_store import ModelStore
 from tests.harness.models import publish_tiny
@@ -22,6 +23,12 @@ from tests.harness.redis_topologies import redis_cluster
 # that nothing is stored (a fifth of a server's start).
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# How long an example takes, and how long it takes to draw it, is a question of what else the machine does.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
 
 # The networks of the tests are small: a second thread gains little with them, and while it waits it occupies a core
 # that the servers of other tests need. Tests of several threads set their own number.
@@ -72,7 +79,7 @@ def no_leaks() -> Iterator[None]:
     threads, files, torch_threads = set(threading.enumerate()), _open_files(), torch.get_num_threads()
     yield
     torch.set_num_threads(torch_threads)
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30  # of a machine that stalls; a test that leaves nothing waits for nothing
     while True:
         left_threads = [thread for thread in threading.enumerate() if thread not in threads]
         left_files = {fd: target for fd, target in _open_files().items() if files.get(fd) != target}

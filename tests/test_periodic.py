@@ -17,7 +17,7 @@ def test_periodic_thread__calls_again_at_once_while_there_is_more_to_do() -> Non
 
     def work() -> bool:
         begun.set()
-        assert may_return.wait(10)
+        assert may_return.wait(60)
         calls.append(threading.current_thread().name)
         has_more = next(results)
         if not has_more:
@@ -25,10 +25,10 @@ def test_periodic_thread__calls_again_at_once_while_there_is_more_to_do() -> Non
         return has_more
 
     with closing(PeriodicThread("worker", 0.001, work)) as thread:
-        assert begun.wait(10)
+        assert begun.wait(60)
         thread._interval_s = NEVER_S  # from now on only the result can cause another call
         may_return.set()
-        assert idle.wait(10)
+        assert idle.wait(60)
     assert calls == ["worker"] * 3
 
 
@@ -36,7 +36,7 @@ def test_periodic_thread__calls_again_after_the_interval() -> None:
     calls = threading.Semaphore(0)
     with closing(PeriodicThread("worker", 0.001, calls.release)):
         for _ in range(3):
-            assert calls.acquire(timeout=10)
+            assert calls.acquire(timeout=60)
 
 
 def test_periodic_thread__closing_waits_for_the_current_call_and_makes_no_other() -> None:
@@ -46,15 +46,15 @@ def test_periodic_thread__closing_waits_for_the_current_call_and_makes_no_other(
     def work() -> bool:
         nonlocal num_finished
         begun.set()
-        assert finish.wait(10)
+        assert finish.wait(60)
         num_finished += 1
         return True
 
     thread = PeriodicThread("worker", 0.001, work)
-    assert begun.wait(10)
+    assert begun.wait(60)
     closer = threading.Thread(target=thread.close)
     closer.start()
-    assert thread._closing.wait(10)
+    assert thread._closing.wait(60)
     assert closer.is_alive()
     finish.set()
     closer.join()

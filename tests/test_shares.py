@@ -128,10 +128,10 @@ def test_shared_budget__is_waited_for_until_others_give_back() -> None:
         assert budget.take("b", 2)  # others need not wait for those that do
         budget.give_back("b", 2)
         budget.give_back("a", 10)
-        assert [future.result(20) for future in waiting[2:]] == [True]
+        assert [future.result(60) for future in waiting[2:]] == [True]
         budget.give_back("b", 6)
         wait_until(lambda: any(future.done() for future in waiting[:2]))
         assert not all(future.done() for future in waiting[:2])
         budget.give_back("a", 6)
-        assert [future.result(20) for future in waiting] == [True] * 3
+        assert [future.result(60) for future in waiting] == [True] * 3
     assert budget.num_taken == 6

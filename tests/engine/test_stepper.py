@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine import stepper as stepper_module
@@ -61,16 +61,22 @@ def model(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def alone(stepper: Stepper) -> list[list[Any]]:
+def alone(request: pytest.FixtureRequest) -> list[list[Any]]:
     """What each kind of row gets alone, one character per call."""
-    results = []
+    return _alone(request.node.callspec.params["stepper"])
+
+
+@cache
+def _alone(stepper_and_model: str) -> list[list[Any]]:
+    name, model = stepper_and_model.split("-")
+    stepper, results = STEPPERS[name](MODELS[model]), []
     for kind in KINDS:
         one = with_checkpoints(stepper, **kind)
         results.append(everything(one, run(stepper, [one], 1)[0]))
     return results
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_stepper__neighbours_and_tick_lengths_change_nothing(
     stepper: Stepper, alone: list[list[Any]], data: st.DataObject
@@ -362,7 +368,7 @@ def ruled_alone() -> Callable[[str, int], list[Any]]:
     return alone
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None)
 @given(
     seeds=st.lists(st.integers(0, 400), min_size=1, max_size=24, unique=True),
     num_chars=st.integers(1, 7),

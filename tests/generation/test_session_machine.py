@@ -52,7 +52,7 @@ from tests.harness.effort import IS_THOROUGH
 from tests.harness.models import TINY_CHARSET, engine_settings, publish_tiny
 from tests.harness.redis_stores import TIMEOUT_S
 
-NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500" if IS_THOROUGH else "150"))
+NUM_RUNS = int(os.environ.get("SESSION_MACHINE_RUNS", "500" if IS_THOROUGH else "75"))
 RETENTION, TTL_S = Retention(8, 64), 100.0
 TEXTS = st.text(TINY_CHARSET, max_size=30)
 SEEDS = st.integers(-3, 3)

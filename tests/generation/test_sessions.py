@@ -215,15 +215,30 @@ def test_generate__repeated_takes_over_its_first_attempt(bench: Bench) -> None:
 
 
 def interrupted(bench: Bench, run: RunStream, *, as_whole: bool = False) -> str:
-    """Interrupt all runs after the first chunk of this one, and return what it sent until Draining."""
-    got, pieces = "", run.whole(0.001) if as_whole else run.chunks(0.0, 0.001)
-    first = next(pieces)
-    bench.sessions.runs.interrupt_all(0.05)
-    try:
-        for piece in itertools.chain([first], pieces):
+    """Interrupt all runs after the first characters of this one, and return what it sent until Draining.
+
+    Meanwhile the engine is so slow that this thread may be delayed for seconds.
+    """
+    stepper = bench.models.get("tiny").engine._stepper
+    advance = stepper.advance
+
+    def slowly(rows: Any, num_chars: int) -> Any:
+        time.sleep(2e-3 * num_chars)
+        return advance(rows, num_chars)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stepper, "advance", slowly)
+        got, pieces = "", run.whole(0.001) if as_whole else run.chunks(0.0, 0.001)
+        for piece in itertools.islice(pieces, 1) if as_whole else pieces:
             got += piece.text if piece is not None else ""
-    except Draining:
-        return got
+            if len(got) >= 100:
+                break
+        bench.sessions.runs.interrupt_all(0.05)
+        try:
+            for piece in pieces:
+                got += piece.text if piece is not None else ""
+        except Draining:
+            return got
     pytest.fail("it was not interrupted")
 
 
@@ -234,7 +249,7 @@ def test_interrupt_all__lets_a_run_be_resumed_elsewhere(
     bench: Bench, stops: tuple[str, ...], form: Form | None
 ) -> None:
     """Also if the last characters may be the beginning of a stop string, which must not be sent."""
-    request = RunRequest(8000, PLAIN, stops, form=form)
+    request = RunRequest(3000, PLAIN, stops, form=form)
     bench.create()
     whole = drain(bench.generate(request=request))
     bench.sessions.rewind(SessionKey("", "a"), 6)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from service.engine.kernels import Kernel
 from service.engine.torch_stepper import TorchStepper
@@ -85,24 +86,36 @@ def publish_names(store: ModelStore, name: str = "names") -> str:
     """Publish a model of lines such as `Anna`, as one that was trained on lines; return its reference.
 
     After the zero state it writes one of NAMES; then small letters, and after each of them perhaps a newline; after a
-    newline, the next line. Its state only remembers the last character, so its weights can be written down.
+    newline, the next line.
     """
     charset = "\n" + NAMES + "anoé"
+    begins = np.array([char in NAMES for char in charset])
+    after_letter = np.where(begins, -30.0, 0.0)
+    after_begin = np.where(begins | (np.arange(len(charset)) == 0), -30.0, 0.0)
+    logits = np.stack([np.where(begins, 0.0, -30.0)] + [after_begin] * len(NAMES) + [after_letter] * 4)
+    return publish_pairs(store, name, charset, logits)
+
+
+def publish_pairs(store: ModelStore, name: str, charset: str, logits: NDArray[np.float64]) -> str:
+    """Publish a model whose state only remembers the last character, so that its weights can be written down.
+
+    Args:
+        store: Where it is published.
+        name: The model's name.
+        charset: Its characters.
+        logits: (V, V): of each character after each character. The zero state counts as the first one.
+    """
     size = len(charset)
     config = tiny_config(charset=charset, embedding_dim=size, num_units=size)
     tensors = {key: np.zeros(shape, np.float32) for key, shape in config.tensor_shapes().items()}
     tensors["embedding.weight"] += np.eye(size, dtype=np.float32)
     tensors["gru.weight_ih_l0"][2 * size :] = 9 * np.eye(size)  # the candidate: 1 for the unit of the last character
     tensors["gru.bias_ih_l0"][size : 2 * size] = -30  # the update gate: nothing remains of the state before
-    begins = np.array([char in NAMES for char in charset])
-    after_letter = np.where(begins, -30.0, 0.0)
-    after_begin = np.where(begins | (np.arange(size) == 0), -30.0, 0.0)
-    logits = np.stack([np.where(begins, 0.0, -30.0)] + [after_begin] * len(NAMES) + [after_letter] * 4)
     tensors["dense.bias"][:] = logits[0]
     tensors["dense.weight"][:] = (logits - logits[0]).T
 
     def write(directory: Path) -> None:
         facts: dict[str, object] = {"losses": {"validation_nats_per_char": 1.5}, "published_at": 1_700_000_000}
-        write_artifact(directory, config, tensors, facts, {"README.md": b"# names\n"})
+        write_artifact(directory, config, tensors, facts, {"README.md": f"# {name}\n".encode()})
 
     return store.publish(name, write).ref

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import venv
 
 import pytest
@@ -24,8 +25,9 @@ def own_python(cache: pytest.Cache, packages: list[str], *options: str) -> str:
     folder = cache.mkdir("environment-" + "-".join(package.replace("==", "-") for package in packages))
     python, finished = folder / "bin" / "python", folder / "finished"
     if not finished.exists():
-        venv.create(folder, clear=True, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", "--retries", "0", "--timeout", "10", *options, *packages]
+        venv.create(folder, clear=True)  # without pip: to install it takes seconds, and that of this environment serves
+        install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--retries", "0"]
+        install += ["--timeout", "10", *options, *packages]
         refuse = pytest.fail if os.environ.get("CI") else pytest.skip
         try:
             result = subprocess.run(install, capture_output=True, text=True, timeout=INSTALL_S, check=False)

@@ -48,7 +48,7 @@ class RedisProcess:
                     return False
                 return True
 
-            wait_until(answers, 20)
+            wait_until(answers)
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process. After SIGKILL, return when the process has ended."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from service.sessions.redis_store import RedisStore
 from service.sessions.session import Session
 from service.sessions.text import Text
 from tests.harness.clock import Clock
+from tests.harness.wait import wait_until
 
 Answer = TypeVar("Answer")
 LEASE_S = 0.3
@@ -43,13 +43,15 @@ def characters(one: Session) -> str:
 
 def when_served(call: Callable[[], Answer]) -> Answer:
     """Repeat a call until the store doesn't refuse it because of a restart."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return call()
-        except StoreUnavailable:
-            assert time.monotonic() < deadline, "the store doesn't recover"
-            time.sleep(0.02)
+    answers: list[Answer] = []
+
+    def is_served() -> bool:
+        with suppress(StoreUnavailable):
+            answers.append(call())
+        return bool(answers)
+
+    wait_until(is_served)
+    return answers[0]
 
 
 @contextmanager

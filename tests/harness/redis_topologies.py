@@ -37,7 +37,7 @@ class SentinelProcess:
                 return bool(client.ping())
             return False
 
-        wait_until(answers, 20)
+        wait_until(answers)
 
     def client(self) -> Any:
         """Return a client of it."""
@@ -84,11 +84,11 @@ class SentinelGroup:
                 return bool(client.execute_command("SENTINEL", "FAILOVER", SERVICE))
             return False
 
-        wait_until(begins, 30)
+        wait_until(begins)
 
     def wait_until_whole(self) -> None:
         """Wait until all servers follow the master, and every Sentinel knows all servers and the other Sentinels."""
-        wait_until(self._is_whole, 60)
+        wait_until(self._is_whole)
 
     def _is_whole(self) -> bool:
         for sentinel in self.sentinels:
@@ -172,11 +172,11 @@ class Cluster:
             followed = [state["connected_slaves"] for state in states if state["role"] == "master"]
             return followed == [1] * len(self.masters)
 
-        wait_until(is_whole, 60)
+        wait_until(is_whole)
 
     def wait_until_ok(self) -> None:
         """Wait until every node that answers finds that the cluster works."""
-        wait_until(lambda: all(map(_is_ok, self.nodes)), 60)
+        wait_until(lambda: all(map(_is_ok, self.nodes)))
 
 
 def stop_replicating(master: RedisProcess) -> None:
@@ -188,7 +188,7 @@ def stop_replicating(master: RedisProcess) -> None:
 
 def admin_of(node: RedisProcess) -> Any:
     """Return a client of one server."""
-    return redis.Redis("127.0.0.1", node.port, socket_timeout=2)
+    return redis.Redis("127.0.0.1", node.port, socket_timeout=30)
 
 
 @contextmanager
@@ -227,11 +227,11 @@ def _form(nodes: list[RedisProcess], bus_ports: list[int], num_masters: int) -> 
         for number, client in enumerate(clients[:num_masters]):
             first, after = (NUM_SLOTS * n // num_masters for n in (number, number + 1))
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, after - 1)
-        wait_until(lambda: all(len(client.cluster("NODES")) == len(nodes) for client in clients), 30)
+        wait_until(lambda: all(len(client.cluster("NODES")) == len(nodes) for client in clients))
         replicas = clients[num_masters:]
         for master, replica in zip(clients, replicas, strict=False):
             replica.execute_command("CLUSTER", "REPLICATE", master.cluster("MYID"))
-        wait_until(lambda: all(client.info("replication").get("master_link_status") == "up" for client in replicas), 30)
+        wait_until(lambda: all(client.info("replication").get("master_link_status") == "up" for client in replicas))
 
 
 def _is_ok(node: RedisProcess) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -54,8 +55,8 @@ Value = TypeVar("Value")
 
 
 def comes_to(read: Callable[[], Value], expected: Value) -> None:
-    """Read a value of the page until it is the expected one. Fails after 30 s."""
-    deadline = time.monotonic() + 30
+    """Read a value of the page until it is the expected one. Fails after a minute."""
+    deadline = time.monotonic() + 60
     while (value := read()) != expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert value == expected, f"{value!r}, not {expected!r}"
@@ -71,6 +72,8 @@ class Screen:
     problems: list[str] = field(default_factory=list)
     # Requests that failed, because the server refused them or the connection was broken; as the console reports them.
     refusals: list[str] = field(default_factory=list)
+    # The browser has broken off a request because of a change of the network since the page was loaded.
+    is_network_changed: bool = False
     # Requests without a whole answer so far.
     unanswered: list[Request] = field(default_factory=list)
 
@@ -102,20 +105,34 @@ class Screen:
             self.unanswered.remove(request)
 
     def _on_console(self, kind: str, text: str) -> None:
-        if text.startswith("Failed to load resource"):
+        if "net::ERR_NETWORK_CHANGED" in text:
+            self.is_network_changed = True
+        elif text.startswith("Failed to load resource"):
             self.refusals.append(text)
         elif kind in ("error", "warning"):
             self.problems.append(f"{kind}: {text}")
 
     def load(self) -> Screen:
         """Open the page."""
+        self.is_network_changed = False
         self.page.goto(self.url + "/")
         return self.wait_until_ready()
 
     def wait_until_ready(self) -> Screen:
-        """Wait until the page can be used. A failure tells what it shows, and what it waits for."""
+        """Wait until the page can be used. A failure tells what it shows, and what it waits for.
+
+        The browser breaks off requests when an interface of the machine's network changes, also one that they don't
+        use, such as a container's. The page repeats its own, but not those for its files, so it is loaded again.
+        """
         try:
-            self.page.wait_for_selector("body.ready", timeout=60_000)
+            for _ in range(30):
+                with suppress(Error):  # it took too long
+                    self.page.wait_for_selector("body.ready", timeout=2_000)
+                    return self
+                if self.is_network_changed:
+                    self.is_network_changed = False
+                    self.page.reload()
+            self.page.wait_for_selector("body.ready", timeout=2_000)
         except Error as error:
             shown = self.page.locator("#trouble").all_inner_texts()
             waits = [f"{request.method} {request.url}" for request in self.unanswered]

@@ -118,7 +118,7 @@ def serving(command: list[str], environment: dict[str, str], directory: Path | N
         return port is not None and Endpoint(port).is_ready()
 
     try:
-        wait_until(is_ready, 120)
+        wait_until(is_ready)
         port = _reported_port(log)
         assert port is not None
         yield Server(port, process, log)

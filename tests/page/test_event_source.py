@@ -20,7 +20,7 @@ from tests.harness.wait import wait_until
 DOCS = (Path(__file__).parents[2] / "docs" / "sessions.md").read_text()
 EXAMPLES = re.findall(r"^```js\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
 EVENT_SOURCE, FETCH = (example for example in EXAMPLES)
-NUM_CHARS = 4000  # which take the server a few seconds
+NUM_CHARS = 10_000  # which take the server a second or more
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +42,15 @@ def environment(tiny_store: ModelStore, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
+def pages(browser: Browser) -> Iterator[dict[str, Page]]:
+    """A page for each example."""
     context = browser.new_context(bypass_csp=True)  # any page of the server may run the examples
-    yield context.new_page()
+    yield {example: context.new_page() for example in (EVENT_SOURCE, FETCH)}
     context.close()
 
 
-def run(page: Page, url: str, example: str, **names: Any) -> None:
+def run(page: Page, example: str, **names: Any) -> None:
     """Begin to run an example of the docs on a page of the server; what it gets is in `window.text` and others."""
-    page.goto(f"{url}/healthz")
     page.evaluate(
         """([code, names]) => {
             Object.assign(window, {text: "", problem: null, isDone: false}, names);
@@ -65,15 +65,12 @@ def seen(page: Page) -> tuple[int, bool, object]:
     return found[0], found[1], found[2]
 
 
-def begin(url: str, name: str, num_chars: int) -> str:
-    """Begin a continuation of a new session, and leave it; return the whole text."""
+def begin(url: str, name: str, num_chars: int) -> None:
+    """Begin a continuation of a new session, and leave it."""
     with Client(url) as client:
-        whole = "".join(client.create("ROMEO:", seed=7).generate(num_chars))
-        session = client.create("ROMEO:", seed=7, id=name)
-        pieces = session.generate(num_chars)
+        pieces = client.create("ROMEO:", seed=7, id=name).generate(num_chars)
         next(pieces)
         pieces.close()
-    return whole
 
 
 def stop(server: Server) -> None:
@@ -81,23 +78,31 @@ def stop(server: Server) -> None:
     assert server.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("example", ["EventSource", "fetch"])
-def test_example__reads_a_stream_across_a_restart_of_the_server(
-    page: Page, environment: dict[str, str], example: str
+def test_examples__read_a_stream_across_a_restart_of_the_server(
+    pages: dict[str, Page], environment: dict[str, str]
 ) -> None:
     """The stream ends with `reconnect`. Then the server refuses for a while, then nothing listens, then it is back."""
     port = free_port()
     command, url = [*SERVE[:-1], str(port)], f"http://127.0.0.1:{port}"
-    code = EVENT_SOURCE if example == "EventSource" else FETCH
     with serving(command, environment) as server:
-        whole = begin(url, f"restarted-{example}", NUM_CHARS)
-        run(page, url, code, session=f"restarted-{example}")
-        wait_until(lambda: seen(page)[0] > 0)
+        for number, page in enumerate(pages.values()):
+            page.goto(f"{url}/healthz")
+            begin(url, f"restarted-{number}", NUM_CHARS)
+        for number, (example, page) in enumerate(pages.items()):
+            run(page, example, session=f"restarted-{number}")
+        for page in pages.values():
+            wait_until(lambda page=page: seen(page)[0] > 0)  # type: ignore[misc]
         stop(server)
-        length, is_done, problem = seen(page)
-        assert (is_done, problem) == (False, None)
+        lengths = []
+        for page in pages.values():
+            length, is_done, problem = seen(page)
+            assert (is_done, problem) == (False, None)
+            lengths.append(length)
     with serving(command, environment):
-        wait_until(lambda: seen(page)[1] or seen(page)[2] is not None, 120)
-        assert seen(page) == (len(whole), True, None)
-        assert page.evaluate("() => text") == whole
-    assert length < len(whole)
+        for page, length in zip(pages.values(), lengths, strict=True):
+            wait_until(lambda page=page: seen(page)[1] or seen(page)[2] is not None)  # type: ignore[misc]
+            assert seen(page) == (NUM_CHARS, True, None)
+            assert length < NUM_CHARS
+        with Client(url) as client:
+            whole = "".join(client.create("ROMEO:", seed=7).generate(NUM_CHARS))
+        assert [page.evaluate("() => text") for page in pages.values()] == [whole] * 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from playwright.sync_api import expect
 
 from service.client import Client
+from service.store.model_store import ModelStore
 from tests.harness.browser import ENVIRONMENT, OpenPage
+from tests.harness.models import publish_pairs
 from tests.harness.server import SERVE, Server, serving
 
 # Markup, entities, Hebrew with vowel points, Arabic, letters with combining marks for which no composed letter exists,
@@ -27,16 +29,15 @@ CORPUS = "\n".join(LINES) + "\n"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a small model that was trained on these lines."""
-    folder = tmp_path_factory.mktemp("hostile")
-    (folder / "corpus.txt").write_text(CORPUS * 60, encoding="utf-8")
-    command = [sys.executable, "-m", "service", "train", "--corpus", "corpus.txt", "--name", "hostile"]
-    command += ["--model-store", "store", "--num-units", "64", "--embedding-dim", "16", "--epochs", "25"]
-    command += ["--batch-size", "16", "--learning-rate", "0.01", "--warmup-steps", "20", "--weight-decay", "0"]
-    command += ["--input-dropout", "0", "--recurrent-dropout", "0", "--output-dropout", "0", "--average-decay", "0"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
-    store = {"GRU_SERVE_MODEL_STORE": str(folder / "store"), "GRU_SERVE_MODEL": "hostile"}
-    with serving(SERVE, ENVIRONMENT | store) as server:
+    """A server of a model that writes the pairs of characters of these lines."""
+    charset = "".join(sorted(set(CORPUS)))
+    counts = np.zeros((len(charset), len(charset)))
+    for before, after in pairwise(CORPUS):
+        counts[charset.index(before), charset.index(after)] += 1
+    store = ModelStore(tmp_path_factory.mktemp("hostile"))
+    publish_pairs(store, "hostile", charset, np.log(counts + 1e-9))
+    settings = {"GRU_SERVE_MODEL_STORE": str(store.root), "GRU_SERVE_MODEL": "hostile"}
+    with serving(SERVE, ENVIRONMENT | settings) as server:
         yield server
 
 
@@ -51,7 +52,7 @@ def test_hostile_text__is_shown_as_plain_text(open_page: OpenPage, client: Clien
     whole = CORPUS + "".join(session.generate(1500, temperature=0.8, seed=3))
     screen.shows(whole)
     generated = whole[len(CORPUS) :]
-    # The model was trained well enough to generate each kind of hostile text.
+    # The model generates each kind of hostile text.
     assert any(tag in generated for tag in ("<script", "<img", "</"))
     assert any("\u0590" <= char <= "\u06ff" for char in generated)
     assert any("\u0300" <= char <= "\u036f" for char in generated)

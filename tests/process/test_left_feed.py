@@ -18,6 +18,7 @@ from tests.harness.server import SERVE, Endpoint, Server, serving
 from tests.harness.wait import wait_until
 
 NUM_CHARS = 1_000_000  # which take this server far longer than the test
+SOON_S = 30
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_feed__is_stopped_when_its_client_leaves(server: Server, through_balance
                 return status != 200
 
             wait_until(is_busy)
-        wait_until(lambda: not is_busy(), 10)
+        wait_until(lambda: not is_busy(), SOON_S)
         assert session.feed("b").position == 7
         wait_until(lambda: statuses(server, [session.id]) == [499])
 

@@ -42,7 +42,7 @@ class SlowStore(ModelStore):
             self.num_loading += 1
             self.most_loading = max(self.most_loading, self.num_loading)
         try:
-            assert self.allowed.wait(20)
+            assert self.allowed.wait(60)
             return super().load(ref)
         finally:
             with self._lock:

@@ -54,13 +54,13 @@ def look(store: RedisStore) -> bool:
 
 def open_again(*stores: RedisStore) -> None:
     """Let all of these look at the cluster until all serve calls."""
-    wait_until(lambda: False not in [look(store) for store in stores], 20)
+    wait_until(lambda: False not in [look(store) for store in stores])
 
 
 def restart(cluster: Cluster, master: RedisProcess) -> None:
     master.kill()
     master.start()
-    wait_until(lambda: all(is_ok(node) for node in cluster.masters), 30)
+    wait_until(lambda: all(is_ok(node) for node in cluster.masters))
 
 
 def is_ok(node: RedisProcess) -> bool:
@@ -109,7 +109,7 @@ def test_epoch__never_goes_back_after_a_master_has_lost_its_own(cluster: Cluster
             if other is not master:
                 with admin_of(other) as client:
                     client.hset(key_of(store, other), "e", fast)
-        wait_until(lambda: look(store) and store._server.epoch == fast, 20)
+        wait_until(lambda: look(store) and store._server.epoch == fast)
         assert epochs(cluster, store) == [fast] * 3
         with admin_of(master) as client:
             client.delete(key_of(store, master))
@@ -134,7 +134,7 @@ def test_recovery__waits_for_a_replica_that_was_there(cluster: Cluster) -> None:
         master.kill()
         master.lose_what_was_written_since(on_disk)
         master.start()
-        wait_until(lambda: all(is_ok(node) for node in cluster.masters), 30)
+        wait_until(lambda: all(is_ok(node) for node in cluster.masters))
         began = time.monotonic()
         while time.monotonic() < began + 2 * WINDOW_S:
             assert not look(other)
@@ -161,7 +161,7 @@ def test_recovery__does_not_wait_for_a_replica_that_reaches_only_some_masters(
             assert not look(cut_off)
             return look(other)
 
-        wait_until(is_open, 20)
+        wait_until(is_open)
         monkeypatch.undo()
         open_again(cut_off)
         assert cut_off._server.epoch == other._server.epoch

@@ -226,7 +226,7 @@ def test_lost_lease__ends_the_run_of_its_holder(server: RedisProcess) -> None:
         assert other.update(A, appended("y")) == 7
         recover(one)
         open_again(one)
-        assert is_ended.wait(10)
+        assert is_ended.wait(60)
         with pytest.raises(RevisionConflict):
             lease.save(appended("z")(lease.session)[0])
         with pytest.raises(SessionLost):

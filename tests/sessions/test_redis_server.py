@@ -104,7 +104,7 @@ def lose_the_disk(admin: Any) -> None:
     shutil.rmtree(admin.config_get("dir")["dir"])
     admin.config_set("save", "3600 1")
     admin.bgsave()
-    wait_until(lambda: admin.info("persistence")["rdb_last_bgsave_status"] == "err", 20)
+    wait_until(lambda: admin.info("persistence")["rdb_last_bgsave_status"] == "err")
 
 
 REFUSALS: dict[str, tuple[Act, Act]] = {
@@ -195,7 +195,7 @@ def sentinel(directory: Path) -> Iterator[str]:
         return False
 
     try:
-        wait_until(answers, 20)
+        wait_until(answers)
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         process.kill()
@@ -311,7 +311,7 @@ def test_server__refuses_without_a_break_while_its_user_lacks_any_permission(tmp
             admin.execute_command("ACL", "SETUSER", "default", f"+{command}")
             if server.ping():
                 server.mark_restored()
-            wait_until(lambda: is_open(server), 5)
+            wait_until(lambda: is_open(server))
 
 
 # Several servers, one after the other
@@ -347,7 +347,7 @@ def test_check__refuses_a_server_that_was_promoted_until_others_have_restored(tm
         standby = ending.enter_context(redis_process(tmp_path / "b"))
         admin = ending.enter_context(administering(standby))
         admin.replicaof("127.0.0.1", str(master.port))
-        wait_until(lambda: admin.info("replication")["master_link_status"] == "up", 20)
+        wait_until(lambda: admin.info("replication")["master_link_status"] == "up")
         admin.replicaof("NO", "ONE")
         wait_until(lambda: admin.info("server")["uptime_in_seconds"] >= 2)
         server = ending.enter_context(connected(standby.url, recovery_window_s=0.5))

@@ -116,7 +116,7 @@ def test_sentinels__orderly_failover_under_writes_loses_none(group: SentinelGrou
                 stores[0]._server._connections.discover()
             assert time.monotonic() - began < 4  # each wait for it takes 0.4 s
             group.fail_over()
-            wait_until(write, 30)
+            wait_until(write)
         finally:
             hanging.send(signal.SIGCONT)
         assert group.master() is not old
@@ -292,11 +292,11 @@ def test_cluster__continues_with_the_replica_of_a_master_that_dies(tmp_path: Pat
         victim.start()
         cluster.wait_until_ok()
         with admin_of(victim) as client:
-            wait_until(lambda: client.info("replication").get("master_link_status") == "up", 30)
+            wait_until(lambda: client.info("replication").get("master_link_status") == "up")
             for _ in range(5):
                 client.execute_command("CLUSTER", "FAILOVER")
                 with suppress(AssertionError):  # the nodes give up if it takes them longer than 5 s
-                    wait_until(lambda: client.info("replication")["role"] == "master", 6)
+                    wait_until(lambda: client.info("replication")["role"] == "master", 10)
                     break
             assert client.info("replication")["role"] == "master"
         with suppress(OutcomeUnknown):  # the call may have been sent on a connection from before the failover

@@ -322,7 +322,7 @@ def test_update__may_change_another_session_meanwhile(store: SessionStore) -> No
         return replace(one, seed=9), seed
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(store.update, A, changing_the_other).result(20) == 7
+        assert pool.submit(store.update, A, changing_the_other).result(60) == 7
     assert [store.load(key).seed for key in (A, B)] == [9, 8]
 
 
@@ -333,7 +333,7 @@ def test_update__by_many_threads_loses_none(store: SessionStore) -> None:
 
     def count() -> int:
         num_applied = 0
-        barrier.wait(10)
+        barrier.wait(60)
         for _ in range(40):
             try:
                 store.update(A, lambda one: (replace(one, seed=one.seed + 1), None))
@@ -433,13 +433,13 @@ def test_lease__goes_to_one_of_many_threads(store: SessionStore) -> None:
 
     def reach() -> None:
         for _ in range(50):
-            barrier.wait(10)
+            barrier.wait(60)
             try:
                 lease = lease_of(store)
             except SessionBusy:
                 continue
             finally:
-                barrier.wait(10)
+                barrier.wait(60)
             got.append(lease)
             lease.release()
 

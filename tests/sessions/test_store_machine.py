@@ -262,7 +262,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def settle(self) -> None:
         """Wait until Redis has done all that it was sent, also calls that timed out."""
-        wait_until(self.proxy.is_idle, 30)
+        wait_until(self.proxy.is_idle)
         for _ in range(2):  # after the first one it knows all connections
             self.admin("PING")
 
@@ -486,7 +486,7 @@ class StoreMachine(RuleBasedStateMachine):
                 return True
             return False
 
-        wait_until(all_serve, 30)
+        wait_until(all_serve)
         self.settle()
         for session_id, known in self.sessions.items():
             copies = [{known.state}]

@@ -165,9 +165,9 @@ def test_publish__concurrent_threads_get_different_numbers(store: ModelStore) ->
 
 def test_publish__concurrent_processes_get_different_numbers(store: ModelStore) -> None:
     publish = "print(c.publish_tiny(c.ModelStore(pathlib.Path(sys.argv[1]))))"
-    code = f"import sys, pathlib, tests.harness.models as c\nfor _ in range(4): {publish}"
+    code = f"import sys, pathlib, tests.harness.models as c\nfor _ in range(6): {publish}"
     command = [sys.executable, "-c", code, str(store.root)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     refs = [ref for process in processes for ref in process.communicate()[0].split()]
     assert sorted(int(ref.removeprefix("tiny@")) for ref in refs) == list(range(1, 13))
 
@@ -278,7 +278,7 @@ def test_delete__of_two_concurrent_calls_the_second_finds_no_version(
 
 def test_describe__a_version_deleted_meanwhile_is_not_found(store: ModelStore) -> None:
     def publish_and_delete() -> None:
-        for _ in range(40):
+        for _ in range(20):
             store.delete(publish_tiny(store))
 
     writer = threading.Thread(target=publish_and_delete)

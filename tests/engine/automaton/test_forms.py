@@ -92,11 +92,15 @@ def hostile_forms() -> list[tuple[Form, str]]:
 @pytest.mark.parametrize(("form", "message"), hostile_forms(), ids=range(len(hostile_forms())))
 @pytest.mark.parametrize("charset", [CHARSET, "".join(map(chr, range(32, 50_000)))], ids=["small", "large"])
 def test_hostile_form__is_refused_with_its_place_and_in_bounded_memory(form: Form, message: str, charset: str) -> None:
-    tracemalloc.start()
+    """Memory is measured with the large charset only, which takes more of it: to measure is slow."""
+    most = 0
+    if charset != CHARSET:
+        tracemalloc.start()
     try:
         with pytest.raises(InvalidValue) as error:
             FormCache().get(form, charset)
-        most = tracemalloc.get_traced_memory()[1]
+        if tracemalloc.is_tracing():
+            most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert message in error.value.message

@@ -128,7 +128,7 @@ def test_stops__that_are_refused_are_tried_once_and_one_at_a_time(monkeypatch: p
     barrier = threading.Barrier(6)
 
     def refused(number: int) -> InvalidValue:
-        barrier.wait(10)
+        barrier.wait(60)
         with pytest.raises(InvalidValue, match="with this form") as error:
             with_stops(ring, [np.arange(200 + number % 2)], 500)
         return error.value

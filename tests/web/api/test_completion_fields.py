@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.web.api.completions.schemas import CompletionAnswer, CompletionBody
@@ -19,7 +19,7 @@ from tests.harness.application import ok, refused
 from tests.harness.models import TINY_CHARSET
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 60, "seed": 7}
-examples = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(max_examples=60, deadline=None)
 
 
 def ids_of(text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -84,7 +84,7 @@ def accepted_values() -> st.SearchStrategy[tuple[str, Any]]:
     return st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), values(name)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(st.lists(accepted_values(), max_size=8).map(dict))
 def test_accepted_values__change_nothing(client: FlaskClient, sent: dict[str, Any]) -> None:
     assert text(client, **sent) == text(client)

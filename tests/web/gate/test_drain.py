@@ -74,7 +74,7 @@ def test_interrupt__runs_callbacks_in_order_and_continues_after_a_failure() -> N
     drain, called, may_fail = Drain(30, 0), [], threading.Event()
 
     def fail() -> None:
-        may_fail.wait(20)
+        may_fail.wait(60)
         called.append("first")
         raise OSError("the disk is gone")
 
