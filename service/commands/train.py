@@ -58,6 +58,7 @@ class _Request:
     store: Any
     store_option: Path | None
     given: dict[str, Any]  # hyperparameters that were given
+    minutes: int | None
     chat: ChatTemplate | None
 
 
@@ -85,7 +86,7 @@ class _Request:
     "--resume",
     is_flag=True,
     help="Continue the run in the checkpoint, with the settings that it began with, or publish it if that failed. "
-    "--epochs may be raised, --patience and --threads may differ.",
+    "--epochs may be raised; --max-chars, --minutes, --patience and --threads may differ.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint of an unfinished run.")
 @click.option(
@@ -93,6 +94,12 @@ class _Request:
     type=click.Choice(_DEVICES),
     default="auto",
     help="Where to train; auto takes a GPU if torch can use one.  [auto]",
+)
+@click.option(
+    "--minutes",
+    type=click.IntRange(1, 10**6),
+    help="Train for about this time at most: the characters that this machine reads in it, measured at the start, "
+    "become --max-chars. With --resume they are added to those that were read.",
 )
 @model_store_option
 @field_options(Hyperparameters)
@@ -105,6 +112,7 @@ def train_command(
     resume: bool,
     overwrite: bool,
     device: Device,
+    minutes: int | None,
     model_store: Path | None,
     **options: Any,
 ) -> None:
@@ -117,6 +125,8 @@ def train_command(
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
     limit_spinning()
+    if minutes is not None and options["max_chars"] is not None:
+        raise click.UsageError("--minutes chooses --max-chars: give one of them")
     store = open_store(model_store, create=True)
     store.versions(name)  # refuses an impossible name before anything is written
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
@@ -133,7 +143,7 @@ def train_command(
             given = {key: value for key, value in options.items() if value is not None}
             place = find_device(device)
             request = _Request(
-                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given, chat
+                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given, minutes, chat
             )
         with lock_checkpoint(checkpoint, name, say):
             _train_and_publish(request, signals)
@@ -142,6 +152,7 @@ def train_command(
 def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     """Carry out the command. Raises Stopped and GruServeError."""
     from service.training.publishing import Publication
+    from service.training.recipe import limiting_option
 
     with signals.says("stopped before the training began: nothing has changed"):
         corpus, trainer = _prepare(request)
@@ -150,7 +161,8 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         existing = publication.existing()
         if trainer.state.finished and existing:
             chat = "; `gru-serve models chat` gives it a chat template" if request.chat else ""
-            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it{chat}")
+            more = limiting_option(trainer.settings, corpus.num_training_chars)
+            tell(f"the run is finished and published as {existing.ref}; --resume with more {more} continues it{chat}")
             return
         publication.rehearse()
         _describe(request, corpus, trainer)
@@ -182,6 +194,8 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
         _check_initial(request, state)
         settings = _changed(state.settings, request.given)
         corpus = _read(request.sources, settings, known=state.charset)
+        if request.minutes is not None:
+            settings = _within(request.minutes, request, settings, corpus, num_updates=state.step)
         trainer = Trainer(corpus, settings, request.checkpoint, device=request.device)
         trainer.restore(state)
         if state.device != request.device.type:
@@ -195,7 +209,7 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
     initial = _load_initial(request)
     settings = _settings(request.given, initial)
     corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
-    settings = _choose(settings, corpus)
+    settings = _choose(request, settings, corpus, initial)
     trainer = Trainer(corpus, settings, request.checkpoint, initial, request.device)
     _choose_chat(trainer, request.chat or (initial.artifact.chat if initial else None))
     return corpus, trainer
@@ -210,11 +224,16 @@ def _choose_chat(trainer: Trainer, chat: ChatTemplate | None) -> None:
     trainer.state.chat = chat
 
 
-def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
+def _choose(
+    request: _Request, settings: Hyperparameters, corpus: Corpus, initial: InitialVersion | None
+) -> Hyperparameters:
     """Choose the settings that were not given, and say what was chosen."""
     from service.training.recipe import choose
 
-    recipe = choose(settings, corpus.num_training_chars, len(corpus.training.starts))
+    sizes = corpus.num_training_chars, len(corpus.training.starts), corpus.num_validation_chars
+    if request.minutes is not None:
+        settings = _within(request.minutes, request, settings, corpus, initial)
+    recipe = choose(settings, *sizes)
     for line in recipe.lines:
         say(line)
     if corpus.num_validation_chars < _FEW_HELD_OUT:
@@ -223,6 +242,28 @@ def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
             "with: add text, or raise --validation-fraction or --validation-chars"
         )
     return recipe.settings
+
+
+def _within(
+    minutes: int,
+    request: _Request,
+    given: Hyperparameters,
+    corpus: Corpus,
+    initial: InitialVersion | None = None,
+    num_updates: int = 0,  # done before
+) -> Hyperparameters:
+    """Measure how fast this machine trains, say it, and return the given settings with the limit of --minutes."""
+    from service.training.recipe import choose, limit_time
+    from service.training.trainer import Trainer
+
+    sizes = corpus.num_training_chars, len(corpus.training.starts), corpus.num_validation_chars
+    given = given.model_copy(update={"max_chars": 0})
+    settings = choose(given, *sizes).settings
+    pace = Trainer(corpus, settings, request.checkpoint, initial, request.device).pace()
+    num_read = num_updates * settings.batch_size * settings.sequence_length
+    num_read += limit_time(given, 60.0 * minutes, pace, *sizes).max_chars
+    say(f"{plural(minutes, 'minute', ',')} at {pace:,.0f} characters a second, and evaluations: --max-chars {num_read}")
+    return given.model_copy(update={"max_chars": num_read})
 
 
 def _refuse_to_overwrite(checkpoint: Path) -> None:

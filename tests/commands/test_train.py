@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,6 +25,7 @@ from service.model.chat_template import PRESETS
 from service.store.model_store import ModelStore
 from service.training import devices
 from service.training.checkpoint import lock_checkpoint, read_state
+from service.training.trainer import Trainer
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 80
 SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
@@ -187,6 +189,35 @@ def test_train__two_runs_do_not_share_a_checkpoint(place: Place) -> None:
     assert result.exit_code == 1
     assert f"is in use by process {os.getpid()} on" in result.stderr
     assert not place.store.exists()
+
+
+def test_train__for_some_minutes_reads_what_the_machine_reads_in_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces: list[Trainer] = []
+
+    def pace(trainer: Trainer) -> float:
+        paces.append(trainer)
+        return 50.0
+
+    monkeypatch.setattr(Trainer, "pace", pace)
+    result = place.train(*SMALL, "--minutes", "1")
+    assert result.exit_code == 0, result.output
+    facts = place.facts(1)
+    limit = facts["settings"]["max_chars"]
+    assert f"1 minute at 50 characters a second, and evaluations: --max-chars {limit}\n" in result.stderr
+    assert 2000 <= limit <= 3000
+    assert facts["run"]["num_updates"] == math.ceil(limit / (4 * 16))
+    assert f"--max-chars {limit}" in facts["command"]
+    finished = place.train("--resume")
+    assert "--resume with more --max-chars continues it" in finished.output
+    result = place.train("--resume", "--minutes", "1")
+    assert result.exit_code == 0, result.output
+    more = place.facts(2)["settings"]["max_chars"]
+    assert facts["run"]["num_updates"] * 64 + 2000 <= more <= facts["run"]["num_updates"] * 64 + 3000
+    assert len(paces) == 2
+    refused = place.train(*SMALL, "--minutes", "1", "--max-chars", "5", "--overwrite")
+    assert (refused.exit_code, "--minutes chooses --max-chars" in refused.output) == (2, True)
 
 
 def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
