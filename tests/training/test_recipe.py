@@ -22,8 +22,9 @@ from service.training.trainer import Trainer
 
 GIVEN = {
     "num_units": st.integers(1, 2048), "batch_size": st.integers(1, 4096), "sequence_length": st.integers(1, 4096),
-    "restart_interval": st.integers(0, 9999).filter(lambda n: n != 1), "epochs": st.integers(1, 10_000), "warmup_steps": st.integers(0, 9999),
-    "weight_decay": st.floats(0, 10), "input_dropout": st.floats(0, 0.9), "recurrent_dropout": st.floats(0, 0.9),
+    "restart_interval": st.just(0) | st.integers(2, 9999), "epochs": st.integers(1, 10_000),
+    "warmup_steps": st.integers(0, 9999), "weight_decay": st.floats(0, 10), "input_dropout": st.floats(0, 0.9),
+    "recurrent_dropout": st.floats(0, 0.9),
     "output_dropout": st.floats(0, 0.9), "eval_interval": st.integers(0, 9999), "patience": st.integers(0, 9999),
     "lines": st.booleans(), "learning_rate": st.floats(1e-6, 1),
 }  # fmt: skip

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import resource
+import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,6 +287,28 @@ def test_save_checkpoint__says_when_there_is_no_space_for_a_second_copy(
     monkeypatch.setattr("service.training.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(InvalidCheckpoint, match="free space, or name another place"):
         run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_save_checkpoint__cut_off_in_the_middle_leaves_the_old_one_and_nothing_that_stays(
+    tmp_path: Path, is_killed: bool
+) -> None:
+    trainer, _ = run(tmp_path / "run", stop_after=1)
+    files, before = sorted(tmp_path.iterdir()), (tmp_path / "run").read_bytes()
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            with suppress(InvalidCheckpoint):
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_killed else signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+                trainer.save()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGXFSZ if is_killed else 1)
+        assert (tmp_path / "run").read_bytes() == before
+    trainer.save()
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_trainer__refuses_a_model_that_is_too_large(tmp_path: Path) -> None:
