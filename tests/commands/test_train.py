@@ -7,10 +7,12 @@ import json
 import math
 import os
 import platform
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,32 @@ def test_train__stays_with_the_precision_that_was_faster_at_the_start(
         assert place.facts(number)["settings"]["precision"] == "float32"
     result = place.train(*SMALL, "--epochs", "1", "--overwrite")
     assert "products in bfloat16 (bfloat16 is 2.0 times as fast here)\n" in result.stderr
+
+
+def test_progress__on_a_terminal_shows_the_time_that_is_left_and_the_losses_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with open(master, "rb", buffering=0) as screen, open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        lines = []
+        with Progress("training", 27_000_000) as progress:
+            assert progress._bar is not None
+            progress._bar.start_t -= 36_000  # it began ten hours ago
+            progress._bar.n = 2_000_000
+            progress.note("loss 1.523, validation 1.4321")
+            for columns in (80, 50, 20):  # the window of the terminal becomes narrower
+                termios.tcsetwinsize(terminal, (24, columns))
+                progress._bar.refresh()
+                shown = ""
+                while "training:   7%" not in shown:
+                    shown += screen.read(10_000).decode()
+                lines.append(shown.rpartition("\r")[2].rstrip())
+                assert len(lines[-1]) <= columns
+        monkeypatch.undo()
+    assert "| 125:00:00 left, loss 1.523, validation 1.4321, 55.6char/s" in lines[0]
+    assert "125:00:00 left, loss 1.523" in lines[1]
 
 
 def test_progress__in_a_log_file_is_a_line_every_30_seconds(
