@@ -24,7 +24,7 @@ from service.commands.options import (
 )
 from service.commands.progress import Progress, say, tell
 from service.commands.stopping import Stopped, StopSignals
-from service.errors import GruServeError, TrainingDiverged, plural
+from service.errors import GruServeError, InvalidCheckpoint, TrainingDiverged, plural
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
@@ -169,6 +169,8 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     again = f"--resume continues from {request.checkpoint}"
     with signals.says(f"stopped at once; {again}, as it was last written"):
         failure = _train(trainer, signals)
+    if isinstance(failure, InvalidCheckpoint) and trainer.state.best is not None:
+        failure = InvalidCheckpoint(f"{failure.message}; {again}, as it was last written")
     if trainer.state.best is None:
         if failure:
             raise failure
@@ -177,7 +179,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     if published := publication.existing():
         say(f"the best weights so far are those of {published.ref}, which is published already")
     else:
-        _publish(request, publication, trainer, _ended(trainer, failure, signals), signals)
+        _publish(request, publication, trainer, failure, signals)
     if failure:
         raise failure
     if not trainer.state.finished:
@@ -465,16 +467,23 @@ def _ended(trainer: Trainer, failure: GruServeError | None, signals: StopSignals
     )
 
 
-def _publish(request: _Request, publication: Publication, trainer: Trainer, ended: str, signals: StopSignals) -> None:
+def _publish(
+    request: _Request,
+    publication: Publication,
+    trainer: Trainer,
+    failure: GruServeError | None,  # of the training
+    signals: StopSignals,
+) -> None:
     """Publish the best weights, and print what to do with them."""
     import torch
 
     from service.training.checkpoint import mark_published
 
+    ended = _ended(trainer, failure, signals)
     torch.set_num_threads(1)  # a single text is measured faster on one core than on two
     with signals.says(f"stopped before the model was published; --resume with {request.checkpoint} publishes it"):
         measuring = Progress("measuring the best weights", publication.num_measured)
-        with _says_how_to_publish(request.checkpoint), measuring:
+        with _says_how_to_publish(request.checkpoint, failure), measuring:
             version, record = publication.publish(ended, measuring.update)
         try:
             mark_published(request.checkpoint, record)
@@ -485,15 +494,16 @@ def _publish(request: _Request, publication: Publication, trainer: Trainer, ende
 
 
 @contextmanager
-def _says_how_to_publish(checkpoint: Path) -> Iterator[None]:
-    """Let every failure say that nothing is lost."""
+def _says_how_to_publish(checkpoint: Path, failure: GruServeError | None) -> Iterator[None]:
+    """Let every failure say that nothing is lost, or how much is if the checkpoint could not be written either."""
     try:
         yield
     except (GruServeError, OSError, MemoryError, RuntimeError) as error:
         what = error.message if isinstance(error, GruServeError) else str(error) or type(error).__name__
-        raise click.ClickException(
-            f"the model could not be published: {what}. Its weights are in {checkpoint}: --resume publishes them"
-        ) from error
+        advice = f"Its weights are in {checkpoint}: --resume publishes them"
+        if isinstance(failure, InvalidCheckpoint):
+            advice = failure.message
+        raise click.ClickException(f"the model could not be published: {what}. {advice}") from error
 
 
 def _say_next(request: _Request, trainer: Trainer, record: PublishedRecord) -> None:

@@ -143,6 +143,11 @@ class Trainer:
         Raises InvalidCheckpoint if the checkpoint belongs to another corpus or has other settings, or is damaged.
         """
         if state.corpus_sha256 != self.state.corpus_sha256:
+            if state.corpus_name == self.state.corpus_name:
+                raise InvalidCheckpoint(
+                    f"the corpus, {state.corpus_name}, has changed since the run in {self.checkpoint} began: restore "
+                    "it, or begin anew on what it is now with --overwrite, from the published model with --init-from"
+                )
             raise InvalidCheckpoint(
                 f"{self.checkpoint} belongs to another corpus, {state.corpus_name}: give that corpus, or name another "
                 "file with --checkpoint"
