@@ -259,11 +259,15 @@ def _within(
     from service.training.trainer import Trainer
 
     sizes = corpus.num_training_chars, len(corpus.training.starts), corpus.num_validation_chars
-    given = given.model_copy(update={"max_chars": 0})
-    settings = choose(given, *sizes).settings
-    pace = Trainer(corpus, settings, request.checkpoint, initial, request.device).pace()
+    settings, pace = choose(given.model_copy(update={"max_chars": 0}), *sizes).settings, 0.0
+    for _ in range(2):  # what is chosen for the limit may be slower, because its batches are smaller
+        pace = Trainer(corpus, settings, request.checkpoint, initial, request.device).pace()
+        limited = limit_time(given, 60.0 * minutes, pace, *sizes)
+        settings, before = choose(limited, *sizes).settings, settings
+        if (settings.batch_size, settings.sequence_length) == (before.batch_size, before.sequence_length):
+            break
     num_read = num_updates * settings.batch_size * settings.sequence_length
-    num_read += limit_time(given, 60.0 * minutes, pace, *sizes).max_chars
+    num_read += limited.max_chars
     say(f"{plural(minutes, 'minute', ',')} at {pace:,.0f} characters a second, and evaluations: --max-chars {num_read}")
     return given.model_copy(update={"max_chars": num_read})
 

@@ -16,12 +16,14 @@ from service.training.hyperparameters import CHOSEN, Hyperparameters, windows_pe
 # A column for each number of training characters. Between two columns a setting is interpolated over the logarithm of
 # the number; beyond the first and the last it stays as it is there.
 _SIZES = (9_000, 27_000, 135_000, 900_000, 9_000_000, 90_000_000, 900_000_000)
-# A small batch gives a small text enough updates.
+_MOST_EPOCHS = 30
+# A small batch gives a small text enough updates, and a run that reads little of a text: what it reads in 30 epochs
+# counts as the size of the text.
 _BATCH_SIZE = (8, 16, 32, 64, 64, 64, 64)
 _SEQUENCE_LENGTH = (64, 64, 100, 100, 100, 100, 100)
 # More text needs fewer passes, and less against learning it by heart. Time grows as the root of the size beyond a
 # million characters.
-_EPOCHS = (30, 30, 30, 30, 10, 3, 1)
+_EPOCHS = (_MOST_EPOCHS, 30, 30, 30, 10, 3, 1)
 _WEIGHT_DECAY = (1.0, 1.0, 1.0, 1.0, 0.3, 0.1, 0.1)
 _INPUT_DROPOUT = (0.25, 0.25, 0.1, 0.1, 0.05, 0.0, 0.0)
 _RECURRENT_DROPOUT = (0.5, 0.5, 0.4, 0.4, 0.2, 0.1, 0.0)
@@ -62,11 +64,16 @@ def choose(given: Hyperparameters, num_chars: int, num_texts: int = 1, num_held_
         num_texts: texts that it consists of, each of them read from the zero state.
         num_held_out: characters that each evaluation reads.
     """
+    epochs = round(_at(num_chars, _EPOCHS))
+    num_read = num_chars * _with(given, {"epochs": epochs}).epochs
+    if given.max_chars:
+        num_read = min(num_read, given.max_chars)
+    size = min(num_chars, num_read // _MOST_EPOCHS)
     chosen = {
         "num_units": _UNITS if num_chars >= _FEW_CHARS else _FEW_UNITS,
-        "batch_size": 8 * round(_at(num_chars, _BATCH_SIZE) / 8),
-        "sequence_length": round(_at(num_chars, _SEQUENCE_LENGTH)),
-        "epochs": round(_at(num_chars, _EPOCHS)),
+        "batch_size": 8 * round(_at(size, _BATCH_SIZE) / 8),
+        "sequence_length": round(_at(size, _SEQUENCE_LENGTH)),
+        "epochs": epochs,
         "weight_decay": round(_at(num_chars, _WEIGHT_DECAY), 2),
         "input_dropout": round(_at(num_chars, _INPUT_DROPOUT), 2),
         "recurrent_dropout": round(_at(num_chars, _RECURRENT_DROPOUT), 2),
