@@ -36,7 +36,7 @@ from typing import Any
 from tests.harness.server import SERVE, Server, serving
 
 TRAIN = [sys.executable, "-m", "service", "train"]
-UPDATED = re.compile(rb"training: +\d+%\|[^|]*\| *[1-9][\d.]*[kMG]?/")  # the bar once characters were read
+UPDATED = re.compile(rb"training: +\d+%\|[^|]*\|[^|\r]*, loss \d")  # the bar once characters were read
 LIMIT_S = 7200.0
 ROOT = Path(__file__).parent.parent
 

@@ -88,7 +88,9 @@ class Progress:
 
         tqdm.monitor_interval = 0  # tqdm's monitor thread would outlive the bar
         unit = "B" if self._unit == "byte" else "char"
+        # What matters is first, because a narrow terminal shows only the beginning.
+        numbers = "| {remaining} left{postfix}, {rate_fmt}"
         return tqdm(
             desc=self._what, total=self._total, initial=self._initial, unit=unit, unit_scale=True, mininterval=0.5,
-            leave=False,
+            leave=False, dynamic_ncols=True, bar_format="{l_bar}{bar}" + numbers if self._total else None,
         )  # fmt: skip

@@ -25,7 +25,7 @@ from service.commands.options import (
 )
 from service.commands.progress import Progress, say, tell
 from service.commands.stopping import Stopped, StopSignals
-from service.errors import GruServeError, TrainingDiverged, plural
+from service.errors import GruServeError, InvalidCheckpoint, TrainingDiverged, plural
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class _Request:
     store: Any
     store_option: Path | None
     given: dict[str, Any]  # hyperparameters that were given
+    minutes: int | None
     chat: ChatTemplate | None
 
 
@@ -86,7 +87,7 @@ class _Request:
     "--resume",
     is_flag=True,
     help="Continue the run in the checkpoint, with the settings that it began with, or publish it if that failed. "
-    "--epochs may be raised, --patience and --threads may differ.",
+    "--epochs may be raised; --max-chars, --minutes, --patience and --threads may differ.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint of an unfinished run.")
 @click.option(
@@ -94,6 +95,12 @@ class _Request:
     type=click.Choice(_DEVICES),
     default="auto",
     help="Where to train; auto takes a GPU if torch can use one.  [auto]",
+)
+@click.option(
+    "--minutes",
+    type=click.IntRange(1, 10**6),
+    help="Train for about this time at most: the characters that this machine reads in it, measured at the start, "
+    "become --max-chars. With --resume they are added to those that were read.",
 )
 @model_store_option
 @field_options(Hyperparameters)
@@ -106,6 +113,7 @@ def train_command(
     resume: bool,
     overwrite: bool,
     device: Device,
+    minutes: int | None,
     model_store: Path | None,
     **options: Any,
 ) -> None:
@@ -118,6 +126,8 @@ def train_command(
     Example: gru-serve train --corpus tinyshakespeare.txt --name shakespeare --epochs 10
     """
     limit_spinning()
+    if minutes is not None and options["max_chars"] is not None:
+        raise click.UsageError("--minutes chooses --max-chars: give one of them")
     store = open_store(model_store, create=True)
     store.versions(name)  # refuses an impossible name before anything is written
     checkpoint = checkpoint if checkpoint is not None else Path("checkpoints") / f"{name}.safetensors"
@@ -134,7 +144,7 @@ def train_command(
             given = {key: value for key, value in options.items() if value is not None}
             place = find_device(device)
             request = _Request(
-                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given, chat
+                sources, name, checkpoint, resume, overwrite, init_from, place, store, model_store, given, minutes, chat
             )
         with lock_checkpoint(checkpoint, name, say):
             _train_and_publish(request, signals)
@@ -143,6 +153,7 @@ def train_command(
 def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     """Carry out the command. Raises Stopped and GruServeError."""
     from service.training.publishing import Publication
+    from service.training.recipe import limiting_option
 
     with signals.says("stopped before the training began: nothing has changed"):
         corpus, trainer = _prepare(request)
@@ -151,7 +162,8 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
         existing = publication.existing()
         if trainer.state.finished and existing:
             chat = "; `gru-serve models chat` gives it a chat template" if request.chat else ""
-            tell(f"the run is finished and published as {existing.ref}; --resume with more --epochs continues it{chat}")
+            more = limiting_option(trainer.settings, corpus.num_training_chars)
+            tell(f"the run is finished and published as {existing.ref}; --resume with more {more} continues it{chat}")
             return
         with announcing_new_store(request.store, request.store_option):
             publication.rehearse()
@@ -159,6 +171,8 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     again = f"--resume continues from {request.checkpoint}"
     with signals.says(f"stopped at once; {again}, as it was last written"):
         failure = _train(trainer, signals)
+    if isinstance(failure, InvalidCheckpoint) and trainer.state.best is not None:
+        failure = InvalidCheckpoint(f"{failure.message}; {again}, as it was last written")
     if trainer.state.best is None:
         if failure:
             raise failure
@@ -167,7 +181,7 @@ def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     if published := publication.existing():
         say(f"the best weights so far are those of {published.ref}, which is published already")
     else:
-        _publish(request, publication, trainer, _ended(trainer, failure, signals), signals)
+        _publish(request, publication, trainer, failure, signals)
     if failure:
         raise failure
     if not trainer.state.finished:
@@ -184,6 +198,8 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
         _check_initial(request, state)
         settings = _changed(state.settings, request.given)
         corpus = _read(request.sources, settings, known=state.charset)
+        if request.minutes is not None:
+            settings = _within(request.minutes, request, settings, corpus, num_updates=state.step)
         trainer = Trainer(corpus, settings, request.checkpoint, device=request.device)
         trainer.restore(state)
         if state.device != request.device.type:
@@ -197,7 +213,7 @@ def _prepare(request: _Request) -> tuple[Corpus, Trainer]:
     initial = _load_initial(request)
     settings = _settings(request.given, initial)
     corpus = _read(request.sources, settings, known=initial.artifact.config.charset if initial else "")
-    settings = _choose(settings, corpus)
+    settings = _choose(request, settings, corpus, initial)
     trainer = Trainer(corpus, settings, request.checkpoint, initial, request.device)
     _choose_chat(trainer, request.chat or (initial.artifact.chat if initial else None))
     return corpus, trainer
@@ -212,11 +228,16 @@ def _choose_chat(trainer: Trainer, chat: ChatTemplate | None) -> None:
     trainer.state.chat = chat
 
 
-def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
+def _choose(
+    request: _Request, settings: Hyperparameters, corpus: Corpus, initial: InitialVersion | None
+) -> Hyperparameters:
     """Choose the settings that were not given, and say what was chosen."""
     from service.training.recipe import choose
 
-    recipe = choose(settings, corpus.num_training_chars, len(corpus.training.starts))
+    sizes = corpus.num_training_chars, len(corpus.training.starts), corpus.num_validation_chars
+    if request.minutes is not None:
+        settings = _within(request.minutes, request, settings, corpus, initial)
+    recipe = choose(settings, *sizes)
     for line in recipe.lines:
         say(line)
     if corpus.num_validation_chars < _FEW_HELD_OUT:
@@ -225,6 +246,32 @@ def _choose(settings: Hyperparameters, corpus: Corpus) -> Hyperparameters:
             "with: add text, or raise --validation-fraction or --validation-chars"
         )
     return recipe.settings
+
+
+def _within(
+    minutes: int,
+    request: _Request,
+    given: Hyperparameters,
+    corpus: Corpus,
+    initial: InitialVersion | None = None,
+    num_updates: int = 0,  # done before
+) -> Hyperparameters:
+    """Measure how fast this machine trains, say it, and return the given settings with the limit of --minutes."""
+    from service.training.recipe import choose, limit_time
+    from service.training.trainer import Trainer
+
+    sizes = corpus.num_training_chars, len(corpus.training.starts), corpus.num_validation_chars
+    settings, pace = choose(given.model_copy(update={"max_chars": 0}), *sizes).settings, 0.0
+    for _ in range(2):  # what is chosen for the limit may be slower, because its batches are smaller
+        pace = Trainer(corpus, settings, request.checkpoint, initial, request.device).pace()
+        limited = limit_time(given, 60.0 * minutes, pace, *sizes)
+        settings, before = choose(limited, *sizes).settings, settings
+        if (settings.batch_size, settings.sequence_length) == (before.batch_size, before.sequence_length):
+            break
+    num_read = num_updates * settings.batch_size * settings.sequence_length
+    num_read += limited.max_chars
+    say(f"{plural(minutes, 'minute', ',')} at {pace:,.0f} characters a second, and evaluations: --max-chars {num_read}")
+    return given.model_copy(update={"max_chars": num_read})
 
 
 def _refuse_to_overwrite(checkpoint: Path) -> None:
@@ -426,16 +473,23 @@ def _ended(trainer: Trainer, failure: GruServeError | None, signals: StopSignals
     )
 
 
-def _publish(request: _Request, publication: Publication, trainer: Trainer, ended: str, signals: StopSignals) -> None:
+def _publish(
+    request: _Request,
+    publication: Publication,
+    trainer: Trainer,
+    failure: GruServeError | None,  # of the training
+    signals: StopSignals,
+) -> None:
     """Publish the best weights, and print what to do with them."""
     import torch
 
     from service.training.checkpoint import mark_published
 
+    ended = _ended(trainer, failure, signals)
     torch.set_num_threads(1)  # a single text is measured faster on one core than on two
     with signals.says(f"stopped before the model was published; --resume with {request.checkpoint} publishes it"):
         measuring = Progress("measuring the best weights", publication.num_measured)
-        with _says_how_to_publish(request.checkpoint), measuring:
+        with _says_how_to_publish(request.checkpoint, failure), measuring:
             version, record = publication.publish(ended, measuring.update)
         try:
             mark_published(request.checkpoint, record)
@@ -446,15 +500,16 @@ def _publish(request: _Request, publication: Publication, trainer: Trainer, ende
 
 
 @contextmanager
-def _says_how_to_publish(checkpoint: Path) -> Iterator[None]:
-    """Let every failure say that nothing is lost."""
+def _says_how_to_publish(checkpoint: Path, failure: GruServeError | None) -> Iterator[None]:
+    """Let every failure say that nothing is lost, or how much is if the checkpoint could not be written either."""
     try:
         yield
     except (GruServeError, OSError, MemoryError, RuntimeError) as error:
         what = error.message if isinstance(error, GruServeError) else str(error) or type(error).__name__
-        raise click.ClickException(
-            f"the model could not be published: {what}. Its weights are in {checkpoint}: --resume publishes them"
-        ) from error
+        advice = f"Its weights are in {checkpoint}: --resume publishes them"
+        if isinstance(failure, InvalidCheckpoint):
+            advice = failure.message
+        raise click.ClickException(f"the model could not be published: {what}. {advice}") from error
 
 
 def _say_next(request: _Request, trainer: Trainer, record: PublishedRecord) -> None:

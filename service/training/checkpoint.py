@@ -168,10 +168,14 @@ def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Ten
 
     Raises InvalidCheckpoint if it can't be written.
     """
-    temporary = path.with_name(path.name + ".part")
+    # A folder, because safetensors writes into a file with a random name, which a killed process leaves. The next write
+    # removes the folder.
+    folder = path.with_name(path.name + ".part")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(folder)
+        folder.mkdir(parents=True)
+        temporary = folder / path.name
         run = state.model_dump_json()
         save_file(contiguous, temporary, metadata={"run": run, "sha256": _sum(run, contiguous)})
         fsync(temporary)
@@ -181,7 +185,15 @@ def save_checkpoint(path: Path, state: RunState, tensors: Mapping[str, torch.Ten
         raise InvalidCheckpoint(f"can't write the checkpoint {path}: {_brief(error)}") from error
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            _remove(folder)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with what it has, or a file; nothing if there is none. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_space(path: Path) -> None:

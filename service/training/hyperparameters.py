@@ -55,6 +55,12 @@ class Hyperparameters(BaseModel):
         json_schema_extra=_CHOSEN,
     )
     epochs: int = Field(30, ge=1, le=10_000, description="Passes over the training text.", json_schema_extra=_CHOSEN)
+    max_chars: int = Field(
+        0,
+        ge=0,
+        description="Characters that are read in training at most, by whose end the learning rate has fallen; 0 for no "
+        "limit but --epochs.",
+    )
     learning_rate: float = Field(2e-3, gt=0, le=1, description="Peak learning rate of AdamW.")
     final_rate: float = Field(0.03, ge=0, le=1, description="Learning rate at the end, as a fraction of the peak.")
     warmup_steps: int = Field(
@@ -138,6 +144,13 @@ class Hyperparameters(BaseModel):
         description="Number format of large matrix products; auto takes bfloat16 if it is clearly faster here, which "
         "is measured at the start.",
     )
+
+    def num_updates(self, num_chars: int) -> int:
+        """Return the updates of a whole run on this number of training characters, unless it stops early."""
+        num_updates = self.epochs * windows_per_epoch(num_chars, self.batch_size, self.sequence_length)
+        if self.max_chars:
+            num_updates = min(num_updates, windows_per_epoch(self.max_chars, self.batch_size, self.sequence_length))
+        return num_updates
 
     @field_validator("restart_interval")
     @classmethod

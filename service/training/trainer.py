@@ -8,6 +8,7 @@ It holds for one device: a run that continues on another one, or with another nu
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,13 +37,15 @@ from service.training.optimisation import WeightAverage, learning_rate
 from service.training.randomness import seeded_generator
 from service.training.streams import Streams, Window
 
-CHANGEABLE = ("epochs", "patience", "threads")  # what may be changed when a run is resumed; epochs only upwards
+# What may be changed when a run is resumed. Epochs only upwards, and the characters that were read remain.
+CHANGEABLE = ("epochs", "max_chars", "patience", "threads")
 SAVE_INTERVAL_S = 180.0  # between two checkpoints, if no evaluation is in between
 _SAVE_SHARE = 20  # writing checkpoints takes at most about this fraction of the time
 _SAMPLE_CHARS, _SAMPLE_PROMPT, _SAMPLE_TEMPERATURE = 80, 40, 0.8
 _COUNTED = 2**20  # characters that are counted at a time, which bounds the memory
 _UNSEEN = 0.1  # occurrences that a character counts more, so that one that never occurs has a probability
 _SAMPLE_S = 2.0  # seconds that a sample takes at most
+_PACE_UPDATES, _PACE_S = 20, 5.0  # that measure the pace, at most
 
 
 class Progress(Protocol):
@@ -123,7 +126,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """The number of updates of the whole run, unless it stops early."""
-        return self.settings.epochs * self.streams.windows_per_epoch
+        return self.settings.num_updates(len(self.streams.ids))
 
     @property
     def eval_interval(self) -> int:
@@ -133,13 +136,18 @@ class Trainer:
     def restore(self, state: RunState) -> None:
         """Continue the run of the checkpoint, whose state `read_state` returned.
 
-        The settings of this trainer may have more epochs, another patience or other threads than the checkpoint. The
-        learning rate then follows the schedule of the new number of epochs, so after more epochs were added to a
-        finished run it rises once and falls again. Patience counts anew.
+        The settings of this trainer may have more epochs, another limit of characters, another patience or other
+        threads than the checkpoint. The learning rate then follows the schedule of the new number of updates, so after
+        some were added to a finished run it rises once and falls again. Patience counts anew.
 
         Raises InvalidCheckpoint if the checkpoint belongs to another corpus or has other settings, or is damaged.
         """
         if state.corpus_sha256 != self.state.corpus_sha256:
+            if state.corpus_name == self.state.corpus_name:
+                raise InvalidCheckpoint(
+                    f"the corpus, {state.corpus_name}, has changed since the run in {self.checkpoint} began: restore "
+                    "it, or begin anew on what it is now with --overwrite, from the published model with --init-from"
+                )
             raise InvalidCheckpoint(
                 f"{self.checkpoint} belongs to another corpus, {state.corpus_name}: give that corpus, or name another "
                 "file with --checkpoint"
@@ -151,6 +159,12 @@ class Trainer:
             raise InvalidCheckpoint(f"{self.checkpoint} belongs to a run with another charset")
         if self.settings.epochs < state.settings.epochs:
             raise InvalidCheckpoint(f"the run has {plural(state.settings.epochs, 'epoch')}, which can only be raised")
+        if state.step > self.total_steps:
+            num_read = state.step * self.settings.batch_size * self.settings.sequence_length
+            raise InvalidCheckpoint(
+                f"the run has read {num_read:,} characters, so --max-chars {self.settings.max_chars} is too low: "
+                "give a higher number"
+            )
         tensors = self._tensors()
         with torch.no_grad():
             for name, value in read_tensors(self.checkpoint, tensors).items():
@@ -158,9 +172,10 @@ class Trainer:
         self.state = state.model_copy(deep=True)
         if differing:
             self.state.change(self.settings)
-        if {"epochs", "patience"} & set(differing):
+        if {"epochs", "max_chars", "patience"} & set(differing):
             self.state.since_best = 0
-            self.state.finished = state.step >= self.total_steps
+            is_evaluated = bool(state.curve) and state.curve[-1].step == state.step
+            self.state.finished = is_evaluated and state.step >= self.total_steps
         self.state.device = self.device.type
         self._attach_moments()
 
@@ -230,6 +245,20 @@ class Trainer:
             ids.append(int(torch.multinomial(chances, 1, generator=draws)))
             _, hidden = model.scan(torch.tensor(ids[-1:]), hidden)
         return self.charset.decode(np.array(ids))
+
+    def pace(self) -> float:
+        """Return the characters a second that updates read on this machine now. Measuring it takes some seconds.
+
+        It trains, so this trainer is then of no use for a run.
+        """
+        torch.set_num_threads(self.settings.threads)
+        seconds: list[float] = []
+        while len(seconds) < 2 or (len(seconds) < _PACE_UPDATES and sum(seconds) < _PACE_S):
+            began = time.perf_counter()
+            self._update(self.streams.window(0, len(seconds) % self.streams.windows_per_epoch))
+            seconds.append(time.perf_counter() - began)
+        # The first update also allocates memory.
+        return self.settings.batch_size * self.settings.sequence_length / statistics.median(seconds[1:])
 
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:

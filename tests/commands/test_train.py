@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
+import pty
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from service.model.chat_template import PRESETS
 from service.store.model_store import ModelStore
 from service.training import devices
 from service.training.checkpoint import lock_checkpoint, read_state
+from service.training.trainer import Trainer
 
 TEXT = "The fox said to the dog: I am the fox, and you are the dog.\n" * 20
 SMALL = ["--embedding-dim", "8", "--num-units", "16", "--batch-size", "4", "--sequence-length", "16"]
@@ -187,6 +191,35 @@ def test_train__two_runs_do_not_share_a_checkpoint(place: Place) -> None:
     assert not place.store.exists()
 
 
+def test_train__for_some_minutes_reads_what_the_machine_reads_in_them(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paces: list[Trainer] = []
+
+    def pace(trainer: Trainer) -> float:
+        paces.append(trainer)
+        return 50.0
+
+    monkeypatch.setattr(Trainer, "pace", pace)
+    result = place.train(*SMALL, "--minutes", "1")
+    assert result.exit_code == 0, result.output
+    facts = place.facts(1)
+    limit = facts["settings"]["max_chars"]
+    assert f"1 minute at 50 characters a second, and evaluations: --max-chars {limit}\n" in result.stderr
+    assert 2000 <= limit <= 3000
+    assert facts["run"]["num_updates"] == math.ceil(limit / (4 * 16))
+    assert f"--max-chars {limit}" in facts["command"]
+    finished = place.train("--resume")
+    assert "--resume with more --max-chars continues it" in finished.output
+    result = place.train("--resume", "--minutes", "1")
+    assert result.exit_code == 0, result.output
+    more = place.facts(2)["settings"]["max_chars"]
+    assert facts["run"]["num_updates"] * 64 + 2000 <= more <= facts["run"]["num_updates"] * 64 + 3000
+    assert len(paces) == 2
+    refused = place.train(*SMALL, "--minutes", "1", "--max-chars", "5", "--overwrite")
+    assert (refused.exit_code, "--minutes chooses --max-chars" in refused.output) == (2, True)
+
+
 def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
     assert place.train(*SMALL, "--epochs", "3").exit_code == 0
     loss = min(point["validation_loss"] for point in place.facts(1)["curve"])
@@ -282,6 +315,32 @@ def test_train__stays_with_the_precision_that_was_faster_at_the_start(
         assert place.facts(number)["settings"]["precision"] == "float32"
     result = place.train(*SMALL, "--epochs", "1", "--overwrite")
     assert "products in bfloat16 (bfloat16 is 2.0 times as fast here)\n" in result.stderr
+
+
+def test_progress__on_a_terminal_shows_the_time_that_is_left_and_the_losses_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    master, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with open(master, "rb", buffering=0) as screen, open(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        lines = []
+        with Progress("training", 27_000_000) as progress:
+            assert progress._bar is not None
+            progress._bar.start_t -= 36_000  # it began ten hours ago
+            progress._bar.n = 2_000_000
+            progress.note("loss 1.523, validation 1.4321")
+            for columns in (80, 50, 20):  # the window of the terminal becomes narrower
+                termios.tcsetwinsize(terminal, (24, columns))
+                progress._bar.refresh()
+                shown = ""
+                while "training:   7%" not in shown:
+                    shown += screen.read(10_000).decode()
+                lines.append(shown.rpartition("\r")[2].rstrip())
+                assert len(lines[-1]) <= columns
+        monkeypatch.undo()
+    assert "| 125:00:00 left, loss 1.523, validation 1.4321, 55.6char/s" in lines[0]
+    assert "125:00:00 left, loss 1.523" in lines[1]
 
 
 def test_progress__in_a_log_file_is_a_line_every_30_seconds(

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from service.__main__ import main
-from service.errors import InvalidCorpus
+from service.errors import InvalidCheckpoint, InvalidCorpus
+from service.training.checkpoint import RunState, save_checkpoint
 from service.training.corpus import Corpus
 from service.training.sources import find_sources
 from tests.harness.effort import IS_THOROUGH
@@ -216,6 +217,57 @@ def test_train__resume_says_what_differs_and_what_to_do(folder: Folder) -> None:
     assert "--lines can't be changed: the run that is resumed has no such option" in result.stderr
     result = folder.train("--checkpoint", "run", "--resume", "--seed", "9")
     assert "--seed 9 can't be changed: the run that is resumed has 1" in result.stderr
+
+
+def test_train__resume_says_that_the_corpus_has_changed(folder: Folder) -> None:
+    assert folder.train("--checkpoint", "run").exit_code == 0
+    folder.corpus.write_text(TEXT + "Mor\u00e9.\n")
+    result = folder.train("--checkpoint", "run", "--resume")
+    assert result.exit_code == 1
+    assert "the corpus, fox.txt, has changed since the run in run began" in result.stderr
+    assert (
+        "restore it, or begin anew on what it is now with --overwrite, from the published model with --init-from"
+        in (result.stderr)
+    )
+
+
+def test_train__a_disk_that_becomes_full_loses_only_what_was_not_written_and_says_so(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[RunState] = []
+
+    def save(path: Path, state: RunState, tensors: Any) -> None:
+        if len(written) == 2:  # after the first evaluation
+            raise InvalidCheckpoint(f"can't write the checkpoint {path}: No space left on device")
+        save_checkpoint(path, state, tensors)
+        written.append(state.model_copy())
+
+    monkeypatch.setattr("service.training.trainer.save_checkpoint", save)
+    monkeypatch.setattr("service.training.trainer._SAVE_SHARE", 0)
+    many = ("--checkpoint", "run", "--epochs", "3", "--eval-interval", "20")
+    result = folder.train(*many)
+    assert result.exit_code == 1
+    assert "published fox@1" in result.stdout
+    end = "can't write the checkpoint run: No space left on device; --resume continues from run, as it was last written"
+    assert end in result.stderr
+    assert "Its weights are in" not in result.stderr
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    written.clear()
+    monkeypatch.setattr("service.training.publishing.Publication.rehearse", lambda _: None)
+    monkeypatch.setattr("service.training.publishing.write_artifact", full)
+    result = folder.train(*many, "--overwrite")
+    assert result.exit_code == 1
+    assert "the model could not be published: " in result.stderr
+    assert end in result.stderr
+    assert "Its weights are in" not in result.stderr  # the best ones are not
+    monkeypatch.undo()
+    monkeypatch.chdir(folder.path)
+    resumed = folder.train("--checkpoint", "run", "--epochs", "3", "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "published fox@2" in resumed.stdout
 
 
 def test_find_sources__a_folder_that_can_be_listed_and_not_entered(

@@ -16,14 +16,15 @@ from service.training.checkpoint import Evaluation
 from service.training.corpus import read_corpus
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 from service.training.optimisation import learning_rate
-from service.training.recipe import MIN_CHARS, MIN_UPDATES, choose
+from service.training.recipe import MIN_CHARS, MIN_UPDATES, choose, limit_time
 from service.training.streams import Streams
 from service.training.trainer import Trainer
 
 GIVEN = {
     "num_units": st.integers(1, 2048), "batch_size": st.integers(1, 4096), "sequence_length": st.integers(1, 4096),
-    "restart_interval": st.integers(0, 9999), "epochs": st.integers(1, 10_000), "warmup_steps": st.integers(0, 9999),
-    "weight_decay": st.floats(0, 10), "input_dropout": st.floats(0, 0.9), "recurrent_dropout": st.floats(0, 0.9),
+    "restart_interval": st.just(0) | st.integers(2, 9999), "epochs": st.integers(1, 10_000),
+    "warmup_steps": st.integers(0, 9999), "weight_decay": st.floats(0, 10), "input_dropout": st.floats(0, 0.9),
+    "recurrent_dropout": st.floats(0, 0.9),
     "output_dropout": st.floats(0, 0.9), "eval_interval": st.integers(0, 9999), "patience": st.integers(0, 9999),
     "lines": st.booleans(), "learning_rate": st.floats(1e-6, 1),
 }  # fmt: skip
@@ -50,12 +51,44 @@ def test_choose__keeps_what_is_given_and_chooses_valid_values(
 @given(own=st.fixed_dictionaries({}, optional={"epochs": GIVEN["epochs"], "batch_size": GIVEN["batch_size"]}), n=SIZES)
 def test_choose__warm_up_and_evaluations_fit_the_number_of_updates(own: dict[str, Any], n: int) -> None:
     chosen = choose(Hyperparameters(**own), n).settings
-    total = updates(chosen, n)
+    total = chosen.num_updates(n)
+    assert total == updates(chosen, n)
     assert chosen.warmup_steps <= total / 10
     evaluations = math.ceil(total / chosen.eval_interval)
     assert 1 <= evaluations <= 200
     assert evaluations >= min(20, total // 10)
     assert 1 <= chosen.patience <= evaluations
+
+
+@given(n=SIZES, held=st.integers(2, 200_000), max_chars=st.integers(1, 10**9))
+def test_choose__a_short_run_on_a_long_text_fits_its_limit(n: int, held: int, max_chars: int) -> None:
+    chosen = choose(Hyperparameters(max_chars=max_chars), n, num_held_out=held).settings
+    total, in_an_update = chosen.num_updates(n), chosen.batch_size * chosen.sequence_length
+    assert total == min(updates(chosen, n), math.ceil(max_chars / in_an_update))
+    assert chosen.warmup_steps <= total / 10
+    assert 1 <= chosen.eval_interval <= total
+    # Evaluations, which read about three times as fast, take at most a fifth of the time, except the last one.
+    assert (total // chosen.eval_interval - 1) * held / 3 <= 0.2 * total * in_an_update
+    if max_chars >= 100_000:  # small batches give even a short run enough updates
+        assert total >= min(MIN_UPDATES, updates(chosen, n))
+    if max_chars <= n:  # nothing is read twice
+        assert chosen.input_dropout == chosen.recurrent_dropout == chosen.output_dropout == 0
+
+
+@given(
+    seconds=st.integers(60, 10**6),
+    pace=st.floats(100, 10**6),
+    n=st.integers(10_000, 10**9),
+    held=st.integers(2, 200_000),
+)
+def test_limit_time__has_time_for_evaluations(seconds: int, pace: float, n: int, held: int) -> None:
+    limited = limit_time(Hyperparameters(), seconds, pace, n, 1, held)
+    assert 0.8 * seconds * pace - held / 3 - 1 <= limited.max_chars <= seconds * pace
+    chosen = choose(limited, n, 1, held).settings
+    num_evaluations = chosen.num_updates(n) // chosen.eval_interval
+    num_read = chosen.num_updates(n) * chosen.batch_size * chosen.sequence_length
+    in_an_update = chosen.batch_size * chosen.sequence_length
+    assert num_read + num_evaluations * held / 3 <= 1.2 * seconds * pace + 2 * held + in_an_update
 
 
 @given(small=SIZES, large=SIZES)
@@ -101,7 +134,7 @@ def test_choose__says_what_it_chose_and_nothing_if_everything_is_given() -> None
     assert "--epochs" not in recipe.lines[0]
     assert choose(recipe.settings, 9_000).lines == ()
     assert not [line for line in choose(Hyperparameters(), 1_000_000).lines if "idle cores" in line]
-    assert "hours; --epochs shortens it" in choose(Hyperparameters(), 100_000_000).lines[-1]
+    assert "hours; --minutes or --epochs shortens it" in choose(Hyperparameters(), 100_000_000).lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -111,6 +144,7 @@ def test_choose__says_what_it_chose_and_nothing_if_everything_is_given() -> None
         ({"batch_size": 64, "sequence_length": 100, "epochs": 30}, 9_000, "lower --batch-size"),
         ({"epochs": 1}, 20_000, "raise --epochs"),
         ({"warmup_steps": 100, "epochs": 10}, 9_000, "lower --warmup-steps"),
+        ({"max_chars": 50_000}, 10**8, "raise --max-chars"),
     ],
 )
 def test_choose__warns_of_too_little_with_advice(own: dict[str, Any], num_chars: int, advice: str) -> None:

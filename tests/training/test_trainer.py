@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import resource
+import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,6 +186,41 @@ def test_trainer__epochs_may_be_raised(tmp_path: Path) -> None:
         run(tmp_path / "run")
 
 
+def test_trainer__a_limit_of_characters_ends_the_whole_schedule_and_may_change(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_chars": 30 * 4 * 16 - 1})  # of 181 updates
+    trainer, recorder = run(tmp_path / "run", settings)
+    assert (trainer.total_steps, len(recorder.losses), trainer.state.finished) == (30, 30, True)
+    assert [point.step for point in recorder.points] == [20, 30]
+    assert recorder.points[-1].learning_rate == pytest.approx(settings.learning_rate * settings.final_rate, rel=0.2)
+    assert settings.learning_rate == max(learning_rate(settings, step, 30) for step in range(30))
+    with pytest.raises(InvalidCheckpoint, match="has read 1,920 characters, so --max-chars 1000 is too low"):
+        run(tmp_path / "run", settings.model_copy(update={"max_chars": 1000}))
+    more = settings.model_copy(update={"max_chars": 40 * 4 * 16})
+    trainer, recorder = run(tmp_path / "run", more, stop_after=5)
+    assert (trainer.total_steps, trainer.state.step, trainer.state.finished) == (40, 35, False)
+    # To what was read: the weights after the last update are evaluated before the run is finished.
+    trainer, recorder = run(tmp_path / "run", settings.model_copy(update={"max_chars": 35 * 4 * 16}))
+    assert (recorder.losses, [point.step for point in recorder.points], trainer.state.finished) == ([], [35], True)
+    trainer, _ = run(tmp_path / "run", SETTINGS, stop_after=1)
+    assert trainer.total_steps == 3 * trainer.streams.windows_per_epoch
+    assert [change.value for change in trainer.state.changes] == [2560, 2240, 0]
+
+
+def test_pace__is_that_of_updates_and_a_resumed_run_is_not_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(CORPUS, SETTINGS, tmp_path / "run")
+    now = [0.0]
+
+    def update(_: object) -> float:
+        now[0] += 9.0 if now[0] == 0 else 0.5  # the first one takes longer
+        return 1.0
+
+    monkeypatch.setattr(trainer, "_update", update)
+    monkeypatch.setattr("service.training.trainer.time.perf_counter", lambda: now[0])
+    assert trainer.pace() == 4 * 16 / 0.5
+
+
 def test_trainer__begins_with_a_version(tmp_path: Path) -> None:
     first, _ = run(tmp_path / "first")
     config = first.model.config
@@ -248,6 +287,28 @@ def test_save_checkpoint__says_when_there_is_no_space_for_a_second_copy(
     monkeypatch.setattr("service.training.checkpoint.shutil.disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(InvalidCheckpoint, match="free space, or name another place"):
         run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_save_checkpoint__cut_off_in_the_middle_leaves_the_old_one_and_nothing_that_stays(
+    tmp_path: Path, is_killed: bool
+) -> None:
+    trainer, _ = run(tmp_path / "run", stop_after=1)
+    files, before = sorted(tmp_path.iterdir()), (tmp_path / "run").read_bytes()
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            with suppress(InvalidCheckpoint):
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL if is_killed else signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2))
+                trainer.save()
+                os._exit(0)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (-signal.SIGXFSZ if is_killed else 1)
+        assert (tmp_path / "run").read_bytes() == before
+    trainer.save()
+    assert sorted(tmp_path.iterdir()) == files
 
 
 def test_trainer__refuses_a_model_that_is_too_large(tmp_path: Path) -> None:
