@@ -178,7 +178,9 @@ def open_store(model_store: Path | None, *, create: bool = False) -> Any:
                 f"using the shipped models in {root}, because there is no ./{settings.model_store} here", err=True
             )
             return ModelStore(root, default=settings.model.partition("@")[0], read_only=True)
-        click.echo(f"making the model store {root.absolute()}, which this folder uses from then on", err=True)
+        click.echo(
+            f"{root.absolute()} will be the model store of this folder, once a version is published in it", err=True
+        )
     try:
         is_there = stat.S_ISDIR(os.stat(root).st_mode)
     except (FileNotFoundError, NotADirectoryError):

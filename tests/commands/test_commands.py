@@ -499,7 +499,7 @@ def test_train__makes_a_store_where_there_is_none_and_says_so(
     monkeypatch.chdir(tmp_path)
     trained = run("train", "--corpus", str(corpus), "--name", "fox", "--epochs", "1", *SMALL)
     assert trained.exit_code == 0, trained.stderr
-    assert f"making the model store {tmp_path / 'model_store'}" in trained.stderr
+    assert f"{tmp_path / 'model_store'} will be the model store of this folder" in trained.stderr
     listed = run("models", "list")
     assert "fox@1" in listed.stdout
     assert "shakespeare" not in listed.stdout

@@ -70,6 +70,7 @@ _RESUMABLE = (
     errors.OutcomeUnknown,
 )  # fmt: skip
 _RETRY_AFTER_S = "1"
+HALF_OF_A_PAIR = r"has a half of a surrogate pair, such as \ud800, which is no character: send both halves or none"
 _MAX_OTHERS = 5  # further wrong fields that an error names
 # Errors of one field whose paths are compared. A body may have thousands, and each path takes a third of a millisecond.
 _MAX_FAULTS = 32
@@ -208,7 +209,7 @@ def _no_route(app: Flask) -> str:
         if is_known:
             return f"there is no such route: write its path as {quote(plain)}, without needless slashes and escapes"
     paths = [rule.rule for rule in app.url_map.iter_rules()]
-    return f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
+    return f"there is no such route{_did_you_mean(request.path, paths)}; GET /openapi.json lists all"
 
 
 def _sentence(kind: str, message: str) -> str:
@@ -216,6 +217,8 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
+    if kind == "string_unicode":
+        return HALF_OF_A_PAIR
     message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
     message = re.sub(r"a valid dictionary(?: or instance of \w+)?", "an object", message)
     return message.replace(" should have ", " must have ").replace(" after validation", "")
