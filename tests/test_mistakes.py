@@ -263,3 +263,23 @@ def test_unknown_model__lists_the_default_first_and_says_how_many_more(tmp_path:
     words = ["generate", "--prompt", "R", "--model", "nope", "--model-store", str(tmp_path)]
     result = CliRunner(env={"GRU_SERVE_MODEL": "usual@1"}).invoke(main, words)
     assert f"{listed}. Choose one with --model, or set GRU_SERVE_MODEL" in result.stderr
+
+
+def test_websocket__is_refused_with_what_streams_here(client: FlaskClient) -> None:
+    for path in ("/", "/v1/models"):
+        with client.get(path, headers={"Connection": "Upgrade", "Upgrade": "websocket"}) as response:
+            error = response.get_json()["error"]
+        assert (response.status_code, error["code"]) == (400, "bad_request")
+        assert 'no WebSockets: POST with "stream": true gets server-sent events' in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/docs"])
+def test_file__is_sent_whole_whatever_range_is_requested(client: FlaskClient, path: str) -> None:
+    with client.get(path) as response:
+        whole, tag = response.data, response.headers["ETag"]
+        assert "Accept-Ranges" not in response.headers
+    for part in ("bytes=0-10", "bytes=99999999-", "lines=1-2"):
+        with client.get(path, headers={"Range": part}) as response:
+            assert (response.status_code, response.data) == (200, whole)
+    with client.get(path, headers={"If-None-Match": tag}) as response:
+        assert response.status_code == 304

@@ -244,5 +244,5 @@ def test_call__ignores_a_retry_after_that_it_can_not_read_and_that_of_a_busy_ses
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", ""])
 def test_client__says_how_to_write_an_address(url: str) -> None:
-    with pytest.raises(ValueError, match="write it as in http://127.0.0.1:8000"):
+    with pytest.raises(ValueError, match=r"write it as in http://127\.0\.0\.1:8000"):
         Client(url)

@@ -13,6 +13,7 @@ from flask import Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing.exceptions import WebsocketMismatch
 
 from service import errors
 from service.errors import GruServeError, PositionConflict, SessionBusy
@@ -179,6 +180,8 @@ def register_error_handlers(app: Flask) -> None:
         )
         if code == "not_found":
             message = _no_route(app)
+        elif isinstance(error, WebsocketMismatch):
+            message = 'there are no WebSockets: POST with "stream": true gets server-sent events'
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
