@@ -54,14 +54,14 @@ class DocsRoutes(Resource):
         """Return the description of all documented routes."""
         return jsonify(current_app.api_doc)  # type: ignore[attr-defined]
 
-    @Route("GET", "/docs")
+    @Route("GET", "/docs", open=True)
     def page(self) -> Response:
         """Return Swagger UI."""
         response = _file(_STATIC, "docs.html")
         response.headers["Content-Security-Policy"] = _DOCS_CSP
         return response
 
-    @Route("GET", "/docs/<path:asset>")
+    @Route("GET", "/docs/<path:asset>", open=True)
     def assets(self, asset: str) -> Response:
         """Return a file of Swagger UI."""
         return _file(_STATIC if asset == "docs.js" else _SWAGGER, asset)
