@@ -25,6 +25,10 @@ ONE_OTHER = "it has: tiny. Choose --model tiny, or set GRU_SERVE_MODEL"
 # words, exit code, what the last line of standard error contains; {folder} is the test's, {port} one in use
 COMMANDS = [
     ("genrate", 2, "Did you mean 'generate'?"),
+    ("generate ROMEO:", 2, "argument (ROMEO:). Example: gru-serve generate --prompt ROMEO: --max-tokens 200"),
+    ("bench 64", 2, "argument (64). Example: gru-serve bench --rows 1,64"),
+    ("serve 8080", 2, "argument (8080). Example: gru-serve serve --"),
+    ("keys new alice bob", 2, "argument (bob). Example: gru-serve keys new alice"),
     (f"generate {STORE}", 2, "give the text to continue with --prompt or --prompt-file; --prompt '' begins"),
     (f"{GENERATE} --prompt-file -", 2, "give one text to continue, not two"),
     (f"generate --prompt-file {{folder}}/none {STORE}", 2, "'--prompt-file': '{folder}/none': No such file"),
