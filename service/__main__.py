@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import re
 import sys
 from typing import Any
 
@@ -33,6 +34,11 @@ class _Group(click.Group):
             sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a terminal may lack a character
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            example = re.search(r"Example: .+", error.ctx.command.help or "") if error.ctx is not None else None
+            if example is not None and error.message.startswith("Got unexpected extra argument"):
+                error.message += f". {example[0]}"
+            raise
         except InvalidSettings as error:
             raise click.UsageError(error.message) from error
         except UnknownCharacters as error:

@@ -63,7 +63,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Self
 
-UnknownCharsRemedy = Literal["fold", "drop"]
+UnknownCharsRemedy = Literal["fold", "fold_drop", "drop"]
 
 
 def plural(count: int, noun: str, separator: Literal["", ","] = "") -> str:
@@ -124,6 +124,7 @@ class UnknownCharacters(InvalidValue):
 
 _EFFECTS: dict[UnknownCharsRemedy, str] = {
     "fold": "replaces such characters by the nearest known ones",
+    "fold_drop": "replaces those that have a similar known one, and leaves the others out",
     "drop": "leaves them out",
 }
 

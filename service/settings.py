@@ -435,6 +435,7 @@ def read_settings(**overrides: Any) -> Settings:
         is_secret = Settings.model_fields[field].annotation is SecretStr
         value = "..." if is_secret else str(first.get("input"))[:80]
         fault = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        fault = fault.partition(", unable to parse")[0]
         raise InvalidSettings(f"{PREFIX}{field.upper()}={value}: {fault}", param=field) from error
 
 

@@ -25,6 +25,10 @@ ONE_OTHER = "it has: tiny. Choose --model tiny, or set GRU_SERVE_MODEL"
 # words, exit code, what the last line of standard error contains; {folder} is the test's, {port} one in use
 COMMANDS = [
     ("genrate", 2, "Did you mean 'generate'?"),
+    ("generate ROMEO:", 2, "argument (ROMEO:). Example: gru-serve generate --prompt ROMEO: --max-tokens 200"),
+    ("bench 64", 2, "argument (64). Example: gru-serve bench --rows 1,64"),
+    ("serve 8080", 2, "argument (8080). Example: gru-serve serve --"),
+    ("keys new alice bob", 2, "argument (bob). Example: gru-serve keys new alice"),
     (f"generate {STORE}", 2, "give the text to continue with --prompt or --prompt-file; --prompt '' begins"),
     (f"{GENERATE} --prompt-file -", 2, "give one text to continue, not two"),
     (f"generate --prompt-file {{folder}}/none {STORE}", 2, "'--prompt-file': '{folder}/none': No such file"),
@@ -36,8 +40,8 @@ COMMANDS = [
     (f"{GENERATE} --seed 99999999999999999999", 2, "'--seed': 99999999999999999999 is not in the range"),
     (f"{GENERATE} --unknown-chars skip", 2, "'skip' is not one of 'error', 'fold', 'drop'"),
     (f"{GENERATE} --stop \\d", 2, "is none of \\n, \\t, \\r, \\\\: write \\\\ for a backslash"),
-    (f"{GENERATE} --stop →", 1, "'→' (U+2192) at 0; --unknown-chars fold replaces"),
-    (f"generate --prompt →→ --model tiny {STORE}", 1, "'→' (U+2192) at 0 and 1; --unknown-chars fold replaces"),
+    (f"{GENERATE} --stop →", 1, "'→' (U+2192) at 0; --unknown-chars drop leaves"),
+    (f"generate --prompt →→ --model tiny {STORE}", 1, "'→' (U+2192) at 0 and 1; --unknown-chars drop leaves"),
     (f"generate --prompt R {STORE}", 1, ONE_OTHER),
     (f"bench {STORE}", 1, ONE_OTHER),
     (f"serve {STORE}", 1, ONE_OTHER),
@@ -86,7 +90,8 @@ def test_command__says_what_to_do_about_a_mistake(folder: Path, words: str, code
     ("variable", "value", "advice"),
     [
         ("GRU_SERVE_PROT", "80", "is not a setting: did you mean GRU_SERVE_PORT?\n"),
-        ("GRU_SERVE_PORT", "http", "GRU_SERVE_PORT=http: must be a valid integer"),
+        ("GRU_SERVE_PORT", "http", "GRU_SERVE_PORT=http: must be a valid integer\n"),
+        ("GRU_SERVE_STALL_S", "1 s", "GRU_SERVE_STALL_S=1 s: must be a valid number\n"),
         ("GRU_SERVE_MAX_BATCH", "0", "GRU_SERVE_MAX_BATCH=0: must be greater than or equal to 1"),
     ],
 )
@@ -110,7 +115,8 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     (COMPLETIONS, PROMPT | {"n": 500}, 400, "out_of_range", "n: must be less than or equal to 128"),
     (COMPLETIONS, PROMPT | {"top_p": -1}, 400, "out_of_range", "top_p: must be greater than or equal to 0"),
     (COMPLETIONS, PROMPT | {"stop": ["a"] * 5}, 400, "out_of_range", "stop: list must have at most 4 items, not 5"),
-    (COMPLETIONS, PROMPT | {"stop": "→"}, 400, "unknown_characters", '"unknown_chars": "fold" replaces'),
+    (COMPLETIONS, PROMPT | {"stop": "É"}, 400, "unknown_characters", '"unknown_chars": "fold" replaces'),
+    (COMPLETIONS, {"prompt": "É→"}, 400, "unknown_characters", '"unknown_chars": "fold_drop" replaces'),
     (COMPLETIONS, {"prompt": "→"}, 400, "unknown_characters", '"unknown_chars": "drop" leaves them out'),
     (COMPLETIONS, {"prompt": [1, 99]}, 400, "out_of_range", "prompt[1]"),
     (COMPLETIONS, {"prompt": "R" * 2000}, 400, "out_of_range", "prompt: at most 1000 characters, not 2000"),
@@ -129,6 +135,15 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
         "no character has the id 50256: this model has the ids",
     ),
     (COMPLETIONS, b"{'prompt': 'R'}", 400, "invalid_json", "not JSON in UTF-8: Expecting property name enclosed in"),
+    (
+        COMPLETIONS,
+        PROMPT | {"stop": "\ud800"},
+        400,
+        "out_of_range",
+        "stop: has a half of a surrogate pair, such as \\ud800",
+    ),
+    (COMPLETIONS, PROMPT | {"user": "R\udfff"}, 400, "out_of_range", "user: has a half of a surrogate pair"),
+    (COMPLETIONS, {"prompt": "R", "\ud800": 1}, 400, "out_of_range", "has a half of a surrogate pair"),
     (COMPLETIONS, b"", 400, "invalid_json", "the body is empty: send a JSON object"),
     (COMPLETIONS, b'["R"]', 400, "invalid_json", "the body has to be a JSON object"),
     (COMPLETIONS, '{"prompt": "é"}'.encode("latin-1"), 400, "invalid_json", "not UTF-8: byte 12 (0xe9) begins no"),
@@ -153,16 +168,23 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     ("GET /v1/models?model=tiny", None, 400, "unknown_field", "model: this route has no query parameters"),
     ("DELETE /v1/sessions/s?force=1", None, 400, "unknown_field", "force: this route has no query parameters"),
     (COMPLETIONS, b"x" * 70_000, 413, "body_too_large", "raise GRU_SERVE_MAX_BODY_BYTES"),
-    (COMPLETIONS, None, 415, "unsupported_media_type", "sent with Content-Type: application/json"),
+    (COMPLETIONS, None, 415, "unsupported_media_type", "the request has no body: send a JSON object, such as {}, with"),
+    (
+        COMPLETIONS,
+        "prompt=R",
+        415,
+        "unsupported_media_type",
+        "has to be JSON, sent with Content-Type: application/json",
+    ),
     ("GET /v1/completions", None, 405, "method_not_allowed", "it has: OPTIONS, POST"),
     ("PATCH /v1/sessions/s/generate", None, 405, "method_not_allowed", "it has: GET, OPTIONS, POST"),
-    ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; the API description lists all"),
+    ("POST /v1/completion", PROMPT, 404, "not_found", "did you mean /v1/completions?; GET /openapi.json lists all"),
     ("POST /v1/completions/", PROMPT, 404, "not_found", "write its path as /v1/completions"),
     ("POST /v1//completions", PROMPT, 404, "not_found", "write its path as /v1/completions"),
     ("GET /v1/sessions/s/", None, 404, "not_found", "write its path as /v1/sessions/s, without"),
     ("GET /v1/%73essions/s", None, 404, "not_found", "write its path as /v1/sessions/s, without"),
     ("GET /v1/sessions/s%2Ftext", None, 404, "not_found", "write its path as /v1/sessions/s/text, without"),
-    ("GET /v1/sessions/a%2Fb", None, 404, "not_found", "did you mean /v1/sessions?; the API description lists all"),
+    ("GET /v1/sessions/a%2Fb", None, 404, "not_found", "did you mean /v1/sessions?; GET /openapi.json lists all"),
     ("GET /v1/models/nope", None, 404, "model_not_found", "it has: tiny"),
     ("GET /v1/sessions", None, 403, "listing_needs_keys", "let the operator set GRU_SERVE_API_KEYS"),
     ("GET /v1/sessions/none", None, 404, "session_not_found", "create it first"),
@@ -196,6 +218,8 @@ def test_request__says_what_to_do_about_a_mistake(
     sent: dict[str, Any] = {"json": body} if isinstance(body, dict) else {}
     if isinstance(body, bytes):
         sent = {"data": body, "content_type": "application/json"}
+    if isinstance(body, str):
+        sent = {"data": body, "content_type": "application/x-www-form-urlencoded"}  # as curl -d sends it
     with client.open(path, method=method, **sent) as response:
         error = response.get_json()["error"]
         assert (response.status_code, error["code"]) == (status, code), error
@@ -243,3 +267,23 @@ def test_unknown_model__lists_the_default_first_and_says_how_many_more(tmp_path:
     words = ["generate", "--prompt", "R", "--model", "nope", "--model-store", str(tmp_path)]
     result = CliRunner(env={"GRU_SERVE_MODEL": "usual@1"}).invoke(main, words)
     assert f"{listed}. Choose one with --model, or set GRU_SERVE_MODEL" in result.stderr
+
+
+def test_websocket__is_refused_with_what_streams_here(client: FlaskClient) -> None:
+    for path in ("/", "/v1/models"):
+        with client.get(path, headers={"Connection": "Upgrade", "Upgrade": "websocket"}) as response:
+            error = response.get_json()["error"]
+        assert (response.status_code, error["code"]) == (400, "bad_request")
+        assert 'no WebSockets: POST with "stream": true gets server-sent events' in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/", "/page/page.js", "/docs"])
+def test_file__is_sent_whole_whatever_range_is_requested(client: FlaskClient, path: str) -> None:
+    with client.get(path) as response:
+        whole, tag = response.data, response.headers["ETag"]
+        assert "Accept-Ranges" not in response.headers
+    for part in ("bytes=0-10", "bytes=99999999-", "lines=1-2"):
+        with client.get(path, headers={"Range": part}) as response:
+            assert (response.status_code, response.data) == (200, whole)
+    with client.get(path, headers={"If-None-Match": tag}) as response:
+        assert response.status_code == 304

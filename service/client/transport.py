@@ -144,7 +144,7 @@ class Address:
         """Read a URL. Raises ValueError if it is not http:// or https:// with a host."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"not the address of a server: {url}")
+            raise ValueError(f"{url} is not the address of a server: write it as in http://127.0.0.1:8000")
         return cls(parts.scheme == "https", parts.hostname, parts.port, parts.path.rstrip("/"))
 
 

@@ -242,7 +242,7 @@ def _facts(section: dict[str, Any], before: str = "") -> Iterator[tuple[str, str
         words = before + name.replace("num_", "").replace("_", " ")
         if isinstance(value, dict):
             yield from _facts(value, f"{words}, ")
-        else:
+        elif value is not None:  # what was not measured, as of an imported model, is left out
             yield (
                 words,
                 f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if type(value) is int else str(value),

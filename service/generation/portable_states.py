@@ -36,7 +36,8 @@ class PortableStates:
             model = self._models.get(ref)
         else:
             model = self._models.loaded(header.model, header.identity) or self._models.get(header.model)
-        return PortableStart(model, opened.hidden(model.identity, model.state_shape), header.position, header.seed)
+        hidden = opened.hidden(model.identity, model.state_shape, model.version.ref)
+        return PortableStart(model, hidden, header.position, header.seed)
 
     def seal(self, model: LoadedModel, hidden: Float32, position: int, seed: int) -> str:
         """Return a state that never expires. `hidden` is the (L, H) state after `position` characters."""

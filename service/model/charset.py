@@ -135,13 +135,17 @@ class Charset:
             folded = self._look_up(self._fold(text))
             if unknown == "fold_drop" or not (folded < 0).any():
                 return folded[folded >= 0], len(text)
-            # The error gives positions in the text before folding, because that is what the caller knows.
-            hopeless = {char for char in set(text) if char not in self and self._nearest(char) is None}
-            positions = [position for position, char in enumerate(text) if char in hopeless]
-        else:
-            positions = np.flatnonzero(ids < 0).tolist()
-        remedies: tuple[UnknownCharsRemedy, ...] = ("drop",) if unknown == "fold" else ("fold", "drop")
-        raise _unknown_error(text, positions, remedies, start, is_last=start + len(text) >= end)
+        # The error gives positions in the text before folding, because that is what the caller knows.
+        places = np.flatnonzero(ids < 0).tolist()
+        lacking = {text[place] for place in places}
+        hopeless = {char for char in lacking if self._nearest(char) is None}
+        remedies: tuple[UnknownCharsRemedy, ...] = (
+            ("fold", "drop") if not hopeless else ("drop",) if hopeless == lacking else ("fold_drop", "drop")
+        )
+        what = "doesn't know"
+        if unknown == "fold":
+            what, places = "knows no similar character to", [place for place in places if text[place] in hopeless]
+        raise _unknown_error(text, places, remedies, start, is_last=start + len(text) >= end, what=what)
 
     def written(self, text: str, unknown: UnknownChars = "error") -> str:
         """Return `text` in the characters in which the model reads and writes it. See `encode`."""
@@ -224,10 +228,11 @@ def _unknown_error(
     start: int = 0,
     *,
     is_last: bool = True,
+    what: str = "doesn't know",
 ) -> UnknownCharacters:
     """Describe the unknown characters at these positions of a piece that begins at `start` of the text, once each.
 
-    is_last: no text follows the piece, in which there may be more.
+    is_last: no text follows the piece, in which there may be more. what: what the model lacks, before the characters.
     """
     places: dict[str, list[int]] = {}
     for position in positions:
@@ -246,7 +251,6 @@ def _unknown_error(
         if is_last
         else ", and possibly others"
     )
-    what = "knows no similar character to" if remedies == ("drop",) else "doesn't know"
     if positions and start + positions[0] == 0 and joins(text[0]):
         named += " (a text begins with it, so it has no letter to join: send a letter and its marks in one text)"
     return UnknownCharacters(f"the model {what} {named}", remedies)

@@ -49,16 +49,21 @@ class OpenedState:
     header: StateHeader
     data: bytes  # the (L, H) state, little-endian float32
 
-    def hidden(self, identity: str, shape: tuple[int, ...]) -> Float32:
-        """Return the (L, H) float32 state for the model with this identity and state shape.
+    def hidden(self, identity: str, shape: tuple[int, ...], ref: str) -> Float32:
+        """Return the (L, H) float32 state for the model with this identity and state shape; `ref` is its name@version.
 
         Raises StateModelMismatch if another model computed it, and InvalidState if no GRU can have this state.
         """
         if self.header.identity != identity:
-            raise StateModelMismatch(
-                f"this server's {self.header.model} can't use the state: it has other weights, or another arithmetic",
-                param="state",
-            )
+            if ref == self.header.model:
+                message = (
+                    f"the state is of {ref}, which has other weights or another arithmetic here: use a server like "
+                )
+                message += "the one that made the state"
+            else:
+                message = f"the state is of {self.header.model}, and {ref} has other weights or another arithmetic: "
+                message += "leave model out, or name the state's"
+            raise StateModelMismatch(message, param="state")
         if len(self.data) != 4 * int(np.prod(shape)):
             raise InvalidState("the state has the wrong size for its model", param="state")
         hidden = np.frombuffer(self.data, "<f4").reshape(shape).astype(np.float32)

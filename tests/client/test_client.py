@@ -240,3 +240,9 @@ def test_call__ignores_a_retry_after_that_it_can_not_read_and_that_of_a_busy_ses
     busy = head("application/json", "409 Conflict", "Retry-After: 9") + b'{"error": {"code": "session_busy"}}'
     with played([*answers, busy, FACTS]) as (url, _), Client(url, retry_s=5) as client:
         assert client.open("a").id == "a"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "localhost", "ftp://localhost", "http://", ""])
+def test_client__says_how_to_write_an_address(url: str) -> None:
+    with pytest.raises(ValueError, match=r"write it as in http://127\.0\.0\.1:8000"):
+        Client(url)

@@ -169,6 +169,8 @@ def test_models_show__is_text_for_people(store: list[str]) -> None:
     assert not re.search(r"[{}=]|num_|_per_", shown)
     for fact in ("1,115,394", "1.4328", "1.4352", "int4", "a.txt", "shown@1, latest"):
         assert fact in shown
+    publish_tiny(ModelStore(Path(store[1])), "unmeasured", facts={"losses": {"validation_nats_per_char": None}})
+    assert "None" not in run("models", "show", "unmeasured", *store).stdout
 
 
 def test_form__is_that_of_every_text_and_the_texts_are_those_of_the_api(store: list[str], tmp_path: Path) -> None:

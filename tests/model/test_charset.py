@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from service.errors import InvalidCharset, UnknownCharacters
 from service.model import charset as charset_module
 from service.model import normal_form
-from service.model.charset import Charset
+from service.model.charset import Charset, UnknownChars
 from service.model.normal_form import normalised_blocks, normalised_pieces
 
 normal_form._classes()  # made at the first use, which no deadline of a test should include
@@ -65,14 +65,41 @@ def test_encode__the_error_names_each_character_once() -> None:
     with pytest.raises(UnknownCharacters) as caught:
         ASCII.encode("é→é→éa")
     fault = "the model doesn't know 'é' (U+00E9) at 0 and 2 more places, '→' (U+2192) at 1 and 3"
-    fold, drop = "replaces such characters by the nearest known ones", "leaves them out"
-    assert caught.value.message == f'{fault}; "unknown_chars": "fold" {fold}; "unknown_chars": "drop" {drop}'
-    assert caught.value.command_message == f"{fault}; --unknown-chars fold {fold}; --unknown-chars drop {drop}"
+    assert caught.value.fault == fault
     with pytest.raises(UnknownCharacters) as caught:
         ASCII.encode("漢漢", "fold")
-    assert caught.value.command_message == (
-        f"the model knows no similar character to '漢' (U+6F22) at 0 and 1; --unknown-chars drop {drop}"
+    assert caught.value.fault == "the model knows no similar character to '漢' (U+6F22) at 0 and 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "remedies"),
+    [
+        ("é", "error", ["fold", "drop"]),
+        ("é漢", "error", ["fold_drop", "drop"]),
+        ("漢😀", "error", ["drop"]),
+        ("\ud800", "error", ["drop"]),
+        ("é漢", "fold", ["fold_drop", "drop"]),
+        ("漢", "fold", ["drop"]),
+    ],
+)
+def test_encode__the_error_names_what_would_accept_the_text(
+    text: str, unknown: UnknownChars, remedies: list[UnknownChars]
+) -> None:
+    with pytest.raises(UnknownCharacters) as caught:
+        ASCII.encode(text, unknown)
+    effects = {
+        "fold": "replaces such characters by the nearest known ones",
+        "fold_drop": "replaces those that have a similar known one, and leaves the others out",
+        "drop": "leaves them out",
+    }
+    advice = [f"{one} {effects[one]}" for one in remedies]
+    assert caught.value.command_message == "; ".join(
+        [caught.value.fault, *(f"--unknown-chars {one}" for one in advice)]
     )
+    named = [f'"unknown_chars": "{one}" {effects[one]}' for one in remedies]
+    assert caught.value.message == "; ".join([caught.value.fault, *named])
+    for remedy in remedies:
+        ASCII.encode(text, remedy)
 
 
 def test_encode__the_error_says_that_a_mark_at_the_beginning_joins_no_letter() -> None:

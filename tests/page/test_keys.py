@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Browser, expect
 
 from service.api_keys import new_key
 from tests.harness.browser import ENVIRONMENT, OpenPage
@@ -76,3 +77,42 @@ def test_page__works_where_the_browser_blocks_storage(open_page: OpenPage) -> No
         screen.page.click(".column.active .fork")
         expect(screen.page.locator(".column")).to_have_count(2)
         expect(screen.page.locator("#trouble")).to_have_text("")
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["stored", "storage blocked"])
+def test_docs__asks_for_a_key_and_calls_routes_with_it(browser: Browser, server: Server, blocked: bool) -> None:
+    url = f"http://127.0.0.1:{server.port}"
+    with closing(browser.new_context()) as context:
+        page = context.new_page()
+        if blocked:
+            page.add_init_script(BLOCK_STORAGE)
+        page.goto(f"{url}/docs")
+        expect(page.locator("#key p")).to_have_text("This server requires an API key.")
+        for key, reason in (
+            ("gru-wrong", "The server does not know this API key."),
+            ("漢", "The server does not know"),
+        ):
+            page.fill("#key input", key)
+            page.click("#key button")
+            expect(page.locator("#key p")).to_contain_text(reason)
+        page.fill("#key input", f" {KEY} ")
+        page.click("#key button")
+        expect(page.locator("#operations-models-models_index")).to_be_visible()
+        expect(page.locator("#key")).to_be_hidden()
+        page.click("#operations-models-models_index")
+        page.click("#operations-models-models_index .try-out button")
+        page.click("#operations-models-models_index .execute")
+        answer = page.locator("#operations-models-models_index .live-responses-table .response-col_status")
+        expect(answer.last).to_have_text("200")
+        page.reload()
+        expect(page.locator("#key" if blocked else "#operations-models-models_index")).to_be_visible()
+
+
+def test_docs__uses_the_key_that_the_page_has(open_page: OpenPage) -> None:
+    screen = open_page(is_ready=False)
+    screen.page.fill("#key input", KEY)
+    screen.page.click("#key button")
+    screen.wait_until_ready()
+    screen.page.click("header a")
+    expect(screen.page.locator("#operations-models-models_index")).to_be_visible()
+    expect(screen.page.locator("#key")).to_be_hidden()

@@ -219,6 +219,26 @@ def test_malformed_http__gets_an_error_in_the_usual_shape(server: Server, data: 
     wait_until(lambda: logged() == [status])
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        (b"GET /v1/mod els HTTP/1.1", "write a space in it as %20"),
+        (b"GET  /version HTTP/1.1", "write a space in it as %20"),
+        ("GET /v1/models/é HTTP/1.1".encode(), "write other characters than ASCII in it as %C3%A9 for é"),
+        (b"GET /version HTTP/2.0", "the server speaks HTTP/1.1 and HTTP/1.0"),
+        (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1", "the server speaks HTTP, not HTTPS"),
+        (b"\x00\x01\x02 hello", "begins with a line such as `GET /version HTTP/1.1`"),
+        (b"GET /version", "begins with a line such as `GET /version HTTP/1.1`"),
+    ],
+)
+def test_request_line__that_is_wrong_gets_what_to_do(server: Server, line: bytes, advice: str) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(line + b"\r\nHost: localhost\r\n\r\n")
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert advice in json.loads(response.read())["error"]["message"]
+
+
 def test_pipelined_requests__are_answered_in_order(server: Server) -> None:
     """Also those that wait in the server while a stream is sent, and with bodies of both kinds."""
     body = json.dumps(BODY | {"stream": True}).encode()

@@ -29,7 +29,7 @@ def test_open__returns_the_sealed_state_to_the_bit(hidden: np.ndarray, position:
     header = HEADER.model_copy(update={"position": position, "seed": seed})
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(header, hidden))
     assert opened.header == header
-    assert opened.hidden(header.identity, (2, 8)).tobytes() == hidden.tobytes()
+    assert opened.hidden(header.identity, (2, 8), "tiny@1").tobytes() == hidden.tobytes()
 
 
 def test_sealer__signs_with_its_first_key_and_accepts_all() -> None:
@@ -62,16 +62,18 @@ def test_hidden__refuses_values_that_no_gru_has(number: float) -> None:
     hidden[0, 3] = number
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, hidden))
     with pytest.raises(InvalidState):
-        opened.hidden(HEADER.identity, (1, 16))
+        opened.hidden(HEADER.identity, (1, 16), "tiny@1")
 
 
 def test_hidden__refuses_another_model_or_size() -> None:
     opened = StateSealer([NEW]).open(StateSealer([NEW]).seal(HEADER, HIDDEN))
-    with pytest.raises(StateModelMismatch):
-        opened.hidden("cd" * 32, (1, 16))
+    with pytest.raises(StateModelMismatch, match="has other weights or another arithmetic here"):
+        opened.hidden("cd" * 32, (1, 16), HEADER.model)
+    with pytest.raises(StateModelMismatch, match=f"the state is of {HEADER.model}, and other@1 has other weights"):
+        opened.hidden("cd" * 32, (1, 16), "other@1")
     for shape in ((1, 15), (2, 16), (1, 1024)):
         with pytest.raises(InvalidState):
-            opened.hidden(HEADER.identity, shape)
+            opened.hidden(HEADER.identity, shape, "tiny@1")
 
 
 def test_open__refuses_every_changed_state() -> None:

@@ -17,6 +17,7 @@ from service.errors import InvalidValue
 from service.web.api.known_fields import NO_GRAMMAR, NO_TAGS, NO_WHITESPACE, Anyway, Name, Only
 from service.web.api.schemas import Body, SamplingBody
 from service.web.gate.body_json import RefusedJson, parse
+from service.web.gate.error_responses import HALF_OF_A_PAIR
 
 MAX_CHOICES = 10_000
 # Of a form as it is compiled. A run's record has it while the run is unfinished, and is saved once a second.
@@ -188,5 +189,5 @@ def _checked(form: Form, param: str) -> _Wanted:
     try:
         form.value.encode()
     except UnicodeEncodeError:
-        raise InvalidValue(f"{param}: has a half of a surrogate pair, which is no character", param=param) from None
+        raise InvalidValue(f"{param}: {HALF_OF_A_PAIR}", param=param) from None
     return form, param

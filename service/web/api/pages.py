@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import flask_openapi_swagger
-from flask import Response, current_app, jsonify, send_from_directory
+from flask import Response, current_app, jsonify, request, send_from_directory
 
 from service.web.api.resource import Resource
 from service.web.gate.route import Route
@@ -54,21 +54,27 @@ class DocsRoutes(Resource):
         """Return the description of all documented routes."""
         return jsonify(current_app.api_doc)  # type: ignore[attr-defined]
 
-    @Route("GET", "/docs")
+    @Route("GET", "/docs", open=True)
     def page(self) -> Response:
         """Return Swagger UI."""
-        response = send_from_directory(_STATIC, "docs.html")
+        response = _file(_STATIC, "docs.html")
         response.headers["Content-Security-Policy"] = _DOCS_CSP
         return response
 
-    @Route("GET", "/docs/<path:asset>")
+    @Route("GET", "/docs/<path:asset>", open=True)
     def assets(self, asset: str) -> Response:
         """Return a file of Swagger UI."""
-        return send_from_directory(_STATIC if asset == "docs.js" else _SWAGGER, asset)
+        return _file(_STATIC if asset == "docs.js" else _SWAGGER, asset)
 
 
 def _playground_file(name: str) -> Response:
     # max_age=0: browsers ask again each time, and get 304 unless the file has changed.
-    response = send_from_directory(_PLAYGROUND, name, max_age=0)
+    response = _file(_PLAYGROUND, name, max_age=0)
     response.headers["Content-Security-Policy"] = _PLAYGROUND_CSP
     return response
+
+
+def _file(folder: Path, name: str, max_age: int | None = None) -> Response:
+    """Return a file, or 304 if the client has it. It is sent whole: no browser needs a part of a small file."""
+    response = send_from_directory(folder, name, max_age=max_age, conditional=False)
+    return response.make_conditional(request.environ)

@@ -13,6 +13,7 @@ from flask import Flask, Response, current_app, jsonify, request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing.exceptions import WebsocketMismatch
 
 from service import errors
 from service.errors import GruServeError, PositionConflict, SessionBusy
@@ -70,6 +71,7 @@ _RESUMABLE = (
     errors.OutcomeUnknown,
 )  # fmt: skip
 _RETRY_AFTER_S = "1"
+HALF_OF_A_PAIR = r"has a half of a surrogate pair, such as \ud800, which is no character: send both halves or none"
 _MAX_OTHERS = 5  # further wrong fields that an error names
 # Errors of one field whose paths are compared. A body may have thousands, and each path takes a third of a millisecond.
 _MAX_FAULTS = 32
@@ -178,6 +180,8 @@ def register_error_handlers(app: Flask) -> None:
         )
         if code == "not_found":
             message = _no_route(app)
+        elif isinstance(error, WebsocketMismatch):
+            message = 'there are no WebSockets: POST with "stream": true gets server-sent events'
         elif code == "method_not_allowed" and allowed:
             message = f"this route doesn't have that method; it has: {allowed}"
         response = error_response(message, code, status=error.code)
@@ -208,7 +212,7 @@ def _no_route(app: Flask) -> str:
         if is_known:
             return f"there is no such route: write its path as {quote(plain)}, without needless slashes and escapes"
     paths = [rule.rule for rule in app.url_map.iter_rules()]
-    return f"there is no such route{_did_you_mean(request.path, paths)}; the API description lists all"
+    return f"there is no such route{_did_you_mean(request.path, paths)}; GET /openapi.json lists all"
 
 
 def _sentence(kind: str, message: str) -> str:
@@ -216,6 +220,8 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is unknown or not supported"
     if kind == "missing":
         return "this field is required"
+    if kind == "string_unicode":
+        return HALF_OF_A_PAIR
     message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
     message = re.sub(r"a valid dictionary(?: or instance of \w+)?", "an object", message)
     return message.replace(" should have ", " must have ").replace(" after validation", "")

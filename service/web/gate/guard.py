@@ -122,9 +122,11 @@ def _refuse_unread(max_body_bytes: int) -> Response | None:
     if (request.content_length or 0) > max_body_bytes:
         return _too_large(max_body_bytes)
     if request.mimetype != "application/json":
-        return error_response(
-            "the body has to be JSON, sent with Content-Type: application/json", "unsupported_media_type"
+        is_empty = not request.content_length and "Transfer-Encoding" not in request.headers
+        what = (
+            "the request has no body: send a JSON object, such as {}," if is_empty else "the body has to be JSON, sent"
         )
+        return error_response(f"{what} with Content-Type: application/json", "unsupported_media_type")
     return None
 
 

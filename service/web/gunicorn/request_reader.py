@@ -47,6 +47,8 @@ _FAULTS: dict[type[Exception], str] = {
     "such as Host, Content-Type and Content-Length, or it may not be sent, such as Transfer-Encoding with "
     "Content-Length or in HTTP/1.0",
 }
+_PATH = "the path of the request is not valid: write {} in it as {}"
+_TLS_HANDSHAKE = 0x16  # the first byte of a connection of TLS
 _METHOD_BYTES = frozenset(
     b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode()
 )  # RFC 9110, 5.6.2
@@ -166,7 +168,11 @@ class RequestReader:
         if (
             received and received != b"\r" and received[0] not in _METHOD_BYTES
         ):  # such as TLS, whose client waits for an answer
-            message = "the server speaks HTTP, not HTTPS: write http:// in its address, or use the proxy that ends TLS"
+            message = _MESSAGES[HTTPStatus.BAD_REQUEST]
+            if received[0] == _TLS_HANDSHAKE:
+                message = (
+                    "the server speaks HTTP, not HTTPS: write http:// in its address, or use the proxy that ends TLS"
+                )
             raise Refusal(HTTPStatus.BAD_REQUEST, "bad_request", message, "not HTTP")
         if received.startswith(_HTTP_2):
             status = HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
@@ -198,6 +204,12 @@ class RequestReader:
         except (errors.ParseException, errors.NoMoreData, StopIteration) as error:
             status = _STATUS_OF_ERROR.get(type(error), HTTPStatus.BAD_REQUEST)
             message = _FAULTS.get(type(error), _MESSAGES[status])
+            if isinstance(error, (errors.InvalidRequestLine, errors.InvalidHTTPVersion)):
+                line = head.partition(b"\r\n")[0]
+                if line.count(b" ") > 2:  # the parser takes what follows the second one for the version
+                    status, message = HTTPStatus.BAD_REQUEST, _PATH.format("a space", "%20")
+                elif not line.isascii():
+                    message = _PATH.format("other characters than ASCII", "%C3%A9 for é, for example")
             raise Refusal(status, "bad_request", message, type(error).__name__) from None
 
 

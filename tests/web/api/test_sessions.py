@@ -294,7 +294,7 @@ def test_portable_state__that_is_bad_is_refused(tiny_store: ModelStore) -> None:
         ok(client.put("/v1/sessions/a", json={"text": "ROMEO:"}), 201)
         good = ok(client.get("/v1/sessions/a/state"))["state"]
         opened = ours.open(good)
-        header, hidden = opened.header, opened.hidden(opened.header.identity, (1, 16))
+        header, hidden = opened.header, opened.hidden(opened.header.identity, (1, 16), "tiny@1")
         makers: list[Callable[[], str]] = [
             *[lambda: changed(good, chance)] * 6,
             lambda: foreign.seal(header, hidden),

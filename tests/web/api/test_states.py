@@ -179,6 +179,9 @@ def test_state__of_another_model_or_time_is_refused(tmp_path: Any) -> None:
         assert choice(client, prompt="a", state=state, max_tokens=1)["text"]  # with the model of the state
         wrong = {"prompt": "a", "state": state, "model": "tiny"}
         refused(client.post("/v1/completions", json=wrong), 400, "state_model_mismatch", "state")
+        message = client.post("/v1/completions", json=wrong).get_json()["error"]["message"]
+        assert "the state is of other@1, and tiny@1 has other weights" in message
+        assert "leave model out" in message
         there = session(client, text=PROMPT)
         expiring = ok(client.get(f"{there}/state?ttl_s=0.001"))["state"]
         time.sleep(0.01)
@@ -188,7 +191,7 @@ def test_state__of_another_model_or_time_is_refused(tmp_path: Any) -> None:
             StateSealer(["a key for this test alone"]).open(state),
         )
         fields = opened.header.model_dump()
-        hidden = opened.hidden(opened.header.identity, (1, 16))
+        hidden = opened.hidden(opened.header.identity, (1, 16), "tiny@1")
         far = sealer.seal(StateHeader(**(fields | {"position": 2**53})), hidden)
         response = client.post("/v1/completions", json={"prompt": "a", "state": far})
         assert (response.status_code, response.get_json()["error"]["code"]) == (400, "out_of_range")

@@ -51,10 +51,10 @@ def test_routes__except_health_and_the_page_need_a_key(closed: FlaskClient) -> N
             if status == 200:
                 answered.append((method, path))
     paths = {path for _, path in answered}
-    assert paths == {"/healthz", "/health", "/readyz", "/", "/page/page.css"}
+    assert paths == {"/healthz", "/health", "/readyz", "/", "/page/page.css", "/docs", "/docs/docs.js"}
 
 
-@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/docs/../x", "/healthz/", "/healthz?x=/v1"])
+@pytest.mark.parametrize("path", ["/nope", "/v1/nope", "/v1/../x", "/healthz/", "/healthz?x=/v1"])
 def test_unknown_path__without_a_key_is_not_revealed(closed: FlaskClient, path: str) -> None:
     assert closed.get(path).status_code == (200 if path.startswith("/healthz?") else 401)
     assert closed.get("/nope", headers=bearer(ALICE)).status_code == 404
@@ -153,10 +153,12 @@ def test_new_route__needs_a_key_unless_declared_open() -> None:
     assert client.get("/new", headers=bearer(ALICE)).text == "new"
 
 
-def test_open_routes__are_only_health_and_the_page(closed: FlaskClient) -> None:
+def test_open_routes__are_only_health_and_the_pages(closed: FlaskClient) -> None:
     declared = {name: route_of(view) for name, view in closed.application.view_functions.items()}
     open_endpoints = {name for name, route in declared.items() if route is not None and route.open}
-    assert open_endpoints == {"health.healthz", "health.health", "health.readyz", "page.page", "page.part"}
+    assert open_endpoints == {
+        "health.healthz", "health.health", "health.readyz", "page.page", "page.part", "docs.page", "docs.assets",
+    }  # fmt: skip
 
 
 def test_server_without_keys__is_open_and_ignores_keys(client: FlaskClient) -> None:
