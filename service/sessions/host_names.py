@@ -15,6 +15,7 @@ Place = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 _KNOWN_SHARE = 0.25  # of the limit is waited for an answer, if the answer before it can be used instead
 _MAX_NAMES = 1000  # whose answers are stored
+_MAX_LOOK_UPS = 64  # at once: each has a thread, and a cluster may name thousands of hosts that don't exist
 # A name server has answered that there is no such name, or that it has no address.
 _DEFINITE = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY") if hasattr(socket, name)}
 
@@ -50,6 +51,8 @@ class HostNames:
         with self._lock:
             known, look_up = self._known.get(name), self._running.get(name)
             if look_up is None:
+                if len(self._running) >= _MAX_LOOK_UPS:
+                    raise OSError("too many names of hosts are looked up at once")
                 look_up = self._running[name] = _LookUp()
                 try:
                     threading.Thread(target=self._run, args=(name, look_up), name="look up host", daemon=True).start()
@@ -62,11 +65,12 @@ class HostNames:
             return look_up.places.result(max(0.0, look_up.began + limit_s - time.monotonic()))
         except OSError as error:
             if known is None or (isinstance(error, socket.gaierror) and error.errno in _DEFINITE):
-                raise
+                raise type(error)(*error.args) from None  # several threads may get the one of the look-up
             return known
 
     def _run(self, name: tuple[str, int], look_up: _LookUp) -> None:
-        places, failure = [], OSError("the host has no address")
+        places: list[Place] = []
+        failure = OSError("the host has no address")
         try:
             places = _ask(*name)
         except OSError as error:
@@ -86,6 +90,6 @@ class HostNames:
 def _ask(host: str, port: int, flags: int = 0) -> list[Place]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError as error:  # a label is empty or too long
+    except (ValueError, OverflowError) as error:  # a label is empty or too long, or has a NUL; there is no such port
         raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
     return [(family, place) for family, _, _, _, place in found]
