@@ -21,7 +21,6 @@ it, such as the number of a cluster's nodes.
 from __future__ import annotations
 
 import math
-import os
 import re
 import select
 import socket
@@ -38,7 +37,7 @@ from redis import exceptions as errors
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from service.sessions.host_names import HostNames, Place
+from service.host_names import HostNames, connect
 from service.sessions.redis_answers import Exchange, InvalidAnswer
 from service.sessions.redis_url import Address, Login, RedisUrl
 
@@ -113,54 +112,13 @@ class _TcpConnection(Connection):
 
     def _connect(self) -> socket.socket:
         places = self._names.places(self.host, self.port)
-        sock = _connected(places, min(self._ends_at, time.monotonic() + self.socket_connect_timeout))
+        sock = connect(places, min(self._ends_at, time.monotonic() + self.socket_connect_timeout))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in self.socket_keepalive_options.items():
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
         sock.settimeout(max(0.001, min(self.socket_timeout, self._ends_at - time.monotonic())))
         return sock
-
-
-def _connected(places: Sequence[Place], ends_at: float) -> socket.socket:
-    """Return a connection to the place that accepts first, before a monotonic time. Raises OSError.
-
-    Each place has a share of the time before the next one is tried as well: it may be slow, or silent for ever.
-    """
-    failure: OSError = TimeoutError("the server did not accept a connection in time")
-    poll, pending = select.poll(), dict[int, socket.socket]()
-    try:
-        for number, (family, place) in enumerate(places):
-            share_ends_at = time.monotonic() + max(0.0, ends_at - time.monotonic()) / (len(places) - number)
-            try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-            except OSError as error:  # this machine has no addresses of this family, or no descriptor left
-                failure = error
-                continue
-            pending[sock.fileno()] = sock
-            sock.setblocking(False)
-            try:
-                sock.connect(place)
-            except BlockingIOError:
-                pass  # it is under way
-            except OSError as error:
-                pending.pop(sock.fileno()).close()
-                failure = error
-                continue
-            poll.register(sock, select.POLLOUT)
-            while pending and (ready := poll.poll(math.ceil(1000 * max(0.0, share_ends_at - time.monotonic())))):
-                for descriptor, _ in ready:
-                    poll.unregister(descriptor)
-                    sock = pending.pop(descriptor)
-                    number_of_error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                    if not number_of_error:
-                        return sock
-                    sock.close()
-                    failure = OSError(number_of_error, os.strerror(number_of_error))
-        raise failure
-    finally:
-        for sock in pending.values():
-            sock.close()
 
 
 class _TlsConnection(SSLConnection, _TcpConnection):

@@ -16,7 +16,7 @@ import pytest
 from redis import exceptions as errors
 
 from service.errors import StoreUnavailable
-from service.sessions.host_names import HostNames
+from service.host_names import HostNames
 from service.sessions.redis_connections import RedisConnections
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_url import parse

@@ -1,10 +1,14 @@
-"""Looks up the addresses of hosts, within a limited time."""
+"""Looks up the addresses of hosts, and connects to them, within a limited time."""
 
 from __future__ import annotations
 
+import math
+import os
+import select
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -85,6 +89,47 @@ class HostNames:
             look_up.places.set_result(places)
         else:
             look_up.places.set_exception(failure)
+
+
+def connect(places: Sequence[Place], ends_at: float) -> socket.socket:
+    """Return a connection to the place that accepts first, before a monotonic time. Raises OSError.
+
+    Each place has a share of the time before the next one is tried as well: it may be slow, or silent for ever.
+    """
+    failure: OSError = TimeoutError("the server did not accept a connection in time")
+    poll, pending = select.poll(), dict[int, socket.socket]()
+    try:
+        for number, (family, place) in enumerate(places):
+            share_ends_at = time.monotonic() + max(0.0, ends_at - time.monotonic()) / (len(places) - number)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:  # this machine has no addresses of this family, or no descriptor left
+                failure = error
+                continue
+            pending[sock.fileno()] = sock
+            sock.setblocking(False)
+            try:
+                sock.connect(place)
+            except BlockingIOError:
+                pass  # it is under way
+            except OSError as error:
+                pending.pop(sock.fileno()).close()
+                failure = error
+                continue
+            poll.register(sock, select.POLLOUT)
+            while pending and (ready := poll.poll(math.ceil(1000 * max(0.0, share_ends_at - time.monotonic())))):
+                for descriptor, _ in ready:
+                    poll.unregister(descriptor)
+                    sock = pending.pop(descriptor)
+                    number_of_error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not number_of_error:
+                        return sock
+                    sock.close()
+                    failure = OSError(number_of_error, os.strerror(number_of_error))
+        raise failure
+    finally:
+        for sock in pending.values():
+            sock.close()
 
 
 def _ask(host: str, port: int, flags: int = 0) -> list[Place]:
