@@ -27,6 +27,7 @@ _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _MAX_ENTRIES = 1000  # every request's key is compared with each of them
 _MAX_FILE_BYTES = 2**18
 _CHECK_INTERVAL_S = 1.0  # the file is read at most this often
+_READ_S = 0.1  # a request waits for reading the file; a later one has what was read by then
 _KEY_BYTES = 32
 _VARIABLE, _FILE_VARIABLE = "GRU_SERVE_API_KEYS", "GRU_SERVE_API_KEYS_FILE"
 
@@ -94,6 +95,17 @@ class ApiKeys:
             return
         if not self._reloading.acquire(blocking=False):
             return  # another thread reloads; this request must not wait for a slow disk
+        # On a thread of its own, for a network file system may hang, and requests are checked by the thread that all
+        # connections share.
+        thread = threading.Thread(target=self._reload, name="API keys", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # there are too many threads
+            self._reloading.release()
+        else:
+            thread.join(_READ_S)
+
+    def _reload(self) -> None:
         try:
             # Content is compared, not mtime: two writes may share a timestamp, and mounted secrets are chains of links.
             content = _read_file(self._path)

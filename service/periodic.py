@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+_CLOSING_S = 3.0  # `work` may hang, for example in a network file system, and the process has to exit in time
+
 
 class PeriodicThread:
     """Calls `work` every `interval_s` seconds on its own daemon thread, until it is closed.
@@ -23,9 +25,9 @@ class PeriodicThread:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, after the current call of `work` if there is one. Blocks until it has ended."""
+        """End the thread, after the current call of `work` if there is one. Waits for that, unless it hangs."""
         self._closing.set()
-        self._thread.join()
+        self._thread.join(_CLOSING_S)
 
     def _run(self) -> None:
         has_more: object = False

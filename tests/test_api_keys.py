@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from service.__main__ import main
 from service.api_keys import ApiKeys, new_key, read_keys
 from service.errors import InvalidSettings, InvalidValue
+from tests.harness.wait import wait_until
 
 
 class Clock:
@@ -112,6 +115,35 @@ def test_api_keys__reads_a_changed_file_again(tmp_path: Path) -> None:
     clock.now += 1
     assert keys.owner_of(new) == "alice"
     assert keys.owner_of(old) is None
+
+
+def test_api_keys__a_file_that_hangs_delays_one_request(tmp_path: Path) -> None:
+    """As on a network file system whose server is silent. Here a named pipe into which nobody writes."""
+    path, clock = tmp_path / "keys", Clock()
+    (old, old_entry), (new, new_entry) = new_key("alice"), new_key("bob")
+    path.write_text(old_entry)
+    keys = file_keys(path, clock)
+    path.unlink()
+    os.mkfifo(path)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            before = threading.active_count()
+            for _ in range(50):
+                clock.now += 1
+                assert pool.submit(keys.owner_of, old).result(10) == "alice"
+            assert threading.active_count() <= before + 2  # the pool's and one that hangs
+        finally:
+            writer = os.open(path, os.O_WRONLY)
+        path.unlink()
+        path.write_text(new_entry)
+        os.write(writer, old_entry.encode())
+        os.close(writer)
+
+    def is_known() -> bool:
+        clock.now += 1
+        return keys.owner_of(new) == "bob"
+
+    wait_until(is_known)
 
 
 @pytest.mark.parametrize("content", [None, "", "nonsense\n", "alice:\n"])

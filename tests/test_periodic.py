@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from contextlib import closing
 
+import pytest
+
 from service.periodic import PeriodicThread
 
 NEVER_S = 3600.0
@@ -60,3 +62,20 @@ def test_periodic_thread__closing_waits_for_the_current_call_and_makes_no_other(
     closer.join()
     assert num_finished == 1
     assert not any(alive.name == "worker" for alive in threading.enumerate())
+
+
+def test_close__does_not_wait_for_work_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.periodic._CLOSING_S", 0.01)
+    begun, ends = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        ends.wait()
+
+    periodic = PeriodicThread("hangs", 0.001, hang)
+    assert begun.wait(20)
+    closing = threading.Thread(target=periodic.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    ends.set()

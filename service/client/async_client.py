@@ -276,8 +276,9 @@ class AsyncClient(Calls):
     Args:
         url: the address of the server.
         api_key: the API key, which is sent as a bearer token.
-        timeout_s: how long a connection may be silent, in seconds. A stream never is for more than 10 s; a whole answer
-            arrives when all of it has been generated.
+        timeout_s: how long it may take to connect, how long a connection may be silent, and how long the head of an
+            answer may take, in seconds. A stream is never silent for more than 10 s; a whole answer begins when all of
+            it has been generated, and takes as long at most, and a second for each 16 KiB.
         retry_s: how long a call is repeated after its first failure, while the server is unreachable, overloaded or
             busy with an earlier call. A stream counts from the first failure after the last text. A pause is at least
             as long as Retry-After; a call fails at once if that is longer than what is left of `retry_s`.

@@ -24,11 +24,11 @@ class AsyncioConnections:
 
     Args:
         address: where the server is.
-        timeout_s: how long a connection may be silent, in seconds.
+        timeout_s: how long it may take to connect, until the head of a response has arrived, and for each piece.
     """
 
     def __init__(self, address: Address, timeout_s: float) -> None:
-        self._address, self._timeout_s = address, timeout_s
+        self._address, self.timeout_s = address, timeout_s
         self._tls = ssl.create_default_context() if address.is_encrypted else None
         port = address.port if address.port is not None else 443 if address.is_encrypted else 80
         self._place = (address.host, port)
@@ -71,8 +71,8 @@ class AsyncioConnections:
                 await writer.wait_closed()
 
     async def _open(self) -> Line:
-        async with asyncio.timeout(self._timeout_s):
-            return Line(*await asyncio.open_connection(*self._place, ssl=self._tls), self._timeout_s)
+        async with asyncio.timeout(self.timeout_s):
+            return Line(*await asyncio.open_connection(*self._place, ssl=self._tls), self.timeout_s)
 
 
 class Line:
@@ -101,7 +101,10 @@ class AsyncioResponse:
         if not version.startswith(b"HTTP/1.") or not status[:3].isdigit():
             raise StreamBroken("the response is no HTTP")
         self.status = int(status[:3])
-        self.headers = http.client.parse_headers(io.BytesIO(fields))
+        try:
+            self.headers = http.client.parse_headers(io.BytesIO(fields))
+        except http.client.HTTPException as error:
+            raise StreamBroken(f"the response is no HTTP: {error!r}") from error
         self._is_chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
         self._is_kept = version != b"HTTP/1.0" and self.headers.get("Connection", "").lower() != "close"
         length = self.headers.get("Content-Length")
@@ -116,13 +119,6 @@ class AsyncioResponse:
             self._left = int(length)
         elif self._is_kept:
             self._is_kept = False  # only its end ends the body
-
-    async def read(self) -> bytes:
-        """Return the whole body."""
-        pieces = []
-        while piece := await self.read_some():
-            pieces.append(piece)
-        return b"".join(pieces)
 
     async def read_some(self) -> bytes:
         """Return what has arrived of the body."""

@@ -17,6 +17,9 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+_MAX_BODY_BYTES = 2**30  # of a whole response
+_MAX_EVENT_BYTES = 2**26
+_MIN_BYTES_PER_S = 2**14  # a whole body takes longer only from a server that doesn't mean to answer
 _RETRIED_STATUSES = (429, 502, 503, 504)
 _RETRIED_CODES = ("session_busy", "revision_conflict")  # another call was in the way: a call names its position
 
@@ -99,9 +102,6 @@ class Response(Protocol):
     def headers(self) -> Message:
         """The headers."""
 
-    async def read(self) -> bytes:
-        """Return the whole body."""
-
     async def read_some(self) -> bytes:
         """Return what has arrived of the body, at least one byte; nothing at its end."""
 
@@ -114,6 +114,8 @@ class Response(Protocol):
 
 class Connections(Protocol):
     """Sends requests to one server over connections that it reuses."""
+
+    timeout_s: float  # how long it may take to connect, until the head of a response has arrived, and for each piece
 
     async def request(
         self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], *, is_new: bool
@@ -189,7 +191,7 @@ class StreamEvent:
         """
         try:
             data = json.loads(self.data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StreamBroken("an event is not JSON") from error
         if not isinstance(data, dict):
             raise StreamBroken("an event is not an object")
@@ -260,16 +262,28 @@ class Transport:
     async def _once(self, method: str, path: str, body: object) -> dict[str, Any]:
         response = await self._send(method, path, body, {}, is_new=False)
         try:
-            data = await response.read()
+            data = await self._whole(response)
         except BaseException:
             response.close()
             raise
         response.release()
         try:
             document: dict[str, Any] = json.loads(data) if data else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StreamBroken("the response is not JSON, or not complete") from error
         return document
+
+    async def _whole(self, response: Response) -> bytes:
+        """Return the body of a response that is no stream. Raises OSError and StreamBroken."""
+        pieces, num_bytes, began = [], 0, time.monotonic()
+        while piece := await response.read_some():
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > _MAX_BODY_BYTES:
+                raise StreamBroken("the response is too large")
+            if time.monotonic() - began > self._connections.timeout_s + num_bytes / _MIN_BYTES_PER_S:
+                raise TimeoutError("the response takes too long")
+        return b"".join(pieces)
 
     async def _send(
         self, method: str, path: str, body: object, headers: Mapping[str, str], *, is_new: bool
@@ -283,9 +297,9 @@ class Transport:
             # Headers may end early without an error. Every response of the server with a body has this one.
             if "Content-Type" not in response.headers and response.status != 204:
                 raise StreamBroken("the response ended within its headers")
-            if response.status < 400:
+            if response.status < 300:
                 return response
-            content = await response.read()
+            content = await self._whole(response)
         except BaseException:
             response.close()
             raise
@@ -297,7 +311,7 @@ def _error(content: bytes) -> dict[str, Any]:
     """Return the error object of a response."""
     try:
         error = json.loads(content)["error"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         error = None
     return error if isinstance(error, dict) else {"message": "the response does not come from this service"}
 
@@ -305,21 +319,32 @@ def _error(content: bytes) -> dict[str, Any]:
 async def _events(response: Response) -> AsyncGenerator[StreamEvent]:
     """Yield each complete event of a stream, and close the connection after the last. Raises OSError, StreamBroken."""
     fields: dict[str, str] = {}
-    rest = b""
+    data: list[str] = []  # the lines of its field of that name
+    rest = bytearray()
+    num_bytes = 0  # of the event that is not complete yet
     try:
         while piece := await response.read_some():
-            *lines, rest = (rest + piece).split(b"\n")
+            num_bytes += len(piece)
+            if num_bytes > _MAX_EVENT_BYTES:
+                raise StreamBroken("an event is too large")
+            rest += piece
+            if b"\n" not in piece:
+                continue
+            *lines, rest = rest.split(b"\n")
             for line in lines:
                 name, _, value = line.decode(errors="replace").removesuffix("\r").partition(":")
                 value = value.removeprefix(" ")
-                if name:
-                    fields[name] = f"{fields['data']}\n{value}" if name == "data" and name in fields else value
+                if name == "data":
+                    data.append(value)
+                elif name:
+                    fields[name] = value
                 elif line.strip():
                     pass  # a comment
                 else:
-                    event, fields = fields, {}
-                    if "data" in event:
-                        yield StreamEvent(event.get("id", ""), event.get("event", "message"), event["data"])
+                    text, event = data, fields
+                    data, fields, num_bytes = [], {}, len(piece)
+                    if text:
+                        yield StreamEvent(event.get("id", ""), event.get("event", "message"), "\n".join(text))
     finally:
         response.close()
 
@@ -332,5 +357,5 @@ def _seconds(retry_after: str | None) -> float:
         return float(retry_after)
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):  # a date that no calendar has
         return 0.0

@@ -27,6 +27,7 @@ from service.model.artifact import Artifact
 from service.model.charset import Charset
 from service.model.chat_template import ChatTemplate
 from service.model.quantize import IntegerPrecision
+from service.registry.store_reads import StoreReads
 from service.registry.version_resolver import VersionResolver
 from service.shares import SharedBudget
 from service.store.model_store import Description, ModelStore, ModelVersion
@@ -109,7 +110,7 @@ class LoadedModels:
     """
 
     def __init__(self, store: ModelStore, max_models: int, engine_settings: EngineSettings) -> None:
-        self.store = store
+        self.store, self.reads = store, StoreReads()
         self._max_models = max_models
         self._engine_settings = engine_settings
         self._models: OrderedDict[str, LoadedModel] = OrderedDict()  # by full name, least recently used first
@@ -135,9 +136,9 @@ class LoadedModels:
         """
         resolved = self.resolver.get(ref)
         try:
-            model = self._load(resolved or self.store.resolve(ref))
+            model = self._load(resolved or self._resolve(ref))
         except (ModelNotFound, InvalidArtifact):
-            version = self.store.resolve(ref)
+            version = self._resolve(ref)
             if resolved in (None, version):
                 raise
             model = self._load(version)  # the resolved version was evicted, and can't be loaded again
@@ -145,16 +146,17 @@ class LoadedModels:
         return model
 
     def resolve(self, ref: str) -> ModelVersion:
-        """Return the version that `get` would use for `ref`, without loading it. Raises ModelNotFound."""
-        return self.resolver.get(ref) or self.store.resolve(ref)
+        """Return the version that `get` would use for `ref`, without loading it. Raises ModelNotFound, Overloaded."""
+        return self.resolver.get(ref) or self._resolve(ref)
 
     def describe(self, ref: str, param: str = "model") -> Description:
         """Return what is known about the version that `get` would use, without loading it.
 
-        Raises ModelNotFound, which names `param`, and InvalidArtifact.
+        Raises ModelNotFound, which names `param`, InvalidArtifact, and Overloaded.
         """
         try:
-            return self.store.describe(self.resolve(ref))
+            with self.reads.place():
+                return self.store.describe(self.resolve(ref))
         except ModelNotFound as error:
             error.param = param
             raise
@@ -208,6 +210,10 @@ class LoadedModels:
             models = [*self._models.values(), *self._evicted]
         for model in models:
             model.engine.close()
+
+    def _resolve(self, ref: str) -> ModelVersion:
+        with self.reads.place():
+            return self.store.resolve(ref)
 
     def _load(self, version: ModelVersion, *, always: bool = False) -> LoadedModel:
         """Return a version, and load it if necessary. With `always`, wait for it however much else is to be loaded."""

@@ -13,18 +13,23 @@ Sentinels and cluster nodes are asked by this module and not by redis-py's `Sent
   the slots again, and waits, on the threads of the callers.
 
 Connections use RESP2 and ask for no maintenance notices, so servers need neither: see docs/redis.md.
+
+Servers are not trusted with time or memory: what they answer is limited (redis_answers.py), and so is what follows from
+it, such as the number of a cluster's nodes.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import select
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha1
 from typing import Any, Protocol
 
@@ -32,7 +37,8 @@ from redis import exceptions as errors
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 
-from service.sessions.host_names import HostNames
+from service.host_names import HostNames, connect
+from service.sessions.redis_answers import Exchange, InvalidAnswer
 from service.sessions.redis_url import Address, Login, RedisUrl
 
 Command = tuple[Any, ...]
@@ -41,6 +47,9 @@ Runner = Callable[[Address, Sequence[Command], bool], list[Any]]
 
 _MIN_VERSION = 7  # older servers refuse the flag of the scripts (redis_server.py)
 _MAX_REDIRECTIONS = 5
+_MAX_NODES = 1000  # of a cluster; Redis itself recommends no more
+_MAX_HOST_CHARS = 255
+_DISCOVERY_TIMEOUTS = 4  # times the limit of an answer: how long the nodes of a cluster are tried in turn
 _HANGING_S = 5.0  # until a Sentinel that did not answer in time is asked again
 _UNKNOWN_SERVICE = "the Sentinels in GRU_SERVE_SESSION_STORE watch no master of the name in it: correct the name"
 _NO_SENTINEL = "an address in GRU_SERVE_SESSION_STORE is no Sentinel's: correct the address, or the scheme"
@@ -82,35 +91,34 @@ class Script:
         return "EVALSHA", self.digest, len(keys), *keys, *arguments
 
 
+@contextmanager
+def reading_answers() -> Iterator[None]:
+    """Raise InvalidAnswer for an answer of another form than the block reads."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise InvalidAnswer("the server answers with something else than Redis does") from error
+
+
 class _TcpConnection(Connection):
     """redis-py's connection, but to look up the host and to connect take no longer than their limits.
 
     redis-py sets no limit to the look-up, and one for each of the host's addresses.
     """
 
-    def __init__(self, *, names: HostNames, **options: Any) -> None:
+    def __init__(self, *, names: HostNames, ends_at: float, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call] # redis-py declares no types
-        self._names = names
+        self._names, self._ends_at = names, ends_at
 
     def _connect(self) -> socket.socket:
         places = self._names.places(self.host, self.port)
-        ends, failure = time.monotonic() + (self.socket_connect_timeout or 0.0), OSError()
-        for number, (family, place) in enumerate(places):
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            try:
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                for option, value in self.socket_keepalive_options.items():
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
-                sock.settimeout(max(0.001, ends - time.monotonic()) / (len(places) - number))
-                sock.connect(place)
-                sock.settimeout(self.socket_timeout)
-            except OSError as error:
-                sock.close()
-                failure = error
-            else:
-                return sock
-        raise failure
+        sock = connect(places, min(self._ends_at, time.monotonic() + self.socket_connect_timeout))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in self.socket_keepalive_options.items():
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        sock.settimeout(max(0.001, min(self.socket_timeout, self._ends_at - time.monotonic())))
+        return sock
 
 
 class _TlsConnection(SSLConnection, _TcpConnection):
@@ -118,41 +126,49 @@ class _TlsConnection(SSLConnection, _TcpConnection):
 
 
 class Link:
-    """A connection to one server, for one thread at a time."""
+    """A connection to one server, for one thread at a time. An error closes it, but not one that the server answers.
 
-    def __init__(self, connection: Any, scripts: dict[str, str]) -> None:
-        self._connection, self._scripts = connection, scripts  # of redis-py, which declares no types
+    Args:
+        connection: Of redis-py, whose parser is an Exchange.
+        scripts: Texts by digest.
+        timeout_s: How long an exchange may take, beside the time that large texts take.
+    """
+
+    def __init__(self, connection: Any, scripts: dict[str, str], timeout_s: float) -> None:
+        self._connection, self._scripts, self._timeout_s = connection, scripts, timeout_s
+        self.first_answers: list[Any] = []  # to the commands that were sent when the connection was made
         self.change, self.run_id = 0, b""  # for RedisServer
 
-    def run(self, commands: Sequence[Command], is_asking: bool = False) -> list[Any]:
+    def run(self, commands: Sequence[Command], is_asking: bool = False, *, ends_at: float = math.inf) -> list[Any]:
         """Run commands in one round trip. Return their answers: a RedisError for each that the server refused.
 
         Raises ConnectionError or TimeoutError if the connection broke. Some commands may have been done then.
 
-        is_asking: Each is for a key that a cluster is about to move to this node.
+        Args:
+            commands: What to run.
+            is_asking: Each is for a key that a cluster is about to move to this node.
+            ends_at: When the round trip has to end at the latest, monotonic.
         """
-        answers = self._exchange(commands, is_asking)
+        answers = self._exchange(commands, is_asking, ends_at)
         unknown = [number for number, answer in enumerate(answers) if isinstance(answer, errors.NoScriptError)]
         if unknown:
             digests = {commands[number][1] for number in unknown}
-            self.require([("SCRIPT", "LOAD", self._scripts[digest]) for digest in digests])
-            repeated = self._exchange([commands[number] for number in unknown], is_asking)
+            without_errors(self._exchange([("SCRIPT", "LOAD", self._scripts[one]) for one in digests], False, ends_at))
+            repeated = self._exchange([commands[number] for number in unknown], is_asking, ends_at)
             for number, answer in zip(unknown, repeated, strict=True):
                 answers[number] = answer
         return answers
 
-    def require(self, commands: Sequence[Command]) -> list[Any]:
+    def require(self, commands: Sequence[Command], *, ends_at: float = math.inf) -> list[Any]:
         """Run commands, and raise the first error that is among the answers."""
-        return without_errors(self.run(commands))
+        return without_errors(self.run(commands, ends_at=ends_at))
 
     def info(self, *sections: str) -> dict[bytes, bytes]:
         """Return what INFO answers. Raises RedisError."""
-        (answer,) = self.require([("INFO", *sections)])
-        lines = bytes(answer).splitlines() if isinstance(answer, bytes) else []
-        return dict(line.split(b":", 1) for line in lines if b":" in line)
+        return facts(*self.require([("INFO", *sections)]))
 
     def is_closed(self) -> bool:
-        """Whether a connection that no thread uses was closed at its other end.
+        """Whether a connection that no thread uses was closed at its other end, or has an answer that nobody waits for.
 
         A command sent on it may have an unknown outcome.
         """
@@ -167,20 +183,17 @@ class Link:
         """Close the connection."""
         self._connection.disconnect()
 
-    def _exchange(self, commands: Sequence[Command], is_asking: bool) -> list[Any]:
-        connection = self._connection
+    def _exchange(self, commands: Sequence[Command], is_asking: bool, ends_at: float) -> list[Any]:
+        connection, exchange = self._connection, self._connection._parser
         sent = [part for command in commands for part in (("ASKING",), command)] if is_asking else commands
-        answers: list[Any] = []
         try:
-            connection.send_packed_command(connection.pack_commands(sent), check_health=False)
-            for _ in sent:
-                try:
-                    answers.append(connection.read_response())
-                except errors.ResponseError as error:
-                    answers.append(error)
-        except errors.ConnectionError as error:
-            if isinstance(error.__context__, BlockingIOError):  # the kernel's time-out
-                raise errors.TimeoutError("the server did not answer in time") from error
+            exchange.begin(self._timeout_s, ends_at)
+            exchange.send(b"".join(connection.pack_commands(sent)))
+            answers = [exchange.read_response() for _ in sent]
+            if exchange.has_more():  # so which answer belongs to which command?
+                raise InvalidAnswer("the server answers more than it was sent")
+        except BaseException:
+            self.close()
             raise
         return answers[1::2] if is_asking else answers
 
@@ -219,7 +232,7 @@ class RedisConnections:
         if url.kind == "sentinel":
             self._topology = _Sentinels(url, self._connect)
         elif url.kind == "cluster":
-            self._topology = _Cluster(url, self._connect)
+            self._topology = _Cluster(url, self._connect, timeout_s)
         else:
             self._topology = _OneServer(url.addresses[0])
 
@@ -230,9 +243,15 @@ class RedisConnections:
         """
         return self._topology.discover(elsewhere)
 
-    def connect(self, address: Address) -> Link:
-        """Return a new connection to a server. Raises RedisError."""
-        return self._connect(address, self._url.login, self._url.db)
+    def connect(self, address: Address, *first: Command, ends_at: float = math.inf) -> Link:
+        """Return a new connection to a server. Raises RedisError.
+
+        Args:
+            address: Where the server is.
+            first: Commands that are sent together with the login: see `Link.first_answers`.
+            ends_at: When all this has to end at the latest, monotonic.
+        """
+        return self._connect(address, self._url.login, self._url.db, first, ends_at)
 
     def address_of(self, key: str) -> Address:
         """Return the address of the master that has a key. Asks nobody. Raises ConnectionError if none is known."""
@@ -255,6 +274,8 @@ class RedisConnections:
                     answers[number] = answer
                     # The class of MOVED is a subclass of that of ASK.
                     if isinstance(answer, errors.AskError) and self._url.kind == "cluster":
+                        if not 0 <= answer.slot_id < REDIS_CLUSTER_HASH_SLOTS:
+                            raise InvalidAnswer("a node names a slot that does not exist")
                         # The host is left out if it is that of the node that answers.
                         target = (answer.node_addr[0].strip("[]") or address[0], answer.node_addr[1])
                         is_moved = isinstance(answer, errors.MovedError)
@@ -271,7 +292,7 @@ class RedisConnections:
 
         info: What it answers to `INFO server`. Valkey has other names for some fields.
         """
-        version = info.get(b"redis_version", b"0").decode()
+        version = info.get(b"redis_version", b"0")[:20].decode(errors="replace")
         mode = info.get(b"redis_mode", info.get(b"server_mode", b"standalone"))
         if mode == b"sentinel":
             raise Unsuitable(
@@ -283,7 +304,8 @@ class RedisConnections:
             )
         if mode != b"cluster" and self._url.kind == "cluster":
             raise Unsuitable("GRU_SERVE_SESSION_STORE leads to a server without a cluster: write redis://host:port/0")
-        if int(version.split(".")[0]) < _MIN_VERSION:
+        major = re.match("[0-9]{1,9}", version)
+        if major is None or int(major[0]) < _MIN_VERSION:
             raise Unsuitable(
                 f"the server in GRU_SERVE_SESSION_STORE is Redis {version}: sessions need Redis 7 or later"
             )
@@ -296,23 +318,28 @@ class RedisConnections:
         """Close the connections to Sentinels and to cluster nodes by which masters are discovered."""
         self._topology.close()
 
-    def _connect(self, address: Address, login: Login, db: int = 0) -> Link:
+    def _connect(
+        self,
+        address: Address,
+        login: Login,
+        db: int = 0,
+        first: Sequence[Command] = (),
+        ends_at: float = math.inf,
+    ) -> Link:
         options: dict[str, Any] = {
-            "username": login.username,
-            "password": login.password,
-            "db": db,
             "socket_timeout": self._timeout_s,
             "socket_connect_timeout": self._timeout_s,
-            "client_name": "gru-serve",
-            # Nothing that servers or users' permissions may lack: no HELLO, CLIENT SETINFO, CLIENT MAINT_NOTIFICATIONS.
+            "parser_class": Exchange,
             "protocol": 2,
             "driver_info": None,
+            # Nothing is sent but what `_login` returns: no HELLO, CLIENT SETINFO, CLIENT MAINT_NOTIFICATIONS.
+            "redis_connect_func": lambda connection: connection._parser.on_connect(connection),
         }
         connect: Any
         if self._url.kind == "unix":
             connect, options["path"] = UnixDomainSocketConnection, address[0]
         else:
-            connect, options["names"] = _TcpConnection, self._names
+            connect, options["names"], options["ends_at"] = _TcpConnection, self._names, ends_at
             options["host"], options["port"] = address
             if (tls := self._url.tls) is not None:
                 connect = _TlsConnection
@@ -321,13 +348,28 @@ class RedisConnections:
         connection = connect(**options)
         try:
             connection.connect()
+            if self._url.tls is None:
+                _time_out_in_kernel(connection._sock, self._timeout_s)
+            link = Link(connection, self._scripts, self._timeout_s)
+            before = _login(login, db)
+            link.first_answers = link.require([*before, *first], ends_at=ends_at)[len(before) :]
         except errors.RedisError as error:
+            connection.disconnect()
             if self._url.tls is not None and not error.status_code and (advice := _tls_advice(error)):
                 raise TlsFailure(advice) from error
             raise
-        if self._url.tls is None:
-            _time_out_in_kernel(connection._sock, self._timeout_s)
-        return Link(connection, self._scripts)
+        return link
+
+
+def _login(login: Login, db: int) -> list[Command]:
+    """Return the commands with which a connection begins, which servers and users' permissions have to allow."""
+    commands: list[Command] = [("CLIENT", "SETNAME", "gru-serve")]
+    if login.password is not None or login.username is not None:
+        user = (login.username,) if login.username is not None else ()
+        commands.insert(0, ("AUTH", *user, login.password or ""))
+    if db:
+        commands.append(("SELECT", db))
+    return commands
 
 
 def _time_out_in_kernel(sock: socket.socket, timeout_s: float) -> None:
@@ -404,11 +446,13 @@ class _Sentinels:
         """Return the epoch and the master of a Sentinel, or why it has none."""
         link = self._links.pop(sentinel, None)
         try:
-            if link is not None:
+            if link is not None and not link.is_closed():
                 try:
                     return self._named(sentinel, link)
                 except errors.ConnectionError:
-                    link.close()  # the Sentinel may have restarted
+                    pass  # the Sentinel may have restarted
+            if link is not None:
+                link.close()
             link = self._connect(sentinel, self._url.sentinel_login)
             return self._named(sentinel, link)
         except errors.RedisError as error:
@@ -434,9 +478,11 @@ class _Sentinels:
                 raise Unsuitable(_NO_SENTINEL if "unknown command" in str(answer) else _UNKNOWN_SERVICE)
         if address is None:
             raise Unsuitable(_UNKNOWN_SERVICE)
+        with reading_answers():
+            found = dict(zip(state[::2], state[1::2], strict=True))
+            named = int(found.get(b"config-epoch", 0)), _address(*address)
         self._links[sentinel] = link
-        facts = dict(zip(state[::2], state[1::2], strict=True))
-        return int(facts.get(b"config-epoch", 0)), (address[0].decode(), int(address[1]))
+        return named
 
 
 class _Cluster:
@@ -445,11 +491,11 @@ class _Cluster:
     One node is asked for the slots as long as its answer works; then another one.
     """
 
-    def __init__(self, url: RedisUrl, connect: Callable[[Address, Login], Link]) -> None:
-        self._url, self._connect = url, connect
+    def __init__(self, url: RedisUrl, connect: Callable[[Address, Login], Link], timeout_s: float) -> None:
+        self._url, self._connect, self._timeout_s = url, connect, timeout_s
         self._asked: tuple[Address, Link] | None = None
         self._answer: Any = None  # what was read last, and from which node
-        self._nodes: list[Address] = []  # masters and replicas; the one to ask next is the first
+        self._nodes = list(url.addresses)  # masters and replicas; the one to ask next is the first
         self._masters: list[Address] = []
         self._slots: list[Address] = []  # the master of each slot
 
@@ -458,13 +504,17 @@ class _Cluster:
         if self._asked is not None:
             address, link = self._asked
             with suppress(errors.ConnectionError, errors.TimeoutError):
-                if not elsewhere and self._read(address, link):
+                if not elsewhere and not link.is_closed() and self._read(address, link):
                     return self._masters
             link.close()
             self._asked = None
-            self._nodes = [*(node for node in self._nodes if node != address), address]
+            self._ask_later(address)
         failure: errors.RedisError = Unsuitable(_HAS_GAPS)
-        for address in dict.fromkeys([*self._nodes, *self._url.addresses]):
+        ends_at = time.monotonic() + _DISCOVERY_TIMEOUTS * self._timeout_s
+        for address in list(self._nodes):
+            if time.monotonic() > ends_at:
+                break  # the same thread renews leases: the other nodes are tried the next time
+            self._ask_later(address)
             try:
                 link = self._connect(address, self._url.login)
             except errors.RedisError as error:
@@ -478,6 +528,11 @@ class _Cluster:
                 failure = error
             link.close()
         raise failure
+
+    def _ask_later(self, address: Address) -> None:
+        if address in self._nodes:
+            self._nodes.remove(address)
+        self._nodes.append(address)
 
     def address_of(self, key: str) -> Address:
         if not self._slots:
@@ -505,17 +560,36 @@ class _Cluster:
             return True
         slots: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         nodes: dict[Address, None] = {}  # in order
-        for first, last, *places in answer:
-            # The host is left out if it is that of the node that answers.
-            found = [((host or b"").decode() or asked[0], int(port)) for host, port, *_ in places]
-            slots[first : last + 1] = [found[0]] * (last + 1 - first)
-            nodes.update(dict.fromkeys(found))
+        with reading_answers():
+            for first, last, *places in answer:
+                if not 0 <= first <= last < REDIS_CLUSTER_HASH_SLOTS:
+                    raise InvalidAnswer("a node names slots that do not exist")
+                # The host is left out if it is that of the node that answers.
+                found = [_address(host or asked[0].encode(), port) for host, port, *_ in places]
+                slots[first : last + 1] = [found[0]] * (last + 1 - first)
+                nodes.update(dict.fromkeys(found))
+                if len(nodes) > _MAX_NODES:
+                    raise InvalidAnswer("a node names too many others")
         known = [address for address in slots if address is not None]
         if len(known) < REDIS_CLUSTER_HASH_SLOTS:
             return False
         self._slots, self._masters, self._answer = known, list(dict.fromkeys(known)), (asked, answer)
-        self._nodes = [asked, *(node for node in nodes if node != asked)]
+        self._nodes = list(dict.fromkeys([asked, *nodes, *self._url.addresses]))
         return True
+
+
+def _address(host: bytes, port: int | bytes) -> Address:
+    """Return an address that a server names. Raises ValueError."""
+    number = int(port)
+    if not 0 < number < 2**16 or not 0 < len(host) <= _MAX_HOST_CHARS:
+        raise ValueError("no address")
+    return host.decode(), number
+
+
+def facts(answer: Any) -> dict[bytes, bytes]:
+    """Return what is in an answer to INFO."""
+    lines = answer.splitlines() if isinstance(answer, bytes) else []
+    return dict(line.split(b":", 1) for line in lines if b":" in line)
 
 
 def without_errors(answers: list[Any]) -> list[Any]:

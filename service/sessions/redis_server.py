@@ -31,6 +31,7 @@ import structlog
 from redis import exceptions as errors
 
 from service.errors import GruServeError, OutcomeUnknown, Overloaded, StoreUnavailable
+from service.sessions.redis_answers import InvalidAnswer
 from service.sessions.redis_connections import (
     Command,
     Link,
@@ -38,6 +39,8 @@ from service.sessions.redis_connections import (
     Script,
     TlsFailure,
     Unsuitable,
+    facts,
+    reading_answers,
     without_errors,
 )
 from service.sessions.redis_url import Address, parse
@@ -59,6 +62,7 @@ _UNKNOWN = (
     "before you repeat it"
 )
 _INSPECTED_S = 60.0  # between two looks at a server's settings, which can change while it runs
+_CALL_TIMEOUTS = 2  # times the limit of an exchange, for a call
 _PROBE_S = 1.0  # between two probes of a server that works
 _PATIENCE_WINDOWS = 4  # a process that was there is waited for this many recovery windows after it was heard of last
 _MAX_RESTORE_S = 60.0  # others no longer wait for a process that fails to restore for longer
@@ -69,6 +73,7 @@ _WRONG_KEY = "WRONGTYPE"
 # First words of answers that concern one call. All others concern the server, such as READONLY, LOADING, MASTERDOWN,
 # NOAUTH, NOPERM, MISCONF, NOREPLICAS, CLUSTERDOWN and BUSY. Whether every call gets an ERR, a probe finds out.
 _ABOUT_ONE_CALL = ("ERR", _WRONG_KEY, "NOSCRIPT")
+_WHO: Command = ("INFO", "server")
 _SEE_LOG = "see the log of its server"
 _ADVICE = {
     "READONLY": "it is a replica: GRU_SERVE_SESSION_STORE has to lead to the master",
@@ -103,7 +108,9 @@ class _Superseded(errors.ConnectionError):
 class RedisServer:
     """Calls session.lua on a server, or on the masters of a cluster.
 
-    Any number of threads may call. Each call fails within about `timeout_s`.
+    Any number of threads may call. An exchange with the server fails within `timeout_s`, and a call within about twice
+    that: the rest is for connecting, redirections in a cluster, and a second attempt if the connection was closed.
+    Texts of megabytes may take longer, at 8 MiB/s.
 
     After a call has failed, all calls fail at once, until `ping` succeeds. A restart, or a failover to another server,
     may have lost the last writes. All calls are refused from then until this process has restored its own writes
@@ -132,7 +139,8 @@ class RedisServer:
         probe_key: str = "gru-serve:probe",
     ) -> None:
         """Ping the server once, so that `check` is right from the start. Raises ValueError if the URL is invalid."""
-        self._recovery_window_s, self._observer, self._probe_key = recovery_window_s, observer, probe_key
+        self._timeout_s, self._recovery_window_s = timeout_s, recovery_window_s
+        self._observer, self._probe_key = observer, probe_key
         self._lock = threading.Lock()  # guards the following
         self._failed_at: float | None = None  # monotonic time of the last failure; None after a ping that succeeded
         self._failures: set[str] = set()  # what was logged since the last ping that succeeded
@@ -183,7 +191,7 @@ class RedisServer:
         self.check()
         try:
             for address in list(self._run_ids):
-                link, cursor = self._take(address), 0
+                link, cursor = self._take(address, self._call_ends_at()), 0
                 try:
                     while True:
                         ((cursor, found),) = link.require([("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)])
@@ -320,10 +328,12 @@ class RedisServer:
                 self._observer.observe(operation, time.perf_counter() - started)
 
     def _call(self, operation: Operation, run: Callable[..., list[Any]]) -> list[Any]:
-        is_retry = False
+        is_retry, ends_at = False, self._call_ends_at()
         while True:
             try:
-                answer = run(is_retry=is_retry)
+                answer = run(is_retry=is_retry, ends_at=ends_at)
+                if not isinstance(answer, list) or not answer or not isinstance(answer[0], bytes):
+                    raise InvalidAnswer("the script answers with something else than it does")
             except errors.RedisError as error:
                 is_lost = _is_without_answer(error)
                 if is_lost and not is_retry and isinstance(error, errors.ConnectionError):
@@ -336,20 +346,32 @@ class RedisServer:
             return answer
 
     def _run_script(
-        self, key: str, operation: Operation, *arguments: Any, around: Command | None = None, is_retry: bool = False
+        self,
+        key: str,
+        operation: Operation,
+        *arguments: Any,
+        ends_at: float,
+        around: Command | None = None,
+        is_retry: bool = False,
     ) -> list[Any]:
         """Run the script.
 
-        around: A command for before and after it. is_retry: On a new connection, not on an idle one.
+        Args:
+            key: Its key.
+            operation: Its first argument.
+            arguments: Its other ones.
+            ends_at: When this has to end at the latest, monotonic.
+            around: A command for before and after it.
+            is_retry: Whether to use a new connection, and not an idle one.
         """
         script, num_exchanges = _CREATE_SCRIPT if operation == "create" else _OTHER_SCRIPT, 0
 
         def run(address: Address, commands: Sequence[Command], is_asking: bool) -> list[Any]:
             nonlocal num_exchanges
             num_exchanges += 1
-            link = self._take(address, is_new=is_retry)
+            link = self._take(address, ends_at, is_new=is_retry)
             try:
-                answers = link.run(commands, is_asking)
+                answers = link.run(commands, is_asking, ends_at=ends_at)
                 if link.change != self._change:
                     raise _Superseded
             except BaseException:
@@ -374,12 +396,13 @@ class RedisServer:
 
     def _send_all(self, commands: Sequence[Command], in_recovery: bool) -> list[Any]:
         """Run commands that may be repeated without harm, and return their answers, also errors. Raises RedisError."""
+        ends_at = self._call_ends_at()
 
         def run(address: Address, some: Sequence[Command], is_asking: bool) -> list[Any]:
             for is_retry in (False, True):
-                link = self._take(address, is_new=is_retry, in_recovery=in_recovery)
+                link = self._take(address, ends_at, is_new=is_retry, in_recovery=in_recovery)
                 try:
-                    answers = link.run(some, is_asking)
+                    answers = link.run(some, is_asking, ends_at=ends_at)
                 except BaseException as error:
                     link.close()
                     if is_retry or not isinstance(error, errors.ConnectionError) or _word(error):
@@ -391,12 +414,19 @@ class RedisServer:
 
         return self._connections.execute(commands, run)
 
-    def _take(self, address: Address, *, is_new: bool = False, in_recovery: bool = False) -> Link:
+    def _call_ends_at(self) -> float:
+        return time.monotonic() + _CALL_TIMEOUTS * self._timeout_s
+
+    def _take(self, address: Address, ends_at: float, *, is_new: bool = False, in_recovery: bool = False) -> Link:
         """Return a connection to a current master that no other thread uses. Raises RedisError.
 
-        in_recovery: also during the recovery window.
+        Args:
+            address: Of the master.
+            ends_at: When a new connection has to be there at the latest, monotonic.
+            is_new: Whether it has to be a new one.
+            in_recovery: Also during the recovery window.
         """
-        idle = self._idle.setdefault(address, [])
+        idle = self._idle.get(address, [])
         link = None
         while link is None and idle and not is_new:
             try:
@@ -407,7 +437,7 @@ class RedisServer:
                 link.close()
                 link = None
         if link is None:
-            link = self._connections.connect(address)
+            link = self._connections.connect(address, _WHO, ends_at=ends_at)
             try:
                 self._identify(address, link)
             except BaseException:
@@ -419,7 +449,7 @@ class RedisServer:
         return link
 
     def _give_back(self, address: Address, link: Link) -> None:
-        self._idle[address].append(link)
+        self._idle.setdefault(address, []).append(link)
 
     def _close_idle(self) -> None:
         for idle in list(self._idle.values()):
@@ -514,6 +544,8 @@ class RedisServer:
     def _answer_pings(self) -> bool:
         """Return whether the connections of the last probe still work. Raises RedisError if a server doesn't."""
         for link in self._ping_links.values():
+            if link.is_closed():
+                return False
             try:
                 link.require([("PING",)])
             except errors.ConnectionError as error:
@@ -527,7 +559,7 @@ class RedisServer:
         self._close_ping_links()
         before = self._change
         for address in masters:
-            link = self._ping_links[address] = self._connections.connect(address)
+            link = self._ping_links[address] = self._connections.connect(address, _WHO)
             self._identify(address, link)
             self._warn_of_eviction(link)
         with self._lock:
@@ -584,15 +616,16 @@ class RedisServer:
             # First only look, so that a master which begins an epoch begins one that is greater than those of the
             # others. A process that has just started would not know them, and their clocks may differ.
             epochs += [link.require([("HGET", key, "e")])[0] or _NO_EPOCH for link, key in masters]
-        epoch, answers = max(epochs), []
-        for link, key in masters:
-            facts = (link.run_id, epoch, left, self._name, restored, window_ms, patience_ms)
-            (answer,) = link.require([_OTHER_SCRIPT.call([key], "attend", "", 0, *facts)])
-            epoch = max(epoch, answer[0])
-            answers.append(answer)
-        # If a master has begun an epoch, those before it get to know that the next time. Until then, calls wait.
-        waits = [wait_ms if of_master == epoch else b"" for of_master, wait_ms in answers]
-        return epoch, max(map(int, waits)) if waits and all(waits) else None
+        with reading_answers():
+            epoch, answers = max(epochs), []
+            for link, key in masters:
+                told = (link.run_id, epoch, left, self._name, restored, window_ms, patience_ms)
+                (answer,) = link.require([_OTHER_SCRIPT.call([key], "attend", "", 0, *told)])
+                epoch = max(epoch, answer[0])
+                answers.append(answer)
+            # If a master has begun an epoch, those before it get to know that the next time. Until then, calls wait.
+            waits = [wait_ms if of_master == epoch else b"" for of_master, wait_ms in answers]
+            return epoch, max(map(int, waits)) if waits and all(waits) else None
 
     def _probe_key_on(self, address: Address) -> str:
         """Return a key that a master has."""
@@ -602,9 +635,10 @@ class RedisServer:
     def _identify(self, address: Address, link: Link) -> None:
         """Find out whether the process to which a new connection leads is the one of earlier connections.
 
+        The connection was made with `_WHO`.
         Raises Unsuitable if the server can't store sessions.
         """
-        info = link.info("server")
+        info = facts(*link.first_answers)
         self._connections.require_suitable(info)
         run_id = info[b"run_id"]
         with self._lock:

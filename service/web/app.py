@@ -42,7 +42,7 @@ from service.web.gate.reconnects import register_reconnects
 from service.web.telemetry.collector import ServiceCollector
 from service.web.telemetry.logs import configure_logs
 from service.web.telemetry.metrics import Metrics, register_metrics
-from service.web.telemetry.tracing import otlp_provider, register_tracing
+from service.web.telemetry.tracing import otlp_provider, register_tracing, shut_down
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -66,7 +66,7 @@ def create_app(settings: Settings | None = None) -> OpenAPI:
         app = _openapi_app()
         tracing = otlp_provider() if otlp_is_configured() else None
         if tracing is not None:
-            closing.callback(tracing.shutdown)
+            closing.callback(shut_down, tracing)
         closing.callback(_register_gates(app, settings, keys, drain, metrics, tracing))
         for resource in _resources(settings, service, admission, drain, metrics):
             resource.register(app)

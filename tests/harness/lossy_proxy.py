@@ -1,4 +1,4 @@
-"""A proxy to a Redis server that delays or loses answers."""
+"""A proxy to a Redis server that delays, loses or replaces answers."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class LossyProxy(socketserver.ThreadingTCPServer):
         self._operation = b""
         self._meanwhile: Callable[[], Any] = lambda: None
         self._loses = False
+        # Sends to a client what the server has answered. A test may put another function in its place.
+        self.deliver: Callable[[socket.socket, bytes], Any] = socket.socket.sendall
         self.num_intercepted = 0
         self.forwarding = threading.Lock()  # held while data is neither in a client's socket nor in the server's
         self._clients: set[socket.socket] = set()
@@ -89,7 +91,7 @@ class _Forwarding(socketserver.BaseRequestHandler):
                     if intercepts and self.server.intercept():
                         return
                     intercepts = False
-                    self.request.sendall(data)
+                    self.server.deliver(self.request, data)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from service.errors import GruServeError, InvalidArtifact, Overloaded
 from service.model.artifact import Artifact
 from service.registry.loaded_models import LoadedModels
 from service.shares import work_for
-from service.store.model_store import ModelStore, ModelVersion
+from service.store.model_store import _INDEX, ModelStore, ModelVersion
 from tests.harness.models import engine_settings, publish_tiny
 from tests.harness.wait import wait_until
 
@@ -196,3 +197,28 @@ def test_get__waits_for_its_turn_for_a_limited_time(store: SlowStore, monkeypatc
         assert time.monotonic() - began < 10
         store.allowed.set()
         assert loading.result() == "tiny@1"
+
+
+def test_resolve__on_a_file_system_that_hangs_takes_few_threads(tmp_path: Path) -> None:
+    """As a network's does while its server is silent. Here a named pipe into which nobody writes."""
+    store = ModelStore(tmp_path)
+    publish_tiny(store)
+    with closing(LoadedModels(store, 2, engine_settings())) as models, ThreadPoolExecutor(40) as pool:
+        model = models.get("tiny")
+        index = tmp_path / "tiny" / _INDEX
+        content = index.read_bytes()
+        index.unlink()
+        os.mkfifo(index)
+        try:
+            requests = [pool.submit(models.resolve, "tiny@an-alias") for _ in range(40)]
+            wait_until(lambda: sum(request.done() for request in requests) == 32, 20)
+            assert all(isinstance(request.exception(), Overloaded) for request in requests if request.done())
+            assert models.get("tiny") is model  # what is in memory needs no file
+        finally:
+            writers = [os.open(index, os.O_WRONLY)]
+            index.unlink()
+            index.write_bytes(content)
+            os.write(writers[0], content)
+            os.close(writers[0])
+        with suppress(GruServeError):
+            models.resolve("tiny@an-alias")

@@ -16,18 +16,19 @@ import pytest
 from redis import exceptions as errors
 
 from service.errors import StoreUnavailable
-from service.sessions.host_names import HostNames
+from service.host_names import HostNames
 from service.sessions.redis_connections import RedisConnections
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_url import parse
 from tests.harness.redis_process import redis_process
 from tests.harness.redis_stores import when_served
+from tests.harness.wait import wait_until
 
 ASK = socket.getaddrinfo
 
 
 class Names:
-    """Stands for the name server: it knows `redis.test`, until it is told to be silent or to fail."""
+    """Stands for the name server: it knows the names in `.test`, until it is told to be silent or to fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.places: list[tuple[str, int]] | None = None  # of the name; None: this machine, with the port of the query
@@ -38,7 +39,7 @@ class Names:
         monkeypatch.setattr(socket, "getaddrinfo", self._ask)
 
     def _ask(self, host: str, port: int, *options: Any, **named: Any) -> list[Any]:
-        if host != "redis.test" or named.get("flags", 0) & socket.AI_NUMERICHOST:
+        if not host.endswith(".test") or named.get("flags", 0) & socket.AI_NUMERICHOST:
             return ASK(host, port, *options, **named)
         self.num_asked += 1
         self.answers.wait()
@@ -109,10 +110,39 @@ def test_places__of_a_name_that_no_longer_exists_are_not_those_before(names: Nam
         looked_up.places("redis.test", 7)
 
 
-@pytest.mark.parametrize("name", ["a" * 64, "a..b"])
-def test_places__of_what_is_no_name_are_an_error(name: str) -> None:
-    with pytest.raises(socket.gaierror):
-        HostNames(60).places(name, 7)
+@pytest.mark.parametrize(
+    ("name", "port"), [("a" * 64, 7), ("a..b", 7), ("a\0b", 7), ("\udcff", 7), ("localhost", 2**70)]
+)
+def test_places__of_what_is_no_name_are_an_error(name: str, port: int) -> None:
+    """A server may name such a host. No look-up of it stays behind."""
+    looked_up = HostNames(60)
+    for _ in range(2):
+        with pytest.raises(socket.gaierror):
+            looked_up.places(name, port)
+
+
+def test_places__of_one_look_up_fail_with_an_error_for_each_thread(names: Names) -> None:
+    """An exception that several threads raise has the traces of all of them, and grows."""
+    names.failure = socket.gaierror(socket.EAI_AGAIN, "later")
+    names.answers.clear()
+    looked_up = HostNames(60)
+    with ThreadPoolExecutor(4) as pool:
+        failed = [pool.submit(looked_up.places, "redis.test", 7) for _ in range(4)]
+        wait_until(lambda: names.num_asked == 1)
+        names.answers.set()
+        raised = [each.exception() for each in failed]
+    assert len(set(map(id, raised))) == 4
+    assert all(isinstance(each, socket.gaierror) and each.errno == socket.EAI_AGAIN for each in raised)
+
+
+def test_places__of_many_names_have_a_limit_of_threads(names: Names) -> None:
+    """A cluster can name thousands of hosts, and a name server can be silent about each."""
+    names.answers.clear()
+    looked_up, before = HostNames(0.001), threading.active_count()
+    for number in range(200):
+        with pytest.raises(OSError):  # noqa: PT011
+            looked_up.places(f"node-{number}.test", 7)
+    assert threading.active_count() - before <= 64
 
 
 @pytest.mark.usefixtures("names")
@@ -170,6 +200,28 @@ def test_connect__tries_all_places_within_one_limit(tmp_path: Path, names: Names
         names.places = [("127.0.0.1", filled_port)] * 40
         with pytest.raises(errors.TimeoutError):
             RedisConnections(parse(f"redis://redis.test:{port}/0"), 0.2).connect(("redis.test", port))
+
+
+def test_connect__tries_the_next_place_if_this_machine_has_no_such_addresses(
+    tmp_path: Path, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example one whose kernel has no IPv6."""
+
+    def refuse(family: int, *options: Any) -> socket.socket:
+        nonlocal num_refused
+        num_refused += 1
+        if num_refused == 1:
+            raise OSError(errno.EAFNOSUPPORT, "no such addresses")
+        return make(family, *options)
+
+    make, num_refused = socket.socket, 0
+    with redis_process(tmp_path) as process:
+        port = urlsplit(process.url).port or 0
+        names.places = [("127.0.0.1", port)] * 2
+        connections = RedisConnections(parse(f"redis://redis.test:{port}/0"), 2.0)
+        monkeypatch.setattr(socket, "socket", refuse)
+        with closing(connections.connect(("redis.test", port))) as link:
+            assert link.require([("PING",)]) == [b"PONG"]
 
 
 @pytest.mark.usefixtures("names")

@@ -17,7 +17,8 @@ import redis
 from structlog.testing import capture_logs
 
 from service.errors import OutcomeUnknown, SessionNotFound, StoreUnavailable
-from service.sessions.redis_connections import Link, RedisConnections
+from service.sessions import redis_server
+from service.sessions.redis_connections import RedisConnections
 from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.redis_url import parse
@@ -444,7 +445,7 @@ VALKEY = (
 def test_valkey__is_known_by_its_own_fields(redis_url: str, monkeypatch: pytest.MonkeyPatch, mode: bytes) -> None:
     """A stand-in: a Redis whose INFO has the fields that Valkey's has."""
     lines = dict(line.split(b":", 1) for line in (VALKEY % mode).splitlines()[1:])
-    monkeypatch.setattr(Link, "info", lambda _link, *_sections: lines)
+    monkeypatch.setattr(redis_server, "facts", lambda _answer: lines)
     if mode == b"standalone":
         with capture_logs() as logs, closing(RedisServer(redis_url)):
             assert not logs

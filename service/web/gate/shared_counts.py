@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,7 +15,8 @@ from redis import exceptions as errors
 from service.sessions.redis_connections import Command, Link, RedisConnections, Script, without_errors
 from service.sessions.redis_url import Address, parse
 
-_TIMEOUT_S = 0.1  # of each call; after it this process counts alone until the storage answers again
+_TIMEOUT_S = 0.1  # of an exchange; after it this process counts alone until the storage answers again
+_CALL_S = 2 * _TIMEOUT_S  # of a call, which may have to connect first
 _ACQUIRE, _READ = (
     Script(script.decode())
     for script in (RedisStorage.SCRIPT_ACQUIRE_SLIDING_WINDOW, RedisStorage.SCRIPT_SLIDING_WINDOW)
@@ -57,7 +60,7 @@ class SharedCounts(RedisStorage):
     def check(self) -> bool:
         """Return whether the masters can be found and answer."""
         try:
-            with self._lock:
+            with self._discovering():
                 masters = self._connections.discover(elsewhere=True)
                 self._has_discovered = True
             for address in masters:
@@ -77,7 +80,7 @@ class SharedCounts(RedisStorage):
         """Run a script. All keys have to belong to one slot. Raises RedisError."""
         try:
             if not self._has_discovered:
-                with self._lock:
+                with self._discovering():
                     if not self._has_discovered:
                         self._connections.discover()
                         self._has_discovered = True
@@ -86,19 +89,30 @@ class SharedCounts(RedisStorage):
             self._has_discovered = False
             raise
 
+    @contextmanager
+    def _discovering(self) -> Iterator[None]:
+        """Wait for other threads, but not for all of them in turn: each may need the whole time."""
+        if not self._lock.acquire(timeout=_CALL_S):
+            raise errors.TimeoutError("another thread is still looking for the masters")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _run(self, address: Address, commands: Sequence[Command], is_asking: bool) -> list[Any]:
-        idle = self._idle.setdefault(address, [])
+        ends_at = time.monotonic() + _CALL_S
         try:
-            link, is_new = idle.pop(), False
-        except IndexError:
-            link, is_new = self._connections.connect(address), True
+            while (link := self._idle[address].pop()).is_closed():
+                link.close()
+            is_new = False
+        except (KeyError, IndexError):
+            link, is_new = self._connections.connect(address, ends_at=ends_at), True
         try:
-            answers = link.run(commands, is_asking)
-        except BaseException as error:
-            link.close()
-            if is_new or not isinstance(error, errors.ConnectionError):
+            answers = link.run(commands, is_asking, ends_at=ends_at)
+        except errors.ConnectionError:
+            if is_new:
                 raise
-            idle.clear()  # the server may have been restarted, or have closed idle connections
-            return self._run(address, commands, is_asking)
-        idle.append(link)
+            link = self._connections.connect(address, ends_at=ends_at)  # the server has closed the idle one
+            answers = link.run(commands, is_asking, ends_at=ends_at)
+        self._idle.setdefault(address, []).append(link)
         return answers

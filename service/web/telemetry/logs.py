@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,7 +27,58 @@ _SHARED: list[Any] = [
 ]
 
 
+_ROOM_S = 0.2  # a line waits for room in a pipe
+_PIECE_BYTES = select.PIPE_BUF  # that much fits into a pipe which has room
+
 _ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+class PatientHandler(logging.StreamHandler[Any]):
+    """Writes lines to a stream, and leaves out those for which nobody makes room in time.
+
+    A program that has stopped reading the log would otherwise stop each thread that logs, at its next line. The first
+    line without room waits for `_ROOM_S`; the following ones don't wait, until there is room again. Then a line says
+    how many were left out.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._num_lost = 0  # since the last line that was written
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            descriptor = self.stream.fileno()
+        except (AttributeError, OSError, ValueError):  # no file: it always has room
+            super().emit(record)
+            return
+        try:
+            if self._num_lost and _has_room(descriptor, 0):
+                num_lost, self._num_lost = self._num_lost, 0
+                self._write(descriptor, _lost(num_lost))
+            self._write(descriptor, record)
+        except Exception:  # noqa: BLE001 - as every handler of logging
+            self.handleError(record)
+
+    def _write(self, descriptor: int, record: logging.LogRecord) -> None:
+        """Write a record, or count it as lost. It may be written in part."""
+        rest = f"{self.format(record)}{self.terminator}".encode(errors="backslashreplace")
+        while rest:
+            if not _has_room(descriptor, 0 if self._num_lost else _ROOM_S):
+                self._num_lost += 1
+                return
+            rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
+
+
+def _has_room(descriptor: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(1000 * timeout_s))
+
+
+def _lost(num_lines: int) -> logging.LogRecord:
+    text = f"{num_lines} log lines were left out, because the program that reads the log had stopped reading"
+    return logging.makeLogRecord({"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING", "msg": text})
 
 
 class Unquoted(logging.Filter):
@@ -78,7 +131,7 @@ def _log_config(level: str, log_format: str) -> dict[str, Any]:
                 "foreign_pre_chain": _SHARED,
             }
         },
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+        "handlers": {"stderr": {"()": PatientHandler, "formatter": "line", "stream": "ext://sys.stderr"}},
         "root": {"level": level.upper(), "handlers": ["stderr"]},
         "filters": {"unquoted": {"()": Unquoted}},
         "loggers": {

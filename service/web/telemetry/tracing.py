@@ -6,6 +6,7 @@ No span holds a text, a key or the id of a session.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_SHUT_DOWN_S = 2.0
+
 
 def otlp_provider() -> TracerProvider | None:
     """Return a provider that exports with OTLP over HTTP; None if the libraries are missing.
@@ -46,6 +49,21 @@ def otlp_provider() -> TracerProvider | None:
     provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return provider
+
+
+def shut_down(provider: TracerProvider) -> None:
+    """Export the spans that remain, within `_SHUT_DOWN_S`. The rest is lost, for the process has to exit in time.
+
+    The exporter waits for ten seconds for a collector that is silent, and for as long as it likes for one that drips.
+    """
+    thread = threading.Thread(target=provider.shutdown, name="last traces", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # there are too many threads
+        return
+    thread.join(_SHUT_DOWN_S)
+    if thread.is_alive():
+        log.warning("the last traces were not exported, because the collector does not answer")
 
 
 def register_tracing(app: Flask, provider: TracerProvider) -> None:

@@ -35,6 +35,15 @@ class ModelRoutes(Resource):
 
         Damaged versions are left out, and the log names each of them once.
         """
+        with self._models.reads.place():
+            data, not_listed = self._read()
+        for model, error in not_listed.items() - self._not_listed.items():
+            log.warning("model not listed", model=model, error=error)
+        self._not_listed = not_listed
+        return _json(ModelsAnswer(data=data, limits=self._limits))
+
+    def _read(self) -> tuple[list[ModelAnswer], dict[str, str]]:
+        """Return the list, and what is left out: a version, or a name that can't be read, with the reason."""
         data: list[ModelAnswer] = []
         not_listed = self._store.unreadable()
         for name in self._store.names():
@@ -47,10 +56,7 @@ class ModelRoutes(Resource):
                 except GruServeError as failure:
                     not_listed[version.ref] = failure.message
             data += self._answers(name, described)
-        for model, error in not_listed.items() - self._not_listed.items():
-            log.warning("model not listed", model=model, error=error)
-        self._not_listed = not_listed
-        return _json(ModelsAnswer(data=data, limits=self._limits))
+        return data, not_listed
 
     def _answers(self, name: str, described: Mapping[str, Description]) -> Iterator[ModelAnswer]:
         """Yield what the list has for a name: the name, its versions, and its aliases.

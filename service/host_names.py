@@ -1,10 +1,14 @@
-"""Looks up the addresses of hosts, within a limited time."""
+"""Looks up the addresses of hosts, and connects to them, within a limited time."""
 
 from __future__ import annotations
 
+import math
+import os
+import select
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +19,7 @@ Place = tuple[socket.AddressFamily, tuple[Any, ...]]
 
 _KNOWN_SHARE = 0.25  # of the limit is waited for an answer, if the answer before it can be used instead
 _MAX_NAMES = 1000  # whose answers are stored
+_MAX_LOOK_UPS = 64  # at once: each has a thread, and a cluster may name thousands of hosts that don't exist
 # A name server has answered that there is no such name, or that it has no address.
 _DEFINITE = {getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY") if hasattr(socket, name)}
 
@@ -50,6 +55,8 @@ class HostNames:
         with self._lock:
             known, look_up = self._known.get(name), self._running.get(name)
             if look_up is None:
+                if len(self._running) >= _MAX_LOOK_UPS:
+                    raise OSError("too many names of hosts are looked up at once")
                 look_up = self._running[name] = _LookUp()
                 try:
                     threading.Thread(target=self._run, args=(name, look_up), name="look up host", daemon=True).start()
@@ -62,11 +69,12 @@ class HostNames:
             return look_up.places.result(max(0.0, look_up.began + limit_s - time.monotonic()))
         except OSError as error:
             if known is None or (isinstance(error, socket.gaierror) and error.errno in _DEFINITE):
-                raise
+                raise type(error)(*error.args) from None  # several threads may get the one of the look-up
             return known
 
     def _run(self, name: tuple[str, int], look_up: _LookUp) -> None:
-        places, failure = [], OSError("the host has no address")
+        places: list[Place] = []
+        failure = OSError("the host has no address")
         try:
             places = _ask(*name)
         except OSError as error:
@@ -83,9 +91,50 @@ class HostNames:
             look_up.places.set_exception(failure)
 
 
+def connect(places: Sequence[Place], ends_at: float) -> socket.socket:
+    """Return a connection to the place that accepts first, before a monotonic time. Raises OSError.
+
+    Each place has a share of the time before the next one is tried as well: it may be slow, or silent for ever.
+    """
+    failure: OSError = TimeoutError("the server did not accept a connection in time")
+    poll, pending = select.poll(), dict[int, socket.socket]()
+    try:
+        for number, (family, place) in enumerate(places):
+            share_ends_at = time.monotonic() + max(0.0, ends_at - time.monotonic()) / (len(places) - number)
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError as error:  # this machine has no addresses of this family, or no descriptor left
+                failure = error
+                continue
+            pending[sock.fileno()] = sock
+            sock.setblocking(False)
+            try:
+                sock.connect(place)
+            except BlockingIOError:
+                pass  # it is under way
+            except OSError as error:
+                pending.pop(sock.fileno()).close()
+                failure = error
+                continue
+            poll.register(sock, select.POLLOUT)
+            while pending and (ready := poll.poll(math.ceil(1000 * max(0.0, share_ends_at - time.monotonic())))):
+                for descriptor, _ in ready:
+                    poll.unregister(descriptor)
+                    sock = pending.pop(descriptor)
+                    number_of_error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                    if not number_of_error:
+                        return sock
+                    sock.close()
+                    failure = OSError(number_of_error, os.strerror(number_of_error))
+        raise failure
+    finally:
+        for sock in pending.values():
+            sock.close()
+
+
 def _ask(host: str, port: int, flags: int = 0) -> list[Place]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError as error:  # a label is empty or too long
+    except (ValueError, OverflowError) as error:  # a label is empty or too long, or has a NUL; there is no such port
         raise socket.gaierror(socket.EAI_NONAME, str(error)) from None
     return [(family, place) for family, _, _, _, place in found]
