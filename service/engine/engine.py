@@ -21,6 +21,9 @@ from service.errors import EngineFailed, InvalidValue, Overloaded
 from service.shares import SharedBudget, SharedCapacity, current_client
 
 _CLOSING = "the engine is shutting down: try again in a moment"
+_NO_THREAD = (
+    "the system refuses the engine a thread: raise the limit of processes (RLIMIT_NPROC, or pids of the container)"
+)
 _UNLIMITED_BYTES = 2**60
 # For this long after a tick with several clients, ticks stay short: a client that has been here may come back, and
 # would have to wait for the end of a long one.
@@ -160,9 +163,9 @@ class Engine:
             self.require_room(client, len(texts), already_admitted)
             if self._places.num_taken == 0 and self._at_once.begin([text.row.request for text in texts]):
                 return True
+            self._start()  # before anything is taken, because it may fail
             self._places.take(client, len(texts))
             self._inbox.extend(jobs)
-            self._start()
             self._changed.notify_all()
         return False
 
@@ -229,9 +232,14 @@ class Engine:
             self._changed.notify_all()
 
     def _start(self) -> None:
+        """Start the thread if there is none; it waits for `_changed`. Raises EngineFailed."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="engine", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise EngineFailed(_NO_THREAD) from error
+            self._thread = thread
 
     def _run(self) -> None:
         try:

@@ -6,11 +6,15 @@ from collections.abc import Generator
 
 import pytest
 
+from tests.deploy.containers import Containers
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Function) -> Generator[None, object, object]:
     """Add the containers' logs to the failure. Failures of `project` itself have them from `Containers.up`."""
     if "project" not in item.fixturenames:
         return (yield)
-    with item.funcargs["containers"].explaining():
+    containers = item.funcargs["containers"]
+    assert isinstance(containers, Containers)
+    with containers.explaining():
         return (yield)

@@ -50,7 +50,12 @@ class Containers:
             with self.explaining(container):
                 yield container
         finally:
-            self.run("rm", "-f", "-v", container, check=False)
+            self._remove(container)
+
+    def _remove(self, container: str) -> None:
+        """Remove a container with its volumes, also one that runs; podman would wait until it has drained."""
+        self.run("kill", container, check=False)
+        self.run("rm", "-f", "-v", container, check=False)
 
     def execute(self, container: str, *words: str) -> tuple[int, str]:
         """Run a command inside a container; return its exit code and output."""
@@ -103,12 +108,14 @@ class Containers:
                 _output([*command, "up", "-d", "--scale", f"app={num_replicas}"], environment)
                 yield
         finally:
-            _output([*command, "down", "-v", "-t", "1"], environment, check=False)
+            for container in self.of_project():
+                self.run("kill", container, check=False)
+            _output([*command, "down", "-v"], environment, check=False)
             # podman-compose forgets how many containers it started, and one on which others depend is removed only
             # after them: hence several passes.
             for _ in range(3):
                 for container in self.of_project(also_stopped=True):
-                    self.run("rm", "-f", "-v", container, check=False)
+                    self._remove(container)
             for network in ("front", "back"):
                 self.run("network", "rm", f"{PROJECT}_{network}", check=False)
             self.run("volume", "rm", f"{PROJECT}_redis", check=False)

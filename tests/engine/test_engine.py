@@ -974,3 +974,21 @@ def test_read__says_how_many_characters_may_belong_to_a_stop_string() -> None:
         stopped = with_stops(None, [whole[27:30], whole[28:30]], len(CHARSET))
         end = engine.submit([request(max_chars=40, automaton=stopped, min_chars=29)])[0].wait()
         assert (end.reason, end.position, end.num_stop_chars) == ("stop", 36, 3)
+
+
+def test_submit__is_refused_while_the_system_refuses_a_thread_and_works_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a container at its limit of processes: nothing of the refused text is left."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with running(max_running=1, max_waiting=0) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(EngineFailed, match="limit of processes"):
+                engine.submit([request()])
+        assert engine.num_open == 0
+        (handle,) = engine.submit([request()])
+        assert len(result(handle)[0]) == 30
