@@ -157,10 +157,6 @@ class _Graph:
             raise UnsupportedModel(f"the sizes of the layers don't fit together; {NEEDED} is needed")
         return ForeignModel("ONNX model", library, embedding, tuple(layers), dense, bias)
 
-    def _follow(self, name: str) -> _Node | None:
-        """Return the node that makes what a name means, before nodes that only move numbers; None for an input."""
-        return self._way(name).source
-
     def _way(self, name: str) -> _Way:
         """Return the node that makes what a name means, and the nodes between, which only move numbers."""
         moves: list[_Node] = []

@@ -265,7 +265,7 @@ class RedisStore:
     def _compare_and_save(self, cached: CachedSession, changed: Session, keep: bool) -> tuple[bool, RedisLease | None]:
         """Save a change of the cached copy in one exchange, if the copy is current and not leased.
 
-        Returns whether it was saved, and the lease if it is to be kept.
+        Returns whether it was saved, and the lease if `keep`.
         """
         token, nonce = self._new_token(), self._new_nonce()
         lease_ms = self._renewer.lease_ms if keep else ""
