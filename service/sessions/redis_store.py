@@ -170,7 +170,7 @@ class RedisStore:
                 self._renewer.stop_renewing(lease)
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
-        """See SessionStore. Takes two exchanges for each 200 sessions."""
+        """See SessionStore. Takes two exchanges for each 200 sessions, and two at the end of the list."""
         found: list[SessionSummary] = []
         while len(found) < limit and (ids := self._index.ids(owner, after, min(limit - len(found), _LISTED))):
             summaries = self._summaries(owner, ids)
