@@ -245,12 +245,16 @@ class _Way:
                 )
             else:
                 raise self._values.refusal(place)
+        self._check_layers(layers)
+        return GraphWay(tuple(layers), self._skips_row_0)
+
+    def _check_layers(self, layers: list[str]) -> None:
+        """Raise UnsupportedModel unless each layer of the model is applied once."""
         if sorted(layers) != sorted(layer.name for layer in self._roles.layers):
             twice = next((name for name in layers if layers.count(name) > 1), None)
             unused = [layer.name for layer in self._roles.layers if layer.name not in layers]
             what = f"applies the layer {twice} several times" if twice else f"doesn't apply {', '.join(unused)}"
             raise UnsupportedModel(f"the graph {what}; {NEEDED} is needed")
-        return GraphWay(tuple(layers), self._skips_row_0)
 
     def _unrolled_layer(self, place: Place) -> str | None:
         """Return the name of a GRU layer whose steps, outside of a loop, are part of what makes a value."""
