@@ -56,43 +56,14 @@ PRECISIONS: tuple[IntegerPrecision, ...] = ("int8", "int4")
 
 def main() -> None:
     """Measure, and print a table and the ratios beside their targets."""
-    parser = argparse.ArgumentParser(
-        description="Compare the kernel with what the machine allows and with other libraries, in characters/s."
-    )
-    parser.add_argument(
-        "--sweep", action="store_true", help="also measure the kernel over numbers of texts and of units"
-    )
-    parser.add_argument(
-        "--peers",
-        type=_names,
-        default=",".join(PEERS),
-        help=f"libraries to compare with; may be empty  [{','.join(PEERS)}]",
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure the sweep and draw it as PNG or SVG")
-    options = parse(parser)
+    options = _options()
     shipped = Shipped.load(options.model, options.model_store, "int8")
     models = {p: quantize(shipped.artifact.config, shipped.artifact.tensors, p) for p in PRECISIONS}
     kernel = NativeStepper(models["int8"]).variant
     conditions = machine() | {"threads": options.threads, "model": shipped.ref, "kernel": kernel}
     print(", ".join(f"{name} {value}" for name, value in conditions.items()))
-    threads = sorted({1, options.threads})
     with ExitStack() as stack:
-        compared, skipped = candidates(shipped, models, threads), dict[str, str]()
-        compared += other_variants(models)
-        instructions: list[str] = []
-        try:
-            peaks = Peaks(Path(stack.enter_context(TemporaryDirectory())))
-            compared += peak_candidates(peaks, models["int8"])
-            instructions = peaks.instructions
-        except Skipped as reason:
-            skipped["peak"] = str(reason)
-            print(f"the processor's peak is skipped: {reason}")
-        for name in options.peers:
-            try:
-                compared += peer_candidates(stack, name, shipped, (1, MANY), threads)
-            except Skipped as reason:
-                skipped[name] = str(reason)
-                print(f"{name} is skipped: {reason}")
+        compared, instructions, skipped = _everything(stack, shipped, models, options)
         try:
             measured = compare(compared, options.rounds, options.seconds)
         except Skipped as reason:
@@ -112,6 +83,50 @@ def main() -> None:
             plot(points, options.plot)
     if options.json:
         options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Compare the kernel with what the machine allows and with other libraries, in characters/s."
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="also measure the kernel over numbers of texts and of units"
+    )
+    parser.add_argument(
+        "--peers",
+        type=_names,
+        default=",".join(PEERS),
+        help=f"libraries to compare with; may be empty  [{','.join(PEERS)}]",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure the sweep and draw it as PNG or SVG")
+    return parse(parser)
+
+
+def _everything(
+    stack: ExitStack, shipped: Shipped, models: dict[IntegerPrecision, QuantizedGRU], options: argparse.Namespace
+) -> tuple[list[Candidate], list[str], dict[str, str]]:
+    """Return all candidates, the instructions whose peaks are among them, and why others are left out, by their name.
+
+    stack: ends the processes of libraries.
+    """
+    threads = sorted({1, options.threads})
+    compared, skipped = candidates(shipped, models, threads), dict[str, str]()
+    compared += other_variants(models)
+    instructions: list[str] = []
+    try:
+        peaks = Peaks(Path(stack.enter_context(TemporaryDirectory())))
+        compared += peak_candidates(peaks, models["int8"])
+        instructions = peaks.instructions
+    except Skipped as reason:
+        skipped["peak"] = str(reason)
+        print(f"the processor's peak is skipped: {reason}")
+    for name in options.peers:
+        try:
+            compared += peer_candidates(stack, name, shipped, (1, MANY), threads)
+        except Skipped as reason:
+            skipped[name] = str(reason)
+            print(f"{name} is skipped: {reason}")
+    return compared, instructions, skipped
 
 
 def candidates(

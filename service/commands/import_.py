@@ -86,11 +86,12 @@ def import_command(
     model, source = read_foreign(file, order)
     tokens, notes = _tokens(model, charset, charset_from)
     config, tensors = convert(model, tokens)
+    notes = _notes(model, notes)
+    model = model.without_weights()  # publishing needs memory for two more copies
     text = _read(sources, config) if sources is not None else None
     with announcing_new_store(store, model_store):
         store.check_writable(name)
-    notes = _describe(model, source, config, notes)
-    model = model.without_weights()  # publishing needs memory for two more copies
+    _describe(model, source, config, notes)
     measured = _measure(config, tensors, text)
     options: dict[str, str | None] = {
         "--charset": charset,
@@ -116,19 +117,23 @@ def _command(file: str, name: str, options: Mapping[str, str | None], corpus: Se
     return shlex.join(words)[:2000]
 
 
-def _describe(model: ForeignModel, source: Source, config: ModelConfig, notes: tuple[str, ...]) -> tuple[str, ...]:
-    """Say what was read. Return all notes about it, of which `notes` concern the characters."""
+def _notes(model: ForeignModel, of_tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Return all notes about a model, with those about its characters."""
+    notes = (*model.notes, *of_tokens)
+    if len(model.layers) > 1:
+        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
+    return notes
+
+
+def _describe(model: ForeignModel, source: Source, config: ModelConfig, notes: tuple[str, ...]) -> None:
+    """Say what was read."""
     say(
         f"{source.name}: {model.kind}, {plural(config.num_parameters, 'parameter', ',')}, embedding "
         f"{config.embedding_dim}, GRU {config.num_units} units x {config.num_layers}, "
         f"{plural(config.vocab_size, 'character', ',')}"
     )
-    if len(model.layers) > 1:
-        notes = (*notes, f"GRU layers, first to last: {', '.join(layer.name for layer in model.layers)}")
-    notes = (*model.notes, *notes)
     for note in notes:
         say(f"{source.name}: {note}")
-    return notes
 
 
 def _tokens(model: Any, charset: str | None, charset_from: Path | None) -> tuple[Tokens, tuple[str, ...]]:

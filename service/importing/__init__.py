@@ -2,6 +2,9 @@
 
 - `detection`: finds out what a file is, and calls its reader.
 - `keras_files`, `tensorflow_files`, `torch_files`, `onnx_files`: one reader for each family. All return a ForeignModel.
+- `tensorflow_graph`: which layers the functions of a SavedModel apply, in which order. `tensorflow_values` follows a
+  value to what makes it, `tensorflow_steps` compares a step of a loop with a GRU's, and `tensorflow_functions` reads
+  the functions.
 - `hdf5`, `hdf5_process`, `protobuf`, `tensor_bundle`, `restricted_pickle`, `archive`: the containers that they read.
 - `keras_roles`, `torch_roles`: find embedding, GRU layers and output layer among named arrays by shape and kind.
 - `foreign`: a ForeignModel, and in which order its layers compute.

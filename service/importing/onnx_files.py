@@ -157,10 +157,6 @@ class _Graph:
             raise UnsupportedModel(f"the sizes of the layers don't fit together; {NEEDED} is needed")
         return ForeignModel("ONNX model", library, embedding, tuple(layers), dense, bias)
 
-    def _follow(self, name: str) -> _Node | None:
-        """Return the node that makes what a name means, before nodes that only move numbers; None for an input."""
-        return self._way(name).source
-
     def _way(self, name: str) -> _Way:
         """Return the node that makes what a name means, and the nodes between, which only move numbers."""
         moves: list[_Node] = []
@@ -284,30 +280,25 @@ class _Graph:
             elif node.op in ("Reshape", "Flatten"):
                 axes = self._reshaped(constant, axes, num_units, is_sequence, problem)
             elif node.op == "Slice":
-                values = [
-                    None,
-                    *(self._constant(one) if one else None for one in node.inputs[1:5]),
-                    None,
-                    None,
-                    None,
-                    None,
-                ]
-                starts, ends = _ints(node, "starts", values[1]), _ints(node, "ends", values[2])
-                places = [index % len(axes) for index in _ints(node, "axes", values[3]) or range(len(starts))]
-                steps = _ints(node, "steps", values[4]) or [1] * len(starts)
-                is_whole = all(start == 0 for start in starts) and all(end >= 1 << 30 for end in ends)
-                if any(one < 1 for one in steps) or not starts:
-                    raise problem
-                if not (is_whole and set(steps) == {1}) and (
-                    is_sequence or any(axes[place] == "units" for place in places)
-                ):
-                    raise problem
+                self._check_slice(node, axes, is_sequence, problem)
             elif node.op == "Gather":
                 place = _int(node, "axis") % len(axes)
                 if is_sequence or axes[place] == "units":
                     raise problem
                 axes = axes[:place] + axes[place + 1 :]
         return axes
+
+    def _check_slice(self, node: _Node, axes: list[str], is_sequence: bool, problem: UnsupportedModel) -> None:
+        """Raise `problem` if a Slice turns an axis around, or leaves out numbers that count."""
+        values = [None, *(self._constant(one) if one else None for one in node.inputs[1:5]), None, None, None, None]
+        starts, ends = _ints(node, "starts", values[1]), _ints(node, "ends", values[2])
+        places = [index % len(axes) for index in _ints(node, "axes", values[3]) or range(len(starts))]
+        steps = _ints(node, "steps", values[4]) or [1] * len(starts)
+        is_whole = all(start == 0 for start in starts) and all(end >= 1 << 30 for end in ends)
+        if any(one < 1 for one in steps) or not starts:
+            raise problem
+        if not (is_whole and set(steps) == {1}) and (is_sequence or any(axes[place] == "units" for place in places)):
+            raise problem
 
     def _reshaped(
         self,

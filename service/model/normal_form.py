@@ -79,7 +79,7 @@ def joins(char: str) -> bool:
 
 
 def _has_long_run(text: str) -> bool:
-    """Whether so many marks follow one another that sorting them may take long. Far faster than the expression."""
+    """Whether a run of marks is long enough that sorting it may take long. Far faster than the expression."""
     points = np.minimum(code_points(text), _LAST_POINT + 1)
     marks = np.flatnonzero(_mark_table()[points])  # few: in most texts there are none
     others = _LONG_RUN - 1  # marks after the first of a long run

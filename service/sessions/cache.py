@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from service.sessions.session import Session, SessionKey
 
 _SESSION_BYTES = 1024  # what a session takes beside its states, its text and its run
-
-
 _NONCE_BYTES = 28  # 16 digits of the epoch, 12 random bytes
 _NO_EPOCH = b"0" * 16  # of saves by versions of the service that had no epochs
 

@@ -170,7 +170,7 @@ class RedisStore:
                 self._renewer.stop_renewing(lease)
 
     def page(self, owner: str, after: str, limit: int) -> list[SessionSummary]:
-        """See SessionStore. Takes two exchanges for each 200 sessions."""
+        """See SessionStore. Takes two exchanges for each 200 sessions, and two at the end of the list."""
         found: list[SessionSummary] = []
         while len(found) < limit and (ids := self._index.ids(owner, after, min(limit - len(found), _LISTED))):
             summaries = self._summaries(owner, ids)
@@ -265,7 +265,7 @@ class RedisStore:
     def _compare_and_save(self, cached: CachedSession, changed: Session, keep: bool) -> tuple[bool, RedisLease | None]:
         """Save a change of the cached copy in one exchange, if the copy is current and not leased.
 
-        Returns whether it was saved, and the lease if it is to be kept.
+        Returns whether it was saved, and the lease if `keep`.
         """
         token, nonce = self._new_token(), self._new_nonce()
         lease_ms = self._renewer.lease_ms if keep else ""

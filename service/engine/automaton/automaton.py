@@ -73,7 +73,7 @@ class Automaton:
         return np.asarray(np.minimum(after.min(axis=1, initial=NEVER - 1), NEVER - 1) + 1, np.int32)
 
     def next_state(self, state: int, char: int) -> int:
-        """Return the state after one more character, which must be allowed; -1 if it is not."""
+        """Return the state after one more character; -1 if it is not allowed."""
         return int(self.transitions[state, self.classes[char]])
 
     def walk(self, state: int, chars: Iterable[int]) -> int:

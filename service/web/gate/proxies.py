@@ -62,7 +62,7 @@ class _TrustedNetworks:
             try:
                 parsed, following = parse_address(address), str(parse_address(before.strip()))
             except ValueError:
-                break  # a proxy that names no address says nothing about who is behind it
+                break  # a proxy that names no address says nothing about its own client
             if not any(parsed in network for network in self._networks):
                 break
             address = following

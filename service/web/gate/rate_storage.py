@@ -57,7 +57,7 @@ class ProcessStorage(Storage, SlidingWindowCounterSupport):
         left_s = (1 - now / expiry % 1) * expiry
         return previous, left_s if previous else 0.0, current, left_s + expiry
 
-    def clear_sliding_window(self, key: str, expiry: int) -> None:  # noqa: ARG002
+    def clear_sliding_window(self, key: str, expiry: int) -> None:  # noqa: ARG002 - the library's signature
         """Forget a key."""
         self.clear(key)
 

@@ -220,7 +220,7 @@ class _Withheld(io.RawIOBase):
         """Return true, as a file that is open for reading."""
         return True
 
-    def readinto(self, buffer: Any, /) -> int:  # noqa: ARG002
+    def readinto(self, buffer: Any, /) -> int:  # noqa: ARG002 - the signature of io
         """Raise OSError."""
         raise OSError("the body was not waited for")
 
@@ -232,7 +232,7 @@ class _Bytes(Unreader):
         super().__init__()
         self.unread(data)
 
-    def chunk(self, size_hint: int | None = None) -> bytes:  # noqa: ARG002
+    def chunk(self, size_hint: int | None = None) -> bytes:  # noqa: ARG002 - gunicorn's signature
         """Return nothing: the parser has all bytes."""
         return b""
 

@@ -23,7 +23,7 @@ from service.web.telemetry.logs import configure_logs
 
 log = structlog.get_logger(__name__)
 
-_SHM = "/dev/shm"  # noqa: S108
+_SHM = "/dev/shm"  # noqa: S108 - gunicorn makes a file there as in any temporary folder
 _EXIT_S = 8  # time between the end of the drain and the kill, in which the process closes its parts and exits
 _BACKLOG = 2048  # connections that the kernel accepts for the process meanwhile
 _MAX_DESCRIPTORS = 65_536
@@ -35,7 +35,7 @@ _WAITING_CONNECTIONS = 4096  # which no thread is answering
 class _Logs(Logger):
     """Sends gunicorn's own events to the service's log. The application logs requests, with their ids."""
 
-    def setup(self, cfg: Any) -> None:  # noqa: ARG002
+    def setup(self, cfg: Any) -> None:  # noqa: ARG002 - gunicorn's signature
         """Leave handlers and levels to `configure_logs`."""
         self.error_log.propagate = True
 

@@ -51,7 +51,7 @@ class SessionRoutes(Resource):
         self._admission, self._score_budget = admission, score_budget
 
     def before_view(self) -> None:
-        """Begin nothing for a client that has left: it may have repeated the call at another replica, and gone on.
+        """Begin nothing for a client that has left: it may have repeated the call at another replica, and continued it.
 
         A replica that was paused finds such requests when it continues.
         """
