@@ -255,7 +255,7 @@ def test_client__sends_a_text_where_a_list_belongs_as_it_is() -> None:
         session = client.open("a")
         for call in (client.score_candidates, client.chat, lambda text: list(client.stream_chat(text))):
             with pytest.raises(ServerError):
-                call("light")  # type: ignore[operator]
+                call("light")  # type: ignore[arg-type]
         with pytest.raises(ServerError):
             session.score_candidates("light")
     bodies = [json.loads(body.partition(b"\r\n\r\n")[2]) for _, body in requests[1:]]
