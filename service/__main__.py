@@ -37,7 +37,7 @@ class _Group(click.Group):
         except click.UsageError as error:
             example = re.search(r"Example: .+", error.ctx.command.help or "") if error.ctx is not None else None
             if example is not None and error.message.startswith("Got unexpected extra argument"):
-                error.message += f". {example[0]}"
+                raise click.UsageError(f"{error.message}. {example[0]}", error.ctx) from error
             raise
         except InvalidSettings as error:
             raise click.UsageError(error.message) from error

@@ -195,6 +195,7 @@ REQUESTS: list[tuple[str, Any, int, str, str]] = [
     ("POST /v1/sessions/s/generate", {"max_tokens": 0}, 400, "out_of_range", "1 to 500 characters a request"),
     ("GET /v1/sessions/s/generate", None, 409, "no_run", "start one"),
     ("GET /v1/sessions/s/text?from=x", None, 400, "out_of_range", "from: must be a number"),
+    ("GET /v1/sessions/s/text?from=1e1", None, 400, "out_of_range", "from: must be a valid integer"),
     ("GET /v1/sessions/s/text?form=1", None, 400, "unknown_field", "did you mean from?"),
     ("POST /v1/inspect", {}, 400, "out_of_range", "give either a text or a session"),
 ]
@@ -224,6 +225,7 @@ def test_request__says_what_to_do_about_a_mistake(
         error = response.get_json()["error"]
         assert (response.status_code, error["code"]) == (status, code), error
     assert advice in error["message"]
+    assert "unable to parse" not in error["message"]
 
 
 def test_request__without_a_length_has_no_body_and_says_so(client: FlaskClient) -> None:

@@ -53,6 +53,11 @@ _COMPLETIONS, _CHATS = "/v1/completions", "/v1/chat/completions"
 _SEED_BITS = 53  # a seed that every reader of JSON takes
 
 
+def _listed(items: Sequence[Any]) -> Any:
+    """Return a list for JSON. A text stays one, so that the server refuses it: a list would have its characters."""
+    return items if isinstance(items, str) else list(items)
+
+
 class Calls:
     """The calls on a server, as coroutines over any connections."""
 
@@ -92,14 +97,14 @@ class Calls:
             max_tokens: the largest number of characters to generate; None: the API's default for chats.
             fields: temperature, stop, seed, n and others, as in the API.
         """
-        body = {"messages": list(messages), "max_tokens": max_tokens} | fields
+        body = {"messages": _listed(messages), "max_tokens": max_tokens} | fields
         return Completion.from_json(await self._transport.call("POST", _CHATS, body))
 
     def stream_chat(
         self, messages: Sequence[Message], *, max_tokens: int | None = None, **fields: Unpack[ChatFields]
     ) -> AsyncGenerator[Chunk]:
         """Answer a chat and yield the pieces as they arrive, as `stream` does. Raises ServerError."""
-        return self._chunks(_CHATS, {"messages": list(messages), "max_tokens": max_tokens} | fields)
+        return self._chunks(_CHATS, {"messages": _listed(messages), "max_tokens": max_tokens} | fields)
 
     async def score(self, text: str, *, num_top: int = 0, **fields: Unpack[ScoreFields]) -> Score:
         """Return how likely the model finds each character of a text, given those before it. Raises ServerError.
@@ -125,7 +130,7 @@ class Calls:
             candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
             fields: prompt, normalize, model, unknown_chars and cache_salt, as in the API.
         """
-        body = {"candidates": list(candidates)} | fields
+        body = {"candidates": _listed(candidates)} | fields
         return CandidateScores.from_json(await self._transport.call("POST", "/v1/score", body))
 
     async def models(self) -> list[Model]:
@@ -418,7 +423,7 @@ class AsyncSession:
             candidates: 1 to 10,000 texts. Characters that they have in common are computed once.
             fields: prompt, normalize and unknown_chars, as in the API.
         """
-        body = {"candidates": list(candidates), "position": await self._synchronise()} | fields
+        body = {"candidates": _listed(candidates), "position": await self._synchronise()} | fields
         return CandidateScores.from_json(await self._transport.call("POST", f"{self._path}/score", body))
 
     async def suggest(self, n: int = 5, **fields: Unpack[SuggestFields]) -> Suggestions:

@@ -246,3 +246,17 @@ def test_call__ignores_a_retry_after_that_it_can_not_read_and_that_of_a_busy_ses
 def test_client__says_how_to_write_an_address(url: str) -> None:
     with pytest.raises(ValueError, match=r"write it as in http://127\.0\.0\.1:8000"):
         Client(url)
+
+
+def test_client__sends_a_text_where_a_list_belongs_as_it_is() -> None:
+    """Its characters would be candidates. The server refuses a text, and says what belongs there."""
+    refused = refusal("400 Bad Request", "Connection: close")
+    with played([FACTS, *[refused] * 4]) as (url, requests), Client(url) as client:
+        session = client.open("a")
+        for call in (client.score_candidates, client.chat, lambda text: list(client.stream_chat(text))):
+            with pytest.raises(ServerError):
+                call("light")  # type: ignore[arg-type]
+        with pytest.raises(ServerError):
+            session.score_candidates("light")
+    bodies = [json.loads(body.partition(b"\r\n\r\n")[2]) for _, body in requests[1:]]
+    assert [body.get("candidates", body.get("messages")) for body in bodies] == ["light"] * 4

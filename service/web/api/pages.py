@@ -45,7 +45,7 @@ class PageRoutes(Resource):
 
 
 class DocsRoutes(Resource):
-    """The OpenAPI description, and Swagger UI to read it with."""
+    """The OpenAPI description, and Swagger UI to read it with. That asks its user for a key if the server has keys."""
 
     name = "docs"
 
@@ -77,4 +77,5 @@ def _playground_file(name: str) -> Response:
 def _file(folder: Path, name: str, max_age: int | None = None) -> Response:
     """Return a file, or 304 if the client has it. It is sent whole: no browser needs a part of a small file."""
     response = send_from_directory(folder, name, max_age=max_age, conditional=False)
-    return response.make_conditional(request.environ)
+    response.make_conditional(request.environ)
+    return response

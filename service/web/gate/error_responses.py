@@ -222,7 +222,9 @@ def _sentence(kind: str, message: str) -> str:
         return "this field is required"
     if kind == "string_unicode":
         return HALF_OF_A_PAIR
-    message = (message[:1].lower() + message[1:]).replace("input should be", "must be")
+    message = (
+        (message[:1].lower() + message[1:]).replace("input should be", "must be").partition(", unable to parse")[0]
+    )
     message = re.sub(r"a valid dictionary(?: or instance of \w+)?", "an object", message)
     return message.replace(" should have ", " must have ").replace(" after validation", "")
 

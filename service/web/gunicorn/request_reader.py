@@ -48,7 +48,7 @@ _FAULTS: dict[type[Exception], str] = {
     "Content-Length or in HTTP/1.0",
 }
 _PATH = "the path of the request is not valid: write {} in it as {}"
-_TLS_HANDSHAKE = 0x16  # the first byte of a connection of TLS
+_TLS_HANDSHAKES = (0x16, 0x80)  # the first byte of a connection of TLS, and of SSL 2
 _METHOD_BYTES = frozenset(
     b"!#$%&'*+-.^_`|~" + string.digits.encode() + string.ascii_letters.encode()
 )  # RFC 9110, 5.6.2
@@ -169,7 +169,7 @@ class RequestReader:
             received and received != b"\r" and received[0] not in _METHOD_BYTES
         ):  # such as TLS, whose client waits for an answer
             message = _MESSAGES[HTTPStatus.BAD_REQUEST]
-            if received[0] == _TLS_HANDSHAKE:
+            if received[0] in _TLS_HANDSHAKES:
                 message = (
                     "the server speaks HTTP, not HTTPS: write http:// in its address, or use the proxy that ends TLS"
                 )
@@ -205,7 +205,7 @@ class RequestReader:
             status = _STATUS_OF_ERROR.get(type(error), HTTPStatus.BAD_REQUEST)
             message = _FAULTS.get(type(error), _MESSAGES[status])
             if isinstance(error, (errors.InvalidRequestLine, errors.InvalidHTTPVersion)):
-                line = head.partition(b"\r\n")[0]
+                line = head.splitlines()[0]
                 if line.count(b" ") > 2:  # the parser takes what follows the second one for the version
                     status, message = HTTPStatus.BAD_REQUEST, _PATH.format("a space", "%20")
                 elif not line.isascii():
