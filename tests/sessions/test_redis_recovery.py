@@ -23,7 +23,7 @@ from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import SessionKey
 from tests.harness.redis_process import RedisProcess, redis_process
-from tests.harness.redis_stores import appended, session, when_served
+from tests.harness.redis_stores import TIMEOUT_S, appended, session, when_served
 from tests.harness.wait import wait_until
 
 A, B = SessionKey("", "a"), SessionKey("", "b")
@@ -49,7 +49,7 @@ def replicas(
     with ExitStack() as stack:
         stores = [
             stack.enter_context(
-                closing(RedisStore(RedisServer(server.url, 2, window_s), 4096, cache_bytes, lease_s=60))
+                closing(RedisStore(RedisServer(server.url, TIMEOUT_S, window_s), 4096, cache_bytes, lease_s=60))
             )
             for _ in range(count)
         ]
