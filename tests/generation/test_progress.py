@@ -284,10 +284,10 @@ def test_save_progress__leaves_runs_alone_that_are_read_as_a_whole(replica: Call
 
 
 def test_save_progress__keeps_the_session_leased(replica: Callable[..., Replica], ending: ExitStack) -> None:
-    one, two = replica(), replica()
+    one, two = replica(lease_s=10.0), replica(lease_s=10.0)  # longer than a machine stalls
     one.create()
     one.slow_down()
-    reader = Reader(one.generate(replace(LONG, max_chars=15_000)), ending)
+    reader = Reader(one.generate(replace(LONG, max_chars=1_000_000)), ending)
     wait_until(lambda: two.sessions.get(KEY).position > 6)
     for sessions in (one.sessions, two.sessions):
         operations: list[Callable[[], object]] = [

@@ -62,14 +62,16 @@ def url(redis_url: str) -> str:
 
 
 @pytest.fixture
-def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[[], Replica]]:
+def replicas(url: str, tiny_store: ModelStore) -> Iterator[Callable[..., Replica]]:
     """Return a function that makes replicas of one deployment."""
     prefix = secrets.token_hex(8)
     with ExitStack() as ending:
 
-        def make(at: str = url, published: ModelStore = tiny_store, **engine: object) -> Replica:
+        def make(
+            at: str = url, published: ModelStore = tiny_store, lease_s: float = LEASE_S, **engine: object
+        ) -> Replica:
             retention = Retention(16, 10_000)
-            store = RedisStore(RedisServer(at, TIMEOUT_S, 0.3), retention.segment_chars, prefix=prefix, lease_s=LEASE_S)
+            store = RedisStore(RedisServer(at, TIMEOUT_S, 0.3), retention.segment_chars, prefix=prefix, lease_s=lease_s)
             ending.callback(store.close)
             models = LoadedModels(published, 1, engine_settings(**engine))
             ending.callback(models.close)
@@ -512,13 +514,14 @@ def test_save__is_refused_after_the_lease_was_lost(replicas: Callable[[], Replic
     assert one.load(SessionKey("", "a")).seed == two.load(SessionKey("", "a")).seed == 8
 
 
-def test_lease__lasts_until_it_is_released(replicas: Callable[[], Replica]) -> None:
-    (_, one), (_, two) = replicas(), replicas()
+def test_lease__lasts_until_it_is_released(replicas: Callable[..., Replica]) -> None:
+    lease_s = 4.0  # longer than a machine stalls
+    (_, one), (_, two) = replicas(lease_s=lease_s), replicas(lease_s=lease_s)
     create((_, one))
     requested = threading.Event()
     lease = lease_of(one)
     lease.on_takeover = requested.set
-    time.sleep(4 * LEASE_S)
+    time.sleep(1.2 * lease_s)  # the subject is what the other thread does in this time
     with pytest.raises(SessionBusy):
         lease_of(two)
     assert not requested.is_set()

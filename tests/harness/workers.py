@@ -16,6 +16,23 @@ _MOST_WORKERS = 8
 # What shares a browser and a server is one unit, as a file is elsewhere.
 _PAGE = "tests/page/"
 _WAITING = (_PAGE, "tests/process/", "tests/generation/", "tests/sessions/")
+# The longest of each kind, most of which have few tests: begun first, so that no worker is left with one at the end.
+_LONGEST = (
+    _PAGE,
+    "tests/process/test_hung_replica.py",
+    "tests/process/test_balancer.py",
+    "tests/process/test_survival.py",
+    "tests/sessions/test_redis_topologies.py",
+    "tests/sessions/test_store_machine.py",
+    "tests/generation/test_session_machine.py",
+    "tests/test_package.py",
+    "tests/engine/test_build.py",
+    "tests/engine/test_emulated.py",
+    "tests/commands/test_train.py",
+    "tests/commands/test_train_mistakes.py",
+    "tests/commands/test_commands.py",
+    "tests/training/test_trainer.py",
+)
 
 
 def num_workers() -> int:
@@ -24,7 +41,10 @@ def num_workers() -> int:
 
 
 class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives a worker the next file to compute if no other worker computes, else the next one that waits."""
+    """Gives a worker the next file to compute if no other worker computes, else the next one that waits.
+
+    Of both kinds the longest are the first, and after them those with the most tests.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         return _PAGE if nodeid.startswith(_PAGE) else nodeid.partition("::")[0]
@@ -36,8 +56,9 @@ class FileScheduling(LoadScopeScheduling):  # type: ignore[misc]
             for scope, unit in units.items()
             if other is not node
         )
-        for scope in self.workqueue:
-            if scope.startswith(_WAITING) == another_computes:
-                self.workqueue.move_to_end(scope, last=False)
-                break
+        fitting = [scope for scope in self.workqueue if scope.startswith(_WAITING) == another_computes]
+        # The queue is in the order of the numbers of tests, and `min` returns the first of equal ones.
+        rest = len(_LONGEST)
+        ranks = {scope: _LONGEST.index(scope) if scope in _LONGEST else rest for scope in fitting or self.workqueue}
+        self.workqueue.move_to_end(min(ranks, key=ranks.__getitem__), last=False)
         super()._assign_work_unit(node)

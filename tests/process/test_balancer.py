@@ -299,10 +299,10 @@ def test_errors__of_malformed_http_are_haproxys_own() -> None:
                 assert connection.recv(100).startswith(b"HTTP/1.1 %d " % status)
 
 
-def test_slow_senders__never_reach_a_replica(environment: dict[str, str]) -> None:
+def test_slow_senders__never_reach_a_replica(servers: list[Server]) -> None:
     """Ten times as many clients as a replica has threads; half of them stop in the head, half in the body."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with replicas(1, environment) as servers, balancing([servers[0].port]) as balancer, ExitStack() as stack:
+    with balancing([servers[0].port]) as balancer, ExitStack() as stack:
         files = len(list((servers[0].worker / "fd").iterdir()))
         for number in range(10 * NUM_THREADS):
             connection = stack.enter_context(socket.create_connection(("127.0.0.1", balancer.port)))

@@ -39,7 +39,7 @@ def environment(tiny_store: ModelStore, tmp_path_factory: pytest.TempPathFactory
             "GRU_SERVE_SESSION_TEXT_CHARS": "10000000",
             "GRU_SERVE_SESSION_CHECKPOINT_CHARS": "65536",
             "GRU_SERVE_SESSION_STORE": redis.url,
-            "GRU_SERVE_DRAIN_S": "7",
+            "GRU_SERVE_DRAIN_S": "5",
             "GRU_SERVE_DRAIN_NOTICE_S": "1",
         }
 
@@ -142,7 +142,7 @@ def test_draining_replica__ends_its_streams_itself(environment: dict[str, str]) 
             wait_until(lambda: balancer.up("sessions") == {2 - draining})
             events = [line for line in response if line.startswith(b"event: ")]
             assert events[-1] == b"event: reconnect\n"
-            assert time.monotonic() - started > 4  # GRU_SERVE_DRAIN_S less the time in which runs are handed over
+            assert time.monotonic() - started > 2  # GRU_SERVE_DRAIN_S less the time in which runs are handed over
 
 
 class SilentReplica(threading.Thread):

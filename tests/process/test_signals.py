@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +27,25 @@ def processes(server: Server) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2, signal.SIGHUP])
-def test_signal__starts_and_stops_no_process(tiny_store: ModelStore, number: signal.Signals) -> None:
-    """A session in memory is found by every request afterwards; the log says why nothing happened."""
+@pytest.fixture(scope="module")
+def server(tiny_store: ModelStore) -> Iterator[Server]:
     environment = {"GRU_SERVE_MODEL_STORE": str(tiny_store.root), "GRU_SERVE_MODEL": "tiny"}
-    with serving(SERVE, environment) as server, Client(f"http://127.0.0.1:{server.port}") as client:
+    with serving(SERVE, environment) as server:
+        yield server
+
+
+@pytest.mark.parametrize("number", [signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR2, signal.SIGHUP])
+def test_signal__starts_and_stops_no_process(server: Server, number: signal.Signals) -> None:
+    """A session in memory is found by every request afterwards; the log says why nothing happened."""
+    with Client(f"http://127.0.0.1:{server.port}") as client:
         session = client.create("ROMEO:", seed=7)
-        before = processes(server)
+        before, logged = processes(server), len(server.log)
         assert len(before) == 1
         os.kill(before[0], number)  # as when a terminal sends it to the whole group
         server.process.send_signal(number)
         server.process.send_signal(signal.SIGWINCH)  # gunicorn handles signals in order, and this one does nothing
-        wait_until(lambda: any("Handling signal: winch" in line for line in server.log))
-        [line] = server.logged("signal ignored")
+        wait_until(lambda: any("Handling signal: winch" in line for line in server.log[logged:]))
+        [line] = [line for line in map(json.loads, server.log[logged:]) if line["event"] == "signal ignored"]
         assert line["signal"] == number.name
         assert "replica" in line["reason"]
         assert processes(server) == before

@@ -17,7 +17,7 @@ from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import SessionKey
 from tests.harness.redis_process import RedisProcess
-from tests.harness.redis_stores import appended, characters, session
+from tests.harness.redis_stores import TIMEOUT_S, appended, characters, session
 from tests.harness.redis_topologies import Cluster, admin_of, redis_cluster
 from tests.harness.wait import wait_until
 
@@ -32,10 +32,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @contextmanager
-def replicas(cluster: Cluster, count: int) -> Iterator[list[RedisStore]]:
+def replicas(cluster: Cluster, count: int, window_s: float = WINDOW_S) -> Iterator[list[RedisStore]]:
     with ExitStack() as stack:
         stores = [
-            stack.enter_context(closing(RedisStore(RedisServer(cluster.url, 2, WINDOW_S), 4096, 2**20, lease_s=60)))
+            stack.enter_context(
+                closing(RedisStore(RedisServer(cluster.url, TIMEOUT_S, window_s), 4096, 2**20, lease_s=60))
+            )
             for _ in range(count)
         ]
         open_again(*stores)
@@ -114,7 +116,7 @@ def test_epoch__never_goes_back_after_a_master_has_lost_its_own(cluster: Cluster
         with admin_of(master) as client:
             client.delete(key_of(store, master))
         restart(cluster, master)
-        with closing(RedisServer(cluster.url, 2, WINDOW_S)) as new:
+        with closing(RedisServer(cluster.url, TIMEOUT_S, WINDOW_S)) as new:
             assert new.epoch > fast
             assert epochs(cluster, store) == [new.epoch] * 3
             open_again(store)
@@ -124,7 +126,7 @@ def test_epoch__never_goes_back_after_a_master_has_lost_its_own(cluster: Cluster
 def test_recovery__waits_for_a_replica_that_was_there(cluster: Cluster) -> None:
     """It has what one master lost; the others lost nothing, and refuse calls as well."""
     keys = [SessionKey("", f"waits{number}") for number in range(12)]
-    with replicas(cluster, 2) as (writer, other):
+    with replicas(cluster, 2, 2.0) as (writer, other):  # it is waited for longer than a machine stalls
         for key in keys:
             writer.create(session(key.id))
         master = cluster.owner_of("gru-serve:/waits0")

@@ -23,7 +23,7 @@ from service.sessions.redis_server import RedisServer
 from service.sessions.redis_store import RedisStore
 from service.sessions.session import SessionKey
 from tests.harness.redis_process import RedisProcess, redis_process
-from tests.harness.redis_stores import appended, session, when_served
+from tests.harness.redis_stores import TIMEOUT_S, appended, session, when_served
 from tests.harness.wait import wait_until
 
 A, B = SessionKey("", "a"), SessionKey("", "b")
@@ -49,7 +49,7 @@ def replicas(
     with ExitStack() as stack:
         stores = [
             stack.enter_context(
-                closing(RedisStore(RedisServer(server.url, 2, window_s), 4096, cache_bytes, lease_s=60))
+                closing(RedisStore(RedisServer(server.url, TIMEOUT_S, window_s), 4096, cache_bytes, lease_s=60))
             )
             for _ in range(count)
         ]
@@ -84,7 +84,7 @@ def open_again(*stores: RedisStore) -> None:
 
 def test_recovery__waits_for_a_replica_that_was_there(server: RedisProcess) -> None:
     """It has what the server lost, and the others must not serve the older text."""
-    with replicas(server, 3) as (writer, other, third):
+    with replicas(server, 3, window_s=2.0) as (writer, other, third):  # it is waited for longer than a machine stalls
         writer.create(session())
         on_disk = server.on_disk()
         assert writer.update(A, appended("x")) == 7
@@ -98,7 +98,7 @@ def test_recovery__waits_for_a_replica_that_was_there(server: RedisProcess) -> N
 
 
 def test_recovery__waits_for_no_replica_that_has_left_or_died(server: RedisProcess) -> None:
-    long_s = 5 * WINDOW_S  # a busy machine delays the end of the recovery, but not by twice this
+    long_s = 3.0  # a machine that stalls delays the end of the recovery, but not by twice this
     with replicas(server, 1, window_s=long_s) as (other,):
         with replicas(server, 1, window_s=long_s) as (leaving,):
             leaving.create(session())

@@ -70,8 +70,14 @@ def run(path: Path, settings: Hyperparameters = SETTINGS, stop_after: int = 10**
     return trainer, recorder
 
 
-def test_trainer__learns(tmp_path: Path) -> None:
-    trainer, recorder = run(tmp_path / "run")
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Recorder]:
+    """A whole run with SETTINGS, for tests that only look at it."""
+    return run(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+def test_trainer__learns(uninterrupted: tuple[Trainer, Recorder]) -> None:
+    trainer, recorder = uninterrupted
     assert recorder.losses[0] > 2.5
     assert recorder.points[-1].validation_loss < 1.5
     assert trainer.state.finished
@@ -79,8 +85,10 @@ def test_trainer__learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stops", [[1], [20], [33], [5, 41, 20, 1]])
-def test_trainer__resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stops: list[int]) -> None:
-    whole, recorder = run(tmp_path / "whole")
+def test_trainer__resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, stops: list[int], uninterrupted: tuple[Trainer, Recorder]
+) -> None:
+    whole, recorder = uninterrupted
     losses: list[float] = []
     for stop in [*stops, 10**9]:
         parts, part_recorder = run(tmp_path / "parts", stop_after=stop)
