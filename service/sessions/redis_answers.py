@@ -31,7 +31,7 @@ class InvalidAnswer(errors.ConnectionError):
     """The server answers with something that no command of this service leads to. The connection is of no use."""
 
 
-class Exchange(BaseParser):  # type: ignore[misc] # redis-py declares no types
+class Exchange(BaseParser):
     """Sends commands and reads answers in RESP2; the parser of redis-py's connections.
 
     Its methods raise redis-py's TimeoutError and ConnectionError, and InvalidAnswer. The connection has to be closed
@@ -207,6 +207,6 @@ def _number(digits: bytes) -> int:
 
 def _error(text: bytes) -> Any:
     try:
-        return BaseParser.parse_error(text.decode(errors="replace"))
+        return BaseParser.parse_error(text.decode(errors="replace"))  # type: ignore[no-untyped-call]
     except (ValueError, IndexError, TypeError):  # it names no slot or no address after MOVED
         raise InvalidAnswer("an answer has an error that can't be read") from None

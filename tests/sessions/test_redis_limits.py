@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,8 +157,8 @@ def test_call__after_an_answer_too_many_gets_its_own(proxy: LossyProxy) -> None:
                 with suppress(StoreUnavailable):
                     assert characters(store.load(key)) == f"the text of {key.id}"
         for key in keys:
-            assert characters(when_served(lambda key=key: store.load(key))) == f"the text of {key.id}"
-            when_served(lambda key=key: store.delete(key))
+            assert characters(when_served(partial(store.load, key))) == f"the text of {key.id}"
+            when_served(partial(store.delete, key))
 
 
 def test_store__on_a_slow_network_serves(proxy: LossyProxy) -> None:
