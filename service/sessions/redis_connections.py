@@ -113,11 +113,15 @@ class _TcpConnection(Connection):
     def _connect(self) -> socket.socket:
         places = self._names.places(self.host, self.port)
         sock = connect(places, min(self._ends_at, time.monotonic() + self._timeout_s))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in self.socket_keepalive_options.items():
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        sock.settimeout(max(0.001, min(self._timeout_s, self._ends_at - time.monotonic())))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.socket_keepalive_options.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.settimeout(max(0.001, min(self._timeout_s, self._ends_at - time.monotonic())))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
 
