@@ -72,7 +72,7 @@ class Exchange(BaseParser):
         sock = self._open_socket()
         try:
             if isinstance(sock, ssl.SSLSocket):
-                sock.settimeout(self._require_time())
+                sock.settimeout(self._left_s())
                 sock.sendall(data)
                 return
             rest = memoryview(data)
@@ -158,7 +158,7 @@ class Exchange(BaseParser):
         sock = self._open_socket()
         try:
             if isinstance(sock, ssl.SSLSocket):
-                sock.settimeout(self._require_time())
+                sock.settimeout(self._left_s())
             elif time.monotonic() > self._relaxed_until:
                 self._wait(select.POLLIN)
             data: bytes = sock.recv(num_bytes)
@@ -179,15 +179,15 @@ class Exchange(BaseParser):
             raise errors.ConnectionError("the connection is closed")
         return self._sock
 
-    def _require_time(self) -> float:
-        """Return how many seconds are left. Raises TimeoutError."""
-        left_s = self._ends_at - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError
-        return left_s
+    def _left_s(self) -> float:
+        """Return how many seconds are left, at least a moment.
+
+        Afterwards only what has arrived already is read: on a busy machine, this thread may be late and not the server.
+        """
+        return max(0.001, self._ends_at - time.monotonic())
 
     def _wait(self, event: int) -> None:
-        if not self._polls(event, self._require_time()):
+        if not self._polls(event, self._left_s()):
             raise TimeoutError
 
     def _polls(self, event: int, timeout_s: float) -> bool:
