@@ -56,6 +56,8 @@ class HostNames:
             known, look_up = self._known.get(name), self._running.get(name)
             if look_up is None:
                 if len(self._running) >= _MAX_LOOK_UPS:
+                    if known is not None:
+                        return known
                     raise OSError("too many names of hosts are looked up at once")
                 look_up = self._running[name] = _LookUp()
                 try:

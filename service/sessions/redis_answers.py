@@ -31,7 +31,7 @@ class InvalidAnswer(errors.ConnectionError):
     """The server answers with something that no command of this service leads to. The connection is of no use."""
 
 
-class Exchange(BaseParser):  # type: ignore[misc] # redis-py declares no types
+class Exchange(BaseParser):
     """Sends commands and reads answers in RESP2; the parser of redis-py's connections.
 
     Its methods raise redis-py's TimeoutError and ConnectionError, and InvalidAnswer. The connection has to be closed
@@ -72,7 +72,7 @@ class Exchange(BaseParser):  # type: ignore[misc] # redis-py declares no types
         sock = self._open_socket()
         try:
             if isinstance(sock, ssl.SSLSocket):
-                sock.settimeout(self._require_time())
+                sock.settimeout(self._left_s())
                 sock.sendall(data)
                 return
             rest = memoryview(data)
@@ -158,7 +158,7 @@ class Exchange(BaseParser):  # type: ignore[misc] # redis-py declares no types
         sock = self._open_socket()
         try:
             if isinstance(sock, ssl.SSLSocket):
-                sock.settimeout(self._require_time())
+                sock.settimeout(self._left_s())
             elif time.monotonic() > self._relaxed_until:
                 self._wait(select.POLLIN)
             data: bytes = sock.recv(num_bytes)
@@ -179,15 +179,15 @@ class Exchange(BaseParser):  # type: ignore[misc] # redis-py declares no types
             raise errors.ConnectionError("the connection is closed")
         return self._sock
 
-    def _require_time(self) -> float:
-        """Return how many seconds are left. Raises TimeoutError."""
-        left_s = self._ends_at - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError
-        return left_s
+    def _left_s(self) -> float:
+        """Return how many seconds are left, at least a moment.
+
+        Afterwards only what has arrived already is read: on a busy machine, this thread may be late and not the server.
+        """
+        return max(0.001, self._ends_at - time.monotonic())
 
     def _wait(self, event: int) -> None:
-        if not self._polls(event, self._require_time()):
+        if not self._polls(event, self._left_s()):
             raise TimeoutError
 
     def _polls(self, event: int, timeout_s: float) -> bool:
@@ -207,6 +207,6 @@ def _number(digits: bytes) -> int:
 
 def _error(text: bytes) -> Any:
     try:
-        return BaseParser.parse_error(text.decode(errors="replace"))
+        return BaseParser.parse_error(text.decode(errors="replace"))  # type: ignore[no-untyped-call]
     except (ValueError, IndexError, TypeError):  # it names no slot or no address after MOVED
         raise InvalidAnswer("an answer has an error that can't be read") from None

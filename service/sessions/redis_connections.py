@@ -106,18 +106,22 @@ class _TcpConnection(Connection):
     redis-py sets no limit to the look-up, and one for each of the host's addresses.
     """
 
-    def __init__(self, *, names: HostNames, ends_at: float, **options: Any) -> None:
-        super().__init__(**options)  # type: ignore[no-untyped-call] # redis-py declares no types
-        self._names, self._ends_at = names, ends_at
+    def __init__(self, *, names: HostNames, timeout_s: float, ends_at: float, **options: Any) -> None:
+        super().__init__(socket_timeout=timeout_s, **options)  # type: ignore[no-untyped-call] # it declares no types
+        self._names, self._timeout_s, self._ends_at = names, timeout_s, ends_at
 
     def _connect(self) -> socket.socket:
         places = self._names.places(self.host, self.port)
-        sock = connect(places, min(self._ends_at, time.monotonic() + self.socket_connect_timeout))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in self.socket_keepalive_options.items():
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        sock.settimeout(max(0.001, min(self.socket_timeout, self._ends_at - time.monotonic())))
+        sock = connect(places, min(self._ends_at, time.monotonic() + self._timeout_s))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in self.socket_keepalive_options.items():
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+            sock.settimeout(max(0.001, min(self._timeout_s, self._ends_at - time.monotonic())))
+        except OSError:
+            sock.close()
+            raise
         return sock
 
 
@@ -327,8 +331,6 @@ class RedisConnections:
         ends_at: float = math.inf,
     ) -> Link:
         options: dict[str, Any] = {
-            "socket_timeout": self._timeout_s,
-            "socket_connect_timeout": self._timeout_s,
             "parser_class": Exchange,
             "protocol": 2,
             "driver_info": None,
@@ -338,8 +340,10 @@ class RedisConnections:
         connect: Any
         if self._url.kind == "unix":
             connect, options["path"] = UnixDomainSocketConnection, address[0]
+            options["socket_timeout"] = options["socket_connect_timeout"] = self._timeout_s
         else:
-            connect, options["names"], options["ends_at"] = _TcpConnection, self._names, ends_at
+            connect = _TcpConnection
+            options |= {"names": self._names, "timeout_s": self._timeout_s, "ends_at": ends_at}
             options["host"], options["port"] = address
             if (tls := self._url.tls) is not None:
                 connect = _TlsConnection

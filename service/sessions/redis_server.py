@@ -284,6 +284,7 @@ class RedisServer:
             answers = self._send_all(commands, in_recovery=True)
             for number, answer in enumerate(answers):
                 if not isinstance(answer, errors.RedisError):
+                    _require_script_answer(answer)
                     continue
                 if not one_by_one or _word(answer) not in _ABOUT_ONE_CALL:
                     raise answer
@@ -332,8 +333,7 @@ class RedisServer:
         while True:
             try:
                 answer = run(is_retry=is_retry, ends_at=ends_at)
-                if not isinstance(answer, list) or not answer or not isinstance(answer[0], bytes):
-                    raise InvalidAnswer("the script answers with something else than it does")
+                _require_script_answer(answer)
             except errors.RedisError as error:
                 is_lost = _is_without_answer(error)
                 if is_lost and not is_retry and isinstance(error, errors.ConnectionError):
@@ -691,6 +691,12 @@ def _word(error: errors.RedisError) -> str:
         return str(error.status_code)
     found = re.match("[A-Z]+ ", str(error)) if isinstance(error, errors.ResponseError) else None
     return found[0].strip() if found else ""
+
+
+def _require_script_answer(answer: Any) -> None:
+    """Raise InvalidAnswer unless an answer is an array that begins with a word, as all of session.lua are."""
+    if not isinstance(answer, list) or not answer or not isinstance(answer[0], bytes):
+        raise InvalidAnswer("the server answers with something else than the script does")
 
 
 def _kind(error: errors.RedisError) -> dict[str, str]:

@@ -10,7 +10,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
@@ -123,7 +123,7 @@ def test_call__to_a_hostile_server_fails_in_time(send: Send) -> None:
         ThreadPoolExecutor(2) as pool,
         Client(url, timeout_s=TIMEOUT_S, retry_s=RETRY_S) as client,
     ):
-        calls = [pool.submit(client.complete, "ROMEO:"), pool.submit(asyncio.run, call(url))]
+        calls: list[Future[Any]] = [pool.submit(client.complete, "ROMEO:"), pool.submit(asyncio.run, call(url))]
         for error in [each.exception(LONG_S) for each in calls]:
             assert isinstance(error, OSError | StreamBroken | ServerError)
 
@@ -157,7 +157,7 @@ def test_stream__of_a_hostile_server_has_limits(send: Send, monkeypatch: pytest.
                 pass
 
     with sending(send) as url, ThreadPoolExecutor(2) as pool, Client(url, timeout_s=1, retry_s=RETRY_S) as client:
-        calls = [pool.submit(list, client.stream("ROMEO:")), pool.submit(asyncio.run, read(url))]
+        calls: list[Future[Any]] = [pool.submit(list, client.stream("ROMEO:")), pool.submit(asyncio.run, read(url))]
         for error in [each.exception(LONG_S) for each in calls]:
             assert isinstance(error, StreamBroken)
 

@@ -357,13 +357,13 @@ def test_save_progress__whose_outcome_is_unknown_is_tried_again(
     one.slow_down()
     run, num_lost = one.store._server._run_script, 0
 
-    def lose(*arguments: Any, is_retry: bool = False) -> Any:
+    def lose(*arguments: Any, is_retry: bool = False, **limits: Any) -> Any:
         nonlocal num_lost
         if arguments[1] != "save" or num_lost == 3:
-            return run(*arguments, is_retry=is_retry)
+            return run(*arguments, is_retry=is_retry, **limits)
         num_lost += 1
         if is_done:
-            run(*arguments, is_retry=is_retry)
+            run(*arguments, is_retry=is_retry, **limits)
         raise errors.TimeoutError
 
     stream = one.generate(LONG)
@@ -416,9 +416,9 @@ def test_lease__is_still_valid_after_a_save_without_an_answer(
         lease, _ = one.store.begin(key, lambda session: (replace(session), None))
         assert lease is not None
 
-        def lose(*arguments: Any, is_retry: bool = False, is_done: bool = is_done) -> Any:
+        def lose(*arguments: Any, is_retry: bool = False, is_done: bool = is_done, **limits: Any) -> Any:
             if is_done:
-                run(*arguments, is_retry=is_retry)
+                run(*arguments, is_retry=is_retry, **limits)
             raise errors.TimeoutError
 
         with monkeypatch.context() as lost:

@@ -253,8 +253,8 @@ def test_short_run__whose_answer_was_lost_is_not_done_twice(
     create(one)
     run, short = one[1]._server._run_script, replace(LONG, max_chars=20)
 
-    def lose(*arguments: Any, is_retry: bool = False) -> Any:
-        run(*arguments, is_retry=is_retry)
+    def lose(*arguments: Any, is_retry: bool = False, **limits: Any) -> Any:
+        run(*arguments, is_retry=is_retry, **limits)
         raise errors.TimeoutError
 
     with monkeypatch.context() as lost:
@@ -282,8 +282,8 @@ def test_feed__whose_answer_was_lost_is_not_done_twice(
     create(one)
     run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_retry: bool = False) -> Any:
-        answer = run(*arguments, is_retry=is_retry)
+    def lose(*arguments: Any, is_retry: bool = False, **limits: Any) -> Any:
+        answer = run(*arguments, is_retry=is_retry, **limits)
         if not is_retry:
             if someone_goes_on:
                 two[0].feed(SessionKey("", "a"), FeedRequest("b"))
@@ -311,8 +311,8 @@ def test_generate__whose_start_was_lost_can_be_repeated(
     create(one)
     run = one[1]._server._run_script
 
-    def lose(*arguments: Any, is_retry: bool = False) -> Any:
-        run(*arguments, is_retry=is_retry)
+    def lose(*arguments: Any, is_retry: bool = False, **limits: Any) -> Any:
+        run(*arguments, is_retry=is_retry, **limits)
         raise errors.TimeoutError
 
     for replica, position in ((one, 6), (one, None)):

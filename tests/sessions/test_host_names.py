@@ -208,13 +208,12 @@ def test_connect__tries_the_next_place_if_this_machine_has_no_such_addresses(
     """For example one whose kernel has no IPv6."""
 
     def refuse(family: int, *options: Any) -> socket.socket:
-        nonlocal num_refused
-        num_refused += 1
-        if num_refused == 1:
+        refused.append(family)
+        if len(refused) == 1:
             raise OSError(errno.EAFNOSUPPORT, "no such addresses")
         return make(family, *options)
 
-    make, num_refused = socket.socket, 0
+    make, refused = socket.socket, list[int]()
     with redis_process(tmp_path) as process:
         port = urlsplit(process.url).port or 0
         names.places = [("127.0.0.1", port)] * 2

@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -156,8 +157,8 @@ def test_call__after_an_answer_too_many_gets_its_own(proxy: LossyProxy) -> None:
                 with suppress(StoreUnavailable):
                     assert characters(store.load(key)) == f"the text of {key.id}"
         for key in keys:
-            assert characters(when_served(lambda key=key: store.load(key))) == f"the text of {key.id}"
-            when_served(lambda key=key: store.delete(key))
+            assert characters(when_served(partial(store.load, key))) == f"the text of {key.id}"
+            when_served(partial(store.delete, key))
 
 
 def test_store__on_a_slow_network_serves(proxy: LossyProxy) -> None:
@@ -295,3 +296,21 @@ def test_counts__on_a_server_that_drips_fail_in_time(proxy: LossyProxy) -> None:
             assert not pool.submit(counts.check).result(LONG_S)
         assert counts.check()
         assert counts.acquire_sliding_window_entry("a", 1000, 60)
+
+
+def test_server__whose_tls_handshake_drips_is_given_up() -> None:
+    """Each byte arrives in time, and the handshake never ends."""
+
+    def drip_record() -> None:
+        with suppress(OSError), listener.accept()[0] as connection:
+            connection.sendall(b"\x16\x03\x03\x40\x00")
+            while True:
+                connection.sendall(b"\x02")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(2) as pool:
+        dripping = pool.submit(drip_record)
+        url = f"rediss://127.0.0.1:{listener.getsockname()[1]}/0"
+        with closing(pool.submit(RedisServer, url, 0.3, 0.1).result(LONG_S)) as server, pytest.raises(StoreUnavailable):
+            server.check()
+        dripping.result(LONG_S)
