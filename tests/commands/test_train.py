@@ -14,7 +14,6 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,8 +301,11 @@ def test_train__a_gpu_that_fails_loses_no_best_weights(
         assert isinstance(result.exception, SystemExit), result.exception
         assert (result.exit_code, said in result.stderr) == (1, True), result.output
         assert ("published fox@1" in result.stdout) == (fails_at == 30)
-    monkeypatch.setattr(Trainer, "__init__", lambda *_, **__: fail(trainer, None))
-    trainer, fails_at = SimpleNamespace(state=SimpleNamespace(step=1)), 1
+
+    def begin(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(Trainer, "__init__", begin)
     result = place.train(*SMALL, "--overwrite")
     assert (result.exit_code, said in result.stderr) == (1, True), result.output
 
