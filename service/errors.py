@@ -47,6 +47,7 @@
         ├── InvalidCorpus           invalid_corpus
         ├── InvalidCheckpoint       invalid_checkpoint
         ├── TrainingDiverged        training_diverged
+        ├── TrainingFailed          training_failed
         ├── InvalidModelFile        invalid_model_file
         ├── UnsupportedModel        unsupported_model
         └── MissingLibrary          missing_library
@@ -381,6 +382,12 @@ class TrainingDiverged(OperatorError):
     """The loss of a training run became infinite or not a number."""
 
     code = "training_diverged"
+
+
+class TrainingFailed(OperatorError):
+    """Training ran out of memory, or its GPU failed."""
+
+    code = "training_failed"
 
 
 class InvalidModelFile(OperatorError):

@@ -25,7 +25,7 @@ from service.commands.options import (
 )
 from service.commands.progress import Progress, say, tell
 from service.commands.stopping import Stopped, StopSignals
-from service.errors import GruServeError, InvalidCheckpoint, TrainingDiverged, plural
+from service.errors import GruServeError, InvalidCheckpoint, plural
 from service.training.hyperparameters import CHOSEN, Hyperparameters
 
 if TYPE_CHECKING:
@@ -152,10 +152,11 @@ def train_command(
 
 def _train_and_publish(request: _Request, signals: StopSignals) -> None:
     """Carry out the command. Raises Stopped and GruServeError."""
+    from service.training.devices import failures
     from service.training.publishing import Publication
     from service.training.recipe import limiting_option
 
-    with signals.says("stopped before the training began: nothing has changed"):
+    with signals.says("stopped before the training began: nothing has changed"), failures():
         corpus, trainer = _prepare(request)
         command = _command(request, trainer)
         publication = Publication(request.store, request.name, corpus, trainer, command, _Serving())
@@ -391,18 +392,16 @@ def _why_precision(request: _Request) -> str:
 
 def _train(trainer: Trainer, signals: StopSignals) -> GruServeError | None:
     """Train. Return the error if training failed, because the best weights so far can still be published."""
+    from service.training.devices import failures
+
     settings = trainer.settings
     chars = settings.batch_size * settings.sequence_length  # of an update
     try:
         total, done = trainer.total_steps * chars, trainer.state.step * chars
-        with Progress("training", total, initial=done) as progress, signals.deferred():
+        with Progress("training", total, initial=done) as progress, signals.deferred(), failures():
             trainer.run(_Display(trainer, progress, chars), signals.is_requested)
     except GruServeError as error:
         return error
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        return TrainingDiverged("memory ran out: lower --batch-size, --sequence-length or --num-units")
     return None
 
 

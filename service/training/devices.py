@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Literal
 
 import torch
 
-from service.errors import MissingLibrary
+from service.errors import MissingLibrary, TrainingFailed
 
 Device = Literal["auto", "cpu", "cuda"]
 CPU = torch.device("cpu")
@@ -29,7 +31,23 @@ def find_device(name: Device) -> torch.device:
             f"--device cuda: torch {torch.__version__} {reason}. Install a torch with CUDA and a driver that fits it, "
             "or train with --device cpu"
         )
+    # Products in bfloat16 sum in float32 then, as on the CPU.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Raise TrainingFailed if memory runs out in the block, or a GPU fails."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        what = str(error).partition("\n")[0]
+        if isinstance(error, MemoryError) or "memory" in what or "ALLOC_FAILED" in what:
+            raise TrainingFailed("memory ran out: lower --batch-size, --sequence-length or --num-units") from error
+        if isinstance(error, torch.AcceleratorError) or what.startswith("CUDA error"):
+            raise TrainingFailed(f"the GPU failed: {what}; --device cpu trains without it") from error
+        raise
 
 
 def product_dtype(precision: str, device: torch.device = CPU) -> torch.dtype:

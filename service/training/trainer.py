@@ -99,7 +99,8 @@ class Trainer:
         self.model.to(device)
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # as trained, not averaged
         self.average = WeightAverage(list(self.weights.values()), settings.average_decay)
-        self.best = [weight.clone() for weight in self.average.weights]  # the average at the best evaluation
+        # The average at the best evaluation, on the CPU: a GPU that has failed can't be read.
+        self.best = [weight.to("cpu", copy=True) for weight in self.average.weights]
         self.hidden = self.model.initial_hidden(settings.batch_size)  # (L, B, H), carried from window to window
         decayed = [weight for weight in self.weights.values() if weight.dim() > 1]
         biases = [weight for weight in self.weights.values() if weight.dim() == 1]
@@ -209,7 +210,7 @@ class Trainer:
 
     def best_weights(self) -> dict[str, Tensor]:
         """Return copies, on the CPU, of the averaged weights that had the lowest validation loss so far, by name."""
-        return {name: weight.to("cpu", copy=True) for name, weight in zip(self.weights, self.best, strict=True)}
+        return {name: weight.clone() for name, weight in zip(self.weights, self.best, strict=True)}
 
     def save(self) -> None:
         """Write the checkpoint. Raises InvalidCheckpoint if that fails."""
@@ -345,7 +346,8 @@ class Trainer:
         is_best = state.record(point)
         state.loss_sum, state.loss_count = 0.0, 0
         if is_best:
-            torch._foreach_copy_(self.best, self.average.weights)
+            for best, weight in zip(self.best, self.average.weights, strict=True):
+                best.copy_(weight)
         is_last = state.step >= self.total_steps
         state.finished = is_last or (settings.patience > 0 and state.since_best >= settings.patience)
         progress.evaluated(point, is_best)

@@ -248,7 +248,6 @@ def test_train__begins_with_a_version(place: Place, tmp_path: Path) -> None:
     assert "--num-units 512 contradicts --init-from fox@1, which has 16" in refused.output
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_train__publishes_a_chat_template_also_when_resumed_and_from_a_version_with_one(place: Place) -> None:
     template = place.corpus.with_name("mine.json")
     template.write_text('{"user": "{content}\\n", "assistant": "I am {content}\\n", "stop": ["\\n"]}')
@@ -273,6 +272,43 @@ def test_train__publishes_a_chat_template_also_when_resumed_and_from_a_version_w
     assert place.facts(4)["command"].endswith("--chat lines")
 
 
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with"),
+            "the GPU failed: CUDA error: uns",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "memory ran out: lower --batch-size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "memory ran out: lower --batch-size"),
+    ],
+)
+def test_train__a_gpu_that_fails_loses_no_best_weights(
+    place: Place, monkeypatch: pytest.MonkeyPatch, problem: Exception, said: str
+) -> None:
+    update = Trainer._update
+
+    def fail(trainer: Trainer, window: Any) -> float:
+        if trainer.state.step == fails_at:
+            raise problem
+        return update(trainer, window)
+
+    monkeypatch.setattr(Trainer, "_update", fail)
+    for fails_at in (30, 0):  # with and without an evaluation before
+        result = place.train(*SMALL, "--epochs", "1", "--eval-interval", "20", "--overwrite")
+        assert isinstance(result.exception, SystemExit), result.exception
+        assert (result.exit_code, said in result.stderr) == (1, True), result.output
+        assert ("published fox@1" in result.stdout) == (fails_at == 30)
+
+    def begin(*_: Any, **__: Any) -> None:
+        raise problem
+
+    monkeypatch.setattr(Trainer, "__init__", begin)
+    result = place.train(*SMALL, "--overwrite")
+    assert (result.exit_code, said in result.stderr) == (1, True), result.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_train__says_that_there_is_no_gpu(place: Place) -> None:
     result = place.train(*SMALL, "--device", "cuda")
     assert result.exit_code == 1

@@ -334,7 +334,7 @@ def test_trainer__does_nothing_when_a_finished_run_is_resumed(tmp_path: Path) ->
 def test_restore__refuses_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     run(tmp_path / "run", stop_after=1)
     state = read_state(tmp_path / "run")
-    with pytest.raises(InvalidCheckpoint, match="another corpus"):
+    with pytest.raises(InvalidCheckpoint, match="has changed"):
         Trainer(replace(CORPUS, sha256="1" * 64), SETTINGS, tmp_path / "run").restore(state)
     with pytest.raises(InvalidCheckpoint, match="other settings"):
         Trainer(CORPUS, SETTINGS.model_copy(update={"seed": 9}), tmp_path / "run").restore(state)

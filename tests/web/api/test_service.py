@@ -378,6 +378,7 @@ def test_error_codes__that_can_reach_the_web_have_a_status() -> None:
         "invalid_corpus",
         "invalid_checkpoint",
         "training_diverged",
+        "training_failed",
         "invalid_settings",
         "invalid_charset",
     }

@@ -74,6 +74,7 @@ OPERATOR_CODES = {
     "invalid_settings",
     "missing_library",
     "training_diverged",
+    "training_failed",
     "unsupported_model",
 }
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GruServeError)]
