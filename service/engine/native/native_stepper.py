@@ -123,8 +123,9 @@ class NativeStepper:
 
     def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
         """See ShortTextReader."""
-        library, reading = self._library, PackedReading(texts, self.config, self._library.make_row.dtype)
-        stepped = np.empty(len(texts), self._library.make_stepped.dtype)
+        library, reading = self._library, PackedReading(texts, self.config, self._library.make_row)
+        make_stepped: Any = library.make_stepped
+        stepped = np.empty(len(texts), make_stepped.dtype)
         outputs = reading.drawn.ctypes.data, stepped.ctypes.data, self._sums_address
         check(
             library.functions.gru_advance(self._kernel, reading.address, len(texts), reading.drawn.shape[1], *outputs)
