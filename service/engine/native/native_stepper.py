@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
-from service.engine.native.reading import PackedReading
+from service.engine.native.packed_reading import PackedReading
 from service.engine.native.rows import PackedBatch, PackedRow, address_of
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
 from service.engine.short_text import ReadText, ShortText
