@@ -256,7 +256,7 @@ def test_read_at_once__reads_short_texts_if_the_engine_is_idle_and_has_room() ->
         assert engine.read_at_once([short] * 5) is None  # more than have room
         for invalid in ({"position": -1}, {"ids": np.array([99])}, {"hidden": state[:, :5]}):
             with pytest.raises(InvalidValue):
-                engine.read_at_once([replace(short, **invalid)])  # type: ignore[arg-type]
+                engine.read_at_once([replace(short, **invalid)])
         with pytest.raises(InvalidValue):
             engine.read_at_once([replace(short, hidden=state + 2, is_root=True)])
         text = engine.submit([request(max_chars=100_000)])[0]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from service.arrays import Float32
 from service.engine.gates import gate_scales
 from service.engine.native.binding import Library, check, load, supported_variants
-from service.engine.native.reading import PackedReading
+from service.engine.native.packed_reading import PackedReading
 from service.engine.native.rows import PackedBatch, PackedRow, address_of
 from service.engine.native.self_check import EXPECTED, EXPECTED_WITH_AUTOMATON, digest_of
 from service.engine.short_text import ReadText, ShortText
@@ -123,8 +123,9 @@ class NativeStepper:
 
     def read(self, texts: Sequence[ShortText]) -> list[ReadText]:
         """See ShortTextReader."""
-        library, reading = self._library, PackedReading(texts, self.config, self._library.make_row.dtype)
-        stepped = np.empty(len(texts), self._library.make_stepped.dtype)
+        library, reading = self._library, PackedReading(texts, self.config, self._library.make_row)
+        make_stepped: Any = library.make_stepped
+        stepped = np.empty(len(texts), make_stepped.dtype)
         outputs = reading.drawn.ctypes.data, stepped.ctypes.data, self._sums_address
         check(
             library.functions.gru_advance(self._kernel, reading.address, len(texts), reading.drawn.shape[1], *outputs)

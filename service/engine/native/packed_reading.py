@@ -20,8 +20,8 @@ _NO_SCORES = Scores.none()
 class PackedReading:
     """The GruRows of some short texts, and the memory that they point to. It serves one call of the kernel."""
 
-    def __init__(self, texts: Sequence[ShortText], config: ModelConfig, dtype: np.dtype[Any]) -> None:
-        """dtype: of a GruRow."""
+    def __init__(self, texts: Sequence[ShortText], config: ModelConfig, make_row: Any) -> None:
+        """make_row: returns a GruRow of zeros."""
         self._texts, num_texts, size = texts, len(texts), config.vocab_size
         shape = config.num_layers, config.num_units
         # A join of bytes, because numpy would release the interpreter's lock for each copy: see `service.arrays`.
@@ -41,7 +41,7 @@ class PackedReading:
         next_starts, num_next = _starts([int(text.wants_next) for text in texts])
         self._next_ids, self._next = np.empty((num_next, size), np.int32), np.empty((num_next, size), np.float32)
 
-        self._rows = rows = np.zeros(num_texts, dtype)
+        self._rows = rows = np.zeros(num_texts, make_row.dtype)
         state_bytes = self._hidden.strides[0]
         rows["position"] = [text.position for text in texts]
         rows["hidden"] = address_of(self._hidden) + state_bytes * np.arange(num_texts)
