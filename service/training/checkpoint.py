@@ -294,7 +294,7 @@ def lock_checkpoint(path: Path, name: str, warn: Callable[[str], object]) -> Ite
         try:
             stack.enter_context(made_directories(path.parent))
             file = stack.enter_context(_lock(lock, warn))
-            stack.callback(_remove_lock, lock)  # before the lock is released, so that a new run sees that its file is stale
+            stack.callback(_remove_lock, lock)  # before the lock is released, so that a new run sees that it is stale
             file.truncate(0)
             # Without a buffer: closing the file would write it again, and fail again if the disk is full.
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}, which trains {name}".encode())
