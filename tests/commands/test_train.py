@@ -294,11 +294,11 @@ def test_train__a_gpu_that_fails_loses_no_best_weights(
         return update(trainer, window)
 
     monkeypatch.setattr(Trainer, "_update", fail)
-    for fails_at in (30, 0):  # with and without an evaluation before
-        result = place.train(*SMALL, "--epochs", "1", "--eval-interval", "20", "--overwrite")
+    for fails_at in (5, 0):  # with and without an evaluation before
+        result = place.train(*SMALL, "--epochs", "1", "--eval-interval", "3", "--overwrite")
         assert isinstance(result.exception, SystemExit), result.exception
         assert (result.exit_code, said in result.stderr) == (1, True), result.output
-        assert ("published fox@1" in result.stdout) == (fails_at == 30)
+        assert ("published fox@1" in result.stdout) == (fails_at == 5)
 
     def begin(*_: Any, **__: Any) -> None:
         raise problem

@@ -477,8 +477,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert there.run is not None
             assert after is not None
             self.finish(session_id, continuation, there.run, after)
-        if there is not None:
-            self.use(session_id)
+            self.use(session_id)  # one that is refused has only looked at the session
 
     def finish(self, session_id: str, continuation: RunStream, run: Ran, after: int) -> None:
         """Read a stream after a position to its end, and note the run in the simple model or compare it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import Any
 
 import pytest
 import redis
@@ -151,10 +152,10 @@ def test_recovery__does_not_wait_for_a_replica_that_reaches_only_some_masters(
         unreachable = ("127.0.0.1", cluster.masters[0].port)
         connect = cut_off._server._connections.connect
 
-        def connect_to_some(address: tuple[str, int]) -> object:
+        def connect_to_some(address: tuple[str, int], *first: Any, **limits: Any) -> object:
             if address == unreachable:
                 raise redis.ConnectionError
-            return connect(address)
+            return connect(address, *first, **limits)
 
         monkeypatch.setattr(cut_off._server._connections, "connect", connect_to_some)
         restart(cluster, cluster.masters[1])

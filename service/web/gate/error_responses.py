@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from urllib.parse import quote
 
 import structlog
-from flask import Flask, Response, current_app, jsonify, request
+from flask import Flask, Response, current_app, jsonify, request, url_for
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
@@ -212,7 +212,7 @@ def _no_route(app: Flask) -> str:
         if is_known:
             return f"there is no such route: write its path as {quote(plain)}, without needless slashes and escapes"
     paths = [rule.rule for rule in app.url_map.iter_rules()]
-    return f"there is no such route{_did_you_mean(request.path, paths)}; GET /openapi.json lists all"
+    return f"there is no such route{_did_you_mean(request.path, paths)}; GET {url_for('docs.description')} lists all"
 
 
 def _sentence(kind: str, message: str) -> str:
