@@ -460,6 +460,7 @@ class SessionMachine(RuleBasedStateMachine):
         code = self.fate(session_id, needs_lease=False)
         if session_id in self.open:  # resume takes it over
             self.close(session_id)
+            self.use(session_id)
         there = self.texts.get(session_id)
         after: int | None = None
         if there is not None and there.run is not None:

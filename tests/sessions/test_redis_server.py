@@ -565,6 +565,6 @@ def test_link__to_a_server_that_hangs_times_out(tmp_path: Path, how: str) -> Non
         assert [link.run([("PING",)]) for link in links] == [[b"PONG"]] * 2
         server.send(signal.SIGSTOP)
         ending.callback(server.send, signal.SIGCONT)
-        for link, command in zip(links, [("PING",), ("SET", "key", bytes(10**8))], strict=True):
+        for link, command in zip(links, [("PING",), ("SET", "key", bytes(2 * 10**7))], strict=True):
             with pytest.raises(redis.TimeoutError):
                 link.run([command])
