@@ -129,14 +129,15 @@ def test_image__serves_a_mounted_model_store(containers: Containers, image: str,
 
 
 def all_replicas_are_up(containers: Containers) -> bool:
-    """Return whether each backend of the balancer has found all replicas that run ready.
+    """Return whether the last check of each backend of the balancer has found each replica that runs ready.
 
-    The balancer answers as soon as one is. It does not publish its metrics, and its image can send no HTTP request.
+    The balancer answers as soon as one is. Before the first check it takes all of them for ready, and its metric
+    `haproxy_server_status` says so. It does not publish its metrics, and its image can send no HTTP request.
     """
     (balancer,) = containers.of_project("lb")
     get = r'exec 3<>/dev/tcp/127.0.0.1/8404 && printf "GET /metrics HTTP/1.0\r\n\r\n" >&3 && cat <&3'
     code, metrics = containers.execute(balancer, "bash", "-c", get)
-    num_up = len(re.findall(r'haproxy_server_status\{.*server="app\d+",state="UP"\} 1', metrics))
+    num_up = len(re.findall(r'haproxy_server_check_status\{.*server="app\d+",state="L7OK"\} 1', metrics))
     return code == 0 and num_up == len(BACKENDS) * len(containers.of_project("app")) > 0
 
 
