@@ -237,8 +237,8 @@ class Settings(BaseSettings):
     def _check_drain_notice(self) -> Self:
         if self.drain_notice_s > self.drain_s:
             raise ValueError(
-                f"{PREFIX}DRAIN_NOTICE_S={self.drain_notice_s:g}: must be at most "
-                f"{PREFIX}DRAIN_S, of which it is a part: {self.drain_s:g} s"
+                f"{PREFIX}DRAIN_NOTICE_S={self.drain_notice_s:g}: the notice is a part of the drain, "
+                f"so it must be at most {PREFIX}DRAIN_S={self.drain_s:g}"
             )
         return self
 

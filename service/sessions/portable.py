@@ -55,15 +55,10 @@ class OpenedState:
         Raises StateModelMismatch if another model computed it, and InvalidState if no GRU can have this state.
         """
         if self.header.identity != identity:
-            if ref == self.header.model:
-                message = (
-                    f"the state is of {ref}, which has other weights or another arithmetic here: use a server like "
-                )
-                message += "the one that made the state"
-            else:
-                message = f"the state is of {self.header.model}, and {ref} has other weights or another arithmetic: "
-                message += "leave model out, or name the state's"
-            raise StateModelMismatch(message, param="state")
+            is_same_name = ref == self.header.model
+            fault = f"the state is of {self.header.model}, and {ref} has other weights or another arithmetic"
+            advice = "use the server that made it" if is_same_name else "leave model out, or name the state's"
+            raise StateModelMismatch(f"{fault}{' here' if is_same_name else ''}: {advice}", param="state")
         if len(self.data) != 4 * int(np.prod(shape)):
             raise InvalidState("the state has the wrong size for its model", param="state")
         hidden = np.frombuffer(self.data, "<f4").reshape(shape).astype(np.float32)

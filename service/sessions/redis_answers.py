@@ -62,7 +62,7 @@ class Exchange(BaseParser):
         """
         now = time.monotonic()
         self._ends_at = min(ends_at, now + timeout_s)
-        # So long, the socket's own limit is precise enough, and saves a system call.
+        # Until then the socket's own limit is precise enough, and no `poll` before each read is needed.
         self._relaxed_until = self._ends_at - 0.9 * timeout_s
         self._left, self._num_elements = _MAX_BYTES, 0
 

@@ -162,7 +162,7 @@ def test_kernel__extreme_weights_and_states_give_the_bits_of_torch(precision: An
 
 @pytest.mark.parametrize("variant", TESTED_VARIANTS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1), units=st.integers(1, 150), num_rows=st.integers(1, 20), spread=st.integers(1, 127)
 )

@@ -76,7 +76,7 @@ def _alone(stepper_and_model: str) -> list[list[Any]]:
     return results
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_stepper__neighbours_and_tick_lengths_change_nothing(
     stepper: Stepper, alone: list[list[Any]], data: st.DataObject
@@ -295,7 +295,6 @@ def test_stepper__penalties_count_generated_characters(stepper: Stepper) -> None
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 70), st.integers(1, 5))
-@settings(deadline=None)
 def test_integer_product__is_exact(seed: int, columns: int, rows: int, batch: int) -> None:
     rng = np.random.default_rng(seed)
     weight, left = (rng.integers(-127, 128, (n, columns)).astype(np.int8) for n in (rows, batch))
@@ -368,7 +367,7 @@ def ruled_alone() -> Callable[[str, int], list[Any]]:
     return alone
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seeds=st.lists(st.integers(0, 400), min_size=1, max_size=24, unique=True),
     num_chars=st.integers(1, 7),
@@ -406,7 +405,7 @@ def test_stepper__automata_change_nothing_for_neighbours_and_can_be_interrupted_
         assert second.hidden.tobytes() == one.hidden.tobytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 400))
 def test_stepper__text_of_an_automaton_is_complete_and_ends_where_it_says(seed: int) -> None:
     stepper = TorchStepper(quantized())

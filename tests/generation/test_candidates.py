@@ -59,7 +59,7 @@ def scored(model: LoadedModel, origin: Origin, *texts: str) -> list[Float32]:
 
 
 @given(texts=TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_candidates__have_the_bits_of_a_feed(model: LoadedModel, texts: list[str]) -> None:
     origin = origin_of(model, "To be")
     for text, logprobs in zip(texts, scored(model, origin, *texts), strict=True):

@@ -99,7 +99,7 @@ def test_n_best__are_those_of_an_enumeration(model: LoadedModel, origin: Origin,
 
 
 @given(data=st.data(), size=st.integers(1, 4), n=st.integers(1, 30), ends=st.sampled_from(["seen", "forced"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_n_best__of_any_automaton_are_those_of_an_enumeration(
     model: LoadedModel, origin: Origin, data: st.DataObject, size: int, n: int, ends: Ends
 ) -> None:

@@ -686,9 +686,7 @@ class ReplicaMachine(SessionMachine):
         return super().sessions if not self.open else self.replicas[0]
 
 
-SETTINGS = settings(
-    stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
-)
+SETTINGS = settings(stateful_step_count=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 def test_sessions__match_the_simple_model() -> None:

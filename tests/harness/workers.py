@@ -16,7 +16,7 @@ _MOST_WORKERS = 8
 # What shares a browser and a server is one unit, as a file is elsewhere.
 _PAGE = "tests/page/"
 _WAITING = (_PAGE, "tests/process/", "tests/generation/", "tests/sessions/")
-# The longest of each kind, most of which have few tests: begun first, so that no worker is left with one at the end.
+# The longest files of both kinds. They are begun first, so that no worker runs one alone at the end.
 _LONGEST = (
     _PAGE,
     "tests/process/test_hung_replica.py",

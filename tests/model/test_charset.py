@@ -161,7 +161,7 @@ def encoded_at_once(charset: Charset, text: str, unknown: str) -> list[int] | No
     return [charset.characters.index(char) for char in text]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     text=st.text(st.sampled_from(DIFFICULT), max_size=60) | st.text(max_size=30),
     repeats=st.integers(1, 40),
@@ -182,13 +182,11 @@ def test_encode__in_pieces_gives_the_ids_of_the_whole_text(
     assert got == encoded_at_once(charset, text, unknown)
 
 
-@settings(deadline=None)
 @given(st.text(st.sampled_from(DIFFICULT), max_size=200), st.integers(1, 50))
 def test_normalised_pieces__are_the_normal_form(text: str, piece_chars: int) -> None:
     assert "".join(normalised_pieces(text, piece_chars)) == unicodedata.normalize("NFC", text)
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(st.sampled_from(DIFFICULT), max_size=9), max_size=30))
 def test_normalised_blocks__are_the_normal_form_of_the_whole(blocks: list[str]) -> None:
     got = list(normalised_blocks(blocks))

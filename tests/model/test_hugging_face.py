@@ -72,7 +72,7 @@ def test_tokenizer__reads_and_writes_every_text_as_the_charset_does(peer: Peer, 
     charset = Charset(CHARSETS[name])
     peer.load(charset)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck), database=None)
     @given(st.text(alphabet=charset.characters, max_size=40))
     def check(text: str) -> None:
         ids = charset.encode(text).tolist()
@@ -88,7 +88,7 @@ def test_tokenizer__leaves_out_what_the_charset_drops(peer: Peer, name: str) -> 
     peer.load(charset)
     others = "éëêÅ\u212bạ\u0340ñǘṩ각가\u1100\u11a7日"
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=60, suppress_health_check=list(HealthCheck), database=None)
     @given(st.text(alphabet=charset.characters + others, max_size=8))
     def check(text: str) -> None:
         ids = charset.encode(text, "drop").tolist()

@@ -77,7 +77,7 @@ def outlived(redis: Redis, key: str) -> None:
     deleted=st.sets(st.integers(0, 29), max_size=10),
     pages=st.lists(st.tuples(st.sampled_from(OWNERS), st.one_of(st.just(""), IDS), st.integers(1, 5)), max_size=8),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_page__lists_what_the_memory_store_lists(
     redis_url: str, created: list[tuple[str, str]], deleted: set[int], pages: list[tuple[str, str, int]]
 ) -> None:

@@ -278,7 +278,7 @@ def with_text(change: Callable[[Text], Text], one: Session) -> tuple[Session, No
 
 
 @given(changes=CHANGES, caches=st.lists(st.sampled_from([0, 2**20]), min_size=2, max_size=2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_load__returns_any_text_to_the_bit(redis_url: str, changes: list[tuple[str, float]], caches: list[int]) -> None:
     """Two replicas change a session in turn, with their caches or without; each loads what the other one saved."""
     prefix, shape = secrets.token_hex(8), (1, 4)

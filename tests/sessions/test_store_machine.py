@@ -587,7 +587,7 @@ def long_risk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("long_risk")
 def test_replicas__lose_nothing_that_their_callers_are_not_told() -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
-    options = settings(max_examples=NUM_RUNS, stateful_step_count=25, deadline=None, suppress_health_check=checks)
+    options = settings(max_examples=NUM_RUNS, stateful_step_count=25, suppress_health_check=checks)
     StoreMachine.first_failure = None
     try:
         run_state_machine_as_test(StoreMachine, settings=options)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.errors import InvalidCorpus
@@ -163,7 +163,6 @@ def test_read_corpus__needs_two_lines(tmp_path: Path, text: str) -> None:
     st.integers(2, 20),
     st.sampled_from([0.05, 0.5, 0.95]),
 )
-@settings(deadline=None)
 def test_read_corpus__loses_no_character(texts: list[str], block: int, lines: bool, cap: int, fraction: float) -> None:
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         for number, text in enumerate(texts):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from service.errors import InvalidCharset, InvalidCorpus, UnknownCharacters
@@ -60,7 +59,6 @@ def without_mark(text: str) -> str:
 
 
 @given(TEXTS, st.integers(1, 9), st.booleans())
-@examples(deadline=None)
 def test_read_text__is_the_same_for_blocks_of_any_size(text: str, block: int, keep: bool) -> None:
     data = text.encode()
     expected = without_mark(text)
@@ -81,7 +79,6 @@ def test_read_text__is_the_same_for_blocks_of_any_size(text: str, block: int, ke
 
 
 @given(TEXTS, st.integers(1, 9), st.sampled_from(["ab", "ae\u0301\n", "a\re", 'a\n"h.', "efi"]), st.booleans())
-@examples(deadline=None)
 def test_read_text__folds_and_drops_as_the_charset_does(text: str, block: int, characters: str, keep: bool) -> None:
     charset = Charset(characters)
     expected = without_mark(text) if keep else without_mark(text).replace("\r\n", "\n").replace("\r", "\n")
@@ -103,7 +100,6 @@ def test_read_text__folds_and_drops_as_the_charset_does(text: str, block: int, c
 
 
 @given(TEXTS, st.integers(1, 9), st.booleans())
-@examples(deadline=None)
 def test_read_text__of_lines_has_a_text_for_each_line(text: str, block: int, keep: bool) -> None:
     expected = without_mark(text)
     if not keep:

@@ -159,7 +159,7 @@ def test_choose__lines_and_short_texts_begin_by_themselves() -> None:
     assert choose(Hyperparameters(lines=True, restart_interval=7), 10**6, 10).settings.restart_interval == 7
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(batch=st.integers(1, 70), steps=st.integers(1, 120), num_chars=st.integers(2, 20_000))
 def test_choose__counts_updates_as_the_streams_do(batch: int, steps: int, num_chars: int) -> None:
     text = EncodedText(np.zeros(num_chars, np.uint8), np.zeros(1, np.int64))

@@ -33,7 +33,7 @@ def texts(automaton: Automaton) -> set[str]:
     return found
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text(st.sampled_from(CHARSET), max_size=6), min_size=1, max_size=20))
 def test_choice__accepts_exactly_the_strings(choices: list[str]) -> None:
     automaton = compiled(choices)
@@ -41,7 +41,7 @@ def test_choice__accepts_exactly_the_strings(choices: list[str]) -> None:
     assert_minimal(automaton)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.text(st.sampled_from(CHARSET), max_size=6), min_size=1, max_size=20))
 def test_choice__is_the_automaton_of_the_same_alternatives(choices: list[str]) -> None:
     """A language has one minimal automaton, with states and classes in one order, however it was built."""

@@ -56,7 +56,7 @@ def assert_valid(
 INTEGERS = st.integers(-30, 30) | st.integers(-12_000, 12_000) | st.integers(-(10**16), 10**16)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(INTEGERS, INTEGERS, st.booleans(), st.booleans(), st.lists(INTEGERS, max_size=30))
 def test_integers__are_those_of_the_range(one: int, two: int, above: bool, below: bool, numbers: list[int]) -> None:
     low, high = sorted((one, two))
@@ -84,7 +84,7 @@ DECIMALS = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(DECIMALS, DECIMALS, st.booleans(), st.booleans(), st.lists(DECIMALS, max_size=30))
 @example(Decimal(10**9), Decimal(10**9), False, False, [])
 @example(Decimal("0.1"), Decimal("0.1"), False, False, [])
@@ -129,7 +129,7 @@ def test_numbers__are_those_of_the_range(
 # Strings
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 4),
     st.none() | st.integers(0, 6),
@@ -325,7 +325,7 @@ def larger(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.recursive(SCALARS, larger, max_leaves=8), st.integers(0, 2**32))
 def test_schema__gives_only_texts_that_validate(schema: Any, seed: int) -> None:
     if not isinstance(schema, dict):
@@ -393,7 +393,7 @@ MALFORMED = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(MALFORMED, st.integers(0, 2**32))
 @example({"enum": [4.804881196082834e16, 1e300, -1e-300, 12345678901234567890, 0.1]}, 0)
 @example({"allOf": [{"pattern": []}, {"pattern": {}}]}, 0)

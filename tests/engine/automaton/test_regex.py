@@ -59,7 +59,7 @@ PATTERNS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(PATTERNS, st.lists(st.text(st.sampled_from(CHARSET), max_size=6), max_size=12), st.integers(0, 2**32))
 @example(r"a$\n", ["a\n", "a", "a\n\n"], 0)
 @example(r"(?m)^a$\n^b$", ["a\nb", "ab"], 0)

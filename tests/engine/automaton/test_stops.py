@@ -39,7 +39,7 @@ def test_stops__alone_allow_everything_and_know_what_is_complete(stops: list[lis
         assert automaton.allowed(state, 1).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 1000), st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), min_size=1, max_size=3))
 def test_stops__after_a_form_follow_only_where_it_is_complete(seed: int, stops: list[list[int]]) -> None:
     """The automaton accepts the texts of the form, and these followed by one stop string, and nothing else."""

@@ -19,7 +19,7 @@ from tests.harness.application import ok, refused
 from tests.harness.models import TINY_CHARSET
 
 GOOD: dict[str, Any] = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 60, "seed": 7}
-examples = settings(max_examples=60, deadline=None)
+examples = settings(max_examples=60)
 
 
 def ids_of(text: str) -> list[int]:

@@ -530,7 +530,7 @@ JSON = st.recursive(
 FIELDS = st.sampled_from([*CompletionBody.model_fields, "x"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(FIELDS, JSON, max_size=4))
 def test_arbitrary_json__is_answered_or_refused_but_never_fails(client: FlaskClient, changes: dict[str, Any]) -> None:
     response = client.post("/v1/completions", data=json.dumps(GOOD | changes), content_type="application/json")

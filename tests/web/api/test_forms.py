@@ -491,7 +491,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     form=st.dictionaries(st.sampled_from(KEYWORDS), JSON, max_size=5).map(lambda schema: {"guided_json": schema})
     | st.text("ab(|)[]*+?{}1,2.^$\\\\dws-", max_size=12).map(lambda pattern: {"guided_regex": pattern})

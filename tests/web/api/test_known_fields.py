@@ -84,7 +84,7 @@ def accepted_values() -> st.SearchStrategy[tuple[str, Any]]:
     return st.sampled_from(names).flatmap(lambda name: st.tuples(st.just(name), values(name)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(accepted_values(), max_size=8).map(dict))
 def test_accepted_values__change_nothing(client: FlaskClient, sent: dict[str, Any]) -> None:
     assert text(client, **sent) == text(client)
@@ -154,7 +154,7 @@ def test_top_p_0__is_greedy(client: FlaskClient) -> None:
     assert {text(client, top_p=0, seed=seed) for seed in range(3)} == {text(client, temperature=0)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**63), 2**63))
 def test_numbers__without_a_fraction_are_integers_and_others_what_they_were(number: float) -> None:
     parsed = BodyJson.loads(None, json.dumps({"number": number}))["number"]  # type: ignore[arg-type]
